@@ -1,0 +1,34 @@
+# `make demo` trains a LoRA on what ships here; `make test` checks everything that fits in 20 minutes on two cores.
+# Both set up a virtual environment in .venv first. Windows and other ways without make: see README.md.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-full lint clean
+
+demo: .venv/ready
+	$(BIN)/python train_network.py --config_file configs/quickstart.toml --overwrite
+
+test: .venv/ready-test lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-full: .venv/ready-test lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/ready-test: .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info output

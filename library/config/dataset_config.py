@@ -1,0 +1,203 @@
+"""Which images are trained and how: the file of `--dataset_config`, or the folders of `--train_data_dir`, as specs.
+
+A key may stand in [[datasets.subsets]], [[datasets]] or [general]; the first of these that has it counts, then the
+option of the same name, then its default.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from library.config.dataset_keys import NOT_YET_ANYWHERE, NOT_YET_DATASET, NOT_YET_SUBSET, OPTION_NAMES, check_key
+from library.config.fields import UNSET, BadValue
+from library.config.image_folders import find_image_folders
+from library.config.options import Options
+from library.config.toml_file import read_text, read_toml
+from library.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetSpec:
+    """One folder of images. `origin` begins each message about it: the file and place that define it."""
+
+    image_dir: Path
+    is_reg: bool
+    num_repeats: int
+    caption_extension: str
+    class_tokens: str | None
+    shuffle_caption: bool
+    caption_separator: str
+    keep_tokens: int
+    caption_prefix: str | None
+    caption_suffix: str | None
+    flip_aug: bool
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Folders that are batched together. `resolution` is (width, height) in pixels."""
+
+    resolution: tuple[int, int]
+    batch_size: int
+    enable_bucket: bool
+    min_bucket_reso: int
+    max_bucket_reso: int
+    bucket_reso_steps: int
+    bucket_no_upscale: bool
+    subsets: tuple[SubsetSpec, ...]
+
+
+_SUBSET_ONLY = ("image_dir", "is_reg")
+_SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, "origin"))
+_DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
+_DATASET_LEVEL = (*_DATASET_KEYS, *_SUBSET_KEYS, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
+LEVELS: dict[str, tuple[str, ...]] = {
+    "[general]": _DATASET_LEVEL,
+    "[[datasets]]": _DATASET_LEVEL,
+    "[[datasets.subsets]]": (*_SUBSET_ONLY, *_SUBSET_KEYS, *NOT_YET_SUBSET, *NOT_YET_ANYWHERE),
+}
+
+
+def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
+    """The data sets of a run. Raises UserError, which names every mistake that was found, one a line."""
+    data = options.data
+    if data.dataset_config is not None:
+        for name in ("train_data_dir", "reg_data_dir"):
+            if getattr(data, name) is not None:
+                logger.warning("%s: has no effect: --dataset_config says what to train", _place(options, name))
+        return _DatasetFile(Path(data.dataset_config), options).read()
+    if data.train_data_dir is None:
+        raise UserError("no images to train on: give --train_data_dir or --dataset_config")
+    if data.resolution is None:
+        raise UserError("--resolution is required, for example --resolution 512")
+    subsets: list[SubsetSpec] = []
+    for name, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
+        directory, origin = getattr(data, name), _place(options, name)
+        for folder in find_image_folders(directory, where=origin) if directory is not None else ():
+            found: Values = {"num_repeats": folder.num_repeats, "class_tokens": folder.class_tokens}
+            subsets.append(_subset(folder.path, is_reg, origin, [found], options))
+    return (_dataset([], options, tuple(subsets)),)
+
+
+def _place(options: Options, name: str) -> str:
+    return options.given.get(name, f"--{name}")
+
+
+def _value(key: str, levels: list[Values], options: Options) -> Any:
+    """The value of `key` at the first level that has it, else the option's."""
+    for level in levels:
+        if key in level:
+            return level[key]
+    return getattr(options.data, OPTION_NAMES.get(key, key), None)
+
+
+def _subset(path: Path, is_reg: bool, origin: str, levels: list[Values], options: Options) -> SubsetSpec:
+    values = {key: _value(key, levels, options) for key in _SUBSET_KEYS}
+    return SubsetSpec(image_dir=path, is_reg=is_reg, origin=origin, **values)
+
+
+def _dataset(levels: list[Values], options: Options, subsets: tuple[SubsetSpec, ...]) -> DatasetSpec:
+    values = {key: _value(key, levels, options) for key in _DATASET_KEYS}
+    return DatasetSpec(**values, subsets=subsets)
+
+
+class _DatasetFile:
+    """The file of `--dataset_config`, read strictly: all that is wrong is collected, then reported at once."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        self.path = path
+        self.options = options
+        self.problems: list[str] = []
+
+    def read(self) -> tuple[DatasetSpec, ...]:
+        content = self._content()
+        for key in sorted(content.keys() - {"general", "datasets"}):
+            near = did_you_mean(key, ("general", "datasets"))
+            self.problems.append(f"{self.path}: {key}: only [general] and [[datasets]] can stand at the top{near}")
+        general = self._checked("[general]", content.get("general", {}), f"{self.path}: [general]")
+        datasets = [
+            self._dataset(table, f"{self.path}: [[datasets]] {number}", general)
+            for number, table in self._tables(content, "datasets", f"{self.path}: [[datasets]]")
+        ]
+        self._refuse()
+        return tuple(datasets)
+
+    def _refuse(self) -> None:
+        if self.problems:
+            raise UserError("\n".join(self.problems))
+
+    def _content(self) -> Values:
+        if self.path.suffix.lower() == ".toml":
+            return read_toml(self.path)
+        if self.path.suffix.lower() != ".json":
+            raise UserError(f"{self.path}: a data set is described by a .toml or a .json file")
+        try:
+            content = json.loads(read_text(self.path))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{self.path}: holds no object with 'general' and 'datasets'")
+        return content
+
+    def _tables(self, parent: Values, key: str, place: str) -> list[tuple[int, Values]]:
+        """The numbered tables of a list such as [[datasets]]."""
+        tables = parent.get(key)
+        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+            wrong = "is missing" if tables in (None, []) else "is a list of tables: write two brackets on each side"
+            self.problems.append(f"{place}: {wrong}")
+            return []
+        return list(enumerate(tables, 1))
+
+    def _dataset(self, table: Values, place: str, general: Values) -> DatasetSpec:
+        own = {key: value for key, value in table.items() if key != "subsets"}
+        levels = [self._checked("[[datasets]]", own, place), general]
+        subsets: dict[Path, SubsetSpec] = {}
+        for number, content in self._tables(table, "subsets", f"{place}, [[datasets.subsets]]"):
+            subset = self._subset(content, f"{place}, [[datasets.subsets]] {number}", levels)
+            if subset is not None and subset.image_dir in subsets:
+                logger.warning("%s: has no effect: an earlier one has the same image_dir", subset.origin)
+            elif subset is not None:
+                subsets[subset.image_dir] = subset
+        if _value("resolution", levels, self.options) is None:
+            self.problems.append(f"{place}: no resolution: set it here or in [general], or give --resolution")
+        elif not subsets and not self.problems:
+            self.problems.append(f"{place}: no subset is left to train on")
+        return _dataset(levels, self.options, tuple(subsets.values()))
+
+    def _subset(self, content: Values, place: str, levels: list[Values]) -> SubsetSpec | None:
+        own = self._checked("[[datasets.subsets]]", content, place)
+        directory = own.get("image_dir")
+        if directory is None:
+            if "metadata_file" not in content:
+                self.problems.append(f"{place}: image_dir is missing: the folder of the images")
+            return None
+        subset = _subset(Path(directory), own.get("is_reg", False), place, [own, *levels], self.options)
+        if subset.num_repeats < 1:
+            logger.warning("%s: is left out: it asks for %d repeats", place, subset.num_repeats)
+            return None
+        return subset
+
+    def _checked(self, level: str, content: Any, place: str) -> Values:
+        """The values of one table, each in its type; keys that say nothing ("") are left out."""
+        if not isinstance(content, dict):
+            self.problems.append(f"{place}: is a table of keys and values, not a list")
+            return {}
+        checked: Values = {}
+        for key, value in content.items():
+            try:
+                found = check_key(key, value, level=level, levels=LEVELS, place=place)
+            except BadValue as error:
+                self.problems.append(f"{place}: {key}: {error}")
+                continue
+            if found is not UNSET:
+                checked[key] = found
+        return checked

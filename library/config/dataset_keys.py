@@ -1,0 +1,110 @@
+"""The keys of a data set's file: where each may stand, and its value in its type.
+
+An implemented key is a field of the specs in `dataset_config.py`. Its type and bounds are those of the option of the
+same name. A key of kohya's that is not supported yet asks for nothing if the option's row in `kohya.py` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from library.config import kohya
+from library.config.fields import UNSET, BadValue, read_resolution
+from library.config.options import declared_options
+from library.errors import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+# Keys whose option has another name.
+OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
+
+# Known to kohya's data sets, not supported yet.
+NOT_YET_SUBSET = ("alpha_mask", "conditioning_data_dir", "metadata_file")
+NOT_YET_DATASET = ("network_multiplier", "validation_seed", "validation_split")
+NOT_YET_ANYWHERE = (
+    "cache_info",
+    "caption_dropout_every_n_epochs",
+    "caption_dropout_rate",
+    "caption_tag_dropout_rate",
+    "color_aug",
+    "custom_attributes",
+    "enable_wildcard",
+    "face_crop_aug_range",
+    "keep_tokens_separator",
+    "random_crop",
+    "resize_interpolation",
+    "secondary_separator",
+    "token_warmup_min",
+    "token_warmup_step",
+)
+NOT_YET = (*NOT_YET_SUBSET, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
+# What asks for nothing, for keys that are no option of kohya's.
+NEUTRAL: dict[str, Any] = {"custom_attributes": {}, "metadata_file": "", "network_multiplier": 1.0}
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text in quotes",
+}
+
+
+def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, ...]], place: str) -> Any:
+    """The value of `key` in its type, or UNSET if it asks for nothing. Raises BadValue.
+
+    `level` is the kind of table in which it stands, one of `levels`, which lists the keys of each.
+    """
+    if key not in levels[level]:
+        elsewhere = [name for name, keys in levels.items() if key in keys]
+        if elsewhere:
+            raise BadValue(f"belongs to {' or '.join(elsewhere)}, not to {level}")
+        raise BadValue(f"unknown key{did_you_mean(key, levels[level])}")
+    if key in NOT_YET:
+        _refuse_unless_neutral(key, value, place)
+        return UNSET
+    if value in ("", []):
+        return UNSET
+    return _resolution(value) if key == "resolution" else _in_type(key, value)
+
+
+def _refuse_unless_neutral(key: str, value: Any, place: str) -> None:
+    if key in NEUTRAL:
+        if value not in ("", NEUTRAL[key]):
+            raise BadValue("known to kohya's scripts, not supported here yet")
+        return
+    items = value if isinstance(value, list) else [value]
+    words = tuple(str(item).lower() if isinstance(item, bool) else str(item) for item in items) or ("",)
+    verdict = kohya.judge(key, words)
+    if verdict.error:
+        raise BadValue(verdict.error)
+    if verdict.warning:
+        logger.warning("%s: %s: %s", place, key, verdict.warning)
+
+
+def _in_type(key: str, value: Any) -> Any:
+    option = declared_options().get(OPTION_NAMES.get(key, key))
+    kind: Any = bool if key == "is_reg" else option.kind if option else str
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:  # not isinstance: true is an int in Python
+        raise BadValue(f"{_shown(value)} is not {_KINDS[kind]}")
+    # 0 repeats is how kohya's users switch a subset off
+    minimum = option.details.minimum if option and key != "num_repeats" else None
+    if minimum is not None and value < minimum:
+        raise BadValue(f"must be at least {minimum:g}, not {value}")
+    return value
+
+
+def _resolution(value: Any) -> tuple[int, int]:
+    if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
+        value = f"{value[0]},{value[1]}"
+    if type(value) not in (int, str):
+        raise BadValue(f"{_shown(value)} is neither a whole number of pixels nor [width, height]")
+    return read_resolution(str(value))
+
+
+def _shown(value: Any) -> str:
+    """The value as TOML and JSON write it."""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,250 @@
+"""How one option is declared, and how the words that a user gave for it become its value.
+
+An option is a field of a frozen dataclass, made by `option(default, help=…)`. Its annotation is its type: bool, int,
+float, str, a `Literal` of choices, a tuple of one of these (a list of words), each also `| None`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from library.errors import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+class BadValue(Exception):
+    """A value that does not fit its option; the message says why, the caller adds where it stood."""
+
+
+class Unset:
+    """The type of `UNSET`: what a user gives to say nothing, such as `vae = ""`; the default holds."""
+
+
+UNSET = Unset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Details:
+    """What an option's annotation and default do not say; see `option`."""
+
+    help: str
+    minimum: float | None = None
+    maximum: float | None = None
+    zero_is_unset: bool = False
+    not_yet: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    alone: str | None = None
+    joined_by: str | None = None
+    read: Callable[[str], Any] | None = None
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    zero_is_unset: bool = False,
+    not_yet: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    alone: str | None = None,
+    joined_by: str | None = None,
+    read: Callable[[str], Any] | None = None,
+) -> Any:
+    """Declare an option as a dataclass field. Without a default it is required.
+
+    `minimum`, `maximum`: inclusive bounds. `zero_is_unset`: 0 is a way to say "off". `not_yet`: kohya's values that
+    are not supported yet. `aliases`: other names for it. `alone`: the value that `--name` has without a word behind it.
+    `joined_by`: a TOML list is the same as its items joined by this. `read`: turns the word into the value, or raises
+    BadValue, where the annotation does not say how.
+    """
+    details = Details(
+        help=help,
+        minimum=minimum,
+        maximum=maximum,
+        zero_is_unset=zero_is_unset,
+        not_yet=not_yet,
+        aliases=aliases,
+        alone=alone,
+        joined_by=joined_by,
+        read=read,
+    )
+    return dataclasses.field(default=default, metadata={"option": details})
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """An option as declared: `kind` is bool, int, float or str; `many` if it takes a list of words."""
+
+    name: str
+    kind: type
+    many: bool
+    choices: tuple[str, ...]
+    default: Any
+    details: Details
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+
+def declared(group: type) -> dict[str, Declared]:
+    """The options of a dataclass, in the order in which they are written. Fields not made by `option` are left out."""
+    hints = get_type_hints(group)
+    return {
+        field.name: _declared(field, hints[field.name])
+        for field in dataclasses.fields(group)
+        if "option" in field.metadata
+    }
+
+
+def _declared(field: dataclasses.Field[Any], annotation: Any) -> Declared:
+    annotation = _without_none(annotation)
+    details: Details = field.metadata["option"]
+    many = get_origin(annotation) is tuple and details.read is None
+    if many:
+        annotation = get_args(annotation)[0]
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    kind = str if choices or details.read else annotation
+    assert kind in (bool, int, float, str), f"option {field.name}: no rule for {annotation}"
+    return Declared(field.name, kind, many, choices, field.default, details)
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        rest = [item for item in get_args(annotation) if item is not type(None)]
+        return rest[0] if len(rest) == 1 else Union[tuple(rest)]  # noqa: UP007 - built at run time
+    return annotation
+
+
+def convert(item: Declared, words: tuple[str, ...]) -> Any:
+    """The value of `item` for these words, or UNSET if they say nothing. Raises BadValue."""
+    if not words:
+        if item.kind is bool:
+            return True
+        if item.details.alone is not None:
+            return item.details.alone
+        if item.many:
+            return UNSET
+        raise BadValue("needs a value")
+    if item.many:
+        values = tuple(_one(item, word) for word in words if word)
+        return values if values else UNSET
+    if len(words) > 1:
+        if item.details.joined_by is None:
+            raise BadValue(f"takes one value, not {len(words)}: {', '.join(map(repr, words))}")
+        words = (item.details.joined_by.join(words),)
+    return UNSET if words[0] == "" else _one(item, words[0])
+
+
+def _one(item: Declared, word: str) -> Any:
+    details = item.details
+    if details.read is not None:
+        return details.read(word)
+    if details.alone is not None and is_truth(word):
+        return details.alone if read_bool(word) else UNSET
+    if item.choices:
+        return _choice(item, word)
+    if item.kind is bool:
+        return read_bool(word)
+    if item.kind is str:
+        if word in details.not_yet:
+            raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet")
+        return word
+    number = read_int(word) if item.kind is int else read_float(word)
+    if number == 0 and details.zero_is_unset:
+        return UNSET
+    if details.minimum is not None and number < details.minimum:
+        raise BadValue(f"must be at least {details.minimum:g}, not {word}")
+    if details.maximum is not None and number > details.maximum:
+        raise BadValue(f"must be at most {details.maximum:g}, not {word}")
+    return number
+
+
+def _choice(item: Declared, word: str) -> str:
+    if word in item.choices:
+        return word
+    supported = ", ".join(choice for choice in item.choices if choice)
+    if word.split(":")[0] in item.details.not_yet:  # "adafactor:1e-3" is an adafactor schedule
+        raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet (supported: {supported})")
+    near = did_you_mean(word, (*item.choices, *item.details.not_yet))
+    raise BadValue(f"'{word}' is not one of {supported}{near}")
+
+
+def is_truth(word: str) -> bool:
+    """Whether the word is a way to write true or false."""
+    return word.lower() in ("true", "false", "1", "0")
+
+
+def read_bool(word: str) -> bool:
+    """true, false, 1 or 0 in any case."""
+    if not is_truth(word):
+        raise BadValue(f"'{word}' is neither true nor false")
+    return word.lower() in ("true", "1")
+
+
+def read_int(word: str) -> int:
+    """A whole number; 1e3 and 8.0 are such numbers, too."""
+    try:
+        return int(word)
+    except ValueError:
+        pass
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number != int(number):
+        raise BadValue(f"'{word}' is not a whole number")
+    return int(number)
+
+
+def read_float(word: str) -> float:
+    """A finite number."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadValue(f"'{word}' is not a number")
+    return number
+
+
+def read_resolution(word: str) -> tuple[int, int]:
+    """(width, height) in pixels from "512", "512,768" or "512x768"."""
+    sizes = [size.strip() for size in word.lower().replace("x", ",").split(",")]
+    if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise BadValue(f"'{word}' is not a size in pixels such as 512 or 512,768 (width,height)")
+    return int(sizes[0]), int(sizes[-1])
+
+
+def read_steps(word: str) -> int | float | str:
+    """Steps (500), a ratio of all steps below 1 (0.05) or a percentage of them ("5%", which stays text)."""
+    try:
+        number = float(word.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise BadValue(f"'{word}' is neither a number of steps, nor a ratio below 1, nor a percentage such as 5%")
+    if word.endswith("%"):
+        if number > 100:
+            raise BadValue(f"'{word}' is more than all steps")
+        return word
+    if 0 < number < 1:
+        return number
+    return read_int(word)
+
+
+def read_token_length(word: str) -> int:
+    """75, 150 or 225 tokens of a caption. 255, which a GUI offers by mistake, is taken as 225."""
+    if word == "255":
+        logger.warning("max_token_length 255: CLIP's tokens come in chunks of 75, so the longest length, 225, is used.")
+        return 225
+    if word not in ("75", "150", "225"):
+        raise BadValue(f"'{word}' is not one of 75, 150, 225")
+    return int(word)

@@ -1,0 +1,60 @@
+"""Image folders as kohya's users lay them out: `train_data_dir/10_name` means 10 repeats of each image per epoch."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Only to give better advice; what is an image is decided where images are read.
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_NAME = re.compile(r"(?P<repeats>\d+)(?:_(?P<name>.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder, its repeats, and the caption of its images that have none (the name behind the number)."""
+
+    path: Path
+    num_repeats: int
+    class_tokens: str
+
+
+def find_image_folders(directory: str, *, where: str) -> list[ImageFolder]:
+    """The folders in `directory` whose names begin with a number of repeats, sorted by name.
+
+    Others are left out with a warning. Raises UserError if none is left.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise UserError(f"{where}: no such folder: {root}")
+    found: list[ImageFolder] = []
+    for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        match = _NAME.fullmatch(path.name)
+        if match is None:
+            logger.warning("%s: folder '%s' is left out: its name does not begin like 10_", where, path.name)
+        elif int(match["repeats"]) == 0:
+            logger.warning("%s: folder '%s' is left out: it asks for 0 repeats", where, path.name)
+        else:
+            found.append(ImageFolder(path, int(match["repeats"]), match["name"] or ""))
+    if not found:
+        raise UserError(f"{where}: {root} has no folder named like 10_name (10 repeats of each image){_advice(root)}")
+    return found
+
+
+def _advice(root: Path) -> str:
+    entries = sorted(root.iterdir())
+    images = [path for path in entries if path.suffix.lower() in _IMAGE_ENDINGS]
+    folders = [path.name for path in entries if path.is_dir() and not path.name.startswith(".")]
+    if images and _NAME.fullmatch(root.name):
+        return f"; it is such a folder itself: give the folder that holds it, {root.parent}"
+    if images:
+        return f"; it holds {len(images)} images itself: put them into {root / '10_name'}"
+    if folders:
+        return f"; rename its folders, for example {folders[0]} to 10_{folders[0]}"
+    return "; it is empty" if not entries else ""

@@ -1,0 +1,395 @@
+"""Every option name that kohya's scripts and its GUIs write, and what becomes of it here.
+
+A name is *implemented* if `options.py` declares it: no row here. Every other name has one row, in the table that says
+what happens to it:
+
+* `WITHOUT_EFFECT`: accepted, with one warning that says why ignoring it does not change the result;
+* `NOT_YET`: known, not supported yet: an error, unless its value asks for nothing (kohya's default, 0, "");
+* `GUI_EXTRAS`: names that GUIs write and kohya's scripts never read;
+* `OTHER_SCRIPTS`: of scripts that train other models or in other ways, or of tools: an error, as for `NOT_YET`.
+
+When a name becomes implemented, its row goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from library.config.fields import is_truth, read_bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A known name. `default` is kohya's; `neutral` are further values that ask for nothing.
+
+    `why`: ignoring it changes nothing, because of this. `only_with`: it matters only together with this other option,
+    which is refused itself. `needs`: it matters only together with one of these, and then is refused. `instead`:
+    kohya's scripts read these names and not it. A row without any of these is refused unless neutral. `hint`: what to
+    do. `script`: what the scripts that know it train, or "tools".
+    """
+
+    kind: Literal["flag", "value", "list"]
+    default: Any = None
+    neutral: tuple[Any, ...] = ()
+    why: str = ""
+    only_with: str = ""
+    needs: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ()
+    hint: str = ""
+    script: str = ""
+
+    def asks_for_nothing(self, words: tuple[str, ...]) -> bool:
+        """Whether these words leave everything as if the option were not given."""
+        if not words:
+            return self.kind == "list" or self.default is True
+        values = (self.default, *self.neutral)
+        return all(word == "" or any(_same(word, value) for value in values) for word in words)
+
+
+def _same(word: str, value: Any) -> bool:
+    if value is None:
+        return word.lower() == "none"
+    if isinstance(value, bool):
+        return is_truth(word) and read_bool(word) == value
+    if isinstance(value, int | float):
+        try:
+            return float(word) == value
+        except ValueError:
+            return False
+    return word == str(value)
+
+
+def flag(*, default: bool = False, **more: Any) -> Row:
+    return Row("flag", default, **more)
+
+
+def value(default: Any = None, *neutral: Any, **more: Any) -> Row:
+    return Row("value", default, neutral, **more)
+
+
+def values(**more: Any) -> Row:
+    return Row("list", **more)
+
+
+_ATTENTION = "attention always uses PyTorch's scaled_dot_product_attention"
+_MEMORY = "weights are loaded tensor by tensor, straight to where they are needed"
+
+WITHOUT_EFFECT: dict[str, Row] = {
+    "xformers": flag(why=_ATTENTION),
+    "diffusers_xformers": flag(why=_ATTENTION),
+    "mem_eff_attn": flag(why=_ATTENTION),
+    "sdpa": flag(why=_ATTENTION),
+    "lowram": flag(why=_MEMORY),
+    "highvram": flag(why="memory is not given back to the driver between steps in any case"),
+    "disable_mmap_load_safetensors": flag(why=_MEMORY),
+    "tokenizer_cache_dir": value(why="the tokenizer ships with this program"),
+    "skip_cache_check": flag(why="caches are kept in memory and made anew for each run"),
+    "use_safetensors": flag(why="a LoRA is saved as safetensors in any case"),
+    "ddp_gradient_as_bucket_view": flag(why="it only tunes the traffic between devices"),
+    "ddp_static_graph": flag(why="it only tunes the traffic between devices"),
+}
+
+NOT_YET: dict[str, Row] = {
+    # data
+    "alpha_mask": flag(),
+    "cache_info": flag(),
+    "cache_latents_to_disk": flag(hint="--cache_latents keeps them in memory"),
+    "cache_text_encoder_outputs_to_disk": flag(hint="--cache_text_encoder_outputs keeps them in memory"),
+    "caption_dropout_every_n_epochs": value(0),
+    "caption_dropout_rate": value(0.0),
+    "caption_tag_dropout_rate": value(0.0),
+    "color_aug": flag(),
+    "conditioning_data_dir": value(),
+    "dataset_class": value(),
+    "debug_dataset": flag(hint="--dry_run reports what the data set holds"),
+    "enable_wildcard": flag(),
+    "face_crop_aug_range": value(),
+    "in_json": value(),
+    "keep_tokens_separator": value(""),
+    "masked_loss": flag(),
+    "random_crop": flag(),
+    "resize_interpolation": value(),
+    "secondary_separator": value(),
+    "token_warmup_min": value(1, 0, only_with="token_warmup_step"),
+    "token_warmup_step": value(0),
+    "weighted_captions": flag(),
+    # validation
+    "max_validation_steps": value(None, 0, only_with="validation_split"),
+    "validate_every_n_epochs": value(None, 0, only_with="validation_split"),
+    "validate_every_n_steps": value(None, 0, only_with="validation_split"),
+    "validation_seed": value(only_with="validation_split"),
+    "validation_split": value(0.0),
+    # noise, timesteps, loss
+    "adaptive_noise_scale": value(None, 0),
+    "debiased_estimation_loss": flag(),
+    "huber_c": value(0.1, only_with="loss_type=huber"),
+    "huber_scale": value(1.0, only_with="loss_type=huber"),
+    "huber_schedule": value("snr", only_with="loss_type=huber"),
+    "ip_noise_gamma": value(None, 0),
+    "ip_noise_gamma_random_strength": flag(only_with="ip_noise_gamma"),
+    "max_timestep": value(None, 1000),
+    "min_timestep": value(None, 0),
+    "multires_noise_discount": value(0.3, only_with="multires_noise_iterations"),
+    "multires_noise_iterations": value(None, 0),
+    "noise_offset": value(None, 0),
+    "noise_offset_random_strength": flag(only_with="noise_offset"),
+    "scale_v_pred_loss_like_noise_pred": flag(),
+    "v_pred_like_loss": value(None, 0),
+    "zero_terminal_snr": flag(),
+    # learning rate
+    "lr_decay_steps": value(0, only_with="lr_scheduler=warmup_stable_decay"),
+    "lr_scheduler_args": values(only_with="lr_scheduler_type"),
+    "lr_scheduler_min_lr_ratio": value(None, 0, only_with="lr_scheduler=cosine_with_min_lr"),
+    "lr_scheduler_timescale": value(only_with="lr_scheduler=inverse_sqrt"),
+    "lr_scheduler_type": value(""),
+    # precision, memory, speed
+    "blocks_to_swap": value(None, 0),
+    "cpu_offload_checkpointing": flag(),
+    "fp8_base": flag(),
+    "fp8_base_unet": flag(),
+    "fused_backward_pass": flag(),
+    "torch_compile": flag(),
+    "dynamo_backend": value("inductor", "no", only_with="torch_compile"),
+    # several devices
+    "ddp_timeout": value(None, 0),
+    "deepspeed": flag(),
+    "fp16_master_weights_and_gradients": flag(only_with="deepspeed"),
+    "offload_optimizer_device": value(only_with="deepspeed"),
+    "offload_optimizer_nvme_path": value(only_with="deepspeed"),
+    "offload_param_device": value(only_with="deepspeed"),
+    "offload_param_nvme_path": value(only_with="deepspeed"),
+    "zero3_init_flag": flag(only_with="deepspeed"),
+    "zero3_save_16bit_model": flag(only_with="deepspeed"),
+    "zero_stage": value(2, only_with="deepspeed"),
+    # base model
+    "base_weights": values(),
+    "base_weights_multiplier": values(only_with="base_weights"),
+    # state
+    "initial_epoch": value(),
+    "initial_step": value(),
+    "resume": value(),
+    "resume_from_huggingface": flag(only_with="resume"),
+    "save_last_n_epochs_state": value(only_with="save_state"),
+    "save_last_n_steps_state": value(only_with="save_state"),
+    "save_state": flag(),
+    "save_state_on_train_end": flag(),
+    "save_state_to_huggingface": flag(only_with="save_state"),
+    "skip_until_initial_step": flag(only_with="initial_step"),
+    # samples during training, which kohya draws if there are both prompts and a time to draw them
+    "sample_at_first": flag(only_with="sample_prompts"),
+    "sample_every_n_epochs": value(None, 0, only_with="sample_prompts"),
+    "sample_every_n_steps": value(None, 0, only_with="sample_prompts"),
+    "sample_prompts": value(
+        needs=("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first"),
+        hint="--compare_prompts draws images after training",
+    ),
+    "sample_sampler": value("ddim", only_with="sample_prompts"),
+    # logs
+    "console_log_file": value(),
+    "console_log_level": value(None, "INFO"),
+    "console_log_simple": flag(),
+    "log_config": flag(),
+    "log_tracker_config": value(),
+    "wandb_api_key": value(only_with="log_with=wandb"),
+    "wandb_run_name": value(only_with="log_with=wandb"),
+    # upload
+    "async_upload": flag(only_with="huggingface_repo_id"),
+    "huggingface_path_in_repo": value(only_with="huggingface_repo_id"),
+    "huggingface_repo_id": value(),
+    "huggingface_repo_type": value(only_with="huggingface_repo_id"),
+    "huggingface_repo_visibility": value(only_with="huggingface_repo_id"),
+    "huggingface_token": value(only_with="huggingface_repo_id"),
+}
+
+_FAMILY = "the model family is found from the weights"
+
+GUI_EXTRAS: dict[str, Row] = {
+    # kohya_ss
+    "epoch": value(instead=("max_train_epochs", "max_train_steps")),
+    "noise_offset_type": value(why="the kind of noise follows from noise_offset and multires_noise_iterations"),
+    "sdxl": flag(why=_FAMILY),
+    "stop_text_encoder_training": value(None, 0),
+    "train_inpainting": flag(),
+    # lora-scripts
+    "batch_size": value(1, instead=("train_batch_size",)),
+    "bucket_resolution_steps": value(64, instead=("bucket_reso_steps",)),
+    "contrastive_warmup_steps": value(only_with="enable_contrastive"),
+    "contrastive_weight": value(only_with="enable_contrastive"),
+    "enable_contrastive": flag(),
+    "lr_restart_cycles": value(1, instead=("lr_scheduler_num_cycles",)),
+    "model_train_type": value(None, "sd-lora", "sdxl-lora"),
+    "negative_sampling_method": value(only_with="enable_contrastive"),
+    "network_train_text_encoder": flag(default=True, instead=("network_train_unet_only",)),
+    "noise_strength": value(only_with="enable_contrastive"),
+}
+
+
+def _of(script: str, **rows: Row) -> dict[str, Row]:
+    return {name: replace(row, script=script) for name, row in rows.items()}
+
+
+OTHER_SCRIPTS: dict[str, Row] = {
+    **_of(
+        "full fine-tuning or DreamBooth",
+        block_lr=value(),
+        blockwise_fused_optimizers=flag(),
+        fused_optimizer_groups=value(),
+        learning_rate_te=value(hint="here: --text_encoder_lr"),
+        learning_rate_te1=value(hint="here: --text_encoder_lr"),
+        learning_rate_te2=value(hint="here: --text_encoder_lr"),
+        learning_rate_te3=value(hint="here: --text_encoder_lr"),
+        mem_eff_save=flag(),
+        no_token_padding=flag(),
+        train_text_encoder=flag(hint="here the text encoder is trained unless --network_train_unet_only"),
+    ),
+    **_of(
+        "textual inversion",
+        init_word=value(),
+        num_vectors_per_token=value(1),
+        token_string=value(),
+        use_object_template=flag(),
+        use_style_template=flag(),
+        weights=value(hint="to start from a LoRA file: --network_weights"),
+    ),
+    **_of(
+        "ControlNet",
+        cond_emb_dim=value(),
+        control_net_lr=value(0.0001),
+        controlnet_model_name_or_path=value(),
+    ),
+    **_of(
+        "SD3",
+        apply_lg_attn_mask=flag(),
+        apply_t5_attn_mask=flag(),
+        clip_g=value(),
+        clip_g_dropout_rate=value(0.0),
+        clip_l=value(),
+        clip_l_dropout_rate=value(0.0),
+        enable_scaled_pos_embed=flag(),
+        logit_mean=value(0.0),
+        logit_std=value(1.0),
+        mode_scale=value(1.29),
+        num_last_block_to_freeze=value(),
+        pos_emb_random_crop_rate=value(0.0),
+        save_clip=flag(),
+        save_t5xxl=flag(),
+        skip_latents_validity_check=flag(),
+        t5_dropout_rate=value(0.0),
+        t5xxl=value(),
+        t5xxl_device=value(),
+        t5xxl_dtype=value(),
+        train_t5xxl=flag(),
+        training_shift=value(1.0),
+        use_t5xxl_cache_only=flag(),
+        weighting_scheme=value("uniform"),
+    ),
+    **_of(
+        "FLUX",
+        ae=value(),
+        discrete_flow_shift=value(5.0, 3.0, 3.1582, 6.0),
+        double_blocks_to_swap=value(),
+        guidance_scale=value(3.5),
+        model_prediction_type=value("raw"),
+        model_type=value("flux"),
+        sigmoid_scale=value(1.0),
+        single_blocks_to_swap=value(),
+        split_mode=flag(),
+        t5xxl_max_token_length=value(256),
+        timestep_sampling=value("sigma"),
+    ),
+    **_of(
+        "Lumina",
+        gemma2=value(),
+        gemma2_max_token_length=value(),
+        sample_batch_size=value(),
+        system_prompt=value(""),
+        use_flash_attn=flag(),
+        use_sage_attn=flag(),
+    ),
+    **_of(
+        "HunyuanImage or Anima",
+        attn_mode=value(),
+        byt5=value(),
+        cross_attn_lr=value(),
+        fp8_scaled=flag(),
+        fp8_vl=flag(),
+        llm_adapter_lr=value(),
+        llm_adapter_path=value(),
+        mlp_lr=value(),
+        mod_lr=value(),
+        qwen3=value(),
+        qwen3_max_token_length=value(512),
+        self_attn_lr=value(),
+        split_attn=flag(),
+        t5_max_token_length=value(512),
+        t5_tokenizer_path=value(),
+        text_encoder=value(),
+        text_encoder_cpu=flag(),
+        unsloth_offload_checkpointing=flag(),
+        vae_chunk_size=value(),
+        vae_disable_cache=flag(),
+    ),
+}
+
+# Options of kohya's tools (merge, extract, resize, convert, check): they ask for work that training does not do.
+_TOOL_NAMES = """
+    clamp_quantile clip_l_save_to concat conv_dim device diffusers dim dst dst_path dynamic_method dynamic_param
+    flux_model input_image_dir lbws load_original_model_to load_precision load_tuned_model_to loading_device
+    lora_weights mem_eff_load_save mem_eff_safe_open min_diff model model_id model_org model_tuned models
+    negative_prompt new_conv_rank new_rank output_image_dir precision prompt ratios reverse save_to sd_model
+    show_all_keys shuffle src src_path support_controlnet support_dreambooth support_dropout support_finetuning
+    t5xxl_save_to unit verbose working_device
+"""
+TOOLS = frozenset(_TOOL_NAMES.split())
+_TOOL_HINTS = {
+    "conv_dim": "here: --network_args conv_dim=N",
+    "dim": "here: --network_dim",
+    "model": "here: --pretrained_model_name_or_path",
+    "precision": "here: --mixed_precision or --save_precision",
+    "shuffle": "here: --shuffle_caption",
+    "unit": "here: --network_args unit=N",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a known name that was given: `error` or `warning`, or neither if it asks for nothing."""
+
+    error: str = ""
+    warning: str = ""
+
+
+@lru_cache(maxsize=1)
+def rows() -> dict[str, Row]:
+    """Every known name that is not implemented."""
+    tools = {name: Row("value", hint=_TOOL_HINTS.get(name, ""), script="tools") for name in TOOLS}
+    return {**tools, **OTHER_SCRIPTS, **WITHOUT_EFFECT, **NOT_YET, **GUI_EXTRAS}
+
+
+def judge(name: str, words: tuple[str, ...], *, given: Collection[str] = (), asked: Collection[str] = ()) -> Verdict:
+    """What becomes of the known name `name` with these words.
+
+    `given`: the implemented options that are set, too; `asked`: the other known names that ask for something.
+    """
+    row = rows()[name]
+    if row.kind == "flag" and words and not (words[0] == "" or is_truth(words[0])):
+        return Verdict(error=f"'{words[0]}' is neither true nor false")
+    if row.asks_for_nothing(words):
+        return Verdict()
+    if row.why:
+        return Verdict(warning=f"has no effect: {row.why}")
+    if row.only_with or (row.needs and not any(other in asked for other in row.needs)):
+        others = row.only_with or " or ".join(row.needs)
+        return Verdict(warning=f"has no effect: it matters only together with {others}")
+    if row.instead:
+        names = " or ".join(row.instead)
+        if any(other in given for other in row.instead):
+            return Verdict(warning=f"has no effect: kohya's scripts do not read it, but {names}")
+        return Verdict(error=f"kohya's scripts do not read this name; give {names} instead")
+    known = "written by GUIs, read by none of kohya's scripts" if name in GUI_EXTRAS else "known to kohya's scripts"
+    script = f" for {row.script}" if row.script else ""
+    hint = f" ({row.hint})" if row.hint else ""
+    return Verdict(error=f"{known}{script}, not supported here yet{hint}")

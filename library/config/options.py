@@ -1,0 +1,296 @@
+"""Every option of training, once: name, type, default and help, grouped as `--help` shows them.
+
+Names, defaults and meanings are those of kohya's sd-scripts; options of this project's own are marked "(ours)" in their
+help. To add an option, add a field: the command line, the TOML files, `--help` and `--output_config` follow. If kohya
+knows the name, delete its row in `kohya.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, get_type_hints
+
+from library.config.fields import Declared, declared, option, read_resolution, read_steps, read_token_length
+from library.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Base model"""
+
+    pretrained_model_name_or_path: str = option(
+        help="the base model: a .safetensors or .ckpt file, a diffusers folder, or the name of one on the hub"
+    )
+    v2: bool = option(False, help="the base is Stable Diffusion 2.x (checked against the weights)")
+    v_parameterization: bool = option(
+        False, help="the base predicts v, not noise, as the 768 px version of Stable Diffusion 2 does"
+    )
+    vae: str | None = option(None, help="another VAE to use: a file or a diffusers folder")
+    clip_skip: int | None = option(
+        None,
+        minimum=1,
+        zero_is_unset=True,
+        help="train on the output of the text encoder's n-th layer from the end (1: the last one)",
+    )
+    max_token_length: int | None = option(
+        None, read=read_token_length, help="the longest caption in tokens: 75, 150 or 225 (default: 75)"
+    )
+    no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions:
+    """Precision and memory"""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", help="the precision to compute in; no means fp32")
+    full_fp16: bool = option(False, help="keep all weights in fp16, the trained ones and their gradients, too")
+    full_bf16: bool = option(False, help="keep all weights in bf16, the trained ones and their gradients, too")
+    gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
+
+    def __post_init__(self) -> None:
+        for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+            if getattr(self, name) and self.mixed_precision != precision:
+                raise UserError(f"--{name} needs --mixed_precision {precision}, which is {self.mixed_precision}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Images and captions"""
+
+    train_data_dir: str | None = option(None, help="the folder that holds the image folders, named like 10_name")
+    reg_data_dir: str | None = option(None, help="the same for regularisation images")
+    dataset_config: str | None = option(None, help="a TOML or JSON file that describes the data, instead of these two")
+    resolution: tuple[int, int] | None = option(
+        None, read=read_resolution, joined_by=",", help="the size to train at in pixels: 512, or 512,768 (width,height)"
+    )
+    train_batch_size: int = option(1, minimum=1, help="images per step and device")
+    enable_bucket: bool = option(False, help="train images of different aspect ratios at different sizes")
+    min_bucket_reso: int = option(256, minimum=1, help="the shortest side of a bucket in pixels")
+    max_bucket_reso: int = option(1024, minimum=1, help="the longest side of a bucket in pixels")
+    bucket_reso_steps: int = option(64, minimum=1, help="sides of buckets are multiples of this many pixels")
+    bucket_no_upscale: bool = option(False, help="never enlarge an image; its size decides about its bucket")
+    caption_extension: str = option(
+        ".caption", aliases=("caption_extention",), help="ending of the caption files; most data sets have .txt"
+    )
+    caption_separator: str = option(",", help="what stands between the parts of a caption")
+    shuffle_caption: bool = option(False, help="shuffle the parts of a caption each time")
+    keep_tokens: int = option(0, minimum=0, help="so many parts at the front stay where they are when shuffling")
+    caption_prefix: str | None = option(None, help="text before every caption")
+    caption_suffix: str | None = option(None, help="text behind every caption")
+    flip_aug: bool = option(False, help="mirror images half of the time; not for faces or text")
+    dataset_repeats: int = option(1, minimum=1, help="repeats of each image per epoch where the data set says nothing")
+    prior_loss_weight: float = option(1.0, minimum=0, help="weight of the loss of regularisation images")
+    cache_latents: bool = option(False, help="encode each image once, before training")
+    vae_batch_size: int = option(1, minimum=1, help="images encoded at once for the cache")
+    cache_text_encoder_outputs: bool = option(
+        False, help="encode each caption once, before training; needs --network_train_unet_only"
+    )
+    text_encoder_batch_size: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="captions encoded at once (default: as --train_batch_size)"
+    )
+    max_data_loader_n_workers: int = option(8, minimum=0, help="processes that prepare data, at most; fewer if enough")
+    persistent_data_loader_workers: bool = option(False, help="keep these processes from one epoch to the next")
+    skip_bad_images: bool = option(False, help="leave unreadable images out instead of stopping (ours)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Network (the LoRA)"""
+
+    network_module: str = option(
+        "networks.lora",
+        not_yet=(
+            *("networks.dylora", "networks.lora_fa", "networks.oft", "networks.oft_flux", "networks.lora_flux"),
+            *("networks.lora_sd3", "networks.lora_lumina", "networks.lora_hunyuan_image", "networks.lora_anima"),
+        ),
+        help="the module that makes it: networks.lora, lycoris.kohya, ...",
+    )
+    network_dim: int | None = option(None, minimum=1, help="its rank (default: 4)")
+    network_alpha: float = option(1.0, minimum=0, help="its output is scaled by alpha / rank; 0 means alpha = rank")
+    network_dropout: float | None = option(
+        None, minimum=0, maximum=1, help="share of its rank's values that are dropped in each training step"
+    )
+    network_args: tuple[str, ...] = option((), help="more settings of the module: conv_dim=4 conv_alpha=1 ...")
+    network_train_unet_only: bool = option(False, help="train the UNet's part only")
+    network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
+    network_weights: str | None = option(None, help="a LoRA file to start from")
+    dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
+    scale_weight_norms: float | None = option(
+        None, minimum=0, zero_is_unset=True, help="scale down what grows beyond this norm; 1 is a good start"
+    )
+
+    def __post_init__(self) -> None:
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+        if self.dim_from_weights and self.network_weights is None:
+            raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Optimizer and learning rate"""
+
+    optimizer_type: str = option("", help="AdamW (the default), AdamW8bit, Lion, Prodigy, ... or package.module.Class")
+    optimizer_args: tuple[str, ...] = option((), help="its settings: weight_decay=0.01 betas=0.9,0.99 ...")
+    use_8bit_adam: bool = option(False, help="the old way to say --optimizer_type AdamW8bit")
+    use_lion_optimizer: bool = option(False, help="the old way to say --optimizer_type Lion")
+    learning_rate: float = option(2e-6, minimum=0, help="the learning rate where the next two say nothing")
+    unet_lr: float | None = option(None, minimum=0, help="the UNet's learning rate")
+    text_encoder_lr: tuple[float, ...] | None = option(
+        None, minimum=0, help="the text encoder's learning rate; one each where there are more"
+    )
+    max_grad_norm: float = option(1.0, minimum=0, help="clip gradients to this norm; 0: never")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = option(
+        "constant",
+        not_yet=("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor"),
+        help="how the learning rate changes",
+    )
+    lr_warmup_steps: int | float | str = option(
+        0, read=read_steps, help="warm-up, in steps (500), as a ratio of all steps (0.05) or in percent (5%)"
+    )
+    lr_scheduler_num_cycles: int = option(1, minimum=1, help="cycles of cosine_with_restarts")
+    lr_scheduler_power: float = option(1.0, minimum=0, help="power of polynomial")
+
+    def __post_init__(self) -> None:
+        ways = [f"--{name}" for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(self, name)]
+        if self.optimizer_type:
+            ways.append(f"--optimizer_type {self.optimizer_type}")
+        if len(ways) > 1:
+            raise UserError(f"{' and '.join(ways)} each choose an optimizer: give one of them")
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer that these options choose together."""
+        if self.use_8bit_adam:
+            return "AdamW8bit"
+        return "Lion" if self.use_lion_optimizer else self.optimizer_type or "AdamW"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Training"""
+
+    max_train_steps: int = option(1600, minimum=0, help="steps of the optimizer, unless --max_train_epochs is given")
+    max_train_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="epochs; overrides the steps")
+    gradient_accumulation_steps: int = option(1, minimum=1, help="batches per step of the optimizer")
+    seed: int | None = option(None, help="the same seed gives the same result (default: a random one, which is logged)")
+    min_snr_gamma: float | None = option(
+        None, minimum=0, zero_is_unset=True, help="weight timesteps by min-SNR with this gamma; 5 is usual"
+    )
+    loss_type: Literal["l2"] = option("l2", not_yet=("l1", "huber", "smooth_l1"), help="the loss")
+
+    def __post_init__(self) -> None:
+        if self.max_train_steps == 0 and self.max_train_epochs is None:
+            raise UserError("--max_train_steps 0 and no --max_train_epochs: nothing to train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is written"""
+
+    output_dir: str = option(help="the folder to write to; made if need be")
+    output_name: str | None = option(None, help="the LoRA's file name without its ending (default: last)")
+    overwrite: bool = option(False, help="overwrite files of an earlier run instead of stopping (ours)")
+    save_precision: Literal["float", "fp16", "bf16"] | None = option(
+        None, help="the precision of the file (default: as trained)"
+    )
+    save_model_as: Literal["safetensors"] = option("safetensors", not_yet=("ckpt", "pt"), help="the file's format")
+    save_every_n_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n epochs")
+    save_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n steps")
+    save_n_epoch_ratio: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="save at least n times, evenly over the epochs"
+    )
+    save_last_n_epochs: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="of these files keep those of the last n epochs"
+    )
+    save_last_n_steps: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="of these files keep those of the last n steps"
+    )
+    no_metadata: bool = option(False, help="write no metadata into the file")
+    training_comment: str | None = option(None, help="a comment for the metadata")
+    metadata_title: str | None = option(None, help="title for the metadata (default: the output name)")
+    metadata_author: str | None = option(None, help="author for the metadata")
+    metadata_description: str | None = option(None, help="description for the metadata")
+    metadata_license: str | None = option(None, help="licence for the metadata")
+    metadata_tags: str | None = option(None, help="tags for the metadata, separated by commas")
+    metadata_usage_hint: str | None = option(None, help="usage hint for the metadata")
+    metadata_trigger_phrase: str | None = option(None, help="trigger phrase for the metadata")
+    metadata_thumbnail: str | None = option(None, help="thumbnail for the metadata, as a data URL")
+    metadata_merged_from: str | None = option(None, help="models that it was merged from, for the metadata")
+    metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata")
+    metadata_is_negative_embedding: str | None = option(None, help="whether it is a negative embedding, for metadata")
+    loss_plot: bool = option(True, help="draw the loss into a PNG beside the LoRA (ours)")
+    compare_prompts: tuple[str, ...] = option(
+        (), help="after training draw each of these prompts without and with the LoRA, in one grid (ours)"
+    )
+    compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts (ours)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions:
+    """Logs"""
+
+    logging_dir: str | None = option(None, help="the folder for TensorBoard's logs; none are written without it")
+    log_with: Literal["tensorboard"] | None = option(None, not_yet=("wandb", "all"), help="what to log with")
+    log_prefix: str | None = option(None, help="put before the time in the name of the run's log folder")
+    log_tracker_name: str | None = option(None, help="the name of the tracker (default: network_train)")
+
+    def __post_init__(self) -> None:
+        if self.log_with is not None and self.logging_dir is None:
+            raise UserError(f"--log_with {self.log_with} needs --logging_dir, the folder to write to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """This run"""
+
+    config_file: str | None = option(
+        None, help="a TOML file with any of these options, in sections of any name; the command line wins"
+    )
+    output_config: bool = option(False, help="write the given options to --config_file instead of training")
+    dry_run: Literal["", "plan", "measure"] = option(
+        "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of one run. `given` names those that the user set, with the place where each stands."""
+
+    model: ModelOptions
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    output: OutputOptions
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
+            raise UserError("--cache_text_encoder_outputs needs --network_train_unet_only: what is cached cannot learn")
+
+
+@lru_cache(maxsize=1)
+def option_groups() -> dict[str, type]:
+    """The dataclasses that declare options, by their name in `Options`."""
+    hints = get_type_hints(Options)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
+
+
+@lru_cache(maxsize=1)
+def declared_options() -> dict[str, Declared]:
+    """Every option by its name, in the order of `--help`."""
+    options: dict[str, Declared] = {}
+    for group in option_groups().values():
+        items = declared(group)
+        assert not options.keys() & items.keys(), f"declared twice: {options.keys() & items.keys()}"
+        options |= items
+    return options

@@ -1,0 +1,207 @@
+"""From a command line, and the TOML file that it names, to `Options`.
+
+Both are read into one list of settings, the file's first, and one pass checks them all, so the command line wins and
+nothing is checked twice. `argparse` prints the help. It does not read the words, because it cannot say in which file
+and section a word stood, stops at the first mistake, and takes -1e-4 for an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.config import kohya
+from library.config.fields import UNSET, BadValue, Declared, convert, declared
+from library.config.options import Options, declared_options, option_groups
+from library.config.settings import Setting, from_toml, from_words
+from library.config.toml_file import write_toml
+from library.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+# These say where to read or write, so a file cannot say them about itself.
+_COMMAND_LINE_ONLY = ("config_file", "output_config")
+
+
+def parse(argv: list[str]) -> Options:
+    """The options of a run. Raises UserError, which names every mistake that was found, one a line.
+
+    `--help` and `--output_config` do their work and raise SystemExit(0).
+    """
+    settings = from_words(argv)
+    if any(setting.name == "help" for setting in settings):
+        help_parser().print_help()
+        raise SystemExit(0)
+    reading = _read(settings)
+    config_path = _config_path(reading)
+    if reading.values.get("output_config"):
+        reading.refuse()
+        _write_config(config_path, reading)
+        raise SystemExit(0)
+    if config_path is not None:
+        reading = _read([*from_toml(config_path), *settings])
+    reading.refuse()
+    for warning in reading.warnings:
+        logger.warning("%s", warning)
+    return _options(reading)
+
+
+def help_parser() -> argparse.ArgumentParser:
+    """The options as `--help` shows them."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--config_file FILE.toml] [--option value ...]",
+        description="Train a LoRA. Every option can stand in the TOML file as well; the command line wins. "
+        "--no-flag takes back a --flag of the file.",
+        allow_abbrev=False,
+    )
+    for group_name, group in option_groups().items():
+        section = parser.add_argument_group((group.__doc__ or group_name).strip())
+        for item in declared(group).values():
+            _add_argument(section, item)
+    return parser
+
+
+def _add_argument(section: argparse._ArgumentGroup, item: Declared) -> None:
+    text = item.details.help.replace("%", "%%")
+    if item.kind is bool:
+        name = f"--no-{item.name}" if item.default else f"--{item.name}"
+        section.add_argument(name, action="store_true", help=f"do not {text}" if item.default else text)
+        return
+    if item.required:
+        text += " (required)"
+    elif item.default not in (None, "", ()):
+        text += f" (default: {item.default})"
+    choices = "{" + ",".join(choice for choice in item.choices if choice) + "}"
+    plain = {int: "N", float: "X", str: "TEXT"}[item.kind]
+    nargs = "*" if item.many else "?" if item.details.alone else None
+    section.add_argument(f"--{item.name}", nargs=nargs, metavar=choices if item.choices else plain, help=text)
+
+
+@dataclass
+class _Reading:
+    """What one pass over the settings found: values by option, the place of each, and what is to be said."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def refuse(self) -> None:
+        """Raise UserError if anything is wrong."""
+        if self.problems:
+            raise UserError("\n".join(self.problems))
+
+
+def _read(settings: Iterable[Setting]) -> _Reading:
+    """Check every setting; of two for one name, the later wins."""
+    options = declared_options()
+    names = {alias: name for name, item in options.items() for alias in (name, *item.details.aliases)}
+    reading = _Reading()
+    others: dict[str, Setting] = {}
+    for setting in map(_without_no, settings):
+        name = names.get(setting.name)
+        if name is None:
+            others[setting.name] = setting
+            continue
+        if name in _COMMAND_LINE_ONLY and not setting.from_command_line:
+            reading.warnings.append(f"{setting.place}: has no effect: it works on the command line only")
+            continue
+        reading.values.pop(name, None)
+        reading.places.pop(name, None)
+        try:
+            value = convert(options[name], setting.words)
+        except BadValue as error:
+            reading.problems.append(f"{setting.place}: {error}")
+            continue
+        if value is not UNSET:
+            reading.values[name] = value
+            reading.places[name] = setting.place
+    rows = kohya.rows()
+    asked = {name for name, item in others.items() if name in rows and not rows[name].asks_for_nothing(item.words)}
+    for setting in others.values():
+        _judge(setting, reading, asked)
+    return reading
+
+
+def _without_no(setting: Setting) -> Setting:
+    """`--no-flag` is `--flag=false`."""
+    name = setting.name.removeprefix("no-")
+    if name == setting.name or setting.words:
+        return setting
+    item, row = declared_options().get(name), kohya.rows().get(name)
+    is_flag = item.kind is bool if item else row is not None and row.kind == "flag"
+    return Setting(name, ("false",), setting.place) if is_flag else setting
+
+
+def _judge(setting: Setting, reading: _Reading, asked: Collection[str]) -> None:
+    """Deal with a name that is not implemented. `asked`: see `kohya.judge`."""
+    if setting.name not in kohya.rows():
+        known = [*declared_options(), *(name for name in kohya.rows() if name not in kohya.TOOLS)]
+        reading.problems.append(f"{setting.place}: unknown option{did_you_mean(setting.name, known)}")
+        return
+    verdict = kohya.judge(setting.name, setting.words, given=reading.places, asked=asked)
+    shown = f" = {' '.join(setting.words)}" if setting.words else ""
+    if verdict.error:
+        reading.problems.append(f"{setting.place}{shown}: {verdict.error}")
+    if verdict.warning:
+        reading.warnings.append(f"{setting.place}{shown}: {verdict.warning}")
+
+
+def _config_path(reading: _Reading) -> Path | None:
+    """The file that --config_file names, whose ending may be left out."""
+    name = reading.values.get("config_file")
+    if name is None:
+        return None
+    return Path(name if name.endswith(".toml") else f"{name}.toml")
+
+
+def _options(reading: _Reading) -> Options:
+    missing = [
+        f"--{name} is required: {item.details.help}"
+        for name, item in declared_options().items()
+        if item.required and name not in reading.values
+    ]
+    if missing:
+        raise UserError("\n".join(missing))
+    try:
+        groups = {
+            name: group(**{key: reading.values[key] for key in declared(group) if key in reading.values})
+            for name, group in option_groups().items()
+        }
+        return Options(**groups, given=reading.places)
+    except UserError as error:
+        raise UserError(f"{error}{_places_of(str(error), reading)}") from None
+
+
+def _places_of(message: str, reading: _Reading) -> str:
+    """Where in a file the options stand that `message` names."""
+    named = dict.fromkeys(re.findall(r"--(\w+)", message))
+    lines = [f"\n  {reading.places[name]}" for name in named if name in reading.places]
+    return "".join(line for line in lines if "command line: " not in line)
+
+
+def _write_config(path: Path | None, reading: _Reading) -> None:
+    """Write what differs from the defaults, in the form that kohya's scripts read, too."""
+    if path is None:
+        raise UserError("--output_config needs --config_file, the file to write")
+    if path.exists():
+        raise UserError(f"{path}: exists already; --output_config writes to a new file")
+    options = declared_options()
+    written = {
+        name: _plain(value, options[name])
+        for name, value in reading.values.items()
+        if name not in _COMMAND_LINE_ONLY and value != options[name].default
+    }
+    write_toml(path, written)
+    logger.info("%s written with %d options.", path, len(written))
+
+
+def _plain(value: Any, item: Declared) -> Any:
+    if item.details.joined_by is not None:
+        return item.details.joined_by.join(map(str, value))
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,82 @@
+"""What the user set and where: words of the command line and of a TOML file, alike."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.config.toml_file import read_toml
+from library.errors import UserError
+
+COMMAND_LINE = "command line"
+
+# "--name" or "--name=value". A value may begin with "-" or be a number such as -1e-4, never with "--" and a letter.
+_OPTION = re.compile(r"--(?P<name>[A-Za-z][\w.-]*)(?:=(?P<value>.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A name and its words, as the user spelt them. `place` begins each message about it."""
+
+    name: str
+    words: tuple[str, ...]
+    place: str
+
+    @property
+    def from_command_line(self) -> bool:
+        return self.place.startswith(COMMAND_LINE)
+
+
+def from_words(words: list[str]) -> list[Setting]:
+    """The settings on a command line. Raises UserError for a word that belongs to no option."""
+    collected: list[tuple[str, list[str]]] = []
+    for word in words:
+        match = _OPTION.fullmatch(word)
+        if match:
+            value = match["value"]
+            collected.append((match["name"], [] if value is None else [value]))
+        elif word == "-h":
+            collected.append(("help", []))
+        elif collected:
+            collected[-1][1].append(word)
+        else:
+            raise UserError(f"{COMMAND_LINE}: unexpected word '{word}': options begin with --")
+    return [Setting(name, tuple(values), f"{COMMAND_LINE}: --{name}") for name, values in collected]
+
+
+def from_toml(path: Path) -> list[Setting]:
+    """The settings in a TOML file, whatever its sections are called. Raises UserError."""
+    settings: dict[str, Setting] = {}
+    for section, content in read_toml(path).items():
+        if isinstance(content, dict):
+            found = [_setting(key, value, f"{path}: [{section}] {key}") for key, value in content.items()]
+        else:
+            found = [_setting(section, content, f"{path}: {section}")]
+        for setting in found:
+            twin = settings.setdefault(setting.name, setting)
+            if twin.words != setting.words:
+                raise UserError(
+                    f"{setting.place}: '{' '.join(setting.words)}', but {twin.place.removeprefix(f'{path}: ')} "
+                    f"in the same file says '{' '.join(twin.words)}'"
+                )
+    return list(settings.values())
+
+
+def _setting(key: str, value: Any, place: str) -> Setting:
+    if isinstance(value, dict):
+        raise UserError(f"{place}: a table inside a section; sections are one level deep")
+    if isinstance(value, list):
+        # An empty list says as little as an empty string.
+        return Setting(key, tuple(_word(item, place) for item in value) or ("",), place)
+    return Setting(key, (_word(value, place),), place)
+
+
+def _word(value: Any, place: str) -> str:
+    """The word for which `value` stands on the command line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise UserError(f"{place}: {value!r} is neither text nor a number, true or false, nor a list of these")

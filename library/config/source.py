@@ -1,0 +1,110 @@
+"""Signatures of this project's own functions and classes, read from their source without importing them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from library.errors import UserError, did_you_mean
+
+_PACKAGES = ("library", "networks")
+
+
+@dataclass(frozen=True)
+class SourceSignature:
+    """See `registry.Signature`."""
+
+    parameters: dict[str, str]
+    required: frozenset[str]
+    takes_any: bool
+
+
+def is_ours(path: str) -> bool:
+    """Whether a dotted path leads into this project."""
+    return path.partition(".")[0] in _PACKAGES
+
+
+def find(module: str, *, where: str) -> Path:
+    """The file of one of our modules. Raises UserError with the nearest module."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    assert spec is not None, f"{top} is not importable"
+    assert spec.submodule_search_locations, f"{top} is not a package"
+    base = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest)
+    for file in (base / "__init__.py", base.with_suffix(".py")):
+        if file.is_file():
+            return file
+    package = ".".join(module.split(".")[:-1])
+    siblings = [f"{package}.{file.stem}" for file in sorted(base.parent.glob("[a-z]*.py"))]
+    raise UserError(f"{where}: there is no module '{module}'{did_you_mean(module, siblings)}")
+
+
+def read_signature(path: str, *, where: str) -> SourceSignature | None:
+    """The signature of the function or class at "package.module.Name"; None if it is imported from a third party.
+
+    Raises UserError if there is nothing of that name.
+    """
+    if not is_ours(path):
+        return None
+    module, _, name = path.rpartition(".")
+    file = find(module, where=where)
+    tree = _parsed(file)
+    node = _definition(tree, name)
+    if isinstance(node, ast.ImportFrom):
+        return read_signature(_import_target(node, name, module, file), where=where)
+    if node is None:
+        names = [item.name for item in tree.body if isinstance(item, ast.FunctionDef | ast.ClassDef)]
+        raise UserError(f"{where}: module '{module}' has no '{name}'{did_you_mean(name, names)}")
+    if isinstance(node, ast.FunctionDef):
+        return _of_arguments(node.args, skip_first=False)
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _of_arguments(item.args, skip_first=True)
+    for base in node.bases:
+        if isinstance(base, ast.Name) and _definition(tree, base.id) is not None:
+            return read_signature(f"{module}.{base.id}", where=where)
+    return SourceSignature({}, frozenset(), takes_any=False)
+
+
+@lru_cache(maxsize=32)
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def _definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.ClassDef | ast.ImportFrom | None:
+    """What gives `name` its meaning in a module: a definition, or an import, a lazy one in a function as well."""
+    for item in tree.body:
+        if isinstance(item, ast.FunctionDef | ast.ClassDef) and item.name == name:
+            return item
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+            return node
+    return None
+
+
+def _import_target(node: ast.ImportFrom, name: str, module: str, file: Path) -> str:
+    """The dotted path that `from ... import name` means."""
+    original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
+    if not node.level:
+        return f"{node.module}.{original}"
+    parts = module.split(".")
+    # "." is the package itself: for its __init__.py that is the module, for any other file its parent
+    drop = node.level - 1 if file.name == "__init__.py" else node.level
+    return ".".join([*parts[: len(parts) - drop], *([node.module] if node.module else []), original])
+
+
+def _of_arguments(arguments: ast.arguments, *, skip_first: bool) -> SourceSignature:
+    positional = [*arguments.posonlyargs, *arguments.args]
+    without_default = positional[: len(positional) - len(arguments.defaults)]
+    without_default += [a for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is None]
+    named = [*positional, *arguments.kwonlyargs]
+    if skip_first:
+        named, without_default = named[1:], without_default[1:]
+    return SourceSignature(
+        {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in named},
+        frozenset(a.arg for a in without_default),
+        takes_any=arguments.kwarg is not None,
+    )

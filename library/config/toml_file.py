@@ -1,0 +1,86 @@
+"""Reading and writing TOML files, with errors that name the file, the line and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from library.errors import UserError
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark (Windows' editors write one). Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises UserError."""
+    text = read_text(path)
+    try:
+        content = toml.loads(text)
+    except toml.TomlDecodeError as error:
+        lines = text.splitlines()
+        line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
+        raise UserError(f"{path}, line {error.lineno}: {line!r}: {_explain(line, error.msg)}") from None
+    except (IndexError, KeyError, TypeError, AttributeError):
+        # The toml package trips over some unfinished files instead of reporting them,
+        _refuse_open_brackets(path, text)
+        raise UserError(f"{path}: not valid TOML: a list, a string or a table is not finished") from None
+    _refuse_open_brackets(path, text)  # and reads others without complaint, losing values
+    return content
+
+
+_STRING_OR_COMMENT = re.compile(
+    r'"""(?:\\.|[^\\])*?"""|' r"'''.*?'''|" r'"(?:\\.|[^"\\\n])*"|' r"'[^'\n]*'|#[^\n]*", re.DOTALL
+)
+
+
+def _refuse_open_brackets(path: Path, text: str) -> None:
+    """Raise UserError for a bracket that is opened and never closed."""
+    bare = _STRING_OR_COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text)
+    opened: list[tuple[str, int]] = []
+    for number, line in enumerate(bare.splitlines(), 1):
+        for character in line:
+            if character in "[{":
+                opened.append((character, number))
+            elif character in "]}" and opened:
+                opened.pop()
+    if opened:
+        bracket, number = opened[0]
+        raise UserError(f"{path}, line {number}: {text.splitlines()[number - 1].strip()!r}: {bracket} is never closed")
+
+
+def _explain(line: str, message: str) -> str:
+    """What is wrong with `line`: plainer words than the toml package's for the commonest mistakes."""
+    text = line.partition("=")[2].strip()
+    if "escape" in message.lower():
+        return "write paths with / or in single quotes: in double quotes \\ has a meaning of its own"
+    if "lowercase booleans" in message:
+        return "write true and false in lower case"
+    if re.match(r"[A-Za-z./~\\]", text):
+        return f"text needs quotes: {line.partition('=')[0].strip()} = {text.split(' #')[0].strip()!r}"
+    if "homogeneous" in message:
+        return "the items of a list must be of one kind: 0.0 beside 1e-4, not 0"
+    if "already exists" in message:
+        return "the section stands twice in this file"
+    if message == "Duplicate keys!":
+        return "the key stands twice in this section"
+    return message.strip()
+
+
+def write_toml(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as a flat TOML file. Raises UserError if it cannot be written."""
+    try:
+        path.write_text(toml.dumps(values), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

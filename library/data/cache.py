@@ -1,0 +1,134 @@
+"""Encode once, keep in memory. Gets functions, not models."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from library.data.check import cpu_count
+from library.data.images import View, load_pixels
+from library.data.samples import Size
+from library.errors import UserError
+from library.progress import bar
+
+logger = logging.getLogger(__name__)
+
+
+class LatentCache:
+    """(mean, std) of the latents of each view: the distribution and no draw from it, so that training on the cache
+    equals training without and no seed is baked in. One tensor [N, C, h, w] a bucket size, on the CPU."""
+
+    def __init__(self, rows: dict[View, int], moments: dict[Size, tuple[Tensor, Tensor]]) -> None:
+        self._rows = rows
+        self._moments = moments
+
+    def get(self, views: Sequence[View]) -> tuple[Tensor, Tensor]:
+        """(mean, std), each [B, C, h, w], of views of one size."""
+        mean, std = self._moments[views[0].size]
+        rows = [self._rows[view] for view in views]
+        return mean[rows], std[rows]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(mean.nbytes + std.nbytes for mean, std in self._moments.values())
+
+
+class TextCache:
+    """What the text encoders give for each caption: one tensor [N, …] a name, on the CPU."""
+
+    def __init__(self, rows: dict[str, int], outputs: dict[str, Tensor]) -> None:
+        self._rows = rows
+        self._outputs = outputs
+
+    def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Name → [B, …]."""
+        rows = [self._rows[caption] for caption in captions]
+        return {name: output[rows] for name, output in self._outputs.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self._outputs.values())
+
+
+@torch.no_grad()
+def encode_images(
+    views: Iterable[View], encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int
+) -> LatentCache:
+    """Encode each distinct view once, in batches of one size. Kept in the dtype that `encode` returns.
+
+    `encode` takes pixels float32 [B, 3, H, W] in [-1, 1] on the CPU and returns (mean, std), each [B, C, h, w].
+    Threads decode the images of the next batches meanwhile. Raises UserError where a latent is not finite.
+    """
+    by_size: dict[Size, list[View]] = {}
+    for view in dict.fromkeys(views):
+        by_size.setdefault(view.size, []).append(view)
+    batches = [(same[i : i + batch_size], i) for same in by_size.values() for i in range(0, len(same), batch_size)]
+    ordered = [view for batch, _ in batches for view in batch]
+    rows: dict[View, int] = {}
+    moments: dict[Size, tuple[Tensor, Tensor]] = {}
+    with closing(_read_ahead(ordered, ahead=2 * batch_size)) as pixels:
+        for batch, start in bar(batches, desc="encoding images", total=len(batches), unit="batch"):
+            mean, std = encode(torch.stack(list(islice(pixels, len(batch)))))
+            size, end = batch[0].size, start + len(batch)
+            if size not in moments:  # only the encoder knows the shape
+                moments[size] = _room(mean, len(by_size[size])), _room(std, len(by_size[size]))
+            for room, new in zip(moments[size], (mean, std), strict=True):
+                room[start:end] = new
+            _refuse_non_finite(batch, *(room[start:end] for room in moments[size]))
+            rows.update(zip(batch, range(start, end), strict=True))
+    cache = LatentCache(rows, moments)
+    logger.info("latents of %d images held in memory: %.1f MB", len(rows), cache.nbytes / 1e6)
+    return cache
+
+
+@torch.no_grad()
+def encode_captions(
+    captions: Iterable[str], encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int
+) -> TextCache:
+    """Encode each distinct caption once. `encode` returns name → [B, …], of one shape for every caption."""
+    distinct = list(dict.fromkeys(captions))
+    outputs: dict[str, Tensor] = {}
+    starts = range(0, len(distinct), batch_size)
+    for start in bar(starts, desc="encoding captions", total=len(starts), unit="batch"):
+        batch = distinct[start : start + batch_size]
+        for name, new in encode(batch).items():
+            if name not in outputs:
+                outputs[name] = _room(new, len(distinct))
+            outputs[name][start : start + len(batch)] = new
+    cache = TextCache({caption: row for row, caption in enumerate(distinct)}, outputs)
+    logger.info("text encoder outputs of %d captions held in memory: %.1f MB", len(distinct), cache.nbytes / 1e6)
+    return cache
+
+
+def _room(like: Tensor, count: int) -> Tensor:
+    return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device="cpu")
+
+
+def _read_ahead(views: Sequence[View], *, ahead: int) -> Generator[Tensor, None, None]:
+    """The pixels of each view, in order. At most `ahead` images, and one for each thread, wait to be taken."""
+    threads = min(16, cpu_count())
+    waiting: deque[Future[Tensor]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for view in views:
+            if len(waiting) >= ahead + threads:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(load_pixels, view))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _refuse_non_finite(views: Sequence[View], mean: Tensor, std: Tensor) -> None:
+    finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
+    bad = dict.fromkeys(str(view.path) for view, good in zip(views, finite.tolist(), strict=True) if not good)
+    if bad:
+        raise UserError(f"the VAE gives latents that are no numbers for {', '.join(bad)}: in fp16 try --no_half_vae")

@@ -1,0 +1,59 @@
+"""Decode the images of coming batches in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from library.data.check import cpu_count
+from library.data.images import View, load_pixels
+
+Views = Sequence[View]
+
+
+class _Pixels(Dataset[Tensor]):
+    """Its index is the batch's own description: workers hold no data, whether forked or spawned."""
+
+    def __getitem__(self, views: Views) -> Tensor:  # type: ignore[override]
+        return torch.stack([load_pixels(view) for view in views])
+
+
+class _Order:
+    """The sampler: the batches to come. Workers that persist outlive an epoch, so it can be given new ones."""
+
+    def __init__(self) -> None:
+        self.batches: Iterable[Views] = ()
+
+    def __iter__(self) -> Iterator[Views]:
+        return iter(self.batches)
+
+
+class PixelLoader:
+    """Batches of views → batches of pixels, in order, the same for any number of workers.
+
+    `workers` is the most that are wanted: no more than CPUs or `most_batches`, the batches of an epoch, are started.
+    `start_method` is that of `multiprocessing` ("fork", "spawn", "forkserver"); None is the platform's own.
+    """
+
+    def __init__(
+        self, *, workers: int, most_batches: int, persistent: bool = False, start_method: str | None = None
+    ) -> None:
+        self.workers = min(workers, cpu_count(), most_batches)
+        self._order = _Order()
+        self._loader = DataLoader(
+            _Pixels(),
+            batch_size=None,
+            sampler=self._order,
+            num_workers=self.workers,
+            persistent_workers=persistent and self.workers > 0,
+            multiprocessing_context=start_method if self.workers else None,
+            generator=torch.Generator(),  # else each epoch would take a number from torch's global stream
+        )
+
+    def __call__(self, batches: Iterable[Views]) -> Iterator[Tensor]:
+        """[B, 3, H, W] in [-1, 1] for each of `batches`."""
+        self._order.batches = batches
+        return iter(self._loader)

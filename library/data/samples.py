@@ -1,0 +1,49 @@
+"""What every source of data delivers: images, their captions, and how often each is seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import SubsetSpec
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+UNMEASURED: Size = (0, 0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of one subset.
+
+    `key` names it in every keyed draw: "{subset index}/{path inside the subset}", the same on every machine.
+    `caption` is the text as the source has it; `captions.caption_text` makes what is trained out of it.
+    `size` is that of the upright image, `UNMEASURED` until the image has been opened.
+    """
+
+    path: Path
+    key: str
+    caption: str
+    subset: SubsetSpec
+    size: Size
+    repeats: int
+
+
+@dataclass(frozen=True)
+class SubsetSummary:
+    """What was found in one subset, for the dry run and the log. `images` counts those that are trained."""
+
+    subset: SubsetSpec
+    images: int
+    bad_images: int = 0
+    unused_reg_images: int = 0
+    captions_found: int = 0
+    captions_missing: int = 0
+    captions_empty: int = 0
+    captions_of_several_lines: int = 0
+    shared_names: int = 0
+    other_image_files: int = 0
+    subfolders_with_images: int = 0

@@ -1,0 +1,191 @@
+"""A folder of images with a caption file beside each, as kohya's DreamBooth data sets have it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from library.data.images import image_extensions
+from library.data.samples import UNMEASURED, Sample, SubsetSummary
+from library.errors import UserError, did_you_mean
+from library.progress import bar
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import SubsetSpec
+
+logger = logging.getLogger(__name__)
+_USUAL_EXTENSIONS = (".txt", ".caption")  # of caption files
+_OTHER_IMAGES = frozenset((".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", ".avif", ".jxl", ".jp2"))
+
+
+class Scan(NamedTuple):
+    samples: list[Sample]
+    summary: SubsetSummary
+
+
+@dataclass(frozen=True)
+class _Caption:
+    """What the caption file of an image says; `file` is None where there is none."""
+
+    file: str | None
+    text: str
+    more_lines: bool
+
+
+def scan(spec: SubsetSpec, index: int) -> Scan:
+    """The samples of a subset, sorted by file name and not yet measured. Sub-folders are not searched, as in kohya.
+
+    An image without a caption file takes `class_tokens` as its caption. Raises UserError where the folder is missing
+    or holds no images, or where captions lie there under another extension than the one asked for.
+    """
+    folder = _Folder(spec)
+    extension = "." + spec.caption_extension.lstrip(".")
+    files = {name: folder.caption_file(name, extension) for name in folder.images}
+    if not any(files.values()):
+        _refuse_other_extension(spec, extension, folder)
+    pairs = bar(files.items(), desc="captions", total=len(files), disable=len(files) < 5000)
+    captions = {name: _read_caption(spec, file) for name, file in pairs}
+
+    stems = Counter(Path(name).stem.lower() for name in folder.images)
+    missing = [name for name, caption in captions.items() if caption.file is None]
+    empty = [caption.file for caption in captions.values() if caption.file and not caption.text]
+    several = [caption.file for caption in captions.values() if caption.file and caption.more_lines]
+    shared = [name for name in folder.images if stems[Path(name).stem.lower()] > 1]
+    instead = f"their caption is '{spec.class_tokens}'" if spec.class_tokens else "their caption is empty"
+    for names, what in (
+        (missing, f"images have no {extension} file: {instead}"),
+        (empty, "caption files are empty, or their first line is"),
+        (several, "caption files have more than one line: only the first is used"),
+        (shared, "images share their name, and so their caption file, with another image"),
+        (folder.other_images, "files of other image formats are left out"),
+        (folder.subfolders, "sub-folders with images are not searched"),
+    ):
+        if names:
+            logger.warning("%s: %d %s (such as %s)", spec.image_dir, len(names), what, names[0])
+
+    samples = [
+        Sample(spec.image_dir / name, f"{index}/{name}", caption.text, spec, UNMEASURED, spec.num_repeats)
+        for name, caption in captions.items()
+    ]
+    summary = SubsetSummary(
+        subset=spec,
+        images=len(samples),
+        captions_found=len(samples) - len(missing),
+        captions_missing=len(missing),
+        captions_empty=len(empty),
+        captions_of_several_lines=len(several),
+        shared_names=len(shared),
+        other_image_files=len(folder.other_images),
+        subfolders_with_images=len(folder.subfolders),
+    )
+    return Scan(samples, summary)
+
+
+def balance_regularisation(samples: Sequence[Sample]) -> list[Sample]:
+    """Give the regularisation images of a data set as many repeats in all as the others have, as kohya does.
+
+    In order, each comes with its own repeats until there are enough, and the rest is not used; if there are too few,
+    they are repeated further in turn.
+    """
+    train = [sample for sample in samples if not sample.subset.is_reg]
+    wanted = sum(sample.repeats for sample in train)
+    used: list[Sample] = []
+    count = 0
+    for sample in samples:
+        if sample.subset.is_reg and count < wanted:
+            used.append(sample)
+            count += sample.repeats
+    if not used:
+        return train
+    each, more = divmod(max(0, wanted - count), len(used))
+    return train + [replace(sample, repeats=sample.repeats + each + (i < more)) for i, sample in enumerate(used)]
+
+
+class _Folder:
+    """The names in a subset's folder, sorted. Hidden ones are none of ours: macOS keeps "._a.png" beside "a.png"."""
+
+    def __init__(self, spec: SubsetSpec) -> None:
+        self.path = spec.image_dir
+        if not self.path.is_dir():
+            raise UserError(f"{spec.origin}: no such folder: {self.path}{_nearest_folder(self.path)}")
+        entries = sorted(_visible(self.path), key=lambda entry: entry.name)
+        self.images = [entry.name for entry in entries if _is_image(entry)]
+        # one level only, so that links which form a loop do no harm
+        folders = [entry for entry in entries if os.path.isdir(entry) and os.access(entry, os.R_OK | os.X_OK)]
+        self.subfolders = [entry.name for entry in folders if any(map(_is_image, _visible(entry)))]
+        if not self.images:
+            hint = f"; its sub-folder '{self.subfolders[0]}' does, but is not searched" if self.subfolders else ""
+            extensions = ", ".join(sorted(image_extensions()))
+            raise UserError(f"{spec.origin}: {self.path} holds no images ({extensions}){hint}")
+        self._files = {entry.name for entry in entries} - set(self.images)
+        self.other_images = sorted(name for name in self._files if Path(name).suffix.lower() in _OTHER_IMAGES)
+        self._by_lower: dict[str, list[str]] = {}
+        for name in sorted(self._files):
+            self._by_lower.setdefault(name.lower(), []).append(name)
+
+    def caption_file(self, image: str, extension: str) -> str | None:
+        """ "a.txt" for "a.png"; as in kohya also for "a_120_80_64_64.png", where a face detector has cut its box."""
+        stem = Path(image).stem
+        found = self._find(stem + extension)
+        name, *box = stem.rsplit("_", 4)
+        if found is None and len(box) == 4 and all(part.isdecimal() for part in box):
+            found = self._find(name + extension)
+        return found
+
+    def _find(self, name: str) -> str | None:
+        """The file of this name, or else of this name in other letter case: Windows and macOS see no difference."""
+        if name in self._files:
+            return name
+        near = self._by_lower.get(name.lower(), [])
+        if len(near) > 1:
+            raise UserError(f"{self.path}: '{name}' could be {' or '.join(near)}: keep one of them")
+        return near[0] if near else None
+
+
+def _visible(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """By its name. A broken link counts, so that it is reported as unreadable and not passed over."""
+    return Path(entry.name).suffix.lower() in image_extensions() and not os.path.isdir(entry)
+
+
+def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
+    if name is None:
+        return _Caption(None, spec.class_tokens or "", False)
+    path = spec.image_dir / name
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # Windows editors put a byte order mark in front
+            first, *more = file.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}): save it in that encoding") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    return _Caption(name, first.strip(), any(line.strip() for line in more))
+
+
+def _refuse_other_extension(spec: SubsetSpec, extension: str, folder: _Folder) -> None:
+    """Kohya's default is .caption while nearly all captions are .txt: months have been trained without captions."""
+    for other in _USUAL_EXTENSIONS:
+        beside = sum(folder.caption_file(image, other) is not None for image in folder.images)
+        if beside:
+            raise UserError(
+                f"{spec.origin}: {spec.image_dir}: none of {len(folder.images)} images has a {extension} file, "
+                f"but {beside} have a {other} file: give --caption_extension {other} "
+                f'(in a dataset config caption_extension = "{other}")'
+            )
+
+
+def _nearest_folder(folder: Path) -> str:
+    """A guess at what was meant, from the first part of the path that does not exist."""
+    missing = folder.absolute()
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    return did_you_mean(missing.name, (entry.name for entry in missing.parent.iterdir() if entry.is_dir()))

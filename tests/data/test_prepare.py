@@ -1,0 +1,99 @@
+"""Specs → placed samples: what is found, left out, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.data.prepare import prepare
+from library.errors import UserError
+
+MakeSubset = Callable[..., SubsetSpec]
+MakeDataset = Callable[..., DatasetSpec]
+MakeFolder = Callable[..., Path]
+
+
+def test_two_data_sets_with_buckets(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) -> None:
+    first, second = folder("first", a=(64, 64), b=(100, 50), c=(200, 100)), folder("second", d=(30, 60))
+    prepared = prepare(
+        [
+            dataset(subset(image_dir=first, num_repeats=2), enable_bucket=True),
+            dataset(subset(image_dir=second), resolution=(32, 32), batch_size=1),
+        ],
+        multiple_of=16,
+    )
+    assert [(sample.key, sample.size) for sample in prepared.samples] == [
+        ("0/a.png", (64, 64)),
+        ("0/b.png", (100, 50)),
+        ("0/c.png", (200, 100)),
+        ("1/d.png", (30, 60)),
+    ]
+    found = [(group.dataset, group.size, group.batch_size, group.members) for group in prepared.groups]
+    assert found == [
+        (0, (64, 64), 4, ((0, 2),)),
+        (0, (80, 48), 4, ((1, 2), (2, 2))),
+        (1, (32, 32), 1, ((3, 1),)),
+    ]
+    assert [placement.bucket for placement in prepared.placements] == [(64, 64), (80, 48), (80, 48), (32, 32)]
+    assert [summary.images for summary in prepared.summaries] == [3, 1]
+
+
+def test_bad_images_are_all_listed_or_left_out(
+    subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = folder("first", a=(64, 64), b=(64, 64)), folder("second", c=(64, 64), d=(64, 64))
+    for path in (first / "b.png", second / "c.png"):
+        path.write_bytes(path.read_bytes()[:500])
+    spec = dataset(subset(image_dir=first), subset(image_dir=second))
+    with pytest.raises(UserError, match=r"(?s)2 unreadable images.*b\.png: .*c\.png: "):
+        prepare([spec], multiple_of=8)
+    prepared = prepare([spec], multiple_of=8, skip_bad_images=True)
+    assert [sample.path.name for sample in prepared.samples] == ["a.png", "d.png"]
+    assert [summary.bad_images for summary in prepared.summaries] == [1, 1]
+    assert "2 unreadable images are left out" in caplog.text
+    for path in (first / "a.png", second / "d.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no images to train"):
+        prepare([spec], multiple_of=8, skip_bad_images=True)
+
+
+def test_regularisation_images_are_balanced_within_their_data_set(
+    subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, reg = folder("train", a=(64, 64), b=(64, 64)), folder("reg", c=(64, 64), d=(64, 64), e=(64, 64))
+    parts = subset(image_dir=reg, is_reg=True), subset(image_dir=train, num_repeats=1)
+    prepared = prepare([dataset(*parts)], multiple_of=8)
+    assert [sample.path.name for sample in prepared.samples] == ["a.png", "b.png", "c.png", "d.png"]
+    assert [(summary.images, summary.unused_reg_images) for summary in prepared.summaries] == [(2, 1), (2, 0)]
+    assert "1 regularisation images are more than needed" in caplog.text
+    with pytest.raises(UserError, match="only regularisation images"):
+        prepare([dataset(parts[0])], multiple_of=8)
+
+
+def test_one_folder_in_two_data_sets(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) -> None:
+    path = folder("images", a=(64, 64))
+    twice = prepare([dataset(subset(image_dir=path)), dataset(subset(image_dir=path))], multiple_of=8)
+    assert [sample.key for sample in twice.samples] == ["0/a.png", "1/a.png"]
+    assert [summary.images for summary in twice.summaries] == [1, 1]
+
+
+def test_images_too_small_for_a_bucket(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) -> None:
+    path = folder("images", a=(64, 64), b=(15, 64), c=(10, 10))
+    spec = dataset(subset(image_dir=path), enable_bucket=True, bucket_no_upscale=True)
+    with pytest.raises(UserError, match=r"2 images are too small .*b\.png: 15 x 64 px.*bucket_reso_steps"):
+        prepare([spec], multiple_of=8)
+
+
+def test_what_is_told_fast_is_told_first(
+    subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong options before missing folders, and both before the images are decoded."""
+    monkeypatch.setattr("library.data.prepare.check_images", lambda paths: pytest.fail("decoded"))
+    path = folder("images", a=(64, 64))
+    with pytest.raises(UserError, match="resolution 60"):
+        prepare([dataset(subset(image_dir=path / "gone"), resolution=(60, 64))], multiple_of=8)
+    with pytest.raises(UserError, match="no such folder"):
+        prepare([dataset(subset(image_dir=path), subset(image_dir=path / "gone"))], multiple_of=8)
