@@ -13,6 +13,8 @@ def set_up() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain())
     logging.basicConfig(level=logging.WARNING if first else logging.ERROR, handlers=[handler], force=True)
+    # At import it reports a missing optional kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for package in ("library", "networks"):
         logging.getLogger(package).setLevel(logging.INFO if first else logging.ERROR)
 

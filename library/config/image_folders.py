@@ -54,7 +54,7 @@ def _advice(root: Path) -> str:
     if images and _NAME.fullmatch(root.name):
         return f"; it is such a folder itself: give the folder that holds it, {root.parent}"
     if images:
-        return f"; it holds {len(images)} images itself: put them into {root / '10_name'}"
+        return f"; images ({len(images)}) lie directly in it: put them into {root / '10_name'}"
     if folders:
         return f"; rename its folders, for example {folders[0]} to 10_{folders[0]}"
     return "; it is empty" if not entries else ""

@@ -28,7 +28,7 @@ class Row:
     `why`: ignoring it changes nothing, because of this. `only_with`: it matters only together with this other option,
     which is refused itself. `needs`: it matters only together with one of these, and then is refused. `instead`:
     kohya's scripts read these names and not it. A row without any of these is refused unless neutral. `hint`: what to
-    do. `script`: what the scripts that know it train, or "tools".
+    do. `script`: what the scripts that know it are for.
     """
 
     kind: Literal["flag", "value", "list"]
@@ -344,6 +344,7 @@ _TOOL_NAMES = """
     t5xxl_save_to unit verbose working_device
 """
 TOOLS = frozenset(_TOOL_NAMES.split())
+_TOOLS = "merging, extracting, resizing and converting"
 _TOOL_HINTS = {
     "conv_dim": "here: --network_args conv_dim=N",
     "dim": "here: --network_dim",
@@ -365,7 +366,7 @@ class Verdict:
 @lru_cache(maxsize=1)
 def rows() -> dict[str, Row]:
     """Every known name that is not implemented."""
-    tools = {name: Row("value", hint=_TOOL_HINTS.get(name, ""), script="tools") for name in TOOLS}
+    tools = {name: Row("value", hint=_TOOL_HINTS.get(name, ""), script=_TOOLS) for name in TOOLS}
     return {**tools, **OTHER_SCRIPTS, **WITHOUT_EFFECT, **NOT_YET, **GUI_EXTRAS}
 
 
@@ -389,7 +390,10 @@ def judge(name: str, words: tuple[str, ...], *, given: Collection[str] = (), ask
         if any(other in given for other in row.instead):
             return Verdict(warning=f"has no effect: kohya's scripts do not read it, but {names}")
         return Verdict(error=f"kohya's scripts do not read this name; give {names} instead")
-    known = "written by GUIs, read by none of kohya's scripts" if name in GUI_EXTRAS else "known to kohya's scripts"
-    script = f" for {row.script}" if row.script else ""
+    known = "known to kohya's scripts"
+    if name in GUI_EXTRAS:
+        known = "written by GUIs, read by none of kohya's scripts"
+    elif row.script:
+        known = f"known to kohya's scripts for {row.script}"
     hint = f" ({row.hint})" if row.hint else ""
-    return Verdict(error=f"{known}{script}, not supported here yet{hint}")
+    return Verdict(error=f"{known}, not supported here yet{hint}")

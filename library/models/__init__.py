@@ -1,0 +1,44 @@
+"""Base models. `open_family` recognises one; a further family is one file and one line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily
+
+FAMILIES = {"sd": "library.models.stable_diffusion.StableDiffusion"}
+
+
+def open_family(
+    path: str,
+    *,
+    v2: bool,
+    v_parameterization: bool,
+    vae: str | None,
+    clip_skip: int | None,
+    max_token_length: int | None,
+) -> ModelFamily:
+    """The family of the base model at `path`: a diffusers folder, a single file or a hub id.
+
+    Reads headers and small configurations only. v2, v_parameterization: what the user says the model is, checked
+    against it. vae: a folder or file of another VAE. clip_skip: 1 is the text encoder's last layer. max_token_length:
+    75, 150 or 225 tokens of a caption. Raises UserError where the model is not found, not supported, or not as said.
+    """
+    from library.config.registry import load_path
+    from library.errors import UserError
+    from library.models.base_model import open_base_model
+    from library.models.detect import NOT_A_BASE
+
+    base = open_base_model(path)
+    if base.kind not in FAMILIES:
+        raise UserError(f"{path} is {NOT_A_BASE[base.kind]}")
+    family: ModelFamily = load_path(FAMILIES[base.kind], where="FAMILIES")(
+        base,
+        v2=v2,
+        v_parameterization=v_parameterization,
+        vae=vae,
+        clip_skip=clip_skip,
+        max_token_length=max_token_length,
+    )
+    return family

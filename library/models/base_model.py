@@ -1,0 +1,131 @@
+"""A base model on disk: where its parts are and how they are configured. No weight is read here."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.models.tensors import TensorEntry
+
+ASSETS = Path(__file__).parent / "assets"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a base model.
+
+    config: what diffusers or transformers build it from. where: names it in errors. entries: reads the table of its
+    weights, under the module's own names.
+    """
+
+    config: Mapping[str, Any]
+    where: str
+    entries: Callable[[], Mapping[str, TensorEntry]]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Everything that a family needs to know before it loads weights.
+
+    kind: the family's name. path: as the user gave it. location: where it lies. parts: by "unet", "vae" and
+    "text_encoder"; a folder or file without a VAE has none. scheduler: the configuration of the noise schedule.
+    tokenizer, tokenizer_options: the folder and what to change in it. prediction: "epsilon" or "v_prediction" where the
+    model says so itself, else None. prediction_from: what says so.
+    """
+
+    kind: str
+    path: str
+    location: Path
+    parts: Mapping[str, Part]
+    scheduler: Mapping[str, Any]
+    tokenizer: Path
+    tokenizer_options: Mapping[str, Any]
+    prediction: str | None
+    prediction_from: str
+
+    def with_vae(self, path: str) -> BaseModel:
+        """The same with another VAE: a diffusers folder, one that holds a folder vae, or a file in either naming."""
+        default = self.parts["vae"].config if "vae" in self.parts else read_json(ASSETS / "sd1.json")["vae"]
+        return replace(self, parts={**self.parts, "vae": open_vae(path, default_config=default)})
+
+
+def open_base_model(path: str) -> BaseModel:
+    """Recognise a file, a diffusers folder or a hub id. UserError names the nearest existing path otherwise."""
+    location = locate(path)
+    if location.is_dir():
+        from library.models.folder import open_folder
+
+        return open_folder(path, location)
+    from library.models.single_file import open_file
+
+    return open_file(path, location)
+
+
+def open_vae(path: str, *, default_config: Mapping[str, Any]) -> Part:
+    """A VAE of its own. A file without a config.json beside it is taken to be configured as the base model's."""
+    location = locate(path)
+    if location.is_dir():
+        from library.models.folder import vae_part
+
+        folder = location if (location / "config.json").is_file() else location / "vae"
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--vae {path}: no folder of a VAE: there is no config.json in it nor in {folder}")
+        return vae_part(folder)
+    from library.models.single_file import vae_part_of_file
+
+    beside = location.parent / "config.json"
+    config = read_json(beside) if beside.is_file() else {}
+    return vae_part_of_file(location, config if config.get("_class_name") == "AutoencoderKL" else default_config)
+
+
+def locate(path: str) -> Path:
+    """The file or folder that a path or a hub id names; a hub id is fetched."""
+    found = Path(path).expanduser()
+    if found.exists():
+        return found
+    if _HUB_ID.fullmatch(path) and not found.parent.exists() and found.suffix not in (".safetensors", ".ckpt", ".pt"):
+        from library.models.hub import fetch
+
+        return fetch(path)
+    raise UserError(f"{path}: no such file or folder{nearest(found)}")
+
+
+def nearest(path: Path) -> str:
+    """A hint for a path that does not exist: the nearest name in the last folder of it that does."""
+    wrong = path
+    while not wrong.parent.exists() and wrong.parent != wrong:
+        wrong = wrong.parent
+    try:
+        names = [entry.name for entry in wrong.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(wrong.name, names, n=1, cutoff=0.5)
+    if near:
+        return f", did you mean '{wrong.parent / near[0]}'?"
+    return f"; {wrong.parent.absolute()} holds no '{wrong.name}'"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object. UserError where it is missing or is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{nearest(path)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__} where a table is expected")
+    return content
+
+
+def few(names: Iterable[str], count: int = 5) -> str:
+    """The first names of a list, for messages."""
+    listed = sorted(names)
+    return ", ".join(listed[:count]) + (", …" if len(listed) > count else "")

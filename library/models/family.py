@@ -1,0 +1,91 @@
+"""What the rest of the project asks of a model family, and nothing else of how the family does it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AdapterTargets:
+    """The modules of one part that adapters attach to, by their paths below `root`.
+
+    part: "unet" or "text_encoder". prefix: what keys in adapter files begin with. linear: paths of the Linear and 1 × 1
+    convolution targets. conv: paths of those that come in addition where convolutions are adapted. name: from a path to
+    the dotted name that keys use (dots become underscores).
+    """
+
+    part: str
+    prefix: str
+    root: nn.Module
+    linear: re.Pattern[str]
+    conv: re.Pattern[str]
+    name: Callable[[str], str]
+
+
+class ModelFamily(Protocol):
+    """A base model. Opening it reads headers and configurations; weights come with the load methods, frozen."""
+
+    name: str  # as in FAMILIES
+    path: str  # as the user gave it
+    vae_path: str | None  # as the user gave it with --vae
+    base_model_version: str  # kohya's ss_base_model_version: "sd_v1", "sd_v2", …
+    architecture: str  # modelspec.architecture, without "/lora"
+    prediction_type: str  # "epsilon" or "v_prediction"
+    alphas_cumprod: Tensor  # [1000] float64
+    vae_factor: int  # pixels a latent cell spans
+    latent_channels: int
+    native_resolution: int  # pixels
+    token_limit: int  # tokens of a caption that are read: 75, 150 or 225
+
+    vae: nn.Module | None
+    text_encoders: list[nn.Module]
+    unet: nn.Module | None
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None: ...
+
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None: ...
+
+    def load_unet(self, dtype: torch.dtype, device: torch.device | str) -> None: ...
+
+    def release_vae(self) -> None: ...
+
+    def release_text_encoders(self) -> None: ...
+
+    def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1]."""
+        ...
+
+    def count_tokens(self, caption: str) -> int:
+        """How many tokens the caption has, without BOS and EOS."""
+        ...
+
+    def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What `predict` is conditioned on, each [B, …]. Differentiable."""
+        ...
+
+    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The network's answer for noisy latents at timesteps 0 … 999, of the same shape."""
+        ...
+
+    def adapter_targets(self) -> list[AdapterTargets]:
+        """For each part that is loaded."""
+        ...
+
+    def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
+        """How many targets each part has in the sizes that are known, with those of `conv` or without; else None."""
+        ...
+
+    def third_party_text_encoders(self) -> Any:
+        """What a network module of kohya's protocol is given as `text_encoder`."""
+        ...
+
+    def sampling_pipeline(self) -> Any:
+        """A diffusers pipeline over the loaded parts."""
+        ...

@@ -1,0 +1,127 @@
+"""Base models as diffusers folders: one folder a part, each with its config.json and weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.models.base_model import ASSETS, BaseModel, Part, few, nearest, read_json
+from library.models.checkpoint import text_encoder_entries, vae_entries
+from library.models.detect import kind_of_folder
+from library.models.tensors import TensorEntry, read_index
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?\.(?P<format>safetensors|bin)"
+    r"(?:\.index(?:\.(?P<late_variant>\w+))?\.json)?"
+)
+_PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def open_folder(path: str, folder: Path) -> BaseModel:
+    """Read the configurations in a diffusers folder. UserError where it is none, or of a family not supported."""
+    index = folder / "model_index.json"
+    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    unet = read_json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else None
+    kind = kind_of_folder(pipeline, unet)
+    if kind is None:
+        raise UserError(f"{path}: no diffusers folder of a Stable Diffusion model; {_contents(folder, pipeline)}")
+    if kind != "sd":
+        return BaseModel(kind, path, folder, {}, {}, folder, {}, None, "")
+    assert unet is not None
+    parts = {
+        "unet": Part(unet, _where("UNet", folder / "unet"), lambda: _entries(folder / "unet")),
+        "text_encoder": _text_encoder_part(folder / "text_encoder"),
+    }
+    if (folder / "vae" / "config.json").is_file():
+        parts["vae"] = vae_part(folder / "vae")
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(schedule)
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise UserError(f"{schedule}: prediction_type is '{prediction}'; supported are {' and '.join(_PREDICTIONS)}")
+    return BaseModel(kind, path, folder, parts, scheduler, *_tokenizer(folder), prediction, str(schedule))
+
+
+def vae_part(folder: Path) -> Part:
+    """The VAE in a folder of its own."""
+    config = read_json(folder / "config.json")
+    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise UserError(f"{folder}: an {kind}, where Stable Diffusion needs an AutoencoderKL")
+    return Part(config, _where("VAE", folder), lambda: vae_entries(_entries(folder)))
+
+
+def choose_weights(names: Iterable[str]) -> str | None:
+    """Of a folder's files, the one that holds or lists the weights: full precision first, safetensors before bin."""
+    found = [match for name in names if (match := _WEIGHTS.fullmatch(name))]
+
+    def rank(match: re.Match[str]) -> tuple[int, bool, bool]:
+        variant = match["variant"] or match["late_variant"]
+        # non_ema holds the weights before averaging, from which no one samples
+        order = {None: 0, "fp16": 1, "bf16": 2, "non_ema": 9}.get(variant, 5)
+        return order, match["format"] == "bin", match[0].endswith(".json")
+
+    return min(found, key=rank)[0] if found else None
+
+
+def shards_of(index: str, names: Iterable[str]) -> list[str]:
+    """Of a folder's files, the shards that an index such as model.safetensors.index.fp16.json lists."""
+    match = _WEIGHTS.fullmatch(index)
+    assert match, index
+    variant = match["variant"] or match["late_variant"]
+    begin = index.split(".")[0] + (f".{variant}-" if variant else "-")
+    return [name for name in names if name.startswith(begin) and name.endswith(f".{match['format']}")]
+
+
+def _entries(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors in a part's folder, from one file or from the shards that an index lists."""
+    name = choose_weights(path.name for path in folder.iterdir())
+    if name is None:
+        raise UserError(f"{folder}: holds no weights, but {few(p.name for p in folder.iterdir()) or 'nothing'}")
+    logger.debug("weights of %s: %s", folder, name)
+    if not name.endswith(".json"):
+        return dict(read_index(folder / name).entries)
+    shards = read_json(folder / name).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+        raise UserError(f"{folder / name}: its weight_map is no table of files in the same folder")
+    entries: dict[str, TensorEntry] = {}
+    for shard in sorted(set(shards.values())):
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder / name}: lists {shard}, which is missing{nearest(folder / shard)}")
+        entries.update(read_index(folder / shard).entries)
+    return entries
+
+
+def _text_encoder_part(folder: Path) -> Part:
+    config = read_json(folder / "config.json")
+    layers = int(config.get("num_hidden_layers", 12))
+    return Part(config, _where("text encoder", folder), lambda: text_encoder_entries(_entries(folder), layers=layers))
+
+
+def _tokenizer(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder's own tokenizer, or the shipped vocabulary, which is every Stable Diffusion 1.x and 2.x model's."""
+    own = folder / "tokenizer"
+    if (own / "vocab.json").is_file() or (own / "tokenizer.json").is_file():
+        return own, {}
+    logger.info("%s has no tokenizer; CLIP's own vocabulary is used", folder)
+    return ASSETS / "clip_tokenizer", {}
+
+
+def _where(part: str, folder: Path) -> str:
+    return f"the {part} in {folder}"
+
+
+def _contents(folder: Path, pipeline: str) -> str:
+    if (folder.parent / "unet" / "config.json").is_file():
+        return f"it is one part of one: give {folder.parent}"
+    if pipeline:
+        return f"its model_index.json names a {pipeline}"
+    files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt")]
+    if files:
+        return f"to use a single file, give its path: {few(str(folder / name) for name in files)}"
+    return f"there is no unet/config.json in it, but {few(path.name for path in folder.iterdir()) or 'nothing'}"

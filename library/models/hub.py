@@ -1,0 +1,54 @@
+"""Base models from the Hugging Face hub, where there is a network; from its cache where there is none."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from library.errors import UserError
+from library.models.base_model import nearest
+from library.models.folder import choose_weights, shards_of
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("unet", "vae", "text_encoder")
+_TIMEOUT = 10.0  # seconds for the list of files
+
+
+def fetch(name: str) -> Path:
+    """The local copy of the diffusers folder "organisation/name": its configurations, tokenizer and chosen weights."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    not_here = f"{name}: no such file or folder{nearest(Path(name))}"
+    try:
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=_TIMEOUT).siblings or []]
+        return Path(snapshot_download(name, allow_patterns=wanted(files)))
+    except GatedRepoError:
+        raise UserError(f"{name}: the hub wants you to accept its terms and to log in (`hf auth login`)") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{not_here}; nor does the hub have a public model of that name") from None
+    except HfHubHTTPError as error:
+        raise UserError(f"{not_here}; the hub answered: {error}") from None
+    except Exception as error:  # no network shows itself as one of several libraries' errors
+        reason = f"{type(error).__name__}"
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except Exception:
+        raise UserError(f"{not_here}; as a name on the hub it cannot be fetched: no connection ({reason})") from None
+    logger.info("no connection to the hub (%s); %s is used from the cache, %s", reason, name, folder)
+    return folder
+
+
+def wanted(files: list[str]) -> list[str]:
+    """Of a repository's files, those that are needed: one set of weights a part, not all precisions and formats."""
+    chosen = [file for file in files if file == "model_index.json" or file.startswith(("scheduler/", "tokenizer/"))]
+    for part in _PARTS:
+        inside = [file[len(part) + 1 :] for file in files if file.startswith(f"{part}/")]
+        weights = choose_weights(inside)
+        if weights is None:
+            continue
+        chosen += [f"{part}/config.json", f"{part}/{weights}"]
+        if weights.endswith(".json"):
+            chosen += [f"{part}/{shard}" for shard in shards_of(weights, inside)]
+    return chosen

@@ -1,0 +1,119 @@
+"""The modules that Stable Diffusion consists of, without their weights, from diffusers and transformers.
+
+Importing one UNet makes diffusers import each optional package that it finds, bitsandbytes, peft and scipy among them,
+although loading and running Stable Diffusion needs none: a second or two, and a line about CPU kernels that
+bitsandbytes prints. They are hidden from it while it is being imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_OPTIONAL = ("bitsandbytes", "peft", "scipy")
+
+
+@contextmanager
+def lean_diffusers() -> Iterator[None]:
+    """Inside, diffusers' modules are imported as if those optional packages that are not loaded yet did not exist.
+
+    Afterwards diffusers sees them again. What it had imported for itself stays without them: loading a LoRA into a
+    pipeline works in the same process, diffusers' `fuse_lora` and its beta noise schedules do not.
+    """
+    import diffusers.utils.import_utils as found
+
+    flags = [f"_{package}_available" for package in _OPTIONAL if package not in sys.modules]
+    hidden = {flag: getattr(found, flag) for flag in flags if hasattr(found, flag)}
+    for flag in hidden:
+        setattr(found, flag, False)
+    # transformers warns that image processors, which nothing here uses, would like torchvision
+    transformers = logging.getLogger("transformers")
+    level = transformers.level
+    transformers.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.setLevel(level)
+        for flag, value in hidden.items():
+            setattr(found, flag, value)
+
+
+def _spare_peft() -> None:
+    """Make a UNet's forward not import peft (and with it bitsandbytes) where there is no LoRA of peft's to scale.
+
+    diffusers' own functions import it first and find out then that a weight of 1 leaves nothing to do.
+    """
+    import diffusers.utils as names
+    import diffusers.utils.peft_utils as home
+
+    for name in ("scale_lora_layers", "unscale_lora_layers"):
+        original = getattr(home, name)
+        if hasattr(original, "__wrapped__"):  # done already
+            return
+
+        @functools.wraps(original)
+        def scale(model: nn.Module, weight: float | None = None, *, original: Any = original) -> None:
+            if weight not in (None, 1.0):
+                original(model, weight)
+
+        setattr(home, name, scale)
+        setattr(names, name, scale)
+
+
+def new_unet(config: Mapping[str, Any]) -> nn.Module:
+    """A UNet2DConditionModel on the meta device."""
+    with lean_diffusers():
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    _spare_peft()
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(config))
+
+
+def new_vae(config: Mapping[str, Any]) -> nn.Module:
+    """An AutoencoderKL on the meta device."""
+    with lean_diffusers():
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(dict(config))
+
+
+def new_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+    """A CLIPTextModel, its parameters on the meta device."""
+    with lean_diffusers():
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+    with torch.device("meta"):
+        encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+    # a table of 0, 1, 2, … that is in no file
+    positions = torch.arange(encoder.config.max_position_embeddings, device="cpu").expand(1, -1)
+    encoder.embeddings.register_buffer("position_ids", positions, persistent=False)
+    return encoder
+
+
+def new_tokenizer(folder: Path, options: Mapping[str, Any]) -> Any:
+    """A CLIPTokenizer. Only from_pretrained reads vocab.json and merges.txt; the constructor ignores file names."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
+
+
+def new_pipeline(parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:
+    """A StableDiffusionPipeline with DDIM over `parts` (vae, text_encoder, tokenizer, unet)."""
+    with lean_diffusers():
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        names = inspect.signature(DDIMScheduler).parameters
+        ddim = DDIMScheduler(**{name: value for name, value in scheduler.items() if name in names})
+        return StableDiffusionPipeline(
+            **parts, scheduler=ddim, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )

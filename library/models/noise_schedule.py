@@ -1,0 +1,43 @@
+"""The noise schedule that a base model was trained with, from its scheduler's configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError, did_you_mean
+
+
+def alphas_cumprod(config: Mapping[str, Any], *, where: str) -> Tensor:
+    """The products of all alphas up to each timestep, [num_train_timesteps] in float64, from 1 towards 0.
+
+    The same as diffusers' DDPMScheduler has for this configuration, in which a single precision table is kept.
+    `where` names the configuration in errors.
+    """
+    steps = int(config.get("num_train_timesteps", 1000))
+    name = config.get("beta_schedule", "linear")
+    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    if (trained := config.get("trained_betas")) is not None:
+        betas = torch.tensor(trained, dtype=torch.float64)
+    elif name == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+    elif name == "scaled_linear":  # Rombach et al. 2022, latent diffusion
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    elif name == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, arXiv 2102.09672
+        levels = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
+        betas = (1 - levels[1:].cos() ** 2 / levels[:-1].cos() ** 2).clamp(max=0.999)
+    else:
+        known = ("linear", "scaled_linear", "squaredcos_cap_v2")
+        raise UserError(f"{where}: beta_schedule '{name}' is not supported{did_you_mean(str(name), known)}")
+    products = torch.cumprod(1 - betas, dim=0)
+    return _zero_terminal(products) if config.get("rescale_betas_zero_snr") else products
+
+
+def _zero_terminal(products: Tensor) -> Tensor:
+    """Shift and scale so that the last timestep is pure noise: Lin et al. 2023, arXiv 2305.08891, algorithm 1."""
+    roots = products.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2

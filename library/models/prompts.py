@@ -1,0 +1,70 @@
+"""From captions to the states of a CLIP text encoder, in chunks of 75 tokens.
+
+CLIP reads 77 tokens, the first of which is BOS and one of which is EOS. A longer caption is cut into chunks of 75, each
+with its own BOS and end, encoded separately; the states are put one after another with one BOS in front and one end
+behind. This is what kohya's sd-scripts do (library/strategy_base.py and strategy_sd.py), and what LoRAs that were
+trained on 150 or 225 tokens expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+CHUNK = 75  # tokens of a caption that fit between BOS and EOS
+
+
+def content_tokens(tokenizer: CLIPTokenizer, caption: str) -> list[int]:
+    """The caption's tokens without BOS and EOS, however many there are."""
+    # verbose=False: a caption longer than the model reads is expected here, and reported by whoever counts
+    return tokenizer(caption, truncation=False, padding=False, verbose=False).input_ids[1:-1]
+
+
+def chunked_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int) -> Tensor:
+    """Token ids [B, limit / 75, 77]; `limit`: 75, 150 or 225. What is beyond it is cut off."""
+    rows = [_chunks(tokenizer, content_tokens(tokenizer, caption)[:limit], limit) for caption in captions]
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _chunks(tokenizer: CLIPTokenizer, content: list[int], limit: int) -> list[list[int]]:
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    row = [*content, eos, *[pad] * (limit - len(content))]  # one longer than `limit`: its last is EOS or padding
+    chunks = [[bos, *row[start : start + CHUNK], row[-1]] for start in range(0, limit, CHUNK)]
+    if limit == CHUNK or pad == eos:  # SD 1.x pads with EOS, so each chunk ends as it should
+        return chunks
+    for chunk in chunks:  # SD 2.x: a full chunk ends with EOS, an empty one begins with it
+        if chunk[-2] not in (eos, pad):
+            chunk[-1] = eos
+        if chunk[1] == pad:
+            chunk[1] = eos
+    return chunks
+
+
+def encode(text_encoder: nn.Module, ids_BN77: Tensor, *, clip_skip: int | None, layers: int) -> Tensor:
+    """The states [B, 75 N + 2, D] of N chunks a caption.
+
+    `clip_skip`: take the states before the last clip_skip - 1 layers of `layers`, through the final norm all the same;
+    None and 1 are the end of the encoder.
+    """
+    batch, chunks, width = ids_BN77.shape
+    flat = ids_BN77.reshape(batch * chunks, width)
+    if clip_skip is None or clip_skip == 1:
+        states = text_encoder(flat).last_hidden_state
+    else:
+        hidden = text_encoder(flat, output_hidden_states=True).hidden_states
+        # hidden[0] are the embeddings, hidden[i] is what layer i gives. Counted from the front, because versions of
+        # transformers differ in whether the last entry has gone through the final norm
+        states = text_encoder.final_layer_norm(hidden[layers + 1 - clip_skip])
+    return _joined(states.view(batch, chunks, width, -1))
+
+
+def _joined(states_BN77D: Tensor) -> Tensor:
+    """The chunks' inner states in a row, between the first chunk's BOS and the last one's end."""
+    inner = states_BN77D[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([states_BN77D[:, 0, :1], inner, states_BN77D[:, -1, -1:]], dim=1)

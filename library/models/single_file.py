@@ -1,0 +1,125 @@
+"""Base models as one file in the original layout. What such a file lacks, configurations and tokenizer, ships here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.models.base_model import ASSETS, BaseModel, Part, few, read_json
+from library.models.checkpoint import (
+    CLIP_PREFIX,
+    EMA_PREFIX,
+    OPEN_CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    strip,
+    text_encoder_entries,
+    unet_entries,
+    vae_entries,
+)
+from library.models.detect import is_vae, kind_of_file
+from library.models.tensors import WeightsIndex, read_index
+
+logger = logging.getLogger(__name__)
+
+_FIRST_CONV = f"{UNET_PREFIX}input_blocks.0.0.weight"
+_FIRST_CONTEXT = f"{UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+_VERSIONS = {768: "sd1", 1024: "sd2"}  # by the width of the text encoder's states
+_WIDTH = 320  # channels of the first convolution of both
+_OTHER_INPUTS = {9: "an inpainting model", 8: "an instruction-editing model", 5: "a depth-to-image model"}
+_V_PREDICTION_MARK = "v_pred"  # an empty tensor that v-prediction models carry by convention (ComfyUI, NoobAI)
+
+
+def open_file(path: str, location: Path, *, config: Mapping[str, Any] | None = None) -> BaseModel:
+    """Recognise a checkpoint from its names and shapes.
+
+    `config`, in the form of assets/sd1.json, takes the place of the shipped ones: for architectures of other sizes,
+    whose number of attention heads no file tells.
+    """
+    index = read_index(location)
+    kind = kind_of_file(index)
+    if kind != "sd":
+        return BaseModel(kind, path, location, {}, {}, location, {}, None, "")
+    config = config or read_json(ASSETS / f"{_version(index)}.json")
+    _mention_leftovers(index)
+    layers_per_block = config["unet"]["layers_per_block"]
+    hidden_layers = config["text_encoder"]["num_hidden_layers"]
+    clip = {name: e for name, e in index.entries.items() if name.startswith((CLIP_PREFIX, OPEN_CLIP_PREFIX))}
+    parts = {
+        "unet": Part(
+            config["unet"],
+            f"the UNet in {path}",
+            lambda: unet_entries(index.entries, layers_per_block=layers_per_block),
+        ),
+        "text_encoder": Part(
+            config["text_encoder"],
+            f"the text encoder in {path}",
+            lambda: text_encoder_entries(clip, layers=hidden_layers),
+        ),
+    }
+    if strip(index.entries, VAE_PREFIX):
+        parts["vae"] = Part(config["vae"], f"the VAE in {path}", lambda: vae_entries(index.entries))
+    return BaseModel(
+        kind,
+        path,
+        location,
+        parts,
+        config["scheduler"],
+        ASSETS / "clip_tokenizer",
+        config["tokenizer"],
+        *_stated_prediction(index),
+    )
+
+
+def vae_part_of_file(path: Path, config: Mapping[str, Any]) -> Part:
+    """The VAE in a file of its own, or in a whole checkpoint."""
+    index = read_index(path)
+    if not is_vae(index):
+        raise UserError(f"--vae {path}: holds no VAE, but {few(index.entries, 3)}")
+    return Part(config, f"the VAE in {path}", lambda: vae_entries(index.entries))
+
+
+def _version(index: WeightsIndex) -> str:
+    """sd1 or sd2, or a UserError that says what the UNet is instead."""
+    conv, context = index.entries.get(_FIRST_CONV), index.entries.get(_FIRST_CONTEXT)
+    if conv is None or context is None or len(conv.shape) != 4 or len(context.shape) != 2:
+        raise UserError(f"{index.path}: its UNet is not that of Stable Diffusion 1.x or 2.x")
+    width, inputs = conv.shape[:2]
+    if inputs in _OTHER_INPUTS and width == _WIDTH:
+        raise UserError(f"{index.path} is {_OTHER_INPUTS[inputs]} ({inputs} input channels), which is not supported")
+    if width != _WIDTH or inputs != 4 or context.shape[1] not in _VERSIONS:
+        raise UserError(
+            f"{index.path}: its UNet, {width} channels wide with {inputs} input channels and text states of "
+            f"{context.shape[1]}, is neither Stable Diffusion 1.x (320, 4, 768) nor 2.x (320, 4, 1024); a file does "
+            "not hold its configuration, so a model of another size must be given as a diffusers folder"
+        )
+    return _VERSIONS[context.shape[1]]
+
+
+def _stated_prediction(index: WeightsIndex) -> tuple[str | None, str]:
+    """What the file says it predicts, and what in it says so; the weights themselves do not tell."""
+    if _V_PREDICTION_MARK in index.entries:
+        return "v_prediction", f"its tensor '{_V_PREDICTION_MARK}'"
+    stated = index.metadata.get("modelspec.prediction_type", "").lower()
+    if stated in ("v", "v_prediction"):
+        return "v_prediction", "its metadata, modelspec.prediction_type"
+    if stated == "epsilon":
+        return "epsilon", "its metadata, modelspec.prediction_type"
+    return None, ""
+
+
+def _mention_leftovers(index: WeightsIndex) -> None:
+    """Say what in the file is not used, apart from the noise schedule's own tables, which have no prefix."""
+    known = (UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX, OPEN_CLIP_PREFIX)
+    if any(name.startswith(EMA_PREFIX) for name in index.entries):
+        logger.info("%s also holds averaged (EMA) weights; they are not used", index.path)
+    rest = [n for n in index.entries if "." in n and not n.startswith((*known, EMA_PREFIX))]
+    # cond_stage_model.logit_scale and the like: parts of the text encoder's own training
+    rest = [n for n in rest if not n.startswith("cond_stage_model.")]
+    if rest:
+        logger.warning(
+            "%s holds %d tensors of no known part; they are ignored: %s", index.path, len(rest), few(rest, 3)
+        )

@@ -1,0 +1,156 @@
+"""From an optimizer's name and `key=value` words to the optimizer, with what kohya's users expect of each name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from library.config import registry
+from library.errors import UserError, did_you_mean
+from library.optimizers import OPTIMIZERS
+
+logger = logging.getLogger(__name__)
+
+ParameterGroups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """An optimizer whose class is importable and whose arguments fit it; nothing is allocated yet."""
+
+    name: str
+    path: str
+    arguments: dict[str, Any]
+
+    @property
+    def schedule_free(self) -> bool:
+        """Its `train()` and `eval()` must be called around training, and it takes no learning-rate schedule."""
+        return self.path.startswith("schedulefree.")
+
+    @property
+    def finds_its_rate(self) -> bool:
+        """D-Adaptation and Prodigy: the given rate is a factor, 1.0 as a rule, and one for all groups."""
+        return self.path.startswith(("dadaptation.", "prodigyopt."))
+
+    @property
+    def relative_step(self) -> bool:
+        """Adafactor in the mode that derives its rate from the step (kohya's default for it)."""
+        return self.path.endswith(".Adafactor") and bool(self.arguments.get("relative_step"))
+
+
+def choose_optimizer(name: str, words: Sequence[str]) -> OptimizerChoice:
+    """Find the class and check the words against its signature.
+
+    `name` is one of `OPTIMIZERS` (any case), a class of `torch.optim`, or a dotted path. Raises UserError.
+    """
+    path = _path(name)
+    defaults = _defaults(path, name)
+    arguments, unchecked = registry.bind(
+        path, words, given=defaults, reserved=("params", "lr"), where="--optimizer_args", named_by="--optimizer_type"
+    )
+    if unchecked:
+        logger.warning("--optimizer_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked))
+    arguments = {**defaults, **arguments}
+    if path.endswith(".Adafactor") and arguments.get("warmup_init") and not arguments["relative_step"]:
+        raise UserError("--optimizer_args: Adafactor's warmup_init=True needs relative_step=True")
+    return OptimizerChoice(name, path, arguments)
+
+
+def _path(name: str) -> str:
+    for known, path in OPTIMIZERS.items():
+        if known.lower() == name.lower():
+            return path
+    if "." in name:
+        return name
+    if isinstance(getattr(torch.optim, name, None), type):
+        return f"torch.optim.{name}"
+    raise UserError(
+        f"--optimizer_type: unknown optimizer '{name}'{did_you_mean(name, OPTIMIZERS)} Known: {', '.join(OPTIMIZERS)}; "
+        "any class of torch.optim; or a path such as package.module.Class"
+    )
+
+
+def _defaults(path: str, name: str) -> dict[str, Any]:
+    """What kohya sets where the user says nothing."""
+    if name.lower().startswith("sgdnesterov"):
+        return {"momentum": 0.9, "nesterov": True}
+    if path.endswith(".Adafactor"):
+        return {"relative_step": True}
+    return {}
+
+
+def create_optimizer(
+    choice: OptimizerChoice, groups: ParameterGroups, *, learning_rate: float
+) -> torch.optim.Optimizer:
+    """The optimizer over `groups` (dicts with "params", "lr" and "name")."""
+    rates = {group.get("lr", learning_rate) for group in groups}
+    rate: float | None = learning_rate
+    if choice.finds_its_rate:
+        if max(rates) <= 0.1:
+            logger.warning(
+                "%s finds the rate by itself; the one given is a factor and should be near 1.0, not %g.",
+                choice.name,
+                max(rates),
+            )
+        if len(rates) > 1:
+            logger.warning(
+                "%s uses one rate for all parts: of %s only the first has effect.",
+                choice.name,
+                ", ".join(f"{rate:g}" for rate in sorted(rates)),
+            )
+    if choice.relative_step:
+        # With relative steps Adafactor insists on having no rate at all.
+        logger.warning(
+            "Adafactor with relative_step=True derives its own rate: --learning_rate, --unet_lr and "
+            "--text_encoder_lr have no effect. To use them: --optimizer_args relative_step=False."
+        )
+        groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+        rate = None
+    optimizer_class = registry.load_path(choice.path, where="--optimizer_type")
+    try:
+        optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=rate, **choice.arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer_type {choice.name} does not take these settings: {error}") from error
+    return optimizer
+
+
+def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate in force per group, by the group's name; with D-Adaptation and Prodigy, d times the rate."""
+    rates = {}
+    for index, group in enumerate(optimizer.param_groups):
+        rate = group["lr"]
+        if rate is None:  # Adafactor with relative steps
+            state = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), None)
+            rate = optimizer._get_lr(group, state) if state else 0.0  # type: ignore[attr-defined]
+        rates[str(group.get("name", f"group{index}"))] = float(rate) * float(group.get("d", 1.0))
+    return rates
+
+
+def state_bytes(choice: OptimizerChoice, groups: ParameterGroups, *, learning_rate: float) -> int:
+    """Bytes of state that the optimizer will hold: measured by one step on zeros of the same shapes.
+
+    Temporarily takes twice the memory of the trainable parameters.
+    """
+    doubles = []
+    for group in groups:
+        parameters = [torch.nn.Parameter(torch.zeros_like(p)) for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        doubles.append({**group, "params": parameters})
+    optimizer = create_optimizer(choice, doubles, learning_rate=learning_rate)
+    if choice.schedule_free:
+        optimizer.train()  # type: ignore[attr-defined]
+    optimizer.step()
+    return sum(_tensor_bytes(state) for state in optimizer.state.values())
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in value.values())
+    return 0

@@ -1,0 +1,229 @@
+"""What a run will do and cost, in words: the head of every run's log, and the whole of a dry run."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.data.captions import caption_text
+from library.data.dataset import Batch, Draw
+from library.optimizers.create import state_bytes
+from library.training import loop
+from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
+from library.training.step import condition_of
+from networks.network import AdapterNetwork
+
+if TYPE_CHECKING:
+    from library.training.build import Built
+
+MEASURED_STEPS = 5  # after two that warm up
+
+
+def report(built: Built, *, measure: bool) -> None:
+    """Print everything that is known before training; with `measure`, time a few steps as well. Nothing is written."""
+    for line in summary(built):
+        print(line)
+    for line in (*_memory(built), *_files(built)):
+        print(line)
+    if measure:
+        print(_time(built))
+    else:
+        print(_line("time", "not measured: --dry_run=measure times a few steps"))
+    print("\nDry run: nothing was trained, nothing was written.")
+    sys.stdout.flush()
+
+
+def summary(built: Built) -> Iterator[str]:
+    """Model, network, data, length and rates: what the options were understood to mean."""
+    yield _line("model", _model(built))
+    yield from _network(built)
+    yield from _data(built)
+    yield from _length(built)
+    yield _line("rates", _rates(built))
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<12}{text}"
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{plural if number != 1 else ''}"
+
+
+def _model(built: Built) -> str:
+    family, options = built.plan.family, built.plan.options
+    vae = f", VAE {family.vae_path}" if family.vae_path else ""
+    return (
+        f"{family.path} ({family.base_model_version}, {family.prediction_type}){vae}; "
+        f"{options.precision.mixed_precision.replace('no', 'fp32')} on {built.run.accelerator.device}"
+    )
+
+
+def _network(built: Built) -> Iterator[str]:
+    options = built.plan.options.network
+    count = sum(parameter.numel() for parameter in built.run.parameters)
+    yield _line(
+        "network",
+        f"{options.network_module}, dim {options.network_dim or 'default'}, alpha {options.network_alpha:g}: "
+        f"{_modules(built)}{count:,} trainable parameters",
+    )
+
+
+def _modules(built: Built) -> str:
+    """ "UNet 192 modules, ": how many layers each part of our own networks sits on."""
+    network = built.run.network
+    counts = network.module_counts() if isinstance(network, AdapterNetwork) else {}
+    return "".join(f"{section} {count} modules, " for section, count in counts.items())
+
+
+def _data(built: Built) -> Iterator[str]:
+    prepared, family = built.plan.prepared, built.plan.family
+    for summary in prepared.summaries:
+        kind = "regularisation images" if summary.subset.is_reg else "images"
+        yield _line(
+            "images",
+            f"{summary.subset.image_dir}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
+            f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
+        )
+    texts = [caption_text(sample.caption, sample.subset, None) for sample in prepared.samples]
+    too_long = sum(family.count_tokens(text) > family.token_limit for text in dict.fromkeys(texts))
+    yield _line("captions", f"{len(set(texts))} different, {too_long} cut off at {family.token_limit} tokens")
+    for group in prepared.groups:
+        batches = -(-group.draws // group.batch_size)
+        width, height = group.size
+        yield _line(
+            "bucket", f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {batches} batches"
+        )
+
+
+def _length(built: Built) -> Iterator[str]:
+    saves, options = built.saves, built.plan.options
+    processes = built.run.accelerator.num_processes
+    accumulation = options.training.gradient_accumulation_steps
+    sizes = sorted({spec.batch_size for spec in built.plan.datasets})
+    yield _line(
+        "length",
+        f"{saves.total_steps} steps; an epoch has {saves.steps_per_epoch} of them "
+        f"({built.plan.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:g} epochs",
+    )
+    product = " or ".join(str(size * accumulation * processes) for size in sizes)
+    yield _line(
+        "batch",
+        f"{product} images a step: {' or '.join(map(str, sizes))} × {accumulation} accumulated × {_count(processes, 'process', 'es')}",
+    )
+
+
+def _rates(built: Built) -> str:
+    options = built.plan.options.optimizer
+    rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in built.groups)
+    warmup = f", {built.warmup} steps of warm-up" if built.warmup else ""
+    return f"{rates}; {options.lr_scheduler}{warmup}; {built.choice.name}"
+
+
+def _memory(built: Built) -> Iterator[str]:
+    """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
+    run, data = built.run, built.plan.options.data
+    count = sum(parameter.numel() for parameter in run.parameters)
+    state = state_bytes(built.choice, built.groups, learning_rate=built.plan.options.optimizer.learning_rate)
+    yield _line("optimizer", f"{human_bytes(state)} of state, {state / count:.2f} bytes a parameter")
+
+    family = run.family
+    parts = [family.unet, run.network]
+    parts += [] if data.cache_text_encoder_outputs else family.text_encoders
+    parts += [] if data.cache_latents else [family.vae]
+    weights = parameter_bytes(parts)
+    step = peak_of(lambda fake: _fake_step(built, fake))
+    run.optimizer.zero_grad(set_to_none=True)
+    yield _line(
+        "memory",
+        f"about {human_bytes(weights + state + step)} in a step, beside the program itself: weights "
+        f"{human_bytes(weights)}, state {human_bytes(state)}, activations and gradients {human_bytes(step)}",
+    )
+    if data.cache_latents:
+        encoding = peak_of(lambda fake: family.encode_images(fake(_pixels(built, data.vae_batch_size))))
+        encoding += parameter_bytes([family.vae])
+        yield _line("", f"about {human_bytes(encoding)} while images are encoded, {data.vae_batch_size} at a time")
+
+
+def _fake_step(built: Built, fake: Callable[[Tensor], Tensor]) -> None:
+    """The parts of a step that take memory; random draws, which need contents, are left out."""
+    run, batch = built.run, synthetic_batch(built)
+    with run.accelerator.autocast():
+        if batch.moments is not None:
+            latents = fake(batch.moments[0])
+        else:
+            assert batch.pixels is not None
+            with torch.no_grad():
+                latents, _ = run.family.encode_images(fake(batch.pixels))
+        condition = condition_of(batch, run.family, run.accelerator.device, train_text=run.train_text)
+        t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        prediction = run.family.predict(latents, t, condition)
+        run.objective.loss(prediction.float(), latents).mean().backward()
+
+
+def synthetic_batch(built: Built) -> Batch:
+    """A full batch of the bucket that takes most memory, with its real captions and images of nothing."""
+    run, data = built.run, built.plan.options.data
+    group = max(built.plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
+    members = [(index, repeat) for index, repeats in group.members for repeat in range(repeats)][: group.batch_size]
+    draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
+    captions = [caption_text(draw.sample.caption, draw.sample.subset, None) for draw in draws]
+    pixels = _pixels(built, len(draws))
+    height, width = (side // run.family.vae_factor for side in pixels.shape[2:])
+    latents = torch.zeros(len(draws), run.family.latent_channels, height, width)
+    condition = None
+    if data.cache_text_encoder_outputs:
+        with torch.no_grad():
+            condition = run.family.encode_prompts(captions)
+    return Batch(
+        samples=draws,
+        pixels=None if data.cache_latents else pixels,
+        moments=(latents, torch.ones_like(latents)) if data.cache_latents else None,
+        captions=captions,
+        condition=condition,
+        loss_weights=torch.ones(len(draws)),
+        original_sizes=[draw.sample.size for draw in draws],
+        crops=[(0, 0)] * len(draws),
+        target_size=group.size,
+    )
+
+
+def _pixels(built: Built, count: int) -> Tensor:
+    width, height = max((group.size for group in built.plan.prepared.groups), key=lambda size: size[0] * size[1])
+    return torch.zeros(count, 3, height, width)
+
+
+def _time(built: Built) -> str:
+    """The time of a step, measured on the network itself: a dry run saves nothing."""
+    run = built.run
+    batch = synthetic_batch(built)
+    item = loop.StepBatches(step=1, epoch=0, batches=[batch] * run.accumulation, count=run.accumulation)
+    seconds = []
+    for _ in range(2 + MEASURED_STEPS):
+        start = time.perf_counter()
+        loop.optimizer_step(run, item)
+        seconds.append(time.perf_counter() - start)
+    step = statistics.median(seconds[2:])
+    total = step * built.saves.total_steps
+    return _line("time", f"{step:.2f} s a step, measured; {human_time(total)} for {built.saves.total_steps} steps")
+
+
+def _files(built: Built) -> Iterator[str]:
+    output = built.plan.options.output
+    width = 2 if output.save_precision in ("fp16", "bf16") else 4
+    tensors = built.run.network.state_dict()
+    size = sum(tensor.numel() * width for tensor in tensors.values())
+    files = built.saves.planned_files()
+    yield _line(
+        "disk", f"{_count(len(files), 'file')} of {human_bytes(size)}, {human_bytes(size * len(files))} together:"
+    )
+    shown = files if len(files) <= 6 else [*files[:3], None, *files[-2:]]
+    for path in shown:
+        there = " (exists: --overwrite replaces it)" if path is not None and path.exists() else ""
+        yield _line("", f"{path}{there}" if path is not None else f"… {len(files) - 5} more …")

@@ -1,0 +1,144 @@
+"""Gathers what the metadata of a run's files say from its options, data and model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from library.data.captions import caption_text
+from library.data.dataset import TrainingData
+from library.data.samples import Sample
+from library.optimizers.create import OptimizerChoice
+from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
+from library.training.plan import Plan
+from library.training.save import SavePlan
+
+
+def run_metadata(
+    plan: Plan, choice: OptimizerChoice, saves: SavePlan, data: TrainingData, *, world_size: int
+) -> RunMetadata:
+    """The metadata of every file of this run; only time, step and epoch are still to come."""
+    options, family = plan.options, plan.family
+    datasets = list(_datasets(plan, data))
+    per_device = max(spec.batch_size for spec in plan.datasets)
+    return RunMetadata(
+        facts=_run_facts(plan, choice, saves, data, datasets),
+        datasets=datasets,
+        spec=_model_spec(plan),
+        model=family.path,
+        vae=family.vae_path,
+        total_batch_size=per_device * world_size * options.training.gradient_accumulation_steps,
+        from_dataset_config=options.data.dataset_config is not None,
+        network_args=plan.network_arguments,
+        no_metadata=options.output.no_metadata,
+    )
+
+
+def _run_facts(
+    plan: Plan, choice: OptimizerChoice, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]
+) -> RunFacts:
+    options = plan.options
+    arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
+    text_encoder_lr = options.optimizer.text_encoder_lr
+    return RunFacts(
+        session_id=int(plan.started_at * 1000) % 2**32,
+        training_started_at=plan.started_at,
+        output_name=options.output.output_name,
+        learning_rate=options.optimizer.learning_rate,
+        text_encoder_lr=text_encoder_lr[0] if text_encoder_lr and len(text_encoder_lr) == 1 else text_encoder_lr,
+        unet_lr=options.optimizer.unet_lr,
+        num_train_images=sum(facts.num_train_images for facts in datasets),
+        num_reg_images=sum(facts.num_reg_images for facts in datasets),
+        num_batches_per_epoch=data.batches_per_epoch,
+        num_epochs=saves.epochs,
+        gradient_checkpointing=options.precision.gradient_checkpointing,
+        gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+        max_train_steps=saves.total_steps,
+        lr_warmup_steps=options.optimizer.lr_warmup_steps,
+        lr_scheduler=options.optimizer.lr_scheduler,
+        network_module=options.network.network_module,
+        network_dim=options.network.network_dim,
+        network_alpha=options.network.network_alpha,
+        network_dropout=options.network.network_dropout,
+        mixed_precision=options.precision.mixed_precision,
+        full_fp16=options.precision.full_fp16,
+        v2=plan.family.base_model_version.startswith("sd_v2"),
+        base_model_version=plan.family.base_model_version,
+        clip_skip=options.model.clip_skip,
+        max_token_length=options.model.max_token_length,
+        cache_latents=options.data.cache_latents,
+        seed=plan.seed,
+        training_comment=options.output.training_comment,
+        optimizer=choice.path + (f"({arguments})" if arguments else ""),
+        max_grad_norm=options.optimizer.max_grad_norm,
+        prior_loss_weight=options.data.prior_loss_weight,
+        min_snr_gamma=options.training.min_snr_gamma,
+        scale_weight_norms=options.network.scale_weight_norms,
+        loss_type=options.training.loss_type,
+    )
+
+
+def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
+    for number, spec in enumerate(plan.datasets):
+        groups = [group for group in data.groups if group.dataset == number]
+        members = [(data.samples[i], repeats, data.placements[i]) for g in groups for i, repeats in g.members]
+        errors = [
+            abs(sample.size[0] / sample.size[1] - placement.bucket[0] / placement.bucket[1])
+            for sample, _, placement in members
+        ]
+        yield DatasetFacts(
+            batch_size=spec.batch_size,
+            num_train_images=sum(repeats for sample, repeats, _ in members if not sample.subset.is_reg),
+            num_reg_images=sum(repeats for sample, repeats, _ in members if sample.subset.is_reg),
+            resolution=spec.resolution,
+            enable_bucket=spec.enable_bucket,
+            min_bucket_reso=spec.min_bucket_reso,
+            max_bucket_reso=spec.max_bucket_reso,
+            bucket_no_upscale=spec.bucket_no_upscale,
+            subsets=_subsets([sample for sample, _, _ in members]),
+            buckets=[(group.size, group.draws) for group in groups],
+            mean_img_ar_error=sum(errors) / len(errors) if errors else 0.0,
+        )
+
+
+def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
+    """One for each folder that the samples of a data set come from."""
+    by_origin: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        by_origin.setdefault((sample.subset.origin, str(sample.subset.image_dir)), []).append(sample)
+    return [
+        SubsetFacts(
+            image_dir=own[0].subset.image_dir,
+            img_count=len(own),
+            num_repeats=own[0].subset.num_repeats,
+            captions=[caption_text(sample.caption, sample.subset, None) for sample in own],
+            is_reg=own[0].subset.is_reg,
+            class_tokens=own[0].subset.class_tokens,
+            flip_aug=own[0].subset.flip_aug,
+            shuffle_caption=own[0].subset.shuffle_caption,
+            keep_tokens=own[0].subset.keep_tokens,
+            caption_prefix=own[0].subset.caption_prefix,
+            caption_suffix=own[0].subset.caption_suffix,
+        )
+        for own in by_origin.values()
+    ]
+
+
+def _model_spec(plan: Plan) -> ModelSpec:
+    output, family = plan.options.output, plan.family
+    return ModelSpec(
+        architecture=family.architecture,
+        title=output.metadata_title or output.output_name or "last",
+        resolution=plan.datasets[0].resolution,
+        prediction_type=family.prediction_type,
+        author=output.metadata_author,
+        description=output.metadata_description,
+        license=output.metadata_license,
+        tags=output.metadata_tags,
+        usage_hint=output.metadata_usage_hint,
+        thumbnail=output.metadata_thumbnail,
+        merged_from=output.metadata_merged_from,
+        trigger_phrase=output.metadata_trigger_phrase,
+        preprocessor=output.metadata_preprocessor,
+        is_negative_embedding=output.metadata_is_negative_embedding,
+        encoder_layer=plan.options.model.clip_skip,
+    )

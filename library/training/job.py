@@ -1,0 +1,66 @@
+"""A whole job: plan, build, then a dry run, or the training and its pictures."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from library.config.options import Options
+from library.training.plan import make_plan
+
+if TYPE_CHECKING:
+    from library.training.build import Built
+
+logger = logging.getLogger(__name__)
+
+
+def run(options: Options) -> int:
+    """Returns the exit code: 0, or 130 if Ctrl-C ended the run early (what it had learnt is saved then)."""
+    plan = make_plan(options)
+    # torch and all that needs it load only now, when the commonest mistakes are out of the way
+    from library.training import dry_run, loop
+    from library.training.build import build
+
+    built = build(plan)
+    if options.run.dry_run:
+        dry_run.report(built, measure=options.run.dry_run == "measure")
+        return 0
+    for line in dry_run.summary(built):
+        logger.info("%s", line)
+    finished = loop.train(built.run)
+    built.run.accelerator.end_training()
+    if built.run.accelerator.is_main_process and finished:
+        _pictures(built)
+    return 0 if finished else 130
+
+
+def _pictures(built: Built) -> None:
+    """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
+    import torch
+
+    from library.training import report, sample
+    from library.training.build import DTYPES
+    from networks.protocol import without
+
+    output, last = built.plan.options.output, built.saves.last_file
+    if output.loss_plot:
+        path = last.with_name(f"{last.stem}-loss.png")
+        report.plot_losses(path, built.run.losses, steps_per_epoch=built.saves.steps_per_epoch, title=last.stem)
+        logger.info("drew %s", path)
+    if output.compare_prompts:
+        path = last.with_name(f"{last.stem}-compare.png")
+        family, device = built.plan.family, built.run.accelerator.device
+        dtype = DTYPES[built.plan.options.precision.mixed_precision]
+        family.load_vae(torch.float32 if built.plan.options.model.no_half_vae else dtype, device)
+        if not family.text_encoders:
+            family.load_text_encoders(dtype, device)
+        sample.compare(
+            path,
+            family,
+            lambda: without(built.run.network),
+            output.compare_prompts,
+            size=built.plan.datasets[0].resolution,
+            steps=output.compare_steps,
+            seed=built.plan.seed,
+        )
+        logger.info("drew %s", path)

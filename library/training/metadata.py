@@ -1,0 +1,398 @@
+"""What a saved file says about itself: kohya's `ss_*` and `sshs_*` keys and Stability's `modelspec.*`.
+
+Names and forms are those of kohya's sd-scripts 0.10, because A1111, ComfyUI extensions and model sites read them.
+All values are strings; "None" stands for None; nested things are JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import mimetypes
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from library.errors import UserError
+from library.progress import bar
+
+MINIMUM_KEYS = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Plain facts of a run. Field `x` is written as `ss_x`; the defaults are what kohya writes if a feature is off."""
+
+    session_id: int
+    training_started_at: float  # Unix time
+    output_name: str | None
+    learning_rate: float
+    text_encoder_lr: float | Sequence[float] | None
+    unet_lr: float | None
+    num_train_images: int  # repeats included
+    num_validation_images: int = 0
+    num_reg_images: int = 0
+    num_batches_per_epoch: int
+    num_epochs: int
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int
+    lr_warmup_steps: int | float | str = 0
+    lr_scheduler: str
+    network_module: str
+    network_dim: int | None
+    network_alpha: float | None
+    network_dropout: float | None = None
+    mixed_precision: str | None = None
+    full_fp16: bool = False
+    v2: bool
+    base_model_version: str
+    clip_skip: int | None = None
+    max_token_length: int | None = None
+    cache_latents: bool = False
+    seed: int | None
+    lowram: bool = False
+    noise_offset: float | None = None
+    multires_noise_iterations: int | None = None
+    multires_noise_discount: float = 0.3
+    adaptive_noise_scale: float | None = None
+    zero_terminal_snr: bool = False
+    training_comment: str | None = None
+    sd_scripts_commit_hash: str = "(unknown)"  # what kohya writes outside of its own checkout
+    optimizer: str  # "torch.optim.adamw.AdamW(weight_decay=0.1)"
+    max_grad_norm: float
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    face_crop_aug_range: str | None = None
+    prior_loss_weight: float = 1.0
+    min_snr_gamma: float | None = None
+    scale_weight_norms: float | None = None
+    ip_noise_gamma: float | None = None
+    debiased_estimation: bool = False
+    noise_offset_random_strength: bool = False
+    ip_noise_gamma_random_strength: bool = False
+    loss_type: str = "l2"
+    huber_schedule: str = "snr"
+    huber_scale: float = 1.0
+    huber_c: float = 0.1
+    fp8_base: bool = False
+    fp8_base_unet: bool = False
+    validation_seed: int | None = None
+    validation_split: float = 0.0
+    max_validation_steps: int | None = None
+    validate_every_n_epochs: int | None = None
+    validate_every_n_steps: int | None = None
+    resize_interpolation: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetFacts:
+    """One image folder."""
+
+    image_dir: Path
+    img_count: int  # images, without repeats
+    num_repeats: int
+    captions: Sequence[str] = ()  # one per image, as trained before shuffling: for the tag frequencies
+    is_reg: bool = False
+    class_tokens: str | None = None
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str | None = None
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    resize_interpolation: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """One dataset: subsets at one resolution. Image counts include repeats, as do those of the buckets."""
+
+    batch_size: int  # per device
+    num_train_images: int
+    num_reg_images: int
+    resolution: tuple[int, int]  # width, height
+    enable_bucket: bool
+    min_bucket_reso: int | None
+    max_bucket_reso: int | None
+    bucket_no_upscale: bool
+    subsets: Sequence[SubsetFacts]
+    buckets: Sequence[tuple[tuple[int, int], int]] = ()  # (width, height), images
+    mean_img_ar_error: float = 0.0  # mean |aspect ratio of image - of bucket|
+    resize_interpolation: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Stability's `modelspec.*`, version 1.0.1. None is left out."""
+
+    architecture: str  # of the base: "stable-diffusion-v1"; "/lora" is added
+    title: str
+    resolution: tuple[int, int]
+    prediction_type: str  # "epsilon" or "v_prediction"
+    implementation: str = "diffusers"  # whose names the tensors have
+    implementation_version: str | None = None
+    author: str | None = None
+    description: str | None = None
+    license: str | None = None
+    tags: str | None = None
+    usage_hint: str | None = None
+    thumbnail: str | None = None  # a data URL or an image file
+    merged_from: str | None = None
+    trigger_phrase: str | None = None
+    preprocessor: str | None = None
+    is_negative_embedding: str | None = None
+    timestep_range: tuple[int, int] | None = None
+    encoder_layer: int | None = None  # clip skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMetadata:
+    """All that the files of one run say; `at` is what the file of one moment says.
+
+    The base model is hashed when the first file is saved (once, a few seconds for 4 GB), so that a run that fails
+    early or only measures never reads it, and not at all with `no_metadata`.
+    """
+
+    facts: RunFacts
+    datasets: Sequence[DatasetFacts]
+    spec: ModelSpec
+    model: str  # as given: a file, a folder or a hub id
+    vae: str | None
+    total_batch_size: int
+    from_dataset_config: bool  # otherwise from --train_data_dir, for which kohya writes other keys
+    network_args: Mapping[str, object] | None = None
+    no_metadata: bool = False
+
+    @cached_property
+    def _constant(self) -> dict[str, str]:
+        metadata = facts_metadata(self.facts)
+        if self.network_args:
+            metadata["ss_network_args"] = json.dumps(dict(self.network_args))
+        if self.no_metadata:
+            return {key: metadata[key] for key in MINIMUM_KEYS if key in metadata}
+        metadata |= dataset_metadata(
+            self.datasets, from_dataset_config=self.from_dataset_config, total_batch_size=self.total_batch_size
+        )
+        return metadata | model_metadata("sd_model", self.model) | (model_metadata("vae", self.vae) if self.vae else {})
+
+    def at(self, *, steps: int, epoch: int, now: float | None = None) -> dict[str, str]:
+        """For a file saved after `steps` steps in `epoch`, at Unix time `now` (None: the clock's)."""
+        now = time.time() if now is None else now
+        moment = {"ss_training_finished_at": str(now), "ss_steps": str(steps), "ss_epoch": str(epoch)}
+        return self._constant | ({} if self.no_metadata else moment) | spec_metadata(self.spec, now=now)
+
+
+def facts_metadata(facts: RunFacts) -> dict[str, str]:
+    """`ss_*` of everything but datasets and base model."""
+    return {f"ss_{field.name}": str(getattr(facts, field.name)) for field in fields(facts)}
+
+
+def spec_metadata(spec: ModelSpec, *, now: float) -> dict[str, str]:
+    """`modelspec.*`, dated `now` (Unix time) in local time."""
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    values["sai_model_spec"] = "1.0.1"
+    values["architecture"] = f"{spec.architecture}/lora"
+    values["resolution"] = f"{spec.resolution[0]}x{spec.resolution[1]}"
+    values["prediction_type"] = "v" if spec.prediction_type == "v_prediction" else spec.prediction_type
+    values["date"] = datetime.fromtimestamp(int(now)).isoformat()
+    if spec.timestep_range is not None:
+        values["timestep_range"] = f"{spec.timestep_range[0]},{spec.timestep_range[1]}"
+    if spec.thumbnail is not None:
+        values["thumbnail"] = data_url(spec.thumbnail)
+    return {f"modelspec.{key}": str(value) for key, value in values.items() if value is not None}
+
+
+def data_url(thumbnail: str) -> str:
+    """A `data:` URL as it is, an image file as one."""
+    if thumbnail.startswith("data:"):
+        return thumbnail
+    path = Path(thumbnail)
+    if not path.is_file():
+        raise UserError(f"metadata_thumbnail: {thumbnail} is neither a file nor a data URL")
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+# -- datasets
+
+
+def tag_frequency(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
+    """How often each tag stands in the captions, by folder name. Tags lie between commas; case is ignored."""
+    folders: dict[str, dict[str, int]] = {}
+    for subset in subsets:
+        counts = folders.setdefault(subset.image_dir.name, {})
+        for caption in subset.captions:
+            for tag in filter(None, (word.strip().lower() for word in caption.split(","))):
+                counts[tag] = counts.get(tag, 0) + 1
+    return folders
+
+
+def dataset_metadata(
+    datasets: Sequence[DatasetFacts], *, from_dataset_config: bool, total_batch_size: int
+) -> dict[str, str]:
+    """The keys about data: `ss_datasets` for a dataset config, single keys for `--train_data_dir`."""
+    frequencies: dict[str, dict[str, int]] = {}
+    for dataset in datasets:
+        frequencies = tag_frequency(dataset.subsets) | frequencies  # a folder used twice counts once
+    train = [subset for dataset in datasets for subset in dataset.subsets if not subset.is_reg]
+    common = {"ss_tag_frequency": json.dumps(frequencies), "ss_dataset_dirs": json.dumps(_folders(train))}
+    if from_dataset_config:
+        return {"ss_datasets": json.dumps([_dataset(dataset) for dataset in datasets])} | common
+    assert len(datasets) == 1, "--train_data_dir makes one dataset"
+    (dataset,) = datasets
+    first = dataset.subsets[0]  # all subsets have the same settings here
+    single = {
+        "batch_size_per_device": dataset.batch_size,
+        "total_batch_size": total_batch_size,
+        "resolution": tuple(dataset.resolution),
+        "color_aug": first.color_aug,
+        "flip_aug": first.flip_aug,
+        "random_crop": first.random_crop,
+        "shuffle_caption": first.shuffle_caption,
+        "enable_bucket": dataset.enable_bucket,
+        "bucket_no_upscale": dataset.bucket_no_upscale,
+        "min_bucket_reso": dataset.min_bucket_reso,
+        "max_bucket_reso": dataset.max_bucket_reso,
+        "keep_tokens": first.keep_tokens,
+        "reg_dataset_dirs": json.dumps(_folders([subset for subset in dataset.subsets if subset.is_reg])),
+        "bucket_info": json.dumps(_bucket_info(dataset)),
+    }
+    return {f"ss_{key}": str(value) for key, value in single.items()} | common
+
+
+def _folders(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
+    """Repeats and images by folder name; a name seen before gets a number."""
+    folders: dict[str, dict[str, int]] = {}
+    for subset in subsets:
+        name, number = subset.image_dir.name, 2
+        while name in folders:
+            name, number = f"{subset.image_dir.name} ({number})", number + 1
+        folders[name] = {"n_repeats": subset.num_repeats, "img_count": subset.img_count}
+    return folders
+
+
+def _bucket_info(dataset: DatasetFacts) -> dict[str, object] | None:
+    if not dataset.enable_bucket:
+        return None
+    filled = [(size, count) for size, count in dataset.buckets if count]
+    return {
+        "buckets": {i: {"resolution": size, "count": count} for i, (size, count) in enumerate(filled)},
+        "mean_img_ar_error": dataset.mean_img_ar_error,
+    }
+
+
+def _dataset(dataset: DatasetFacts) -> dict[str, object]:
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": dataset.batch_size,
+        "num_train_images": dataset.num_train_images,
+        "num_reg_images": dataset.num_reg_images,
+        "resolution": dataset.resolution,
+        "enable_bucket": dataset.enable_bucket,
+        "min_bucket_reso": dataset.min_bucket_reso,
+        "max_bucket_reso": dataset.max_bucket_reso,
+        "tag_frequency": tag_frequency(dataset.subsets),
+        "bucket_info": _bucket_info(dataset),
+        "resize_interpolation": dataset.resize_interpolation,
+        "subsets": [_subset(subset) for subset in dataset.subsets],
+    }
+
+
+def _subset(subset: SubsetFacts) -> dict[str, object]:
+    values = {field.name: getattr(subset, field.name) for field in fields(subset) if field.name != "captions"}
+    return values | {"image_dir": subset.image_dir.name}  # never a path: files get published
+
+
+# -- hashes
+
+
+def model_metadata(part: str, given: str) -> dict[str, str]:
+    """Name and hashes of the base model (`part` "sd_model") or a VAE ("vae"); folders and hub ids have no hash."""
+    path = Path(given)
+    if not path.exists():
+        return {f"ss_{part}_name": given}
+    if path.is_dir():
+        return {f"ss_{part}_name": path.resolve().name}
+    return {
+        f"ss_{part}_hash": old_hash(path),
+        f"ss_new_{part}_hash": sha256(path),
+        f"ss_{part}_name": path.name,
+    }
+
+
+def old_hash(path: Path) -> str:
+    """The first web UI's hash of a model: 8 digits, over 64 KiB from the second MiB on."""
+    with path.open("rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+def sha256(path: Path, *, start: int = 0) -> str:
+    """The SHA-256 of a file from byte `start` on, in hexadecimal; large files show a bar."""
+    mib = math.ceil((path.stat().st_size - start) / 2**20)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        blocks = iter(lambda: file.read(2**20), b"")
+        for block in bar(blocks, desc=f"hash of {path.name}", total=mib, unit="MiB", disable=mib < 512):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def safetensors_hashes(path: Path) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` of a safetensors file, read in blocks.
+
+    They are defined over the file as it would be with its `ss_*` metadata only: the first is the SHA-256 of all that
+    follows the header, the second the old 8-digit hash of that whole file.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        kept = {key: value for key, value in header.pop("__metadata__", {}).items() if key.startswith("ss_")}
+        text = json.dumps({"__metadata__": kept, **header}, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+        block = head[0x100000:0x110000]
+        file.seek(8 + size + 0x100000 + len(block) - len(head))
+        block += file.read(0x10000 - len(block))
+    return {
+        "sshs_model_hash": sha256(path, start=8 + size),
+        "sshs_legacy_hash": hashlib.sha256(block).hexdigest()[:8],
+    }
+
+
+# A file is written with these, then they are overwritten where they stand: no second copy on disk or in memory.
+UNKNOWN_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+
+
+def write_hashes(path: Path) -> None:
+    """Put the true hashes in the place of `UNKNOWN_HASHES` in a safetensors file's header.
+
+    A third-party network module may have written a value of its own or none: that is left alone.
+    """
+    hashes = safetensors_hashes(path)
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        for key, unknown in UNKNOWN_HASHES.items():
+            # a quoted key cannot occur inside a JSON string, where its quotes would be escaped
+            header = header.replace(f'"{key}":"{unknown}"'.encode(), f'"{key}":"{hashes[key]}"'.encode())
+        file.seek(8)
+        file.write(header)

@@ -1,0 +1,43 @@
+"""Pictures of a run: the curve of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
+    """Mean over the last `window` values, fewer at the start: one value per loss."""
+    means, total = [], 0.0
+    for index, loss in enumerate(losses):
+        total += loss
+        if index >= window:
+            total -= losses[index - window]
+        means.append(total / min(index + 1, window))
+    return means
+
+
+def plot_losses(path: Path, losses: Sequence[float], *, steps_per_epoch: int, title: str) -> None:
+    """A PNG of the loss per optimizer step, the first being step 1: faint as it came, strong as its moving mean.
+
+    The noise level drawn for each image moves a single step's loss more than learning does, so the mean is the
+    curve to look at.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    window = max(10, len(losses) // 20)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="per step")
+    axes.plot(steps, smoothed(losses, window=window), color="tab:blue", linewidth=1.8, label=f"mean of {window} steps")
+    for boundary in range(steps_per_epoch, len(losses), max(steps_per_epoch, len(losses) // 20)):
+        axes.axvline(boundary, color="0.85", linewidth=0.6, zorder=0)
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(1, max(2, len(losses))))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    temporary = path.with_name(path.name + ".part")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)

@@ -1,0 +1,240 @@
+"""When files are written, how they are named, and how a file is written so that it is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from library.errors import UserError
+from library.training.metadata import UNKNOWN_HASHES, write_hashes
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS: dict[str | None, torch.dtype | None] = {
+    None: None,  # as trained
+    "float": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+# -- when and under which names
+
+
+@dataclass(frozen=True)
+class Due:
+    """A file to write now."""
+
+    path: Path
+    epoch: int  # what kohya writes as ss_epoch: finished epochs
+    remove: Path | None = None  # an older file that goes once this one is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePlan:
+    """Which files a run writes after which steps, with kohya's names and retention.
+
+    Steps count optimizer steps from 1. None or 0 for an interval switches it off.
+    """
+
+    folder: Path
+    name: str | None  # --output_name
+    total_steps: int
+    steps_per_epoch: int
+    every_n_steps: int | None = None
+    every_n_epochs: int | None = None
+    last_n_steps: int | None = None  # keep the files of the last n *steps*
+    last_n_epochs: int | None = None  # keep the last n *files* of epochs
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (self.name in ("", ".", "..") or set("/\\") & set(self.name)):
+            raise UserError(f"output_name: {self.name!r} is not a plain file name; folders belong into --output_dir")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun in the whole run."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    @property
+    def last_file(self) -> Path:
+        return self.folder / f"{self.name or 'last'}.safetensors"
+
+    def step_file(self, step: int) -> Path:
+        return self.folder / f"{self.name or 'at'}-step{step:08d}.safetensors"
+
+    def epoch_file(self, epoch: int) -> Path:
+        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}.safetensors"
+
+    def due(self, step: int) -> list[Due]:
+        """The files to write once `step` steps are done."""
+        files = []
+        if self.every_n_steps and step % self.every_n_steps == 0:
+            files.append(Due(self.step_file(step), (step - 1) // self.steps_per_epoch, self._old_step(step)))
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        # the last epoch's file would be the same as the final one
+        if self.every_n_epochs and rest == 0 and epoch % self.every_n_epochs == 0 and epoch < self.epochs:
+            files.append(Due(self.epoch_file(epoch), epoch, self._old_epoch(epoch)))
+        if step == self.total_steps:
+            files.append(Due(self.last_file, self.epochs))
+        return files
+
+    def planned_files(self, *, after_step: int = 0) -> list[Path]:
+        """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
+        steps = {self.total_steps}
+        if self.every_n_steps:
+            steps.update(range(self.every_n_steps, self.total_steps, self.every_n_steps))
+        if self.every_n_epochs:
+            interval = self.every_n_epochs * self.steps_per_epoch
+            steps.update(range(interval, self.total_steps, interval))
+        return [due.path for step in sorted(steps) if step > after_step for due in self.due(step)]
+
+    def _old_step(self, step: int) -> Path | None:
+        """Intervals of 10, 30 to keep: at step 50 the file of step 10 goes, those of 20 to 50 stay."""
+        if not self.last_n_steps or not self.every_n_steps:
+            return None
+        old = step - self.last_n_steps - 1
+        old -= old % self.every_n_steps
+        return self.step_file(old) if old > 0 else None
+
+    def _old_epoch(self, epoch: int) -> Path | None:
+        if not self.last_n_epochs or not self.every_n_epochs:
+            return None
+        old = epoch - self.every_n_epochs * self.last_n_epochs
+        return self.epoch_file(old) if old > 0 else None
+
+
+def epochs_from_ratio(epochs: int, ratio: int) -> int:
+    """`save_n_epoch_ratio`: the interval in epochs that gives at least `ratio` files."""
+    return epochs // ratio or 1
+
+
+# -- before training
+
+
+def check_free(files: Iterable[Path], *, overwrite: bool) -> None:
+    """`UserError` if a file that the run is going to write is there already."""
+    existing = [path for path in files if path.exists()]
+    folders = [path for path in existing if path.is_dir()]
+    if folders:
+        raise UserError(
+            f"{folders[0]} is a folder; the run is going to write a file of that name: choose --output_name"
+        )
+    if existing and not overwrite:
+        more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
+        raise UserError(
+            f"the run would replace {', '.join(map(str, existing[:3]))}{more}: "
+            "give it another --output_name or --output_dir, or --overwrite to replace them"
+        )
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder and try to write in it; `UserError` if that fails."""
+    probe = folder / ".write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write in {folder}: {error.strerror or error}") from error
+
+
+# -- writing
+
+
+class BrokenWeightsError(UserError):
+    """Weights that are not finite numbers: they were not written."""
+
+
+class Savable(Protocol):
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None: ...
+
+
+def save_network(network: Savable, path: Path, *, precision: str | None, metadata: Mapping[str, str]) -> None:
+    """Write a network's file: beside first, read back and checked, with its hashes, then renamed to `path`.
+
+    `precision` is a key of PRECISIONS. `BrokenWeightsError` if a tensor holds NaN or infinity, `UserError` if the disk
+    is full or the folder cannot be written to; whatever stood at `path` before is then still there.
+    """
+    with replacing(path) as beside:
+        network.save_weights(str(beside), PRECISIONS[precision], {**metadata, **UNKNOWN_HASHES})
+        check_finite(beside, path.name, precision)
+        write_hashes(beside)
+    logger.info("saved %s", path)
+
+
+def remove_old(path: Path) -> None:
+    """Delete a file that retention no longer keeps."""
+    try:
+        path.unlink()
+        logger.info("removed %s", path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # on Windows: another program has it open
+        logger.warning("%s should go now but cannot be removed: %s", path, error.strerror)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name in the same folder to write to; moved to `path` when the block ends, removed if the block fails.
+
+    After the move `path` is on the disk, whatever happens to the machine. OS errors come out as `UserError`.
+    """
+    # keeps the ending, from which network modules tell the format; no random part: a leftover of a killed run goes
+    beside = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(b"")
+        mode = beside.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
+        yield beside
+        beside.chmod(mode)
+        _sync(beside)
+        os.replace(beside, path)
+        if os.name == "posix":
+            with contextlib.suppress(OSError):  # some network file systems cannot; the file is there all the same
+                _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not written: {_reason(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """safetensors passes on the system's message, not its number."""
+    name = errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None
+    if name in ("ENOSPC", "EDQUOT") or "No space left" in str(error) or "os error 112" in str(error):  # 112: Windows
+        return "the disk is full. Free some space, or choose an --output_dir elsewhere"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def check_finite(file: Path, name: str, precision: str | None) -> None:
+    """`BrokenWeightsError` if a tensor of the safetensors `file`, to be called `name`, holds NaN or infinity."""
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - not a dict
+            tensor = tensors.get_tensor(key)
+            if not tensor.is_floating_point() or tensor.isfinite().all():
+                continue
+            advice = "training has diverged: lower the learning rate, or start from an earlier file"
+            if precision == "fp16" and not tensor.isnan().any():
+                advice = "values beyond 65504 do not fit into fp16: use --save_precision bf16 or float"
+            kind = "NaN" if tensor.isnan().any() else "infinity"
+            raise BrokenWeightsError(f"{name}: not written: {key} holds {kind}; {advice}")

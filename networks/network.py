@@ -1,0 +1,323 @@
+"""What all adapters share: where they sit, how they wrap a layer, parameter groups, saving, loading, merging.
+
+A kind of adapter is one file beside this one: a subclass of `AdapterModule` and a function `create_network`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.weights import LoadReport, by_module, check_loaded, compare, read_weights
+
+if TYPE_CHECKING:
+    from library.models.family import AdapterTargets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer of the base model that an adapter can sit on."""
+
+    name: str  # in files: lora_unet_down_blocks_0_attentions_0_proj_in
+    section: str  # "unet", "text_encoder"; with several encoders "text_encoder_1", "text_encoder_2"
+    part: str  # "unet" or "text_encoder"
+    module: nn.Linear | nn.Conv2d
+
+    @property
+    def spatial(self) -> bool:
+        """Whether this is a convolution wider than 1x1: such layers have a rank of their own."""
+        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+
+
+def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
+    """Every Linear and Conv2d whose path the targets' patterns match as a whole, in the order of the model.
+
+    `conv` adds the paths of `AdapterTargets.conv` (the ResNet blocks and resamplers of a UNet).
+    A part in which nothing matches is a `UserError`: training it would do nothing.
+    """
+    several = sum(target.part == "text_encoder" for target in targets) > 1
+    sites: list[Site] = []
+    encoders = 0
+    for target in targets:
+        section = target.part
+        if target.part == "text_encoder" and several:
+            encoders += 1
+            section = f"text_encoder_{encoders}"
+        found = [
+            Site(f"{target.prefix}.{target.name(path)}".replace(".", "_"), section, target.part, module)
+            for path, module in target.root.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+            and (target.linear.fullmatch(path) or (conv and target.conv.fullmatch(path)))
+        ]
+        if not found:
+            raise UserError(f"{section}: no layer of this model matches the pattern {target.linear.pattern!r}")
+        sites += found
+    names = {site.name for site in sites}
+    assert len(names) == len(sites), "two layers have the same name in files"
+    return sites
+
+
+class AdapterModule(nn.Module):
+    """One adapter on one layer. A subclass gives `forward`, `delta_weight`, `weight_norm` and `scale_weights`.
+
+    It takes the place of the layer's `forward` and calls the layer's own as `base_forward`. The layer itself is held
+    outside of the module tree, so that `state_dict` and `parameters` see the adapter alone.
+    `factor`, by which the adapter's output is multiplied, is multiplier * alpha / rank.
+    """
+
+    plus_suffix: str | None = None  # LoRA+: parameters whose name ends so get the raised rate
+    alpha: Tensor
+
+    def __init__(self, site: Site, *, rank: int, alpha: float | None) -> None:
+        """`alpha` None or 0 means `rank`."""
+        super().__init__()
+        self.site = site
+        self.rank = rank
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
+        self.multiplier = 1.0
+        self.factor = self.scale = float(alpha or rank) / rank
+        self.base_forward = site.module.forward
+        self.register_load_state_dict_post_hook(_read_scale)
+
+    def attach(self) -> None:
+        """Run on every forward of the layer from now on."""
+        self.base_forward = self.site.module.forward
+        self.site.module.forward = self.forward
+
+    def remove(self) -> None:
+        """Give the layer its own forward back."""
+        layer = self.site.module
+        assert vars(layer).get("forward") == self.forward, f"{self.site.name}: not attached, or something sits on top"
+        del layer.forward  # the class's forward shows again …
+        if layer.forward != self.base_forward:
+            layer.forward = self.base_forward  # … unless another adapter was there before
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """1 as trained, 0 exactly the base."""
+        self.multiplier = multiplier
+        self.factor = multiplier * self.scale
+
+    def delta_weight(self) -> Tensor:
+        """What the adapter adds to the layer's weight at multiplier 1, in fp32 and the weight's shape."""
+        raise NotImplementedError
+
+    def weight_norm(self) -> Tensor:
+        """Frobenius norm of `delta_weight`, a 0-d fp32 tensor."""
+        return self.delta_weight().norm()
+
+    def scale_weights(self, ratio: float) -> None:
+        """Multiply `delta_weight` by `ratio`, in place."""
+        raise NotImplementedError
+
+
+def _read_scale(module: AdapterModule, _: object) -> None:
+    """A file's alpha is part of what it does: weights loaded with it act as they did when they were saved."""
+    module.scale = (module.alpha.item() or module.rank) / module.rank
+    module.set_multiplier(module.multiplier)
+
+
+class AdapterNetwork(nn.Module):
+    """All adapters of a run, with the methods of kohya's network protocol."""
+
+    def __init__(
+        self,
+        adapters: Iterable[AdapterModule],
+        *,
+        multiplier: float = 1.0,
+        plus_ratios: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """`plus_ratios`: LoRA+ ratio per part ("unet", "text_encoder"); None or absent trains all at one rate."""
+        super().__init__()
+        for adapter in adapters:
+            self.add_module(adapter.site.name, adapter)
+        self.plus_ratios = dict(plus_ratios or {})
+        self.set_multiplier(multiplier)
+
+    @property
+    def adapters(self) -> Iterator[AdapterModule]:
+        return iter(self.children())  # type: ignore[arg-type]
+
+    def sections(self) -> dict[str, list[AdapterModule]]:
+        """The adapters of each section of the model, text encoders first as kohya has them."""
+        found: dict[str, list[AdapterModule]] = {}
+        for adapter in sorted(self.adapters, key=lambda adapter: adapter.site.part != "text_encoder"):
+            found.setdefault(adapter.site.section, []).append(adapter)
+        return found
+
+    def module_counts(self) -> dict[str, int]:
+        """Adapters per section, to compare with what the architecture should have."""
+        return {section: len(adapters) for section, adapters in self.sections().items()}
+
+    # -- on the model
+
+    def apply_to(
+        self, text_encoder: object, unet: object, apply_text_encoder: bool = True, apply_unet: bool = True
+    ) -> None:
+        """Attach to the chosen parts and forget the adapters of the others. The models themselves are known already."""
+        chosen = {"text_encoder": apply_text_encoder, "unet": apply_unet}
+        for adapter in list(self.adapters):
+            if chosen[adapter.site.part]:
+                adapter.attach()
+            else:
+                delattr(self, adapter.site.name)
+        if not self.module_counts():
+            raise UserError("the adapter sits on no layer: neither the UNet nor a text encoder is to be trained")
+        logger.info("adapted layers: %s", ", ".join(f"{name} {count}" for name, count in self.module_counts().items()))
+
+    def remove(self) -> None:
+        """Undo `apply_to`: the base is as it was."""
+        for adapter in self.adapters:
+            adapter.remove()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """1 as trained, 0 exactly the base."""
+        self.multiplier = multiplier
+        for adapter in self.adapters:
+            adapter.set_multiplier(multiplier)
+
+    @torch.no_grad()
+    def merge_to(
+        self,
+        text_encoder: object = None,
+        unet: object = None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        dtype: object = None,
+        device: object = None,
+    ) -> None:
+        """Add the adapters to the base's weights for good, rounding once. Must not be attached as well.
+
+        The signature is kohya's; only `weights_sd`, loaded first if given, is needed here. The sum is formed in fp32
+        where the base's weight lies, and is written in the weight's own dtype.
+        """
+        if weights_sd is not None:
+            self._load(dict(weights_sd), "the weights to merge")
+        for adapter in self.adapters:
+            assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
+            weight = adapter.site.module.weight
+            weight.copy_(weight.float() + adapter.delta_weight().to(weight.device) * adapter.multiplier)
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, max_norm_value: float, device: object = None) -> tuple[int, float, float]:
+        """Shrink each adapter whose norm exceeds the limit. Returns (how many, mean norm, largest norm), norms after.
+
+        Kohya's `scale_weight_norms`. The adapters stay where they lie: `device` is part of the protocol only.
+        """
+        adapters = list(self.adapters)
+        norms: list[float] = torch.stack([adapter.weight_norm() for adapter in adapters]).tolist()  # one sync
+        over = [(adapter, norm) for adapter, norm in zip(adapters, norms, strict=True) if norm > max_norm_value]
+        for adapter, norm in over:
+            adapter.scale_weights(max_norm_value / norm)
+        norms = [min(norm, max_norm_value) for norm in norms]
+        return len(over), sum(norms) / len(norms), max(norms)
+
+    # -- training
+
+    def prepare_optimizer_params(
+        self,
+        text_encoder_lr: float | Sequence[float] | None,
+        unet_lr: float | None,
+        default_lr: float | None,
+    ) -> list[dict[str, Any]]:
+        """One group per section, two with LoRA+: {"params", "lr", "name"}, and "lora_plus_ratio" on the raised ones.
+
+        A rate of None is `default_lr`. A rate of 0 freezes that section: it stays in effect and is saved as it is.
+        `text_encoder_lr` may be a list with one rate per text encoder; a list of one is for all.
+        """
+        sections = self.sections()
+        encoders = [name for name, adapters in sections.items() if adapters[0].site.part == "text_encoder"]
+        rates = dict(zip(encoders, _per_encoder(text_encoder_lr, len(encoders)), strict=True))
+        groups = []
+        for section, adapters in sections.items():
+            chosen = rates.get(section, unet_lr)
+            rate = default_lr if chosen is None else chosen
+            assert rate is not None, f"{section}: no learning rate"
+            if rate == 0:
+                logger.warning("%s: learning rate 0, its %d adapters are not trained", section, len(adapters))
+                for adapter in adapters:
+                    adapter.requires_grad_(False)
+                continue
+            groups += _groups(section, adapters, rate, self.plus_ratios.get(adapters[0].site.part))
+        if not groups:
+            raise UserError("nothing is trained: every learning rate is 0 (learning_rate, unet_lr, text_encoder_lr)")
+        return groups
+
+    # kohya's newer name, by which a module says that it takes a list of rates
+    prepare_optimizer_params_with_multiple_te_lrs = prepare_optimizer_params
+
+    def prepare_grad_etc(self, text_encoder: object, unet: object) -> None:
+        """Nothing to do: what is trained was settled with the learning rates."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: the base checkpoints its blocks, and the adapters with them."""
+
+    def on_epoch_start(self, text_encoder: object, unet: object) -> None:
+        self.train()
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # -- files
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write a .safetensors file in kohya's names; `dtype` None keeps the dtype that was trained."""
+        tensors = {key: value.to("cpu", dtype or value.dtype).contiguous() for key, value in self.state_dict().items()}
+        save_file(tensors, file, dict(metadata) if metadata else None)
+
+    def load_weights(self, file: str) -> LoadReport:
+        """Load what fits. `UserError` if nothing does; a warning with counts if not everything does."""
+        return self._load(read_weights(file), file)
+
+    def _load(self, tensors: dict[str, Tensor], source: str) -> LoadReport:
+        for adapter in self.adapters:
+            name = adapter.site.name
+            if f"{name}.alpha" not in tensors and any(key.startswith(f"{name}.") for key in tensors):
+                tensors[f"{name}.alpha"] = torch.tensor(float(adapter.rank))  # old files: alpha is the rank
+        report = compare(self.state_dict(), tensors)
+        check_loaded(report, source)
+        modules = by_module(tensors)
+        changed = 0
+        for name in report.matched:
+            adapter = self.get_submodule(name)
+            assert isinstance(adapter, AdapterModule)
+            before = adapter.scale
+            adapter.load_state_dict(modules[name])
+            changed += adapter.scale != before
+        if changed:
+            logger.warning("%s: alpha differs from the one given in %d modules: the file's is used", source, changed)
+        return report
+
+
+def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[float | None]:
+    """One rate for each of `count` text encoders."""
+    if rate is None or isinstance(rate, int | float):
+        return [rate] * count
+    if not rate:
+        return [None] * count
+    if len(rate) == 1:
+        return [rate[0]] * count
+    if count and len(rate) != count:
+        raise UserError(f"text_encoder_lr: {len(rate)} rates for {count} text encoder{'s' * (count > 1)}")
+    return list(rate)[:count]
+
+
+def _groups(section: str, adapters: list[AdapterModule], rate: float, ratio: float | None) -> list[dict[str, Any]]:
+    """The section's parameters in one group, or with a LoRA+ `ratio` the raised ones in a second."""
+    raised: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for adapter in adapters:
+        for name, parameter in adapter.named_parameters():
+            plus = ratio is not None and adapter.plus_suffix is not None and name.endswith(adapter.plus_suffix)
+            (raised if plus else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others, "lr": rate, "name": section}]
+    if raised and ratio is not None:
+        groups.append({"params": raised, "lr": rate * ratio, "name": f"{section}_plus", "lora_plus_ratio": ratio})
+    return groups

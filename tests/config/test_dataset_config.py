@@ -1,0 +1,254 @@
+"""What is trained: dataset files of every level, image folders, and the messages for mistakes in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toml
+
+from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.options import Options
+from library.errors import UserError
+
+Parse = Callable[..., Options]
+
+SMALL = """
+[general]
+caption_extension = ".txt"
+shuffle_caption = true
+keep_tokens = 1
+
+[[datasets]]
+resolution = [512, 768]
+batch_size = 4
+keep_tokens = 2
+num_repeats = 5
+
+  [[datasets.subsets]]
+  image_dir = "images/a"
+  keep_tokens = 3
+  class_tokens = "sks cat"
+
+  [[datasets.subsets]]
+  image_dir = "images/b"
+  is_reg = true
+  num_repeats = 2
+  shuffle_caption = false
+  caption_prefix = ""
+
+[[datasets]]
+resolution = 256
+enable_bucket = true
+
+  [[datasets.subsets]]
+  image_dir = "images/c"
+"""
+
+
+def load(folder: Path, options: Parse, text: str, *words: str) -> tuple[DatasetSpec, ...]:
+    (folder / "data.toml").write_text(text, encoding="utf-8")
+    return load_datasets(options("--dataset_config", "data.toml", *words))
+
+
+def test_levels(folder: Path, options: Parse) -> None:
+    words = ["--flip_aug", "--caption_prefix", "art,", "--train_batch_size", "8", "--dataset_repeats", "7"]
+    first, second = load(folder, options, SMALL, *words, "--bucket_reso_steps", "32")
+    a, b = first.subsets
+    assert (first.resolution, second.resolution) == ((512, 768), (256, 256))
+    assert (first.batch_size, second.batch_size) == (4, 8)  # its own, the option's
+    assert (first.enable_bucket, second.enable_bucket) == (False, True)
+    assert second.bucket_reso_steps == 32
+    assert (a.keep_tokens, b.keep_tokens, second.subsets[0].keep_tokens) == (3, 2, 1)  # subset, dataset, general
+    assert (a.num_repeats, b.num_repeats, second.subsets[0].num_repeats) == (5, 2, 7)
+    assert (a.shuffle_caption, b.shuffle_caption) == (True, False)
+    assert (a.class_tokens, b.class_tokens) == ("sks cat", None)
+    assert (a.is_reg, b.is_reg) == (False, True)
+    assert a.flip_aug
+    assert a.caption_extension == ".txt"
+    assert b.caption_prefix == "art,"  # "" says nothing
+    assert a.image_dir == Path("images/a")
+    assert b.origin == "data.toml: [[datasets]] 1, [[datasets.subsets]] 2"
+
+
+def test_json_is_the_same(folder: Path, options: Parse) -> None:
+    (folder / "data.json").write_text(json.dumps(toml.loads(SMALL)), encoding="utf-8")
+    from_json = load_datasets(options("--dataset_config", "data.json"))
+    assert str(from_json).replace("data.json", "data.toml") == str(load(folder, options, SMALL))
+
+
+ONE = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "a"\n'
+HEAD = "data.toml: "
+PLACE = HEAD + "[[datasets]] 1, [[datasets.subsets]] 1: "
+UNSUPPORTED = "known to kohya's scripts, not supported here yet"
+
+MISTAKES = {
+    ONE + "num_repeat = 3\n": PLACE + "num_repeat: unknown key, did you mean 'num_repeats'?",
+    ONE + "num_repeats = '3'\n": PLACE + 'num_repeats: "3" is not a whole number',
+    ONE + "num_repeats = true\n": PLACE + "num_repeats: true is not a whole number",
+    ONE + "shuffle_caption = 1\n": PLACE + "shuffle_caption: 1 is not true or false",
+    ONE + "caption_prefix = 5\n": PLACE + "caption_prefix: 5 is not text in quotes",
+    ONE + "keep_tokens = -1\n": PLACE + "keep_tokens: must be at least 0, not -1",
+    ONE + "resolution = 64\n": PLACE + "resolution: belongs to [general] or [[datasets]], not to [[datasets.subsets]]",
+    "[general]\nimage_dir = 'x'\n" + ONE: HEAD
+    + "[general]: image_dir: belongs to [[datasets.subsets]], not to [general]",
+    "[general]\nresolution = '64;64'\n" + ONE: HEAD
+    + "[general]: resolution: '64;64' is not a size in pixels such as 512 "
+    "or 512,768 (width,height)",
+    "[general]\nresolution = [64, 64, 3]\n" + ONE: HEAD
+    + "[general]: resolution: [64, 64, 3] is neither a whole number of "
+    "pixels nor [width, height]",
+    "[general]\nbatch_size = 0\n" + ONE: HEAD + "[general]: batch_size: must be at least 1, not 0",
+    "[generals]\nbatch_size = 1\n" + ONE: HEAD
+    + "generals: only [general] and [[datasets]] can stand at the top, did you "
+    "mean 'general'?",
+    "[[general]]\nbatch_size = 1\n" + ONE: HEAD + "[general]: is a table of keys and values, not a list",
+    "[general]\nbatch_size = 1\n": HEAD + "[[datasets]]: is missing",
+    "[datasets]\nresolution = 64\n": HEAD + "[[datasets]]: is a list of tables: write two brackets on each side",
+    "[[datasets]]\nresolution = 64\n": HEAD + "[[datasets]] 1, [[datasets.subsets]]: is missing",
+    "[[datasets]]\nresolution = 64\n[datasets.subsets]\nimage_dir = 'a'\n": HEAD
+    + "[[datasets]] 1, [[datasets.subsets]]: "
+    "is a list of tables: write two brackets on each side",
+    "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nis_reg = true\n": PLACE
+    + "image_dir is missing: the folder of "
+    "the images",
+    "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n": HEAD + "[[datasets]] 1: no resolution: set it here or in "
+    "[general], or give --resolution",
+    ONE + "num_repeats = 0\n": HEAD + "[[datasets]] 1: no subset is left to train on",
+    ONE + "random_crop = true\n": PLACE + f"random_crop: {UNSUPPORTED}",
+    ONE + "face_crop_aug_range = [1.0, 2.0]\n": PLACE + f"face_crop_aug_range: {UNSUPPORTED}",
+    ONE + "custom_attributes = {x = 1}\n": PLACE + f"custom_attributes: {UNSUPPORTED}",
+    ONE + "metadata_file = 'm.json'\n": PLACE + f"metadata_file: {UNSUPPORTED}",
+    "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.json'\n": PLACE
+    + f"metadata_file: {UNSUPPORTED}",
+    "[general]\nvalidation_split = 0.1\n" + ONE: HEAD + f"[general]: validation_split: {UNSUPPORTED}",
+    "[general]\nnetwork_multiplier = 0.5\n" + ONE: HEAD + f"[general]: network_multiplier: {UNSUPPORTED}",
+    ONE + "keep_tokens = x\n": "data.toml, line 5: 'keep_tokens = x': text needs quotes: keep_tokens = 'x'",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_mistakes(text: str, folder: Path, options: Parse) -> None:
+    with pytest.raises(UserError) as caught:
+        load(folder, options, text)
+    assert str(caught.value) == MISTAKES[text]
+
+
+def test_every_mistake_is_named_at_once(folder: Path, options: Parse) -> None:
+    with pytest.raises(UserError) as caught:
+        load(folder, options, "[general]\nfoo = 1\n" + ONE + "bar = 1\ncolor_aug = true\n")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+NEUTRAL = """
+alpha_mask = false
+cache_info = false
+caption_dropout_every_n_epochs = 0
+caption_dropout_rate = 0
+caption_tag_dropout_rate = 0.0
+color_aug = false
+conditioning_data_dir = ""
+custom_attributes = {}
+enable_wildcard = false
+face_crop_aug_range = ""
+keep_tokens_separator = ""
+metadata_file = ""
+random_crop = false
+resize_interpolation = ""
+secondary_separator = ""
+token_warmup_min = 1
+token_warmup_step = 0
+"""
+
+
+def test_what_asks_for_nothing_is_taken(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        text = "[general]\nnetwork_multiplier = 1.0\nvalidation_split = 0.0\n" + ONE + NEUTRAL
+        assert load(folder, options, text) == load(folder, options, ONE)
+    assert caplog.records == []
+
+
+def test_what_has_no_effect_is_warned_about(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
+    text = "[general]\nvalidation_seed = 3\n" + ONE + "[[datasets.subsets]]\nimage_dir = 'a'\n"
+    text += "[[datasets.subsets]]\nimage_dir = 'b'\nnum_repeats = 0\n"
+    with caplog.at_level(logging.WARNING):
+        (dataset,) = load(folder, options, text, "--train_data_dir", "t", "--reg_data_dir", "r")
+    assert len(dataset.subsets) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "command line: --train_data_dir: has no effect: --dataset_config says what to train",
+        "command line: --reg_data_dir: has no effect: --dataset_config says what to train",
+        "data.toml: [general]: validation_seed: has no effect: it matters only together with validation_split",
+        "data.toml: [[datasets]] 1, [[datasets.subsets]] 2: has no effect: an earlier one has the same image_dir",
+        "data.toml: [[datasets]] 1, [[datasets.subsets]] 3: is left out: it asks for 0 repeats",
+    ]
+
+
+FILES = {
+    "data.yaml": ("x: 1\n", "data.yaml: a data set is described by a .toml or a .json file"),
+    "data.json": ('{"general": {},}', "data.json, line 1: not valid JSON: "),
+    "list.json": ("[]", "list.json: holds no object with 'general' and 'datasets'"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_files(name: str, folder: Path, options: Parse) -> None:
+    (folder / name).write_text(FILES[name][0], encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_datasets(options("--dataset_config", name))
+    assert str(caught.value).startswith(FILES[name][1])
+
+
+def test_folders(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("10_sks cat", "2_a_b", "3", "0_off", "plain", ".hidden"):
+        (folder / "train" / name).mkdir(parents=True)
+    (folder / "reg" / "1_cat").mkdir(parents=True)
+    words = ["--train_data_dir", "train", "--reg_data_dir", "reg", "--resolution", "64", "--keep_tokens", "1"]
+    with caplog.at_level(logging.WARNING):
+        (dataset,) = load_datasets(options(*words))
+    found = [(s.image_dir.name, s.num_repeats, s.class_tokens, s.is_reg) for s in dataset.subsets]
+    assert found == [
+        ("10_sks cat", 10, "sks cat", False),
+        ("2_a_b", 2, "a_b", False),
+        ("3", 3, "", False),
+        ("1_cat", 1, "cat", True),
+    ]
+    assert {s.keep_tokens for s in dataset.subsets} == {1}
+    assert dataset.subsets[0].origin == "command line: --train_data_dir"
+    assert [record.getMessage() for record in caplog.records] == [
+        "command line: --train_data_dir: folder '0_off' is left out: it asks for 0 repeats",
+        "command line: --train_data_dir: folder 'plain' is left out: its name does not begin like 10_",
+    ]
+
+
+def folder_message(options: Parse, *words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_datasets(options("--resolution", "64", *words))
+    return str(caught.value)
+
+
+NONE = " has no folder named like 10_name (10 repeats of each image)"
+
+
+def test_folders_that_cannot_be_used(folder: Path, options: Parse) -> None:
+    train = folder / "train"
+    words = ("--train_data_dir", "train")
+    place = "command line: --train_data_dir: "
+    assert folder_message(options) == "no images to train on: give --train_data_dir or --dataset_config"
+    assert folder_message(options, *words) == place + "no such folder: train"
+    train.mkdir()
+    assert folder_message(options, *words) == place + "train" + NONE + "; it is empty"
+    (train / "cat").mkdir()
+    assert folder_message(options, *words) == place + "train" + NONE + "; rename its folders, for example cat to 10_cat"
+    (train / "a.PNG").touch()
+    advice = f"; images (1) lie directly in it: put them into {Path('train/10_name')}"
+    assert folder_message(options, *words) == place + "train" + NONE + advice
+    (train / "5_dog").mkdir()
+    (train / "5_dog" / "a.jpg").touch()
+    inner = str(Path("train/5_dog"))
+    expected = f"{place}{inner}{NONE}; it is such a folder itself: give the folder that holds it, train"
+    assert folder_message(options, "--train_data_dir", inner) == expected
+    with pytest.raises(UserError, match=r"^--resolution is required"):
+        load_datasets(options(*words))

@@ -1,0 +1,62 @@
+"""What many tests need: the small base model, a few images, and the real command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Several test processes share the cores, and the model is small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "quickstart" / "base"
+IMAGES = ROOT / "quickstart" / "images"
+BASE_STYLE_IMAGES = ROOT / "tests" / "assets" / "noto"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps the settings of a process's first run; here one process makes many."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """`tmp_path/data` with `2_style`: six captioned images, two repeats, as --train_data_dir wants it."""
+    folder = tmp_path / "data" / "2_style"
+    folder.mkdir(parents=True)
+    for image in sorted((IMAGES / "train").glob("*.png"))[:6]:
+        shutil.copy(image, folder)
+        shutil.copy(image.with_suffix(".txt"), folder)
+    return folder.parent
+
+
+@pytest.fixture
+def train(tmp_path: Path, image_folder: Path) -> Callable[..., int]:
+    """Runs train_network.py's main on six images at 64 px for four steps; words given come last, so they win."""
+    from train_network import main
+
+    def run(*words: str) -> int:
+        return main(
+            [
+                *("--pretrained_model_name_or_path", str(BASE)),
+                *("--train_data_dir", str(image_folder)),
+                *("--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2"),
+                *("--output_dir", str(tmp_path / "out"), "--output_name", "test"),
+                *("--network_dim", "4", "--network_alpha", "2", "--learning_rate", "1e-3"),
+                *("--max_train_steps", "4", "--seed", "1", "--no-loss_plot", "--cache_latents"),
+                *("--max_data_loader_n_workers", "0"),
+                *words,
+            ]
+        )
+
+    return run

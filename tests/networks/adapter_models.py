@@ -1,0 +1,73 @@
+"""What the tests of adapters share: a toy model, the paths to adapt, random weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.models import open_family
+from library.models.family import AdapterTargets, ModelFamily
+
+BASE = Path(__file__).parents[2] / "quickstart" / "base"
+
+
+class Toy(nn.Module):
+    """[B, 4, 8, 8] to [B, 6]: each kind of layer that adapters know, with paths like a UNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsamplers = nn.ModuleList([nn.Conv2d(4, 8, 3, stride=2, padding=1)])
+        self.resnets = nn.ModuleList([nn.Linear(8, 8)])
+        self.attentions = nn.ModuleList([nn.ModuleDict({"proj_in": nn.Conv2d(8, 8, 1), "to_q": nn.Linear(8, 6)})])
+        self.conv_out = nn.Linear(6, 6)  # never adapted
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.downsamplers[0](x)
+        hidden = hidden + self.resnets[0](hidden.mean((2, 3)))[:, :, None, None]
+        tokens = self.attentions[0]["proj_in"](hidden).flatten(2).transpose(1, 2)
+        return self.conv_out(self.attentions[0]["to_q"](tokens)).mean(1)
+
+
+def unet_targets(unet: nn.Module) -> AdapterTargets:
+    return AdapterTargets(
+        part="unet",
+        prefix="lora_unet",
+        root=unet,
+        linear=re.compile(r"(.*\.)?attentions\..*"),
+        conv=re.compile(r"(.*\.)?(resnets|downsamplers|upsamplers)\..*"),
+        name=lambda path: path,
+    )
+
+
+def text_targets(text_encoder: nn.Module, prefix: str = "lora_te") -> AdapterTargets:
+    return AdapterTargets(
+        part="text_encoder",
+        prefix=prefix,
+        root=text_encoder,
+        linear=re.compile(r".*\.(self_attn|mlp)\..*"),
+        conv=re.compile(r"(?!)"),
+        name=lambda path: f"text_model.{path}",  # transformers 5 leaves it out of the paths
+    )
+
+
+def sd_family(unet: nn.Module, text_encoder: nn.Module) -> ModelFamily:
+    """The Stable Diffusion family with these modules as its own, whatever their size."""
+    family = open_family(str(BASE), v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
+    family.unet, family.text_encoders = unet, [text_encoder]
+    return family
+
+
+def sd_targets(unet: nn.Module, text_encoder: nn.Module) -> list[AdapterTargets]:
+    return sd_family(unet, text_encoder).adapter_targets()
+
+
+def randomize(network: nn.Module, scale: float = 0.05) -> None:
+    """Give every parameter values, so that the network does something."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_models import Toy, randomize, unet_targets
+from safetensors.torch import load_file, save_file
+
+from library.errors import UserError
+from networks.lora import create_network, create_network_from_weights
+from networks.network import AdapterNetwork
+from networks.weights import read_weights
+
+
+def create(toy: Toy, *, rank: int = 4, alpha: float = 2.0, conv_dim: int | None = None) -> AdapterNetwork:
+    network = create_network(1.0, rank, alpha, None, None, None, targets=[unet_targets(toy)], conv_dim=conv_dim)
+    network.apply_to(None, None)
+    return network
+
+
+@pytest.fixture
+def file(toy: Toy, tmp_path: Path) -> Path:
+    """A file of both attention layers of the toy, rank 4, alpha 2."""
+    network = create(toy)
+    randomize(network)
+    path = tmp_path / "adapter.safetensors"
+    network.save_weights(str(path), None, None)
+    network.remove()
+    return path
+
+
+def change(path: Path, function) -> None:
+    save_file(function(load_file(path)), path)
+
+
+def test_a_file_that_fits_in_part_is_a_warning_with_counts(toy, file, caplog):
+    other = {"lora_te_text_model_x.lora_down.weight": torch.ones(4, 8), "lora_te_text_model_x.alpha": torch.tensor(2.0)}
+    change(file, lambda tensors: {key: value for key, value in tensors.items() if "proj_in" not in key} | other)
+    network = create(toy, conv_dim=2)
+    report = network.load_weights(str(file))
+    assert report.matched == ("lora_unet_attentions_0_to_q",)
+    assert report.missing == (
+        "lora_unet_attentions_0_proj_in",
+        "lora_unet_downsamplers_0",
+        "lora_unet_resnets_0",
+    )
+    assert report.unexpected == ("lora_te_text_model_x",)
+    message = (
+        "fits in part: 1 loaded, 3 of the network not in the file, 1 of the file not in the network, 0 that differ"
+    )
+    assert message in caplog.text
+
+
+def test_nothing_is_changed_where_shapes_differ(toy, file, caplog):
+    change(file, lambda tensors: tensors | {"lora_unet_attentions_0_to_q.lora_up.weight": torch.ones(6, 5)})
+    network = create(toy)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    report = network.load_weights(str(file))
+    assert report.matched == ("lora_unet_attentions_0_proj_in",)
+    assert report.mismatched == ("lora_unet_attentions_0_to_q.lora_up.weight: [6, 5] in the file, [6, 4] here",)
+    assert report.mismatched[0] in caplog.text
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]) == ("to_q" in key or key.endswith("alpha")), key
+
+
+def test_another_rank_is_an_error_that_names_the_way_out(toy, file):
+    with pytest.raises(
+        UserError, match=r"nothing in it fits.*\[4, 8, 1, 1\] in the file, \[8, 8, 1, 1\] here.*--dim_from_weights"
+    ):
+        create(toy, rank=8).load_weights(str(file))  # fmt: skip
+
+
+def test_a_file_of_another_model_is_an_error(toy, file):
+    change(file, lambda tensors: {key.replace("unet_", "unet_middle_"): value for key, value in tensors.items()})
+    with pytest.raises(
+        UserError, match=r"nothing in it fits this network .0 loaded, 2 of the network not in the file, 2"
+    ):
+        create(toy).load_weights(str(file))
+    with pytest.raises(
+        UserError, match=r"none of its 2 modules, such as lora_unet_middle_attentions_0_.*, is in this model"
+    ):
+        create_network_from_weights(1.0, str(file), None, None, None, targets=[unet_targets(toy)])
+
+
+def test_the_files_alpha_is_used_and_said(toy, file, caplog):
+    """Weights act as they did when they were saved, whatever --network_alpha says now."""
+    saved = create(toy)
+    saved.load_weights(str(file))
+    x = torch.randn(2, 4, 8, 8)
+    expected = toy(x)
+    saved.remove()
+    network = create(toy, alpha=4.0)
+    network.load_weights(str(file))
+    assert "alpha differs from the one given in 2 modules: the file's is used" in caplog.text
+    assert {adapter.scale for adapter in network.adapters} == {0.5}
+    assert torch.equal(toy(x), expected)
+
+
+def test_an_old_file_without_alphas_has_the_rank_as_alpha(toy, file):
+    change(file, lambda tensors: {key: value for key, value in tensors.items() if not key.endswith("alpha")})
+    network = create(toy)
+    assert len(network.load_weights(str(file)).matched) == 2
+    assert {adapter.scale for adapter in network.adapters} == {1.0}
+    network.remove()
+    network, _ = create_network_from_weights(1.0, str(file), None, None, None, targets=[unet_targets(toy)])
+    assert {(adapter.rank, adapter.scale) for adapter in network.adapters} == {(4, 1.0)}
+
+
+def test_ranks_and_alphas_of_each_layer_come_from_the_file(toy, tmp_path):
+    tensors = {}
+    for name, rank, alpha in (("attentions_0_to_q", 2, 1.0), ("resnets_0", 5, 10.0)):
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(rank, 8)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(6 if rank == 2 else 8, rank)
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    network, _ = create_network_from_weights(
+        1.0, str(tmp_path / "mixed.safetensors"), None, None, None, targets=[unet_targets(toy)], rank_dropout=0.1
+    )
+    assert [(a.site.name, a.rank, a.scale, a.rank_dropout) for a in network.adapters] == [
+        ("lora_unet_resnets_0", 5, 2.0, 0.1),
+        ("lora_unet_attentions_0_to_q", 2, 0.5, 0.1),
+    ]
+    network.apply_to(None, None)
+    assert not network.load_weights(str(tmp_path / "mixed.safetensors")).missing
+
+
+def test_tensors_that_lora_does_not_have_are_not_ignored(toy, file):
+    """A DoRA's scale or a Tucker core change what the pair does: loading the pair alone would be wrong."""
+    scales = {f"lora_unet_attentions_0_{x}.dora_scale": torch.ones(1, 8) for x in ("proj_in", "to_q")}
+    change(file, lambda tensors: tensors | scales)
+    with pytest.raises(UserError, match="the network has no dora_scale"):
+        create(toy).load_weights(str(file))
+
+
+def test_a_loha_is_no_lora(toy, tmp_path):
+    path = tmp_path / "loha.safetensors"
+    save_file({"lora_unet_attentions_0_to_q.hada_w1_a": torch.ones(6, 4)}, path)
+    with pytest.raises(
+        UserError, match=r"holds no low-rank pair; the first tensor is 'lora_unet_attentions_0_to_q.hada"
+    ):
+        create_network_from_weights(1.0, str(path), None, None, None, targets=[unet_targets(toy)])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "unet.down_blocks.0.attentions.0.proj_in.lora_A.weight",
+        "unet.down_blocks.0.attentions.0.proj_in.lora.down.weight",
+        "base_model.model.down_blocks.0.attentions.0.proj_in.lora_B.weight",
+    ],
+)
+def test_names_of_diffusers_and_peft_are_refused_plainly(tmp_path, key):
+    save_file({key: torch.ones(4, 8)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        UserError, match=r"diffusers or PEFT style .* are not supported yet; convert it to kohya's names"
+    ):
+        read_weights(tmp_path / "other.safetensors")
+
+
+def test_unreadable_files_are_named(tmp_path):
+    for name, content in (("cut.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("cut.pt", b"nonsense"), ("empty.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: cannot be read as an adapter file"):
+            read_weights(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        read_weights(tmp_path / "absent.safetensors")
+    save_file({"model.diffusion_model.x": torch.ones(2)}, tmp_path / "base.safetensors")
+    with pytest.raises(UserError, match=r"no name begins with lora_unet_, .*the first is 'model.diffusion_model.x'"):
+        read_weights(tmp_path / "base.safetensors")
+
+
+class Harmful:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Harmful, "ran", True))
+
+
+def test_pickled_files_hold_tensors_only(tmp_path, toy, file):
+    tensors = load_file(file)
+    torch.save(tensors, tmp_path / "adapter.pt")
+    assert read_weights(tmp_path / "adapter.pt").keys() == tensors.keys()
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps({"lora_unet_x.alpha": Harmful()}))
+    torch.save(tensors | {"lora_unet_x.alpha": Harmful()}, tmp_path / "worse.pt")
+    for name in ("bad.pt", "worse.pt"):
+        with pytest.raises(UserError, match="cannot be read as an adapter file"):
+            read_weights(tmp_path / name)
+    assert not Harmful.ran
+    torch.save({"state_dict": tensors}, tmp_path / "nested.pt")
+    with pytest.raises(UserError, match="not a flat table of tensors"):
+        read_weights(tmp_path / "nested.pt")

@@ -1,0 +1,27 @@
+#!/usr/bin/env python3
+"""Train a LoRA for Stable Diffusion. `python train_network.py --help` lists every option."""
+
+from __future__ import annotations
+
+import sys
+
+from library import log
+from library.config import parser
+from library.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the options, build the run, train. Returns the exit code: 2 for what the user can put right."""
+    log.set_up()
+    try:
+        options = parser.parse(sys.argv[1:] if argv is None else argv)
+        from library.training.job import run  # the rest of the program loads only if the options are good
+
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
