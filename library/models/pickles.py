@@ -13,6 +13,7 @@ import logging
 import math
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -133,11 +134,10 @@ class _InertUnpickler(pickle.Unpickler):
             tag, kind, key, _device, count, *view = pid
             shift = view[0][1] if view and view[0] is not None else 0
         except (TypeError, ValueError, IndexError, KeyError):
-            tag = None
-        if tag != "storage":
-            raise pickle.UnpicklingError("unknown kind of reference")
-        if type(kind) is not _StorageType or type(key) is not str or not _naturals(count, shift):
-            return _Stub()  # an element type that no weight has; an error only if a weight wants it
+            return _Stub  # the legacy format also refers to the classes of pickled modules
+        known = tag == "storage" and type(kind) is _StorageType and type(key) is str and _naturals(count, shift)
+        if not known:
+            return _Stub  # an element type that no weight has: an error if one has it
         self.dtypes[key] = kind.dtype
         return _Storage(key, kind.dtype, count, shift)
 
@@ -160,11 +160,11 @@ def read_pickle_index(path: Path) -> WeightsIndex:
     except Exception as error:  # a damaged pickle can fail in any way whatever
         raise UserError(f"{path}: damaged, or no torch checkpoint ({type(error).__name__}: {error})") from None
     if foreign:
-        logger.info("%s names foreign classes or functions, left unexecuted: %s", path, _few(sorted(foreign)))
+        logger.info("%s names foreign classes or functions, left unexecuted: %s", path, _few(foreign))
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     tensors = {k: v for k, v in weights.items() if type(v) is _Tensor} if isinstance(weights, dict) else {}
     if not tensors:
-        others = f", but objects of {_few(sorted(foreign))}" if foreign else ""
+        others = f", but objects of {_few(foreign)}" if foreign else ""
         raise UserError(f"{path}: holds no table of weights{others}")
     size = path.stat().st_size
     entries = {str(name): _entry(path, str(name), tensor, positions, size) for name, tensor in tensors.items()}
@@ -238,5 +238,7 @@ def _naturals(*values: Any) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _few(names: set[str]) -> str:
+    """The first names, those of other packages before those of Python itself."""
+    listed = sorted(names, key=lambda name: (name.split(".")[0] in sys.stdlib_module_names, name))
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

@@ -82,33 +82,32 @@ def read_index(path: Path) -> WeightsIndex:
             start = file.read(64)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if start[8:9] == b"{":  # the header's length comes first, whose bytes may look like the beginning of anything
+        return _read_safetensors(path, size)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        from library.models.pickles import read_pickle_index
+
+        return read_pickle_index(path)
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer of {size} bytes, not the weights; fetch them with `git lfs pull`")
     if start.lstrip()[:1] == b"<":
         raise UserError(f"{path}: a web page, not weights; the download went wrong")
-    if start.startswith((b"PK", b"\x80")) or start[257:262] == b"ustar":
-        from library.models.pickles import read_pickle_index
-
-        return read_pickle_index(path)
-    return _read_safetensors(path, size)
+    raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint ({size} bytes)")
 
 
 def _read_safetensors(path: Path, size: int) -> WeightsIndex:
     """Parse the header (format: 8 bytes length, JSON, data) and check every position against the file's size."""
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= _MAX_HEADER:
-            raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint ({size} bytes)")
-        if 8 + length > size:
-            raise UserError(f"{path}: cut off: its header alone takes {8 + length} bytes and the file has {size}")
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(_MAX_HEADER, size - 8):
+            raise UserError(f"{path}: cut off or damaged: its header takes {length} bytes and the file has {size}")
         text = file.read(length)
     try:
         header = json.loads(text)
-        assert isinstance(header, dict)
-    except (ValueError, AssertionError, RecursionError):
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint, or damaged at its start") from None
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
     data = 8 + length
     entries = {name: _safetensors_entry(path, name, value, data=data, size=size) for name, value in header.items()}
     return WeightsIndex(path, entries, {str(key): str(value) for key, value in metadata.items()})

@@ -112,11 +112,10 @@ def _length(built: Built) -> Iterator[str]:
         f"{saves.total_steps} steps; an epoch has {saves.steps_per_epoch} of them "
         f"({built.plan.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:g} epochs",
     )
-    product = " or ".join(str(size * accumulation * processes) for size in sizes)
-    yield _line(
-        "batch",
-        f"{product} images a step: {' or '.join(map(str, sizes))} × {accumulation} accumulated × {_count(processes, 'process', 'es')}",
-    )
+    a_step = " or ".join(str(size * accumulation * processes) for size in sizes)
+    a_batch = " or ".join(map(str, sizes))
+    on = _count(processes, "process", "es")
+    yield _line("batch", f"{a_step} images a step: {a_batch} × {accumulation} accumulated × {on}")
 
 
 def _rates(built: Built) -> str:

@@ -34,17 +34,18 @@ def tiny_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_v2")
     asset = json.loads((ASSETS / "sd2.json").read_text())
     unet = asset["unet"] | {
-        **{
-            "block_out_channels": [16, 32],
-            "norm_num_groups": 8,
-            "attention_head_dim": [2, 4],
-            "cross_attention_dim": 48,
-        },
+        "block_out_channels": [16, 32],
+        "norm_num_groups": 8,
+        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 48,
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     }
     vae = asset["vae"] | {
-        **{"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1, "scaling_factor": 0.5},
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "scaling_factor": 0.5,
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
     }

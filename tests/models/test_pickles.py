@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import collections
 import functools
 import os
@@ -12,7 +11,7 @@ import struct
 import sys
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,38 +132,38 @@ def _text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-# Programs for the pickle machine, each of which would create the file MARK if anything in it were executed.
+# Programs for the pickle machine, most of which would create the file `mark` if anything in them were executed.
 def _attacks(mark: str) -> dict[str, bytes]:
-    command = _text(f"touch {mark}")
-    code = _text(f"open({mark!r}, 'w').close()")
-    stack_global = _text("os") + _text("system") + b"\x93"
-    dotted = _text("builtins") + _text("object.__subclasses__") + b"\x93"
-    getattr_ = _global("builtins.getattr") + b"(" + _global("os.path") + _text("os") + b"tR"
+    command, code = _text(f"touch {mark}"), _text(f"open({mark!r}, 'w').close()")
+    system, rebuild = _global("os.system"), _global("torch._utils._rebuild_tensor_v2")
+    getattr_ = _global("builtins.getattr")
+    os_again = getattr_ + b"(" + _global("os.path") + _text("os") + b"tR"
     return {
-        "os.system": _global("os.system") + b"(" + command + b"tR",
+        "os.system": system + b"(" + command + b"tR",
         "posix.system": _global("posix.system") + b"(" + command + b"tR",
         "eval": _global("builtins.eval") + b"(" + code + b"tR",
         "exec": _global("builtins.exec") + b"(" + code + b"tR",
-        "stack global": stack_global + b"(" + command + b"tR",
+        "stack global": _text("os") + _text("system") + b"\x93(" + command + b"tR",
         "inst": b"(" + command + b"ios\nsystem\n",
-        "obj": b"(" + _global("os.system") + command + b"o",
-        "newobj": _global("os.system") + b"(" + command + b"t\x81",
-        "getattr chain": _global("builtins.getattr") + b"(" + getattr_ + _text("system") + b"tR(" + command + b"tR",
-        "dotted name": dotted + b")R(" + command + b"tR",
+        "obj": b"(" + system + command + b"o",
+        "newobj": system + b"(" + command + b"t\x81",
+        "getattr chain": getattr_ + b"(" + os_again + _text("system") + b"tR(" + command + b"tR",
+        "dotted name": _text("builtins") + _text("object.__subclasses__") + b"\x93)R(" + command + b"tR",
         "torch's own eval": _global("torch._inductor.codecache.eval") + b"(" + code + b"tR",
         "torch.load": _global("torch.load") + b"(" + command + b"tR",
         "torch storage bytes": _global("torch.storage._load_from_bytes") + b"(C\x04abcdtR",
-        "rebuild from type": _global("torch._tensor._rebuild_from_type_v2") + b"(" + _global("os.system") + command + b"tR",
+        "rebuild from type": _global("torch._tensor._rebuild_from_type_v2") + b"(" + system + command + b"tR",
         "numpy": _global("numpy.testing._private.utils.runstring") + b"(" + code + b"}tR",
-        "setstate": _global("os.system") + b")R" + b"}" + _text("x") + command + b"sb",
-        "rebuild with setstate": _global("torch._utils._rebuild_tensor_v2") + b"}" + _text("__call__") + _global("os.system") + b"sb",
-        "slots of a stand-in": _global("torch._utils._rebuild_tensor_v2") + b"N}" + _text("__class__") + _global("os.system") + b"s\x86b",
-        "a dict's own method": _global("collections.OrderedDict") + b")R}" + _text("items") + _global("os.system") + b"sb",
-        "defaultdict": _global("collections.defaultdict") + b"(" + _global("os.system") + b"tR",
-        "operator": _global("operator.methodcaller") + b"(" + _text("system") + command + b"tR(" + _global("os.path") + b"tR",
+        "setstate": system + b")R}" + _text("x") + command + b"sb",
+        "state of a stand-in": rebuild + b"}" + _text("__call__") + system + b"sb",
+        "slots of a stand-in": rebuild + b"N}" + _text("__class__") + system + b"s\x86b",
+        "a dict's own method": _global("collections.OrderedDict") + b")R}" + _text("items") + system + b"sb",
+        "defaultdict": _global("collections.defaultdict") + b"(" + system + b"tR",
+        "operator": _global("operator.methodcaller") + b"(" + _text("system") + command + b"tR(" + os_again + b"tR",
         "import": _global("builtins.__import__") + b"(" + _text("os") + b"tR",
-        "apply": _global("builtins.map") + b"(" + _global("os.system") + b"]" + command + b"atR",
-    }  # fmt: skip
+        "apply": _global("builtins.map") + b"(" + system + b"]" + command + b"atR",
+        "reference": b"(" + _text("storage") + system + command + b"NNtQ",
+    }
 
 
 _ATTACKS = list(_attacks("x"))
@@ -176,13 +175,28 @@ def _with_attack(content: bytes, attack: bytes) -> bytes:
     return content[:-1] + _text("attack") + attack + b"s."
 
 
+_WATCHED = ("os.system", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")  # what the interpreter reports
+_seen: list[str] | None = None
+
+
+def _watch(event: str, _arguments: object) -> None:
+    if _seen is not None and event in _WATCHED:
+        _seen.append(event)
+
+
 @pytest.fixture
-def forbidden(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes each call of what no weights file may call."""
-    calls: list[str] = []
-    for owner, name in ((os, "system"), (builtins, "eval"), (builtins, "exec"), (torch, "load")):
-        monkeypatch.setattr(owner, name, lambda *_args, _name=name, **_kwargs: calls.append(_name))
-    return calls
+def forbidden() -> Iterator[list[str]]:
+    """Notes each event that no weights file may cause: a command, or a name that is looked up."""
+    global _seen
+    if not _hooked:
+        sys.addaudithook(_watch)  # for good: there is no removing one
+        _hooked.append(True)
+    _seen = []
+    yield _seen
+    _seen = None
+
+
+_hooked: list[bool] = []
 
 
 @pytest.mark.parametrize("attack", _ATTACKS)
@@ -223,8 +237,7 @@ def _read_or_refuse(path: Path) -> None:
     """Either the weights come out unharmed or the file is called damaged; nothing else may happen."""
     try:
         entries = read_index(path).entries
-    except UserError as error:
-        assert "damaged" in str(error)
+    except UserError:
         return
     assert entries.keys() == {"w"}
     assert torch.equal(_read_all(path)["w"], torch.ones(3))
@@ -271,7 +284,7 @@ def test_a_tensor_beyond_its_storage_is_refused(
     storage = torch.ones(8)[:8].untyped_storage()
     typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
     path = save({"w": _Lie(typed, start, shape, stride, False, {})})
-    with pytest.raises(UserError, match="w'|damaged"):
+    with pytest.raises(UserError, match=r"'w'|damaged"):
         read_index(path)
 
 

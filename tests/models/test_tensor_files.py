@@ -48,7 +48,7 @@ def test_positions_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
         ({"w": {"dtype": "F32"}}, b"", "damaged"),
         ({"w": 3}, b"", "damaged"),
         ({"w": _entry([2], 0, 1, "F4")}, b"\0", "element type F4"),
-        ([1, 2], b"", "damaged at its start"),
+        ([1, 2], b"", "neither a .safetensors nor a torch checkpoint"),
     ],
 )
 def test_a_header_that_claims_too_much_is_refused(tmp_path: Path, header: Any, data: bytes, message: str) -> None:
@@ -66,8 +66,8 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path: Path, header: Any, d
         (b"\n<!DOCTYPE html><html>" + b" " * 80, "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4\n", "Git LFS pointer"),
         (struct.pack("<Q", 5000) + b"{}", "cut off"),
-        (struct.pack("<Q", 1 << 60) + b"{}" * 50, "neither"),
-        (struct.pack("<Q", 4) + b"\xff\xfe\x00\x01" + b"\0" * 80, "damaged at its start"),
+        (struct.pack("<Q", 1 << 60) + b"{}" * 50, "cut off or damaged"),
+        (struct.pack("<Q", 4) + b"{\xfe\x00\x01" + b"\0" * 80, "damaged at its start"),
     ],
 )
 def test_what_is_no_weights_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -82,6 +82,15 @@ def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert read_index(tmp_path / "x.ckpt").entries.keys() == {"a"}
     assert read_index(tmp_path / "x.safetensors").entries.keys() == {"a"}
+
+
+@pytest.mark.parametrize("length", [ord("<"), 0x0280, 0x4B50])
+def test_a_header_length_may_look_like_the_start_of_something_else(tmp_path: Path, length: int) -> None:
+    """ "<" of a web page, b"\\x80\\x02" of a pickle, "PK" of a zip archive."""
+    text = json.dumps({"w": _entry([1], 0, 4)}).encode().ljust(length)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", max(length, len(text))) + text + b"\0" * 4)
+    assert read_index(path).entries.keys() == {"w"}
 
 
 def test_rows_are_equal_slices() -> None:

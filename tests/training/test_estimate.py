@@ -34,7 +34,7 @@ def test_peak_of_a_training_step_is_close_to_what_torch_allocates():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert estimate == pytest.approx(peak, rel=0.1)
+    assert estimate == pytest.approx(peak, rel=0.15)
 
 
 def test_parameter_bytes():

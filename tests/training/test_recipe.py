@@ -109,8 +109,8 @@ def test_settings_train(train, tmp_path, words):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_trains(train, tmp_path, name):
     rate = "1" if name.startswith(("DAdapt", "Prodigy")) else "1e-3"
-    # enough steps that Prodigy and D-Adaptation, which start very small, have moved
-    assert train("--optimizer_type", name, "--learning_rate", rate, "--max_train_steps", "3") == 0
+    steps = "8" if name == "RAdamScheduleFree" else "3"  # it only counts in its first steps
+    assert train("--optimizer_type", name, "--learning_rate", rate, "--max_train_steps", steps) == 0
     ups = [tensor for key, tensor in weights(tmp_path).items() if key.endswith("lora_up.weight")]
     assert all(up.isfinite().all() for up in ups)
     assert any(up.abs().max() > 0 for up in ups)

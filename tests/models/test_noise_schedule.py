@@ -1,0 +1,46 @@
+"""The noise schedule against diffusers' DDPMScheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from library.errors import UserError
+from library.models.noise_schedule import alphas_cumprod
+
+_SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        _SD,
+        _SD | {"num_train_timesteps": 500},
+        {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+        {},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.001 * i for i in range(1, 101)], "num_train_timesteps": 100},
+        _SD | {"rescale_betas_zero_snr": True},
+    ],
+)
+def test_the_table_is_diffusers_own(config: dict[str, Any]) -> None:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    expected = DDPMScheduler(**config).alphas_cumprod
+    found = alphas_cumprod(config, where="x")
+    assert found.dtype == torch.float64
+    assert torch.allclose(found.float(), expected, rtol=1e-4, atol=1e-7)
+    assert (found.diff() < 0).all()
+
+
+def test_zero_terminal_snr_ends_in_pure_noise() -> None:
+    table = alphas_cumprod(_SD | {"rescale_betas_zero_snr": True}, where="x")
+    assert table[-1] == 0
+    assert torch.isclose(table[0], alphas_cumprod(_SD, where="x")[0])
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(UserError, match=r"scheduler x: beta_schedule 'scaled_liner' .* did you mean 'scaled_linear'"):
+        alphas_cumprod({"beta_schedule": "scaled_liner"}, where="scheduler x")
