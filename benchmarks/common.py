@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -60,16 +61,16 @@ def sd15_folder(folder: Path) -> Path:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from library.models import stable_diffusion
+    from library.models.base_model import ASSETS
 
-    assets = Path(stable_diffusion.__file__).parent / "assets" / "sd1"
+    config = json.loads((ASSETS / "sd1.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(assets / "vae")),
-        text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(assets / "text_encoder")),
-        tokenizer=CLIPTokenizer.from_pretrained(assets / "tokenizer"),
-        unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(assets / "unet")),
-        scheduler=PNDMScheduler.from_config(PNDMScheduler.load_config(assets / "scheduler")),
+        vae=AutoencoderKL.from_config(config["vae"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
+        tokenizer=CLIPTokenizer.from_pretrained(ASSETS / "clip_tokenizer"),
+        unet=UNet2DConditionModel.from_config(config["unet"]),
+        scheduler=PNDMScheduler.from_config({**config["scheduler"], "skip_prk_steps": True}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,62 @@
+"""Latents per second for the cache: batches with decoding ahead, against one image after the other.
+
+    python -m benchmarks.latent_encoding [--pairs 20] [--folder output/sd15] [--small]
+
+At the true SD 1.5 size 8 images of 256 px, or with --small the 160 images and the model of the quickstart at 64 px.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import header, interleaved, row, sd15_folder
+from benchmarks.step_time import image_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("output/sd15"))
+    options = parser.parse_args()
+
+    from library.data.cache import encode_images
+    from library.data.images import View, load_pixels
+    from library.models import open_family
+
+    with tempfile.TemporaryDirectory() as temporary:
+        if options.small:
+            model, size = ROOT / "quickstart" / "base", (64, 64)
+            paths = sorted((ROOT / "quickstart" / "images" / "train").glob("*.png"))
+        else:
+            model, size = sd15_folder(options.folder), (256, 256)
+            paths = sorted((image_folder(Path(temporary)) / "1_thing").glob("*.png"))
+        nothing = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
+        family = open_family(str(model), **nothing)  # type: ignore[arg-type]
+        family.load_vae(torch.float32, "cpu")
+        views = [View(path, size, (0, 0), size, False) for path in paths]
+
+        def batched() -> None:
+            encode_images(views, family.encode_images, batch_size=options.batch_size)
+
+        def one_by_one() -> None:
+            with torch.no_grad():
+                for view in views:
+                    family.encode_images(load_pixels(view).unsqueeze(0))
+
+        comparison = interleaved(batched, one_by_one, pairs=options.pairs, warmup=1)
+    print(header(f"batches of {options.batch_size}, s", "one by one, s"))
+    print(row(f"{len(paths)} images of {size[0]} px", comparison))
+    for name, times in (("in batches", comparison.ours), ("one by one", comparison.peer)):
+        print(f"{name}: {len(paths) / sorted(times)[len(times) // 2]:.2f} images/s (median)")
+
+
+if __name__ == "__main__":
+    main()
