@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -19,3 +20,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     lowered = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     return f", did you mean '{lowered[near[0]]}'?" if near else ""
+
+
+def nearest_path(path: Path) -> str:
+    """A hint for a path that does not exist: the nearest name to its first part that does not, or else that part."""
+    wrong = path
+    while not wrong.parent.exists() and wrong.parent != wrong:
+        wrong = wrong.parent
+    try:
+        names = [entry.name for entry in wrong.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(wrong.name, names, n=1, cutoff=0.5)
+    if near:
+        return f", did you mean '{wrong.parent / near[0]}'?"
+    return f"; there is no '{wrong}'" if wrong != path else ""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, nearest_path
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter file, whatever their names, on the CPU. Pickled files may hold tensors only."""
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file{nearest_path(path)}")
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)

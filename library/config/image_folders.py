@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import UserError, nearest_path
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def find_image_folders(directory: str, *, where: str) -> list[ImageFolder]:
     """
     root = Path(directory)
     if not root.is_dir():
-        raise UserError(f"{where}: no such folder: {root}")
+        raise UserError(f"{where}: no such folder: {root}{nearest_path(root)}")
     found: list[ImageFolder] = []
     for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         match = _NAME.fullmatch(path.name)

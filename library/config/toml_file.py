@@ -8,7 +8,7 @@ from typing import Any
 
 import toml
 
-from library.errors import UserError
+from library.errors import UserError, nearest_path
 
 
 def read_text(path: Path) -> str:
@@ -16,7 +16,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file{nearest_path(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8: {error}") from None
     except OSError as error:

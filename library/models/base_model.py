@@ -70,7 +70,10 @@ def open_base_model(path: str) -> BaseModel:
 
 def open_vae(path: str, *, default_config: Mapping[str, Any]) -> Part:
     """A VAE of its own. A file without a config.json beside it is taken to be configured as the base model's."""
-    location = locate(path)
+    try:
+        location = locate(path)
+    except UserError as error:
+        raise UserError(f"--vae {error}") from None
     if location.is_dir():
         from library.models.folder import vae_part
 

@@ -67,6 +67,11 @@ def is_vae(index: WeightsIndex) -> bool:
     return any(name.removeprefix(VAE_PREFIX) == "encoder.conv_in.weight" for name in index.entries)
 
 
+def is_v2(unet: Mapping[str, Any]) -> bool:
+    """Whether a UNet's configuration is that of 2.x: by the width of the text states, at unknown widths by its form."""
+    return {768: False, 1024: True}.get(unet["cross_attention_dim"], bool(unet.get("use_linear_projection")))
+
+
 def kind_of_folder(pipeline: str, unet: Mapping[str, Any] | None) -> str | None:
     """The same for a diffusers folder, from the class in model_index.json and the UNet's configuration, if any."""
     if "XL" in pipeline or (unet or {}).get("addition_embed_type") == "text_time":

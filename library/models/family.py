@@ -38,7 +38,7 @@ class ModelFamily(Protocol):
     base_model_version: str  # kohya's ss_base_model_version: "sd_v1", "sd_v2", …
     architecture: str  # modelspec.architecture, without "/lora"
     prediction_type: str  # "epsilon" or "v_prediction"
-    alphas_cumprod: Tensor  # [1000] float64
+    clip_skip: int | None  # as kohya counts: 1 is the text encoder's last layer
     vae_factor: int  # pixels a latent cell spans
     latent_channels: int
     native_resolution: int  # pixels
@@ -47,6 +47,11 @@ class ModelFamily(Protocol):
     vae: nn.Module | None
     text_encoders: list[nn.Module]
     unet: nn.Module | None
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """The noise schedule: what is left of the signal's variance at each of 1000 timesteps, in float64."""
+        ...
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None: ...
 

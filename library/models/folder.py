@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.models.base_model import ASSETS, BaseModel, Part, few, nearest, read_json
 from library.models.checkpoint import text_encoder_entries, vae_entries
-from library.models.detect import kind_of_folder
+from library.models.detect import is_v2, kind_of_folder
 from library.models.tensors import TensorEntry, read_index
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ def open_folder(path: str, folder: Path) -> BaseModel:
     if kind != "sd":
         return BaseModel(kind, path, folder, {}, {}, folder, {}, None, "")
     assert unet is not None
+    _require(unet, folder / "unet", "cross_attention_dim", "block_out_channels")
     parts = {
         "unet": Part(unet, _where("UNet", folder / "unet"), lambda: _entries(folder / "unet")),
         "text_encoder": _text_encoder_part(folder / "text_encoder"),
@@ -45,12 +46,13 @@ def open_folder(path: str, folder: Path) -> BaseModel:
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise UserError(f"{schedule}: prediction_type is '{prediction}'; supported are {' and '.join(_PREDICTIONS)}")
-    return BaseModel(kind, path, folder, parts, scheduler, *_tokenizer(folder), prediction, str(schedule))
+    return BaseModel(kind, path, folder, parts, scheduler, *_tokenizer(folder, unet), prediction, str(schedule))
 
 
 def vae_part(folder: Path) -> Part:
     """The VAE in a folder of its own."""
     config = read_json(folder / "config.json")
+    _require(config, folder, "block_out_channels")
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise UserError(f"{folder}: an {kind}, where Stable Diffusion needs an AutoencoderKL")
     return Part(config, _where("VAE", folder), lambda: vae_entries(_entries(folder)))
@@ -99,17 +101,24 @@ def _entries(folder: Path) -> dict[str, TensorEntry]:
 
 def _text_encoder_part(folder: Path) -> Part:
     config = read_json(folder / "config.json")
-    layers = int(config.get("num_hidden_layers", 12))
+    _require(config, folder, "hidden_size", "num_hidden_layers")
+    layers = int(config["num_hidden_layers"])
     return Part(config, _where("text encoder", folder), lambda: text_encoder_entries(_entries(folder), layers=layers))
 
 
-def _tokenizer(folder: Path) -> tuple[Path, dict[str, Any]]:
+def _tokenizer(folder: Path, unet: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The folder's own tokenizer, or the shipped vocabulary, which is every Stable Diffusion 1.x and 2.x model's."""
     own = folder / "tokenizer"
     if (own / "vocab.json").is_file() or (own / "tokenizer.json").is_file():
         return own, {}
     logger.info("%s has no tokenizer; CLIP's own vocabulary is used", folder)
-    return ASSETS / "clip_tokenizer", {}
+    return ASSETS / "clip_tokenizer", read_json(ASSETS / f"sd{2 if is_v2(unet) else 1}.json")["tokenizer"]
+
+
+def _require(config: Mapping[str, Any], folder: Path, *keys: str) -> None:
+    for key in keys:
+        if key not in config:
+            raise UserError(f"{folder / 'config.json'}: has no '{key}', which a Stable Diffusion model's has")
 
 
 def _where(part: str, folder: Path) -> str:

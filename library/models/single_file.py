@@ -120,6 +120,4 @@ def _mention_leftovers(index: WeightsIndex) -> None:
     # cond_stage_model.logit_scale and the like: parts of the text encoder's own training
     rest = [n for n in rest if not n.startswith("cond_stage_model.")]
     if rest:
-        logger.warning(
-            "%s holds %d tensors of no known part; they are ignored: %s", index.path, len(rest), few(rest, 3)
-        )
+        logger.warning("%s: %d tensors of no known part are ignored: %s", index.path, len(rest), few(rest, 3))

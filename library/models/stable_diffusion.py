@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.models.base_model import BaseModel
+from library.models.detect import is_v2
 from library.models.family import AdapterTargets
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +65,8 @@ class StableDiffusion:
         self.path, self.vae_path = base.path, vae
         unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
         self._text_width, self._layers = unet["cross_attention_dim"], text["num_hidden_layers"]
-        self._is_v2 = _is_v2(base, says_v2=v2)
-        self.prediction_type = _prediction_type(base, is_v2=self._is_v2, says_v=v_parameterization)
+        self._is_v2 = _checked_v2(base, says_v2=v2)
+        self.prediction_type = _prediction_type(base, v2=self._is_v2, says_v=v_parameterization)
         velocity = self.prediction_type == "v_prediction"
         self.base_model_version = f"sd_v{2 if self._is_v2 else 1}{'_v' if velocity else ''}"
         self.architecture = "stable-diffusion-v1"
@@ -82,9 +85,7 @@ class StableDiffusion:
 
         self.clip_skip = clip_skip
         if clip_skip is not None and not 1 <= clip_skip <= self._layers:
-            raise UserError(
-                f"clip_skip {clip_skip}: this text encoder has {self._layers} layers, so 1 … {self._layers}"
-            )
+            raise UserError(f"clip_skip {clip_skip}: must be 1 … {self._layers}, the layers of this text encoder")
         self.token_limit = max_token_length or _TOKEN_LIMITS[0]
         if self.token_limit not in _TOKEN_LIMITS:
             raise UserError(f"max_token_length {max_token_length}: must be one of {', '.join(map(str, _TOKEN_LIMITS))}")
@@ -168,9 +169,8 @@ class StableDiffusion:
 
         assert self.unet is not None, "the UNet is not loaded"
         states = condition["hidden_states"]
-        if not torch.is_autocast_enabled(
-            noisy_BCHW.device.type
-        ):  # autocast casts where it must, and keeps digits elsewhere
+        # autocast, where it is on, casts what it must and keeps the digits of the rest
+        if not torch.is_autocast_enabled(noisy_BCHW.device.type):
             dtype = self.unet.conv_in.weight.dtype
             noisy_BCHW, states = noisy_BCHW.to(dtype), states.to(dtype)
         return self.unet(noisy_BCHW, t_B, states, return_dict=False)[0]
@@ -218,30 +218,34 @@ class StableDiffusion:
         return new_pipeline(parts, scheduler)
 
 
+if TYPE_CHECKING:
+    _conforms: type[ModelFamily] = StableDiffusion
+
+
 def _text_name(path: str) -> str:
     # transformers 5 dropped the level that adapter files' keys still name
     return f"text_model.{path}"
 
 
-def _is_v2(base: BaseModel, *, says_v2: bool) -> bool:
-    """Whether the weights are 2.x: the width of the text states tells, at unknown widths the form of the UNet."""
+def _checked_v2(base: BaseModel, *, says_v2: bool) -> bool:
+    """Whether the model is 2.x. UserError where the user says so and it is not, or where its parts do not fit."""
     unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
     width = unet["cross_attention_dim"]
     if width != text["hidden_size"]:
         raise UserError(
             f"{base.path}: the UNet wants text states of {width} channels, the text encoder gives {text['hidden_size']}"
         )
-    is_v2 = {768: False, 1024: True}.get(width, bool(unet.get("use_linear_projection")))
-    if says_v2 and not is_v2:
+    found = is_v2(unet)
+    if says_v2 and not found:
         raise UserError(
             f"--v2 was given, but {base.path} is a Stable Diffusion 1.x model (text states of {width} channels)"
         )
-    if is_v2 and not says_v2:
+    if found and not says_v2:
         logger.info("%s is a Stable Diffusion 2.x model", base.path)
-    return is_v2
+    return found
 
 
-def _prediction_type(base: BaseModel, *, is_v2: bool, says_v: bool) -> str:
+def _prediction_type(base: BaseModel, *, v2: bool, says_v: bool) -> str:
     """What the network predicts: as the model says itself, else as the user says, else noise."""
     if base.prediction == "v_prediction":
         if not says_v:
@@ -252,13 +256,13 @@ def _prediction_type(base: BaseModel, *, is_v2: bool, says_v: bool) -> str:
         if base.location.is_dir():
             raise UserError(f'{message}; leave the flag out, or correct "prediction_type" in that file')
         logger.warning("%s; going by the flag", message)
-    if base.prediction is None and is_v2 and not says_v:
+    if base.prediction is None and v2 and not says_v:
         logger.warning(
             "%s does not say whether it predicts noise or velocity: noise is assumed. For the 768 pixel versions of "
             "Stable Diffusion 2, give --v_parameterization",
             base.path,
         )
-    if says_v and not is_v2:
+    if says_v and not v2:
         logger.warning(
             "--v_parameterization with a Stable Diffusion 1.x model: is %s one that predicts velocity?", base.path
         )

@@ -4,7 +4,7 @@ The module is built on the meta device, so that its own random weights never exi
 in one of two ways, neither of which needs more memory than the finished module and a small buffer:
 
 * on the CPU in the file's own element type, it is a private mapping of its part of the file. Nothing is copied, what is
-  never used is never read, and several processes share the pages.
+  never used is never read, and several processes share the pages. The file may be deleted meanwhile, not overwritten.
 * otherwise it is allocated as wanted and the file is read through the buffer. Read, not mapped: the pages of a mapping
   count as the process's memory, beside the converted weights.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.models.base_model import few
 from library.models.tensors import ITEM_SIZE, TensorEntry
 
 _BUFFER = 1 << 24  # bytes read at a time where the element type changes
@@ -57,8 +58,8 @@ def _check(parameters: Mapping[str, nn.Parameter], entries: Mapping[str, TensorE
     if missing or unknown:
         raise UserError(
             f"{where}: the weights do not fit the architecture"
-            + (f"; {len(missing)} missing: {_few(missing)}" if missing else "")
-            + (f"; {len(unknown)} unknown: {_few(unknown)}" if unknown else "")
+            + (f"; {len(missing)} missing: {few(missing, 3)}" if missing else "")
+            + (f"; {len(unknown)} unknown: {few(unknown, 3)}" if unknown else "")
         )
     for name, parameter in parameters.items():
         entry = entries[name]
@@ -76,10 +77,6 @@ def _core(shape: Sequence[int]) -> tuple[int, ...]:
     while core and core[-1] == 1:
         core.pop()
     return tuple(core)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 @contextmanager

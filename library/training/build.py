@@ -24,7 +24,7 @@ from library.data.dataset import TrainingData
 from library.errors import UserError
 from library.losses import LOSSES, WEIGHTINGS
 from library.models.family import ModelFamily
-from library.optimizers.create import OptimizerChoice, ParameterGroups, choose_optimizer, create_optimizer
+from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule, warmup_steps
 from library.training import loop, save
 from library.training.facts import run_metadata
@@ -44,7 +44,6 @@ class Built:
     run: loop.Run
     plan: Plan
     saves: save.SavePlan
-    choice: OptimizerChoice
     groups: ParameterGroups  # with the rates as given, which a schedule changes in the optimizer's own
     warmup: int
 
@@ -52,7 +51,7 @@ class Built:
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
-    choice = choose_optimizer(options.optimizer.optimizer_name, list(options.optimizer.optimizer_args))
+    choice = plan.choice
     accelerator = _accelerator(options)
     saves = _save_plan(plan, accelerator)
     warmup = warmup_steps(options.optimizer.lr_warmup_steps, saves.total_steps)
@@ -95,11 +94,11 @@ def build(plan: Plan) -> Built:
         save_now=_nothing,
     )
     if accelerator.is_main_process and not options.run.dry_run:
-        metadata = run_metadata(plan, choice, saves, data, world_size=accelerator.num_processes)
+        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes)
         precision = options.output.save_precision
         run.save = partial(_save_due, saves, network, precision, metadata)
         run.save_now = partial(_save_now, saves, network, precision, metadata)
-    return Built(run, plan, saves, choice, groups, warmup)
+    return Built(run, plan, saves, groups, warmup)
 
 
 def _accelerator(options: Options) -> Accelerator:

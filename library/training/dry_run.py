@@ -122,14 +122,14 @@ def _rates(built: Built) -> str:
     options = built.plan.options.optimizer
     rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in built.groups)
     warmup = f", {built.warmup} steps of warm-up" if built.warmup else ""
-    return f"{rates}; {options.lr_scheduler}{warmup}; {built.choice.name}"
+    return f"{rates}; {options.lr_scheduler}{warmup}; {built.plan.choice.name}"
 
 
 def _memory(built: Built) -> Iterator[str]:
     """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
     run, data = built.run, built.plan.options.data
     count = sum(parameter.numel() for parameter in run.parameters)
-    state = state_bytes(built.choice, built.groups, learning_rate=built.plan.options.optimizer.learning_rate)
+    state = state_bytes(built.plan.choice, built.groups, learning_rate=built.plan.options.optimizer.learning_rate)
     yield _line("optimizer", f"{human_bytes(state)} of state, {state / count:.2f} bytes a parameter")
 
     family = run.family

@@ -7,21 +7,18 @@ from collections.abc import Iterator
 from library.data.captions import caption_text
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
-from library.optimizers.create import OptimizerChoice
 from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
 from library.training.plan import Plan
 from library.training.save import SavePlan
 
 
-def run_metadata(
-    plan: Plan, choice: OptimizerChoice, saves: SavePlan, data: TrainingData, *, world_size: int
-) -> RunMetadata:
+def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int) -> RunMetadata:
     """The metadata of every file of this run; only time, step and epoch are still to come."""
     options, family = plan.options, plan.family
     datasets = list(_datasets(plan, data))
     per_device = max(spec.batch_size for spec in plan.datasets)
     return RunMetadata(
-        facts=_run_facts(plan, choice, saves, data, datasets),
+        facts=_run_facts(plan, saves, data, datasets),
         datasets=datasets,
         spec=_model_spec(plan),
         model=family.path,
@@ -33,10 +30,8 @@ def run_metadata(
     )
 
 
-def _run_facts(
-    plan: Plan, choice: OptimizerChoice, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]
-) -> RunFacts:
-    options = plan.options
+def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:
+    options, choice = plan.options, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     text_encoder_lr = options.optimizer.text_encoder_lr
     return RunFacts(

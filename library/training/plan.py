@@ -1,4 +1,4 @@
-"""What is known of a run before torch is loaded: options, data, model headers. Most mistakes end here."""
+"""What is known of a run before anything large is loaded: options, data, model headers. Most mistakes end here."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import logging
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config import registry
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.options import Options
 from library.data.captions import refuse_text_cache_of_changing_captions
-from library.data.prepare import Prepared, prepare
+from library.errors import UserError, nearest_path
 from library.models import open_family
 
 if TYPE_CHECKING:
+    from library.data.prepare import Prepared
     from library.models.family import ModelFamily
+    from library.optimizers.create import OptimizerChoice
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Plan:
     datasets: tuple[DatasetSpec, ...]
     prepared: Prepared
     family: ModelFamily
+    choice: OptimizerChoice
     network_creator: str
     network_arguments: dict[str, Any]
     seed: int
@@ -47,10 +51,38 @@ class Plan:
 
 
 def make_plan(options: Options) -> Plan:
-    """Check all that can be checked cheaply: data, arguments, the headers of the model's files. Raises UserError."""
+    """Check all that can be checked cheaply, the cheapest first. Raises UserError."""
     datasets = load_datasets(options)
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
+    creator, arguments = _network_arguments(options)
+    weights = options.network.network_weights
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"--network_weights {weights}: no such file{nearest_path(Path(weights))}")
+    seed = options.training.seed
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**32)
+        logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
+
+    # torch loads from here on
+    from library.data.prepare import prepare
+    from library.optimizers.create import choose_optimizer
+
+    choice = choose_optimizer(options.optimizer.optimizer_name, options.optimizer.optimizer_args)
+    family = open_family(
+        options.model.pretrained_model_name_or_path,
+        v2=options.model.v2,
+        v_parameterization=options.model.v_parameterization,
+        vae=options.model.vae,
+        clip_skip=options.model.clip_skip,
+        max_token_length=options.model.max_token_length,
+    )
+    prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
+    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())
+
+
+def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
+    """The function of the network module that makes the network, and --network_args as its arguments."""
     creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
     path = f"{options.network.network_module}.{creator}"
     arguments, unchecked = registry.bind(
@@ -63,17 +95,4 @@ def make_plan(options: Options) -> Plan:
     )
     if unchecked:
         logger.warning("--network_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked))
-    family = open_family(
-        options.model.pretrained_model_name_or_path,
-        v2=options.model.v2,
-        v_parameterization=options.model.v_parameterization,
-        vae=options.model.vae,
-        clip_skip=options.model.clip_skip,
-        max_token_length=options.model.max_token_length,
-    )
-    prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
-    seed = options.training.seed
-    if seed is None:
-        seed = random.SystemRandom().randrange(2**32)
-        logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
-    return Plan(options, datasets, prepared, family, creator, arguments, seed, time.time())
+    return creator, arguments

@@ -127,9 +127,9 @@ def test_a_face_detectors_box_in_the_name(tmp_path: Path, subset: MakeSubset) ->
 
 def test_missing_folder_names_the_nearest(tmp_path: Path, subset: MakeSubset) -> None:
     (tmp_path / "pictures" / "10_cat").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"subset 1: no such folder: .*10_cats, did you mean '10_cat'\?"):
+    with pytest.raises(UserError, match=r"subset 1: no such folder: .*10_cats, did you mean '.*10_cat'\?"):
         scan(subset(image_dir=tmp_path / "pictures" / "10_cats"), 0)
-    with pytest.raises(UserError, match="did you mean 'pictures'"):
+    with pytest.raises(UserError, match=r"did you mean '.*pictures'"):
         scan(subset(image_dir=tmp_path / "picture" / "10_cat"), 0)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="no such folder"):

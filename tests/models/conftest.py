@@ -9,20 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from original_layout import single_file, weights_of
+from original_layout import configuration, single_file, weights_of
 from safetensors.torch import save_file
 
 from library.models.base_model import ASSETS, BaseModel
 from library.models.stable_diffusion import StableDiffusion
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
-
-
-def configuration(folder: Path, *, like: str = "sd1") -> dict[str, Any]:
-    """A folder's configurations in the form of the shipped assets."""
-    asset = json.loads((ASSETS / f"{like}.json").read_text())
-    read = {p: json.loads((folder / p / "config.json").read_text()) for p in ("unet", "vae", "text_encoder")}
-    return asset | read
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,15 @@ written apart from it, so that each checks the other."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from library.models.base_model import ASSETS
 
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -127,3 +130,10 @@ def weights_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         "vae": load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"),
         "text": load_file(folder / "text_encoder" / "model.safetensors"),
     }
+
+
+def configuration(folder: Path, *, like: str = "sd1") -> dict[str, Any]:
+    """A folder's configurations in the form of the shipped assets."""
+    asset = json.loads((ASSETS / f"{like}.json").read_text())
+    read = {p: json.loads((folder / p / "config.json").read_text()) for p in ("unet", "vae", "text_encoder")}
+    return asset | read

@@ -45,6 +45,7 @@ _UNET = {
     "model__diffusion_model__input_blocks__0__0__weight": (320, 4, 3, 3),
     "model__diffusion_model__input_blocks__1__1__transformer_blocks__0__attn2__to_k__weight": (320, 768),
 }
+_CONV, _CONTEXT = _UNET
 _CLIP = {"cond_stage_model__transformer__text_model__final_layer_norm__weight": (768,)}
 _VAE = {"first_stage_model__encoder__conv_in__weight": (128, 3, 3, 3)}
 
@@ -83,10 +84,10 @@ def test_other_files_are_named_for_what_they_are(
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({list(_UNET)[0]: (320, 9, 3, 3)}, "an inpainting model"),
-        ({list(_UNET)[0]: (320, 5, 3, 3)}, "a depth-to-image model"),
-        ({list(_UNET)[0]: (48, 4, 3, 3)}, "48 channels wide .* neither Stable Diffusion 1.x .* as a diffusers folder"),
-        ({list(_UNET)[1]: (320, 2048)}, "text states of 2048"),
+        ({_CONV: (320, 9, 3, 3)}, "an inpainting model"),
+        ({_CONV: (320, 5, 3, 3)}, "a depth-to-image model"),
+        ({_CONV: (48, 4, 3, 3)}, "48 channels wide .* neither Stable Diffusion 1.x .* as a diffusers folder"),
+        ({_CONTEXT: (320, 2048)}, "text states of 2048"),
     ],
 )
 def test_checkpoints_of_other_sizes_are_refused(
@@ -102,7 +103,7 @@ def test_single_files_of_both_versions_are_told_apart(tmp_path: Path, caplog: py
     assert (first.base_model_version, first.architecture) == ("sd_v1", "stable-diffusion-v1")
     assert (first.vae_factor, first.latent_channels, first.native_resolution) == (8, 4, 512)
     assert "averaged (EMA) weights; they are not used" in caplog.text
-    wide = {list(_UNET)[1]: (320, 1024)}
+    wide = {_CONTEXT: (320, 1024)}
     clip = {"cond_stage_model__model__ln_final__weight": (1024,)}
     path = _file(tmp_path / "2.safetensors", **{**_UNET, **wide}, **clip, **_VAE, extra__thing=(1,))
     caplog.clear()
@@ -148,18 +149,24 @@ def test_folders_say_what_they_predict(folder: Path, tiny_v2: Path) -> None:
 
 
 def test_other_folders_are_named_for_what_they_are(folder: Path) -> None:
-    with pytest.raises(UserError, match="it is one part of one: give .*model"):
+    with pytest.raises(UserError, match=r"it is one part of one: give .*model"):
         _open(folder / "unet")
+    shutil.move(folder / "vae", folder / "other_vae")
     with pytest.raises(UserError, match=r"holds no VAE; give one with --vae"):
-        shutil.move(folder / "vae", folder / "other_vae")
         _open(folder)
     assert _open(folder, vae=str(folder / "other_vae")).vae_factor == 4
     _edit(folder / "unet" / "config.json", in_channels=9)
-    with pytest.raises(UserError, match="takes 9 channels .* an inpainting model"):
+    with pytest.raises(UserError, match=r"takes 9 channels .* an inpainting model"):
         _open(folder, vae=str(folder / "other_vae"))
     _edit(folder / "unet" / "config.json", in_channels=4, cross_attention_dim=32)
     with pytest.raises(UserError, match="wants text states of 32 channels, the text encoder gives 64"):
         _open(folder, vae=str(folder / "other_vae"))
+    (folder / "text_encoder" / "config.json").write_text('{"hidden_size": 64}')
+    with pytest.raises(UserError, match=r"text_encoder.config\.json: has no 'num_hidden_layers'"):
+        _open(folder)
+    (folder / "text_encoder" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+        _open(folder)
     _edit(folder / "unet" / "config.json", addition_embed_type="text_time")
     with pytest.raises(UserError, match="is an SDXL model"):
         _open(folder)
@@ -202,7 +209,8 @@ def test_a_wrong_path_gets_the_nearest_name(folder: Path) -> None:
             ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
             "model.safetensors.index.json",
         ),
-        (["model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors"], "model.safetensors.index.fp16.json"),
+        (["model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors"],
+         "model.safetensors.index.fp16.json"),
         (["config.json", "flax_model.msgpack"], None),
     ],
 )  # fmt: skip
@@ -226,9 +234,7 @@ def _entries_equal(folder: Path) -> bool:
 def test_shards_variants_and_pickles_of_a_folder_are_read(folder: Path) -> None:
     unet = load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors")
     names = sorted(unet)
-    half = {
-        name: "diffusion_pytorch_model-0000{}-of-00002.safetensors".format(1 + i % 2) for i, name in enumerate(names)
-    }  # noqa: UP032
+    half = {name: f"diffusion_pytorch_model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
     for shard in set(half.values()):
         save_file({n: unet[n] for n in names if half[n] == shard}, folder / "unet" / shard)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -248,7 +254,6 @@ def test_shards_variants_and_pickles_of_a_folder_are_read(folder: Path) -> None:
     with pytest.raises(UserError, match="no table of files in the same folder"):
         open_base_model(str(folder)).parts["unet"].entries()
     index.unlink()
-    shutil.rmtree(folder / "unet" / ".cache", ignore_errors=True)
     for shard in set(half.values()):
         (folder / "unet" / shard).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"holds no weights, but config\.json"):
@@ -275,7 +280,9 @@ def test_another_vae_in_every_form(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"--vae .*model\.safetensors: holds no VAE"):
         _open(folder, vae=str(folder / "text_encoder" / "model.safetensors"))
     with pytest.raises(UserError, match=r"--vae .*no folder of a VAE"):
-        _open(folder, vae=str(folder / "unet" / ".."  / "scheduler"))  # fmt: skip
+        _open(folder, vae=str(folder / "scheduler"))
+    with pytest.raises(UserError, match=r"--vae .*vea: no such file or folder, did you mean '.*vae'"):
+        _open(folder, vae=str(folder / "vea"))
     _edit(folder / "vae" / "config.json", _class_name="AutoencoderTiny")
     with pytest.raises(UserError, match="an AutoencoderTiny"):
         _open(folder)

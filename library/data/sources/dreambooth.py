@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, SubsetSummary
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, nearest_path
 from library.progress import bar
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class _Folder:
     def __init__(self, spec: SubsetSpec) -> None:
         self.path = spec.image_dir
         if not self.path.is_dir():
-            raise UserError(f"{spec.origin}: no such folder: {self.path}{_nearest_folder(self.path)}")
+            raise UserError(f"{spec.origin}: no such folder: {self.path}{nearest_path(self.path)}")
         entries = sorted(_visible(self.path), key=lambda entry: entry.name)
         self.images = [entry.name for entry in entries if _is_image(entry)]
         # one level only, so that links which form a loop do no harm
@@ -181,11 +181,3 @@ def _refuse_other_extension(spec: SubsetSpec, extension: str, folder: _Folder) -
                 f"but {beside} have a {other} file: give --caption_extension {other} "
                 f'(in a dataset config caption_extension = "{other}")'
             )
-
-
-def _nearest_folder(folder: Path) -> str:
-    """A guess at what was meant, from the first part of the path that does not exist."""
-    missing = folder.absolute()
-    while not missing.parent.is_dir() and missing.parent != missing:
-        missing = missing.parent
-    return did_you_mean(missing.name, (entry.name for entry in missing.parent.iterdir() if entry.is_dir()))

@@ -1,0 +1,65 @@
+"""What is imported when: the first step should not wait for packages that nothing needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+_OPEN = """
+import sys
+from library.models import open_family
+options = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
+family = open_family("quickstart/base", **options)
+"""
+_STEP = """
+import torch
+family.load_vae(torch.float32, "cpu")
+family.encode_images(torch.zeros(1, 3, 64, 64))
+family.load_text_encoders(torch.float32, "cpu")
+family.load_unet(torch.float32, "cpu")
+family.predict(torch.zeros(1, 4, 16, 16), torch.tensor([1]), family.encode_prompts(["a cat"]))
+family.sampling_pipeline()
+"""
+_LOADED = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+
+
+def _run(program: str) -> tuple[set[str], str]:
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    return set(result.stdout.split()), result.stderr
+
+
+def test_opening_a_model_imports_nothing_heavy() -> None:
+    loaded, _ = _run(_OPEN + _LOADED)
+    assert "library" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "diffusers", "huggingface_hub", "safetensors"}
+
+
+def test_a_step_imports_no_optional_package_and_says_nothing() -> None:
+    loaded, errors = _run(_OPEN + _STEP + _LOADED)
+    assert {"torch", "diffusers", "transformers"} <= loaded
+    assert not loaded & {"bitsandbytes", "peft"}
+    assert errors == ""
+
+
+_LORA_AFTERWARDS = """
+pipeline = family.sampling_pipeline()
+names = [n for n, m in pipeline.unet.named_modules() if n.endswith("to_q")]
+states = {}
+for name in names:
+    module, key = pipeline.unet.get_submodule(name), "lora_unet_" + name.replace(".", "_")
+    states[f"{key}.lora_down.weight"] = torch.ones(2, module.in_features)
+    states[f"{key}.lora_up.weight"] = torch.ones(module.out_features, 2)
+    states[f"{key}.alpha"] = torch.tensor(2.0)
+pipeline.load_lora_weights(states, adapter_name="a")
+print(pipeline.get_list_adapters()["unet"][0])
+pipeline.set_adapters(["a"], [0.5])
+pipeline.unload_lora_weights()
+"""
+
+
+def test_diffusers_can_still_load_a_lora_afterwards() -> None:
+    printed, _ = _run(_OPEN + _STEP + _LORA_AFTERWARDS)
+    assert printed == {"a"}

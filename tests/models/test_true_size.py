@@ -1,0 +1,64 @@
+"""Stable Diffusion 1.5 at its true size, from one file: everything arrives, and in little more memory than it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from original_layout import single_file
+from safetensors.torch import save_file
+
+from library.models.base_model import ASSETS
+from library.models.modules import new_text_encoder, new_unet, new_vae
+
+_LOAD = """
+import sys, torch
+from pathlib import Path
+import library.models.modules as modules
+from library.models import open_family
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+options = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
+family = open_family(sys.argv[1], **options)
+modules.new_unet(family._base.parts["unet"].config)  # the imports
+before = peak()
+family.load_unet(torch.bfloat16, "cpu")
+grown = peak() - before
+family.load_vae(torch.bfloat16, "cpu")
+family.load_text_encoders(torch.bfloat16, "cpu")
+modules_found = [sum(bool(t.linear.fullmatch(p)) for p, _ in t.root.named_modules()) for t in family.adapter_targets()]
+with torch.no_grad():
+    answer = family.predict(torch.randn(1, 4, 8, 8), torch.tensor([9]), family.encode_prompts(["a cat"]))
+    mean, std = family.encode_images(torch.zeros(1, 3, 64, 64))
+assert answer.shape == (1, 4, 8, 8) and answer.isfinite().all() and mean.shape == std.shape == (1, 4, 8, 8)
+print(family.base_model_version, *modules_found, grown)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads peak memory from /proc")
+def test_the_true_size_loads_from_one_file(tmp_path: Path) -> None:
+    config = json.loads((ASSETS / "sd1.json").read_text())
+
+    def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: torch.randn(p.shape, dtype=torch.float16) * 0.02 for name, p in module.named_parameters()}
+
+    unet, vae = half(new_unet(config["unet"])), half(new_vae(config["vae"]))
+    states = single_file(unet, vae, half(new_text_encoder(config["text_encoder"])), config)
+    path = tmp_path / "sd15.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in states.items()}, path)
+    del states, unet, vae
+    result = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(path)], check=True, capture_output=True, text=True, cwd=ASSETS.parents[2]
+    )
+    path.unlink()
+    version, in_unet, in_text, grown = result.stdout.split()
+    assert (version, in_unet, in_text) == ("sd_v1", "192", "72")
+    assert 1.5 < float(grown) < 1.602 + 0.1, f"{grown} GiB for 1.60 GiB of weights"

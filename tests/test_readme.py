@@ -1,0 +1,82 @@
+"""What README.md tells a user to type works. Names of things that a user would have stand for what ships here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from library.config.parser import parse
+from tests.conftest import BASE, IMAGES, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [
+    shlex.split(line.replace(" \\\n", " "), comments=True)
+    for block in blocks("sh")
+    for line in re.split(r"(?<!\\)\n", block)
+    if "train_network.py" in line
+]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that the examples name: the model, images, and their TOML files."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my_data/10_mycat", "photos", "drawings"):
+        Path(folder).mkdir(parents=True)
+        for image in sorted((IMAGES / "train").glob("*.png"))[:2]:
+            shutil.copy(image, folder)
+            shutil.copy(image.with_suffix(".txt"), folder)
+    shutil.copytree(ROOT / "configs", "configs")
+    Path("quickstart").symlink_to(ROOT / "quickstart")
+    for block in blocks("toml"):
+        name = block.splitlines()[0].removeprefix("# ")
+        Path(name).write_text(block.replace("models/sd15.safetensors", str(BASE)), encoding="utf-8")
+    return tmp_path
+
+
+def arguments(command: list[str]) -> list[str]:
+    words = command[command.index(next(word for word in command if word.endswith("train_network.py"))) + 1 :]
+    return [str(BASE) if word == "models/sd15.safetensors" else word for word in words]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[-6:]))
+def test_every_command_trains(workplace, command):
+    from train_network import main
+
+    small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--overwrite", "--no-enable_bucket"]
+    size = [] if "configs/quickstart.toml" in command else ["--resolution", "64"]
+    assert main([*arguments(command), *small, *size]) == 0
+    if not any(word.startswith("--dry_run") for word in command):
+        assert list(Path("output").glob("*.safetensors"))
+
+
+def test_the_dataset_config_trains(workplace):
+    from train_network import main
+
+    config = Path("data.toml").read_text(encoding="utf-8").replace("512", "64").replace("enable_bucket = true", "")
+    Path("data.toml").write_text(config, encoding="utf-8")
+    words = ["--config_file", "mycat.toml", "--dataset_config", "data.toml", "--max_train_epochs", "1"]
+    assert main(words) == 0
+
+
+def test_output_config_writes_what_can_be_read(workplace):
+    words = ["--pretrained_model_name_or_path", str(BASE), "--output_dir", "o", "--learning_rate", "3e-4"]
+    with pytest.raises(SystemExit) as stop:
+        parse([*words, "--output_config", "--config_file", "new.toml"])
+    assert stop.value.code == 0
+    assert parse(["--config_file", "new.toml"]).optimizer.learning_rate == 3e-4
+
+
+def test_there_are_commands_to_test():
+    assert len(COMMANDS) >= 5
+    assert {block.splitlines()[0] for block in blocks("toml")} == {"# mycat.toml", "# data.toml"}
