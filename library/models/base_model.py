@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, nearest_path
 from library.models.tensors import TensorEntry
 
 ASSETS = Path(__file__).parent / "assets"
@@ -97,22 +96,7 @@ def locate(path: str) -> Path:
         from library.models.hub import fetch
 
         return fetch(path)
-    raise UserError(f"{path}: no such file or folder{nearest(found)}")
-
-
-def nearest(path: Path) -> str:
-    """A hint for a path that does not exist: the nearest name in the last folder of it that does."""
-    wrong = path
-    while not wrong.parent.exists() and wrong.parent != wrong:
-        wrong = wrong.parent
-    try:
-        names = [entry.name for entry in wrong.parent.iterdir()]
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(wrong.name, names, n=1, cutoff=0.5)
-    if near:
-        return f", did you mean '{wrong.parent / near[0]}'?"
-    return f"; {wrong.parent.absolute()} holds no '{wrong.name}'"
+    raise UserError(f"{path}: no such file or folder{nearest_path(found)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{nearest(path)}") from None
+        raise UserError(f"{path}: no such file{nearest_path(path)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):

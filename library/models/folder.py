@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
-from library.models.base_model import ASSETS, BaseModel, Part, few, nearest, read_json
+from library.errors import UserError, nearest_path
+from library.models.base_model import ASSETS, BaseModel, Part, few, read_json
 from library.models.checkpoint import text_encoder_entries, vae_entries
 from library.models.detect import is_v2, kind_of_folder
 from library.models.tensors import TensorEntry, read_index
@@ -94,7 +94,7 @@ def _entries(folder: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(shards.values())):
         if not (folder / shard).is_file():
-            raise UserError(f"{folder / name}: lists {shard}, which is missing{nearest(folder / shard)}")
+            raise UserError(f"{folder / name}: lists {shard}, which is missing{nearest_path(folder / shard)}")
         entries.update(read_index(folder / shard).entries)
     return entries
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from library.errors import UserError
-from library.models.base_model import nearest
+from library.errors import UserError, nearest_path
 from library.models.folder import choose_weights, shards_of
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    not_here = f"{name}: no such file or folder{nearest(Path(name))}"
+    not_here = f"{name}: no such file or folder{nearest_path(Path(name))}"
     try:
         files = [file.rfilename for file in HfApi().model_info(name, timeout=_TIMEOUT).siblings or []]
         return Path(snapshot_download(name, allow_patterns=wanted(files)))

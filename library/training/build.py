@@ -141,10 +141,17 @@ def _save_plan(plan: Plan, accelerator: Accelerator) -> save.SavePlan:
         last_n_epochs=output.save_last_n_epochs,
     )
     if accelerator.is_main_process and not options.run.dry_run:
-        save.check_free(saves.planned_files(), overwrite=output.overwrite)
+        save.check_free([*saves.planned_files(), *pictures(options, saves).values()], overwrite=output.overwrite)
         save.prepare_folder(saves.folder)
     accelerator.wait_for_everyone()
     return saves
+
+
+def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
+    """The pictures that the run draws at its end, beside its last file: "loss" and "compare"."""
+    wanted = {"loss": options.output.loss_plot, "compare": bool(options.output.compare_prompts)}
+    stem = saves.last_file.stem
+    return {kind: saves.last_file.with_name(f"{stem}-{kind}.png") for kind, asked in wanted.items() if asked}
 
 
 def _load_and_encode(

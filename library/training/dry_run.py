@@ -15,6 +15,7 @@ from library.data.captions import caption_text
 from library.data.dataset import Batch, Draw
 from library.optimizers.create import state_bytes
 from library.training import loop
+from library.training.build import pictures
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
 from library.training.step import condition_of
 from networks.network import AdapterNetwork
@@ -226,3 +227,5 @@ def _files(built: Built) -> Iterator[str]:
     for path in shown:
         there = " (exists: --overwrite replaces it)" if path is not None and path.exists() else ""
         yield _line("", f"{path}{there}" if path is not None else f"… {len(files) - 5} more …")
+    for path in pictures(built.plan.options, built.saves).values():
+        yield _line("", str(path))

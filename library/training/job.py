@@ -30,37 +30,38 @@ def run(options: Options) -> int:
     finished = loop.train(built.run)
     built.run.accelerator.end_training()
     if built.run.accelerator.is_main_process and finished:
-        _pictures(built)
+        _draw(built)
     return 0 if finished else 130
 
 
-def _pictures(built: Built) -> None:
+def _draw(built: Built) -> None:
     """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
     import torch
 
     from library.training import report, sample
-    from library.training.build import DTYPES
+    from library.training.build import DTYPES, pictures
     from networks.protocol import without
 
-    output, last = built.plan.options.output, built.saves.last_file
-    if output.loss_plot:
-        path = last.with_name(f"{last.stem}-loss.png")
-        report.plot_losses(path, built.run.losses, steps_per_epoch=built.saves.steps_per_epoch, title=last.stem)
+    options, family = built.plan.options, built.plan.family
+    paths = pictures(options, built.saves)
+    if path := paths.get("loss"):
+        steps_per_epoch = built.saves.steps_per_epoch
+        title = built.saves.last_file.stem
+        report.plot_losses(path, built.run.losses, steps_per_epoch=steps_per_epoch, title=title)
         logger.info("drew %s", path)
-    if output.compare_prompts:
-        path = last.with_name(f"{last.stem}-compare.png")
-        family, device = built.plan.family, built.run.accelerator.device
-        dtype = DTYPES[built.plan.options.precision.mixed_precision]
-        family.load_vae(torch.float32 if built.plan.options.model.no_half_vae else dtype, device)
+    if path := paths.get("compare"):
+        dtype, device = DTYPES[options.precision.mixed_precision], built.run.accelerator.device
+        if family.vae is None:
+            family.load_vae(torch.float32 if options.model.no_half_vae else dtype, device)
         if not family.text_encoders:
             family.load_text_encoders(dtype, device)
         sample.compare(
             path,
             family,
             lambda: without(built.run.network),
-            output.compare_prompts,
+            options.output.compare_prompts,
             size=built.plan.datasets[0].resolution,
-            steps=output.compare_steps,
+            steps=options.output.compare_steps,
             seed=built.plan.seed,
         )
         logger.info("drew %s", path)

@@ -30,7 +30,9 @@ def draw(family: ModelFamily, prompts: Sequence[str], *, size: tuple[int, int], 
     images: list[Image] = []
     for prompt in bar(prompts, desc="drawing", unit="image"):
         result = pipeline(
-            prompt,
+            # encoded as in training: long prompts and clip_skip included
+            prompt_embeds=family.encode_prompts([prompt])["hidden_states"],
+            negative_prompt_embeds=family.encode_prompts([""])["hidden_states"],
             num_inference_steps=steps,
             guidance_scale=GUIDANCE_SCALE,
             width=size[0],

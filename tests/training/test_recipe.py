@@ -141,6 +141,25 @@ def test_an_output_that_exists_stops_the_run_before_it_starts(train, tmp_path, c
     assert train("--overwrite") == 0
 
 
+def test_a_picture_that_exists_counts_as_well(train, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "test-loss.png").write_text("mine")
+    assert train("--loss_plot") == 2
+    assert "test-loss.png" in capsys.readouterr().err
+    assert (tmp_path / "out" / "test-loss.png").read_text() == "mine"
+
+
+def test_prompts_are_drawn_without_and_with_the_lora(train, tmp_path):
+    from PIL import Image
+
+    words = ("--loss_plot", "--compare_prompts", "emoji of cat", "emoji of dog", "--compare_steps", "2")
+    assert train(*words, "--network_train_unet_only", "--cache_text_encoder_outputs") == 0
+    for name in ("test-loss.png", "test-compare.png"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 100
+
+
 def test_training_goes_on_from_a_file(train, tmp_path):
     assert train("--output_name", "first") == 0
     start = ("--network_weights", str(tmp_path / "out" / "first.safetensors"), "--dim_from_weights")
