@@ -6,6 +6,7 @@ A kind of adapter is one file beside this one: a subclass of `AdapterModule` and
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -229,6 +230,9 @@ class AdapterNetwork(nn.Module):
     ) -> list[dict[str, Any]]:
         """One group per section, two with LoRA+: {"params", "lr", "name"}, and "lora_plus_ratio" on the raised ones.
 
+        Each also tells "param_names" and "lora_scale" (alpha / rank), for optimizers that know of LoRA; adapters of
+        another scale than the section's usual one form groups of their own.
+
         A rate of None is `default_lr`. A rate of 0 freezes that section: it stays in effect and is saved as it is.
         `text_encoder_lr` may be a list with one rate per text encoder; a list of one is for all.
         """
@@ -310,14 +314,22 @@ def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[f
 
 
 def _groups(section: str, adapters: list[AdapterModule], rate: float, ratio: float | None) -> list[dict[str, Any]]:
-    """The section's parameters in one group, or with a LoRA+ `ratio` the raised ones in a second."""
-    raised: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """The section's parameters by their scale (alpha / rank), and with a LoRA+ `ratio` the raised ones by themselves.
+
+    The most frequent scale has the section's plain name.
+    """
+    found: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for adapter in adapters:
-        for name, parameter in adapter.named_parameters():
+        for name, parameter in adapter.named_parameters(prefix=adapter.site.name):
             plus = ratio is not None and adapter.plus_suffix is not None and name.endswith(adapter.plus_suffix)
-            (raised if plus else others).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": others, "lr": rate, "name": section}]
-    if raised and ratio is not None:
-        groups.append({"params": raised, "lr": rate * ratio, "name": f"{section}_plus", "lora_plus_ratio": ratio})
+            found.setdefault((adapter.scale, plus), []).append((name, parameter))
+    usual = Counter(adapter.scale for adapter in adapters).most_common(1)[0][0]
+    groups = []
+    for (scale, plus), named in found.items():
+        name = section + ("" if scale == usual else f"_scale_{scale:g}") + ("_plus" if plus else "")
+        group = {"params": [parameter for _, parameter in named], "lr": rate, "name": name, "lora_scale": scale}
+        group["param_names"] = [parameter_name for parameter_name, _ in named]
+        if plus and ratio is not None:
+            group |= {"lr": rate * ratio, "lora_plus_ratio": ratio}
+        groups.append(group)
     return groups

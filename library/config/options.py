@@ -84,7 +84,9 @@ class DataOptions:
     dataset_repeats: int = option(1, minimum=1, help="repeats of each image per epoch where the data set says nothing")
     prior_loss_weight: float = option(1.0, minimum=0, help="weight of the loss of regularisation images")
     cache_latents: bool = option(False, help="encode each image once, before training")
-    vae_batch_size: int = option(1, minimum=1, help="images encoded at once for the cache")
+    vae_batch_size: int = option(
+        1, minimum=1, help="images encoded at once for the cache; on a CPU 1 is fastest for SD"
+    )
     cache_text_encoder_outputs: bool = option(
         False, help="encode each caption once, before training; needs --network_train_unet_only"
     )
@@ -169,6 +171,37 @@ class OptimizerOptions:
         if self.use_8bit_adam:
             return "AdamW8bit"
         return "Lion" if self.use_lion_optimizer else self.optimizer_type or "AdamW"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomAdamWOptions:
+    """CustomAdamW's own settings (--optimizer_type CustomAdamW; each can stand in --optimizer_args as well)"""
+
+    optim_bits: int | None = option(None, help="bits of the optimizer's state, 8 or 32")
+    min_8bit_size: int | None = option(None, minimum=0, help="smaller tensors keep 32 bits")
+    is_paged: bool | None = option(None, help="keep the state in CUDA's paged memory")
+    use_spd: bool | None = option(None, help="use selective projection decay")
+    spd_lambda: float | None = option(None, minimum=0, maximum=1, help="strength of that decay")
+    use_cautious: bool | None = option(None, help="mask updates that disagree with the gradient")
+    use_orthogonal_grad: bool | None = option(None, help="take the part of the gradient orthogonal to lora_down")
+    use_adopt_stability: bool | None = option(None, help="normalise by the previous second moment, clipped (ADOPT)")
+    use_grams: bool | None = option(None, help="take the direction from the gradient, the size from the momentum")
+    use_agr: bool | None = option(None, help="shrink the entries that dominate a gradient")
+    use_tam: bool | None = option(None, help="damp gradients that turn against the momentum")
+    tam_beta: float | None = option(None, minimum=0, maximum=1, help="memory of that damping")
+    use_alora: bool | None = option(None, help="give lora_up a higher rate, less where the adapter has grown")
+    alora_ratio: float | None = option(None, minimum=0, help="how much higher, at the start")
+    dynamic_weight_decay: bool | None = option(None, help="let the weight decay fall with the steps")
+    wd_transition_steps: int | None = option(None, minimum=1, help="steps before it falls")
+    wd_decay_factor: float | None = option(None, minimum=0, maximum=1, help="factor over as many steps again")
+    wd_min_ratio: float | None = option(None, minimum=0, maximum=1, help="it never falls below this share")
+    wd_max_progress: float | None = option(
+        None, minimum=0, help="it stops falling after this many times the transition (default 2: at factor squared)"
+    )
+
+    def given(self) -> dict[str, object]:
+        """What the user set, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +300,7 @@ class Options:
     data: DataOptions = field(default_factory=DataOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from library.optimizers.custom_adamw import CustomAdamW as CustomAdamW
 
+CUSTOM_ADAMW = "library.optimizers.custom_adamw.optimizer.CustomAdamW"
+
 OPTIMIZERS = {
+    "CustomAdamW": CUSTOM_ADAMW,
     "AdamW": "torch.optim.AdamW",
     "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
     "PagedAdamW": "bitsandbytes.optim.PagedAdamW",

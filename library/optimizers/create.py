@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from library.config import registry
 from library.errors import UserError, did_you_mean
-from library.optimizers import OPTIMIZERS
+from library.optimizers import CUSTOM_ADAMW, OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,21 @@ class OptimizerChoice:
         return self.path.endswith(".Adafactor") and bool(self.arguments.get("relative_step"))
 
 
-def choose_optimizer(name: str, words: Sequence[str]) -> OptimizerChoice:
+def choose_optimizer(
+    name: str, words: Sequence[str], *, custom_adamw: Mapping[str, object] | None = None
+) -> OptimizerChoice:
     """Find the class and check the words against its signature.
 
-    `name` is one of `OPTIMIZERS` (any case), a class of `torch.optim`, or a dotted path. Raises UserError.
+    `name` is one of `OPTIMIZERS` (any case), a class of `torch.optim`, or a dotted path. `custom_adamw`: CustomAdamW's
+    settings that were given as flags. Raises UserError, also if a flag and a word contradict each other.
     """
     path = _path(name)
     defaults = _defaults(path, name)
+    if custom_adamw:
+        if path != CUSTOM_ADAMW:
+            flags = ", ".join(f"--{flag}" for flag in custom_adamw)
+            raise UserError(f"{flags}: only CustomAdamW has this; --optimizer_type is {name}")
+        words = _joined(words, custom_adamw)
     arguments, unchecked = registry.bind(
         path, words, given=defaults, reserved=("params", "lr"), where="--optimizer_args", named_by="--optimizer_type"
     )
@@ -58,6 +66,15 @@ def choose_optimizer(name: str, words: Sequence[str]) -> OptimizerChoice:
     if path.endswith(".Adafactor") and arguments.get("warmup_init") and not arguments["relative_step"]:
         raise UserError("--optimizer_args: Adafactor's warmup_init=True needs relative_step=True")
     return OptimizerChoice(name, path, arguments)
+
+
+def _joined(words: Sequence[str], flags: Mapping[str, object]) -> list[str]:
+    """The words and the flags, as words; the same thing said twice is said once."""
+    said = registry.parse_words(words, where="--optimizer_args")
+    for flag, value in flags.items():
+        if flag in said and said[flag] != value:
+            raise UserError(f"--{flag} {value} contradicts --optimizer_args {flag}={said[flag]}: give one of them")
+    return [*words, *(f"{flag}={value}" for flag, value in flags.items() if flag not in said)]
 
 
 def _path(name: str) -> str:
@@ -87,6 +104,8 @@ def create_optimizer(
     choice: OptimizerChoice, groups: ParameterGroups, *, learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimizer over `groups` (dicts with "params", "lr" and "name")."""
+    if choice.path != CUSTOM_ADAMW:  # what only it understands
+        groups = [{k: v for k, v in group.items() if k not in ("param_names", "lora_scale")} for group in groups]
     rates = {group.get("lr", learning_rate) for group in groups}
     rate: float | None = learning_rate
     if choice.finds_its_rate:
@@ -130,21 +149,13 @@ def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return rates
 
 
-def state_bytes(choice: OptimizerChoice, groups: ParameterGroups, *, learning_rate: float) -> int:
-    """Bytes of state that the optimizer will hold: measured by one step on zeros of the same shapes.
-
-    Temporarily takes twice the memory of the trainable parameters.
-    """
-    doubles = []
-    for group in groups:
-        parameters = [torch.nn.Parameter(torch.zeros_like(p)) for p in group["params"]]
-        for parameter in parameters:
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state that the optimizer holds, measured after a step with gradients of zero: its weights may change."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        doubles.append({**group, "params": parameters})
-    optimizer = create_optimizer(choice, doubles, learning_rate=learning_rate)
-    if choice.schedule_free:
-        optimizer.train()  # type: ignore[attr-defined]
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return sum(_tensor_bytes(state) for state in optimizer.state.values())
 
 

@@ -30,7 +30,7 @@ from library.training import loop, save
 from library.training.facts import run_metadata
 from library.training.plan import Plan
 from library.training.step import Objective
-from networks.protocol import check_max_norm, load_weights, optimizer_groups
+from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ def build(plan: Plan) -> Built:
     optimizer = create_optimizer(
         choice, [dict(group) for group in groups], learning_rate=options.optimizer.learning_rate
     )
+    if options.precision.full_fp16:
+        _refuse_vanishing_eps(choice, optimizer)
     schedule = _schedule(options, choice, optimizer, total_steps=saves.total_steps, warmup=warmup)
     run = loop.Run(
         accelerator=accelerator,
@@ -90,6 +92,7 @@ def build(plan: Plan) -> Built:
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_weight_norms=options.network.scale_weight_norms,
         schedule_free=choice.schedule_free,
+        on_step=step_hook(network),
         save=_nothing,
         save_now=_nothing,
     )
@@ -251,6 +254,16 @@ def _refusals(module: str) -> Iterator[None]:
         if "duplicated lora name" in str(error):
             hint = ". In LyCORIS 4.1 the default preset names some layers twice: --network_args preset=attn-mlp"
         raise UserError(f"--network_module {module} refuses these settings: {error!r}{hint}") from error
+
+
+def _refuse_vanishing_eps(choice: OptimizerChoice, optimizer: torch.optim.Optimizer) -> None:
+    """torch's own optimizers compute in the parameters' type, where an eps of 1e-8 is 0: 0 / 0 at the first step."""
+    eps = optimizer.defaults.get("eps")
+    if choice.path.startswith("torch.optim.") and eps and torch.tensor(eps, dtype=torch.float16) == 0:
+        raise UserError(
+            f"--full_fp16 with {choice.name}: its eps of {eps:g} is 0 in fp16, and the weights become NaN. Give "
+            "--optimizer_args eps=1e-4, an 8-bit optimizer (they compute in fp32), or --full_bf16 instead."
+        )
 
 
 def _schedule(

@@ -62,6 +62,7 @@ class Run:
     max_grad_norm: float
     scale_weight_norms: float | None
     schedule_free: bool
+    on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
     losses: list[float] = field(default_factory=list)
@@ -121,6 +122,7 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
     for batch in item.batches:
         if batch is None:
             continue
+        run.on_step(None, run.family.unet)
         total += backward(run, batch, weight=weight)
     if accelerator.num_processes > 1:
         average_gradients(accelerator, run.parameters)

@@ -68,7 +68,11 @@ def make_plan(options: Options) -> Plan:
     from library.data.prepare import prepare
     from library.optimizers.create import choose_optimizer
 
-    choice = choose_optimizer(options.optimizer.optimizer_name, options.optimizer.optimizer_args)
+    choice = choose_optimizer(
+        options.optimizer.optimizer_name,
+        options.optimizer.optimizer_args,
+        custom_adamw=options.custom_adamw.given(),
+    )
     family = open_family(
         options.model.pretrained_model_name_or_path,
         v2=options.model.v2,

@@ -14,9 +14,11 @@ import pytest
 import networks
 from library.config import kohya
 from library.config.dataset_keys import NEUTRAL, NOT_YET
-from library.config.fields import Declared
-from library.config.options import Options, declared_options
+from library.config.fields import Declared, declared
+from library.config.options import CustomAdamWOptions, Options, declared_options
+from library.config.registry import signature
 from library.errors import UserError
+from library.optimizers import CUSTOM_ADAMW
 
 LINES = (Path(__file__).parent / "data" / "kohya_options.tsv").read_text(encoding="utf-8").splitlines()
 KOHYA = {name: (kind, json.loads(default)) for name, kind, default in (line.split("\t") for line in LINES[1:])}
@@ -44,8 +46,14 @@ def test_no_name_has_two_rows() -> None:
 
 
 def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
-    assert {name for name in OPTIONS if name not in KOHYA} == OURS
+    optimizer = set(declared(CustomAdamWOptions))  # a group of its own, whose title says it
+    assert {name for name in OPTIONS if name not in KOHYA} == OURS | optimizer
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS
+
+
+def test_the_flags_of_custom_adamw_are_its_own_arguments() -> None:
+    parameters = signature(CUSTOM_ADAMW, where="test").parameters
+    assert set(declared(CustomAdamWOptions)) <= set(parameters)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name in KOHYA])

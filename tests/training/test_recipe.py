@@ -91,6 +91,9 @@ def test_gradient_checkpointing_changes_memory_only(train, tmp_path):
     [
         ("--mixed_precision", "bf16"),
         ("--mixed_precision", "bf16", "--full_bf16", "--save_precision", "bf16"),
+        ("--mixed_precision", "fp16"),
+        ("--mixed_precision", "fp16", "--full_fp16", "--optimizer_args", "eps=1e-4"),
+        ("--optimizer_type", "CustomAdamW", "--use_orthogonal_grad", "--optim_bits", "32"),
         ("--network_train_unet_only",),
         ("--network_train_text_encoder_only",),
         ("--min_snr_gamma", "5", "--scale_weight_norms", "1"),
@@ -114,6 +117,11 @@ def test_every_optimizer_trains(train, tmp_path, name):
     ups = [tensor for key, tensor in weights(tmp_path).items() if key.endswith("lora_up.weight")]
     assert all(up.isfinite().all() for up in ups)
     assert any(up.abs().max() > 0 for up in ups)
+
+
+def test_full_fp16_refuses_an_eps_that_is_zero_there(train, capsys):
+    assert train("--mixed_precision", "fp16", "--full_fp16") == 2
+    assert "eps=1e-4" in capsys.readouterr().err
 
 
 def test_files_are_named_and_kept_as_in_kohya(train, tmp_path):

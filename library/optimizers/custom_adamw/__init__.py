@@ -1,0 +1,17 @@
+"""CustomAdamW: AdamW with nine published techniques, 8-bit state, and one file for each of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .optimizer import CustomAdamW as CustomAdamW
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch only when the optimizer is asked for."""
+    if name == "CustomAdamW":
+        from .optimizer import CustomAdamW
+
+        return CustomAdamW
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,161 @@
+"""The tier for every device: gather the parameters of a stack into a matrix, update all rows at once, scatter them.
+
+Nothing is read back to the host. With a compiler the update, the 8-bit codec included, becomes a few kernels a stack.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import alora, codec, rounding
+from .options import Rates, Recipe
+from .stacks import Stack, Stored
+from .update import Moments, update
+
+logger = logging.getLogger(__name__)
+
+CACHED = 2**15  # numbers: on a CPU, rows are taken few at a time, so that intermediate results stay in its cache
+VARIANTS = 64  # compiled forms of the step: recipes, dtypes, 8 or 32 bits, and sizes of 1, which torch treats apart
+Maps = tuple[codec.Map, codec.Map]
+
+
+def advance(
+    w: Tensor,
+    g: Tensor,
+    stored: Stored,
+    *,
+    recipe: Recipe,
+    rates: Rates,
+    factor: Tensor | None,
+    maps: Maps | None,
+    ordinals: Tensor | None,
+) -> tuple[Tensor, Stored]:
+    """New weights [k, n] in their own type, and the new rows of the buffers that change."""
+    if maps is None:
+        m, v = stored.exp_avg, stored.exp_avg_sq
+    else:
+        assert stored.exp_avg_absmax is not None
+        assert stored.exp_avg_sq_absmax is not None
+        m = codec.decode(stored.exp_avg, stored.exp_avg_absmax, maps[0])
+        v = codec.decode(stored.exp_avg_sq, stored.exp_avg_sq_absmax, maps[1])
+    anchor = None if stored.spd_anchor is None else stored.spd_anchor.to(m.dtype)
+    moments = Moments(m, v, stored.adopt_k, stored.tam_s)
+    new, after = update(w.to(m.dtype), g.to(m.dtype), moments, recipe=recipe, rates=rates, anchor=anchor, factor=factor)
+    new = new.to(w.dtype) if ordinals is None else rounding.to_bfloat16(new, ordinals=ordinals, step=rates.step)
+    kept = Stored(after.exp_avg, after.exp_avg_sq, None, None, after.adopt_k, after.tam_s, spd_anchor=None)
+    if maps is None:
+        return new, kept
+    codes, peaks = codec.encode(after.exp_avg, maps[0])
+    codes_sq, peaks_sq = codec.encode(after.exp_avg_sq, maps[1], floor=True)
+    return new, kept._replace(exp_avg=codes, exp_avg_absmax=peaks, exp_avg_sq=codes_sq, exp_avg_sq_absmax=peaks_sq)
+
+
+class Batched:
+    """Runs `advance`, compiled or not."""
+
+    def __init__(self, *, compiled: bool) -> None:
+        self._advance: Callable[..., tuple[Tensor, Stored]] = advance
+        self.compiled = compiled
+        if compiled:
+            # dynamic: one form serves all shapes, where one for each would exceed torch's limit and then run uncompiled
+            self._advance = torch.compile(advance, dynamic=True, fullgraph=True)
+
+    def step(self, stack: Stack, rows: Sequence[int], grads: Sequence[Tensor], rates: Rates) -> None:
+        """One step for these rows of a stack (a gradient for each), all at the same count of steps."""
+        at_once = len(rows)
+        if stack.layout.device.type == "cpu" and not self.compiled:
+            at_once = max(1, CACHED // stack.layout.n)
+        for start in range(0, len(rows), at_once):
+            self._step(stack, rows[start : start + at_once], grads[start : start + at_once], rates)
+
+    def _step(self, stack: Stack, rows: Sequence[int], grads: Sequence[Tensor], rates: Rates) -> None:
+        members = [stack.members[row] for row in rows]
+        weights = [member.parameter.detach() for member in members]
+        stored = _select(stack.stored, rows)
+        arguments: dict[str, Any] = {
+            "recipe": stack.layout.recipe,
+            "rates": self._arguments(rates, stack),
+            "factor": row_factors(stack, weights, rows) if stack.layout.recipe.alora else None,
+            "maps": _maps(stack) if stack.layout.eight_bit else None,
+            "ordinals": _ordinals(stack, rows),
+        }
+        new, kept = self._call(_gather(weights), _gather(grads), stored, **arguments)
+        torch._foreach_copy_(weights, [row.view_as(weight) for row, weight in zip(new, weights, strict=True)])
+        _put(stack.stored, rows, kept)
+
+    def _call(self, w: Tensor, g: Tensor, stored: Stored, **arguments: Any) -> tuple[Tensor, Stored]:
+        if self.compiled:
+            try:
+                with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+                    return self._advance(w, g, stored, **arguments)
+            except Exception as error:  # what a missing or broken compiler raises is not one class of errors
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                logger.warning(
+                    "CustomAdamW: the step cannot be compiled (%s); it runs uncompiled, which is slower", reason
+                )
+                self._advance, self.compiled = advance, False
+        return self._advance(w, g, stored, **arguments)
+
+    def _arguments(self, rates: Rates, stack: Stack) -> Rates:
+        """For a compiled step, tensors on the host: a float would be compiled in and change with every step."""
+        if not self.compiled:
+            return rates
+        return Rates(*(torch.tensor(value, dtype=stack.layout.moment_dtype) for value in rates))
+
+
+@lru_cache
+def tier(*, compiled: bool) -> Batched:
+    """One for the process: what is compiled once serves every optimizer, and a failure is said once."""
+    return Batched(compiled=compiled)
+
+
+def row_factors(stack: Stack, ups: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """ALoRA's factors [k, n] for a stack of lora_up weights, from their partners as they are before this step."""
+    recipe, dtype = stack.layout.recipe, stack.layout.moment_dtype
+    downs = [stack.members[row].down for row in rows]
+    down = torch.stack([partner.detach().flatten(1) for partner in downs if partner is not None]).to(dtype)
+    up = torch.stack([weight.flatten(1) for weight in ups]).to(dtype)
+    factors = alora.row_factors(up, down, ratio=recipe.alora_ratio, eta=recipe.alora_eta, scale=recipe.lora_scale)
+    return factors.repeat_interleave(up.shape[-1], dim=-1)
+
+
+def _gather(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.reshape(-1) for tensor in tensors])
+
+
+def _contiguous_range(rows: Sequence[int]) -> slice | None:
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else None
+
+
+def _select(stored: Stored, rows: Sequence[int]) -> Stored:
+    """The given rows: views of the buffers where they lie side by side (as a rule all), else copies."""
+    span = _contiguous_range(rows)
+    return Stored(*(None if buffer is None else buffer[span or _index(rows, buffer)] for buffer in stored))
+
+
+def _put(stored: Stored, rows: Sequence[int], new: Stored) -> None:
+    span = _contiguous_range(rows)
+    for buffer, values in zip(stored, new, strict=True):
+        if buffer is not None and values is not None:
+            buffer[span or _index(rows, buffer)] = values
+
+
+def _index(rows: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(rows), device=like.device)
+
+
+def _maps(stack: Stack) -> Maps:
+    device = stack.layout.device
+    return codec.dynamic_map(signed=True, device=device), codec.dynamic_map(signed=False, device=device)
+
+
+def _ordinals(stack: Stack, rows: Sequence[int]) -> Tensor | None:
+    if not stack.layout.recipe.stochastic_rounding or stack.layout.dtype != torch.bfloat16:
+        return None
+    return torch.tensor([[stack.members[row].ordinal] for row in rows], device=stack.layout.device)

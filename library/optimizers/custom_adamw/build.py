@@ -1,0 +1,78 @@
+"""Compiling a C++ file with the machine's own compiler, once, into the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd")
+FLOATS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")  # may be vectorised, may not change a result
+
+
+class Unavailable(Exception):
+    """Why there is no compiled library here, in one line."""
+
+
+def shared_library(source: Path) -> ctypes.CDLL:
+    """The loaded library, compiled first if this machine has not done so yet; `source` includes only what lies beside
+    it. Raises `Unavailable`."""
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if sys.platform == "win32" or compiler is None:
+        raise Unavailable("no C++ compiler (c++, g++, clang++) found")
+    # what the compiler knows about itself and this CPU is part of the key: unlike machines may share a home directory
+    macros = run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    if "__FMA__" not in macros and "__ARM_FEATURE_FMA" not in macros:
+        raise Unavailable("this CPU has no fused multiply-add")
+    sources = (file.read_text(encoding="utf-8") for file in sorted(source.parent.iterdir()) if file.is_file())
+    text = "\n".join((*sources, compiler, *FLAGS, *FLOATS, macros))
+    name = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+    trouble: OSError | None = None
+    for folder in folders():
+        try:
+            if not (folder / name).exists():
+                compile_into(folder / name, source, compiler)
+            return ctypes.CDLL(str(folder / name))
+        except OSError as error:
+            trouble = error
+    raise Unavailable(f"the compiled kernel cannot be kept or loaded: {trouble}")
+
+
+def folders() -> Iterator[Path]:
+    """Where the library may live: the user's cache, or for a read-only home a folder for this process."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    yield (Path(base) if base else Path.home() / ".cache") / "custom-adamw"
+    yield Path(tempfile.mkdtemp(prefix="custom-adamw-"))
+
+
+def compile_into(file: Path, source: Path, compiler: str) -> None:
+    """Built beside its place and renamed: other processes see a whole file or none."""
+    began = time.monotonic()
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        built = Path(folder) / file.name
+        run([compiler, *FLAGS, *FLOATS, str(source), "-o", str(built)])
+        os.replace(built, file)
+    logger.info("CustomAdamW: compiled its CPU kernel in %.1f s into %s", time.monotonic() - began, file.parent)
+
+
+def run(command: list[str]) -> str:
+    """What a command prints. Raises `Unavailable` with its first complaint."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Unavailable(f"{command[0]} failed: {lines[0]}")
+    return done.stdout

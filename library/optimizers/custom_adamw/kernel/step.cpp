@@ -1,0 +1,150 @@
+// One step of CustomAdamW on the CPU: the list in update.py, a tensor at a time, so that every pass over a tensor finds
+// it in the core's own cache. Compiled at first use by native.py; plain C++17, no library. No multiplication is fused
+// with an addition unless std::fma says so: with everything off the result has the bits of torch's fused AdamW.
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "alora.h"
+#include "common.h"
+#include "storage.h"
+#include "techniques.h"
+
+namespace {
+
+// ADOPT's first call: v becomes g^2 and nothing moves; a gradient of zeros leaves even that to a later one
+void seed(const Tensor& t, const Call& call, const float* g, float* v) {
+  if (!any(g, t.n)) return;
+  for (int64_t at = 0; at < t.n; at += BLOCK) {
+    const int c = int(std::min<int64_t>(BLOCK, t.n - at));
+    SIMD for (int i = 0; i < c; ++i) v[at + i] = g[at + i] * g[at + i];
+    if (t.eight_bit) encode_block<false>(v + at, c, call, static_cast<uint8_t*>(t.v) + at, t.v_peak + at / BLOCK);
+  }
+  *t.k = 1;
+}
+
+// steps 6 to 10 for one block; `squares`: of the weights before and after
+void finish_block(float* w, const float* g, const float* m, float* v, const float* f, int c, const Recipe& r,
+                  const Rates& q, float mask_scale, double* squares) {
+  float u[BLOCK];
+  // 6, 7  second moment and update
+  SIMD for (int i = 0; i < c; ++i) v[i] = std::fma(r.one_minus_beta2 * g[i], g[i], v[i] * r.beta2);
+  if (r.adopt) {
+    SIMD for (int i = 0; i < c; ++i) u[i] = q.lr * m[i];
+  } else {
+    SIMD for (int i = 0; i < c; ++i) u[i] = (q.step_size * m[i]) / (std::sqrt(v[i]) / q.root_correction + r.eps);
+  }
+  // 8  Grams or Cautious
+  if (r.direction == GRAMS) {
+    SIMD for (int i = 0; i < c; ++i) {
+      const float sign = g[i] > 0 ? 1.0f : (g[i] < 0 ? -1.0f : 0.0f);
+      u[i] = sign * std::fabs(u[i]);
+    }
+  } else if (r.direction == CAUTIOUS) {
+    SIMD for (int i = 0; i < c; ++i) {
+      const bool agree = ((u[i] > 0) & (g[i] > 0)) | ((u[i] < 0) & (g[i] < 0));
+      u[i] = u[i] * (agree ? mask_scale : 0.0f);  // a product: what is not a number stays visible
+    }
+  }
+  // 9  ALoRA
+  if (f != nullptr) {
+    SIMD for (int i = 0; i < c; ++i) u[i] *= f[i];
+  }
+  // 10  weight decay and step
+  float before = 0, after = 0;
+  SIMD_SUM(before, after) for (int i = 0; i < c; ++i) {
+    before += w[i] * w[i];
+    w[i] = w[i] * q.decay - u[i];
+    after += w[i] * w[i];
+  }
+  squares[0] += before;
+  squares[1] += after;
+}
+
+void step_tensor(const Call& call, int32_t which, const Scratch& s) {
+  const Tensor& t = call.tensors[which];
+  const Recipe& r = call.recipes[t.recipe];
+  const Rates& q = call.rates[call.rates_of[which]];
+  const int64_t n = t.n;
+  float* w = const_cast<float*>(floats(t.w, t.bfloat16, n, s.w));
+  const float* g = floats(call.grads[which], t.bfloat16, n, s.x);
+  if (r.alora) {
+    gram_matrix(floats(t.down, t.bfloat16, t.rank * t.down_columns, s.g), t.rank, t.down_columns, s.v);
+    row_factors(t, r, w, s.v, s.f);
+  }
+  float *m = t.eight_bit ? s.m : static_cast<float*>(t.m), *v = t.eight_bit ? s.v : static_cast<float*>(t.v);
+  if (t.eight_bit) {
+    decode(static_cast<uint8_t*>(t.m), t.m_peak, call.signed_map, n, m);
+    decode(static_cast<uint8_t*>(t.v), t.v_peak, call.unsigned_map, n, v);
+  }
+  // 0  what SPD asks of the untouched gradient, 1  AGR, 2  perpGrad
+  double sizes = 0, pull = 0;
+  if (r.agr || r.spd) survey(w, g, n, &sizes, &pull);
+  if (r.agr) regularize(g, n, sizes, s.g), g = s.g;
+  if (r.orthograd) project(w, g, n, s.g == g ? s.x : s.g), g = s.g == g ? s.x : s.g;
+  // 3  ADOPT, 4  TAM
+  if (r.adopt && !(*t.k > 0)) return seed(t, call, g, v);
+  const float bound = r.adopt ? float(std::pow(double(*t.k), r.adopt_clip)) : 0.0f;
+  float* const room = g == s.x ? s.g : s.x;
+  const float* x = r.adopt ? room : g;
+  double sums[3] = {0, 0, 0};
+  for (int64_t at = 0; at < n && (r.adopt || r.tam); at += BLOCK) {
+    const int c = int(std::min<int64_t>(BLOCK, n - at));
+    if (r.adopt) normalize(g + at, v + at, c, r.adopt_eps, bound, room + at);
+    if (r.tam) align(m + at, x + at, c, sums);
+  }
+  const float entering = r.tam ? torque(t, r, q, sums) : 1.0f;
+  // 5  first moment
+  const float mask_scale = first_moment(m, x, g, t, r, entering);
+  // 6 to 10
+  double squares[2] = {0, 0};
+  float factors[BLOCK];
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int c = int(std::min<int64_t>(BLOCK, n - at));
+    if (r.alora) spread(s.f, t.rank, at, c, factors);
+    finish_block(w + at, g + at, m + at, v + at, r.alora ? factors : nullptr, c, r, q, mask_scale, squares);
+    if (t.eight_bit) {
+      encode_block<true>(m + at, c, call, static_cast<uint8_t*>(t.m) + at, t.m_peak + at / BLOCK);
+      encode_block<false>(v + at, c, call, static_cast<uint8_t*>(t.v) + at, t.v_peak + at / BLOCK);
+    }
+  }
+  if (r.adopt) *t.k += 1;
+  // 11  SPD
+  if (r.spd) decay_selectively(w, n, r, pull, squares);
+  if (t.bfloat16)
+    store_bfloat16(w, static_cast<uint16_t*>(t.w), n, r.stochastic_rounding, t.ordinal, uint32_t(q.step));
+}
+
+}  // namespace
+
+extern "C" {
+
+// so that native.py notices when its structures and these differ
+void custom_adamw_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(Recipe), sizes[1] = sizeof(Rates), sizes[2] = sizeof(Tensor), sizes[3] = sizeof(Call);
+  sizes[4] = SCRATCH_ARRAYS;
+}
+
+void custom_adamw_step(const Call* call) {
+  std::atomic<int32_t> next{0};
+  auto work = [&](int thread) {
+    float* at = call->scratch + thread * SCRATCH_ARRAYS * call->capacity;
+    const int64_t c = call->capacity;
+    const Scratch scratch{at, at + c, at + 2 * c, at + 3 * c, at + 4 * c, at + 5 * c};
+    for (int32_t task; (task = next.fetch_add(1)) < call->n_tasks;)
+      for (int half = 0; half < 2; ++half) {
+        const int32_t which = call->tasks[2 * task + half];
+        if (which >= 0 && call->grads[which] != nullptr) step_tensor(*call, which, scratch);
+      }
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int thread = 1; thread < call->threads; ++thread) others.emplace_back(work, thread);
+  } catch (const std::system_error&) {
+    // no more threads to be had: the others do its share
+  }
+  work(0);
+  for (auto& other : others) other.join();
+}
+}

@@ -1,0 +1,218 @@
+"""The tier for the CPU: the kernel in kernel/, called with addresses.
+
+No compiler, or one that fails, is no error: the caller falls back. The kernel is plain C++17 behind a C interface, so
+that it depends on no version of torch and compiles in two seconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import codec
+from .build import Unavailable as Unavailable
+from .build import shared_library
+from .options import Rates, Recipe
+from .stacks import Stack
+
+SOURCES = Path(__file__).with_name("kernel")
+LARGEST = 2**22  # numbers in a tensor: one thread does all of it, with scratch arrays of its size
+SMALLEST_SHARE = 2**15  # numbers that are worth starting a thread for
+SCRATCH_ARRAYS, LANES = 6, 16  # as in kernel/
+_DIRECTIONS = {"": 0, "grams": 1, "cautious": 2}
+
+
+# The structures of kernel/common.h, field by field.
+
+
+class _Recipe(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("agr", "orthograd", "adopt", "tam", "tam_bias_correction")),
+        *((name, ctypes.c_int32) for name in ("direction", "alora", "spd", "stochastic_rounding")),
+        *((name, ctypes.c_float) for name in ("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "adopt_eps")),
+        *((name, ctypes.c_float) for name in ("cautious_min", "spd_lambda")),
+        *((name, ctypes.c_double) for name in ("adopt_clip", "tam_beta", "alora_ratio", "alora_eta", "lora_scale")),
+    ]
+
+
+class _Rates(ctypes.Structure):
+    _fields_ = [
+        ("step", ctypes.c_double),
+        *((name, ctypes.c_float) for name in ("lr", "decay", "step_size", "root_correction")),
+    ]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("w", "m", "v", "m_peak", "v_peak", "k", "s", "down")),
+        *((name, ctypes.c_int64) for name in ("n", "rank", "down_columns")),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "eight_bit", "recipe")),
+        ("ordinal", ctypes.c_uint32),
+    ]
+
+
+class _Codec(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "thresholds")]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("tensors", "tasks", "recipes", "rates", "grads", "rates_of", "scratch")),
+        ("signed_map", _Codec),
+        ("unsigned_map", _Codec),
+        ("capacity", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("n_tasks", "threads")),
+    ]
+
+
+def library() -> ctypes.CDLL:
+    """The kernel. Raises `Unavailable`."""
+    loaded = _load()
+    if isinstance(loaded, Unavailable):
+        raise loaded
+    return loaded
+
+
+@lru_cache
+def _load() -> ctypes.CDLL | Unavailable:
+    try:
+        loaded = shared_library(SOURCES / "step.cpp")
+    except Unavailable as reason:
+        return reason
+    sizes = (ctypes.c_int64 * 5)()
+    loaded.custom_adamw_sizes(sizes)
+    structures = [ctypes.sizeof(part) for part in (_Recipe, _Rates, _Tensor, _Call)]
+    assert list(sizes) == [*structures, SCRATCH_ARRAYS], "kernel/common.h and native.py differ"
+    loaded.custom_adamw_step.restype = None
+    return loaded
+
+
+def suits(parameter: Tensor, recipe: Recipe) -> bool:
+    """Whether the kernel can do a step of this parameter; it knows what LoRA on a CPU needs."""
+    return (
+        parameter.device.type == "cpu"
+        and parameter.dtype in (torch.float32, torch.bfloat16)
+        and parameter.is_contiguous()
+        and 0 < parameter.numel() <= LARGEST
+        and not (recipe.spd and recipe.spd_anchor == "initial")
+    )
+
+
+class Native:
+    """The kernel's view of some stacks: addresses of everything that stays in place between steps."""
+
+    def __init__(self, stacks: Mapping[int, Stack]) -> None:
+        """`stacks` by their number in the plan."""
+        self._library = library()
+        self._members = [
+            (number, row, member) for number, stack in stacks.items() for row, member in enumerate(stack.members)
+        ]
+        self._at = {
+            (number, row): (index, member.parameter.dtype) for index, (number, row, member) in enumerate(self._members)
+        }
+        recipes = {number: place for place, number in enumerate(stacks)}
+        self._recipes = (_Recipe * len(stacks))(*(_flatten(stack.layout.recipe) for stack in stacks.values()))
+        self._tensors = (_Tensor * len(self._members))(
+            *(_describe(stacks[number], row, recipes[number]) for number, row, _ in self._members)
+        )
+        tasks = self._pair_up()
+        self._tasks = (ctypes.c_int32 * (2 * len(tasks)))(*(index for task in tasks for index in task))
+        numbers = sum(tensor.n for tensor in self._tensors)
+        self._threads = max(1, min(torch.get_num_threads(), len(tasks), numbers // SMALLEST_SHARE))
+        capacity = -(-max(_room(stack) for stack in stacks.values()) // LANES) * LANES
+        self._scratch = torch.empty(self._threads * SCRATCH_ARRAYS * capacity)
+        self._call = _Call(
+            tensors=ctypes.addressof(self._tensors),
+            tasks=ctypes.addressof(self._tasks),
+            recipes=ctypes.addressof(self._recipes),
+            scratch=self._scratch.data_ptr(),
+            signed_map=_codec(signed=True),
+            unsigned_map=_codec(signed=False),
+            capacity=capacity,
+            n_tasks=len(tasks),
+            threads=self._threads,
+        )
+
+    def _pair_up(self) -> list[tuple[int, int]]:
+        """lora_up first, since its row factors need lora_down as it was; largest tasks first, so that none is left
+        to a single thread at the end."""
+        index_of = {id(member.parameter): index for index, (_, _, member) in enumerate(self._members)}
+        partners = {
+            index: index_of[id(member.down)]
+            for index, (_, _, member) in enumerate(self._members)
+            if member.down is not None and id(member.down) in index_of
+        }
+        downs = set(partners.values())
+        tasks = [(index, partners.get(index, -1)) for index in range(len(self._tensors)) if index not in downs]
+        size = [tensor.n for tensor in self._tensors] + [0]
+        return sorted(tasks, key=lambda task: -(size[task[0]] + size[task[1]]))
+
+    def step(self, items: Iterable[tuple[int, int, Tensor, Rates]]) -> None:
+        """One step of (stack, row, gradient, rates) for everything that has a gradient."""
+        rates_table: dict[Rates, int] = {}
+        grads, rates_of = [0] * len(self._members), [0] * len(self._members)
+        changed, kept = [], []
+        for stack, row, grad, rates in items:
+            index, dtype = self._at[stack, row]
+            if grad.dtype is not dtype or not grad.is_contiguous():
+                grad = grad.to(dtype).contiguous()
+                kept.append(grad)  # until the kernel is done
+            grads[index] = grad.data_ptr()
+            changed.append(self._members[index][2].parameter)
+            rates_of[index] = rates_table.setdefault(rates, len(rates_table))
+        arrays = (
+            (_Rates * len(rates_table))(*(_Rates(*rates) for rates in rates_table)),
+            (ctypes.c_void_p * len(grads))(*grads),
+            (ctypes.c_int32 * len(rates_of))(*rates_of),
+        )
+        self._call.rates, self._call.grads, self._call.rates_of = (ctypes.addressof(array) for array in arrays)
+        self._library.custom_adamw_step(ctypes.byref(self._call))
+        # autograd did not see the weights change, and must: a graph that still needs the old ones is stale
+        increment_version(changed)
+
+
+def _codec(*, signed: bool) -> _Codec:
+    table = codec.dynamic_map(signed=signed)  # lives as long as the process
+    return _Codec(table.values.data_ptr(), table.thresholds.data_ptr())
+
+
+def _room(stack: Stack) -> int:
+    """The longest scratch array that a stack needs: a tensor, its partner, or the Gram matrix with padded lines."""
+    n, rank = stack.layout.n, stack.layout.rank
+    return max(n, stack.layout.down_size, rank * (rank + LANES))
+
+
+def _flatten(recipe: Recipe) -> _Recipe:
+    values = {field[0]: getattr(recipe, field[0]) for field in _Recipe._fields_ if hasattr(recipe, field[0])}
+    values["direction"] = _DIRECTIONS[recipe.direction]
+    return _Recipe(one_minus_beta1=1 - recipe.beta1, one_minus_beta2=1 - recipe.beta2, **values)
+
+
+def _describe(stack: Stack, row: int, recipe: int) -> _Tensor:
+    def address(buffer: Tensor | None) -> int | None:
+        return None if buffer is None else buffer[row].data_ptr()
+
+    member, stored = stack.members[row], stack.stored
+    return _Tensor(
+        w=member.parameter.data_ptr(),
+        down=None if member.down is None else member.down.data_ptr(),
+        m=address(stored.exp_avg),
+        v=address(stored.exp_avg_sq),
+        m_peak=address(stored.exp_avg_absmax),
+        v_peak=address(stored.exp_avg_sq_absmax),
+        k=address(stored.adopt_k),
+        s=address(stored.tam_s),
+        n=stack.layout.n,
+        rank=stack.layout.rank,
+        down_columns=stack.layout.down_size // max(stack.layout.rank, 1),
+        bfloat16=stack.layout.dtype == torch.bfloat16,
+        eight_bit=stack.layout.eight_bit,
+        recipe=recipe,
+        ordinal=member.ordinal,
+    )

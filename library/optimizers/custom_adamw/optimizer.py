@@ -1,0 +1,250 @@
+"""CustomAdamW as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from library.errors import UserError
+
+from . import checkpoint, plan, report, sharding
+from .options import Rates, check_group, decayed_weight_decay, options_key, rates_of
+from .paged import runtime as paging_runtime
+
+logger = logging.getLogger(__name__)
+
+
+class CustomAdamW(Optimizer):
+    """AdamW with SPD, Cautious, OrthoGrad, ADOPT, Grams, AGR, TAM, ALoRA and a weight decay that falls with the steps.
+
+    `params`: parameters, named parameters (`model.named_parameters()`) or groups of either. LoRA pairs are found by
+    name, across groups. A group may set any option below that is not marked (all), and `lora_scale` (alpha / rank) and
+    `lora_plus_ratio` (its rate has LoRA+'s ratio in it already, so that ALoRA's is not applied on top).
+
+    lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; with everything off and 32 bits the results are its own,
+        bit for bit (the CPU kernel's: those of its `fused` form).
+    optim_bits (all): 8 (block-wise, bitsandbytes' maps) or 32 for the two moments.
+    min_8bit_size (all): parameters with fewer elements keep 32 bits.
+    is_paged (all): moments in CUDA's unified memory.
+    use_spd, spd_lambda in [0, 1], spd_anchor: selective decay toward "zero" or toward the "initial" weights (kept, one
+        more copy). lambda is not multiplied by the rate.
+    use_cautious, cautious_min: masks what disagrees with the gradient; the least mean of the mask that is rescaled.
+    use_orthogonal_grad, orthograd_target: projects gradients of "down", "up" or "all" parameters. On lora_up it does
+        harm: lora_up starts at zero and has to grow along itself.
+    use_adopt_stability, adopt_eps, adopt_clip: normalises by the previous second moment, floor, bound k ** clip.
+    use_grams: the gradient's direction, the momentum's size. Excludes Cautious.
+    use_agr: shrinks the dominating entries of a gradient.
+    use_tam, tam_beta, tam_bias_correction: damps gradients that turn against the momentum.
+    use_alora, alora_ratio, alora_eta: lora_up moves `ratio` times faster, less where a row of the adapter has grown.
+    dynamic_weight_decay, wd_...: constant for wd_transition_steps, then falling (library/optimizers/weight_decay.py).
+    stochastic_rounding: for bfloat16 parameters, keyed by parameter and step.
+    implementation (all): "auto" takes the CPU kernel, the compiled or the plain step, whichever is there.
+    percentile_clipping, block_wise, amsgrad: for old command lines only.
+
+    Raises `UserError` for a value out of range, sparse gradients and sharded parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        optim_bits: Literal[8, 32] = 8,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        use_spd: bool = True,
+        spd_lambda: float = 0.06,
+        spd_anchor: Literal["zero", "initial"] = "zero",
+        use_cautious: bool = True,
+        cautious_min: float = 1e-3,
+        use_orthogonal_grad: bool = False,
+        orthograd_target: Literal["down", "up", "all"] = "down",
+        use_adopt_stability: bool = True,
+        adopt_eps: float = 1e-6,
+        adopt_clip: float = 0.25,
+        use_grams: bool = False,
+        use_agr: bool = True,
+        use_tam: bool = True,
+        tam_beta: float = 0.9,
+        tam_bias_correction: bool = False,
+        use_alora: bool = True,
+        alora_ratio: float = 4.0,
+        alora_eta: float = 2.0,
+        dynamic_weight_decay: bool = True,
+        wd_transition_steps: int = 1000,
+        wd_decay_factor: float = 0.7,
+        wd_min_ratio: float = 0.1,
+        wd_max_progress: float = 2.0,
+        stochastic_rounding: bool = False,
+        implementation: plan.Implementation = "auto",
+        percentile_clipping: int | None = None,
+        block_wise: bool | None = None,
+        amsgrad: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "use_spd": use_spd,
+            "spd_lambda": spd_lambda,
+            "spd_anchor": spd_anchor,
+            "use_cautious": use_cautious,
+            "cautious_min": cautious_min,
+            "use_orthogonal_grad": use_orthogonal_grad,
+            "orthograd_target": orthograd_target,
+            "use_adopt_stability": use_adopt_stability,
+            "adopt_eps": adopt_eps,
+            "adopt_clip": adopt_clip,
+            "use_grams": use_grams,
+            "use_agr": use_agr,
+            "use_tam": use_tam,
+            "tam_beta": tam_beta,
+            "tam_bias_correction": tam_bias_correction,
+            "use_alora": use_alora,
+            "alora_ratio": alora_ratio,
+            "alora_eta": alora_eta,
+            "lora_scale": 1.0,
+            "lora_plus_ratio": None,
+            "dynamic_weight_decay": dynamic_weight_decay,
+            "wd_transition_steps": wd_transition_steps,
+            "wd_decay_factor": wd_decay_factor,
+            "wd_min_ratio": wd_min_ratio,
+            "wd_max_progress": wd_max_progress,
+            "stochastic_rounding": stochastic_rounding,
+            "step": 0,
+        }
+        self._settings = plan.check_settings(optim_bits, min_8bit_size, is_paged, implementation)
+        self._shapes: list[sharding.Shapes] = []
+        self._forget()
+        self._warned_decay = self._told_tier = False
+        super().__init__(params, defaults)
+        _warn_of_old_arguments(percentile_clipping, block_wise, amsgrad)
+        if is_paged and paging_runtime() is None:
+            logger.warning("CustomAdamW: is_paged needs CUDA; the state stays in ordinary memory")
+        report.announce(self.param_groups, self._settings)
+
+    # Groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+            for name, parameter, _ in plan.named_parameters([group]):
+                sharding.refuse(parameter, name or "a parameter", plan.techniques_of(group))
+                if parameter.is_complex():
+                    raise UserError(f"CustomAdamW: {name or 'a parameter'} is complex; only real numbers are supported")
+        except UserError:
+            self.param_groups.pop()
+            raise
+        self._shapes.append(sharding.shapes_of(group))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have the next step look at everything anew."""
+        self._plan: plan.Plan | None = None
+        self._planned: list[tuple[Any, ...]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_settings", "_shapes", "_warned_decay", "_told_tier")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        checkpoint.unwrap(self.state)
+        checkpoint.complete(self.param_groups, self.state, self.defaults)
+        self._forget()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments keep their type, and 32- and 8-bit states load into each other."""
+        before = [dict(group) for group in self.param_groups]
+        wrapping = self.register_load_state_dict_pre_hook(checkpoint.wrap)  # the last: other hooks see tensors
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            wrapping.remove()
+        checkpoint.tell(before, self.param_groups, self.state, self._settings)
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimizer step. `closure` computes the loss anew, with gradients enabled; its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters]
+        current = self._current_plan(parameters, grads)
+        current.step(self._items(current, grads))
+        self._warn_of_vanished_decay()
+        return loss
+
+    def _current_plan(self, parameters: list[Tensor], grads: list[Tensor | None]) -> plan.Plan:
+        """The plan, made anew if a parameter, its state or an option has changed since the last step."""
+        options = [options_key(group) for group in self.param_groups]
+        if self._plan is None or options != self._planned or not self._plan.covers(parameters, grads, self.state):
+            on = sorted({name for group in self.param_groups for name in plan.techniques_of(group)})
+            sharding.refuse_changed(self.param_groups, self._shapes, on)
+            self._plan = plan.make(self.param_groups, self.state, self._settings)
+            self._planned = options
+            if not self._told_tier:
+                report.announce_tier(self._plan, self._settings)
+                self._told_tier = True
+        return self._plan
+
+    def _items(self, current: plan.Plan, grads: list[Tensor | None]) -> list[plan.Item]:
+        """What has a gradient, with its rates; counts the groups' and the parameters' steps."""
+        items = []
+        everything = zip(grads, current.places, current.states, strict=True)
+        for group in self.param_groups:
+            group["step"] += 1
+            known: dict[int, Rates] = {}
+            for grad, place, state in islice(everything, len(group["params"])):
+                if grad is None or place is None or state is None:
+                    continue
+                if grad.is_sparse:
+                    raise UserError("CustomAdamW: a gradient is sparse; use dense gradients (sparse=False)")
+                step = state["step"] = state["step"] + 1
+                if step not in known:
+                    known[step] = rates_of(group, step)
+                items.append(plan.Item(place.stack, place.row, grad, known[step]))
+        return items
+
+    def _warn_of_vanished_decay(self) -> None:
+        if self._warned_decay:
+            return
+        for group in self.param_groups:
+            if group["weight_decay"] > 0 and decayed_weight_decay(group, group["step"]) < 1e-8:
+                logger.warning("CustomAdamW: the weight decay has fallen below 1e-8: nothing is regularised any more")
+                self._warned_decay = True
+                return
+
+    # Information
+
+    def get_optimization_info(self) -> dict[str, Any]:
+        """What is on, the LoRA pairs found, bytes of state, the current weight decay, and what runs the step."""
+        return report.describe(self.param_groups, self._plan, self._settings)
+
+    def __repr__(self) -> str:
+        return report.represent(self.param_groups, self._settings)
+
+
+def _warn_of_old_arguments(percentile_clipping: int | None, block_wise: bool | None, amsgrad: bool) -> None:
+    given = {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
+    for name, value in given.items():
+        if value is not None:
+            logger.warning("CustomAdamW: %s = %r has no effect: bitsandbytes has removed it", name, value)
+    if amsgrad:
+        raise UserError("CustomAdamW: amsgrad=True is not supported")

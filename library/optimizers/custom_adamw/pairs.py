@@ -1,0 +1,49 @@
+"""Which parameters are the two halves of a LoRA pair, by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor
+
+Role = Literal["down", "up", ""]
+
+# kohya: X.lora_down.weight; peft: X.lora_A.default.weight, X.lora_embedding_A.default; diffusers: X.lora_A.weight,
+# X.lora.down.weight, X_lora.down.weight, X.lora_linear_layer.down.weight; Tucker decomposition: X.lora_mid.weight
+_NAME = re.compile(
+    r"(?P<module>.*?)(?:^|[._])lora(?:_embedding|_linear_layer)?[._](?P<half>down|up|mid|A|B)(?P<rest>(?:\..*)?)"
+)
+_ROLES: dict[str, Role] = {"down": "down", "A": "down", "up": "up", "B": "up"}
+
+
+def split(name: str) -> tuple[tuple[str, str], str]:
+    """What both halves of a pair share, and which half a name is ("" for none): (("x", ".weight"), "up")."""
+    match = _NAME.fullmatch(name)
+    return ((match["module"], match["rest"]), match["half"]) if match else ((name, ""), "")
+
+
+def role_of(name: str) -> Role:
+    return _ROLES.get(split(name)[1], "")
+
+
+def find_pairs(named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
+    """id(lora_up) → its lora_down, whatever groups they are in. A pair with a middle tensor is no plain product."""
+    halves: dict[str, dict[tuple[str, str], Tensor]] = {"down": {}, "up": {}, "mid": {}}
+    for name, parameter in named:
+        module, half = split(name)
+        if half and parameter.ndim >= 2:
+            halves[_ROLES.get(half, half)][module] = parameter
+    downs, mids = halves["down"], halves["mid"]
+    return {
+        id(up): downs[module]
+        for module, up in halves["up"].items()
+        if module in downs and module not in mids and fit(up, downs[module])
+    }
+
+
+def fit(up: Tensor, down: Tensor) -> bool:
+    """Whether lora_up (out, r, 1...) @ lora_down (r, in, ...), flattened to matrices, is the adapter's product."""
+    same_rank = up.shape[1] == down.shape[0] and up.numel() == up.shape[0] * up.shape[1]
+    return same_rank and up.device == down.device

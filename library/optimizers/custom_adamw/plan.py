@@ -1,0 +1,222 @@
+"""Which parameter is in which row of which stack: made at the first step, and again when anything has changed."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError, did_you_mean
+
+from . import batched as batching
+from . import native, sharding
+from .batched import Batched
+from .options import TECHNIQUES, Rates, Recipe, recipe_of
+from .pairs import find_pairs, role_of
+from .stacks import Layout, Member, Stack, State, build
+
+logger = logging.getLogger(__name__)
+
+Group = dict[str, Any]
+Implementation = Literal["auto", "native", "compiled", "eager"]
+
+
+class Settings(NamedTuple):
+    """What holds for the whole optimizer and is not part of its state dict."""
+
+    optim_bits: Literal[8, 32]
+    min_8bit_size: int
+    is_paged: bool
+    implementation: Implementation
+
+
+class Item(NamedTuple):
+    """A parameter's part in one step."""
+
+    stack: int
+    row: int
+    grad: Tensor
+    rates: Rates
+
+
+class Place(NamedTuple):
+    """Where a parameter is."""
+
+    stack: int
+    row: int
+
+
+@dataclass
+class Plan:
+    """Everything that holds until a parameter, its state or an option changes.
+
+    `parameters`, `addresses`, `states` and `places` go side by side, in the order of the groups; parameters that have
+    had no gradient yet have neither state nor place.
+    """
+
+    stacks: list[Stack]
+    parameters: list[Tensor]
+    addresses: list[int]
+    states: list[State | None]
+    places: list[Place | None]
+    native: native.Native | None
+    batched: dict[str, Batched]  # by type of device
+
+    def covers(self, parameters: list[Tensor], grads: list[Tensor | None], state: Mapping[Tensor, State]) -> bool:
+        """Whether the plan still holds. A parameter that was moved, cast or replaced has another address."""
+        return (
+            len(parameters) == len(self.parameters)
+            and all(map(is_, parameters, self.parameters))
+            and list(map(Tensor.data_ptr, parameters)) == self.addresses
+            and all(map(is_, map(state.get, parameters), self.states))
+            and not any(place is None and needs_place(g) for place, g in zip(self.places, grads, strict=True))
+        )
+
+    def step(self, items: list[Item]) -> None:
+        """Run every item in its tier. A lora_up goes before its lora_down, which its factors need as it was."""
+        ours = [item for item in items if self.stacks[item.stack].layout.native]
+        batches: defaultdict[tuple[int, Rates], list[Item]] = defaultdict(list)
+        for item in items:
+            if not self.stacks[item.stack].layout.native:
+                batches[item.stack, item.rates].append(item)
+        for (number, rates), batch in batches.items():
+            if self.stacks[number].layout.recipe.alora:
+                self._step_batch(number, rates, batch)
+        if ours and self.native is not None:
+            self.native.step(ours)
+        for (number, rates), batch in batches.items():
+            if not self.stacks[number].layout.recipe.alora:
+                self._step_batch(number, rates, batch)
+
+    def _step_batch(self, number: int, rates: Rates, batch: list[Item]) -> None:
+        stack = self.stacks[number]
+        tier = self.batched[stack.layout.device.type]
+        tier.step(stack, [item.row for item in batch], [item.grad for item in batch], rates)
+
+    @property
+    def tiers(self) -> list[str]:
+        """What does the work, for people."""
+        names = ["native CPU kernel"] if self.native is not None else []
+        names += sorted({"compiled" if tier.compiled else "plain torch operations" for tier in self.batched.values()})
+        return names
+
+
+def check_settings(optim_bits: Any, min_8bit_size: int, is_paged: bool, implementation: Any) -> Settings:
+    """Raises `UserError`."""
+    if optim_bits not in (8, 32):
+        raise UserError(f"CustomAdamW: optim_bits = {optim_bits!r}; it must be 8 or 32")
+    choices = get_args(Implementation)
+    if implementation not in choices:
+        near = did_you_mean(str(implementation), choices)
+        raise UserError(
+            f"CustomAdamW: implementation = {implementation!r}; it must be one of {', '.join(choices)}{near}"
+        )
+    if implementation == "native":
+        try:
+            native.library()
+        except native.Unavailable as reason:
+            raise UserError(f"CustomAdamW: implementation = 'native': {reason}") from reason
+    return Settings(optim_bits, min_8bit_size, is_paged, implementation)
+
+
+def eight_bit(parameter: Tensor, settings: Settings) -> bool:
+    """Whether a parameter's moments are kept in 8 bits."""
+    large = parameter.numel() >= settings.min_8bit_size
+    return settings.optim_bits == 8 and large and parameter.dtype != torch.float64
+
+
+def needs_place(grad: Tensor | None) -> bool:
+    """Empty parameters take part in nothing."""
+    return grad is not None and grad.numel() > 0
+
+
+def named_parameters(groups: list[Group]) -> Iterator[tuple[str, Tensor, Group]]:
+    """(name, parameter, its group); the name is "" where the groups carry none."""
+    for group in groups:
+        names = group.get("param_names") or [""] * len(group["params"])
+        for name, parameter in zip(names, group["params"], strict=True):
+            yield name, parameter, group
+
+
+def make(groups: list[Group], state: Mapping[Tensor, State], settings: Settings) -> Plan:
+    """Stacks for all parameters that have a gradient or a state."""
+    pairs = find_pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
+    numbers = {id(group): number for number, group in enumerate(groups)}
+    members: defaultdict[Layout, list[Member]] = defaultdict(list)
+    for ordinal, (name, parameter, group) in enumerate(named_parameters(groups)):
+        if parameter.numel() == 0 or (parameter.grad is None and parameter not in state):
+            continue
+        sharding.refuse(parameter, name or f"parameter {ordinal}", techniques_of(group))
+        down = pairs.get(id(parameter))
+        recipe = recipe_of(group, role=role_of(name), paired=down is not None, numel=parameter.numel())
+        layout = _layout(numbers[id(group)], parameter, recipe, down if recipe.alora else None, settings)
+        members[layout].append(Member(parameter, state[parameter], ordinal, down if recipe.alora else None))
+    stacks = [build(layout, rows, paged=settings.is_paged) for layout, rows in members.items()]
+    kernel_stacks = {number: stack for number, stack in enumerate(stacks) if stack.layout.native}
+    kernel = native.Native(kernel_stacks) if kernel_stacks else None
+    others = {stack.layout.device.type for stack in stacks if not stack.layout.native}
+    batched = {device: batching.tier(compiled=compiles(settings.implementation, device)) for device in others}
+    places = {
+        id(member.parameter): Place(number, row)
+        for number, stack in enumerate(stacks)
+        for row, member in enumerate(stack.members)
+    }
+    parameters = [parameter for _, parameter, _ in named_parameters(groups)]
+    return Plan(
+        stacks,
+        parameters,
+        addresses=list(map(Tensor.data_ptr, parameters)),
+        states=list(map(state.get, parameters)),
+        places=[places.get(id(parameter)) for parameter in parameters],
+        native=kernel,
+        batched=batched,
+    )
+
+
+def _layout(group: int, parameter: Tensor, recipe: Recipe, down: Tensor | None, settings: Settings) -> Layout:
+    fits = all(native.suits(tensor, recipe) for tensor in (parameter, down) if tensor is not None)
+    fits = fits and (down is None or down.dtype == parameter.dtype)
+    return Layout(
+        group=group,
+        recipe=recipe,
+        n=parameter.numel(),
+        rank=0 if down is None else down.shape[0],
+        down_size=0 if down is None else down.numel(),
+        dtype=parameter.dtype,
+        device=parameter.device,
+        eight_bit=eight_bit(parameter, settings),
+        native=fits and uses_kernel(settings.implementation),
+    )
+
+
+def uses_kernel(implementation: Implementation) -> bool:
+    """Whether the CPU kernel is wanted and there. Raises `native.Unavailable` if it was asked for by name."""
+    if implementation not in ("auto", "native"):
+        return False
+    try:
+        native.library()
+    except native.Unavailable:
+        if implementation == "native":
+            raise
+        return False
+    return True
+
+
+def compiles(implementation: Implementation, device: str) -> bool:
+    """Whether to compile the batched step: on request, and by itself on CUDA with Triton."""
+    if implementation == "auto":
+        from torch.utils._triton import has_triton
+
+        return device == "cuda" and has_triton()
+    return implementation == "compiled"
+
+
+def techniques_of(group: Group) -> list[str]:
+    """The names of what a group has on."""
+    return [name for option, name in TECHNIQUES.items() if group[option]]

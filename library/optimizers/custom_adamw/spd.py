@@ -1,0 +1,38 @@
+"""SPD: selective projection decay (Tian, Huang, Kira, NeurIPS 2024, arXiv 2411.01713).
+
+Decays a tensor toward its anchor w0 only where the loss pulls that way too: c_t = -<g_t, w_{t-1} - w0> < 0. For
+adapters w0 = 0, and since <g_A, A> = <g_B, B> = <G, BA> both halves of a LoRA pair decide alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def condition(grad: Tensor, deviation: Tensor) -> Tensor:
+    """c = -<g, w - w0> [k, 1] for rows [k, n]: the raw gradient, before the weights move."""
+    return -(grad * deviation).sum(-1, keepdim=True)
+
+
+def deviation_ratio(new: Tensor, old: Tensor) -> Tensor:
+    """r = clip((||w~ - w0|| - ||w_{t-1} - w0||) / ||w~ - w0||, 0, 1) [k, 1]: which share of the radius is new."""
+    new_radius = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
+    old_radius = torch.linalg.vector_norm(old, dim=-1, keepdim=True)
+    return ((new_radius - old_radius) / new_radius.where(new_radius > 0, 1)).clamp(0, 1)
+
+
+def project(new: Tensor, old: Tensor, grad: Tensor, anchor: Tensor | None, *, strength: float) -> Tensor:
+    """w~ - lambda r (w~ - w0) where c < 0, else w~. `strength` is lambda: not multiplied by the learning rate.
+
+    lambda = 1 puts a tensor that moved outward back on its previous radius. Rows [k, n]; no `anchor` means zero.
+    """
+    if anchor is None:
+        ratio = deviation_ratio(new, old)
+        projected = new - strength * ratio * new
+        away = old
+    else:
+        away = old - anchor
+        ratio = deviation_ratio(new - anchor, away)
+        projected = new - strength * ratio * (new - anchor)
+    return projected.where(condition(grad, away) < 0, new)

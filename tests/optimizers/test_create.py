@@ -1,0 +1,79 @@
+"""From names, words and flags to optimizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.errors import UserError
+from library.optimizers import CUSTOM_ADAMW, OPTIMIZERS
+from library.optimizers.create import choose_optimizer, create_optimizer, effective_rates, state_bytes
+
+
+def groups() -> list[dict]:
+    return [
+        {"params": [torch.nn.Parameter(torch.ones(8, 4))], "lr": 1e-2, "name": "unet", "param_names": ["a"]},
+        {"params": [torch.nn.Parameter(torch.ones(4))], "lr": 1e-3, "name": "text_encoder", "param_names": ["b"]},
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_name_makes_an_optimizer_in_any_case(name):
+    choice = choose_optimizer(name.upper(), [])
+    optimizer = create_optimizer(choice, groups(), learning_rate=1e-2)
+    assert type(optimizer).__name__ == choice.path.rsplit(".", 1)[1]
+    assert list(effective_rates(optimizer)) == ["unet", "text_encoder"]
+
+
+def test_kohyas_defaults_hold_where_the_user_says_nothing():
+    sgd = create_optimizer(choose_optimizer("SGDNesterov", []), groups(), learning_rate=1.0)
+    assert sgd.defaults["momentum"] == 0.9
+    assert sgd.defaults["nesterov"] is True
+    said = create_optimizer(choose_optimizer("SGDNesterov", ["momentum=0.5"]), groups(), learning_rate=1.0)
+    assert said.defaults["momentum"] == 0.5
+    assert choose_optimizer("Adafactor", []).relative_step
+    assert not choose_optimizer("Adafactor", ["relative_step=False"]).relative_step
+
+
+def test_torchs_classes_and_paths_work():
+    assert choose_optimizer("RMSprop", []).path == "torch.optim.RMSprop"
+    assert choose_optimizer("torch.optim.SGD", ["momentum=0.9"]).arguments == {"momentum": 0.9}
+
+
+def test_group_rates_are_respected():
+    optimizer = create_optimizer(choose_optimizer("AdamW", []), groups(), learning_rate=5.0)
+    assert effective_rates(optimizer) == {"unet": 1e-2, "text_encoder": 1e-3}
+
+
+def test_state_bytes_of_adamw():
+    """Two moments in fp32 and a step counter in fp32, per parameter tensor."""
+    optimizer = create_optimizer(choose_optimizer("AdamW", []), groups(), learning_rate=1.0)
+    assert state_bytes(optimizer) == 36 * 8 + 2 * 4
+
+
+def test_flags_of_custom_adamw():
+    choice = choose_optimizer("customadamw", ["spd_lambda=0.1"], custom_adamw={"use_alora": False, "spd_lambda": 0.1})
+    assert choice.path == CUSTOM_ADAMW
+    assert choice.arguments == {"spd_lambda": 0.1, "use_alora": False}
+    with pytest.raises(UserError, match=r"--spd_lambda 0.2 contradicts --optimizer_args spd_lambda=0.1"):
+        choose_optimizer("CustomAdamW", ["spd_lambda=0.1"], custom_adamw={"spd_lambda": 0.2})
+    with pytest.raises(UserError, match=r"--use_alora: only CustomAdamW has this; --optimizer_type is AdamW"):
+        choose_optimizer("AdamW", [], custom_adamw={"use_alora": True})
+    with pytest.raises(UserError, match=r"did you mean 'spd_lambda'"):
+        choose_optimizer("CustomAdamW", ["spd_lamda=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("AdamX", [], "unknown optimizer 'AdamX', did you mean 'AdamW'"),
+        ("AdamW", ["weight_deca=1"], "did you mean 'weight_decay'"),
+        ("AdamW", ["lr=1"], "'lr' is set by the program"),
+        ("AdamW", ["betas"], "not of the form name=value"),
+        ("Adafactor", ["warmup_init=True", "relative_step=False"], "needs relative_step=True"),
+        ("no_such_package.Adam", [], "pip install no_such_package"),
+    ],
+)
+def test_mistakes(name, words, message):
+    with pytest.raises(UserError, match=message):
+        choose_optimizer(name, words)
