@@ -84,9 +84,7 @@ class DataOptions:
     dataset_repeats: int = option(1, minimum=1, help="repeats of each image per epoch where the data set says nothing")
     prior_loss_weight: float = option(1.0, minimum=0, help="weight of the loss of regularisation images")
     cache_latents: bool = option(False, help="encode each image once, before training")
-    vae_batch_size: int = option(
-        1, minimum=1, help="images encoded at once for the cache; on a CPU 1 is fastest for SD"
-    )
+    vae_batch_size: int = option(1, minimum=1, help="images encoded at once for the cache; 1 is fastest on a CPU")
     cache_text_encoder_outputs: bool = option(
         False, help="encode each caption once, before training; needs --network_train_unet_only"
     )
