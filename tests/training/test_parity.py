@@ -47,6 +47,12 @@ def first_step(image_folder, tmp_path):
     return run, next(loop.step_batches(run)).batches[0]
 
 
+def test_the_vae_is_given_back_once_the_latents_are_cached(first_step):
+    run, _ = first_step
+    assert run.family.vae is None
+    assert run.family.text_encoders, "it is trained, so it stays"
+
+
 def plain_loss_and_gradients(run, batch):
     unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32)
     text_encoder = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32)

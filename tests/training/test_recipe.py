@@ -157,11 +157,12 @@ def test_a_picture_that_exists_counts_as_well(train, tmp_path, capsys):
     assert (tmp_path / "out" / "test-loss.png").read_text() == "mine"
 
 
-def test_prompts_are_drawn_without_and_with_the_lora(train, tmp_path):
+@pytest.mark.parametrize("precision", [(), ("--mixed_precision", "bf16")], ids=["fp32", "bf16"])
+def test_prompts_are_drawn_without_and_with_the_lora(train, tmp_path, precision):
     from PIL import Image
 
     words = ("--loss_plot", "--compare_prompts", "emoji of cat", "emoji of dog", "--compare_steps", "2")
-    assert train(*words, "--network_train_unet_only", "--cache_text_encoder_outputs") == 0
+    assert train(*words, "--network_train_unet_only", "--cache_text_encoder_outputs", *precision) == 0
     for name in ("test-loss.png", "test-compare.png"):
         with Image.open(tmp_path / "out" / name) as image:
             assert min(image.size) > 300
