@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training, or for the second time: there is nothing to save
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
