@@ -64,7 +64,7 @@ class TrainingData:
     @property
     def batches_per_epoch(self) -> int:
         """Of all processes together."""
-        return sum(-(-group.draws // group.batch_size) for group in self.groups)
+        return sum(group.batches for group in self.groups)
 
     def plan(self, epoch: int) -> list[PlannedBatch]:
         """The batches of this epoch, for all processes."""

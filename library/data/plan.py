@@ -29,6 +29,11 @@ class Group:
     def draws(self) -> int:
         return sum(repeats for _, repeats in self.members)
 
+    @property
+    def batches(self) -> int:
+        """In an epoch; the last may be short."""
+        return -(-self.draws // self.batch_size)
+
 
 def epoch_batches(groups: Sequence[Group], *, seed: int, epoch: int) -> list[PlannedBatch]:
     """Every (sample, repeat) once, in the order of this epoch. The last batch of a bucket may be short."""

@@ -31,6 +31,11 @@ class Prepared:
     groups: list[Group]
     summaries: list[SubsetSummary]
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of all processes together."""
+        return sum(group.batches for group in self.groups)
+
 
 def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:
     """Find all images and captions, decode every image once, and place each in a bucket.

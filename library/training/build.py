@@ -126,7 +126,7 @@ def _save_plan(plan: Plan, accelerator: Accelerator) -> save.SavePlan:
     """How long the run is and which files it writes; checked against what lies there already."""
     options, output = plan.options, plan.options.output
     per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(plan.batches_per_epoch / per_step)
+    steps_per_epoch = math.ceil(plan.prepared.batches_per_epoch / per_step)
     total_steps = options.training.max_train_steps
     if options.training.max_train_epochs is not None:
         total_steps = options.training.max_train_epochs * steps_per_epoch
@@ -157,6 +157,11 @@ def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
     return {kind: saves.last_file.with_name(f"{stem}-{kind}.png") for kind, asked in wanted.items() if asked}
 
 
+def vae_dtype(options: Options) -> torch.dtype:
+    """What the VAE computes in."""
+    return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
+
+
 def _load_and_encode(
     family: ModelFamily, data: TrainingData, options: Options, accelerator: Accelerator, *, cache: bool
 ) -> None:
@@ -165,8 +170,7 @@ def _load_and_encode(
     Without `cache` nothing is encoded, and everything stays loaded: a dry run looks at all parts.
     """
     device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
-    vae_dtype = torch.float32 if options.model.no_half_vae else dtype
-    family.load_vae(vae_dtype, device)
+    family.load_vae(vae_dtype(options), device)
     if cache and options.data.cache_latents:
         data.cache_latents(family.encode_images, batch_size=options.data.vae_batch_size)
         family.release_vae()

@@ -92,14 +92,14 @@ def _data(built: Built) -> Iterator[str]:
             f"{summary.subset.image_dir}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
             f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
         )
-    texts = [caption_text(sample.caption, sample.subset, None) for sample in prepared.samples]
-    too_long = sum(family.count_tokens(text) > family.token_limit for text in dict.fromkeys(texts))
-    yield _line("captions", f"{len(set(texts))} different, {too_long} cut off at {family.token_limit} tokens")
+    texts = built.run.data.captions()
+    too_long = sum(family.count_tokens(text) > family.token_limit for text in texts)
+    yield _line("captions", f"{len(texts)} different, {too_long} cut off at {family.token_limit} tokens")
     for group in prepared.groups:
-        batches = -(-group.draws // group.batch_size)
         width, height = group.size
         yield _line(
-            "bucket", f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {batches} batches"
+            "bucket",
+            f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {group.batches} batches",
         )
 
 
@@ -111,7 +111,7 @@ def _length(built: Built) -> Iterator[str]:
     yield _line(
         "length",
         f"{saves.total_steps} steps; an epoch has {saves.steps_per_epoch} of them "
-        f"({built.plan.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:g} epochs",
+        f"({built.plan.prepared.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:g} epochs",
     )
     a_step = " or ".join(str(size * accumulation * processes) for size in sizes)
     a_batch = " or ".join(map(str, sizes))

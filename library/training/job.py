@@ -36,10 +36,8 @@ def run(options: Options) -> int:
 
 def _draw(built: Built) -> None:
     """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
-    import torch
-
     from library.training import report, sample
-    from library.training.build import DTYPES, pictures
+    from library.training.build import DTYPES, pictures, vae_dtype
     from networks.protocol import without
 
     options, family = built.plan.options, built.plan.family
@@ -52,7 +50,7 @@ def _draw(built: Built) -> None:
     if path := paths.get("compare"):
         dtype, device = DTYPES[options.precision.mixed_precision], built.run.accelerator.device
         if family.vae is None:
-            family.load_vae(torch.float32 if options.model.no_half_vae else dtype, device)
+            family.load_vae(vae_dtype(options), device)
         if not family.text_encoders:
             family.load_text_encoders(dtype, device)
         sample.compare(

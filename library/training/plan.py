@@ -44,11 +44,6 @@ class Plan:
     seed: int
     started_at: float
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Of all processes together."""
-        return sum(-(-group.draws // group.batch_size) for group in self.prepared.groups)
-
 
 def make_plan(options: Options) -> Plan:
     """Check all that can be checked cheaply, the cheapest first. Raises UserError."""
