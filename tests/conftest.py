@@ -12,6 +12,8 @@ import pytest
 
 # Several test processes share the cores, and the model is small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch.compile would start a pool of processes in each of them.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "quickstart" / "base"
