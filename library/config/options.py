@@ -312,6 +312,10 @@ class RunOptions:
         "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
     )
 
+    def __post_init__(self) -> None:
+        if self.debug_dataset and self.dry_run:
+            raise UserError("--debug_dataset and --dry_run: give one of them; the one draws the data, the other counts")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

@@ -137,7 +137,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def _sizes(sight: Sight) -> str:
     original, resized, bucket = (f"{w} × {h}" for w, h in (sight.sample.size, sight.view.resized, sight.view.size))
-    return f"{original}, resized to {resized}, cut to {bucket}"
+    return f"{original}, {'not resized' if original == resized else f'resized to {resized}'}, cut to {bucket}"
 
 
 def _treatment(sight: Sight) -> str:

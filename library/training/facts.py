@@ -94,7 +94,13 @@ def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
             subsets=_subsets([sample for sample, _, _ in members]),
             buckets=[(group.size, group.draws) for group in groups],
             mean_img_ar_error=sum(errors) / len(errors) if errors else 0.0,
+            resize_interpolation=_of_all({subset.resize_interpolation for subset in spec.subsets}),
         )
+
+
+def _of_all(values: set[str | None]) -> str | None:
+    """The value that all subsets of a data set share, else None."""
+    return next(iter(values)) if len(values) == 1 else None
 
 
 def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
