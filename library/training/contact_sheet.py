@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ COLUMNS = 4
 BOX = 190  # pixels of the longest side of a picture
 GAP = 10
 LINE = 17
-CAPTION_LINES = 3
-TILE = (2 * BOX + GAP, BOX + GAP + (3 + CAPTION_LINES) * LINE)
+CAPTION_LINES = 6
+WIDTH = 2 * BOX + GAP
 MARGIN = 22
 INK, FAINT, PAPER = (20, 20, 20), (90, 90, 90), (232, 232, 228)
 CUT, MASKED = (220, 30, 60), np.array([255.0, 105.0, 180.0], np.float32)
@@ -88,32 +87,33 @@ def sheet(seen: Sequence[Sight], *, title: str) -> Image.Image:
     columns = min(COLUMNS, math.ceil(math.sqrt(len(seen))))
     rows = -(-len(seen) // columns)
     head = MARGIN + 3 * LINE
-    width = columns * (TILE[0] + MARGIN) + MARGIN
-    image = Image.new("RGB", (width, head + rows * (TILE[1] + MARGIN)), PAPER)
+    tiles = [tile(sight) for sight in seen]
+    height = max(one.height for one in tiles) + MARGIN
+    image = Image.new("RGB", (columns * (WIDTH + MARGIN) + MARGIN, head + rows * height), PAPER)
     pen = ImageDraw.Draw(image)
     legend = "left: the image, cut along the red line; right: what the network sees"
     if any(sight.mask is not None for sight in seen):
         legend += ", pink where a mask keeps it from learning"
     for number, (line, colour) in enumerate(((title, INK), (legend, FAINT))):
-        for part in wrapped(line, _font(), width=width - 2 * MARGIN, most=1):
+        for part in wrapped(line, _font(), width=image.width - 2 * MARGIN, most=1):
             pen.text((MARGIN, MARGIN + number * LINE), part, fill=colour, font=_font())
-    for number, sight in enumerate(seen):
+    for number, one in enumerate(tiles):
         row, column = divmod(number, columns)
-        corner = MARGIN + column * (TILE[0] + MARGIN), head + row * (TILE[1] + MARGIN)
-        image.paste(tile(sight), corner)
+        image.paste(one, (MARGIN + column * (WIDTH + MARGIN), head + row * height))
     return image
 
 
 def tile(sight: Sight) -> Image.Image:
     """The image and its cut, what is seen of it, and what there is to say."""
-    image = Image.new("RGB", TILE, PAPER)
+    name = shortened(sight.sample.path.name, _font(), width=WIDTH)
+    facts = wrapped(_sizes(sight), _font(), width=WIDTH, most=1)
+    facts += wrapped(_treatment(sight), _font(), width=WIDTH, most=1)
+    caption = wrapped(sight.caption or "(no caption)", _font(), width=WIDTH, most=CAPTION_LINES)
+    lines = [(line, FAINT) for line in (name, *facts)] + [(line, INK) for line in caption]
+    image = Image.new("RGB", (WIDTH, BOX + GAP + len(lines) * LINE), PAPER)
     for number, picture in enumerate((_whole(sight.view), _seen(sight))):
         image.paste(picture, (number * (BOX + GAP) + (BOX - picture.width) // 2, (BOX - picture.height) // 2))
     pen = ImageDraw.Draw(image)
-    facts = [sight.sample.path.name, _sizes(sight), _treatment(sight)]
-    lines = [(part, FAINT) for fact in facts for part in wrapped(fact, _font(), width=TILE[0], most=1)]
-    caption = sight.caption or "(no caption)"
-    lines += [(part, INK) for part in wrapped(caption, _font(), width=TILE[0], most=CAPTION_LINES)]
     for number, (line, colour) in enumerate(lines):
         pen.text((0, BOX + GAP + number * LINE), line, fill=colour, font=_font())
     return image
@@ -121,13 +121,33 @@ def tile(sight: Sight) -> Image.Image:
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, *, width: int, most: int) -> list[str]:
     """The text in at most so many lines, none wider than `width` pixels; what does not fit ends in "…"."""
-    text = " ".join(text.split())
-    characters = max(1, len(text))
-    while True:  # by characters, as many as fit even where they are wide
-        lines = textwrap.wrap(text, characters, max_lines=most, placeholder="…") or [""]
-        if characters == 1 or all(font.getlength(line) <= width for line in lines):
-            return lines
-        characters -= 1
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        rest = word
+        while rest:  # a word wider than a line is broken
+            fitting = next(k for k in range(len(rest), 0, -1) if k == 1 or font.getlength(rest[:k]) <= width)
+            lines += [rest[:fitting]]
+            rest = rest[fitting:]
+    lines = lines[not lines[0] and len(lines) > 1 :]
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], f"{last}…"]
+    return lines
+
+
+def shortened(name: str, font: ImageFont.FreeTypeFont, *, width: int) -> str:
+    """The name in `width` pixels, without its middle if need be: names of one folder often begin alike."""
+    short, kept = name, len(name)
+    while font.getlength(short) > width and kept > 2:
+        kept -= 2
+        short = f"{name[: kept // 2]}…{name[-(kept // 2) :]}"
+    return short
 
 
 def _font() -> ImageFont.FreeTypeFont:

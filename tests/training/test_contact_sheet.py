@@ -9,7 +9,7 @@ from PIL import Image
 from library.config.parser import parse
 from library.data.dataset import TrainingData
 from library.training import contact_sheet
-from library.training.contact_sheet import BOX, CAPTION_LINES, GAP, TILE, sights, tile, wrapped
+from library.training.contact_sheet import BOX, CAPTION_LINES, GAP, WIDTH, shortened, sights, tile, wrapped
 from library.training.plan import make_plan
 from tests.conftest import BASE
 
@@ -57,7 +57,7 @@ def test_the_sights_are_those_of_training(data):
 def test_the_tile_shows_the_very_pixels(data):
     sight = next(sight for sight in sights(data) if sight.view.flip)
     image = np.asarray(tile(sight))
-    assert image.shape == (TILE[1], TILE[0], 3)
+    assert image.shape[1:] == (WIDTH, 3)
     height = round(BOX * 48 / 64)
     top = (BOX - height) // 2
     seen = image[top : top + height, BOX + GAP :]
@@ -67,17 +67,28 @@ def test_the_tile_shows_the_very_pixels(data):
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "word " * 200, "x" * 500, "W" * 90, "two\nlines, and  spaces", "日本語" * 60, ""]
+    "text", ["a", "word " * 200, "x" * 500, "x" * 90 + " y", "W" * 90, "two\nlines, and  spaces", "日本語" * 150, ""]
 )
 def test_text_fits(text):
     font = contact_sheet._font()
-    lines = wrapped(text, font, width=TILE[0], most=CAPTION_LINES)
+    lines = wrapped(text, font, width=WIDTH, most=CAPTION_LINES)
     assert 1 <= len(lines) <= CAPTION_LINES
-    assert all(font.getlength(line) <= TILE[0] for line in lines)
-    if len(text) > 200:
+    assert all(font.getlength(line) <= WIDTH for line in lines)
+    assert all(lines) or not text
+    if len(text) > 300:
         assert lines[-1].endswith("…")
     elif len(text) < 40:
         assert lines == [" ".join(text.split())]
+
+
+def test_names_lose_their_middle():
+    font = contact_sheet._font()
+    assert shortened("owl.png", font, width=WIDTH) == "owl.png"
+    for name in ("a_long_name_" * 20 + "7.png", "x" * 300):
+        short = shortened(name, font, width=WIDTH)
+        assert font.getlength(short) <= WIDTH
+        assert short.startswith(name[:10])
+        assert short.endswith(name[-10:])
 
 
 def test_many_images_make_a_sheet_of_some(train, tmp_path, image_folder):
