@@ -39,6 +39,12 @@ class SubsetSpec:
     caption_prefix: str | None
     caption_suffix: str | None
     flip_aug: bool
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    resize_interpolation: str | None = None
+    alpha_mask: bool = False
+    conditioning_data_dir: str | None = None
     origin: str
 
 
@@ -56,7 +62,7 @@ class DatasetSpec:
     subsets: tuple[SubsetSpec, ...]
 
 
-_SUBSET_ONLY = ("image_dir", "is_reg")
+_SUBSET_ONLY = ("image_dir", "is_reg", "alpha_mask", "conditioning_data_dir")
 _SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, "origin"))
 _DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
 _DATASET_LEVEL = (*_DATASET_KEYS, *_SUBSET_KEYS, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
@@ -101,7 +107,8 @@ def _value(key: str, levels: list[Values], options: Options) -> Any:
 
 
 def _subset(path: Path, is_reg: bool, origin: str, levels: list[Values], options: Options) -> SubsetSpec:
-    values = {key: _value(key, levels, options) for key in _SUBSET_KEYS}
+    keys = (*_SUBSET_KEYS, "alpha_mask", "conditioning_data_dir")
+    values = {key: _value(key, levels, options) for key in keys}
     return SubsetSpec(image_dir=path, is_reg=is_reg, origin=origin, **values)
 
 

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from library.config import kohya
-from library.config.fields import UNSET, BadValue, read_resolution
+from library.config.fields import UNSET, BadValue, convert, read_range, read_resolution
 from library.config.options import declared_options
 from library.errors import did_you_mean
 
@@ -21,20 +21,16 @@ logger = logging.getLogger(__name__)
 OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 
 # Known to kohya's data sets, not supported yet.
-NOT_YET_SUBSET = ("alpha_mask", "conditioning_data_dir", "metadata_file")
+NOT_YET_SUBSET = ("metadata_file",)
 NOT_YET_DATASET = ("network_multiplier", "validation_seed", "validation_split")
 NOT_YET_ANYWHERE = (
     "cache_info",
     "caption_dropout_every_n_epochs",
     "caption_dropout_rate",
     "caption_tag_dropout_rate",
-    "color_aug",
     "custom_attributes",
     "enable_wildcard",
-    "face_crop_aug_range",
     "keep_tokens_separator",
-    "random_crop",
-    "resize_interpolation",
     "secondary_separator",
     "token_warmup_min",
     "token_warmup_step",
@@ -66,7 +62,9 @@ def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, 
         return UNSET
     if value in ("", []):
         return UNSET
-    return _resolution(value) if key == "resolution" else _in_type(key, value)
+    if key == "resolution":
+        return _resolution(value)
+    return _range(value) if key == "face_crop_aug_range" else _in_type(key, value)
 
 
 def _refuse_unless_neutral(key: str, value: Any, place: str) -> None:
@@ -94,7 +92,7 @@ def _in_type(key: str, value: Any) -> Any:
     minimum = option.details.minimum if option and key != "num_repeats" else None
     if minimum is not None and value < minimum:
         raise BadValue(f"must be at least {minimum:g}, not {value}")
-    return value
+    return convert(option, (value,)) if option and option.choices else value
 
 
 def _resolution(value: Any) -> tuple[int, int]:
@@ -103,6 +101,11 @@ def _resolution(value: Any) -> tuple[int, int]:
     if type(value) not in (int, str):
         raise BadValue(f"{_shown(value)} is neither a whole number of pixels nor [width, height]")
     return read_resolution(str(value))
+
+
+def _range(value: Any) -> tuple[float, float]:
+    numbers = isinstance(value, list) and all(type(end) in (int, float) for end in value)
+    return read_range(",".join(map(str, value)) if numbers else str(value))
 
 
 def _shown(value: Any) -> str:

@@ -223,6 +223,22 @@ def read_resolution(word: str) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
 
 
+def read_range(word: str) -> tuple[float, float]:
+    """Two numbers above 0 with a comma between, the smaller first: "2.0,4.0"."""
+    ends = [float(end) if _is_number(end) else math.nan for end in word.split(",")]
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
+        raise BadValue(f"'{word}' is not a range such as 2.0,4.0")
+    return ends[0], ends[1]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def read_steps(word: str) -> int | float | str:
     """Steps (500), a ratio of all steps below 1 (0.05) or a percentage of them ("5%", which stays text)."""
     try:

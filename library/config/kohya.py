@@ -94,24 +94,16 @@ WITHOUT_EFFECT: dict[str, Row] = {
 
 NOT_YET: dict[str, Row] = {
     # data
-    "alpha_mask": flag(),
     "cache_info": flag(),
     "cache_latents_to_disk": flag(hint="--cache_latents keeps them in memory"),
     "cache_text_encoder_outputs_to_disk": flag(hint="--cache_text_encoder_outputs keeps them in memory"),
     "caption_dropout_every_n_epochs": value(0),
     "caption_dropout_rate": value(0.0),
     "caption_tag_dropout_rate": value(0.0),
-    "color_aug": flag(),
-    "conditioning_data_dir": value(),
     "dataset_class": value(),
-    "debug_dataset": flag(hint="--dry_run reports what the data set holds"),
     "enable_wildcard": flag(),
-    "face_crop_aug_range": value(),
     "in_json": value(),
     "keep_tokens_separator": value(""),
-    "masked_loss": flag(),
-    "random_crop": flag(),
-    "resize_interpolation": value(),
     "secondary_separator": value(),
     "token_warmup_min": value(1, 0, only_with="token_warmup_step"),
     "token_warmup_step": value(0),
@@ -257,6 +249,7 @@ OTHER_SCRIPTS: dict[str, Row] = {
     **_of(
         "ControlNet",
         cond_emb_dim=value(),
+        conditioning_data_dir=value(hint="for masks: a subset's key in --dataset_config, with --masked_loss"),
         control_net_lr=value(0.0001),
         controlnet_model_name_or_path=value(),
     ),

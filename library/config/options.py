@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_type_hints
 
-from library.config.fields import Declared, declared, option, read_resolution, read_steps, read_token_length
+from library.config.fields import (
+    Declared,
+    declared,
+    option,
+    read_range,
+    read_resolution,
+    read_steps,
+    read_token_length,
+)
 from library.errors import UserError
 
 
@@ -81,6 +89,19 @@ class DataOptions:
     caption_prefix: str | None = option(None, help="text before every caption")
     caption_suffix: str | None = option(None, help="text behind every caption")
     flip_aug: bool = option(False, help="mirror images half of the time; not for faces or text")
+    color_aug: bool = option(False, help="change hue or brightness a little, a third of the time")
+    random_crop: bool = option(False, help="cut images anywhere instead of in the middle, anew each time")
+    face_crop_aug_range: tuple[float, float] | None = option(
+        None,
+        read=read_range,
+        joined_by=",",
+        help="without buckets: cut about the face that the file name tells, 2.0,4.0 times as large as it",
+    )
+    resize_interpolation: (
+        Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"] | None
+    ) = option(None, help="the filter to resize images with (default: area to shrink, lanczos to enlarge)")
+    alpha_mask: bool = option(False, help="learn the images' opaque parts only: the alpha channel weighs the loss")
+    masked_loss: bool = option(False, help="learn what masks show in white: conditioning_data_dir, or --alpha_mask")
     dataset_repeats: int = option(1, minimum=1, help="repeats of each image per epoch where the data set says nothing")
     prior_loss_weight: float = option(1.0, minimum=0, help="weight of the loss of regularisation images")
     cache_latents: bool = option(False, help="encode each image once, before training")
@@ -284,9 +305,16 @@ class RunOptions:
         None, help="a TOML file with any of these options, in sections of any name; the command line wins"
     )
     output_config: bool = option(False, help="write the given options to --config_file instead of training")
+    debug_dataset: bool = option(
+        False, help="draw what the network will see, images and captions, into NAME-dataset.png instead of training"
+    )
     dry_run: Literal["", "plan", "measure"] = option(
         "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
     )
+
+    def __post_init__(self) -> None:
+        if self.debug_dataset and self.dry_run:
+            raise UserError("--debug_dataset and --dry_run: give one of them; the one draws the data, the other counts")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from library.data.cache import LatentCache, TextCache, encode_captions, encode_images
 from library.data.captions import caption_text, is_static
-from library.data.images import View
 from library.data.loader import PixelLoader
+from library.data.masks import MaskCache, cache_masks
 from library.data.plan import PlannedBatch, epoch_batches
 from library.data.prepare import Prepared
 from library.data.samples import Sample, Size
+from library.data.views import View, drawn_view, fixed_view
 from library.rng import python_random
 
 
@@ -46,6 +47,8 @@ class Batch:
     crops: list[tuple[int, int]]
     """(left, top) of what is seen within the resized image."""
     target_size: Size
+    masks: Tensor | None = None
+    """float32 [B, 1, h, w] in 0 … 1, of the latents' size or the pixels': how much each place counts in the loss."""
 
 
 class TrainingData:
@@ -59,6 +62,7 @@ class TrainingData:
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
         self.latents: LatentCache | None = None
+        self.masks: MaskCache | None = None
         self.texts: TextCache | None = None
 
     @property
@@ -77,11 +81,13 @@ class TrainingData:
     def cache_latents(self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int) -> None:
         """See `cache.encode_images`; where `flip_aug` is set, both ways round are encoded."""
         views = [
-            self._view(index, flip=flip)
-            for index, sample in enumerate(self.samples)
+            fixed_view(sample, placement, flip=flip)
+            for sample, placement in zip(self.samples, self.placements, strict=True)
             for flip in ((False, True) if sample.subset.flip_aug else (False,))
         ]
-        self.latents = encode_images(views, encode, batch_size=batch_size)
+        latents = encode_images(views, encode, batch_size=batch_size)
+        self.latents = latents
+        self.masks = cache_masks(views, lambda view: latents.get([view])[0].shape[-2:])
 
     def cache_captions(self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int) -> None:
         """See `cache.encode_captions`. Call `captions.refuse_text_cache_of_changing_captions` before."""
@@ -95,24 +101,23 @@ class TrainingData:
 
     def batches(self, plan: Sequence[PlannedBatch], *, epoch: int, loader: PixelLoader) -> Iterator[Batch]:
         """The planned batches that this process is to train, in order: a whole epoch's share or the rest of one."""
-        views: Iterator[list[View]] = (self._views(planned, epoch) for planned in plan)
+        views: Iterator[list[View]] = (self.views(planned, epoch) for planned in plan)
         if self.latents is not None:
+            assert self.masks is not None
             for planned, seen in zip(plan, views, strict=True):
-                yield self._batch(planned, epoch, seen, pixels=None, moments=self.latents.get(seen))
+                moments, masks = self.latents.get(seen), self.masks.get(seen)
+                yield self._batch(planned, epoch, seen, pixels=None, moments=moments, masks=masks)
         else:
             views, to_load = tee(views)
-            for planned, seen, pixels in zip(plan, views, loader(to_load), strict=True):
-                yield self._batch(planned, epoch, seen, pixels=pixels, moments=None)
+            for planned, seen, (pixels, masks) in zip(plan, views, loader(to_load), strict=True):
+                yield self._batch(planned, epoch, seen, pixels=pixels, moments=None, masks=masks)
 
-    def _view(self, index: int, *, flip: bool) -> View:
-        placement = self.placements[index]
-        return View(self.samples[index].path, placement.resized, placement.crop, placement.bucket, flip)
-
-    def _views(self, planned: PlannedBatch, epoch: int) -> list[View]:
-        return [self._view(index, flip=self._flip(self.samples[index], epoch, repeat)) for index, repeat in planned]
-
-    def _flip(self, sample: Sample, epoch: int, repeat: int) -> bool:
-        return sample.subset.flip_aug and python_random(self.seed, epoch, repeat, sample.key, "flip").random() < 0.5
+    def views(self, planned: PlannedBatch, epoch: int) -> list[View]:
+        """What is seen of each image of a batch."""
+        return [
+            drawn_view(self.samples[index], self.placements[index], seed=self.seed, epoch=epoch, repeat=repeat)
+            for index, repeat in planned
+        ]
 
     def _caption(self, sample: Sample, epoch: int, repeat: int) -> str:
         return caption_text(
@@ -127,6 +132,7 @@ class TrainingData:
         *,
         pixels: Tensor | None,
         moments: tuple[Tensor, Tensor] | None,
+        masks: Tensor | None,
     ) -> Batch:
         draws = [Draw(self.samples[index], epoch, repeat) for index, repeat in planned]
         captions = [self._caption(*draw) for draw in draws]
@@ -141,4 +147,5 @@ class TrainingData:
             original_sizes=[draw.sample.size for draw in draws],
             crops=[view.offset for view in views],
             target_size=views[0].size,
+            masks=masks,
         )

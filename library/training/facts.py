@@ -69,6 +69,8 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         min_snr_gamma=options.training.min_snr_gamma,
         scale_weight_norms=options.network.scale_weight_norms,
         loss_type=options.training.loss_type,
+        face_crop_aug_range=options.data.face_crop_aug_range,
+        resize_interpolation=options.data.resize_interpolation,
     )
 
 
@@ -92,7 +94,13 @@ def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
             subsets=_subsets([sample for sample, _, _ in members]),
             buckets=[(group.size, group.draws) for group in groups],
             mean_img_ar_error=sum(errors) / len(errors) if errors else 0.0,
+            resize_interpolation=_of_all({subset.resize_interpolation for subset in spec.subsets}),
         )
+
+
+def _of_all(values: set[str | None]) -> str | None:
+    """The value that all subsets of a data set share, else None."""
+    return next(iter(values)) if len(values) == 1 else None
 
 
 def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
@@ -108,7 +116,10 @@ def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
             captions=[caption_text(sample.caption, sample.subset, None) for sample in own],
             is_reg=own[0].subset.is_reg,
             class_tokens=own[0].subset.class_tokens,
+            color_aug=own[0].subset.color_aug,
             flip_aug=own[0].subset.flip_aug,
+            random_crop=own[0].subset.random_crop,
+            resize_interpolation=own[0].subset.resize_interpolation,
             shuffle_caption=own[0].subset.shuffle_caption,
             keep_tokens=own[0].subset.keep_tokens,
             caption_prefix=own[0].subset.caption_prefix,

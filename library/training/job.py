@@ -1,4 +1,4 @@
-"""A whole job: plan, build, then a dry run, or the training and its pictures."""
+"""A whole job: plan, then the contact sheet of the data; or build, then a dry run, or the training and its pictures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 def run(options: Options) -> int:
     """Returns the exit code: 0, or 130 if Ctrl-C ended the run early (what it had learnt is saved then)."""
     plan = make_plan(options)
+    if options.run.debug_dataset:
+        from library.training import contact_sheet
+
+        contact_sheet.draw(plan)
+        return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
     from library.training import dry_run, loop
     from library.training.build import build

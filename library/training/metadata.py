@@ -76,7 +76,7 @@ class RunFacts:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
-    face_crop_aug_range: str | None = None
+    face_crop_aug_range: tuple[float, float] | None = None
     prior_loss_weight: float = 1.0
     min_snr_gamma: float | None = None
     scale_weight_norms: float | None = None

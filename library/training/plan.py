@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from library.config import registry
 from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.masks import check_masks
 from library.config.options import Options
 from library.data.captions import refuse_text_cache_of_changing_captions
+from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
 
@@ -48,6 +50,9 @@ class Plan:
 def make_plan(options: Options) -> Plan:
     """Check all that can be checked cheaply, the cheapest first. Raises UserError."""
     datasets = load_datasets(options)
+    check_masks(datasets, masked_loss=options.data.masked_loss)
+    if options.data.cache_latents:
+        refuse_latent_cache_of_changing_images(datasets)
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
     creator, arguments = _network_arguments(options)

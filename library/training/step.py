@@ -84,7 +84,12 @@ def batch_loss(
     prediction = family.predict(noisy, t.to(device), condition)
 
     # fp32: squares of bf16 differences lose the small errors that late training is about
-    per_sample = objective.loss(prediction.float(), target.float()).mean(dim=(1, 2, 3))
+    per_element = objective.loss(prediction.float(), target.float())
+    if batch.masks is not None:
+        # what is masked counts as zero and stays in the mean, as in kohya: a small part weighs less than a whole image
+        masks = batch.masks.to(per_element)
+        per_element = per_element * torch.nn.functional.interpolate(masks, size=per_element.shape[2:], mode="area")
+    per_sample = per_element.mean(dim=(1, 2, 3))
     weights = batch.loss_weights.to(device)
     if objective.weighting is not None:
         snr = ddpm.signal_to_noise(objective.alphas_cumprod)[t]

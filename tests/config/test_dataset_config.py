@@ -11,6 +11,7 @@ import pytest
 import toml
 
 from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.masks import check_masks
 from library.config.options import Options
 from library.errors import UserError
 
@@ -118,8 +119,14 @@ MISTAKES = {
     "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n": HEAD + "[[datasets]] 1: no resolution: set it here or in "
     "[general], or give --resolution",
     ONE + "num_repeats = 0\n": HEAD + "[[datasets]] 1: no subset is left to train on",
-    ONE + "random_crop = true\n": PLACE + f"random_crop: {UNSUPPORTED}",
-    ONE + "face_crop_aug_range = [1.0, 2.0]\n": PLACE + f"face_crop_aug_range: {UNSUPPORTED}",
+    ONE + "random_crop = 1\n": PLACE + "random_crop: 1 is not true or false",
+    ONE + "face_crop_aug_range = [4.0, 2.0]\n": PLACE + "face_crop_aug_range: '4.0,2.0' is not a range such as 2.0,4.0",
+    ONE + "face_crop_aug_range = 2.0\n": PLACE + "face_crop_aug_range: '2.0' is not a range such as 2.0,4.0",
+    ONE + "resize_interpolation = 'lanczo'\n": PLACE
+    + "resize_interpolation: 'lanczo' is not one of lanczos, nearest, bilinear, linear, bicubic, cubic, area, box, "
+    "did you mean 'lanczos'?",
+    "[general]\nalpha_mask = true\n" + ONE: HEAD
+    + "[general]: alpha_mask: belongs to [[datasets.subsets]], not to [general]",
     ONE + "custom_attributes = {x = 1}\n": PLACE + f"custom_attributes: {UNSUPPORTED}",
     ONE + "metadata_file = 'm.json'\n": PLACE + f"metadata_file: {UNSUPPORTED}",
     "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.json'\n": PLACE
@@ -139,7 +146,7 @@ def test_mistakes(text: str, folder: Path, options: Parse) -> None:
 
 def test_every_mistake_is_named_at_once(folder: Path, options: Parse) -> None:
     with pytest.raises(UserError) as caught:
-        load(folder, options, "[general]\nfoo = 1\n" + ONE + "bar = 1\ncolor_aug = true\n")
+        load(folder, options, "[general]\nfoo = 1\nvalidation_split = 0.1\n" + ONE + "bar = 1\n")
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -184,6 +191,58 @@ def test_what_has_no_effect_is_warned_about(folder: Path, options: Parse, caplog
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 2: has no effect: an earlier one has the same image_dir",
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 3: is left out: it asks for 0 repeats",
     ]
+
+
+IMAGE_KEYS = """
+random_crop = true
+color_aug = true
+face_crop_aug_range = [2.0, 4.5]
+resize_interpolation = "box"
+alpha_mask = true
+conditioning_data_dir = "masks"
+"""
+
+
+def test_keys_about_images(folder: Path, options: Parse) -> None:
+    ((_, other),) = (
+        spec.subsets for spec in load(folder, options, ONE + IMAGE_KEYS + "[[datasets.subsets]]\nimage_dir = 'b'\n")
+    )
+    (own,) = load(folder, options, ONE + IMAGE_KEYS, "--resize_interpolation", "area")[0].subsets
+    assert (own.random_crop, own.color_aug, own.alpha_mask) == (True, True, True)
+    assert (own.face_crop_aug_range, own.resize_interpolation, own.conditioning_data_dir) == (
+        (2.0, 4.5),
+        "box",
+        "masks",
+    )
+    assert (other.random_crop, other.face_crop_aug_range, other.alpha_mask) == (False, None, False)
+    words = ["--random_crop", "--alpha_mask", "--face_crop_aug_range", "1,2", "--resize_interpolation", "cubic"]
+    (given,) = load(folder, options, ONE, *words)[0].subsets
+    assert (given.random_crop, given.alpha_mask, given.face_crop_aug_range) == (True, True, (1.0, 2.0))
+    assert (given.resize_interpolation, given.conditioning_data_dir) == ("cubic", None)
+
+
+MASK_MISTAKES = {
+    (ONE, "--masked_loss"): "--masked_loss: there are no masks: give --alpha_mask, or conditioning_data_dir in the "
+    "subsets of --dataset_config, or leave it out",
+    (ONE + "conditioning_data_dir = 'm'\n",): PLACE.rstrip(": ")
+    + ": conditioning_data_dir needs --masked_loss: its images are the masks",
+    (ONE + "conditioning_data_dir = 'm'\nalpha_mask = true\n", "--masked_loss"): PLACE.rstrip(": ")
+    + ": alpha_mask and conditioning_data_dir both say where the mask is: give one of them",
+}
+
+
+@pytest.mark.parametrize("given", MASK_MISTAKES, ids=range(len(MASK_MISTAKES)))
+def test_masks_that_do_not_fit(given: tuple[str, ...], folder: Path, options: Parse) -> None:
+    with pytest.raises(UserError) as caught:
+        check_masks(load(folder, options, *given), masked_loss="--masked_loss" in given)
+    assert str(caught.value) == MASK_MISTAKES[given]
+
+
+@pytest.mark.parametrize(
+    "given", [(ONE,), (ONE, "--alpha_mask"), (ONE + "conditioning_data_dir = 'm'\n", "--masked_loss")], ids=range(3)
+)
+def test_masks_that_fit(given: tuple[str, ...], folder: Path, options: Parse) -> None:
+    check_masks(load(folder, options, *given), masked_loss="--masked_loss" in given)
 
 
 FILES = {

@@ -148,7 +148,7 @@ REFUSED_WORDS = [
     "--bucket_resolution_steps 32",
     "--model_train_type flux-lora",
     "--noise_offset",
-    "--face_crop_aug_range 1.0,2.0",
+    "--conditioning_data_dir masks",
 ]
 
 
