@@ -39,8 +39,8 @@ class ScheduleChoice:
     name: str
     path: str
     arguments: dict[str, Any]
+    total_steps: int
     warmup: int = 0  # optimizer steps
-    decay: int = 0
 
 
 def steps_of(value: int | float | str, total_steps: int, *, option: str) -> int:
@@ -65,7 +65,7 @@ def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleCh
     for sentence in options.without_effect():
         logger.warning("%s", sentence)
     if options.lr_scheduler_type:
-        return _custom(options, warmup)
+        return _custom(options, total_steps=total_steps, warmup=warmup)
     name = options.lr_scheduler
     assert name in SCHEDULES, name
     if warmup and name in _WITHOUT_WARMUP:
@@ -96,7 +96,7 @@ def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleCh
         words["step_rules"] = _checked_rules(str(words["step_rules"]))
     if name == "cosine_with_min_lr" and "min_lr_rate" not in given and words.get("min_lr") is None:
         raise UserError("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, such as 0.1")
-    return ScheduleChoice(name, SCHEDULES[name], {**given, **words}, warmup, decay)
+    return ScheduleChoice(name, SCHEDULES[name], {**given, **words}, total_steps, warmup)
 
 
 def _arguments(options: ScheduleOptions, *, total_steps: int, warmup: int, decay: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _checked_rules(rules: str) -> str:
     return rules
 
 
-def _custom(options: ScheduleOptions, warmup: int) -> ScheduleChoice:
+def _custom(options: ScheduleOptions, *, total_steps: int, warmup: int) -> ScheduleChoice:
     """A class of torch.optim.lr_scheduler by its name, or any other by its path."""
     given = options.lr_scheduler_type
     path = given if "." in given else f"torch.optim.lr_scheduler.{given}"
@@ -169,14 +169,30 @@ def _custom(options: ScheduleOptions, warmup: int) -> ScheduleChoice:
         logger.warning(
             "--lr_scheduler_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked)
         )
-    return ScheduleChoice(given, path, arguments)
+    return ScheduleChoice(given, path, arguments, total_steps)
 
 
 def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule, to be stepped once per optimizer step whatever the number of processes and of batches a step."""
+    """The schedule, to be stepped once per optimizer step whatever the number of processes and of batches a step.
+
+    Raises UserError where the function or class does not take its arguments, or a class breaks off before the end.
+    """
     make = registry.load_path(choice.path, where="--lr_scheduler_type")
     try:
+        if choice.path not in SCHEDULES.values():
+            _run_through(choice, make, optimizer)
         schedule: torch.optim.lr_scheduler.LRScheduler = make(optimizer, **choice.arguments)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # others' code, which refuses in its own ways
         raise UserError(f"--lr_scheduler {choice.name} does not take these settings: {error}") from error
     return schedule
+
+
+def _run_through(choice: ScheduleChoice, make: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The whole curve on stand-ins for the parameters: many mistakes show only at some step."""
+    groups = [{**group, "params": [torch.nn.Parameter(torch.zeros(1))]} for group in optimizer.param_groups]
+    stand_in = torch.optim.SGD(groups, lr=0.0)  # which does nothing without gradients
+    stand_in.defaults |= optimizer.defaults
+    schedule = make(stand_in, **choice.arguments)
+    for _ in range(choice.total_steps):
+        stand_in.step()
+        schedule.step()

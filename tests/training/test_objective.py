@@ -23,7 +23,7 @@ from library.training.objective import make_objective
 from library.training.step import Objective, batch_loss
 from tests.conftest import BASE
 
-SEED = 3
+SEED = 1  # timesteps 18 to 917: on both sides of an SNR of 5
 CPU = torch.device("cpu")
 
 
@@ -160,7 +160,7 @@ def assert_each_has_an_effect(found: dict[str, float]) -> None:
     assert all(torch.tensor(value).isfinite() for value in found.values())
     losses: dict[str, list[str]] = {}
     for words, value in found.items():
-        losses.setdefault(f"{value:.5g}", []).append(words)
+        losses.setdefault(f"{value:.7g}", []).append(words)
     assert [same for same in losses.values() if len(same) > 1] == []
 
 
