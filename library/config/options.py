@@ -19,9 +19,10 @@ from library.config.fields import (
     option,
     read_range,
     read_resolution,
-    read_steps,
     read_token_length,
 )
+from library.config.objective import ObjectiveOptions
+from library.config.schedule import ScheduleOptions
 from library.errors import UserError
 
 
@@ -152,7 +153,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """Optimizer and learning rate"""
+    """Optimizer and learning rates"""
 
     optimizer_type: str = option("", help="AdamW (the default), AdamW8bit, Lion, Prodigy, ... or package.module.Class")
     optimizer_args: tuple[str, ...] = option((), help="its settings: weight_decay=0.01 betas=0.9,0.99 ...")
@@ -164,18 +165,6 @@ class OptimizerOptions:
         None, minimum=0, help="the text encoder's learning rate; one each where there are more"
     )
     max_grad_norm: float = option(1.0, minimum=0, help="clip gradients to this norm; 0: never")
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = option(
-        "constant",
-        not_yet=("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor"),
-        help="how the learning rate changes",
-    )
-    lr_warmup_steps: int | float | str = option(
-        0, read=read_steps, help="warm-up, in steps (500), as a ratio of all steps (0.05) or in percent (5%)"
-    )
-    lr_scheduler_num_cycles: int = option(1, minimum=1, help="cycles of cosine_with_restarts")
-    lr_scheduler_power: float = option(1.0, minimum=0, help="power of polynomial")
 
     def __post_init__(self) -> None:
         ways = [f"--{name}" for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(self, name)]
@@ -231,10 +220,6 @@ class TrainingOptions:
     max_train_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="epochs; overrides the steps")
     gradient_accumulation_steps: int = option(1, minimum=1, help="batches per step of the optimizer")
     seed: int | None = option(None, help="the same seed gives the same result (default: a random one, which is logged)")
-    min_snr_gamma: float | None = option(
-        None, minimum=0, zero_is_unset=True, help="weight timesteps by min-SNR with this gamma; 5 is usual"
-    )
-    loss_type: Literal["l2"] = option("l2", not_yet=("l1", "huber", "smooth_l1"), help="the loss")
 
     def __post_init__(self) -> None:
         if self.max_train_steps == 0 and self.max_train_epochs is None:
@@ -326,8 +311,10 @@ class Options:
     data: DataOptions = field(default_factory=DataOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     run: RunOptions = field(default_factory=RunOptions)

@@ -60,6 +60,7 @@ class StableDiffusion:
         vae: str | None,
         clip_skip: int | None,
         max_token_length: int | None,
+        zero_terminal_snr: bool = False,
     ) -> None:
         self._base = base = base.with_vae(vae) if vae else base
         self.path, self.vae_path = base.path, vae
@@ -67,6 +68,7 @@ class StableDiffusion:
         self._text_width, self._layers = unet["cross_attention_dim"], text["num_hidden_layers"]
         self._is_v2 = _checked_v2(base, says_v2=v2)
         self.prediction_type = _prediction_type(base, v2=self._is_v2, says_v=v_parameterization)
+        self._scheduler = _scheduler(base, self.prediction_type, zero_terminal_snr=zero_terminal_snr)
         velocity = self.prediction_type == "v_prediction"
         self.base_model_version = f"sd_v{2 if self._is_v2 else 1}{'_v' if velocity else ''}"
         self.architecture = "stable-diffusion-v1"
@@ -98,7 +100,7 @@ class StableDiffusion:
     def alphas_cumprod(self) -> Tensor:
         from library.models.noise_schedule import alphas_cumprod
 
-        return alphas_cumprod(self._base.scheduler, where=f"the scheduler of {self.path}")
+        return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -214,7 +216,7 @@ class StableDiffusion:
         assert self.vae is not None and self.unet is not None, "drawing needs all parts"  # noqa: PT018
         (encoder,) = self.text_encoders
         parts = {"vae": self.vae, "text_encoder": encoder, "tokenizer": self._tokenizer, "unet": self.unet}
-        scheduler = _SCHEDULER | dict(self._base.scheduler) | {"prediction_type": self.prediction_type}
+        scheduler = _SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
         return new_pipeline(parts, scheduler)
 
 
@@ -267,6 +269,20 @@ def _prediction_type(base: BaseModel, *, v2: bool, says_v: bool) -> str:
             "--v_parameterization with a Stable Diffusion 1.x model: is %s one that predicts velocity?", base.path
         )
     return "v_prediction" if says_v else "epsilon"
+
+
+def _scheduler(base: BaseModel, prediction_type: str, *, zero_terminal_snr: bool) -> dict[str, Any]:
+    """The scheduler's configuration, for training and drawing alike; rescaled if that is wanted."""
+    config = dict(base.scheduler)
+    if not zero_terminal_snr:
+        return config
+    if prediction_type == "epsilon":
+        raise UserError(
+            f"--zero_terminal_snr: {base.path} predicts noise, which at a last timestep of pure noise says nothing "
+            "about the image; it is for models that predict v (--v_parameterization)"
+        )
+    # a drawing must begin at the last timestep, or it begins where there is signal (arXiv 2305.08891, §3.3)
+    return config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def _vae_config(base: BaseModel) -> Mapping[str, Any]:

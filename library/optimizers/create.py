@@ -37,9 +37,14 @@ class OptimizerChoice:
         return self.path.startswith(("dadaptation.", "prodigyopt."))
 
     @property
+    def is_adafactor(self) -> bool:
+        """transformers' Adafactor, or another of that name."""
+        return self.path.endswith(".Adafactor")
+
+    @property
     def relative_step(self) -> bool:
         """Adafactor in the mode that derives its rate from the step (kohya's default for it)."""
-        return self.path.endswith(".Adafactor") and bool(self.arguments.get("relative_step"))
+        return self.is_adafactor and bool(self.arguments.get("relative_step"))
 
 
 def choose_optimizer(

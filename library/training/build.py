@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from library.config import registry, source
+from library.config import source
 from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.errors import UserError
-from library.losses import LOSSES, WEIGHTINGS
 from library.models.family import ModelFamily
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
-from library.optimizers.schedules import create_schedule, warmup_steps
+from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
 from library.training import loop, save
 from library.training.facts import run_metadata
+from library.training.objective import make_objective
 from library.training.plan import Plan
-from library.training.step import Objective
 from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook
 
 logger = logging.getLogger(__name__)
@@ -45,16 +44,17 @@ class Built:
     plan: Plan
     saves: save.SavePlan
     groups: ParameterGroups  # with the rates as given, which a schedule changes in the optimizer's own
-    warmup: int
+    schedule: ScheduleChoice | None  # None: the optimizer's own, or none
 
 
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
     choice = plan.choice
+    objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(options)
     saves = _save_plan(plan, accelerator)
-    warmup = warmup_steps(options.optimizer.lr_warmup_steps, saves.total_steps)
+    schedule = _schedule(options, choice, total_steps=saves.total_steps)
     data = TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=options.data.prior_loss_weight)
 
     _load_and_encode(plan.family, data, options, accelerator, cache=not options.run.dry_run)
@@ -70,16 +70,15 @@ def build(plan: Plan) -> Built:
     )
     if options.precision.full_fp16:
         _refuse_vanishing_eps(choice, optimizer)
-    schedule = _schedule(options, choice, optimizer, total_steps=saves.total_steps, warmup=warmup)
     run = loop.Run(
         accelerator=accelerator,
         family=plan.family,
         network=network,
         parameters=[parameter for group in groups for parameter in group["params"]],
         optimizer=accelerator.prepare_optimizer(optimizer),
-        schedule=schedule,
+        schedule=None if schedule is None else create_schedule(schedule, optimizer),
         data=data,
-        objective=_objective(options, plan.family),
+        objective=objective,
         loader=data.loader(
             workers=options.data.max_data_loader_n_workers,
             world_size=accelerator.num_processes,
@@ -101,7 +100,7 @@ def build(plan: Plan) -> Built:
         precision = options.output.save_precision
         run.save = partial(_save_due, saves, network, precision, metadata)
         run.save_now = partial(_save_now, saves, network, precision, metadata)
-    return Built(run, plan, saves, groups, warmup)
+    return Built(run, plan, saves, groups, schedule)
 
 
 def _accelerator(options: Options) -> Accelerator:
@@ -270,39 +269,23 @@ def _refuse_vanishing_eps(choice: OptimizerChoice, optimizer: torch.optim.Optimi
         )
 
 
-def _schedule(
-    options: Options, choice: OptimizerChoice, optimizer: torch.optim.Optimizer, *, total_steps: int, warmup: int
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    wanted = options.optimizer
-    if choice.schedule_free or choice.relative_step:
-        if wanted.lr_scheduler != "constant" or warmup:
-            reason = "needs no schedule" if choice.schedule_free else "makes its own schedule (relative_step)"
-            logger.warning("%s %s: --lr_scheduler and --lr_warmup_steps have no effect.", choice.name, reason)
-        return None
-    return create_schedule(
-        wanted.lr_scheduler,
-        optimizer,
-        total_steps=total_steps,
-        warmup=warmup,
-        num_cycles=wanted.lr_scheduler_num_cycles,
-        power=wanted.lr_scheduler_power,
-    )
-
-
-def _objective(options: Options, family: ModelFamily) -> Objective:
-    weighting: Callable[[torch.Tensor], torch.Tensor] | None = None
-    if options.training.min_snr_gamma:
-        weighting = partial(
-            registry.load(WEIGHTINGS, "min_snr", where="--min_snr_gamma"),
-            gamma=options.training.min_snr_gamma,
-            prediction_type=family.prediction_type,
+def _schedule(options: Options, choice: OptimizerChoice, *, total_steps: int) -> ScheduleChoice | None:
+    wanted = options.schedule
+    named_adafactor = wanted.lr_scheduler == "adafactor" and not wanted.lr_scheduler_type
+    if named_adafactor and not choice.relative_step:
+        raise UserError(
+            "--lr_scheduler adafactor is the schedule that --optimizer_type Adafactor makes itself with "
+            f"relative_step=True; this run's optimizer is {choice.name}{' without it' * choice.is_adafactor}"
         )
-    return Objective(
-        prediction_type=family.prediction_type,
-        alphas_cumprod=family.alphas_cumprod,
-        loss=registry.load(LOSSES, options.training.loss_type, where="--loss_type"),
-        weighting=weighting,
-    )
+    if choice.schedule_free or choice.relative_step:
+        asked = wanted.lr_scheduler != "constant" and not named_adafactor
+        if asked or wanted.lr_scheduler_type or wanted.lr_warmup_steps:
+            reason = "needs no schedule" if choice.schedule_free else "makes its own schedule (relative_step)"
+            logger.warning(
+                "%s %s: --lr_scheduler, --lr_scheduler_type and --lr_warmup_steps have no effect.", choice.name, reason
+            )
+        return None
+    return choose_schedule(wanted, total_steps=total_steps)
 
 
 def _nothing(step: int) -> None:

@@ -17,7 +17,7 @@ from library.optimizers.create import state_bytes
 from library.training import loop
 from library.training.build import pictures
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
-from library.training.step import condition_of
+from library.training.step import condition_of, element_loss
 from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
@@ -120,10 +120,12 @@ def _length(built: Built) -> Iterator[str]:
 
 
 def _rates(built: Built) -> str:
-    options = built.plan.options.optimizer
     rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in built.groups)
-    warmup = f", {built.warmup} steps of warm-up" if built.warmup else ""
-    return f"{rates}; {options.lr_scheduler}{warmup}; {built.plan.choice.name}"
+    schedule = "the optimizer's own schedule"
+    if built.schedule is not None:
+        warmup = f", {built.schedule.warmup} steps of warm-up" if built.schedule.warmup else ""
+        schedule = f"{built.schedule.name}{warmup}"
+    return f"{rates}; {schedule}; {built.plan.choice.name}"
 
 
 def _memory(built: Built) -> Iterator[str]:
@@ -166,7 +168,7 @@ def _fake_step(built: Built, fake: Callable[[Tensor], Tensor]) -> None:
         condition = condition_of(batch, run.family, run.accelerator.device, train_text=run.train_text)
         t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
         prediction = run.family.predict(latents, t, condition)
-        run.objective.loss(prediction.float(), latents).mean().backward()
+        element_loss(run.objective, prediction.float(), latents, t).mean().backward()
 
 
 def synthetic_batch(built: Built) -> Batch:

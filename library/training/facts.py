@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from library.config.objective import ObjectiveOptions
 from library.data.captions import caption_text
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
@@ -26,13 +27,15 @@ def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size:
         total_batch_size=per_device * world_size * options.training.gradient_accumulation_steps,
         from_dataset_config=options.data.dataset_config is not None,
         network_args=plan.network_arguments,
+        timestep_distribution=_timestep_distribution(options.objective),
         no_metadata=options.output.no_metadata,
     )
 
 
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:
-    options, choice = plan.options, plan.choice
+    options, wanted, choice = plan.options, plan.options.objective, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
+    own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
     text_encoder_lr = options.optimizer.text_encoder_lr
     return RunFacts(
         session_id=int(plan.started_at * 1000) % 2**32,
@@ -48,8 +51,8 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         gradient_checkpointing=options.precision.gradient_checkpointing,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
         max_train_steps=saves.total_steps,
-        lr_warmup_steps=options.optimizer.lr_warmup_steps,
-        lr_scheduler=options.optimizer.lr_scheduler,
+        lr_warmup_steps=0 if own_schedule else options.schedule.lr_warmup_steps,
+        lr_scheduler=own_schedule or options.schedule.lr_scheduler_type or options.schedule.lr_scheduler,
         network_module=options.network.network_module,
         network_dim=options.network.network_dim,
         network_alpha=options.network.network_alpha,
@@ -66,12 +69,39 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         optimizer=choice.path + (f"({arguments})" if arguments else ""),
         max_grad_norm=options.optimizer.max_grad_norm,
         prior_loss_weight=options.data.prior_loss_weight,
-        min_snr_gamma=options.training.min_snr_gamma,
+        min_snr_gamma=wanted.min_snr_gamma,
         scale_weight_norms=options.network.scale_weight_norms,
-        loss_type=options.training.loss_type,
         face_crop_aug_range=options.data.face_crop_aug_range,
         resize_interpolation=options.data.resize_interpolation,
+        loss_type=wanted.loss_type,
+        huber_schedule=wanted.huber_schedule,
+        huber_scale=wanted.huber_scale,
+        huber_c=wanted.huber_c,
+        noise_offset=wanted.noise_offset,
+        noise_offset_random_strength=wanted.noise_offset_random_strength,
+        adaptive_noise_scale=wanted.adaptive_noise_scale,
+        multires_noise_iterations=wanted.multires_noise_iterations,
+        multires_noise_discount=wanted.multires_noise_discount,
+        ip_noise_gamma=wanted.ip_noise_gamma,
+        ip_noise_gamma_random_strength=wanted.ip_noise_gamma_random_strength,
+        debiased_estimation=wanted.debiased_estimation_loss,
+        # what was trained on: a base model's own noise schedule can be such a one, too
+        zero_terminal_snr=bool(plan.family.alphas_cumprod[-1] == 0),
     )
+
+
+def _timestep_distribution(options: ObjectiveOptions) -> dict[str, object] | None:
+    """What kohya's scripts for SD3 and FLUX write, where the timesteps are not drawn uniformly."""
+    if options.density == "uniform" and options.training_shift == 1:
+        return None
+    names = ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+    return {name: getattr(options, name) for name in (*names, "training_shift")}
+
+
+def _timestep_range(options: ObjectiveOptions) -> tuple[int, int] | None:
+    """As kohya writes it: only where it was limited."""
+    low, high = options.min_timestep, options.max_timestep
+    return None if low is None and high is None else (low or 0, 1000 if high is None else high)
 
 
 def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
@@ -146,5 +176,6 @@ def _model_spec(plan: Plan) -> ModelSpec:
         trigger_phrase=output.metadata_trigger_phrase,
         preprocessor=output.metadata_preprocessor,
         is_negative_embedding=output.metadata_is_negative_embedding,
+        timestep_range=_timestep_range(plan.options.objective),
         encoder_layer=plan.options.model.clip_skip,
     )

@@ -80,6 +80,7 @@ def make_plan(options: Options) -> Plan:
         vae=options.model.vae,
         clip_skip=options.model.clip_skip,
         max_token_length=options.model.max_token_length,
+        zero_terminal_snr=options.objective.zero_terminal_snr,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
     return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())
