@@ -21,27 +21,29 @@ logger = logging.getLogger(__name__)
 OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 
 # Known to kohya's data sets, not supported yet.
-NOT_YET_SUBSET = ("alpha_mask", "conditioning_data_dir", "metadata_file")
+NOT_YET_SUBSET = ("alpha_mask", "conditioning_data_dir")
 NOT_YET_DATASET = ("network_multiplier", "validation_seed", "validation_split")
 NOT_YET_ANYWHERE = (
     "cache_info",
-    "caption_dropout_every_n_epochs",
-    "caption_dropout_rate",
-    "caption_tag_dropout_rate",
     "color_aug",
-    "custom_attributes",
-    "enable_wildcard",
     "face_crop_aug_range",
-    "keep_tokens_separator",
     "random_crop",
     "resize_interpolation",
-    "secondary_separator",
-    "token_warmup_min",
-    "token_warmup_step",
 )
 NOT_YET = (*NOT_YET_SUBSET, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
 # What asks for nothing, for keys that are no option of kohya's.
-NEUTRAL: dict[str, Any] = {"custom_attributes": {}, "metadata_file": "", "network_multiplier": 1.0}
+NEUTRAL: dict[str, Any] = {"network_multiplier": 1.0}
+# Where "" switches off what a table further out, or an option, sets: the value that it stands for. Elsewhere "" says
+# nothing.
+EMPTY_IS_OFF: dict[str, Any] = {
+    "caption_prefix": None,
+    "caption_suffix": None,
+    "class_tokens": None,
+    "keep_tokens_separator": "",
+    "secondary_separator": None,
+}
+# Read by kohya's trainer in custom_attributes; there, whatever else stands there has no effect, either.
+PRESERVATION = "diff_output_preservation"
 
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -64,8 +66,12 @@ def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, 
     if key in NOT_YET:
         _refuse_unless_neutral(key, value, place)
         return UNSET
+    if value == "" and key in EMPTY_IS_OFF:
+        return EMPTY_IS_OFF[key]
     if value in ("", []):
         return UNSET
+    if key == "custom_attributes":
+        return _attributes(value, place)
     return _resolution(value) if key == "resolution" else _in_type(key, value)
 
 
@@ -94,6 +100,18 @@ def _in_type(key: str, value: Any) -> Any:
     minimum = option.details.minimum if option and key != "num_repeats" else None
     if minimum is not None and value < minimum:
         raise BadValue(f"must be at least {minimum:g}, not {value}")
+    if option and option.details.maximum is not None and value > option.details.maximum:
+        raise BadValue(f"must be at most {option.details.maximum:g}, not {value}")
+    return value
+
+
+def _attributes(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadValue(f"{_shown(value)} is not a table such as {{ name = 1 }}")
+    if value.get(PRESERVATION):
+        raise BadValue(f"{PRESERVATION} is known to kohya's scripts, not supported here yet")
+    if idle := [name for name in value if name != PRESERVATION]:
+        logger.warning("%s: custom_attributes: nothing reads %s", place, ", ".join(idle))
     return value
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from library.data.buckets import Buckets, Placement
 from library.data.check import check_images, report_bad_images
 from library.data.plan import Group
-from library.data.samples import Sample, Size, SubsetSummary
-from library.data.sources import dreambooth
+from library.data.samples import Sample, Scan, Size, SubsetSummary
+from library.data.sources import dreambooth, metadata
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.dataset_config import DatasetSpec, SubsetSpec
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_image
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     index = count()  # of a subset over all data sets: part of its samples' keys
-    scans = [[dreambooth.scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
+    scans = [[_scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
     sizes, bad = check_images(sample.path for of_dataset in scans for scan in of_dataset for sample in scan.samples)
     report_bad_images(bad, skip=skip_bad_images)
 
@@ -66,6 +66,10 @@ def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_image
         samples += balanced
         placements += placed
     return Prepared(samples, placements, groups, summaries)
+
+
+def _scan(subset: SubsetSpec, index: int) -> Scan:
+    return dreambooth.scan(subset, index) if subset.metadata_file is None else metadata.scan(subset, index)
 
 
 def _place(samples: Sequence[Sample], buckets: Buckets) -> list[Placement]:
@@ -94,9 +98,7 @@ def _group(
     return [Group(dataset, size, batch_size, tuple(members[size])) for size in sorted(members)]
 
 
-def _counted(
-    scans: Sequence[dreambooth.Scan], readable: Sequence[Sample], used: Sequence[Sample]
-) -> Iterator[SubsetSummary]:
+def _counted(scans: Sequence[Scan], readable: Sequence[Sample], used: Sequence[Sample]) -> Iterator[SubsetSummary]:
     """The summaries of a data set with what became of the images of each subset."""
     are_readable = Counter(sample.subset for sample in readable)
     are_used = Counter(sample.subset for sample in used)

@@ -55,7 +55,13 @@ def build(plan: Plan) -> Built:
     accelerator = _accelerator(options)
     saves = _save_plan(plan, accelerator)
     warmup = warmup_steps(options.optimizer.lr_warmup_steps, saves.total_steps)
-    data = TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=options.data.prior_loss_weight)
+    data = TrainingData(
+        plan.prepared,
+        seed=plan.seed,
+        prior_loss_weight=options.data.prior_loss_weight,
+        batches_per_step=accelerator.num_processes * options.training.gradient_accumulation_steps,
+        total_steps=saves.total_steps,
+    )
 
     _load_and_encode(plan.family, data, options, accelerator, cache=not options.run.dry_run)
     network = _network(plan, accelerator)

@@ -100,9 +100,10 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetFacts:
-    """One image folder."""
+    """One image folder, or one metadata file, which is what it is called after then."""
 
     image_dir: Path
+    metadata_file: Path | None = None
     img_count: int  # images, without repeats
     num_repeats: int
     captions: Sequence[str] = ()  # one per image, as trained before shuffling: for the tag frequencies
@@ -119,6 +120,10 @@ class SubsetFacts:
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     resize_interpolation: str | None = None
+
+    @property
+    def name(self) -> str:
+        return (self.metadata_file or self.image_dir).name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +243,7 @@ def tag_frequency(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """How often each tag stands in the captions, by folder name. Tags lie between commas; case is ignored."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        counts = folders.setdefault(subset.image_dir.name, {})
+        counts = folders.setdefault(subset.name, {})
         for caption in subset.captions:
             for tag in filter(None, (word.strip().lower() for word in caption.split(","))):
                 counts[tag] = counts.get(tag, 0) + 1
@@ -282,9 +287,9 @@ def _folders(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """Repeats and images by folder name; a name seen before gets a number."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        name, number = subset.image_dir.name, 2
+        name, number = subset.name, 2
         while name in folders:
-            name, number = f"{subset.image_dir.name} ({number})", number + 1
+            name, number = f"{subset.name} ({number})", number + 1
         folders[name] = {"n_repeats": subset.num_repeats, "img_count": subset.img_count}
     return folders
 
@@ -301,7 +306,7 @@ def _bucket_info(dataset: DatasetFacts) -> dict[str, object] | None:
 
 def _dataset(dataset: DatasetFacts) -> dict[str, object]:
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
         "batch_size_per_device": dataset.batch_size,
         "num_train_images": dataset.num_train_images,
         "num_reg_images": dataset.num_reg_images,
@@ -318,7 +323,12 @@ def _dataset(dataset: DatasetFacts) -> dict[str, object]:
 
 def _subset(subset: SubsetFacts) -> dict[str, object]:
     values = {field.name: getattr(subset, field.name) for field in fields(subset) if field.name != "captions"}
-    return values | {"image_dir": subset.image_dir.name}  # never a path: files get published
+    values["image_dir"] = subset.image_dir.name  # never a path: files get published
+    if subset.metadata_file is None:
+        del values["metadata_file"]
+        return values
+    del values["class_tokens"], values["is_reg"]
+    return values | {"metadata_file": subset.metadata_file.name}
 
 
 # -- hashes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from library.config import registry
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.options import Options
-from library.data.captions import refuse_text_cache_of_changing_captions
+from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.errors import UserError, nearest_path
 from library.models import open_family
 
@@ -50,6 +50,7 @@ def make_plan(options: Options) -> Plan:
     datasets = load_datasets(options)
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
+    warn_of_captions_options(datasets)
     creator, arguments = _network_arguments(options)
     weights = options.network.network_weights
     if weights is not None and not Path(weights).is_file():
@@ -75,6 +76,7 @@ def make_plan(options: Options) -> Plan:
         vae=options.model.vae,
         clip_skip=options.model.clip_skip,
         max_token_length=options.model.max_token_length,
+        weighted_captions=options.model.weighted_captions,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
     return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())
