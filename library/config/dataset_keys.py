@@ -42,7 +42,7 @@ EMPTY_IS_OFF: dict[str, Any] = {
     "keep_tokens_separator": "",
     "secondary_separator": None,
 }
-# Read by kohya's trainer in custom_attributes; there, whatever else stands there has no effect, either.
+# The one that is read of custom_attributes, by kohya's trainer, too.
 PRESERVATION = "diff_output_preservation"
 
 _KINDS: dict[type, str] = {
@@ -108,8 +108,8 @@ def _in_type(key: str, value: Any) -> Any:
 def _attributes(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadValue(f"{_shown(value)} is not a table such as {{ name = 1 }}")
-    if value.get(PRESERVATION):
-        raise BadValue(f"{PRESERVATION} is known to kohya's scripts, not supported here yet")
+    if not isinstance(value.get(PRESERVATION, False), bool):
+        raise BadValue(f"{PRESERVATION}: {_shown(value[PRESERVATION])} is not {_KINDS[bool]}")
     if idle := [name for name in value if name != PRESERVATION]:
         logger.warning("%s: custom_attributes: nothing reads %s", place, ", ".join(idle))
     return value

@@ -30,7 +30,7 @@ from library.training import loop, save
 from library.training.facts import run_metadata
 from library.training.plan import Plan
 from library.training.step import Objective
-from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook
+from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ def build(plan: Plan) -> Built:
 
     _load_and_encode(plan.family, data, options, accelerator, cache=not options.run.dry_run)
     network = _network(plan, accelerator)
+    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
+        with without(network):  # refused now, where it cannot be switched off, and not in the first step
+            pass
     groups = optimizer_groups(
         network,
         text_encoder_lr=options.optimizer.text_encoder_lr,

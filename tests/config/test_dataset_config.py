@@ -122,6 +122,8 @@ MISTAKES = {
     ONE + "random_crop = true\n": PLACE + f"random_crop: {UNSUPPORTED}",
     ONE + "face_crop_aug_range = [1.0, 2.0]\n": PLACE + f"face_crop_aug_range: {UNSUPPORTED}",
     ONE + "custom_attributes = 5\n": PLACE + "custom_attributes: 5 is not a table such as { name = 1 }",
+    ONE + "custom_attributes = { diff_output_preservation = 1 }\n": PLACE
+    + "custom_attributes: diff_output_preservation: 1 is not true or false",
     ONE + "caption_dropout_rate = 1.5\n": PLACE + "caption_dropout_rate: must be at most 1, not 1.5",
     ONE + "token_warmup_step = '9'\n": PLACE + 'token_warmup_step: "9" is not a number',
     ONE + "metadata_file = 'm.json'\ncaption_extension = '.txt'\n": PLACE
@@ -250,7 +252,9 @@ def test_metadata_files(folder: Path, options: Parse, caplog: pytest.LogCaptureF
 
 
 def test_custom_attributes(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
-    (dataset,) = load(folder, options, ONE + "custom_attributes = { diff_output_preservation = false, artist = 'x' }\n")
+    text = "[general]\ncustom_attributes = { diff_output_preservation = true }\n" + ONE
+    assert load(folder, options, text)[0].subsets[0].diff_output_preservation
+    (dataset,) = load(folder, options, text + "custom_attributes = { artist = 'x' }\n")
     assert not dataset.subsets[0].diff_output_preservation
     assert [record.getMessage() for record in caplog.records] == [
         PLACE + "custom_attributes: nothing reads artist",
