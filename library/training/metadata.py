@@ -100,7 +100,7 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetFacts:
-    """One image folder, or one metadata file, which is what it is called after then."""
+    """One image folder, or one metadata file."""
 
     image_dir: Path
     metadata_file: Path | None = None
@@ -120,10 +120,6 @@ class SubsetFacts:
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     resize_interpolation: str | None = None
-
-    @property
-    def name(self) -> str:
-        return (self.metadata_file or self.image_dir).name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +239,7 @@ def tag_frequency(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """How often each tag stands in the captions, by folder name. Tags lie between commas; case is ignored."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        counts = folders.setdefault(subset.name, {})
+        counts = folders.setdefault(_name(subset), {})
         for caption in subset.captions:
             for tag in filter(None, (word.strip().lower() for word in caption.split(","))):
                 counts[tag] = counts.get(tag, 0) + 1
@@ -283,13 +279,17 @@ def dataset_metadata(
     return {f"ss_{key}": str(value) for key, value in single.items()} | common
 
 
+def _name(subset: SubsetFacts) -> str:
+    return (subset.metadata_file or subset.image_dir).name  # never a path: files get published
+
+
 def _folders(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """Repeats and images by folder name; a name seen before gets a number."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        name, number = subset.name, 2
+        name, number = _name(subset), 2
         while name in folders:
-            name, number = f"{subset.name} ({number})", number + 1
+            name, number = f"{_name(subset)} ({number})", number + 1
         folders[name] = {"n_repeats": subset.num_repeats, "img_count": subset.img_count}
     return folders
 
@@ -323,12 +323,9 @@ def _dataset(dataset: DatasetFacts) -> dict[str, object]:
 
 def _subset(subset: SubsetFacts) -> dict[str, object]:
     values = {field.name: getattr(subset, field.name) for field in fields(subset) if field.name != "captions"}
-    values["image_dir"] = subset.image_dir.name  # never a path: files get published
-    if subset.metadata_file is None:
-        del values["metadata_file"]
-        return values
-    del values["class_tokens"], values["is_reg"]
-    return values | {"metadata_file": subset.metadata_file.name}
+    unused = ("metadata_file",) if subset.metadata_file is None else ("class_tokens", "is_reg")
+    values |= {"image_dir": subset.image_dir.name, "metadata_file": _name(subset)}
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 # -- hashes
