@@ -47,6 +47,9 @@ class ModelOptions:
     max_token_length: int | None = option(
         None, read=read_token_length, help="the longest caption in tokens: 75, 150 or 225 (default: 75)"
     )
+    weighted_captions: bool = option(
+        False, help="read A1111's weights in captions: (word:1.2), (word) and [word]; \\( is a bracket"
+    )
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
 
 
@@ -71,7 +74,10 @@ class DataOptions:
 
     train_data_dir: str | None = option(None, help="the folder that holds the image folders, named like 10_name")
     reg_data_dir: str | None = option(None, help="the same for regularisation images")
-    dataset_config: str | None = option(None, help="a TOML or JSON file that describes the data, instead of these two")
+    in_json: str | None = option(
+        None, help="a JSON or JSONL file of captions and tags by image, instead of caption files in numbered folders"
+    )
+    dataset_config: str | None = option(None, help="a TOML or JSON file that describes the data, instead of all these")
     resolution: tuple[int, int] | None = option(
         None, read=read_resolution, joined_by=",", help="the size to train at in pixels: 512, or 512,768 (width,height)"
     )
@@ -86,9 +92,23 @@ class DataOptions:
     )
     caption_separator: str = option(",", help="what stands between the parts of a caption")
     shuffle_caption: bool = option(False, help="shuffle the parts of a caption each time")
-    keep_tokens: int = option(0, minimum=0, help="so many parts at the front stay where they are when shuffling")
+    keep_tokens: int = option(0, minimum=0, help="so many parts at the front are never moved, held back or dropped")
+    keep_tokens_separator: str = option(
+        "", help="what stands behind the parts to keep, such as |||, instead of a number; a second one keeps the end"
+    )
+    secondary_separator: str | None = option(
+        None, help="what stands within a part, such as ;;;, and becomes --caption_separator at the end"
+    )
+    enable_wildcard: bool = option(False, help="draw one of {a|b|c} in captions, and one line of those with several")
     caption_prefix: str | None = option(None, help="text before every caption")
     caption_suffix: str | None = option(None, help="text behind every caption")
+    caption_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of captions that are left empty")
+    caption_dropout_every_n_epochs: int = option(0, minimum=0, help="leave all captions empty in each n-th epoch")
+    caption_tag_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of parts that are left out")
+    token_warmup_min: int = option(1, minimum=0, help="so many parts at the start of --token_warmup_step")
+    token_warmup_step: float = option(
+        0.0, minimum=0, help="begin with few parts and have all after so many steps, or after this share of all below 1"
+    )
     flip_aug: bool = option(False, help="mirror images half of the time; not for faces or text")
     color_aug: bool = option(False, help="change hue or brightness a little, a third of the time")
     random_crop: bool = option(False, help="cut images anywhere instead of in the middle, anew each time")

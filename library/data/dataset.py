@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from library.data.cache import LatentCache, TextCache, encode_captions, encode_images
-from library.data.captions import caption_text, is_static
+from library.data.captions import Sight, as_written, caption_text, is_static
 from library.data.loader import PixelLoader
 from library.data.masks import MaskCache, cache_masks
 from library.data.plan import PlannedBatch, epoch_batches
@@ -19,6 +20,9 @@ from library.data.prepare import Prepared
 from library.data.samples import Sample, Size
 from library.data.views import View, drawn_view, fixed_view
 from library.rng import python_random
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import SubsetSpec
 
 
 class Draw(NamedTuple):
@@ -52,15 +56,29 @@ class Batch:
 
 
 class TrainingData:
-    """All that is trained. It has no state but its caches: a batch is a function of (seed, epoch, planned batch)."""
+    """All that is trained. It has no state but its caches: a batch is a function of (seed, epoch, planned batch).
 
-    def __init__(self, prepared: Prepared, *, seed: int, prior_loss_weight: float = 1.0) -> None:
+    `batches_per_step`: the batches of one optimizer step, of all processes; `total_steps`: the steps of the run. Token
+    warm-up goes by these.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        seed: int,
+        prior_loss_weight: float = 1.0,
+        batches_per_step: int = 1,
+        total_steps: int = 0,
+    ) -> None:
         self.samples = prepared.samples
         self.placements = prepared.placements
         self.groups = prepared.groups
         self.summaries = prepared.summaries
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
+        self.batches_per_step = batches_per_step
+        self.total_steps = total_steps
         self.latents: LatentCache | None = None
         self.masks: MaskCache | None = None
         self.texts: TextCache | None = None
@@ -75,8 +93,17 @@ class TrainingData:
         return epoch_batches(self.groups, seed=self.seed, epoch=epoch)
 
     def captions(self) -> list[str]:
-        """The distinct texts, unshuffled."""
-        return list(dict.fromkeys(caption_text(sample.caption, sample.subset, None) for sample in self.samples))
+        """The distinct texts that draws start from: see `captions.as_written`."""
+        texts = (text for sample in self.samples for text in as_written(sample.caption, sample.subset))
+        return list(dict.fromkeys(texts))
+
+    def example(self, subset: SubsetSpec) -> str | None:
+        """The text of the first sight of an image of this subset, in the order of training."""
+        for planned, step in self._steps(epoch=0).items():
+            for index, repeat in planned:
+                if self.samples[index].subset == subset:
+                    return self._caption(Draw(self.samples[index], 0, repeat), step)
+        return None
 
     def cache_latents(self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int) -> None:
         """See `cache.encode_images`; where `flip_aug` is set, both ways round are encoded."""
@@ -102,15 +129,25 @@ class TrainingData:
     def batches(self, plan: Sequence[PlannedBatch], *, epoch: int, loader: PixelLoader) -> Iterator[Batch]:
         """The planned batches that this process is to train, in order: a whole epoch's share or the rest of one."""
         views: Iterator[list[View]] = (self.views(planned, epoch) for planned in plan)
+        steps = self._steps(epoch)
         if self.latents is not None:
             assert self.masks is not None
             for planned, seen in zip(plan, views, strict=True):
-                moments, masks = self.latents.get(seen), self.masks.get(seen)
-                yield self._batch(planned, epoch, seen, pixels=None, moments=moments, masks=masks)
+                moments, masks, step = self.latents.get(seen), self.masks.get(seen), steps[planned]
+                yield self._batch(planned, epoch, seen, step=step, pixels=None, moments=moments, masks=masks)
         else:
             views, to_load = tee(views)
             for planned, seen, (pixels, masks) in zip(plan, views, loader(to_load), strict=True):
-                yield self._batch(planned, epoch, seen, pixels=pixels, moments=None, masks=masks)
+                step = steps[planned]
+                yield self._batch(planned, epoch, seen, step=step, pixels=pixels, moments=None, masks=masks)
+
+    def _steps(self, epoch: int) -> Mapping[PlannedBatch, int]:
+        """The optimizer's steps done before each batch of this epoch, by its place in the plan.
+
+        So neither what a process has of the epoch nor where a run was resumed matters.
+        """
+        before = epoch * -(-self.batches_per_epoch // self.batches_per_step)  # an epoch ends with a step
+        return {planned: before + i // self.batches_per_step for i, planned in enumerate(self.plan(epoch))}
 
     def views(self, planned: PlannedBatch, epoch: int) -> list[View]:
         """What is seen of each image of a batch."""
@@ -119,10 +156,10 @@ class TrainingData:
             for index, repeat in planned
         ]
 
-    def _caption(self, sample: Sample, epoch: int, repeat: int) -> str:
-        return caption_text(
-            sample.caption, sample.subset, python_random(self.seed, epoch, repeat, sample.key, "caption")
-        )
+    def _caption(self, draw: Draw, step: int) -> str:
+        sample, epoch, repeat = draw
+        draws = partial(python_random, self.seed, epoch, repeat, sample.key)
+        return caption_text(sample.caption, sample.subset, Sight(draws, epoch, step, self.total_steps))
 
     def _batch(
         self,
@@ -130,12 +167,13 @@ class TrainingData:
         epoch: int,
         views: Sequence[View],
         *,
+        step: int,
         pixels: Tensor | None,
         moments: tuple[Tensor, Tensor] | None,
         masks: Tensor | None,
     ) -> Batch:
         draws = [Draw(self.samples[index], epoch, repeat) for index, repeat in planned]
-        captions = [self._caption(*draw) for draw in draws]
+        captions = [self._caption(draw, step) for draw in draws]
         weights = [self.prior_loss_weight if draw.sample.subset.is_reg else 1.0 for draw in draws]
         return Batch(
             samples=draws,

@@ -15,8 +15,8 @@ from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
 from library.data.masks import find_masks, refuse_other_sizes
 from library.data.plan import Group
-from library.data.samples import Sample, Size, SubsetSummary
-from library.data.sources import dreambooth
+from library.data.samples import Sample, Scan, Size, SubsetSummary
+from library.data.sources import dreambooth, metadata
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_image
     return Prepared(samples, placements, groups, summaries)
 
 
-def _scan(subset: SubsetSpec, index: int) -> dreambooth.Scan:
-    scan = dreambooth.scan(subset, index)
+def _scan(subset: SubsetSpec, index: int) -> Scan:
+    scan = dreambooth.scan(subset, index) if subset.metadata_file is None else metadata.scan(subset, index)
     return scan._replace(samples=find_masks(scan.samples))
 
 
@@ -148,9 +148,7 @@ def _group(
     return [Group(dataset, size, batch_size, tuple(members[size])) for size in sorted(members)]
 
 
-def _counted(
-    scans: Sequence[dreambooth.Scan], readable: Sequence[Sample], used: Sequence[Sample]
-) -> Iterator[SubsetSummary]:
+def _counted(scans: Sequence[Scan], readable: Sequence[Sample], used: Sequence[Sample]) -> Iterator[SubsetSummary]:
     """The summaries of a data set with what became of the images of each subset."""
     are_readable = Counter(sample.subset for sample in readable)
     are_used = Counter(sample.subset for sample in used)

@@ -29,7 +29,8 @@ class Sample:
     """One image of one subset.
 
     `key` names it in every keyed draw: "{subset index}/{path inside the subset}", the same on every machine.
-    `caption` is the text as the source has it; `captions.caption_text` makes what is trained out of it.
+    `caption` is the text as the source has it, several lines if `enable_wildcard` is set;
+    `captions.caption_text` makes what is trained out of it.
     `size` is that of the upright image, `UNMEASURED` until the image has been opened. `mask` is an image that weighs
     the loss; `face` is there where the cuts are made about it.
     """
@@ -59,3 +60,10 @@ class SubsetSummary:
     shared_names: int = 0
     other_image_files: int = 0
     subfolders_with_images: int = 0
+
+
+class Scan(NamedTuple):
+    """What a source found in a subset. The samples are not measured yet."""
+
+    samples: list[Sample]
+    summary: SubsetSummary

@@ -61,6 +61,7 @@ class StableDiffusion:
         clip_skip: int | None,
         max_token_length: int | None,
         zero_terminal_snr: bool = False,
+        weighted_captions: bool = False,
     ) -> None:
         self._base = base = base.with_vae(vae) if vae else base
         self.path, self.vae_path = base.path, vae
@@ -91,6 +92,7 @@ class StableDiffusion:
         self.token_limit = max_token_length or _TOKEN_LIMITS[0]
         if self.token_limit not in _TOKEN_LIMITS:
             raise UserError(f"max_token_length {max_token_length}: must be one of {', '.join(map(str, _TOKEN_LIMITS))}")
+        self.weighted_captions = weighted_captions
 
         self.vae: nn.Module | None = None
         self.text_encoders: list[nn.Module] = []
@@ -152,18 +154,27 @@ class StableDiffusion:
         return (latents.mean.float() - self._shift) * self._scaling, latents.std.float() * self._scaling
 
     def count_tokens(self, caption: str) -> int:
-        from library.models.prompts import content_tokens
+        from library.models.prompts import content_tokens, weighted_tokens
 
+        if self.weighted_captions:
+            return len(weighted_tokens(self._tokenizer, caption)[0])
         return len(content_tokens(self._tokenizer, caption))
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D]}. Differentiable, for adapters in the text encoder."""
-        from library.models.prompts import chunked_ids, encode
+        from library.models.prompts import chunked_ids, encode, weighted_ids
 
         (encoder,) = self.text_encoders
-        ids = chunked_ids(self._tokenizer, captions, limit=self.token_limit)
+        weights = None
+        if self.weighted_captions:
+            ids, weights = weighted_ids(self._tokenizer, captions, limit=self.token_limit)
+        else:
+            ids = chunked_ids(self._tokenizer, captions, limit=self.token_limit)
         ids = ids.to(encoder.embeddings.position_ids.device)
-        return {"hidden_states": encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)}
+        states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
+        if weights is not None:
+            states = states * weights[:, :, None].to(states)
+        return {"hidden_states": states}
 
     def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Noise or velocity, as `prediction_type` says, [B, C, h, w]; t in 0 … 999."""

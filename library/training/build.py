@@ -29,7 +29,7 @@ from library.training import loop, save
 from library.training.facts import run_metadata
 from library.training.objective import make_objective
 from library.training.plan import Plan
-from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook
+from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,19 @@ def build(plan: Plan) -> Built:
     accelerator = _accelerator(options)
     saves = _save_plan(plan, accelerator)
     schedule = _schedule(options, choice, total_steps=saves.total_steps)
-    data = TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=options.data.prior_loss_weight)
+    data = TrainingData(
+        plan.prepared,
+        seed=plan.seed,
+        prior_loss_weight=options.data.prior_loss_weight,
+        batches_per_step=accelerator.num_processes * options.training.gradient_accumulation_steps,
+        total_steps=saves.total_steps,
+    )
 
     _load_and_encode(plan.family, data, options, accelerator, cache=not options.run.dry_run)
     network = _network(plan, accelerator)
+    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
+        with without(network):  # refused now, where it cannot be switched off, and not in the first step
+            pass
     groups = optimizer_groups(
         network,
         text_encoder_lr=options.optimizer.text_encoder_lr,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.data.captions import caption_text
+from library.data.captions import as_written, changing_options
 from library.data.dataset import Batch, Draw
 from library.optimizers.create import state_bytes
 from library.training import loop
@@ -89,18 +89,28 @@ def _data(built: Built) -> Iterator[str]:
         kind = "regularisation images" if summary.subset.is_reg else "images"
         yield _line(
             "images",
-            f"{summary.subset.image_dir}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
+            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
             f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
         )
     texts = built.run.data.captions()
     too_long = sum(family.count_tokens(text) > family.token_limit for text in texts)
     yield _line("captions", f"{len(texts)} different, {too_long} cut off at {family.token_limit} tokens")
+    for spec in dict.fromkeys(summary.subset for summary in prepared.summaries):
+        if (text := built.run.data.example(spec)) is not None:
+            changing = ", ".join(f"{name} {_value(getattr(spec, name))}".strip() for name in changing_options(spec))
+            each = f" (another text each time: {changing})" if changing else ""
+            yield _line("", f"trained for example: '{text}'{each}")
     for group in prepared.groups:
         width, height = group.size
         yield _line(
             "bucket",
             f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {group.batches} batches",
         )
+
+
+def _value(value: bool | float) -> str:
+    """An option's value behind its name; nothing for one that is just on."""
+    return "" if value is True else f"{value:g}"
 
 
 def _length(built: Built) -> Iterator[str]:
@@ -177,7 +187,7 @@ def synthetic_batch(built: Built) -> Batch:
     group = max(built.plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
     members = [(index, repeat) for index, repeats in group.members for repeat in range(repeats)][: group.batch_size]
     draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
-    captions = [caption_text(draw.sample.caption, draw.sample.subset, None) for draw in draws]
+    captions = [as_written(draw.sample.caption, draw.sample.subset)[0] for draw in draws]
     pixels = _pixels(built, len(draws))
     height, width = (side // run.family.vae_factor for side in pixels.shape[2:])
     latents = torch.zeros(len(draws), run.family.latent_channels, height, width)

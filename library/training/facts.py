@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from library.config.objective import ObjectiveOptions
-from library.data.captions import caption_text
+from library.data.captions import as_written
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
 from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
@@ -68,6 +69,9 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         training_comment=options.output.training_comment,
         optimizer=choice.path + (f"({arguments})" if arguments else ""),
         max_grad_norm=options.optimizer.max_grad_norm,
+        caption_dropout_rate=_option_of_all(plan, "caption_dropout_rate"),
+        caption_dropout_every_n_epochs=_option_of_all(plan, "caption_dropout_every_n_epochs"),
+        caption_tag_dropout_rate=_option_of_all(plan, "caption_tag_dropout_rate"),
         prior_loss_weight=options.data.prior_loss_weight,
         min_snr_gamma=wanted.min_snr_gamma,
         scale_weight_norms=options.network.scale_weight_norms,
@@ -104,6 +108,12 @@ def _timestep_range(options: ObjectiveOptions) -> tuple[int, int] | None:
     return None if low is None and high is None else (low or 0, 1000 if high is None else high)
 
 
+def _option_of_all(plan: Plan, name: str) -> Any:
+    """What all subsets have for this option; where they differ, the option itself, as in kohya's files."""
+    values = {getattr(subset, name) for dataset in plan.datasets for subset in dataset.subsets}
+    return values.pop() if len(values) == 1 else getattr(plan.options.data, name)
+
+
 def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
     for number, spec in enumerate(plan.datasets):
         groups = [group for group in data.groups if group.dataset == number]
@@ -137,13 +147,14 @@ def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
     """One for each folder that the samples of a data set come from."""
     by_origin: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
-        by_origin.setdefault((sample.subset.origin, str(sample.subset.image_dir)), []).append(sample)
+        by_origin.setdefault((sample.subset.origin, str(sample.subset.source)), []).append(sample)
     return [
         SubsetFacts(
             image_dir=own[0].subset.image_dir,
+            metadata_file=own[0].subset.metadata_file,
             img_count=len(own),
             num_repeats=own[0].subset.num_repeats,
-            captions=[caption_text(sample.caption, sample.subset, None) for sample in own],
+            captions=[text for sample in own for text in as_written(sample.caption, sample.subset)],
             is_reg=own[0].subset.is_reg,
             class_tokens=own[0].subset.class_tokens,
             color_aug=own[0].subset.color_aug,
@@ -152,6 +163,9 @@ def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
             resize_interpolation=own[0].subset.resize_interpolation,
             shuffle_caption=own[0].subset.shuffle_caption,
             keep_tokens=own[0].subset.keep_tokens,
+            keep_tokens_separator=own[0].subset.keep_tokens_separator,
+            secondary_separator=own[0].subset.secondary_separator,
+            enable_wildcard=own[0].subset.enable_wildcard,
             caption_prefix=own[0].subset.caption_prefix,
             caption_suffix=own[0].subset.caption_suffix,
         )

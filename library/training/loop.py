@@ -8,6 +8,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from library.data.plan import of_rank, split_into_steps
 from library.optimizers.create import effective_rates
 from library.progress import progress
 from library.training.step import Objective, batch_loss
+from networks.protocol import without
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,7 +147,15 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     device = run.accelerator.device
     with run.accelerator.autocast():
-        loss = batch_loss(batch, run.family, run.objective, seed=run.seed, device=device, train_text=run.train_text)
+        loss = batch_loss(
+            batch,
+            run.family,
+            run.objective,
+            seed=run.seed,
+            device=device,
+            train_text=run.train_text,
+            without=partial(without, run.network),
+        )
     run.accelerator.backward(loss * weight)
     return loss.detach() * weight
 

@@ -100,9 +100,10 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetFacts:
-    """One image folder."""
+    """One image folder, or one metadata file."""
 
     image_dir: Path
+    metadata_file: Path | None = None
     img_count: int  # images, without repeats
     num_repeats: int
     captions: Sequence[str] = ()  # one per image, as trained before shuffling: for the tag frequencies
@@ -240,7 +241,7 @@ def tag_frequency(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """How often each tag stands in the captions, by folder name. Tags lie between commas; case is ignored."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        counts = folders.setdefault(subset.image_dir.name, {})
+        counts = folders.setdefault(_name(subset), {})
         for caption in subset.captions:
             for tag in filter(None, (word.strip().lower() for word in caption.split(","))):
                 counts[tag] = counts.get(tag, 0) + 1
@@ -280,13 +281,17 @@ def dataset_metadata(
     return {f"ss_{key}": str(value) for key, value in single.items()} | common
 
 
+def _name(subset: SubsetFacts) -> str:
+    return (subset.metadata_file or subset.image_dir).name  # never a path: files get published
+
+
 def _folders(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """Repeats and images by folder name; a name seen before gets a number."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        name, number = subset.image_dir.name, 2
+        name, number = _name(subset), 2
         while name in folders:
-            name, number = f"{subset.image_dir.name} ({number})", number + 1
+            name, number = f"{_name(subset)} ({number})", number + 1
         folders[name] = {"n_repeats": subset.num_repeats, "img_count": subset.img_count}
     return folders
 
@@ -303,7 +308,7 @@ def _bucket_info(dataset: DatasetFacts) -> dict[str, object] | None:
 
 def _dataset(dataset: DatasetFacts) -> dict[str, object]:
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
         "batch_size_per_device": dataset.batch_size,
         "num_train_images": dataset.num_train_images,
         "num_reg_images": dataset.num_reg_images,
@@ -320,7 +325,9 @@ def _dataset(dataset: DatasetFacts) -> dict[str, object]:
 
 def _subset(subset: SubsetFacts) -> dict[str, object]:
     values = {field.name: getattr(subset, field.name) for field in fields(subset) if field.name != "captions"}
-    return values | {"image_dir": subset.image_dir.name}  # never a path: files get published
+    unused = ("metadata_file",) if subset.metadata_file is None else ("class_tokens", "is_reg")
+    values |= {"image_dir": subset.image_dir.name, "metadata_file": _name(subset)}
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 # -- hashes

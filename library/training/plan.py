@@ -13,7 +13,7 @@ from library.config import registry
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.masks import check_masks
 from library.config.options import Options
-from library.data.captions import refuse_text_cache_of_changing_captions
+from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
@@ -55,6 +55,7 @@ def make_plan(options: Options) -> Plan:
         refuse_latent_cache_of_changing_images(datasets)
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
+    warn_of_captions_options(datasets)
     creator, arguments = _network_arguments(options)
     weights = options.network.network_weights
     if weights is not None and not Path(weights).is_file():
@@ -81,6 +82,7 @@ def make_plan(options: Options) -> Plan:
         clip_skip=options.model.clip_skip,
         max_token_length=options.model.max_token_length,
         zero_terminal_snr=options.objective.zero_terminal_snr,
+        weighted_captions=options.model.weighted_captions,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
     return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,9 +68,20 @@ def element_loss(objective: Objective, prediction_BCHW: Tensor, target_BCHW: Ten
 
 
 def batch_loss(
-    batch: Batch, family: ModelFamily, objective: Objective, *, seed: int, device: torch.device, train_text: bool
+    batch: Batch,
+    family: ModelFamily,
+    objective: Objective,
+    *,
+    seed: int,
+    device: torch.device,
+    train_text: bool,
+    without: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
-    """Mean loss of the batch, a scalar in fp32; each sample weighted by its own weight and by its timestep's."""
+    """Mean loss of the batch, a scalar in fp32; each sample weighted by its own weight and by its timestep's.
+
+    `without()` is a context in which the network has no effect: what is predicted there is the target of samples with
+    `diff_output_preservation`.
+    """
     latents = latents_of(batch, family, seed, device)
     noise, added_noise = draw_noise(objective.noise, latents, seed, batch.samples)
     t = stacked_timesteps(objective.timestep, seed, batch.samples)
@@ -78,6 +90,12 @@ def batch_loss(
 
     condition = condition_of(batch, family, device, train_text=train_text)
     prediction = family.predict(noisy, t.to(device), condition)
+    preserved = [i for i, draw in enumerate(batch.samples) if draw.sample.subset.diff_output_preservation]
+    if preserved:
+        of_preserved = {name: value[preserved] for name, value in condition.items()}
+        target = target.clone()  # it can be the noise itself
+        with torch.no_grad(), without():
+            target[preserved] = family.predict(noisy[preserved], t[preserved].to(device), of_preserved).to(target)
 
     # fp32: squares of bf16 differences lose the small errors that late training is about
     per_element = element_loss(objective, prediction.float(), target.float(), t)
