@@ -87,7 +87,7 @@ WITHOUT_EFFECT: dict[str, Row] = {
     "disable_mmap_load_safetensors": flag(why=_MEMORY),
     "tokenizer_cache_dir": value(why="the tokenizer ships with this program"),
     "skip_cache_check": flag(why="caches are kept in memory and made anew for each run"),
-    "use_safetensors": flag(why="a LoRA is saved as safetensors in any case"),
+    "use_safetensors": flag(why="--save_model_as says in which format a LoRA is saved"),
     "ddp_gradient_as_bucket_view": flag(why="it only tunes the traffic between devices"),
     "ddp_static_graph": flag(why="it only tunes the traffic between devices"),
 }
@@ -164,9 +164,6 @@ NOT_YET: dict[str, Row] = {
     "zero3_init_flag": flag(only_with="deepspeed"),
     "zero3_save_16bit_model": flag(only_with="deepspeed"),
     "zero_stage": value(2, only_with="deepspeed"),
-    # base model
-    "base_weights": values(),
-    "base_weights_multiplier": values(only_with="base_weights"),
     # state
     "initial_epoch": value(),
     "initial_step": value(),

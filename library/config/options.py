@@ -116,8 +116,14 @@ class NetworkOptions:
     network_args: tuple[str, ...] = option((), help="more settings of the module: conv_dim=4 conv_alpha=1 ...")
     network_train_unet_only: bool = option(False, help="train the UNet's part only")
     network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
-    network_weights: str | None = option(None, help="a LoRA file to start from")
+    network_weights: str | None = option(
+        None, help="a LoRA file to start from, in the naming of kohya, diffusers or PEFT"
+    )
     dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
+    base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base model before training")
+    base_weights_multiplier: tuple[float, ...] | None = option(
+        None, help="how strongly, one for each of these files (default: 1 each)"
+    )
     scale_weight_norms: float | None = option(
         None, minimum=0, zero_is_unset=True, help="scale down what grows beyond this norm; 1 is a good start"
     )
@@ -127,6 +133,9 @@ class NetworkOptions:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
+        files, multipliers = len(self.base_weights), len(self.base_weights_multiplier or ())
+        if multipliers > files:
+            raise UserError(f"--base_weights_multiplier: {multipliers} of them for {files} files in --base_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +239,9 @@ class OutputOptions:
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
         None, help="the precision of the file (default: as trained)"
     )
-    save_model_as: Literal["safetensors"] = option("safetensors", not_yet=("ckpt", "pt"), help="the file's format")
+    save_model_as: Literal["safetensors", "ckpt", "pt"] = option(
+        "safetensors", help="the file's format; ckpt and pt are pickled tables of tensors without metadata"
+    )
     save_every_n_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n steps")
     save_n_epoch_ratio: int | None = option(

@@ -30,7 +30,9 @@ from library.training import loop, save
 from library.training.facts import run_metadata
 from library.training.plan import Plan
 from library.training.step import Objective
+from networks.merge import BaseWeights
 from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook
+from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ def build(plan: Plan) -> Built:
     warmup = warmup_steps(options.optimizer.lr_warmup_steps, saves.total_steps)
     data = TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=options.data.prior_loss_weight)
 
-    _load_and_encode(plan.family, data, options, accelerator, cache=not options.run.dry_run)
+    base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
+    _load_and_encode(plan.family, data, options, accelerator, base_weights, cache=not options.run.dry_run)
     network = _network(plan, accelerator)
     groups = optimizer_groups(
         network,
@@ -142,6 +145,7 @@ def _save_plan(plan: Plan, accelerator: Accelerator) -> save.SavePlan:
         every_n_epochs=every_n_epochs,
         last_n_steps=output.save_last_n_steps,
         last_n_epochs=output.save_last_n_epochs,
+        ending=output.save_model_as,
     )
     if accelerator.is_main_process and not options.run.dry_run:
         save.check_free([*saves.planned_files(), *pictures(options, saves).values()], overwrite=output.overwrite)
@@ -163,7 +167,13 @@ def vae_dtype(options: Options) -> torch.dtype:
 
 
 def _load_and_encode(
-    family: ModelFamily, data: TrainingData, options: Options, accelerator: Accelerator, *, cache: bool
+    family: ModelFamily,
+    data: TrainingData,
+    options: Options,
+    accelerator: Accelerator,
+    base_weights: BaseWeights,
+    *,
+    cache: bool,
 ) -> None:
     """VAE, text encoders, UNet, one after the other, so that no more lies in memory than is needed at the time.
 
@@ -177,6 +187,7 @@ def _load_and_encode(
         _give_back(device)
 
     family.load_text_encoders(dtype, device)
+    base_weights.merge_into(family.adapter_targets())  # before captions are encoded
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         data.cache_captions(family.encode_prompts, batch_size=batch_size)
@@ -184,6 +195,8 @@ def _load_and_encode(
         _give_back(device)
 
     family.load_unet(dtype, device)
+    base_weights.merge_into([target for target in family.adapter_targets() if target.part == "unet"])
+    base_weights.report()
     # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
     assert family.unet is not None
     family.unet.train()
@@ -216,9 +229,12 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
         name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
     }
     text_encoders = family.third_party_text_encoders()
+    start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
     with _refusals(wanted.network_module):
         if wanted.dim_from_weights:
-            network, _ = creator(1.0, wanted.network_weights, family.vae, text_encoders, family.unet, **arguments)
+            # the tensors as well: whatever names the file has, these are kohya's
+            file = wanted.network_weights
+            network, _ = creator(1.0, file, family.vae, text_encoders, family.unet, weights_sd=start, **arguments)
         else:
             network = creator(
                 1.0,
@@ -234,8 +250,9 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
     network.apply_to(text_encoders, family.unet, _trains_text(options), trains_unet)
-    if wanted.network_weights is not None:
-        load_weights(network, wanted.network_weights)
+    if start is not None:
+        assert wanted.network_weights is not None
+        load_weights(network, wanted.network_weights, start)
     if options.precision.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     full = options.precision.full_fp16 or options.precision.full_bf16

@@ -51,9 +51,8 @@ def make_plan(options: Options) -> Plan:
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
     creator, arguments = _network_arguments(options)
-    weights = options.network.network_weights
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"--network_weights {weights}: no such file{nearest_path(Path(weights))}")
+    _refuse_missing_weights("network_weights", options.network.network_weights)
+    _refuse_missing_weights("base_weights", *options.network.base_weights)
     seed = options.training.seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
@@ -78,6 +77,12 @@ def make_plan(options: Options) -> Plan:
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
     return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())
+
+
+def _refuse_missing_weights(option: str, *files: str | None) -> None:
+    for file in files:
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
 
 
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
