@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal, get_type_hints
 
 from library.config.fields import Declared, declared, option, read_resolution, read_steps, read_token_length
+from library.config.samplers import SAMPLERS, read_sampler
 from library.errors import UserError
 
 
@@ -277,14 +278,43 @@ class OutputOptions:
 class LoggingOptions:
     """Logs"""
 
-    logging_dir: str | None = option(None, help="the folder for TensorBoard's logs; none are written without it")
-    log_with: Literal["tensorboard"] | None = option(None, not_yet=("wandb", "all"), help="what to log with")
+    logging_dir: str | None = option(None, help="the folder for logs, TensorBoard's if --log_with says nothing")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = option(
+        None, help="what to log with; wandb needs that package; all means both"
+    )
     log_prefix: str | None = option(None, help="put before the time in the name of the run's log folder")
-    log_tracker_name: str | None = option(None, help="the name of the tracker (default: network_train)")
+    log_tracker_name: str | None = option(
+        None, help="the name of the tracker, wandb's project (default: network_train)"
+    )
+    log_tracker_config: str | None = option(
+        None, help="a TOML file with more settings of the trackers, under [tensorboard] and [wandb]"
+    )
+    log_config: bool = option(False, help="log the options as well, but for keys and paths")
+    wandb_run_name: str | None = option(None, help="the run's name in wandb")
+    wandb_api_key: str | None = option(None, help="the key to log in to wandb with")
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
+        None, help="which messages are shown (default: INFO)"
+    )
+    console_log_file: str | None = option(None, help="a file for the messages, which the console does not show then")
 
     def __post_init__(self) -> None:
-        if self.log_with is not None and self.logging_dir is None:
+        if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
             raise UserError(f"--log_with {self.log_with} needs --logging_dir, the folder to write to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Samples during training"""
+
+    sample_prompts: str | None = option(
+        None, help="a file of prompts to draw: .txt (one a line, with flags such as --w 512 --d 1), .toml or .json"
+    )
+    sample_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="draw them every n steps")
+    sample_every_n_epochs: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="draw them every n epochs; goes before steps"
+    )
+    sample_at_first: bool = option(False, help="draw them before training, too")
+    sample_sampler: str = option("ddim", read=read_sampler, help=f"how to draw: {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +343,7 @@ class Options:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)
+    samples: SampleOptions = field(default_factory=SampleOptions)
     run: RunOptions = field(default_factory=RunOptions)
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from library.losses import LOSSES, WEIGHTINGS
 from library.models.family import ModelFamily
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule, warmup_steps
-from library.training import loop, save
+from library.training import loop, sample, save, trackers
 from library.training.facts import run_metadata
 from library.training.plan import Plan
 from library.training.step import Objective
@@ -48,19 +47,22 @@ class Built:
     saves: save.SavePlan
     groups: ParameterGroups  # with the rates as given, which a schedule changes in the optimizer's own
     warmup: int
+    prompts: sample.EncodedPrompts
+    samples: Callable[[int], None]  # draw what is due after so many steps
 
 
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
     choice = plan.choice
-    accelerator = _accelerator(options)
+    accelerator = _accelerator(plan)
     saves = _save_plan(plan, accelerator)
     warmup = warmup_steps(options.optimizer.lr_warmup_steps, saves.total_steps)
     data = TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=options.data.prior_loss_weight)
 
     base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
-    _load_and_encode(plan.family, data, options, accelerator, base_weights, cache=not options.run.dry_run)
+    prompts = sample.EncodedPrompts(plan.family, _drawn_prompts(plan))
+    _load_and_encode(plan.family, data, options, accelerator, base_weights, prompts, cache=not options.run.dry_run)
     network = _network(plan, accelerator)
     groups = optimizer_groups(
         network,
@@ -99,29 +101,28 @@ def build(plan: Plan) -> Built:
         save=_nothing,
         save_now=_nothing,
     )
+    samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and not options.run.dry_run:
         metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes)
         precision = options.output.save_precision
-        run.save = partial(_save_due, saves, network, precision, metadata)
+        samples = _sampling(plan, saves, accelerator, network, prompts) or samples
+        run.save = partial(_save_due, saves, network, precision, metadata, samples)
         run.save_now = partial(_save_now, saves, network, precision, metadata)
-    return Built(run, plan, saves, groups, warmup)
+    return Built(run, plan, saves, groups, warmup, prompts, samples)
 
 
-def _accelerator(options: Options) -> Accelerator:
-    logging_dir = options.logging.logging_dir
-    if logging_dir is not None:
-        stamp = time.strftime("%Y%m%d%H%M%S")
-        logging_dir = str(Path(logging_dir) / f"{options.logging.log_prefix or ''}{stamp}")
+def _accelerator(plan: Plan) -> Accelerator:
+    options = plan.options
     try:
         accelerator = Accelerator(
             mixed_precision=options.precision.mixed_precision,
-            log_with="tensorboard" if logging_dir else None,
-            project_dir=logging_dir,
+            log_with=list(plan.trackers.names) or None,
+            project_dir=plan.trackers.folder,
         )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
-    if logging_dir is not None and not options.run.dry_run:
-        accelerator.init_trackers(options.logging.log_tracker_name or "network_train")
+    if not options.run.dry_run:
+        trackers.start(accelerator, plan.trackers, options)
     return accelerator
 
 
@@ -161,6 +162,36 @@ def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
     return {kind: saves.last_file.with_name(f"{stem}-{kind}.png") for kind, asked in wanted.items() if asked}
 
 
+def _drawn_prompts(plan: Plan) -> list[str]:
+    """Every text that samples and pictures will need, negative ones as well."""
+    samples = plan.samples.prompts if plan.samples is not None else ()
+    texts = [text for item in samples for text in (item.prompt, item.negative_prompt)]
+    return [*texts, *plan.options.output.compare_prompts, ""]
+
+
+def _sampling(
+    plan: Plan, saves: save.SavePlan, accelerator: Accelerator, network: Any, prompts: sample.EncodedPrompts
+) -> sample.Sampling | None:
+    """What draws samples during training, if any are to be drawn."""
+    if plan.samples is None:
+        return None
+    for item in plan.samples.prompts:
+        sample.check_sampler(item.sample_sampler or plan.samples.sampler)
+    return sample.Sampling(
+        times=plan.samples,
+        family=plan.family,
+        network=network,
+        encode=prompts,
+        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.options), accelerator.device),
+        autocast=accelerator.autocast,
+        show=partial(trackers.log_image, accelerator),
+        folder=saves.folder / "sample",
+        name=saves.name,
+        seed=plan.seed,
+        steps_per_epoch=saves.steps_per_epoch,
+    )
+
+
 def vae_dtype(options: Options) -> torch.dtype:
     """What the VAE computes in."""
     return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
@@ -172,6 +203,7 @@ def _load_and_encode(
     options: Options,
     accelerator: Accelerator,
     base_weights: BaseWeights,
+    prompts: sample.EncodedPrompts,
     *,
     cache: bool,
 ) -> None:
@@ -191,6 +223,7 @@ def _load_and_encode(
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         data.cache_captions(family.encode_prompts, batch_size=batch_size)
+        prompts.keep()
         family.release_text_encoders()
         _give_back(device)
 
@@ -326,12 +359,20 @@ def _nothing(step: int) -> None:
     """What processes other than the first save."""
 
 
-def _save_due(saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, step: int) -> None:
-    """Write what is due after `step` steps, then remove what retention no longer keeps."""
+def _save_due(
+    saves: save.SavePlan,
+    network: Any,
+    precision: str | None,
+    metadata: Any,
+    samples: Callable[[int], None],
+    step: int,
+) -> None:
+    """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
     for due in saves.due(step):
         save.save_network(network, due.path, precision=precision, metadata=metadata.at(steps=step, epoch=due.epoch))
         if due.remove is not None:
             save.remove_old(due.remove)
+    samples(step)
 
 
 def _save_now(saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, step: int) -> Path:

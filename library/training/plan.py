@@ -15,6 +15,8 @@ from library.config.options import Options
 from library.data.captions import refuse_text_cache_of_changing_captions
 from library.errors import UserError, nearest_path
 from library.models import open_family
+from library.training.sample_prompts import SampleTimes, plan_samples
+from library.training.trackers import TrackerPlan, plan_trackers
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -42,6 +44,8 @@ class Plan:
     network_creator: str
     network_arguments: dict[str, Any]
     seed: int
+    trackers: TrackerPlan
+    samples: SampleTimes | None
     started_at: float
 
 
@@ -53,6 +57,8 @@ def make_plan(options: Options) -> Plan:
     creator, arguments = _network_arguments(options)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
+    trackers = plan_trackers(options)
+    samples = plan_samples(options.samples)
     seed = options.training.seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
@@ -76,7 +82,7 @@ def make_plan(options: Options) -> Plan:
         max_token_length=options.model.max_token_length,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
-    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())
+    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, trackers, samples, time.time())
 
 
 def _refuse_missing_weights(option: str, *files: str | None) -> None:
