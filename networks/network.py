@@ -200,7 +200,7 @@ class AdapterNetwork(nn.Module):
         where the base's weight lies, and is written in the weight's own dtype.
         """
         if weights_sd is not None:
-            self._load(dict(weights_sd), "the weights to merge")
+            self.load_tensors(weights_sd, "the weights to merge")
         for adapter in self.adapters:
             assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
             weight = adapter.site.module.weight
@@ -272,22 +272,32 @@ class AdapterNetwork(nn.Module):
     # -- files
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write a .safetensors file in kohya's names; `dtype` None keeps the dtype that was trained."""
+        """Write a file in kohya's names; `dtype` None keeps the dtype that was trained.
+
+        Its ending decides: .safetensors, or else (.ckpt, .pt) a pickled table of tensors, which holds no metadata.
+        """
         tensors = {key: value.to("cpu", dtype or value.dtype).contiguous() for key, value in self.state_dict().items()}
-        save_file(tensors, file, dict(metadata) if metadata else None)
+        if file.endswith(".safetensors"):
+            save_file(tensors, file, dict(metadata) if metadata else None)
+        else:
+            # clones: a tensor that shares its storage would bring all of it along
+            torch.save({key: value.clone() for key, value in tensors.items()}, file)
 
     def load_weights(self, file: str) -> LoadReport:
-        """Load what fits. `UserError` if nothing does; a warning with counts if not everything does."""
-        return self._load(read_weights(file), file)
+        """Load a file, whatever its naming; see `load_tensors`."""
+        return self.load_tensors(read_weights(file), file)
 
-    def _load(self, tensors: dict[str, Tensor], source: str) -> LoadReport:
-        for adapter in self.adapters:
-            name = adapter.site.name
-            if f"{name}.alpha" not in tensors and any(key.startswith(f"{name}.") for key in tensors):
-                tensors[f"{name}.alpha"] = torch.tensor(float(adapter.rank))  # old files: alpha is the rank
-        report = compare(self.state_dict(), tensors)
-        check_loaded(report, source)
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
+        """Load tensors in kohya's names, from `source`. `UserError` if none fits or a layer has another shape."""
         modules = by_module(tensors)
+        for adapter in self.adapters:
+            own = modules.get(adapter.site.name)
+            if own is not None:
+                # old files have no alpha: it is the rank; some programs write it as a list of one
+                alpha = own.get("alpha", torch.tensor(float(adapter.rank)))
+                own["alpha"] = alpha.reshape(()) if alpha.numel() == 1 else alpha
+        report = compare(self.state_dict(), _flat(modules))
+        check_loaded(report, source)
         changed = 0
         for name in report.matched:
             adapter = self.get_submodule(name)
@@ -298,6 +308,11 @@ class AdapterNetwork(nn.Module):
         if changed:
             logger.warning("%s: alpha differs from the one given in %d modules: the file's is used", source, changed)
         return report
+
+
+def _flat(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `by_module` took apart."""
+    return {f"{name}.{key}": tensor for name, own in modules.items() for key, tensor in own.items()}
 
 
 def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[float | None]:

@@ -87,9 +87,10 @@ WITHOUT_EFFECT: dict[str, Row] = {
     "disable_mmap_load_safetensors": flag(why=_MEMORY),
     "tokenizer_cache_dir": value(why="the tokenizer ships with this program"),
     "skip_cache_check": flag(why="caches are kept in memory and made anew for each run"),
-    "use_safetensors": flag(why="a LoRA is saved as safetensors in any case"),
+    "use_safetensors": flag(why="--save_model_as says in which format a LoRA is saved"),
     "ddp_gradient_as_bucket_view": flag(why="it only tunes the traffic between devices"),
     "ddp_static_graph": flag(why="it only tunes the traffic between devices"),
+    "console_log_simple": flag(why="messages are plain lines in any case"),
 }
 
 NOT_YET: dict[str, Row] = {
@@ -123,9 +124,6 @@ NOT_YET: dict[str, Row] = {
     "zero3_init_flag": flag(only_with="deepspeed"),
     "zero3_save_16bit_model": flag(only_with="deepspeed"),
     "zero_stage": value(2, only_with="deepspeed"),
-    # base model
-    "base_weights": values(),
-    "base_weights_multiplier": values(only_with="base_weights"),
     # state
     "initial_epoch": value(),
     "initial_step": value(),
@@ -137,23 +135,6 @@ NOT_YET: dict[str, Row] = {
     "save_state_on_train_end": flag(),
     "save_state_to_huggingface": flag(only_with="save_state"),
     "skip_until_initial_step": flag(only_with="initial_step"),
-    # samples during training, which kohya draws if there are both prompts and a time to draw them
-    "sample_at_first": flag(only_with="sample_prompts"),
-    "sample_every_n_epochs": value(None, 0, only_with="sample_prompts"),
-    "sample_every_n_steps": value(None, 0, only_with="sample_prompts"),
-    "sample_prompts": value(
-        needs=("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first"),
-        hint="--compare_prompts draws images after training",
-    ),
-    "sample_sampler": value("ddim", only_with="sample_prompts"),
-    # logs
-    "console_log_file": value(),
-    "console_log_level": value(None, "INFO"),
-    "console_log_simple": flag(),
-    "log_config": flag(),
-    "log_tracker_config": value(),
-    "wandb_api_key": value(only_with="log_with=wandb"),
-    "wandb_run_name": value(only_with="log_with=wandb"),
     # upload
     "async_upload": flag(only_with="huggingface_repo_id"),
     "huggingface_path_in_repo": value(only_with="huggingface_repo_id"),

@@ -22,6 +22,7 @@ from library.config.fields import (
     read_token_length,
 )
 from library.config.objective import ObjectiveOptions
+from library.config.samplers import SAMPLERS, read_sampler
 from library.config.schedule import ScheduleOptions
 from library.errors import UserError
 
@@ -158,8 +159,14 @@ class NetworkOptions:
     network_args: tuple[str, ...] = option((), help="more settings of the module: conv_dim=4 conv_alpha=1 ...")
     network_train_unet_only: bool = option(False, help="train the UNet's part only")
     network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
-    network_weights: str | None = option(None, help="a LoRA file to start from")
+    network_weights: str | None = option(
+        None, help="a LoRA file to start from, in the naming of kohya, diffusers or PEFT"
+    )
     dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
+    base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base model before training")
+    base_weights_multiplier: tuple[float, ...] | None = option(
+        None, help="how strongly, one for each of these files (default: 1 each)"
+    )
     scale_weight_norms: float | None = option(
         None, minimum=0, zero_is_unset=True, help="scale down what grows beyond this norm; 1 is a good start"
     )
@@ -169,6 +176,9 @@ class NetworkOptions:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
+        files, multipliers = len(self.base_weights), len(self.base_weights_multiplier or ())
+        if multipliers > files:
+            raise UserError(f"--base_weights_multiplier: {multipliers} of them for {files} files in --base_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +266,9 @@ class OutputOptions:
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
         None, help="the precision of the file (default: as trained)"
     )
-    save_model_as: Literal["safetensors"] = option("safetensors", not_yet=("ckpt", "pt"), help="the file's format")
+    save_model_as: Literal["safetensors", "ckpt", "pt"] = option(
+        "safetensors", help="the file's format; ckpt and pt are pickled tables of tensors without metadata"
+    )
     save_every_n_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n steps")
     save_n_epoch_ratio: int | None = option(
@@ -292,14 +304,43 @@ class OutputOptions:
 class LoggingOptions:
     """Logs"""
 
-    logging_dir: str | None = option(None, help="the folder for TensorBoard's logs; none are written without it")
-    log_with: Literal["tensorboard"] | None = option(None, not_yet=("wandb", "all"), help="what to log with")
+    logging_dir: str | None = option(None, help="the folder for logs, TensorBoard's if --log_with says nothing")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = option(
+        None, help="what to log with; wandb needs that package; all means both"
+    )
     log_prefix: str | None = option(None, help="put before the time in the name of the run's log folder")
-    log_tracker_name: str | None = option(None, help="the name of the tracker (default: network_train)")
+    log_tracker_name: str | None = option(
+        None, help="the name of the tracker, wandb's project (default: network_train)"
+    )
+    log_tracker_config: str | None = option(
+        None, help="a TOML file with more settings of the trackers, under [tensorboard] and [wandb]"
+    )
+    log_config: bool = option(False, help="log the options as well, but for keys and paths")
+    wandb_run_name: str | None = option(None, help="the run's name in wandb")
+    wandb_api_key: str | None = option(None, help="the key to log in to wandb with")
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
+        None, help="which messages are shown (default: INFO)"
+    )
+    console_log_file: str | None = option(None, help="a file for the messages, which the console does not show then")
 
     def __post_init__(self) -> None:
-        if self.log_with is not None and self.logging_dir is None:
+        if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
             raise UserError(f"--log_with {self.log_with} needs --logging_dir, the folder to write to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Samples during training"""
+
+    sample_prompts: str | None = option(
+        None, help="a file of prompts to draw: .txt (one a line, with flags such as --w 512 --d 1), .toml or .json"
+    )
+    sample_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="draw them every n steps")
+    sample_every_n_epochs: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="draw them every n epochs; goes before steps"
+    )
+    sample_at_first: bool = option(False, help="draw them before training, too")
+    sample_sampler: str = option("ddim", read=read_sampler, help=f"how to draw: {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +378,7 @@ class Options:
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)
+    samples: SampleOptions = field(default_factory=SampleOptions)
     run: RunOptions = field(default_factory=RunOptions)
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 

@@ -224,8 +224,8 @@ class StableDiffusion:
         """A diffusers StableDiffusionPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_pipeline
 
-        assert self.vae is not None and self.unet is not None, "drawing needs all parts"  # noqa: PT018
-        (encoder,) = self.text_encoders
+        assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
+        encoder = self.text_encoders[0] if self.text_encoders else None  # prompts can be encoded before
         parts = {"vae": self.vae, "text_encoder": encoder, "tokenizer": self._tokenizer, "unet": self.unet}
         scheduler = _SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
         return new_pipeline(parts, scheduler)

@@ -7,8 +7,7 @@ import importlib
 import inspect
 import logging
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +24,13 @@ from library.errors import UserError
 from library.models.family import ModelFamily
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
-from library.training import loop, save
+from library.training import loop, sample, save, trackers
 from library.training.facts import run_metadata
 from library.training.objective import make_objective
 from library.training.plan import Plan
+from networks.merge import BaseWeights
 from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
+from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class Built:
     saves: save.SavePlan
     groups: ParameterGroups  # with the rates as given, which a schedule changes in the optimizer's own
     schedule: ScheduleChoice | None  # None: the optimizer's own, or none
+    prompts: sample.EncodedPrompts
+    samples: Callable[[int], None]  # draw what is due after so many steps
 
 
 def build(plan: Plan) -> Built:
@@ -52,7 +55,7 @@ def build(plan: Plan) -> Built:
     options = plan.options
     choice = plan.choice
     objective = make_objective(options.objective, plan.family)
-    accelerator = _accelerator(options)
+    accelerator = _accelerator(plan)
     saves = _save_plan(plan, accelerator)
     schedule = _schedule(options, choice, total_steps=saves.total_steps)
     data = TrainingData(
@@ -63,7 +66,9 @@ def build(plan: Plan) -> Built:
         total_steps=saves.total_steps,
     )
 
-    _load_and_encode(plan.family, data, options, accelerator, cache=not options.run.dry_run)
+    base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
+    prompts = sample.EncodedPrompts(plan.family, _drawn_prompts(plan))
+    _load_and_encode(plan.family, data, options, accelerator, base_weights, prompts, cache=not options.run.dry_run)
     network = _network(plan, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         with without(network):  # refused now, where it cannot be switched off, and not in the first step
@@ -104,29 +109,28 @@ def build(plan: Plan) -> Built:
         save=_nothing,
         save_now=_nothing,
     )
+    samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and not options.run.dry_run:
         metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes)
         precision = options.output.save_precision
-        run.save = partial(_save_due, saves, network, precision, metadata)
+        samples = _sampling(plan, saves, accelerator, network, prompts) or samples
+        run.save = partial(_save_due, saves, network, precision, metadata, samples)
         run.save_now = partial(_save_now, saves, network, precision, metadata)
-    return Built(run, plan, saves, groups, schedule)
+    return Built(run, plan, saves, groups, schedule, prompts, samples)
 
 
-def _accelerator(options: Options) -> Accelerator:
-    logging_dir = options.logging.logging_dir
-    if logging_dir is not None:
-        stamp = time.strftime("%Y%m%d%H%M%S")
-        logging_dir = str(Path(logging_dir) / f"{options.logging.log_prefix or ''}{stamp}")
+def _accelerator(plan: Plan) -> Accelerator:
+    options = plan.options
     try:
         accelerator = Accelerator(
             mixed_precision=options.precision.mixed_precision,
-            log_with="tensorboard" if logging_dir else None,
-            project_dir=logging_dir,
+            log_with=list(plan.trackers.names) or None,
+            project_dir=plan.trackers.folder,
         )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
-    if logging_dir is not None and not options.run.dry_run:
-        accelerator.init_trackers(options.logging.log_tracker_name or "network_train")
+    if not options.run.dry_run:
+        trackers.start(accelerator, plan.trackers, options)
     return accelerator
 
 
@@ -150,6 +154,7 @@ def _save_plan(plan: Plan, accelerator: Accelerator) -> save.SavePlan:
         every_n_epochs=every_n_epochs,
         last_n_steps=output.save_last_n_steps,
         last_n_epochs=output.save_last_n_epochs,
+        ending=output.save_model_as,
     )
     if accelerator.is_main_process and not options.run.dry_run:
         save.check_free([*saves.planned_files(), *pictures(options, saves).values()], overwrite=output.overwrite)
@@ -165,13 +170,50 @@ def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
     return {kind: saves.last_file.with_name(f"{stem}-{kind}.png") for kind, asked in wanted.items() if asked}
 
 
+def _drawn_prompts(plan: Plan) -> list[str]:
+    """Every text that samples and pictures will need, negative ones as well."""
+    samples = plan.samples.prompts if plan.samples is not None else ()
+    texts = [text for item in samples for text in (item.prompt, item.negative_prompt)]
+    return [*texts, *plan.options.output.compare_prompts, ""]
+
+
+def _sampling(
+    plan: Plan, saves: save.SavePlan, accelerator: Accelerator, network: Any, prompts: sample.EncodedPrompts
+) -> sample.Sampling | None:
+    """What draws samples during training, if any are to be drawn."""
+    if plan.samples is None:
+        return None
+    for item in plan.samples.prompts:
+        sample.check_sampler(item.sample_sampler or plan.samples.sampler)
+    return sample.Sampling(
+        times=plan.samples,
+        family=plan.family,
+        network=network,
+        encode=prompts,
+        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.options), accelerator.device),
+        autocast=accelerator.autocast,
+        show=partial(trackers.log_image, accelerator),
+        folder=saves.folder / "sample",
+        name=saves.name,
+        seed=plan.seed,
+        steps_per_epoch=saves.steps_per_epoch,
+    )
+
+
 def vae_dtype(options: Options) -> torch.dtype:
     """What the VAE computes in."""
     return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
 
 
 def _load_and_encode(
-    family: ModelFamily, data: TrainingData, options: Options, accelerator: Accelerator, *, cache: bool
+    family: ModelFamily,
+    data: TrainingData,
+    options: Options,
+    accelerator: Accelerator,
+    base_weights: BaseWeights,
+    prompts: sample.EncodedPrompts,
+    *,
+    cache: bool,
 ) -> None:
     """VAE, text encoders, UNet, one after the other, so that no more lies in memory than is needed at the time.
 
@@ -185,13 +227,17 @@ def _load_and_encode(
         _give_back(device)
 
     family.load_text_encoders(dtype, device)
+    base_weights.merge_into(family.adapter_targets())  # before captions are encoded
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         data.cache_captions(family.encode_prompts, batch_size=batch_size)
+        prompts.keep()
         family.release_text_encoders()
         _give_back(device)
 
     family.load_unet(dtype, device)
+    base_weights.merge_into([target for target in family.adapter_targets() if target.part == "unet"])
+    base_weights.report()
     # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
     assert family.unet is not None
     family.unet.train()
@@ -224,9 +270,12 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
         name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
     }
     text_encoders = family.third_party_text_encoders()
+    start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
     with _refusals(wanted.network_module):
         if wanted.dim_from_weights:
-            network, _ = creator(1.0, wanted.network_weights, family.vae, text_encoders, family.unet, **arguments)
+            # the tensors as well: whatever names the file has, these are kohya's
+            file = wanted.network_weights
+            network, _ = creator(1.0, file, family.vae, text_encoders, family.unet, weights_sd=start, **arguments)
         else:
             network = creator(
                 1.0,
@@ -242,8 +291,9 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
     network.apply_to(text_encoders, family.unet, _trains_text(options), trains_unet)
-    if wanted.network_weights is not None:
-        load_weights(network, wanted.network_weights)
+    if start is not None:
+        assert wanted.network_weights is not None
+        load_weights(network, wanted.network_weights, start)
     if options.precision.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     full = options.precision.full_fp16 or options.precision.full_bf16
@@ -301,12 +351,20 @@ def _nothing(step: int) -> None:
     """What processes other than the first save."""
 
 
-def _save_due(saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, step: int) -> None:
-    """Write what is due after `step` steps, then remove what retention no longer keeps."""
+def _save_due(
+    saves: save.SavePlan,
+    network: Any,
+    precision: str | None,
+    metadata: Any,
+    samples: Callable[[int], None],
+    step: int,
+) -> None:
+    """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
     for due in saves.due(step):
         save.save_network(network, due.path, precision=precision, metadata=metadata.at(steps=step, epoch=due.epoch))
         if due.remove is not None:
             save.remove_old(due.remove)
+    samples(step)
 
 
 def _save_now(saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, step: int) -> Path:

@@ -32,6 +32,7 @@ def run(options: Options) -> int:
         return 0
     for line in dry_run.summary(built):
         logger.info("%s", line)
+    built.samples(0)
     finished = loop.train(built.run)
     built.run.accelerator.end_training()
     if built.run.accelerator.is_main_process and finished:
@@ -42,7 +43,7 @@ def run(options: Options) -> int:
 def _draw(built: Built) -> None:
     """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
     from library.training import report, sample
-    from library.training.build import DTYPES, pictures, vae_dtype
+    from library.training.build import pictures, vae_dtype
     from networks.protocol import without
 
     options, family = built.plan.options, built.plan.family
@@ -53,14 +54,12 @@ def _draw(built: Built) -> None:
         report.plot_losses(path, built.run.losses, steps_per_epoch=steps_per_epoch, title=title)
         logger.info("drew %s", path)
     if path := paths.get("compare"):
-        dtype, device = DTYPES[options.precision.mixed_precision], built.run.accelerator.device
         if family.vae is None:
-            family.load_vae(vae_dtype(options), device)
-        if not family.text_encoders:
-            family.load_text_encoders(dtype, device)
+            family.load_vae(vae_dtype(options), built.run.accelerator.device)
         sample.compare(
             path,
             family,
+            built.prompts,
             lambda: without(built.run.network),
             options.output.compare_prompts,
             size=built.plan.datasets[0].resolution,

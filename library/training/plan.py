@@ -17,6 +17,8 @@ from library.data.captions import refuse_text_cache_of_changing_captions, warn_o
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
+from library.training.sample_prompts import SampleTimes, plan_samples
+from library.training.trackers import TrackerPlan, plan_trackers
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -44,6 +46,8 @@ class Plan:
     network_creator: str
     network_arguments: dict[str, Any]
     seed: int
+    trackers: TrackerPlan
+    samples: SampleTimes | None
     started_at: float
 
 
@@ -57,9 +61,10 @@ def make_plan(options: Options) -> Plan:
         refuse_text_cache_of_changing_captions(datasets)
     warn_of_captions_options(datasets)
     creator, arguments = _network_arguments(options)
-    weights = options.network.network_weights
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"--network_weights {weights}: no such file{nearest_path(Path(weights))}")
+    _refuse_missing_weights("network_weights", options.network.network_weights)
+    _refuse_missing_weights("base_weights", *options.network.base_weights)
+    trackers = plan_trackers(options)
+    samples = plan_samples(options.samples)
     seed = options.training.seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
@@ -85,7 +90,13 @@ def make_plan(options: Options) -> Plan:
         weighted_captions=options.model.weighted_captions,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
-    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())
+    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, trackers, samples, time.time())
+
+
+def _refuse_missing_weights(option: str, *files: str | None) -> None:
+    for file in files:
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
 
 
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:

@@ -26,7 +26,10 @@ OPTIONS = declared_options()
 ALIASES = {alias for item in OPTIONS.values() for alias in item.details.aliases}
 
 # Where the default differs from kohya's, on purpose
-OWN_DEFAULTS = {"network_module": "networks.lora", "network_args": (), "optimizer_args": (), "lr_scheduler_args": ()}
+OWN_DEFAULTS = {
+    "network_module": "networks.lora",
+    **dict.fromkeys(("network_args", "optimizer_args", "lr_scheduler_args", "base_weights"), ()),
+}
 # Options that kohya does not have
 OURS = {"skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"}
 
@@ -130,17 +133,13 @@ NEUTRAL_WORDS = [
 ]
 WARNED_WORDS = {
     "--sdpa": "command line: --sdpa: has no effect: attention always uses PyTorch's scaled_dot_product_attention",
-    "--sample_sampler lms": "command line: --sample_sampler = lms: has no effect: it matters only together with "
-    "sample_prompts",
-    "--sample_prompts p.txt": "command line: --sample_prompts = p.txt: has no effect: it matters only together with "
-    "sample_every_n_epochs or sample_every_n_steps or sample_at_first",
+    "--sample_sampler dpmpp_2m": "sample_sampler dpmpp_2m: that is dpmsolver++ here",
     "--epoch 8 --max_train_epochs 8": "command line: --epoch = 8: has no effect: kohya's scripts do not read it, but "
     "max_train_epochs or max_train_steps",
     "--sdxl true": "command line: --sdxl = true: has no effect: the model family is found from the weights",
 }
 REFUSED_WORDS = [
-    "--sample_prompts p.txt --sample_every_n_epochs 1",
-    "--sample_prompts p.txt --sample_at_first",
+    "--sample_sampler eulr",
     "--train_inpainting",
     "--stop_text_encoder_training -1",
     "--network_train_text_encoder false",
