@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from library.data.cache import LatentCache, TextCache, encode_captions, encode_images
 from library.data.captions import caption_text, is_static
+from library.data.disk_cache import Disk, DiskLatents, DiskTexts, cache_captions, cache_images
 from library.data.images import View
 from library.data.loader import PixelLoader
 from library.data.plan import PlannedBatch, epoch_batches
@@ -58,8 +60,8 @@ class TrainingData:
         self.summaries = prepared.summaries
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
-        self.latents: LatentCache | None = None
-        self.texts: TextCache | None = None
+        self.latents: LatentCache | DiskLatents | None = None
+        self.texts: TextCache | DiskTexts | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -72,21 +74,44 @@ class TrainingData:
 
     def captions(self) -> list[str]:
         """The distinct texts, unshuffled."""
-        return list(dict.fromkeys(caption_text(sample.caption, sample.subset, None) for sample in self.samples))
+        return list(self.caption_folders())
 
-    def cache_latents(self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int) -> None:
-        """See `cache.encode_images`; where `flip_aug` is set, both ways round are encoded."""
-        views = [
+    def caption_folders(self) -> dict[str, Path]:
+        """The distinct texts, unshuffled, each with the folder of the first image that has it."""
+        folders: dict[str, Path] = {}
+        for sample in self.samples:
+            folders.setdefault(caption_text(sample.caption, sample.subset, None), sample.path.parent)
+        return folders
+
+    def cached_views(self) -> list[View]:
+        """Every way in which an image is seen: where `flip_aug` is set, both ways round."""
+        return [
             self._view(index, flip=flip)
             for index, sample in enumerate(self.samples)
             for flip in ((False, True) if sample.subset.flip_aug else (False,))
         ]
-        self.latents = encode_images(views, encode, batch_size=batch_size)
 
-    def cache_captions(self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int) -> None:
-        """See `cache.encode_captions`. Call `captions.refuse_text_cache_of_changing_captions` before."""
+    def cache_latents(
+        self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int, disk: Disk | None = None
+    ) -> None:
+        """See `cache.encode_images`, or with `disk` `disk_cache.cache_images`."""
+        if disk is None:
+            self.latents = encode_images(self.cached_views(), encode, batch_size=batch_size)
+        else:
+            self.latents = cache_images(self.cached_views(), encode, batch_size=batch_size, disk=disk)
+
+    def cache_captions(
+        self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int, disk: Disk | None = None
+    ) -> None:
+        """See `cache.encode_captions`, or with `disk` `disk_cache.cache_captions`.
+
+        Call `captions.refuse_text_cache_of_changing_captions` before.
+        """
         assert all(is_static(sample.subset) for sample in self.samples)
-        self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
+        if disk is None:
+            self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
+        else:
+            self.texts = cache_captions(self.caption_folders(), encode, batch_size=batch_size, disk=disk)
 
     def loader(self, *, workers: int, world_size: int = 1, persistent: bool = False) -> PixelLoader:
         """A loader with as many worker processes as there is work for: none where the latents are cached."""

@@ -50,6 +50,8 @@ def make_plan(options: Options) -> Plan:
     datasets = load_datasets(options)
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
+    if options.data.skip_cache_check and not options.data.caches_to_disk:
+        logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
     creator, arguments = _network_arguments(options)
     weights = options.network.network_weights
     if weights is not None and not Path(weights).is_file():
