@@ -60,6 +60,8 @@ def make_plan(options: Options) -> Plan:
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
     warn_of_captions_options(datasets)
+    if options.data.skip_cache_check and not options.data.caches_to_disk:
+        logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
     creator, arguments = _network_arguments(options)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)

@@ -51,10 +51,10 @@ class EncodedPrompts:
         self._family, self._texts = family, tuple(dict.fromkeys(texts))
         self._kept: dict[str, Tensor] = {}
 
-    def keep(self) -> None:
-        """Encode all of them now: the text encoder is about to be released."""
+    def keep(self, encode: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Encode all of them now, with `encode`: the text encoder is about to be released."""
         with torch.no_grad():
-            self._kept = {text: self._family.encode_prompts([text])["hidden_states"] for text in self._texts}
+            self._kept = {text: encode([text])["hidden_states"] for text in self._texts}
 
     def __call__(self, text: str) -> Tensor:
         """[1, tokens, D]."""

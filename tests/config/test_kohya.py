@@ -31,7 +31,7 @@ OWN_DEFAULTS = {
     **dict.fromkeys(("network_args", "optimizer_args", "lr_scheduler_args", "base_weights"), ()),
 }
 # Options that kohya does not have
-OURS = {"skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"}
+OURS = {"cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"}
 
 
 def kind_of(item: Declared) -> str:
