@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from library.errors import UserError
@@ -42,6 +44,16 @@ class BaseWeights:
                 raise UserError(
                     f"--base_weights {file.name}: {other} is no part of a plain LoRA; only those are merged"
                 )
+
+    def fingerprint(self) -> str:
+        """What these files change, as text, for the names of caches; empty without files."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(repr(file.multiplier).encode())
+            for key, tensor in sorted(file.tensors.items()):
+                digest.update(f"{key} {list(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest() if self._files else ""
 
     def merge_into(self, targets: Sequence[AdapterTargets]) -> None:
         """Add multiplier * alpha / rank * up @ down to every layer of these parts that a file names.

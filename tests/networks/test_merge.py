@@ -105,3 +105,13 @@ def test_what_is_not_in_the_model_is_named(tiny, tmp_path, caplog):
     save_file(load_file(path) | pair, path)
     merge(tiny, [path], [])
     assert "1 modules are not in this model:\n  lora_unet_conv_in" in caplog.text
+
+
+def test_the_fingerprint_follows_tensors_and_multipliers(tiny, tmp_path):
+    save(tiny, tmp_path / "a.safetensors")
+    save(tiny, tmp_path / "b.safetensors", alpha=3.5)
+    a, b = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    found = [BaseWeights(*given).fingerprint() for given in (([a], []), ([b], []), ([a], [0.5]), ([a, b], []))]
+    assert len(set(found)) == 4
+    assert BaseWeights([a], [1.0]).fingerprint() == found[0]
+    assert BaseWeights([], []).fingerprint() == ""
