@@ -276,6 +276,8 @@ def _load_and_encode(
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         disk = texts_on_disk(family, base_weights, options, accelerator)
+        if options.network.base_weights:
+            load_text_encoders()  # else nothing could say what of the files fits, were all captions on disk
         data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk)
         prompts.keep(encode_prompts)
         family.release_text_encoders()
