@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal, get_type_hints
 
 from library.config.fields import Declared, declared, option, read_resolution, read_steps, read_token_length
+from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 
 
@@ -189,13 +190,6 @@ class CustomAdamWOptions:
     tam_beta: float | None = option(None, minimum=0, maximum=1, help="memory of that damping")
     use_alora: bool | None = option(None, help="give lora_up a higher rate, less where the adapter has grown")
     alora_ratio: float | None = option(None, minimum=0, help="how much higher, at the start")
-    dynamic_weight_decay: bool | None = option(None, help="let the weight decay fall with the steps")
-    wd_transition_steps: int | None = option(None, minimum=1, help="steps before it falls")
-    wd_decay_factor: float | None = option(None, minimum=0, maximum=1, help="factor over as many steps again")
-    wd_min_ratio: float | None = option(None, minimum=0, maximum=1, help="it never falls below this share")
-    wd_max_progress: float | None = option(
-        None, minimum=0, help="it stops falling after this many times the transition (default 2: at factor squared)"
-    )
 
     def given(self) -> dict[str, object]:
         """What the user set, by name."""
@@ -299,6 +293,7 @@ class Options:
     network: NetworkOptions = field(default_factory=NetworkOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
+    weight_decay: WeightDecayOptions = field(default_factory=WeightDecayOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from library.data.dataset import TrainingData
 from library.errors import UserError
 from library.losses import LOSSES, WEIGHTINGS
 from library.models.family import ModelFamily
+from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule, warmup_steps
 from library.training import loop, save
@@ -51,9 +52,13 @@ class Built:
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
-    choice = plan.choice
     accelerator = _accelerator(options)
     saves = _save_plan(plan, accelerator)
+    decay = weight_decay_choice.resolve(
+        options.weight_decay, plan.choice, total_steps=saves.total_steps, images=plan.prepared.train_images
+    )
+    choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
+    plan = replace(plan, choice=choice)  # with the numbers of this run
     warmup = warmup_steps(options.optimizer.lr_warmup_steps, saves.total_steps)
     data = TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=options.data.prior_loss_weight)
 
@@ -92,12 +97,13 @@ def build(plan: Plan) -> Built:
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_weight_norms=options.network.scale_weight_norms,
         schedule_free=choice.schedule_free,
+        observe=weight_decay_choice.attach(decay, optimizer),
         on_step=step_hook(network),
         save=_nothing,
         save_now=_nothing,
     )
     if accelerator.is_main_process and not options.run.dry_run:
-        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes)
+        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay)
         precision = options.output.save_precision
         run.save = partial(_save_due, saves, network, precision, metadata)
         run.save_now = partial(_save_now, saves, network, precision, metadata)

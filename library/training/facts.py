@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from library.data.captions import caption_text
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
+from library.optimizers.weight_decay_choice import DecayChoice
 from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
 from library.training.plan import Plan
 from library.training.save import SavePlan
 
 
-def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int) -> RunMetadata:
+def run_metadata(
+    plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int, decay: DecayChoice | None
+) -> RunMetadata:
     """The metadata of every file of this run; only time, step and epoch are still to come."""
     options, family = plan.options, plan.family
     datasets = list(_datasets(plan, data))
@@ -26,8 +29,14 @@ def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size:
         total_batch_size=per_device * world_size * options.training.gradient_accumulation_steps,
         from_dataset_config=options.data.dataset_config is not None,
         network_args=plan.network_arguments,
+        ours=_ours(plan, decay),
         no_metadata=options.output.no_metadata,
     )
+
+
+def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
+    """What kohya has no keys for; written where it is used."""
+    return {} if decay is None else decay.metadata()
 
 
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:

@@ -62,6 +62,7 @@ class Run:
     max_grad_norm: float
     scale_weight_norms: float | None
     schedule_free: bool
+    observe: Callable[[float, float | None], None] | None  # the loss and the gradient's norm, before each step
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
@@ -127,8 +128,11 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
     if accelerator.num_processes > 1:
         average_gradients(accelerator, run.parameters)
         total = accelerator.reduce(total, reduction="mean")
+    norm = None
     if run.max_grad_norm:
-        accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
+    if run.observe is not None:
+        run.observe(float(total), None if norm is None else float(norm))
     run.optimizer.step()
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()

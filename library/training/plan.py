@@ -61,6 +61,7 @@ def make_plan(options: Options) -> Plan:
 
     # torch loads from here on
     from library.data.prepare import prepare
+    from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
 
     choice = choose_optimizer(
@@ -68,6 +69,7 @@ def make_plan(options: Options) -> Plan:
         options.optimizer.optimizer_args,
         custom_adamw=options.custom_adamw.given(),
     )
+    weight_decay_choice.check_options(options.weight_decay, choice, clips_gradients=options.optimizer.max_grad_norm > 0)
     family = open_family(
         options.model.pretrained_model_name_or_path,
         v2=options.model.v2,
