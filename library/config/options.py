@@ -143,6 +143,13 @@ class OptimizerOptions:
     text_encoder_lr: tuple[float, ...] | None = option(
         None, minimum=0, help="the text encoder's learning rate; one each where there are more"
     )
+    lr_layer_decay: float | None = option(
+        None,
+        minimum=0,
+        maximum=1,
+        help="multiply the rate by this from each block of the UNet, and layer of the text encoder, to the one before "
+        "it, towards the input; 0.9 is usual (ours)",
+    )
     max_grad_norm: float = option(1.0, minimum=0, help="clip gradients to this norm; 0: never")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"

@@ -69,6 +69,7 @@ def build(plan: Plan) -> Built:
         text_encoder_lr=options.optimizer.text_encoder_lr,
         unet_lr=options.optimizer.unet_lr,
         default_lr=options.optimizer.learning_rate,
+        layer_decay=options.optimizer.lr_layer_decay,
     )
     optimizer = create_optimizer(
         choice, [dict(group) for group in groups], learning_rate=options.optimizer.learning_rate

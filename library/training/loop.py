@@ -169,9 +169,11 @@ def _report(run: Run, item: StepBatches, bar: Any) -> None:
     rates = effective_rates(run.optimizer.optimizer)
     recent = run.losses[-100:]
     average = sum(recent) / len(recent)
-    bar.set_postfix(
-        loss=f"{average:.4f}", lr=",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values())), refresh=False
-    )
+    different = sorted(set(rates.values()))
+    shown = ",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values()))
+    if len(different) > 4:  # rates by block or layer
+        shown = f"{different[0]:.2e}..{different[-1]:.2e}"
+    bar.set_postfix(loss=f"{average:.4f}", lr=shown, refresh=False)
     bar.update()
     if run.accelerator.trackers:
         values = {"loss/current": run.losses[-1], "loss/average": average, "epoch": item.epoch + 1}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config import registry
+from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.options import Options
 from library.data.captions import refuse_text_cache_of_changing_captions
@@ -85,6 +85,8 @@ def make_plan(options: Options) -> Plan:
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
     """The function of the network module that makes the network, and --network_args as its arguments."""
     creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
+    if options.optimizer.lr_layer_decay is not None and not source.is_ours(options.network.network_module):
+        raise UserError(f"--lr_layer_decay: {options.network.network_module} has no rates by layer; networks.lora has")
     path = f"{options.network.network_module}.{creator}"
     arguments, unchecked = registry.bind(
         path,
