@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from library.errors import UserError
 
@@ -103,8 +103,7 @@ def _logistic(x: float) -> float:
 WITH_AN_END = {"cosine": cosine, "sigmoid": sigmoid, "linear": linear}
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):  # not a dataclass: CustomAdamW makes one a step and group, and those take twice as long
     """One of the curves with its numbers. `stages` and `interpolate` are read by multi_stage only."""
 
     schedule: str = "exponential"

@@ -47,7 +47,7 @@ class DecayChoice:
 
     def metadata(self) -> dict[str, object]:
         """The curve as the files of the run tell it."""
-        numbers = {f"wd_{name}": value for name, value in vars(self.curve).items() if f"wd_{name}" in self.reasons}
+        numbers = {f"wd_{name}": value for name, value in self.curve._asdict().items() if f"wd_{name}" in self.reasons}
         if self.curve.stages:
             numbers["wd_stages"] = _stages_text(self.curve.stages)
         if self.flat:
@@ -122,7 +122,7 @@ def resolve(
     curve = Curve(**values)
     if curve.schedule in WITH_AN_END and curve.max_progress == float("inf"):
         left = max(total_steps - curve.transition_steps, 1)
-        curve = replace(curve, max_progress=left / curve.transition_steps)
+        curve = curve._replace(max_progress=left / curve.transition_steps)
         reasons["wd_max_progress"] = "inf: to the end of the run"
     check(curve, owner=_OWNER)
     decided = DecayChoice(curve, _words(options), reasons)
@@ -172,7 +172,7 @@ def _own(choice: OptimizerChoice) -> Curve:
     if choice.path != CUSTOM_ADAMW:
         return Curve()
     settings = {**_defaults(), **choice.arguments}
-    return Curve(**{name: settings[f"wd_{name}"] for name in vars(Curve())})
+    return Curve(**{name: settings[f"wd_{name}"] for name in Curve._fields})
 
 
 def _defaults() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -152,4 +151,4 @@ def test_numbers_that_do_not_go_together(curve: Curve, message: str) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_usual_numbers_go_together(schedule: str) -> None:
-    check(replace(Curve(schedule), stages=STAGES if schedule == "multi_stage" else ()), owner="x")
+    check(Curve(schedule, stages=STAGES if schedule == "multi_stage" else ()), owner="x")
