@@ -48,12 +48,16 @@ def optimizer_groups(
     text_encoder_lr: float | Sequence[float] | None,
     unet_lr: float | None,
     default_lr: float,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """The network's parameter groups, each with "params" (a list), "lr" and a "name" that no other group has.
 
     Modules return a list of groups, or (groups, descriptions); newer ones take a list of text encoder rates under
-    another name, the oldest know no `default_lr`.
+    another name, the oldest know no `default_lr`. `layer_decay` is for our own networks only.
     """
+    if layer_decay is not None:
+        assert isinstance(network, AdapterNetwork), "refused before"
+        network.layer_decay = layer_decay
     prepare = getattr(network, "prepare_optimizer_params_with_multiple_te_lrs", None)
     if prepare is None:
         prepare, text_encoder_lr = network.prepare_optimizer_params, _single_rate(text_encoder_lr)

@@ -24,6 +24,7 @@ from library.config.fields import (
 from library.config.objective import ObjectiveOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.config.schedule import ScheduleOptions
+from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 
 
@@ -218,6 +219,13 @@ class OptimizerOptions:
     text_encoder_lr: tuple[float, ...] | None = option(
         None, minimum=0, help="the text encoder's learning rate; one each where there are more"
     )
+    lr_layer_decay: float | None = option(
+        None,
+        minimum=0,
+        maximum=1,
+        help="multiply the rate by this from each block of the UNet, and layer of the text encoder, to the one before "
+        "it, towards the input; 0.9 is usual (ours)",
+    )
     max_grad_norm: float = option(1.0, minimum=0, help="clip gradients to this norm; 0: never")
 
     def __post_init__(self) -> None:
@@ -253,13 +261,6 @@ class CustomAdamWOptions:
     tam_beta: float | None = option(None, minimum=0, maximum=1, help="memory of that damping")
     use_alora: bool | None = option(None, help="give lora_up a higher rate, less where the adapter has grown")
     alora_ratio: float | None = option(None, minimum=0, help="how much higher, at the start")
-    dynamic_weight_decay: bool | None = option(None, help="let the weight decay fall with the steps")
-    wd_transition_steps: int | None = option(None, minimum=1, help="steps before it falls")
-    wd_decay_factor: float | None = option(None, minimum=0, maximum=1, help="factor over as many steps again")
-    wd_min_ratio: float | None = option(None, minimum=0, maximum=1, help="it never falls below this share")
-    wd_max_progress: float | None = option(
-        None, minimum=0, help="it stops falling after this many times the transition (default 2: at factor squared)"
-    )
 
     def given(self) -> dict[str, object]:
         """What the user set, by name."""
@@ -398,6 +399,7 @@ class Options:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
+    weight_decay: WeightDecayOptions = field(default_factory=WeightDecayOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     output: OutputOptions

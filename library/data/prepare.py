@@ -35,6 +35,11 @@ class Prepared:
     summaries: list[SubsetSummary]
 
     @property
+    def train_images(self) -> int:
+        """Different images, without repeats and without regularisation images."""
+        return sum(summary.images for summary in self.summaries if not summary.subset.is_reg)
+
+    @property
     def batches_per_epoch(self) -> int:
         """Of all processes together."""
         return sum(group.batches for group in self.groups)

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from library.data.dataset import TrainingData
 from library.data.disk_cache import Disk, Team
 from library.errors import UserError
 from library.models.family import ModelFamily
+from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
 from library.training import loop, sample, save, trackers
@@ -56,10 +57,14 @@ class Built:
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
-    choice = plan.choice
     objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(plan)
     saves = _save_plan(plan, accelerator)
+    decay = weight_decay_choice.resolve(
+        options.weight_decay, plan.choice, total_steps=saves.total_steps, images=plan.prepared.train_images
+    )
+    choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
+    plan = replace(plan, choice=choice)  # with the numbers of this run
     schedule = _schedule(options, choice, total_steps=saves.total_steps)
     data = TrainingData(
         plan.prepared,
@@ -81,6 +86,7 @@ def build(plan: Plan) -> Built:
         text_encoder_lr=options.optimizer.text_encoder_lr,
         unet_lr=options.optimizer.unet_lr,
         default_lr=options.optimizer.learning_rate,
+        layer_decay=options.optimizer.lr_layer_decay,
     )
     optimizer = create_optimizer(
         choice, [dict(group) for group in groups], learning_rate=options.optimizer.learning_rate
@@ -108,13 +114,14 @@ def build(plan: Plan) -> Built:
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_weight_norms=options.network.scale_weight_norms,
         schedule_free=choice.schedule_free,
+        observe=weight_decay_choice.attach(decay, optimizer),
         on_step=step_hook(network),
         save=_nothing,
         save_now=_nothing,
     )
     samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and not options.run.dry_run:
-        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes)
+        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay)
         precision = options.output.save_precision
         samples = _sampling(plan, saves, accelerator, network, prompts) or samples
         run.save = partial(_save_due, saves, network, precision, metadata, samples)

@@ -133,7 +133,10 @@ def _length(built: Built) -> Iterator[str]:
 
 
 def _rates(built: Built) -> str:
-    rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in built.groups)
+    names, values = [group["name"] for group in built.groups], [group["lr"] for group in built.groups]
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in zip(names, values, strict=True))
+    if len(values) > 8:  # rates by block or layer
+        rates = f"{len(values)} groups from {min(values):g} ({names[values.index(min(values))]}) to {max(values):g}"
     schedule = "the optimizer's own schedule"
     if built.schedule is not None:
         warmup = f", {built.schedule.warmup} steps of warm-up" if built.schedule.warmup else ""

@@ -9,12 +9,15 @@ from library.config.objective import ObjectiveOptions
 from library.data.captions import as_written
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
+from library.optimizers.weight_decay_choice import DecayChoice
 from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
 from library.training.plan import Plan
 from library.training.save import SavePlan
 
 
-def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int) -> RunMetadata:
+def run_metadata(
+    plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int, decay: DecayChoice | None
+) -> RunMetadata:
     """The metadata of every file of this run; only time, step and epoch are still to come."""
     options, family = plan.options, plan.family
     datasets = list(_datasets(plan, data))
@@ -29,8 +32,16 @@ def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size:
         from_dataset_config=options.data.dataset_config is not None,
         network_args=plan.network_arguments,
         timestep_distribution=_timestep_distribution(options.objective),
+        ours=_ours(plan, decay),
         no_metadata=options.output.no_metadata,
     )
+
+
+def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
+    """What kohya has no keys for; written where it is used."""
+    layer_decay = plan.options.optimizer.lr_layer_decay
+    rates = {} if layer_decay is None else {"lr_layer_decay": layer_decay}
+    return rates | ({} if decay is None else decay.metadata())
 
 
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:

@@ -64,6 +64,7 @@ class Run:
     max_grad_norm: float
     scale_weight_norms: float | None
     schedule_free: bool
+    observe: Callable[[float, float | None], None] | None  # the loss and the gradient's norm, before each step
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
@@ -129,8 +130,11 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
     if accelerator.num_processes > 1:
         average_gradients(accelerator, run.parameters)
         total = accelerator.reduce(total, reduction="mean")
+    norm = None
     if run.max_grad_norm:
-        accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
+    if run.observe is not None:
+        run.observe(float(total), None if norm is None else float(norm))
     run.optimizer.step()
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()
@@ -175,9 +179,11 @@ def _report(run: Run, item: StepBatches, bar: Any) -> None:
     rates = effective_rates(run.optimizer.optimizer)
     recent = run.losses[-100:]
     average = sum(recent) / len(recent)
-    bar.set_postfix(
-        loss=f"{average:.4f}", lr=",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values())), refresh=False
-    )
+    different = sorted(set(rates.values()))
+    shown = ",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values()))
+    if len(different) > 4:  # rates by block or layer
+        shown = f"{different[0]:.2e}..{different[-1]:.2e}"
+    bar.set_postfix(loss=f"{average:.4f}", lr=shown, refresh=False)
     bar.update()
     if run.accelerator.trackers:
         values = {"loss/current": run.losses[-1], "loss/average": average, "epoch": item.epoch + 1}

@@ -181,6 +181,7 @@ class RunMetadata:
     from_dataset_config: bool  # otherwise from --train_data_dir, for which kohya writes other keys
     network_args: Mapping[str, object] | None = None
     timestep_distribution: Mapping[str, object] | None = None  # None: uniform, for which kohya writes no keys
+    ours: Mapping[str, object] | None = None  # what kohya has no keys for
     no_metadata: bool = False
 
     @cached_property
@@ -191,6 +192,7 @@ class RunMetadata:
         if self.no_metadata:
             return {key: metadata[key] for key in MINIMUM_KEYS if key in metadata}
         metadata |= {f"ss_{name}": str(value) for name, value in (self.timestep_distribution or {}).items()}
+        metadata |= {f"ss_{name}": str(value) for name, value in (self.ours or {}).items()}
         metadata |= dataset_metadata(
             self.datasets, from_dataset_config=self.from_dataset_config, total_batch_size=self.total_batch_size
         )

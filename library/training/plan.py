@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config import registry
+from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.masks import check_masks
 from library.config.options import Options
@@ -74,6 +74,7 @@ def make_plan(options: Options) -> Plan:
 
     # torch loads from here on
     from library.data.prepare import prepare
+    from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
 
     choice = choose_optimizer(
@@ -81,6 +82,7 @@ def make_plan(options: Options) -> Plan:
         options.optimizer.optimizer_args,
         custom_adamw=options.custom_adamw.given(),
     )
+    weight_decay_choice.check_options(options.weight_decay, choice, clips_gradients=options.optimizer.max_grad_norm > 0)
     family = open_family(
         options.model.pretrained_model_name_or_path,
         v2=options.model.v2,
@@ -104,6 +106,8 @@ def _refuse_missing_weights(option: str, *files: str | None) -> None:
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
     """The function of the network module that makes the network, and --network_args as its arguments."""
     creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
+    if options.optimizer.lr_layer_decay is not None and not source.is_ours(options.network.network_module):
+        raise UserError(f"--lr_layer_decay: {options.network.network_module} has no rates by layer; networks.lora has")
     path = f"{options.network.network_module}.{creator}"
     arguments, unchecked = registry.bind(
         path,

@@ -17,6 +17,7 @@ from library.config.dataset_keys import NEUTRAL, NOT_YET
 from library.config.fields import Declared, declared
 from library.config.options import CustomAdamWOptions, Options, declared_options
 from library.config.registry import signature
+from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 from library.optimizers import CUSTOM_ADAMW
 
@@ -31,7 +32,10 @@ OWN_DEFAULTS = {
     **dict.fromkeys(("network_args", "optimizer_args", "lr_scheduler_args", "base_weights"), ()),
 }
 # Options that kohya does not have
-OURS = {"cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"}
+OURS = {
+    *("cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"),
+    "lr_layer_decay",
+}
 
 
 def kind_of(item: Declared) -> str:
@@ -49,7 +53,7 @@ def test_no_name_has_two_rows() -> None:
 
 
 def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
-    optimizer = set(declared(CustomAdamWOptions))  # a group of its own, whose title says it
+    optimizer = {*declared(CustomAdamWOptions), *declared(WeightDecayOptions)}  # groups whose titles say it
     assert {name for name in OPTIONS if name not in KOHYA} == OURS | optimizer
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS
 

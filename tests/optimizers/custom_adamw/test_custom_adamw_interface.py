@@ -138,6 +138,13 @@ class TestErrors:
             ({"tam_beta": 1.0}, "tam_beta"),
             ({"alora_ratio": 0}, "alora_ratio"),
             ({"wd_transition_steps": 0}, "wd_transition_steps"),
+            ({"wd_schedule": "cosin"}, "did you mean 'cosine'"),
+            ({"wd_schedule": "cosine", "wd_max_progress": float("inf")}, "CustomAdamW: wd_max_progress = inf"),
+            ({"wd_schedule": "multi_stage"}, "needs wd_stages"),
+            ({"wd_schedule": "multi_stage", "wd_stages": "0:1"}, "must be pairs of a step and a ratio"),
+            ({"wd_stages": ((0, 1.0, 2),)}, "must be pairs of a step and a ratio"),
+            ({"wd_interpolate": 1}, "wd_interpolate = 1; it must be True or False"),
+            ({"wd_flat": {"windw": 3}}, "wd_flat = {'windw': 3}"),
             ({"use_spd": "yes"}, "use_spd = 'yes'; it must be True or False"),
             ({"lr": float("nan")}, "lr"),
             ({"optim_bits": 16}, "optim_bits = 16; it must be 8 or 32"),
@@ -310,6 +317,8 @@ class TestInformation:
             "wd_decay_factor": 0.7,
             "wd_min_ratio": 0.1,
             "wd_max_progress": 2.0,
+            "wd_schedule": "exponential",
+            "wd_stages": (),
         }
         assert {name: defaults[name] for name in documented} == documented
         keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
