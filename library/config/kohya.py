@@ -86,7 +86,7 @@ WITHOUT_EFFECT: dict[str, Row] = {
     "highvram": flag(why="memory is not given back to the driver between steps in any case"),
     "disable_mmap_load_safetensors": flag(why=_MEMORY),
     "tokenizer_cache_dir": value(why="the tokenizer ships with this program"),
-    "skip_cache_check": flag(why="caches are kept in memory and made anew for each run"),
+    "cache_info": flag(why="images and captions are read and checked at each start in any case"),
     "use_safetensors": flag(why="a LoRA is saved as safetensors in any case"),
     "ddp_gradient_as_bucket_view": flag(why="it only tunes the traffic between devices"),
     "ddp_static_graph": flag(why="it only tunes the traffic between devices"),
@@ -94,9 +94,6 @@ WITHOUT_EFFECT: dict[str, Row] = {
 
 NOT_YET: dict[str, Row] = {
     # data
-    "cache_info": flag(),
-    "cache_latents_to_disk": flag(hint="--cache_latents keeps them in memory"),
-    "cache_text_encoder_outputs_to_disk": flag(hint="--cache_text_encoder_outputs keeps them in memory"),
     "dataset_class": value(),
     # validation
     "max_validation_steps": value(None, 0, only_with="validation_split"),

@@ -126,9 +126,19 @@ class DataOptions:
     dataset_repeats: int = option(1, minimum=1, help="repeats of each image per epoch where the data set says nothing")
     prior_loss_weight: float = option(1.0, minimum=0, help="weight of the loss of regularisation images")
     cache_latents: bool = option(False, help="encode each image once, before training")
+    cache_latents_to_disk: bool = option(False, help="the same, and keep the result on disk for later runs")
     vae_batch_size: int = option(1, minimum=1, help="images encoded at once for the cache; 1 is fastest on a CPU")
     cache_text_encoder_outputs: bool = option(
         False, help="encode each caption once, before training; needs --network_train_unet_only"
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False, help="the same, and keep the result on disk for later runs"
+    )
+    cache_dir: str | None = option(
+        None, help="the folder for what is kept on disk (default: .lora_cache beside the images) (ours)"
+    )
+    skip_cache_check: bool = option(
+        False, help="do not check the contents of files on disk before training, only when they are used"
     )
     text_encoder_batch_size: int | None = option(
         None, minimum=1, zero_is_unset=True, help="captions encoded at once (default: as --train_batch_size)"
@@ -136,6 +146,31 @@ class DataOptions:
     max_data_loader_n_workers: int = option(8, minimum=0, help="processes that prepare data, at most; fewer if enough")
     persistent_data_loader_workers: bool = option(False, help="keep these processes from one epoch to the next")
     skip_bad_images: bool = option(False, help="leave unreadable images out instead of stopping (ours)")
+
+    def __post_init__(self) -> None:
+        for name in ("cache_latents", "cache_text_encoder_outputs"):
+            if getattr(self, f"{name}_to_disk"):  # which implies it, in kohya's scripts too
+                object.__setattr__(self, name, True)
+        if self.cache_dir is not None and not self.caches_to_disk:
+            raise UserError(
+                "--cache_dir says where to keep caches, and nothing is to be kept: add --cache_latents_to_disk or "
+                "--cache_text_encoder_outputs_to_disk"
+            )
+
+    @property
+    def latent_cache_option(self) -> str:
+        """The option that asks for a cache of latents, if one does."""
+        return "cache_latents_to_disk" if self.cache_latents_to_disk else "cache_latents"
+
+    @property
+    def text_cache_option(self) -> str:
+        """The option that asks for a cache of texts, if one does."""
+        name = "cache_text_encoder_outputs"
+        return f"{name}_to_disk" if self.cache_text_encoder_outputs_to_disk else name
+
+    @property
+    def caches_to_disk(self) -> bool:
+        return self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +377,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
-            raise UserError("--cache_text_encoder_outputs needs --network_train_unet_only: what is cached cannot learn")
+            raise UserError(
+                f"--{self.data.text_cache_option} needs --network_train_unet_only: what is cached cannot learn"
+            )
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from library.data.cache import LatentCache, TextCache, encode_captions, encode_images
 from library.data.captions import Sight, as_written, caption_text, is_static
+from library.data.disk_cache import Disk, DiskLatents, DiskTexts, cache_captions, cache_images
 from library.data.loader import PixelLoader
 from library.data.masks import MaskCache, cache_masks
 from library.data.plan import PlannedBatch, epoch_batches
@@ -79,9 +81,9 @@ class TrainingData:
         self.prior_loss_weight = prior_loss_weight
         self.batches_per_step = batches_per_step
         self.total_steps = total_steps
-        self.latents: LatentCache | None = None
+        self.latents: LatentCache | DiskLatents | None = None
         self.masks: MaskCache | None = None
-        self.texts: TextCache | None = None
+        self.texts: TextCache | DiskTexts | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -94,8 +96,15 @@ class TrainingData:
 
     def captions(self) -> list[str]:
         """The distinct texts that draws start from: see `captions.as_written`."""
-        texts = (text for sample in self.samples for text in as_written(sample.caption, sample.subset))
-        return list(dict.fromkeys(texts))
+        return list(self.caption_folders())
+
+    def caption_folders(self) -> dict[str, Path]:
+        """The same, each with the folder of the first image that has it."""
+        folders: dict[str, Path] = {}
+        for sample in self.samples:
+            for text in as_written(sample.caption, sample.subset):
+                folders.setdefault(text, sample.path.parent)
+        return folders
 
     def example(self, subset: SubsetSpec) -> str | None:
         """The text of the first sight of an image of this subset, in the order of training."""
@@ -105,21 +114,39 @@ class TrainingData:
                     return self._caption(Draw(self.samples[index], 0, repeat), step)
         return None
 
-    def cache_latents(self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int) -> None:
-        """See `cache.encode_images`; where `flip_aug` is set, both ways round are encoded."""
-        views = [
+    def cached_views(self) -> list[View]:
+        """Every way in which an image is seen: where `flip_aug` is set, both ways round."""
+        return [
             fixed_view(sample, placement, flip=flip)
             for sample, placement in zip(self.samples, self.placements, strict=True)
             for flip in ((False, True) if sample.subset.flip_aug else (False,))
         ]
-        latents = encode_images(views, encode, batch_size=batch_size)
+
+    def cache_latents(
+        self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int, disk: Disk | None = None
+    ) -> None:
+        """See `cache.encode_images`, or with `disk` `disk_cache.cache_images`."""
+        views = self.cached_views()
+        latents: LatentCache | DiskLatents
+        if disk is None:
+            latents = encode_images(views, encode, batch_size=batch_size)
+        else:
+            latents = cache_images(views, encode, batch_size=batch_size, disk=disk)
         self.latents = latents
         self.masks = cache_masks(views, lambda view: latents.get([view])[0].shape[-2:])
 
-    def cache_captions(self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int) -> None:
-        """See `cache.encode_captions`. Call `captions.refuse_text_cache_of_changing_captions` before."""
+    def cache_captions(
+        self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int, disk: Disk | None = None
+    ) -> None:
+        """See `cache.encode_captions`, or with `disk` `disk_cache.cache_captions`.
+
+        Call `captions.refuse_text_cache_of_changing_captions` before.
+        """
         assert all(is_static(sample.subset) for sample in self.samples)
-        self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
+        if disk is None:
+            self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
+        else:
+            self.texts = cache_captions(self.caption_folders(), encode, batch_size=batch_size, disk=disk)
 
     def loader(self, *, workers: int, world_size: int = 1, persistent: bool = False) -> PixelLoader:
         """A loader with as many worker processes as there is work for: none where the latents are cached."""

@@ -153,6 +153,25 @@ class StableDiffusion:
             latents = self.vae.encode(pixels_BCHW.to(weight.device, weight.dtype)).latent_dist
         return (latents.mean.float() - self._shift) * self._scaling, latents.std.float() * self._scaling
 
+    def vae_fingerprint(self) -> str:
+        from library.models.fingerprint import part_fingerprint
+
+        return part_fingerprint(self._base.parts["vae"])
+
+    def text_fingerprint(self) -> str:
+        from library.models.fingerprint import combined, folder_fingerprint, part_fingerprint
+
+        return combined(
+            {
+                "weights": part_fingerprint(self._base.parts["text_encoder"]),
+                "tokenizer": folder_fingerprint(self._base.tokenizer),
+                "tokenizer options": dict(self._base.tokenizer_options),
+                "clip skip": self.clip_skip or 1,
+                "tokens": self.token_limit,
+                "weighted": self.weighted_captions,
+            }
+        )
+
     def count_tokens(self, caption: str) -> int:
         from library.models.prompts import content_tokens, weighted_tokens
 

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from library.config import source
 from library.config.options import Options
 from library.data.dataset import TrainingData
+from library.data.disk_cache import Disk, Team
 from library.errors import UserError
 from library.models.family import ModelFamily
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
@@ -170,6 +172,30 @@ def vae_dtype(options: Options) -> torch.dtype:
     return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
 
 
+def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
+    """How --cache_latents_to_disk keeps latents; None without it."""
+    if not options.data.cache_latents_to_disk:
+        return None
+    return _disk(f"VAE {family.vae_fingerprint()} in {vae_dtype(options)}", options, accelerator)
+
+
+def texts_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
+    """How --cache_text_encoder_outputs_to_disk keeps them; None without it."""
+    if not options.data.cache_text_encoder_outputs_to_disk:
+        return None
+    dtype = DTYPES[options.precision.mixed_precision]
+    return _disk(f"text encoders {family.text_fingerprint()} in {dtype}", options, accelerator)
+
+
+def _disk(encoder: str, options: Options, accelerator: Accelerator) -> Disk:
+    return Disk(
+        encoder=encoder,
+        folder=Path(options.data.cache_dir).expanduser() if options.data.cache_dir else None,
+        trust=options.data.skip_cache_check,
+        team=Team(accelerator.process_index, accelerator.num_processes, gather_object),
+    )
+
+
 def _load_and_encode(
     family: ModelFamily, data: TrainingData, options: Options, accelerator: Accelerator, *, cache: bool
 ) -> None:
@@ -178,18 +204,33 @@ def _load_and_encode(
     Without `cache` nothing is encoded, and everything stays loaded: a dry run looks at all parts.
     """
     device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
-    family.load_vae(vae_dtype(options), device)
+
+    def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if family.vae is None:  # not before an image needs it: all of them may be on disk
+            family.load_vae(vae_dtype(options), device)
+        return family.encode_images(pixels)
+
+    def encode_prompts(captions: list[str]) -> dict[str, torch.Tensor]:
+        if not family.text_encoders:
+            family.load_text_encoders(dtype, device)
+        return family.encode_prompts(captions)
+
     if cache and options.data.cache_latents:
-        data.cache_latents(family.encode_images, batch_size=options.data.vae_batch_size)
+        disk = latents_on_disk(family, options, accelerator)
+        data.cache_latents(encode_images, batch_size=options.data.vae_batch_size, disk=disk)
         family.release_vae()
         _give_back(device)
+    else:
+        family.load_vae(vae_dtype(options), device)
 
-    family.load_text_encoders(dtype, device)
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
-        data.cache_captions(family.encode_prompts, batch_size=batch_size)
+        disk = texts_on_disk(family, options, accelerator)
+        data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk)
         family.release_text_encoders()
         _give_back(device)
+    else:
+        family.load_text_encoders(dtype, device)
 
     family.load_unet(dtype, device)
     # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.data.cache_files import size_of
 from library.data.captions import as_written, changing_options
 from library.data.dataset import Batch, Draw
+from library.data.disk_cache import Found, caption_files, latent_files, look
 from library.optimizers.create import state_bytes
 from library.training import loop
-from library.training.build import pictures
+from library.training.build import latents_on_disk, pictures, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
 from library.training.step import condition_of, element_loss
 from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
+    from library.data.samples import Size
     from library.training.build import Built
 
 MEASURED_STEPS = 5  # after two that warm up
@@ -30,7 +33,7 @@ def report(built: Built, *, measure: bool) -> None:
     """Print everything that is known before training; with `measure`, time a few steps as well. Nothing is written."""
     for line in summary(built):
         print(line)
-    for line in (*_memory(built), *_files(built)):
+    for line in (*_memory(built), *_files(built), *_caches(built)):
         print(line)
     if measure:
         print(_time(built))
@@ -243,3 +246,40 @@ def _files(built: Built) -> Iterator[str]:
         yield _line("", f"{path}{there}" if path is not None else f"… {len(files) - 5} more …")
     for path in pictures(built.plan.options, built.saves).values():
         yield _line("", str(path))
+
+
+def _caches(built: Built) -> Iterator[str]:
+    """What the caches on disk will take, and how much of that is there. Reads the images and what is there."""
+    run, options = built.run, built.plan.options
+    if disk := latents_on_disk(run.family, options, run.accelerator):
+        files, _ = latent_files(run.data.cached_views(), disk)
+        sizes = {path: view.size for view, path in files.items()}
+        found = look(sizes, disk)
+        to_come = sum(_latents_size(built, sizes[path]) for path in found.missing)
+        yield _cache("latents", found, to_come)
+    if disk := texts_on_disk(run.family, options, run.accelerator):
+        files_of_captions = caption_files(run.data.caption_folders(), disk)
+        found = look(files_of_captions.values(), disk)
+        with torch.no_grad():
+            example = run.family.encode_prompts([""])
+        to_come = len(found.missing) * size_of({name: output[0] for name, output in example.items()})
+        yield _cache("text encoder outputs", found, to_come)
+
+
+def _latents_size(built: Built, size: Size) -> int:
+    width, height = (side // built.run.family.vae_factor for side in size)
+    latents = torch.zeros(built.run.family.latent_channels, height, width)
+    return size_of({"mean": latents, "std": latents})
+
+
+def _cache(what: str, found: Found, to_come: int) -> str:
+    files = [*found.sizes, *found.missing]
+    folders = list(dict.fromkeys(str(path.parent) for path in files))
+    more = f" and {_count(len(folders) - 1, 'more folder')}" if len(folders) > 1 else ""
+    broken = f", {len(found.broken)} of them broken" if found.broken else ""
+    return _line(
+        "cache",
+        f"{what}: {_count(len(files), 'file')}, {human_bytes(found.nbytes + to_come)}, in {folders[0]}{more}; "
+        f"{len(found.sizes)} ({human_bytes(found.nbytes)}) are there, "
+        f"{len(found.missing)} ({human_bytes(to_come)}) to be made{broken}",
+    )

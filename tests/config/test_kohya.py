@@ -28,7 +28,7 @@ ALIASES = {alias for item in OPTIONS.values() for alias in item.details.aliases}
 # Where the default differs from kohya's, on purpose
 OWN_DEFAULTS = {"network_module": "networks.lora", "network_args": (), "optimizer_args": (), "lr_scheduler_args": ()}
 # Options that kohya does not have
-OURS = {"skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"}
+OURS = {"cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"}
 
 
 def kind_of(item: Declared) -> str:
