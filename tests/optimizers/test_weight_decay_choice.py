@@ -104,7 +104,7 @@ def test_a_run_that_ends_before_the_curve_begins_is_told(caplog: pytest.LogCaptu
     assert "it would change after step 500, and the run has 400 steps" in caplog.text
     caplog.clear()
     decide(optimizer=choice("CustomAdamW", "dynamic_weight_decay=True"), total_steps=400)
-    assert caplog.text == ""  # nobody asked
+    assert "it would change" not in caplog.text  # nobody asked
 
 
 def test_custom_adamw_gets_numbers_and_keeps_its_own(caplog: pytest.LogCaptureFixture) -> None:
