@@ -106,9 +106,11 @@ def variants() -> list[Variant]:
     off: dict[str, Any] = dict.fromkeys(TECHNIQUES, False)
     on: dict[str, Any] = {switch: True for switch in TECHNIQUES if shipped()[switch]}
     everything: dict[str, Any] = dict.fromkeys(TECHNIQUES, True)
+    # what was on before there was a study
+    first = {"use_grams": False, "use_orthogonal_grad": False, "alora_ratio": 4.0}
     exclusive = {"use_grams": {"use_cautious": False}}
     values = [
-        *(("use_alora", "alora_ratio", ratio) for ratio in (1.0, 2.0, 8.0, 16.0)),
+        *(("use_alora", "alora_ratio", ratio) for ratio in (1.0, 4.0, 8.0, 16.0)),
         ("use_tam", "tam_beta", 0.99),
         *(("use_spd", "spd_lambda", size) for size in (0.01, 0.3)),
     ]
@@ -128,9 +130,8 @@ def variants() -> list[Variant]:
             Variant(f"{TITLES[s]} alone, {name} {value:g}", "alone", settings={**off, s: True, name: value})
             for s, name, value in values
         ),
-        Variant(
-            "all but Grams and ⊥Grad", "whole", settings=everything | {"use_grams": False, "use_orthogonal_grad": False}
-        ),
+        Variant("with ALoRA, alora_ratio 4", "added", settings={"use_alora": True, "alora_ratio": 4.0}),
+        Variant("all but Grams and ⊥Grad, alora_ratio 4", "whole", settings=everything | first),
         Variant("all but Grams", "whole", settings=everything | {"use_grams": False}),
     ]
 

@@ -81,7 +81,7 @@ class CustomAdamW(Optimizer):
         tam_beta: float = 0.9,
         tam_bias_correction: bool = False,
         use_alora: bool = False,
-        alora_ratio: float = 4.0,
+        alora_ratio: float = 2.0,
         alora_eta: float = 2.0,
         dynamic_weight_decay: bool = True,
         wd_transition_steps: int = 1000,
