@@ -35,7 +35,7 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     text_encoder_lr = options.optimizer.text_encoder_lr
     return RunFacts(
-        session_id=int(plan.started_at * 1000) % 2**32,
+        session_id=plan.session_id,
         training_started_at=plan.started_at,
         output_name=options.output.output_name,
         learning_rate=options.optimizer.learning_rate,

@@ -15,6 +15,8 @@ from library.config.options import Options
 from library.data.captions import refuse_text_cache_of_changing_captions
 from library.errors import UserError, nearest_path
 from library.models import open_family
+from library.training.state import State
+from library.training.state import find as find_state
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -43,6 +45,8 @@ class Plan:
     network_arguments: dict[str, Any]
     seed: int
     started_at: float
+    session_id: int
+    resume: State | None = None
 
 
 def make_plan(options: Options) -> Plan:
@@ -54,7 +58,13 @@ def make_plan(options: Options) -> Plan:
     weights = options.network.network_weights
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"--network_weights {weights}: no such file{nearest_path(Path(weights))}")
+    resume = None
+    if options.run.resume is not None:
+        output = options.output
+        resume = find_state(options.run.resume, output_dir=Path(output.output_dir), output_name=output.output_name)
     seed = options.training.seed
+    if seed is None and resume is not None:
+        seed = resume.facts.seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
         logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
@@ -77,7 +87,9 @@ def make_plan(options: Options) -> Plan:
         max_token_length=options.model.max_token_length,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
-    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, time.time())
+    started_at = time.time() if resume is None else resume.facts.started_at
+    session_id = int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id
+    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, started_at, session_id, resume)
 
 
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
