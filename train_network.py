@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     log.set_up()
     try:
         options = parser.parse(sys.argv[1:] if argv is None else argv)
+        log.configure(level=options.logging.console_log_level, file=options.logging.console_log_file)
         from library.training.job import run  # the rest of the program loads only if the options are good
 
         return run(options)
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before training, or for the second time: there is nothing to save
         print("stopped", file=sys.stderr)
         return 130
+    finally:
+        log.give_up_waiting()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Latents per second for the cache: batches with decoding ahead, against one image after the other.
+"""Latents per second for the caches: in batches with decoding ahead, in memory and on disk, against one by one.
 
     python -m benchmarks.latent_encoding [--pairs 20] [--folder output/sd15] [--small]
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from library.data.cache import encode_images
+    from library.data.disk_cache import Disk, cache_images
     from library.data.images import View, load_pixels
     from library.models import open_family
 
@@ -43,19 +45,29 @@ def main() -> None:
         family.load_vae(torch.float32, "cpu")
         views = [View(path, size, (0, 0), size, False) for path in paths]
 
-        def batched() -> None:
+        fresh = count()
+
+        def to_memory() -> None:
             encode_images(views, family.encode_images, batch_size=options.batch_size)
+
+        def to_disk() -> None:
+            disk = Disk(encoder="any", folder=Path(temporary) / "cache" / str(next(fresh)))
+            cache_images(views, family.encode_images, batch_size=options.batch_size, disk=disk)
 
         def one_by_one() -> None:
             with torch.no_grad():
                 for view in views:
                     family.encode_images(load_pixels(view).unsqueeze(0))
 
-        comparison = interleaved(batched, one_by_one, pairs=options.pairs, warmup=1)
-    print(header(f"batches of {options.batch_size}, s", "one by one, s"))
-    print(row(f"{len(paths)} images of {size[0]} px", comparison))
-    for name, times in (("in batches", comparison.ours), ("one by one", comparison.peer)):
-        print(f"{name}: {len(paths) / sorted(times)[len(times) // 2]:.2f} images/s (median)")
+        print(header("ours, s", "peer, s"))
+        for name, ours, peer in (
+            ("memory, one by one", to_memory, one_by_one),
+            ("disk, one by one", to_disk, one_by_one),
+            ("disk, memory", to_disk, to_memory),
+        ):
+            comparison = interleaved(ours, peer, pairs=options.pairs, warmup=1)
+            speed = len(paths) / sorted(comparison.ours)[options.pairs // 2]
+            print(row(f"{name}: {len(paths)} images of {size[0]} px, {speed:.2f} images/s", comparison))
 
 
 if __name__ == "__main__":

@@ -104,32 +104,34 @@ def shipped() -> dict[str, Any]:
 def variants() -> list[Variant]:
     """In the order in which they are run: what decides the defaults first."""
     off: dict[str, Any] = dict.fromkeys(TECHNIQUES, False)
-    alone = {
-        title: Variant(f"{title} alone", "alone", settings={**off, s: True} | SHORT) for s, title in TITLES.items()
-    }
+    on: dict[str, Any] = {switch: True for switch in TECHNIQUES if shipped()[switch]}
+    everything: dict[str, Any] = dict.fromkeys(TECHNIQUES, True)
+    exclusive = {"use_grams": {"use_cautious": False}}
     values = [
-        *(("use_alora", {"alora_ratio": ratio}) for ratio in (1.0, 2.0, 4.0, 8.0, 16.0)),
-        *(("use_tam", {"tam_beta": beta}) for beta in (0.9, 0.99)),
-        *(("use_spd", {"spd_lambda": size}) for size in (0.01, 0.06, 0.3)),
-    ]
-    without = [
-        Variant(f"without {TITLES[switch]}", "left out", settings={switch: False})
-        for switch in TECHNIQUES
-        if shipped()[switch]
+        *(("use_alora", "alora_ratio", ratio) for ratio in (1.0, 2.0, 8.0, 16.0)),
+        ("use_tam", "tam_beta", 0.99),
+        *(("use_spd", "spd_lambda", size) for size in (0.01, 0.3)),
     ]
     return [
         Variant(ADAMW, "peer", "AdamW"),
         Variant("AdamW8bit", "peer", "AdamW8bit"),
         Variant(NOTHING, "whole", settings=off),
         Variant(SHIPPED, "whole"),
-        *alone.values(),
+        *(Variant(f"{TITLES[s]} alone", "alone", settings={**off, s: True} | SHORT) for s in TECHNIQUES),
+        *(Variant(f"without {TITLES[s]}", "left out", settings={s: False}) for s in on),
         *(
-            Variant(f"{TITLES[switch]} alone, {name} {value:g}", "value", settings={**off, switch: True, name: value})
-            for switch, setting in values
-            for name, value in setting.items()
+            Variant(f"with {TITLES[s]}", "added", settings={s: True} | exclusive.get(s, {}))
+            for s in TECHNIQUES
+            if s not in on
         ),
-        *without,
-        Variant("CustomAdamW, all but Grams", "whole", settings=dict.fromkeys(set(TECHNIQUES) - {"use_grams"}, True)),
+        *(
+            Variant(f"{TITLES[s]} alone, {name} {value:g}", "alone", settings={**off, s: True, name: value})
+            for s, name, value in values
+        ),
+        Variant(
+            "all but Grams and ⊥Grad", "whole", settings=everything | {"use_grams": False, "use_orthogonal_grad": False}
+        ),
+        Variant("all but Grams", "whole", settings=everything | {"use_grams": False}),
     ]
 
 

@@ -25,7 +25,7 @@ PLOT = Path(__file__).parent.parent / "docs" / "images" / "optimizer-quality.png
 # Student's t, 97.5 %, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 14: 2.145}
 # What a kind of variant is compared with, and what an interval below or above zero then says.
-REFERENCES = {"peer": ADAMW, "whole": ADAMW, "alone": NOTHING, "value": NOTHING, "left out": SHIPPED}
+REFERENCES = {"peer": ADAMW, "whole": ADAMW, "alone": NOTHING, "left out": SHIPPED, "added": SHIPPED}
 VERDICTS = {"left out": ("does harm", "pays")}
 
 

@@ -1,22 +1,69 @@
-"""How messages look on the console."""
+"""Where messages go, and how they look there."""
 
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import sys
+from pathlib import Path
+
+from library.errors import UserError
+
+_OURS = ("library", "networks")
 
 
 def set_up() -> None:
-    """Plain lines on stderr; a warning says that it is one. Of several processes only the first tells what happens."""
-    first = int(os.environ.get("RANK", "0")) == 0
-    handler = _AboveTheBar()
-    handler.setFormatter(_Plain())
-    logging.basicConfig(level=logging.WARNING if first else logging.ERROR, handlers=[handler], force=True)
+    """Hold messages back until `configure` says where they go: warnings about options come before that is known."""
+    _install(logging.handlers.MemoryHandler(1000, flushLevel=sys.maxsize, target=_AboveTheBar(), flushOnClose=False))
+
+
+def configure(*, level: str | None = None, file: str | None = None) -> None:
+    """Plain lines on stderr, or in `file` instead, from `level` on (INFO); a warning says that it is one.
+
+    Other packages' messages appear from warnings on. Of several processes only the first tells what happens.
+    """
+    held = list(logging.getLogger().handlers)
+    target: logging.Handler = _AboveTheBar()
+    if file is not None and _first():
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            target = logging.FileHandler(file, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--console_log_file {file}: cannot be written: {error.strerror}") from error
+        target.setFormatter(_Plain("%(asctime)s %(message)s"))
+    _install(target, level=getattr(logging, level or "INFO"))
+    _release(held, target)
+
+
+def give_up_waiting() -> None:
+    """Show what is still held back, on stderr: the options turned out to be wrong."""
+    _release(logging.getLogger().handlers, _AboveTheBar())
+
+
+def _install(handler: logging.Handler, *, level: int = logging.INFO) -> None:
+    quiet = logging.ERROR if not _first() else logging.WARNING
+    if handler.formatter is None:
+        handler.setFormatter(_Plain())
+    logging.basicConfig(level=max(quiet, level), handlers=[handler], force=True)
     # At import it reports a missing optional kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for package in ("library", "networks"):
-        logging.getLogger(package).setLevel(logging.INFO if first else logging.ERROR)
+    for package in _OURS:
+        logging.getLogger(package).setLevel(level if _first() else max(level, logging.ERROR))
+
+
+def _release(handlers: list[logging.Handler], target: logging.Handler) -> None:
+    """Hand what was held back to `target`, as far as the levels that are in force now let it through."""
+    for handler in handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            for record in handler.buffer:
+                if logging.getLogger(record.name).isEnabledFor(record.levelno):
+                    target.handle(record)
+            handler.buffer.clear()
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 class _Plain(logging.Formatter):
@@ -27,6 +74,10 @@ class _Plain(logging.Formatter):
 
 class _AboveTheBar(logging.Handler):
     """Writes to stderr, past a progress bar that is drawn there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Plain())
 
     def emit(self, record: logging.LogRecord) -> None:
         if "tqdm" in sys.modules:

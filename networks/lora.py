@@ -17,6 +17,7 @@ from torch.nn.utils import skip_init
 
 from library.errors import UserError
 from library.rng import torch_generator
+from networks import rates
 from networks.network import AdapterModule, AdapterNetwork, Site, find_sites
 from networks.weights import by_module, read_weights
 
@@ -133,23 +134,37 @@ def create_network(
     loraplus_lr_ratio: float | None = None,
     loraplus_unet_lr_ratio: float | None = None,
     loraplus_text_encoder_lr_ratio: float | None = None,
+    down_lr_weight: str | None = None,
+    mid_lr_weight: str | None = None,
+    up_lr_weight: str | None = None,
+    block_lr_zero_threshold: float = 0.0,
+    network_reg_lrs: str | None = None,
 ) -> AdapterNetwork:
     """A network of new adapters; the models are known from `targets`.
 
     Linear and 1x1 convolutions take `network_dim` (None: 4) and `network_alpha` (None: 1; 0: the rank). With `conv_dim`
     the ResNet blocks and resamplers are adapted too, wider kernels with `conv_dim` and `conv_alpha` (None: 1; 0: the
     rank). Dropout rates lie in [0, 1). A LoRA+ ratio multiplies the learning rate of `up` (Hayou et al. 2024).
+    `down_lr_weight` and so on: rates by block of the UNet, without the blocks whose weight is 0; `network_reg_lrs`:
+    rates by pattern (networks/rates.py).
     """
+    weights = rates.block_weights(down_lr_weight, mid_lr_weight, up_lr_weight, block_lr_zero_threshold)
     rank = _rank("network_dim", 4 if network_dim is None else network_dim)
     conv_rank = None if conv_dim is None else _rank("conv_dim", conv_dim)
     dropout = _dropouts(neuron_dropout, rank_dropout, module_dropout)
     adapters = []
-    for site in find_sites(targets, conv=conv_rank is not None):
+    for site in rates.without_zero_blocks(find_sites(targets, conv=conv_rank is not None), weights):
         site_rank, alpha = (conv_rank, conv_alpha) if site.spatial else (rank, network_alpha)
         if site_rank is not None:
             adapters.append(LoRA(site, rank=site_rank, alpha=1.0 if alpha is None else alpha, seed=seed, **dropout))
     ratios = _plus_ratios(loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_encoder_lr_ratio)
-    return AdapterNetwork(adapters, multiplier=multiplier, plus_ratios=ratios)
+    return AdapterNetwork(
+        adapters,
+        multiplier=multiplier,
+        plus_ratios=ratios,
+        block_weights=weights,
+        pattern_rates=rates.pattern_rates(network_reg_lrs),
+    )
 
 
 def create_network_from_weights(
@@ -169,8 +184,16 @@ def create_network_from_weights(
     loraplus_lr_ratio: float | None = None,
     loraplus_unet_lr_ratio: float | None = None,
     loraplus_text_encoder_lr_ratio: float | None = None,
+    down_lr_weight: str | None = None,
+    mid_lr_weight: str | None = None,
+    up_lr_weight: str | None = None,
+    block_lr_zero_threshold: float = 0.0,
+    network_reg_lrs: str | None = None,
 ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
-    """A network with the layers, ranks and alphas of a file, and the file's tensors, which are not loaded yet."""
+    """A network with the layers, ranks and alphas of a file, and the file's tensors, which are not loaded yet.
+
+    Settings of rates are those of `create_network`; blocks with weight 0 stay in the network, untrained.
+    """
     if weights_sd is None:
         assert file is not None, "neither a file nor weights"
         weights_sd = read_weights(file)
@@ -187,7 +210,14 @@ def create_network_from_weights(
     if not adapters:
         raise UserError(f"{file}: none of its {len(modules)} modules, such as {next(iter(modules))}, is in this model")
     ratios = _plus_ratios(loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_encoder_lr_ratio)
-    return AdapterNetwork(adapters, multiplier=multiplier, plus_ratios=ratios), weights_sd
+    network = AdapterNetwork(
+        adapters,
+        multiplier=multiplier,
+        plus_ratios=ratios,
+        block_weights=rates.block_weights(down_lr_weight, mid_lr_weight, up_lr_weight, block_lr_zero_threshold),
+        pattern_rates=rates.pattern_rates(network_reg_lrs),
+    )
+    return network, weights_sd
 
 
 def _rank(name: str, rank: int) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
+from networks import rates
 from networks.weights import LoadReport, by_module, check_loaded, compare, read_weights
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Site:
     section: str  # "unet", "text_encoder"; with several encoders "text_encoder_1", "text_encoder_2"
     part: str  # "unet" or "text_encoder"
     module: nn.Linear | nn.Conv2d
+    path: str = ""  # the same with dots and without the prefix: down_blocks.0.attentions.0.proj_in
 
     @property
     def spatial(self) -> bool:
@@ -54,10 +56,11 @@ def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
             encoders += 1
             section = f"text_encoder_{encoders}"
         found = [
-            Site(f"{target.prefix}.{target.name(path)}".replace(".", "_"), section, target.part, module)
+            Site(f"{target.prefix}.{name}".replace(".", "_"), section, target.part, module, name)
             for path, module in target.root.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
             and (target.linear.fullmatch(path) or (conv and target.conv.fullmatch(path)))
+            and (name := target.name(path))
         ]
         if not found:
             raise UserError(f"{section}: no layer of this model matches the pattern {target.linear.pattern!r}")
@@ -135,12 +138,17 @@ class AdapterNetwork(nn.Module):
         *,
         multiplier: float = 1.0,
         plus_ratios: Mapping[str, float | None] | None = None,
+        block_weights: Sequence[float] | None = None,
+        pattern_rates: rates.PatternRates = (),
     ) -> None:
-        """`plus_ratios`: LoRA+ ratio per part ("unet", "text_encoder"); None or absent trains all at one rate."""
+        """`plus_ratios`: LoRA+ ratio per part ("unet", "text_encoder"); None or absent trains all at one rate.
+        `block_weights`, `pattern_rates`: see networks/rates.py."""
         super().__init__()
         for adapter in adapters:
             self.add_module(adapter.site.name, adapter)
         self.plus_ratios = dict(plus_ratios or {})
+        self.block_weights, self.pattern_rates = block_weights, pattern_rates
+        self.layer_decay: float | None = None
         self.set_multiplier(multiplier)
 
     @property
@@ -200,7 +208,7 @@ class AdapterNetwork(nn.Module):
         where the base's weight lies, and is written in the weight's own dtype.
         """
         if weights_sd is not None:
-            self._load(dict(weights_sd), "the weights to merge")
+            self.load_tensors(weights_sd, "the weights to merge")
         for adapter in self.adapters:
             assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
             weight = adapter.site.module.weight
@@ -229,27 +237,38 @@ class AdapterNetwork(nn.Module):
         default_lr: float | None,
     ) -> list[dict[str, Any]]:
         """One group per section, two with LoRA+: {"params", "lr", "name"}, and "lora_plus_ratio" on the raised ones.
+        With `block_weights`, `pattern_rates` or `layer_decay` one (or two) for each rate within the section.
 
         Each also tells "param_names" and "lora_scale" (alpha / rank), for optimizers that know of LoRA; adapters of
         another scale than the section's usual one form groups of their own.
 
-        A rate of None is `default_lr`. A rate of 0 freezes that section: it stays in effect and is saved as it is.
+        A rate of None is `default_lr`. A rate of 0 freezes what it is for: that stays in effect and is saved as it is.
         `text_encoder_lr` may be a list with one rate per text encoder; a list of one is for all.
         """
         sections = self.sections()
         encoders = [name for name, adapters in sections.items() if adapters[0].site.part == "text_encoder"]
-        rates = dict(zip(encoders, _per_encoder(text_encoder_lr, len(encoders)), strict=True))
+        of_encoders = dict(zip(encoders, _per_encoder(text_encoder_lr, len(encoders)), strict=True))
+        rates.check_patterns(self.pattern_rates, [adapter.site for adapter in self.adapters])
         groups = []
         for section, adapters in sections.items():
-            chosen = rates.get(section, unet_lr)
-            rate = default_lr if chosen is None else chosen
-            assert rate is not None, f"{section}: no learning rate"
-            if rate == 0:
-                logger.warning("%s: learning rate 0, its %d adapters are not trained", section, len(adapters))
-                for adapter in adapters:
-                    adapter.requires_grad_(False)
-                continue
-            groups += _groups(section, adapters, rate, self.plus_ratios.get(adapters[0].site.part))
+            chosen = of_encoders.get(section, unet_lr)
+            base = default_lr if chosen is None else chosen
+            assert base is not None, f"{section}: no learning rate"
+            parts = rates.split(
+                section,
+                adapters,
+                base,
+                weights=self.block_weights,
+                patterns=self.pattern_rates,
+                layer_decay=self.layer_decay,
+            )
+            for name, (rate, members) in parts.items():
+                if rate == 0:
+                    logger.warning("%s: learning rate 0, its %d adapters are not trained", name, len(members))
+                    for adapter in members:
+                        adapter.requires_grad_(False)
+                    continue
+                groups += _groups(name, members, rate, self.plus_ratios.get(adapters[0].site.part))
         if not groups:
             raise UserError("nothing is trained: every learning rate is 0 (learning_rate, unet_lr, text_encoder_lr)")
         return groups
@@ -272,22 +291,32 @@ class AdapterNetwork(nn.Module):
     # -- files
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write a .safetensors file in kohya's names; `dtype` None keeps the dtype that was trained."""
+        """Write a file in kohya's names; `dtype` None keeps the dtype that was trained.
+
+        Its ending decides: .safetensors, or else (.ckpt, .pt) a pickled table of tensors, which holds no metadata.
+        """
         tensors = {key: value.to("cpu", dtype or value.dtype).contiguous() for key, value in self.state_dict().items()}
-        save_file(tensors, file, dict(metadata) if metadata else None)
+        if file.endswith(".safetensors"):
+            save_file(tensors, file, dict(metadata) if metadata else None)
+        else:
+            # clones: a tensor that shares its storage would bring all of it along
+            torch.save({key: value.clone() for key, value in tensors.items()}, file)
 
     def load_weights(self, file: str) -> LoadReport:
-        """Load what fits. `UserError` if nothing does; a warning with counts if not everything does."""
-        return self._load(read_weights(file), file)
+        """Load a file, whatever its naming; see `load_tensors`."""
+        return self.load_tensors(read_weights(file), file)
 
-    def _load(self, tensors: dict[str, Tensor], source: str) -> LoadReport:
-        for adapter in self.adapters:
-            name = adapter.site.name
-            if f"{name}.alpha" not in tensors and any(key.startswith(f"{name}.") for key in tensors):
-                tensors[f"{name}.alpha"] = torch.tensor(float(adapter.rank))  # old files: alpha is the rank
-        report = compare(self.state_dict(), tensors)
-        check_loaded(report, source)
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
+        """Load tensors in kohya's names, from `source`. `UserError` if none fits or a layer has another shape."""
         modules = by_module(tensors)
+        for adapter in self.adapters:
+            own = modules.get(adapter.site.name)
+            if own is not None:
+                # old files have no alpha: it is the rank; some programs write it as a list of one
+                alpha = own.get("alpha", torch.tensor(float(adapter.rank)))
+                own["alpha"] = alpha.reshape(()) if alpha.numel() == 1 else alpha
+        report = compare(self.state_dict(), _flat(modules))
+        check_loaded(report, source)
         changed = 0
         for name in report.matched:
             adapter = self.get_submodule(name)
@@ -298,6 +327,11 @@ class AdapterNetwork(nn.Module):
         if changed:
             logger.warning("%s: alpha differs from the one given in %d modules: the file's is used", source, changed)
         return report
+
+
+def _flat(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `by_module` took apart."""
+    return {f"{name}.{key}": tensor for name, own in modules.items() for key, tensor in own.items()}
 
 
 def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[float | None]:

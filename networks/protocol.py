@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import inspect
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.network import AdapterNetwork
-from networks.weights import LoadReport, check_loaded, read_tensors
+from networks.weights import LoadReport, by_module, check_loaded, compare
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +48,16 @@ def optimizer_groups(
     text_encoder_lr: float | Sequence[float] | None,
     unet_lr: float | None,
     default_lr: float,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """The network's parameter groups, each with "params" (a list), "lr" and a "name" that no other group has.
 
     Modules return a list of groups, or (groups, descriptions); newer ones take a list of text encoder rates under
-    another name, the oldest know no `default_lr`.
+    another name, the oldest know no `default_lr`. `layer_decay` is for our own networks only.
     """
+    if layer_decay is not None:
+        assert isinstance(network, AdapterNetwork), "refused before"
+        network.layer_decay = layer_decay
     prepare = getattr(network, "prepare_optimizer_params_with_multiple_te_lrs", None)
     if prepare is None:
         prepare, text_encoder_lr = network.prepare_optimizer_params, _single_rate(text_encoder_lr)
@@ -81,22 +88,32 @@ def _unique(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
 
-def load_weights(network: Network, file: str) -> LoadReport:
-    """Load a file into an applied network. `UserError` if nothing fits, a warning with counts if not everything does.
+def load_weights(network: Network, file: str, tensors: Mapping[str, Tensor]) -> LoadReport:
+    """Load a file into an applied network. `tensors`: what it holds, in kohya's names (`weights.read_weights`).
 
-    Third-party modules load without saying what matched: for them the names of the tensors are compared here.
+    `UserError` if nothing fits or a layer has other shapes; what does not fit is told. Third-party modules load from
+    files and without saying what matched: for them the tensors are compared here, and handed over in a file with
+    kohya's names that holds tensors only.
     """
     if isinstance(network, AdapterNetwork):
-        return network.load_weights(file)
-    ours, theirs = network.state_dict().keys(), read_tensors(file).keys()
-    report = LoadReport(
-        matched=tuple(sorted(ours & theirs)),
-        missing=tuple(sorted(ours - theirs)),
-        unexpected=tuple(sorted(theirs - ours)),
-        mismatched=(),
-    )
+        return network.load_tensors(tensors, file)
+    ours = network.state_dict()
+    modules = by_module(tensors).keys()
+    # what a file does not say stays as it is: old files have no alpha
+    unsaid = {key: ours[key] for key in ours if key.endswith(".alpha") and key.partition(".")[0] in modules}
+    theirs = {**unsaid, **tensors}
+    report = compare(ours, theirs)
     check_loaded(report, file)
-    network.load_weights(file)
+    for key in unsaid:
+        if theirs[key].numel() == 1 and theirs[key].item() != ours[key].item():
+            raise UserError(
+                f"{file}: {key} is {theirs[key].item():g} there and {ours[key].item():g} here, and this network module "
+                "keeps its own: give --dim_from_weights, or the same --network_alpha"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        converted = str(Path(folder) / "weights.safetensors")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, converted)
+        network.load_weights(converted)
     return report
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError, nearest_path
+from networks.naming import KOHYA_PREFIXES, naming_of, read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 
-KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_NAMES_SHOWN = 5  # of those that do not fit; --console_log_level DEBUG shows all
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,39 @@ class LoadReport:
     matched: tuple[str, ...]
     missing: tuple[str, ...]  # in the network, not in the file: they start fresh
     unexpected: tuple[str, ...]  # in the file, not in the network: they are not used
-    mismatched: tuple[str, ...]  # in both, with other tensors or shapes: they start fresh; each says how they differ
+    mismatched: tuple[str, ...]  # in both, with other tensors or shapes; each says how they differ
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of an adapter file in kohya's names, on the CPU. `UserError` if it is no such file."""
-    tensors = read_tensors(file)
-    _check_names(Path(file), tensors)
-    return tensors
+    """The tensors of an adapter file in kohya's names, on the CPU, whatever names the file has.
+
+    `UserError` if it is no such file.
+    """
+    path, tensors = Path(file), read_tensors(file)
+    naming = naming_of(tensors)
+    if naming is None:
+        raise UserError(
+            f"{path}: no name begins with {', '.join(KOHYA_PREFIXES)}, and none is in the way of diffusers or PEFT; "
+            f"the first is {next(iter(tensors), '')!r}"
+        )
+    if naming == "kohya":
+        return tensors
+    config = _config_of(path)
+    converted = to_kohya(tensors, config=config, source=str(path))
+    scaled = "with the alphas of its configuration" if config else "with alpha = rank, since it names none"
+    logger.info("%s: names in %s's style, read %s", path, naming, scaled)
+    return converted
+
+
+def _config_of(path: Path) -> dict[str, Any] | None:
+    """What a file of diffusers or PEFT says about its scale, in its metadata or in the file beside it."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lora_adapter_metadata")
+        if text is not None:
+            return read_config(text, f"{path}: lora_adapter_metadata")
+    beside = path.with_name("adapter_config.json")
+    return read_config(beside.read_text(encoding="utf-8"), str(beside)) if beside.is_file() else None
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
@@ -53,18 +80,6 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: is not a flat table of tensors, as adapter files are")
     return tensors
-
-
-def _check_names(path: Path, tensors: Mapping[str, object]) -> None:
-    if any(key.startswith(KOHYA_PREFIXES) for key in tensors):
-        return
-    some = next(iter(tensors), "")
-    if any(mark in key for key in tensors for mark in (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.", "_lora.")):
-        raise UserError(
-            f"{path}: names in the diffusers or PEFT style ({some}) are not supported yet; "
-            "convert it to kohya's names (lora_unet_…, lora_te_…) first"
-        )
-    raise UserError(f"{path}: no name begins with {', '.join(KOHYA_PREFIXES)}; the first is {some!r}")
 
 
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -106,26 +121,30 @@ def _difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str
 
 
 def check_loaded(report: LoadReport, source: str) -> None:
-    """Raise a `UserError` if nothing of `source` fits, warn with counts if something does not."""
+    """Say how much of `source` fits. `UserError` if nothing does, or where a layer has other shapes than the file."""
+    if report.mismatched:
+        raise UserError(
+            f"{source}: {len(report.mismatched)} layers are made otherwise than here:{some_names(report.mismatched)}\n"
+            "Take the ranks from the file with --dim_from_weights, or give those that it has."
+        )
     if not report.matched:
         raise UserError(
-            f"{source}: nothing in it fits this network ({_counts(report)}).{_example(report.mismatched)}"
-            + (" Take the ranks from the file with --dim_from_weights." if report.mismatched else "")
+            f"{source}: nothing in it fits this network: the file has{some_names(report.unexpected)}\n"
+            f"and the network has{some_names(report.missing)}"
         )
-    if report.missing or report.unexpected or report.mismatched:
-        examples = (*report.mismatched[:1], *report.unexpected[:1], *report.missing[:1])
-        logger.warning("%s fits in part: %s.%s", source, _counts(report), _example(examples))
-    else:
-        logger.info("%s: all %d modules loaded", source, len(report.matched))
+    total = len(report.matched) + len(report.missing)
+    logger.info("%s: %d of the network's %d modules loaded", source, len(report.matched), total)
+    for names, fate in (
+        (report.missing, "of the network are not in it and start fresh"),
+        (report.unexpected, "of it are not in the network and are left out"),
+    ):
+        if names:
+            logger.warning("%s: %d modules %s:%s", source, len(names), fate, some_names(names))
+            logger.debug("%s: all of these:\n  %s", source, "\n  ".join(names))
 
 
-def _counts(report: LoadReport) -> str:
-    return (
-        f"{len(report.matched)} loaded, {len(report.missing)} of the network not in the file, "
-        f"{len(report.unexpected)} of the file not in the network, {len(report.mismatched)} that differ"
-    )
-
-
-def _example(names: Iterable[str]) -> str:
-    name = next(iter(names), None)
-    return f" For example {name}." if name else ""
+def some_names(names: Sequence[str]) -> str:
+    """The first few names, a line each."""
+    more = len(names) - _NAMES_SHOWN
+    lines = [*names[:_NAMES_SHOWN], *([f"… {more} more"] if more > 0 else [])]
+    return "".join(f"\n  {line}" for line in lines or ["nothing"])

@@ -12,7 +12,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from library.config.dataset_keys import NOT_YET_ANYWHERE, NOT_YET_DATASET, NOT_YET_SUBSET, OPTION_NAMES, check_key
+from library.config.dataset_keys import (
+    NOT_YET_ANYWHERE,
+    NOT_YET_DATASET,
+    NOT_YET_SUBSET,
+    OPTION_NAMES,
+    PRESERVATION,
+    check_key,
+)
 from library.config.fields import UNSET, BadValue
 from library.config.image_folders import find_image_folders
 from library.config.options import Options
@@ -26,9 +33,12 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetSpec:
-    """One folder of images. `origin` begins each message about it: the file and place that define it."""
+    """One folder of images, or one metadata file. `origin` begins each message about it: the file and place that
+    define it. With a `metadata_file`, `image_dir` is where the relative paths in it begin.
+    """
 
     image_dir: Path
+    metadata_file: Path | None = None
     is_reg: bool
     num_repeats: int
     caption_extension: str
@@ -36,10 +46,30 @@ class SubsetSpec:
     shuffle_caption: bool
     caption_separator: str
     keep_tokens: int
+    keep_tokens_separator: str
+    secondary_separator: str | None
+    enable_wildcard: bool
     caption_prefix: str | None
     caption_suffix: str | None
+    caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
     flip_aug: bool
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    resize_interpolation: str | None = None
+    alpha_mask: bool = False
+    conditioning_data_dir: str | None = None
+    diff_output_preservation: bool = False
     origin: str
+
+    @property
+    def source(self) -> Path:
+        """What the samples are found by, and the subset is called after."""
+        return self.metadata_file or self.image_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +86,21 @@ class DatasetSpec:
     subsets: tuple[SubsetSpec, ...]
 
 
-_SUBSET_ONLY = ("image_dir", "is_reg")
-_SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, "origin"))
+_MASKS = ("alpha_mask", "conditioning_data_dir")
+_SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", *_MASKS)
+# What a metadata file says itself, or has no place for.
+_FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg")
+_NO_KEYS = ("diff_output_preservation", "origin")  # the first stands in custom_attributes
+_SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, *_NO_KEYS))
 _DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
-_DATASET_LEVEL = (*_DATASET_KEYS, *_SUBSET_KEYS, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
+_DATASET_LEVEL = (*_DATASET_KEYS, *_SUBSET_KEYS, "custom_attributes", *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
 LEVELS: dict[str, tuple[str, ...]] = {
     "[general]": _DATASET_LEVEL,
     "[[datasets]]": _DATASET_LEVEL,
-    "[[datasets.subsets]]": (*_SUBSET_ONLY, *_SUBSET_KEYS, *NOT_YET_SUBSET, *NOT_YET_ANYWHERE),
+    "[[datasets.subsets]]": (
+        *(*_SUBSET_ONLY, *_SUBSET_KEYS, "custom_attributes"),
+        *(*NOT_YET_SUBSET, *NOT_YET_ANYWHERE),
+    ),
 }
 
 
@@ -71,21 +108,30 @@ def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
     """The data sets of a run. Raises UserError, which names every mistake that was found, one a line."""
     data = options.data
     if data.dataset_config is not None:
-        for name in ("train_data_dir", "reg_data_dir"):
-            if getattr(data, name) is not None:
-                logger.warning("%s: has no effect: --dataset_config says what to train", _place(options, name))
+        _warn_of_others(options, "dataset_config", ("train_data_dir", "reg_data_dir", "in_json"))
         return _DatasetFile(Path(data.dataset_config), options).read()
-    if data.train_data_dir is None:
+    if data.train_data_dir is None and data.in_json is None:
         raise UserError("no images to train on: give --train_data_dir or --dataset_config")
     if data.resolution is None:
         raise UserError("--resolution is required, for example --resolution 512")
+    if data.in_json is not None:
+        _warn_of_others(options, "in_json", ("reg_data_dir",))
+        own: Values = {"metadata_file": data.in_json, "image_dir": data.train_data_dir}
+        return (_dataset([], options, (_subset(own, [], _place(options, "in_json"), options),)),)
     subsets: list[SubsetSpec] = []
     for name, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
         directory, origin = getattr(data, name), _place(options, name)
         for folder in find_image_folders(directory, where=origin) if directory is not None else ():
-            found: Values = {"num_repeats": folder.num_repeats, "class_tokens": folder.class_tokens}
-            subsets.append(_subset(folder.path, is_reg, origin, [found], options))
+            own = {"image_dir": folder.path, "is_reg": is_reg}
+            own |= {"num_repeats": folder.num_repeats, "class_tokens": folder.class_tokens}
+            subsets.append(_subset(own, [], origin, options))
     return (_dataset([], options, tuple(subsets)),)
+
+
+def _warn_of_others(options: Options, chosen: str, others: tuple[str, ...]) -> None:
+    for name in others:
+        if getattr(options.data, name) is not None:
+            logger.warning("%s: has no effect: --%s says what to train", _place(options, name), chosen)
 
 
 def _place(options: Options, name: str) -> str:
@@ -100,9 +146,23 @@ def _value(key: str, levels: list[Values], options: Options) -> Any:
     return getattr(options.data, OPTION_NAMES.get(key, key), None)
 
 
-def _subset(path: Path, is_reg: bool, origin: str, levels: list[Values], options: Options) -> SubsetSpec:
-    values = {key: _value(key, levels, options) for key in _SUBSET_KEYS}
-    return SubsetSpec(image_dir=path, is_reg=is_reg, origin=origin, **values)
+def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> SubsetSpec:
+    """`own`: the keys of the subset itself, image_dir or metadata_file among them; `outer`: those further out."""
+    values = {key: _value(key, [own, *outer], options) for key in (*_SUBSET_KEYS, *_MASKS)}
+    attributes = _value("custom_attributes", [own, *outer], options) or {}
+    directory: str | None = own.get("image_dir")
+    metadata_file = Path(own["metadata_file"]) if "metadata_file" in own else None
+    if directory is None:
+        assert metadata_file is not None, "a subset has one of them"
+        directory = str(metadata_file.parent)
+    return SubsetSpec(
+        image_dir=Path(directory),
+        metadata_file=metadata_file,
+        is_reg=own.get("is_reg", False),
+        diff_output_preservation=bool(attributes.get(PRESERVATION)),
+        origin=origin,
+        **values,
+    )
 
 
 def _dataset(levels: list[Values], options: Options, subsets: tuple[SubsetSpec, ...]) -> DatasetSpec:
@@ -160,27 +220,35 @@ class _DatasetFile:
     def _dataset(self, table: Values, place: str, general: Values) -> DatasetSpec:
         own = {key: value for key, value in table.items() if key != "subsets"}
         levels = [self._checked("[[datasets]]", own, place), general]
-        subsets: dict[Path, SubsetSpec] = {}
+        subsets: dict[Path, SubsetSpec] = {}  # by what they are found by
         for number, content in self._tables(table, "subsets", f"{place}, [[datasets.subsets]]"):
             subset = self._subset(content, f"{place}, [[datasets.subsets]] {number}", levels)
-            if subset is not None and subset.image_dir in subsets:
-                logger.warning("%s: has no effect: an earlier one has the same image_dir", subset.origin)
+            if subset is not None and subset.source in subsets:
+                kind = "image_dir" if subset.metadata_file is None else "metadata_file"
+                logger.warning("%s: has no effect: an earlier one has the same %s", subset.origin, kind)
             elif subset is not None:
-                subsets[subset.image_dir] = subset
+                subsets[subset.source] = subset
         if _value("resolution", levels, self.options) is None:
             self.problems.append(f"{place}: no resolution: set it here or in [general], or give --resolution")
         elif not subsets and not self.problems:
             self.problems.append(f"{place}: no subset is left to train on")
+        if len({subset.metadata_file is None for subset in subsets.values()}) > 1:
+            self.problems.append(
+                f"{place}: subsets with image_dir alone and subsets with metadata_file cannot stand together: "
+                "give each kind [[datasets]] of its own"
+            )
         return _dataset(levels, self.options, tuple(subsets.values()))
 
     def _subset(self, content: Values, place: str, levels: list[Values]) -> SubsetSpec | None:
         own = self._checked("[[datasets.subsets]]", content, place)
-        directory = own.get("image_dir")
-        if directory is None:
+        if "metadata_file" in own:
+            for key in (key for key in _FOLDERS_ONLY if key in own):
+                self.problems.append(f"{place}: {key}: belongs to a folder of images, not to a metadata_file")
+        elif "image_dir" not in own:
             if "metadata_file" not in content:
                 self.problems.append(f"{place}: image_dir is missing: the folder of the images")
             return None
-        subset = _subset(Path(directory), own.get("is_reg", False), place, [own, *levels], self.options)
+        subset = _subset(own, levels, place, self.options)
         if subset.num_repeats < 1:
             logger.warning("%s: is left out: it asks for %d repeats", place, subset.num_repeats)
             return None

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from library.config import kohya
-from library.config.fields import UNSET, BadValue, read_resolution
+from library.config.fields import UNSET, BadValue, convert, read_range, read_resolution
 from library.config.options import declared_options
 from library.errors import did_you_mean
 
@@ -21,27 +21,23 @@ logger = logging.getLogger(__name__)
 OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 
 # Known to kohya's data sets, not supported yet.
-NOT_YET_SUBSET = ("alpha_mask", "conditioning_data_dir", "metadata_file")
+NOT_YET_SUBSET: tuple[str, ...] = ()
 NOT_YET_DATASET = ("network_multiplier", "validation_seed", "validation_split")
-NOT_YET_ANYWHERE = (
-    "cache_info",
-    "caption_dropout_every_n_epochs",
-    "caption_dropout_rate",
-    "caption_tag_dropout_rate",
-    "color_aug",
-    "custom_attributes",
-    "enable_wildcard",
-    "face_crop_aug_range",
-    "keep_tokens_separator",
-    "random_crop",
-    "resize_interpolation",
-    "secondary_separator",
-    "token_warmup_min",
-    "token_warmup_step",
-)
+NOT_YET_ANYWHERE = ("cache_info",)
 NOT_YET = (*NOT_YET_SUBSET, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
 # What asks for nothing, for keys that are no option of kohya's.
-NEUTRAL: dict[str, Any] = {"custom_attributes": {}, "metadata_file": "", "network_multiplier": 1.0}
+NEUTRAL: dict[str, Any] = {"network_multiplier": 1.0}
+# Where "" switches off what a table further out, or an option, sets: the value that it stands for. Elsewhere "" says
+# nothing.
+EMPTY_IS_OFF: dict[str, Any] = {
+    "caption_prefix": None,
+    "caption_suffix": None,
+    "class_tokens": None,
+    "keep_tokens_separator": "",
+    "secondary_separator": None,
+}
+# The one that is read of custom_attributes, by kohya's trainer, too.
+PRESERVATION = "diff_output_preservation"
 
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -64,9 +60,15 @@ def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, 
     if key in NOT_YET:
         _refuse_unless_neutral(key, value, place)
         return UNSET
+    if value == "" and key in EMPTY_IS_OFF:
+        return EMPTY_IS_OFF[key]
     if value in ("", []):
         return UNSET
-    return _resolution(value) if key == "resolution" else _in_type(key, value)
+    if key == "custom_attributes":
+        return _attributes(value, place)
+    if key == "resolution":
+        return _resolution(value)
+    return _range(value) if key == "face_crop_aug_range" else _in_type(key, value)
 
 
 def _refuse_unless_neutral(key: str, value: Any, place: str) -> None:
@@ -94,6 +96,18 @@ def _in_type(key: str, value: Any) -> Any:
     minimum = option.details.minimum if option and key != "num_repeats" else None
     if minimum is not None and value < minimum:
         raise BadValue(f"must be at least {minimum:g}, not {value}")
+    if option and option.details.maximum is not None and value > option.details.maximum:
+        raise BadValue(f"must be at most {option.details.maximum:g}, not {value}")
+    return convert(option, (value,)) if option and option.choices else value
+
+
+def _attributes(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadValue(f"{_shown(value)} is not a table such as {{ name = 1 }}")
+    if not isinstance(value.get(PRESERVATION, False), bool):
+        raise BadValue(f"{PRESERVATION}: {_shown(value[PRESERVATION])} is not {_KINDS[bool]}")
+    if idle := [name for name in value if name != PRESERVATION]:
+        logger.warning("%s: custom_attributes: nothing reads %s", place, ", ".join(idle))
     return value
 
 
@@ -103,6 +117,11 @@ def _resolution(value: Any) -> tuple[int, int]:
     if type(value) not in (int, str):
         raise BadValue(f"{_shown(value)} is neither a whole number of pixels nor [width, height]")
     return read_resolution(str(value))
+
+
+def _range(value: Any) -> tuple[float, float]:
+    numbers = isinstance(value, list) and all(type(end) in (int, float) for end in value)
+    return read_range(",".join(map(str, value)) if numbers else str(value))
 
 
 def _shown(value: Any) -> str:

@@ -146,7 +146,9 @@ def convert(item: Declared, words: tuple[str, ...]) -> Any:
 def _one(item: Declared, word: str) -> Any:
     details = item.details
     if details.read is not None:
-        return details.read(word)
+        word = details.read(word)
+        if not item.choices:
+            return word
     if details.alone is not None and is_truth(word):
         return details.alone if read_bool(word) else UNSET
     if item.choices:
@@ -171,7 +173,7 @@ def _choice(item: Declared, word: str) -> str:
     if word in item.choices:
         return word
     supported = ", ".join(choice for choice in item.choices if choice)
-    if word.split(":")[0] in item.details.not_yet:  # "adafactor:1e-3" is an adafactor schedule
+    if word in item.details.not_yet:
         raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet (supported: {supported})")
     near = did_you_mean(word, (*item.choices, *item.details.not_yet))
     raise BadValue(f"'{word}' is not one of {supported}{near}")
@@ -223,6 +225,22 @@ def read_resolution(word: str) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
 
 
+def read_range(word: str) -> tuple[float, float]:
+    """Two numbers above 0 with a comma between, the smaller first: "2.0,4.0"."""
+    ends = [float(end) if _is_number(end) else math.nan for end in word.split(",")]
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
+        raise BadValue(f"'{word}' is not a range such as 2.0,4.0")
+    return ends[0], ends[1]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def read_steps(word: str) -> int | float | str:
     """Steps (500), a ratio of all steps below 1 (0.05) or a percentage of them ("5%", which stays text)."""
     try:
@@ -238,6 +256,15 @@ def read_steps(word: str) -> int | float | str:
     if 0 < number < 1:
         return number
     return read_int(word)
+
+
+def read_schedule(word: str) -> str:
+    """The name of a schedule. kohya's "adafactor:1e-3" names a rate to show before the first step: only that."""
+    name, colon, rate = word.partition(":")
+    if colon and name == "adafactor":
+        read_float(rate)
+        return name
+    return word
 
 
 def read_token_length(word: str) -> int:

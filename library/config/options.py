@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_type_hints
 
-from library.config.fields import Declared, declared, option, read_resolution, read_steps, read_token_length
+from library.config.fields import (
+    Declared,
+    declared,
+    option,
+    read_range,
+    read_resolution,
+    read_token_length,
+)
+from library.config.objective import ObjectiveOptions
+from library.config.samplers import SAMPLERS, read_sampler
+from library.config.schedule import ScheduleOptions
+from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 
 
@@ -37,6 +48,9 @@ class ModelOptions:
     )
     max_token_length: int | None = option(
         None, read=read_token_length, help="the longest caption in tokens: 75, 150 or 225 (default: 75)"
+    )
+    weighted_captions: bool = option(
+        False, help="read A1111's weights in captions: (word:1.2), (word) and [word]; \\( is a bracket"
     )
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
 
@@ -62,7 +76,10 @@ class DataOptions:
 
     train_data_dir: str | None = option(None, help="the folder that holds the image folders, named like 10_name")
     reg_data_dir: str | None = option(None, help="the same for regularisation images")
-    dataset_config: str | None = option(None, help="a TOML or JSON file that describes the data, instead of these two")
+    in_json: str | None = option(
+        None, help="a JSON or JSONL file of captions and tags by image, instead of caption files in numbered folders"
+    )
+    dataset_config: str | None = option(None, help="a TOML or JSON file that describes the data, instead of all these")
     resolution: tuple[int, int] | None = option(
         None, read=read_resolution, joined_by=",", help="the size to train at in pixels: 512, or 512,768 (width,height)"
     )
@@ -77,16 +94,53 @@ class DataOptions:
     )
     caption_separator: str = option(",", help="what stands between the parts of a caption")
     shuffle_caption: bool = option(False, help="shuffle the parts of a caption each time")
-    keep_tokens: int = option(0, minimum=0, help="so many parts at the front stay where they are when shuffling")
+    keep_tokens: int = option(0, minimum=0, help="so many parts at the front are never moved, held back or dropped")
+    keep_tokens_separator: str = option(
+        "", help="what stands behind the parts to keep, such as |||, instead of a number; a second one keeps the end"
+    )
+    secondary_separator: str | None = option(
+        None, help="what stands within a part, such as ;;;, and becomes --caption_separator at the end"
+    )
+    enable_wildcard: bool = option(False, help="draw one of {a|b|c} in captions, and one line of those with several")
     caption_prefix: str | None = option(None, help="text before every caption")
     caption_suffix: str | None = option(None, help="text behind every caption")
+    caption_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of captions that are left empty")
+    caption_dropout_every_n_epochs: int = option(0, minimum=0, help="leave all captions empty in each n-th epoch")
+    caption_tag_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of parts that are left out")
+    token_warmup_min: int = option(1, minimum=0, help="so many parts at the start of --token_warmup_step")
+    token_warmup_step: float = option(
+        0.0, minimum=0, help="begin with few parts and have all after so many steps, or after this share of all below 1"
+    )
     flip_aug: bool = option(False, help="mirror images half of the time; not for faces or text")
+    color_aug: bool = option(False, help="change hue or brightness a little, a third of the time")
+    random_crop: bool = option(False, help="cut images anywhere instead of in the middle, anew each time")
+    face_crop_aug_range: tuple[float, float] | None = option(
+        None,
+        read=read_range,
+        joined_by=",",
+        help="without buckets: cut about the face that the file name tells, 2.0,4.0 times as large as it",
+    )
+    resize_interpolation: (
+        Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"] | None
+    ) = option(None, help="the filter to resize images with (default: area to shrink, lanczos to enlarge)")
+    alpha_mask: bool = option(False, help="learn the images' opaque parts only: the alpha channel weighs the loss")
+    masked_loss: bool = option(False, help="learn what masks show in white: conditioning_data_dir, or --alpha_mask")
     dataset_repeats: int = option(1, minimum=1, help="repeats of each image per epoch where the data set says nothing")
     prior_loss_weight: float = option(1.0, minimum=0, help="weight of the loss of regularisation images")
     cache_latents: bool = option(False, help="encode each image once, before training")
+    cache_latents_to_disk: bool = option(False, help="the same, and keep the result on disk for later runs")
     vae_batch_size: int = option(1, minimum=1, help="images encoded at once for the cache; 1 is fastest on a CPU")
     cache_text_encoder_outputs: bool = option(
         False, help="encode each caption once, before training; needs --network_train_unet_only"
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False, help="the same, and keep the result on disk for later runs"
+    )
+    cache_dir: str | None = option(
+        None, help="the folder for what is kept on disk (default: .lora_cache beside the images) (ours)"
+    )
+    skip_cache_check: bool = option(
+        False, help="do not check the contents of files on disk before training, only when they are used"
     )
     text_encoder_batch_size: int | None = option(
         None, minimum=1, zero_is_unset=True, help="captions encoded at once (default: as --train_batch_size)"
@@ -94,6 +148,20 @@ class DataOptions:
     max_data_loader_n_workers: int = option(8, minimum=0, help="processes that prepare data, at most; fewer if enough")
     persistent_data_loader_workers: bool = option(False, help="keep these processes from one epoch to the next")
     skip_bad_images: bool = option(False, help="leave unreadable images out instead of stopping (ours)")
+
+    def __post_init__(self) -> None:
+        for name in ("cache_latents", "cache_text_encoder_outputs"):
+            if getattr(self, f"{name}_to_disk"):  # which implies it, in kohya's scripts too
+                object.__setattr__(self, name, True)
+        if self.cache_dir is not None and not self.caches_to_disk:
+            raise UserError(
+                "--cache_dir says where to keep caches, and nothing is to be kept: add --cache_latents_to_disk or "
+                "--cache_text_encoder_outputs_to_disk"
+            )
+
+    @property
+    def caches_to_disk(self) -> bool:
+        return self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +184,14 @@ class NetworkOptions:
     network_args: tuple[str, ...] = option((), help="more settings of the module: conv_dim=4 conv_alpha=1 ...")
     network_train_unet_only: bool = option(False, help="train the UNet's part only")
     network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
-    network_weights: str | None = option(None, help="a LoRA file to start from")
+    network_weights: str | None = option(
+        None, help="a LoRA file to start from, in the naming of kohya, diffusers or PEFT"
+    )
     dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
+    base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base model before training")
+    base_weights_multiplier: tuple[float, ...] | None = option(
+        None, help="how strongly, one for each of these files (default: 1 each)"
+    )
     scale_weight_norms: float | None = option(
         None, minimum=0, zero_is_unset=True, help="scale down what grows beyond this norm; 1 is a good start"
     )
@@ -127,11 +201,14 @@ class NetworkOptions:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
+        files, multipliers = len(self.base_weights), len(self.base_weights_multiplier or ())
+        if multipliers > files:
+            raise UserError(f"--base_weights_multiplier: {multipliers} of them for {files} files in --base_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """Optimizer and learning rate"""
+    """Optimizer and learning rates"""
 
     optimizer_type: str = option("", help="AdamW (the default), AdamW8bit, Lion, Prodigy, ... or package.module.Class")
     optimizer_args: tuple[str, ...] = option((), help="its settings: weight_decay=0.01 betas=0.9,0.99 ...")
@@ -142,19 +219,14 @@ class OptimizerOptions:
     text_encoder_lr: tuple[float, ...] | None = option(
         None, minimum=0, help="the text encoder's learning rate; one each where there are more"
     )
+    lr_layer_decay: float | None = option(
+        None,
+        minimum=0,
+        maximum=1,
+        help="multiply the rate by this from each block of the UNet, and layer of the text encoder, to the one before "
+        "it, towards the input; 0.9 is usual (ours)",
+    )
     max_grad_norm: float = option(1.0, minimum=0, help="clip gradients to this norm; 0: never")
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = option(
-        "constant",
-        not_yet=("inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor"),
-        help="how the learning rate changes",
-    )
-    lr_warmup_steps: int | float | str = option(
-        0, read=read_steps, help="warm-up, in steps (500), as a ratio of all steps (0.05) or in percent (5%)"
-    )
-    lr_scheduler_num_cycles: int = option(1, minimum=1, help="cycles of cosine_with_restarts")
-    lr_scheduler_power: float = option(1.0, minimum=0, help="power of polynomial")
 
     def __post_init__(self) -> None:
         ways = [f"--{name}" for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(self, name)]
@@ -189,13 +261,6 @@ class CustomAdamWOptions:
     tam_beta: float | None = option(None, minimum=0, maximum=1, help="memory of that damping")
     use_alora: bool | None = option(None, help="give lora_up a higher rate, less where the adapter has grown")
     alora_ratio: float | None = option(None, minimum=0, help="how much higher, at the start")
-    dynamic_weight_decay: bool | None = option(None, help="let the weight decay fall with the steps")
-    wd_transition_steps: int | None = option(None, minimum=1, help="steps before it falls")
-    wd_decay_factor: float | None = option(None, minimum=0, maximum=1, help="factor over as many steps again")
-    wd_min_ratio: float | None = option(None, minimum=0, maximum=1, help="it never falls below this share")
-    wd_max_progress: float | None = option(
-        None, minimum=0, help="it stops falling after this many times the transition (default 2: at factor squared)"
-    )
 
     def given(self) -> dict[str, object]:
         """What the user set, by name."""
@@ -210,10 +275,6 @@ class TrainingOptions:
     max_train_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="epochs; overrides the steps")
     gradient_accumulation_steps: int = option(1, minimum=1, help="batches per step of the optimizer")
     seed: int | None = option(None, help="the same seed gives the same result (default: a random one, which is logged)")
-    min_snr_gamma: float | None = option(
-        None, minimum=0, zero_is_unset=True, help="weight timesteps by min-SNR with this gamma; 5 is usual"
-    )
-    loss_type: Literal["l2"] = option("l2", not_yet=("l1", "huber", "smooth_l1"), help="the loss")
 
     def __post_init__(self) -> None:
         if self.max_train_steps == 0 and self.max_train_epochs is None:
@@ -230,7 +291,9 @@ class OutputOptions:
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
         None, help="the precision of the file (default: as trained)"
     )
-    save_model_as: Literal["safetensors"] = option("safetensors", not_yet=("ckpt", "pt"), help="the file's format")
+    save_model_as: Literal["safetensors", "ckpt", "pt"] = option(
+        "safetensors", help="the file's format; ckpt and pt are pickled tables of tensors without metadata"
+    )
     save_every_n_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n steps")
     save_n_epoch_ratio: int | None = option(
@@ -274,14 +337,43 @@ class OutputOptions:
 class LoggingOptions:
     """Logs"""
 
-    logging_dir: str | None = option(None, help="the folder for TensorBoard's logs; none are written without it")
-    log_with: Literal["tensorboard"] | None = option(None, not_yet=("wandb", "all"), help="what to log with")
+    logging_dir: str | None = option(None, help="the folder for logs, TensorBoard's if --log_with says nothing")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = option(
+        None, help="what to log with; wandb needs that package; all means both"
+    )
     log_prefix: str | None = option(None, help="put before the time in the name of the run's log folder")
-    log_tracker_name: str | None = option(None, help="the name of the tracker (default: network_train)")
+    log_tracker_name: str | None = option(
+        None, help="the name of the tracker, wandb's project (default: network_train)"
+    )
+    log_tracker_config: str | None = option(
+        None, help="a TOML file with more settings of the trackers, under [tensorboard] and [wandb]"
+    )
+    log_config: bool = option(False, help="log the options as well, but for keys and paths")
+    wandb_run_name: str | None = option(None, help="the run's name in wandb")
+    wandb_api_key: str | None = option(None, help="the key to log in to wandb with")
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
+        None, help="which messages are shown (default: INFO)"
+    )
+    console_log_file: str | None = option(None, help="a file for the messages, which the console does not show then")
 
     def __post_init__(self) -> None:
-        if self.log_with is not None and self.logging_dir is None:
+        if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
             raise UserError(f"--log_with {self.log_with} needs --logging_dir, the folder to write to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Samples during training"""
+
+    sample_prompts: str | None = option(
+        None, help="a file of prompts to draw: .txt (one a line, with flags such as --w 512 --d 1), .toml or .json"
+    )
+    sample_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="draw them every n steps")
+    sample_every_n_epochs: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="draw them every n epochs; goes before steps"
+    )
+    sample_at_first: bool = option(False, help="draw them before training, too")
+    sample_sampler: str = option("ddim", read=read_sampler, help=f"how to draw: {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,9 +388,16 @@ class RunOptions:
     )
     resume_anyway: bool = option(False, help="resume even if options or data are not those of the state (ours)")
     output_config: bool = option(False, help="write the given options to --config_file instead of training")
+    debug_dataset: bool = option(
+        False, help="draw what the network will see, images and captions, into NAME-dataset.png instead of training"
+    )
     dry_run: Literal["", "plan", "measure"] = option(
         "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
     )
+
+    def __post_init__(self) -> None:
+        if self.debug_dataset and self.dry_run:
+            raise UserError("--debug_dataset and --dry_run: give one of them; the one draws the data, the other counts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,16 +409,21 @@ class Options:
     data: DataOptions = field(default_factory=DataOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
+    weight_decay: WeightDecayOptions = field(default_factory=WeightDecayOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)
+    samples: SampleOptions = field(default_factory=SampleOptions)
     run: RunOptions = field(default_factory=RunOptions)
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
-            raise UserError("--cache_text_encoder_outputs needs --network_train_unet_only: what is cached cannot learn")
+            name = f"cache_text_encoder_outputs{'_to_disk' if self.data.cache_text_encoder_outputs_to_disk else ''}"
+            raise UserError(f"--{name} needs --network_train_unet_only: what is cached cannot learn")
 
 
 @lru_cache(maxsize=1)

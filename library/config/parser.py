@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # These say where to read or write, so a file cannot say them about itself.
 _COMMAND_LINE_ONLY = ("config_file", "output_config")
+# Not for files that get shared; kohya's scripts leave it out as well.
+_SECRET = ("wandb_api_key",)
 
 
 def parse(argv: list[str]) -> Options:
@@ -195,7 +197,7 @@ def _write_config(path: Path | None, reading: _Reading) -> None:
     written = {
         name: _plain(value, options[name])
         for name, value in reading.values.items()
-        if name not in _COMMAND_LINE_ONLY and value != options[name].default
+        if name not in (*_COMMAND_LINE_ONLY, *_SECRET) and value != options[name].default
     }
     write_toml(path, written)
     logger.info("%s written with %d options.", path, len(written))

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    """An image is resized to `resized`, which covers `bucket`, and cut to `bucket` about its centre."""
+    """An image is resized to `resized`, which covers `bucket`, and cut to `bucket`."""
 
     bucket: Size
     resized: Size
 
     @property
     def crop(self) -> tuple[int, int]:
-        """(left, top) of the cut."""
+        """(left, top) of the cut about the centre."""
         return (self.resized[0] - self.bucket[0]) // 2, (self.resized[1] - self.bucket[1]) // 2
 
 
@@ -39,8 +39,15 @@ class Buckets:
         self.free = spec.enable_bucket and spec.bucket_no_upscale
         self.sizes = [] if self.free else _fixed_sizes(spec)
 
-    def place(self, size: Size) -> Placement:
-        """Raises ValueError where a bucket without enlargement would be empty."""
+    def place(self, size: Size, *, keep_size: bool = False) -> Placement:
+        """Raises ValueError where a bucket without enlargement would be empty.
+
+        `keep_size`: without buckets an image that is large enough is not resized, only cut. So kohya's --random_crop
+        does it there: what is seen is a piece of the image at its full size.
+        """
+        width, height = self.spec.resolution
+        if keep_size and not self.spec.enable_bucket and size[0] >= width and size[1] >= height:
+            return Placement(self.spec.resolution, size)
         return _place_without_enlarging(size, self.spec) if self.free else _place(size, self.sizes)
 
 

@@ -1,10 +1,10 @@
-"""Encode once, keep in memory. Gets functions, not models."""
+"""Encode once, keep in memory. Gets functions, not models. `disk_cache.py` does the same on disk."""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -66,26 +66,43 @@ def encode_images(
     `encode` takes pixels float32 [B, 3, H, W] in [-1, 1] on the CPU and returns (mean, std), each [B, C, h, w].
     Threads decode the images of the next batches meanwhile. Raises UserError where a latent is not finite.
     """
-    by_size: dict[Size, list[View]] = {}
-    for view in dict.fromkeys(views):
-        by_size.setdefault(view.size, []).append(view)
-    batches = [(same[i : i + batch_size], i) for same in by_size.values() for i in range(0, len(same), batch_size)]
-    ordered = [view for batch, _ in batches for view in batch]
+    distinct = list(dict.fromkeys(views))
+    counts = Counter(view.size for view in distinct)
+    filled: Counter[Size] = Counter()
     rows: dict[View, int] = {}
     moments: dict[Size, tuple[Tensor, Tensor]] = {}
-    with closing(_read_ahead(ordered, ahead=2 * batch_size)) as pixels:
-        for batch, start in bar(batches, desc="encoding images", total=len(batches), unit="batch"):
-            mean, std = encode(torch.stack(list(islice(pixels, len(batch)))))
-            size, end = batch[0].size, start + len(batch)
-            if size not in moments:  # only the encoder knows the shape
-                moments[size] = _room(mean, len(by_size[size])), _room(std, len(by_size[size]))
-            for room, new in zip(moments[size], (mean, std), strict=True):
-                room[start:end] = new
-            _refuse_non_finite(batch, *(room[start:end] for room in moments[size]))
-            rows.update(zip(batch, range(start, end), strict=True))
+    for batch, mean, std in encoded_images(distinct, encode, batch_size=batch_size, load=load_pixels):
+        size = batch[0].size
+        if size not in moments:  # only the encoder knows the shape
+            moments[size] = _room(mean, counts[size]), _room(std, counts[size])
+        start, end = filled[size], filled[size] + len(batch)
+        for room, new in zip(moments[size], (mean, std), strict=True):
+            room[start:end] = new
+        rows.update(zip(batch, range(start, end), strict=True))
+        filled[size] = end
     cache = LatentCache(rows, moments)
     logger.info("latents of %d images held in memory: %.1f MB", len(rows), cache.nbytes / 1e6)
     return cache
+
+
+def encoded_images(
+    views: Sequence[View],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    batch_size: int,
+    load: Callable[[View], Tensor],
+) -> Iterator[tuple[list[View], Tensor, Tensor]]:
+    """(views, mean, std) of batches of one size; see `encode_images`. `load` gives pixels, in several threads."""
+    by_size: dict[Size, list[View]] = {}
+    for view in views:
+        by_size.setdefault(view.size, []).append(view)
+    batches = [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
+    ordered = [view for batch in batches for view in batch]
+    with closing(_read_ahead(ordered, load, ahead=2 * batch_size)) as pixels:
+        for batch in bar(batches, desc="encoding images", total=len(batches), unit="batch"):
+            mean, std = encode(torch.stack(list(islice(pixels, len(batch)))))
+            _refuse_non_finite(batch, mean, std)
+            yield batch, mean, std
 
 
 @torch.no_grad()
@@ -94,24 +111,35 @@ def encode_captions(
 ) -> TextCache:
     """Encode each distinct caption once. `encode` returns name → [B, …], of one shape for every caption."""
     distinct = list(dict.fromkeys(captions))
+    rows: dict[str, int] = {}
     outputs: dict[str, Tensor] = {}
-    starts = range(0, len(distinct), batch_size)
-    for start in bar(starts, desc="encoding captions", total=len(starts), unit="batch"):
-        batch = distinct[start : start + batch_size]
-        for name, new in encode(batch).items():
+    for batch, found in encoded_captions(distinct, encode, batch_size=batch_size):
+        start, end = len(rows), len(rows) + len(batch)
+        for name, new in found.items():
             if name not in outputs:
                 outputs[name] = _room(new, len(distinct))
-            outputs[name][start : start + len(batch)] = new
-    cache = TextCache({caption: row for row, caption in enumerate(distinct)}, outputs)
+            outputs[name][start:end] = new
+        rows.update(zip(batch, range(start, end), strict=True))
+    cache = TextCache(rows, outputs)
     logger.info("text encoder outputs of %d captions held in memory: %.1f MB", len(distinct), cache.nbytes / 1e6)
     return cache
+
+
+def encoded_captions(
+    captions: Sequence[str], encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int
+) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    """(captions, name → [B, …]) of batches."""
+    starts = range(0, len(captions), batch_size)
+    for start in bar(starts, desc="encoding captions", total=len(starts), unit="batch"):
+        batch = list(captions[start : start + batch_size])
+        yield batch, encode(batch)
 
 
 def _room(like: Tensor, count: int) -> Tensor:
     return torch.empty((count, *like.shape[1:]), dtype=like.dtype, device="cpu")
 
 
-def _read_ahead(views: Sequence[View], *, ahead: int) -> Generator[Tensor, None, None]:
+def _read_ahead(views: Sequence[View], load: Callable[[View], Tensor], *, ahead: int) -> Generator[Tensor, None, None]:
     """The pixels of each view, in order. At most `ahead` images, and one for each thread, wait to be taken."""
     threads = min(16, cpu_count())
     waiting: deque[Future[Tensor]] = deque()
@@ -120,7 +148,7 @@ def _read_ahead(views: Sequence[View], *, ahead: int) -> Generator[Tensor, None,
         for view in views:
             if len(waiting) >= ahead + threads:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(load_pixels, view))
+            waiting.append(pool.submit(load, view))
         while waiting:
             yield waiting.popleft().result()
     finally:

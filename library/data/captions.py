@@ -1,48 +1,147 @@
-"""The text that is trained, made from a raw caption: prefix and suffix, shuffled tags."""
+"""The text that is trained, made from a raw caption."""
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from library.data import tags, wildcards
 from library.errors import UserError
 
 if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec, SubsetSpec
 
+logger = logging.getLogger(__name__)
+
+# Options whose effect on a text is another one each time it is seen, in the order in which they act.
+_DRAWN = (
+    *("caption_dropout_rate", "caption_dropout_every_n_epochs", "enable_wildcard"),
+    *("token_warmup_step", "shuffle_caption", "caption_tag_dropout_rate"),
+)
+_ON_TAGS = ("token_warmup_step", "shuffle_caption", "caption_tag_dropout_rate")
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One sight of a caption: when it is, and where its draws come from.
+
+    `draw` gives the random numbers for a purpose: one each, so that no option changes what another one draws.
+    `epoch` counts from 0; `step` counts the optimizer's steps done before, of `total_steps`.
+    """
+
+    draw: Callable[[str], random.Random]
+    epoch: int
+    step: int
+    total_steps: int
+
+
+def changing_options(spec: SubsetSpec) -> list[str]:
+    """The options that make a caption of this subset another text each time."""
+    return [name for name in _DRAWN if getattr(spec, name)]
+
 
 def is_static(spec: SubsetSpec) -> bool:
     """Whether a caption of this subset is the same text each time."""
-    return not spec.shuffle_caption
+    return not changing_options(spec)
 
 
-def caption_text(raw: str, spec: SubsetSpec, rng: random.Random | None) -> str:
-    """The trained text, character by character what kohya's trainer makes of `raw`.
+def as_written(raw: str, spec: SubsetSpec) -> list[str]:
+    """The texts that draws start from: one, or with `enable_wildcard` one for each line of `raw`.
 
-    `rng` draws the order of the tags; None leaves it as written. The first `keep_tokens` tags stay in front (they
-    count with the prefix, which stands before them). Shuffled tags are stripped and joined with ", " whatever their
-    separator was; an unshuffled caption keeps its spaces and separators.
+    In a static subset that one is the trained text.
     """
-    text = raw
+    lines = raw.split("\n") if spec.enable_wildcard else [_first_line(raw)]
+    return [_with_second_separator(_between(line, spec), spec) for line in lines]
+
+
+def caption_text(raw: str, spec: SubsetSpec, sight: Sight) -> str:
+    """The trained text, character by character what kohya's trainer makes of `raw` for the same draws.
+
+    In this order: the whole caption is dropped; one line is chosen, prefix and suffix are put around it, wildcards are
+    filled in; tags are held back (warm-up), shuffled, dropped; the secondary separator is replaced. If anything is done
+    to tags, they are stripped and joined with ", "; otherwise the text keeps its spaces and separators.
+    """
+    if _is_dropped(spec, sight):
+        return ""
+    line = wildcards.pick_line(raw, sight.draw("caption line")) if spec.enable_wildcard else _first_line(raw)
+    # kohya puts the prefix before the first of several lines and the suffix behind the last: the others lack them
+    text = _between(line, spec)
+    if spec.enable_wildcard:
+        text = wildcards.expand(text, sight.draw("wildcard"))
+    if any(getattr(spec, name) for name in _ON_TAGS):
+        text = _rearranged(text, spec, sight)
+    return _with_second_separator(text, spec)
+
+
+def _is_dropped(spec: SubsetSpec, sight: Sight) -> bool:
+    every = spec.caption_dropout_every_n_epochs
+    if every and (sight.epoch + 1) % every == 0:  # users count epochs from 1
+        return True
+    rate = spec.caption_dropout_rate
+    return rate > 0 and sight.draw("caption dropout").random() < rate
+
+
+def _first_line(raw: str) -> str:
+    return raw.split("\n", 1)[0]
+
+
+def _between(text: str, spec: SubsetSpec) -> str:
+    """`text` between prefix and suffix."""
     if spec.caption_prefix:
         text = f"{spec.caption_prefix} {text}"
     if spec.caption_suffix:
         text = f"{text} {spec.caption_suffix}"
-    if is_static(spec) or rng is None:
+    return text
+
+
+def _rearranged(text: str, spec: SubsetSpec, sight: Sight) -> str:
+    front, loose, back = tags.split(text, spec)
+    if spec.token_warmup_step:
+        loose = tags.warmed_up(loose, spec, step=sight.step, total_steps=sight.total_steps)
+    if spec.shuffle_caption:
+        sight.draw("caption").shuffle(loose)
+    if spec.caption_tag_dropout_rate:
+        loose = tags.dropped_out(loose, spec.caption_tag_dropout_rate, sight.draw("tag dropout"))
+    return tags.Tags(front, loose, back).joined()
+
+
+def _with_second_separator(text: str, spec: SubsetSpec) -> str:
+    if not spec.secondary_separator:
         return text
-    tags = [tag.strip() for tag in text.split(spec.caption_separator)]
-    kept, loose = tags[: spec.keep_tokens], tags[spec.keep_tokens :]
-    rng.shuffle(loose)
-    return ", ".join(kept + loose)
+    return text.replace(spec.secondary_separator, spec.caption_separator)
 
 
 def refuse_text_cache_of_changing_captions(datasets: Iterable[DatasetSpec]) -> None:
     """Raises UserError where text encoder outputs cannot be cached, because the text is drawn anew each time."""
+    for subset in _subsets(datasets):
+        if options := changing_options(subset):
+            raise UserError(
+                f"cache_text_encoder_outputs and {' and '.join(options)} exclude each other: a caption is another text "
+                f"each time then ({subset.origin}, {subset.source}). Leave one of them out"
+            )
+
+
+def warn_of_captions_options(datasets: Iterable[DatasetSpec]) -> None:
+    """Say which options about captions do not do what whoever gave them will expect."""
+    for message in dict.fromkeys(message for subset in _subsets(datasets) for message in _doubts(subset)):
+        logger.warning(message)
+
+
+def _doubts(spec: SubsetSpec) -> Iterator[str]:
+    if spec.keep_tokens_separator and not any(getattr(spec, name) for name in _ON_TAGS):
+        yield (
+            f"{spec.origin}: keep_tokens_separator '{spec.keep_tokens_separator}' stays in the text, without effect: "
+            f"it matters only together with {', '.join(_ON_TAGS)}"
+        )
+    if spec.token_warmup_min != 1 and not spec.token_warmup_step:
+        yield f"{spec.origin}: token_warmup_min has no effect: it matters only together with token_warmup_step"
+    if spec.caption_dropout_rate == 1 or spec.caption_dropout_every_n_epochs == 1:
+        yield f"{spec.origin}: every caption is dropped: caption_dropout_rate or caption_dropout_every_n_epochs is 1"
+
+
+def _subsets(datasets: Iterable[DatasetSpec]) -> Iterator[SubsetSpec]:
     for dataset in datasets:
-        for subset in dataset.subsets:
-            if not is_static(subset):
-                raise UserError(
-                    f"cache_text_encoder_outputs and shuffle_caption exclude each other: a shuffled caption is another "
-                    f"text each time ({subset.origin}, {subset.image_dir}). Leave one of them out"
-                )
+        yield from dataset.subsets

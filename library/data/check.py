@@ -27,15 +27,18 @@ def cpu_count() -> int:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
+    """What an image is: its size, upright, and whether parts of it may be transparent."""
+
     size: Size
+    transparent: bool
     animated: bool
 
 
-def check_images(paths: Iterable[Path]) -> tuple[dict[Path, Size], dict[Path, str]]:
-    """Decode every image. Returns the sizes of the good ones, upright, and why each of the bad ones cannot be read."""
+def check_images(paths: Iterable[Path]) -> tuple[dict[Path, Measured], dict[Path, str]]:
+    """Decode every image. Returns what the good ones are, and why each of the bad ones cannot be read."""
     distinct = list(dict.fromkeys(paths))
-    sizes: dict[Path, Size] = {}
+    good: dict[Path, Measured] = {}
     bad: dict[Path, str] = {}
     animated: list[Path] = []
     with ThreadPoolExecutor(min(16, cpu_count())) as pool:  # decoding releases the GIL
@@ -44,12 +47,12 @@ def check_images(paths: Iterable[Path]) -> tuple[dict[Path, Size], dict[Path, st
             if isinstance(result, str):
                 bad[path] = result
                 continue
-            sizes[path] = result.size
+            good[path] = result
             if result.animated:
                 animated.append(path)
     if animated:
         logger.warning("%d animated images: the first frame of each is used (%s …)", len(animated), animated[0])
-    return sizes, bad
+    return good, bad
 
 
 def report_bad_images(bad: dict[Path, str], *, skip: bool) -> None:
@@ -66,8 +69,8 @@ def report_bad_images(bad: dict[Path, str], *, skip: bool) -> None:
     raise UserError(f"{len(bad)} unreadable images (--skip_bad_images leaves them out):\n{listed}")
 
 
-def _measure(path: Path) -> _Measured | str:
-    """The size of an image that decodes to the end, else the reason why it does not."""
+def _measure(path: Path) -> Measured | str:
+    """What an image is that decodes to the end, else the reason why it does not."""
     try:
         if path.stat().st_size == 0:
             return "the file is empty"
@@ -78,9 +81,10 @@ def _measure(path: Path) -> _Measured | str:
             # a JPEG is read to its end but decoded at an eighth of its size, three times as fast
             image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
             to_rgb(image)
+            transparent = image.has_transparency_data
             if orientation(image) >= 5:
                 size = size[1], size[0]
-        return _Measured(size, animated)
+        return Measured(size, transparent, animated)
     except FileNotFoundError:
         return "no such file (a broken link?)"
     except UnidentifiedImageError:

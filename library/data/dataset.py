@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from library.data.cache import LatentCache, TextCache, encode_captions, encode_images
-from library.data.captions import caption_text, is_static
-from library.data.images import View
+from library.data.captions import Sight, as_written, caption_text, is_static
+from library.data.disk_cache import Disk, DiskLatents, DiskTexts, cache_captions, cache_images
 from library.data.loader import PixelLoader
+from library.data.masks import MaskCache, cache_masks
 from library.data.plan import PlannedBatch, epoch_batches
 from library.data.prepare import Prepared
 from library.data.samples import Sample, Size
+from library.data.views import View, drawn_view, fixed_view
 from library.rng import python_random
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import SubsetSpec
 
 
 class Draw(NamedTuple):
@@ -46,20 +53,37 @@ class Batch:
     crops: list[tuple[int, int]]
     """(left, top) of what is seen within the resized image."""
     target_size: Size
+    masks: Tensor | None = None
+    """float32 [B, 1, h, w] in 0 … 1, of the latents' size or the pixels': how much each place counts in the loss."""
 
 
 class TrainingData:
-    """All that is trained. It has no state but its caches: a batch is a function of (seed, epoch, planned batch)."""
+    """All that is trained. It has no state but its caches: a batch is a function of (seed, epoch, planned batch).
 
-    def __init__(self, prepared: Prepared, *, seed: int, prior_loss_weight: float = 1.0) -> None:
+    `batches_per_step`: the batches of one optimizer step, of all processes; `total_steps`: the steps of the run. Token
+    warm-up goes by these.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        seed: int,
+        prior_loss_weight: float = 1.0,
+        batches_per_step: int = 1,
+        total_steps: int = 0,
+    ) -> None:
         self.samples = prepared.samples
         self.placements = prepared.placements
         self.groups = prepared.groups
         self.summaries = prepared.summaries
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
-        self.latents: LatentCache | None = None
-        self.texts: TextCache | None = None
+        self.batches_per_step = batches_per_step
+        self.total_steps = total_steps
+        self.latents: LatentCache | DiskLatents | None = None
+        self.masks: MaskCache | None = None
+        self.texts: TextCache | DiskTexts | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -71,22 +95,58 @@ class TrainingData:
         return epoch_batches(self.groups, seed=self.seed, epoch=epoch)
 
     def captions(self) -> list[str]:
-        """The distinct texts, unshuffled."""
-        return list(dict.fromkeys(caption_text(sample.caption, sample.subset, None) for sample in self.samples))
+        """The distinct texts that draws start from: see `captions.as_written`."""
+        return list(self.caption_folders())
 
-    def cache_latents(self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int) -> None:
-        """See `cache.encode_images`; where `flip_aug` is set, both ways round are encoded."""
-        views = [
-            self._view(index, flip=flip)
-            for index, sample in enumerate(self.samples)
+    def caption_folders(self) -> dict[str, Path]:
+        """The distinct texts that draws start from, each with the folder of the first image that has it."""
+        folders: dict[str, Path] = {}
+        for sample in self.samples:
+            for text in as_written(sample.caption, sample.subset):
+                folders.setdefault(text, sample.path.parent)
+        return folders
+
+    def example(self, subset: SubsetSpec) -> str | None:
+        """The text of the first sight of an image of this subset, in the order of training."""
+        for planned, step in self._steps(epoch=0).items():
+            for index, repeat in planned:
+                if self.samples[index].subset == subset:
+                    return self._caption(Draw(self.samples[index], 0, repeat), step)
+        return None
+
+    def cached_views(self) -> list[View]:
+        """Every way in which an image is seen: where `flip_aug` is set, both ways round."""
+        return [
+            fixed_view(sample, placement, flip=flip)
+            for sample, placement in zip(self.samples, self.placements, strict=True)
             for flip in ((False, True) if sample.subset.flip_aug else (False,))
         ]
-        self.latents = encode_images(views, encode, batch_size=batch_size)
 
-    def cache_captions(self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int) -> None:
-        """See `cache.encode_captions`. Call `captions.refuse_text_cache_of_changing_captions` before."""
+    def cache_latents(
+        self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int, disk: Disk | None = None
+    ) -> None:
+        """See `cache.encode_images`, or with `disk` `disk_cache.cache_images`."""
+        views = self.cached_views()
+        latents: LatentCache | DiskLatents
+        if disk is None:
+            latents = encode_images(views, encode, batch_size=batch_size)
+        else:
+            latents = cache_images(views, encode, batch_size=batch_size, disk=disk)
+        self.latents = latents
+        self.masks = cache_masks(views, lambda view: latents.get([view])[0].shape[-2:])
+
+    def cache_captions(
+        self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int, disk: Disk | None = None
+    ) -> None:
+        """See `cache.encode_captions`, or with `disk` `disk_cache.cache_captions`.
+
+        Call `captions.refuse_text_cache_of_changing_captions` before.
+        """
         assert all(is_static(sample.subset) for sample in self.samples)
-        self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
+        if disk is None:
+            self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
+        else:
+            self.texts = cache_captions(self.caption_folders(), encode, batch_size=batch_size, disk=disk)
 
     def loader(self, *, workers: int, world_size: int = 1, persistent: bool = False) -> PixelLoader:
         """A loader with as many worker processes as there is work for: none where the latents are cached."""
@@ -95,29 +155,38 @@ class TrainingData:
 
     def batches(self, plan: Sequence[PlannedBatch], *, epoch: int, loader: PixelLoader) -> Iterator[Batch]:
         """The planned batches that this process is to train, in order: a whole epoch's share or the rest of one."""
-        views: Iterator[list[View]] = (self._views(planned, epoch) for planned in plan)
+        views: Iterator[list[View]] = (self.views(planned, epoch) for planned in plan)
+        steps = self._steps(epoch)
         if self.latents is not None:
+            assert self.masks is not None
             for planned, seen in zip(plan, views, strict=True):
-                yield self._batch(planned, epoch, seen, pixels=None, moments=self.latents.get(seen))
+                moments, masks, step = self.latents.get(seen), self.masks.get(seen), steps[planned]
+                yield self._batch(planned, epoch, seen, step=step, pixels=None, moments=moments, masks=masks)
         else:
             views, to_load = tee(views)
-            for planned, seen, pixels in zip(plan, views, loader(to_load), strict=True):
-                yield self._batch(planned, epoch, seen, pixels=pixels, moments=None)
+            for planned, seen, (pixels, masks) in zip(plan, views, loader(to_load), strict=True):
+                step = steps[planned]
+                yield self._batch(planned, epoch, seen, step=step, pixels=pixels, moments=None, masks=masks)
 
-    def _view(self, index: int, *, flip: bool) -> View:
-        placement = self.placements[index]
-        return View(self.samples[index].path, placement.resized, placement.crop, placement.bucket, flip)
+    def _steps(self, epoch: int) -> Mapping[PlannedBatch, int]:
+        """The optimizer's steps done before each batch of this epoch, by its place in the plan.
 
-    def _views(self, planned: PlannedBatch, epoch: int) -> list[View]:
-        return [self._view(index, flip=self._flip(self.samples[index], epoch, repeat)) for index, repeat in planned]
+        So neither what a process has of the epoch nor where a run was resumed matters.
+        """
+        before = epoch * -(-self.batches_per_epoch // self.batches_per_step)  # an epoch ends with a step
+        return {planned: before + i // self.batches_per_step for i, planned in enumerate(self.plan(epoch))}
 
-    def _flip(self, sample: Sample, epoch: int, repeat: int) -> bool:
-        return sample.subset.flip_aug and python_random(self.seed, epoch, repeat, sample.key, "flip").random() < 0.5
+    def views(self, planned: PlannedBatch, epoch: int) -> list[View]:
+        """What is seen of each image of a batch."""
+        return [
+            drawn_view(self.samples[index], self.placements[index], seed=self.seed, epoch=epoch, repeat=repeat)
+            for index, repeat in planned
+        ]
 
-    def _caption(self, sample: Sample, epoch: int, repeat: int) -> str:
-        return caption_text(
-            sample.caption, sample.subset, python_random(self.seed, epoch, repeat, sample.key, "caption")
-        )
+    def _caption(self, draw: Draw, step: int) -> str:
+        sample, epoch, repeat = draw
+        draws = partial(python_random, self.seed, epoch, repeat, sample.key)
+        return caption_text(sample.caption, sample.subset, Sight(draws, epoch, step, self.total_steps))
 
     def _batch(
         self,
@@ -125,11 +194,13 @@ class TrainingData:
         epoch: int,
         views: Sequence[View],
         *,
+        step: int,
         pixels: Tensor | None,
         moments: tuple[Tensor, Tensor] | None,
+        masks: Tensor | None,
     ) -> Batch:
         draws = [Draw(self.samples[index], epoch, repeat) for index, repeat in planned]
-        captions = [self._caption(*draw) for draw in draws]
+        captions = [self._caption(draw, step) for draw in draws]
         weights = [self.prior_loss_weight if draw.sample.subset.is_reg else 1.0 for draw in draws]
         return Batch(
             samples=draws,
@@ -141,4 +212,5 @@ class TrainingData:
             original_sizes=[draw.sample.size for draw in draws],
             crops=[view.offset for view in views],
             target_size=views[0].size,
+            masks=masks,
         )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, features
 
-from library.data.samples import Size
+from library.data.color import apply_jitter
+from library.data.resize import resize
+from library.data.views import View
 from library.errors import UserError
 
 with contextlib.suppress(ImportError):
@@ -50,23 +50,6 @@ def image_extensions() -> frozenset[str]:
     return frozenset(known)
 
 
-@dataclass(frozen=True)
-class View:
-    """An image as the network sees it: resized, then cut to `size` at `crop` (left, top), then perhaps mirrored."""
-
-    path: Path
-    resized: Size
-    crop: tuple[int, int]
-    size: Size
-    flip: bool
-
-    @property
-    def offset(self) -> tuple[int, int]:
-        """(left, top) of what is seen in the resized image, which is mirrored too where `flip` is set."""
-        left, top = self.crop
-        return (self.resized[0] - self.size[0] - left if self.flip else left), top
-
-
 def open_image(path: Path) -> ImageFile.ImageFile:
     """The opened, not yet decoded image. Raises UserError for a decompression bomb, what Pillow raises for the rest."""
     limit = Image.MAX_IMAGE_PIXELS
@@ -95,14 +78,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     White, because what lies hidden under the alpha channel is noise, and most cut-out pictures were drawn on white.
     """
+    return _on_white(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decoded, turned as its EXIF block says, and of 8 bits a channel."""
     image.load()
     if (turn := _UPRIGHT.get(orientation(image))) is not None:
         image = image.transpose(turn)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _gray_to_8_bit(image)
+    return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """The colours as they are stored, hidden ones too."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -120,45 +119,62 @@ def _gray_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray)
 
 
-def _average_rows(pixels: np.ndarray, rows: int) -> np.ndarray:
-    """[H, W, C] → float32 [rows, W, C], rows ≤ H: each the mean over its exact share of the old rows, parts included.
-
-    Pillow's BOX takes whole rows only: at 600 → 512 px it differs from this by 27 of 255 grey levels in the mean on
-    noise, 1.7 on a smooth picture; OpenCV's INTER_AREA (kohya's) by its rounding, at most 0.5.
-    """
-    height = pixels.shape[0]
-    scale = height / rows
-    start = np.arange(rows) * scale
-    first = start.astype(np.int64)
-    mean = np.zeros((rows, *pixels.shape[1:]), np.float32)
-    for k in range(math.ceil(scale) + 1):
-        row = first + k
-        overlap = np.clip(np.minimum(start + scale, row + 1) - np.maximum(start, row), 0, None)
-        mean += pixels[np.minimum(row, height - 1)] * (overlap / scale).astype(np.float32)[:, None, None]
-    return mean
-
-
-def resize(image: Image.Image, size: Size) -> np.ndarray:
-    """RGB image → [H, W, 3] in 0 … 255, with kohya's filters: area where nothing grows, else Lanczos."""
-    if image.size == size:
-        return np.asarray(image)
-    if image.width < size[0] or image.height < size[1]:
-        return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
-    tall = _average_rows(np.asarray(image), size[1])
-    return _average_rows(np.ascontiguousarray(tall.transpose(1, 0, 2)), size[0]).transpose(1, 0, 2)
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel of an upright image, 8 bits; None where it has none."""
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def load_pixels(view: View) -> torch.Tensor:
     """The view as float32 [3, H, W] in [-1, 1]. Raises UserError where the file cannot be read any more."""
+    return _pixels(view, _decode(view.path))
+
+
+def load_mask(view: View) -> torch.Tensor:
+    """The mask of the view, float32 [1, H, W] in 0 … 1; 1 where there is none. Raises UserError as `load_pixels`."""
+    return _mask(view, _decode(view.path) if view.alpha_mask else None)
+
+
+def load_view(view: View) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels and, if the view is masked, its mask; the image is decoded once."""
+    image = _decode(view.path)
+    return _pixels(view, image), _mask(view, image) if view.masked else None
+
+
+def _decode(path: Path) -> Image.Image:
+    """Upright, 8 bits, with its alpha channel."""
     try:
-        with open_image(view.path) as opened:
-            image = to_rgb(opened)
+        with open_image(path) as opened:
+            return upright(opened)
     except Exception as error:  # decoders raise anything on a broken file
-        raise UserError(f"{view.path}: {error}") from error
-    left, top = view.crop
-    width, height = view.size
-    pixels = resize(image, view.resized)[top : top + height, left : left + width]
-    if view.flip:
-        pixels = pixels[:, ::-1]
-    chw = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+        raise UserError(f"{path}: {error}") from error
+
+
+def _pixels(view: View, image: Image.Image) -> torch.Tensor:
+    # A mask painted into the alpha channel leaves the picture as it is: white would be learnt at its edges.
+    rgb = _without_alpha(image) if view.alpha_mask else _on_white(image)
+    pixels = _cut(resize(rgb, view.resized, view.interpolation), view)
+    if view.jitter is not None:
+        pixels = apply_jitter(pixels, view.jitter)
+    chw = np.ascontiguousarray(_turned(pixels, view).transpose(2, 0, 1), dtype=np.float32)
     return torch.from_numpy(chw).div_(127.5).sub_(1.0).clamp_(-1, 1)  # the means are rounded
+
+
+def _mask(view: View, image: Image.Image | None) -> torch.Tensor:
+    """`image`: the decoded image, needed for its alpha channel only."""
+    if view.mask is not None:
+        weights: Image.Image | None = _without_alpha(_decode(view.mask)).getchannel("R")  # as in kohya
+    else:
+        weights = _alpha(image) if image is not None and view.alpha_mask else None
+    if weights is None:
+        return torch.ones(1, view.size[1], view.size[0])
+    cut = _turned(_cut(resize(weights, view.resized, view.interpolation), view), view)
+    return torch.from_numpy(np.ascontiguousarray(cut, dtype=np.float32))[None].div_(255).clamp_(0, 1)
+
+
+def _cut(pixels: np.ndarray, view: View) -> np.ndarray:
+    (left, top), (width, height) = view.crop, view.size
+    return pixels[top : top + height, left : left + width]
+
+
+def _turned(pixels: np.ndarray, view: View) -> np.ndarray:
+    return pixels[:, ::-1] if view.flip else pixels

@@ -9,16 +9,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from library.data.check import cpu_count
-from library.data.images import View, load_pixels
+from library.data.images import load_view
+from library.data.views import View
 
 Views = Sequence[View]
+Pixels = tuple[Tensor, "Tensor | None"]
+"""float32 [B, 3, H, W] in [-1, 1], and masks [B, 1, H, W] in 0 … 1 or None where no view has one."""
 
 
-class _Pixels(Dataset[Tensor]):
+class _Pixels(Dataset[Pixels]):
     """Its index is the batch's own description: workers hold no data, whether forked or spawned."""
 
-    def __getitem__(self, views: Views) -> Tensor:  # type: ignore[override]
-        return torch.stack([load_pixels(view) for view in views])
+    def __getitem__(self, views: Views) -> Pixels:  # type: ignore[override]
+        loaded = [load_view(view) for view in views]
+        pixels = torch.stack([pixels for pixels, _ in loaded])
+        if not any(view.masked for view in views):
+            return pixels, None
+        return pixels, torch.stack([torch.ones_like(p[:1]) if mask is None else mask for p, mask in loaded])
 
 
 class _Order:
@@ -53,7 +60,7 @@ class PixelLoader:
             generator=torch.Generator(),  # else each epoch would take a number from torch's global stream
         )
 
-    def __call__(self, batches: Iterable[Views]) -> Iterator[Tensor]:
-        """[B, 3, H, W] in [-1, 1] for each of `batches`."""
+    def __call__(self, batches: Iterable[Views]) -> Iterator[Pixels]:
+        """Pixels and masks of each of `batches`."""
         self._order.batches = batches
         return iter(self._loader)

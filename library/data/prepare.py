@@ -7,17 +7,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data.buckets import Buckets, Placement
-from library.data.check import check_images, report_bad_images
+from library.data.check import Measured, check_images, report_bad_images
+from library.data.crops import face_in_name, is_within
+from library.data.masks import find_masks, refuse_other_sizes
 from library.data.plan import Group
-from library.data.samples import Sample, Size, SubsetSummary
-from library.data.sources import dreambooth
+from library.data.samples import Sample, Scan, Size, SubsetSummary
+from library.data.sources import dreambooth, metadata
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.dataset_config import DatasetSpec, SubsetSpec
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,11 @@ class Prepared:
     placements: list[Placement]
     groups: list[Group]
     summaries: list[SubsetSummary]
+
+    @property
+    def train_images(self) -> int:
+        """Different images, without repeats and without regularisation images."""
+        return sum(summary.images for summary in self.summaries if not summary.subset.is_reg)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -46,8 +54,10 @@ def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_image
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     index = count()  # of a subset over all data sets: part of its samples' keys
-    scans = [[dreambooth.scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
-    sizes, bad = check_images(sample.path for of_dataset in scans for scan in of_dataset for sample in scan.samples)
+    scans = [[_scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
+    found = [sample for of_dataset in scans for scan in of_dataset for sample in scan.samples]
+    masks = [sample.mask for sample in found if sample.mask is not None]
+    measured, bad = check_images([*(sample.path for sample in found), *masks])
     report_bad_images(bad, skip=skip_bad_images)
 
     samples: list[Sample] = []
@@ -55,8 +65,11 @@ def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_image
     groups: list[Group] = []
     summaries: list[SubsetSummary] = []
     for number, (spec, of_dataset) in enumerate(zip(datasets, scans, strict=True)):
-        found = [sample for scan in of_dataset for sample in scan.samples]
-        readable = [replace(sample, size=sizes[sample.path]) for sample in found if sample.path in sizes]
+        readable = [
+            sample
+            for scan in of_dataset
+            for sample in _with_measures(scan.samples, measured, bucketed=spec.enable_bucket)
+        ]
         balanced = dreambooth.balance_regularisation(readable)
         if not balanced:
             raise UserError(f"{_origins(spec)}: no images to train, or only regularisation images")
@@ -68,12 +81,58 @@ def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_image
     return Prepared(samples, placements, groups, summaries)
 
 
+def _scan(subset: SubsetSpec, index: int) -> Scan:
+    scan = dreambooth.scan(subset, index) if subset.metadata_file is None else metadata.scan(subset, index)
+    return scan._replace(samples=find_masks(scan.samples))
+
+
+def _with_measures(samples: Sequence[Sample], measured: dict[Path, Measured], *, bucketed: bool) -> list[Sample]:
+    """The readable samples of a subset with what their images tell: size and, where it is used, face."""
+    readable = [
+        replace(sample, size=measured[sample.path].size)
+        for sample in samples
+        if sample.path in measured and (sample.mask is None or sample.mask in measured)
+    ]
+    refuse_other_sizes(readable, {path: one.size for path, one in measured.items()})
+    if not readable:
+        return []
+    subset = readable[0].subset
+    if subset.alpha_mask and not any(measured[sample.path].transparent for sample in readable):
+        logger.warning("%s: alpha_mask has no effect: no image has an alpha channel", subset.image_dir)
+    if subset.face_crop_aug_range is None:
+        return readable
+    if bucketed:
+        logger.warning("%s: face_crop_aug_range has no effect with enable_bucket, as in kohya", subset.image_dir)
+        return readable
+    return _with_faces(readable)
+
+
+def _with_faces(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of a subset with the faces in their names. Raises UserError where there is none."""
+    faces = [face_in_name(sample.path) for sample in samples]
+    found = [
+        replace(sample, face=face if face is not None and is_within(face, sample.size) else None)
+        for sample, face in zip(samples, faces, strict=True)
+    ]
+    without = [sample for sample in found if sample.face is None]
+    subset = samples[0].subset
+    if len(without) == len(found):
+        raise UserError(
+            f"{subset.origin}: face_crop_aug_range: no image in {subset.image_dir} has a face in its name, such as "
+            f"{samples[0].path.stem}_120_80_64_64{samples[0].path.suffix} (x and y of the centre, width, height)"
+        )
+    if without:
+        where = subset.image_dir, len(without), without[0].path.name
+        logger.warning("%s: %d images have no face in their name and are cut without one (such as %s)", *where)
+    return found
+
+
 def _place(samples: Sequence[Sample], buckets: Buckets) -> list[Placement]:
     placed: list[Placement] = []
     too_small: list[str] = []
     for sample in samples:
         try:
-            placed.append(buckets.place(sample.size))
+            placed.append(buckets.place(sample.size, keep_size=sample.subset.random_crop))
         except ValueError as error:
             too_small.append(f"{sample.path}: {error}")
     if too_small:
@@ -94,9 +153,7 @@ def _group(
     return [Group(dataset, size, batch_size, tuple(members[size])) for size in sorted(members)]
 
 
-def _counted(
-    scans: Sequence[dreambooth.Scan], readable: Sequence[Sample], used: Sequence[Sample]
-) -> Iterator[SubsetSummary]:
+def _counted(scans: Sequence[Scan], readable: Sequence[Sample], used: Sequence[Sample]) -> Iterator[SubsetSummary]:
     """The summaries of a data set with what became of the images of each subset."""
     are_readable = Counter(sample.subset for sample in readable)
     are_used = Counter(sample.subset for sample in used)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from library.config.dataset_config import SubsetSpec
@@ -15,13 +15,24 @@ Size = tuple[int, int]
 UNMEASURED: Size = (0, 0)
 
 
+class Face(NamedTuple):
+    """Where a face is in an image, in pixels: its centre and its size."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image of one subset.
 
     `key` names it in every keyed draw: "{subset index}/{path inside the subset}", the same on every machine.
-    `caption` is the text as the source has it; `captions.caption_text` makes what is trained out of it.
-    `size` is that of the upright image, `UNMEASURED` until the image has been opened.
+    `caption` is the text as the source has it, several lines if `enable_wildcard` is set;
+    `captions.caption_text` makes what is trained out of it.
+    `size` is that of the upright image, `UNMEASURED` until the image has been opened. `mask` is an image that weighs
+    the loss; `face` is there where the cuts are made about it.
     """
 
     path: Path
@@ -30,6 +41,8 @@ class Sample:
     subset: SubsetSpec
     size: Size
     repeats: int
+    mask: Path | None = None
+    face: Face | None = None
 
 
 @dataclass(frozen=True)
@@ -47,3 +60,10 @@ class SubsetSummary:
     shared_names: int = 0
     other_image_files: int = 0
     subfolders_with_images: int = 0
+
+
+class Scan(NamedTuple):
+    """What a source found in a subset. The samples are not measured yet."""
+
+    samples: list[Sample]
+    summary: SubsetSummary

@@ -6,7 +6,6 @@ of the alphas. Velocity after Salimans & Ho 2022 (arXiv 2202.00512): v = sqrt(a_
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -46,8 +45,3 @@ def prediction_target(
 def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
     """SNR(t) = a_t / (1 - a_t), one value per timestep. It is 0 where a_t is 0 (zero terminal SNR)."""
     return alphas_cumprod / (1 - alphas_cumprod)
-
-
-def uniform_timestep(generator: torch.Generator, *, low: int = 0, high: int = 1000) -> int:
-    """One t, uniform in low ... high - 1."""
-    return int(torch.randint(low, high, (), generator=generator))

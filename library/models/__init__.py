@@ -18,12 +18,16 @@ def open_family(
     vae: str | None,
     clip_skip: int | None,
     max_token_length: int | None,
+    zero_terminal_snr: bool = False,
+    weighted_captions: bool = False,
 ) -> ModelFamily:
     """The family of the base model at `path`: a diffusers folder, a single file or a hub id.
 
     Reads headers and small configurations only. v2, v_parameterization: what the user says the model is, checked
     against it. vae: a folder or file of another VAE. clip_skip: 1 is the text encoder's last layer. max_token_length:
-    75, 150 or 225 tokens of a caption. Raises UserError where the model is not found, not supported, or not as said.
+    75, 150 or 225 tokens of a caption. zero_terminal_snr: rescale the noise schedule to end in pure noise.
+    weighted_captions: whether brackets weigh words. Raises UserError where the model is not found, not supported, or
+    not as said.
     """
     from library.config.registry import load_path
     from library.errors import UserError
@@ -40,5 +44,7 @@ def open_family(
         vae=vae,
         clip_skip=clip_skip,
         max_token_length=max_token_length,
+        zero_terminal_snr=zero_terminal_snr,
+        weighted_captions=weighted_captions,
     )
     return family

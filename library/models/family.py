@@ -67,6 +67,14 @@ class ModelFamily(Protocol):
         """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1]."""
         ...
 
+    def vae_fingerprint(self) -> str:
+        """A hash of all that `encode_images` depends on but the precision; reads the VAE's weights once."""
+        ...
+
+    def text_fingerprint(self) -> str:
+        """A hash of all that `encode_prompts` depends on but the precision; reads the text encoders' weights once."""
+        ...
+
     def count_tokens(self, caption: str) -> int:
         """How many tokens the caption has, without BOS and EOS."""
         ...

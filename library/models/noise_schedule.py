@@ -34,10 +34,10 @@ def alphas_cumprod(config: Mapping[str, Any], *, where: str) -> Tensor:
         known = ("linear", "scaled_linear", "squaredcos_cap_v2")
         raise UserError(f"{where}: beta_schedule '{name}' is not supported{did_you_mean(str(name), known)}")
     products = torch.cumprod(1 - betas, dim=0)
-    return _zero_terminal(products) if config.get("rescale_betas_zero_snr") else products
+    return zero_terminal(products) if config.get("rescale_betas_zero_snr") else products
 
 
-def _zero_terminal(products: Tensor) -> Tensor:
+def zero_terminal(products: Tensor) -> Tensor:
     """Shift and scale so that the last timestep is pure noise: Lin et al. 2023, arXiv 2305.08891, algorithm 1."""
     roots = products.sqrt()
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2

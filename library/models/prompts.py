@@ -3,7 +3,7 @@
 CLIP reads 77 tokens, the first of which is BOS and one of which is EOS. A longer caption is cut into chunks of 75, each
 with its own BOS and end, encoded separately; the states are put one after another with one BOS in front and one end
 behind. This is what kohya's sd-scripts do (library/strategy_base.py and strategy_sd.py), and what LoRAs that were
-trained on 150 or 225 tokens expect.
+trained on 150 or 225 tokens expect. Weighted captions multiply the states of their tokens, as there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from library.models.prompt_weights import weighted_texts
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -30,6 +32,28 @@ def chunked_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int
     """Token ids [B, limit / 75, 77]; `limit`: 75, 150 or 225. What is beyond it is cut off."""
     rows = [_chunks(tokenizer, content_tokens(tokenizer, caption)[:limit], limit) for caption in captions]
     return torch.tensor(rows, dtype=torch.long)
+
+
+def weighted_tokens(tokenizer: CLIPTokenizer, caption: str) -> tuple[list[int], list[float]]:
+    """The tokens of a caption with weights in brackets, without BOS and EOS, and the weight of each."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for text, weight in weighted_texts(caption):
+        of_text = content_tokens(tokenizer, text)
+        tokens += of_text
+        weights += [weight] * len(of_text)
+    return tokens, weights
+
+
+def weighted_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int) -> tuple[Tensor, Tensor]:
+    """Token ids as of `chunked_ids`, and a weight for each of the joined states [B, limit + 2]."""
+    rows, weights = [], []
+    for caption in captions:
+        tokens, of_tokens = weighted_tokens(tokenizer, caption)
+        rows.append(_chunks(tokenizer, tokens[:limit], limit))
+        of_tokens = of_tokens[:limit]
+        weights.append([1.0, *of_tokens, *[1.0] * (limit + 1 - len(of_tokens))])  # BOS, tokens, end and padding
+    return torch.tensor(rows, dtype=torch.long), torch.tensor(weights)
 
 
 def _chunks(tokenizer: CLIPTokenizer, content: list[int], limit: int) -> list[list[int]]:

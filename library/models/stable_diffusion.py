@@ -60,6 +60,8 @@ class StableDiffusion:
         vae: str | None,
         clip_skip: int | None,
         max_token_length: int | None,
+        zero_terminal_snr: bool = False,
+        weighted_captions: bool = False,
     ) -> None:
         self._base = base = base.with_vae(vae) if vae else base
         self.path, self.vae_path = base.path, vae
@@ -67,6 +69,7 @@ class StableDiffusion:
         self._text_width, self._layers = unet["cross_attention_dim"], text["num_hidden_layers"]
         self._is_v2 = _checked_v2(base, says_v2=v2)
         self.prediction_type = _prediction_type(base, v2=self._is_v2, says_v=v_parameterization)
+        self._scheduler = _scheduler(base, self.prediction_type, zero_terminal_snr=zero_terminal_snr)
         velocity = self.prediction_type == "v_prediction"
         self.base_model_version = f"sd_v{2 if self._is_v2 else 1}{'_v' if velocity else ''}"
         self.architecture = "stable-diffusion-v1"
@@ -89,6 +92,7 @@ class StableDiffusion:
         self.token_limit = max_token_length or _TOKEN_LIMITS[0]
         if self.token_limit not in _TOKEN_LIMITS:
             raise UserError(f"max_token_length {max_token_length}: must be one of {', '.join(map(str, _TOKEN_LIMITS))}")
+        self.weighted_captions = weighted_captions
 
         self.vae: nn.Module | None = None
         self.text_encoders: list[nn.Module] = []
@@ -98,7 +102,7 @@ class StableDiffusion:
     def alphas_cumprod(self) -> Tensor:
         from library.models.noise_schedule import alphas_cumprod
 
-        return alphas_cumprod(self._base.scheduler, where=f"the scheduler of {self.path}")
+        return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -149,19 +153,46 @@ class StableDiffusion:
             latents = self.vae.encode(pixels_BCHW.to(weight.device, weight.dtype)).latent_dist
         return (latents.mean.float() - self._shift) * self._scaling, latents.std.float() * self._scaling
 
-    def count_tokens(self, caption: str) -> int:
-        from library.models.prompts import content_tokens
+    def vae_fingerprint(self) -> str:
+        from library.models.fingerprint import part_fingerprint
 
+        return part_fingerprint(self._base.parts["vae"])
+
+    def text_fingerprint(self) -> str:
+        from library.models.fingerprint import combined, folder_fingerprint, part_fingerprint
+
+        return combined(
+            {
+                "weights": part_fingerprint(self._base.parts["text_encoder"]),
+                "tokenizer": folder_fingerprint(self._base.tokenizer),
+                "tokenizer options": dict(self._base.tokenizer_options),
+                "clip skip": self.clip_skip or 1,
+                "tokens": self.token_limit,
+            }
+        )
+
+    def count_tokens(self, caption: str) -> int:
+        from library.models.prompts import content_tokens, weighted_tokens
+
+        if self.weighted_captions:
+            return len(weighted_tokens(self._tokenizer, caption)[0])
         return len(content_tokens(self._tokenizer, caption))
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D]}. Differentiable, for adapters in the text encoder."""
-        from library.models.prompts import chunked_ids, encode
+        from library.models.prompts import chunked_ids, encode, weighted_ids
 
         (encoder,) = self.text_encoders
-        ids = chunked_ids(self._tokenizer, captions, limit=self.token_limit)
+        weights = None
+        if self.weighted_captions:
+            ids, weights = weighted_ids(self._tokenizer, captions, limit=self.token_limit)
+        else:
+            ids = chunked_ids(self._tokenizer, captions, limit=self.token_limit)
         ids = ids.to(encoder.embeddings.position_ids.device)
-        return {"hidden_states": encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)}
+        states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
+        if weights is not None:
+            states = states * weights[:, :, None].to(states)
+        return {"hidden_states": states}
 
     def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Noise or velocity, as `prediction_type` says, [B, C, h, w]; t in 0 … 999."""
@@ -211,10 +242,10 @@ class StableDiffusion:
         """A diffusers StableDiffusionPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_pipeline
 
-        assert self.vae is not None and self.unet is not None, "drawing needs all parts"  # noqa: PT018
-        (encoder,) = self.text_encoders
+        assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
+        encoder = self.text_encoders[0] if self.text_encoders else None  # prompts can be encoded before
         parts = {"vae": self.vae, "text_encoder": encoder, "tokenizer": self._tokenizer, "unet": self.unet}
-        scheduler = _SCHEDULER | dict(self._base.scheduler) | {"prediction_type": self.prediction_type}
+        scheduler = _SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
         return new_pipeline(parts, scheduler)
 
 
@@ -267,6 +298,20 @@ def _prediction_type(base: BaseModel, *, v2: bool, says_v: bool) -> str:
             "--v_parameterization with a Stable Diffusion 1.x model: is %s one that predicts velocity?", base.path
         )
     return "v_prediction" if says_v else "epsilon"
+
+
+def _scheduler(base: BaseModel, prediction_type: str, *, zero_terminal_snr: bool) -> dict[str, Any]:
+    """The scheduler's configuration, for training and drawing alike; rescaled if that is wanted."""
+    config = dict(base.scheduler)
+    if not zero_terminal_snr:
+        return config
+    if prediction_type == "epsilon":
+        raise UserError(
+            f"--zero_terminal_snr: {base.path} predicts noise, which at a last timestep of pure noise says nothing "
+            "about the image; it is for models that predict v (--v_parameterization)"
+        )
+    # a drawing must begin at the last timestep, or it begins where there is signal (arXiv 2305.08891, §3.3)
+    return config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def _vae_config(base: BaseModel) -> Mapping[str, Any]:

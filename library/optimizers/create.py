@@ -37,9 +37,14 @@ class OptimizerChoice:
         return self.path.startswith(("dadaptation.", "prodigyopt."))
 
     @property
+    def is_adafactor(self) -> bool:
+        """transformers' Adafactor, or another of that name."""
+        return self.path.endswith(".Adafactor")
+
+    @property
     def relative_step(self) -> bool:
         """Adafactor in the mode that derives its rate from the step (kohya's default for it)."""
-        return self.path.endswith(".Adafactor") and bool(self.arguments.get("relative_step"))
+        return self.is_adafactor and bool(self.arguments.get("relative_step"))
 
 
 def choose_optimizer(
@@ -57,8 +62,10 @@ def choose_optimizer(
             flags = ", ".join(f"--{flag}" for flag in custom_adamw)
             raise UserError(f"{flags}: only CustomAdamW has this; --optimizer_type is {name}")
         words = _joined(words, custom_adamw)
+    # wd_flat is no single word: --wd_flat gives it
+    reserved = ("params", "lr", "wd_flat") if path == CUSTOM_ADAMW else ("params", "lr")
     arguments, unchecked = registry.bind(
-        path, words, given=defaults, reserved=("params", "lr"), where="--optimizer_args", named_by="--optimizer_type"
+        path, words, given=defaults, reserved=reserved, where="--optimizer_args", named_by="--optimizer_type"
     )
     if unchecked:
         logger.warning("--optimizer_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked))

@@ -1,16 +1,50 @@
-"""Learning-rate curves: optimizer step → factor. The formulas are diffusers'."""
+"""Learning-rate curves: optimizer step → factor. The formulas are diffusers', transformers' and torch's."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
+from library.config import registry
+from library.config.schedule import ScheduleOptions
 from library.errors import UserError
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+logger = logging.getLogger(__name__)
+
+# "adafactor" is none of these: the optimizer Adafactor makes that curve itself.
+SCHEDULES = {
+    "constant": "diffusers.optimization.get_constant_schedule",
+    "constant_with_warmup": "diffusers.optimization.get_constant_schedule_with_warmup",
+    "linear": "diffusers.optimization.get_linear_schedule_with_warmup",
+    "cosine": "diffusers.optimization.get_cosine_schedule_with_warmup",
+    "cosine_with_restarts": "diffusers.optimization.get_cosine_with_hard_restarts_schedule_with_warmup",
+    "polynomial": "diffusers.optimization.get_polynomial_decay_schedule_with_warmup",
+    "piecewise_constant": "diffusers.optimization.get_piecewise_constant_schedule",
+    "cosine_with_min_lr": "transformers.optimization.get_cosine_with_min_lr_schedule_with_warmup",
+    "inverse_sqrt": "transformers.optimization.get_inverse_sqrt_schedule",
+    "warmup_stable_decay": "transformers.optimization.get_wsd_schedule",
+}
+_WITHOUT_WARMUP = ("constant", "piecewise_constant")
 
 
-def warmup_steps(value: int | float | str, total_steps: int) -> int:
-    """Optimizer steps of warm-up, from a number of steps (500), a ratio below 1 (0.05) or a percentage ("5%").
+@dataclass(frozen=True)
+class ScheduleChoice:
+    """A schedule whose function or class is importable and whose arguments fit it by name."""
+
+    name: str
+    path: str
+    arguments: dict[str, Any]
+    total_steps: int
+    warmup: int = 0  # optimizer steps
+
+
+def steps_of(value: int | float | str, total_steps: int, *, option: str) -> int:
+    """Optimizer steps, from a number of steps (500), a ratio below 1 (0.05) or a percentage ("5%").
 
     Raises UserError for a negative one or one longer than the run.
     """
@@ -21,30 +55,144 @@ def warmup_steps(value: int | float | str, total_steps: int) -> int:
     else:
         steps = int(value)
     if not 0 <= steps <= total_steps:
-        raise UserError(f"--lr_warmup_steps {value}: {steps} steps of warm-up do not fit a run of {total_steps} steps")
+        raise UserError(f"--{option} {value}: {steps} steps do not fit a run of {total_steps} steps")
     return steps
 
 
-def create_schedule(
-    name: str, optimizer: torch.optim.Optimizer, *, total_steps: int, warmup: int, num_cycles: int, power: float
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule `name`, to be stepped once per optimizer step whatever the number of processes.
-
-    `num_cycles` is read by cosine_with_restarts, `power` by polynomial.
-    """
-    from diffusers.optimization import get_scheduler
-
-    if name == "constant" and warmup:
-        raise UserError(
-            f"--lr_scheduler constant has no warm-up, but --lr_warmup_steps asks for {warmup} steps of it: "
-            "use --lr_scheduler constant_with_warmup, or --lr_warmup_steps 0."
-        )
+def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleChoice:
+    """Find the function or class and check the words against its signature; nothing is made yet. Raises UserError."""
+    warmup = steps_of(options.lr_warmup_steps, total_steps, option="lr_warmup_steps")
+    for sentence in options.without_effect():
+        logger.warning("%s", sentence)
+    if options.lr_scheduler_type:
+        return _custom(options, total_steps=total_steps, warmup=warmup)
+    name = options.lr_scheduler
     assert name in SCHEDULES, name
-    return get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=total_steps,
-        num_cycles=num_cycles,
-        power=power,
+    if warmup and name in _WITHOUT_WARMUP:
+        other = ": use --lr_scheduler constant_with_warmup, or" if name == "constant" else ":"
+        raise UserError(
+            f"--lr_scheduler {name} has no warm-up, but --lr_warmup_steps asks for {warmup} steps of it{other} "
+            "--lr_warmup_steps 0."
+        )
+    decay = 0
+    if name == "warmup_stable_decay":
+        decay = steps_of(options.lr_decay_steps, total_steps, option="lr_decay_steps")
+        if warmup + decay > total_steps:
+            raise UserError(
+                f"--lr_warmup_steps {options.lr_warmup_steps} and --lr_decay_steps {options.lr_decay_steps}: "
+                f"{warmup} + {decay} steps do not fit a run of {total_steps} steps"
+            )
+        if not decay:
+            logger.warning("--lr_scheduler warmup_stable_decay never decays without --lr_decay_steps, such as 20%")
+    given = _arguments(options, total_steps=total_steps, warmup=warmup, decay=decay)
+    words, _ = registry.bind(
+        SCHEDULES[name],
+        options.lr_scheduler_args,
+        reserved=("optimizer", "last_epoch", *given),
+        where="--lr_scheduler_args",
+        named_by="--lr_scheduler",
     )
+    if name == "piecewise_constant":
+        words["step_rules"] = _checked_rules(str(words["step_rules"]))
+    if name == "cosine_with_min_lr" and "min_lr_rate" not in given and words.get("min_lr") is None:
+        raise UserError("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, such as 0.1")
+    return ScheduleChoice(name, SCHEDULES[name], {**given, **words}, total_steps, warmup)
+
+
+def _arguments(options: ScheduleOptions, *, total_steps: int, warmup: int, decay: int) -> dict[str, Any]:
+    """What the function of a schedule by name is given, apart from --lr_scheduler_args."""
+    name, cycles, ratio = options.lr_scheduler, options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio
+    if name in _WITHOUT_WARMUP:
+        return {}
+    arguments: dict[str, Any] = {"num_warmup_steps": warmup}
+    if name == "inverse_sqrt":
+        return arguments | {"timescale": options.lr_scheduler_timescale}
+    if name == "warmup_stable_decay":
+        stable = total_steps - warmup - decay
+        arguments |= {"num_stable_steps": stable, "num_decay_steps": decay}
+        return arguments | {"num_cycles": cycles / 2, "min_lr_ratio": ratio or 0.0}
+    if name == "constant_with_warmup":
+        return arguments
+    arguments["num_training_steps"] = total_steps
+    if name == "cosine_with_restarts":
+        arguments["num_cycles"] = cycles
+    elif name == "polynomial":
+        arguments["power"] = options.lr_scheduler_power
+    elif name == "cosine_with_min_lr":
+        arguments["num_cycles"] = cycles / 2  # kohya's: one cycle is one descent
+        if ratio is not None:
+            arguments["min_lr_rate"] = ratio
+    return arguments
+
+
+def _checked_rules(rules: str) -> str:
+    """ "1:10,0.1:20,0.01": the factor 1 until step 10, then 0.1 until step 20, then 0.01."""
+    number = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+    if not re.fullmatch(rf"({number}:\d+,)*{number}", rules):
+        raise UserError(
+            f"--lr_scheduler_args step_rules={rules}: give factors with the steps they end at, and a last factor, such "
+            "as step_rules=1:10,0.1:20,0.01"
+        )
+    ends = [int(rule.split(":")[1]) for rule in rules.split(",")[:-1]]
+    if ends != sorted(set(ends)):
+        raise UserError(f"--lr_scheduler_args step_rules={rules}: its steps must rise")
+    return rules
+
+
+def _custom(options: ScheduleOptions, *, total_steps: int, warmup: int) -> ScheduleChoice:
+    """A class of torch.optim.lr_scheduler by its name, or any other by its path."""
+    given = options.lr_scheduler_type
+    path = given if "." in given else f"torch.optim.lr_scheduler.{given}"
+    if warmup:
+        raise UserError(
+            f"--lr_scheduler_type {given} has no warm-up, but --lr_warmup_steps asks for {warmup} steps of it: "
+            "use --lr_warmup_steps 0."
+        )
+    target = registry.load_path(path, where="--lr_scheduler_type")
+    step = getattr(target, "step", None)
+    if not isinstance(target, type) or not callable(step):
+        raise UserError(
+            f"--lr_scheduler_type {given} is not a class with a step(), as those of torch.optim.lr_scheduler"
+        )
+    _, *parameters = inspect.signature(step).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise UserError(f"--lr_scheduler_type {given} must be told '{needed[0]}' at each step, which is not done here")
+    arguments, unchecked = registry.bind(
+        path,
+        options.lr_scheduler_args,
+        reserved=("optimizer",),
+        where="--lr_scheduler_args",
+        named_by="--lr_scheduler_type",
+    )
+    if unchecked:
+        logger.warning(
+            "--lr_scheduler_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked)
+        )
+    return ScheduleChoice(given, path, arguments, total_steps)
+
+
+def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule, to be stepped once per optimizer step whatever the number of processes and of batches a step.
+
+    Raises UserError where the function or class does not take its arguments, or a class breaks off before the end.
+    """
+    make = registry.load_path(choice.path, where="--lr_scheduler_type")
+    try:
+        if choice.path not in SCHEDULES.values():
+            _run_through(choice, make, optimizer)
+        schedule: torch.optim.lr_scheduler.LRScheduler = make(optimizer, **choice.arguments)
+    except Exception as error:  # others' code, which refuses in its own ways
+        raise UserError(f"--lr_scheduler {choice.name} does not take these settings: {error}") from error
+    return schedule
+
+
+def _run_through(choice: ScheduleChoice, make: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The whole curve on stand-ins for the parameters: many mistakes show only at some step."""
+    groups = [{**group, "params": [torch.nn.Parameter(torch.zeros(1))]} for group in optimizer.param_groups]
+    stand_in = torch.optim.SGD(groups, lr=0.0)  # which does nothing without gradients
+    stand_in.defaults |= optimizer.defaults
+    schedule = make(stand_in, **choice.arguments)
+    for _ in range(choice.total_steps):
+        stand_in.step()
+        schedule.step()

@@ -7,31 +7,34 @@ import importlib
 import inspect
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from library.config import registry, source
+from library.config import source
 from library.config.options import Options
 from library.data.dataset import TrainingData
+from library.data.disk_cache import Disk, Team
 from library.errors import UserError
-from library.losses import LOSSES, WEIGHTINGS
 from library.models.family import ModelFamily
+from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
-from library.optimizers.schedules import create_schedule, warmup_steps
-from library.training import loop, save, state
+from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
+from library.training import loop, sample, save, state, trackers
 from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
+from library.training.objective import make_objective
 from library.training.plan import Plan
-from library.training.step import Objective
-from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook
+from networks.merge import BaseWeights
+from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
+from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -47,47 +50,66 @@ class Built:
     plan: Plan
     saves: save.SavePlan
     groups: ParameterGroups  # with the rates as given, which a schedule changes in the optimizer's own
-    warmup: int
+    schedule: ScheduleChoice | None  # None: the optimizer's own, or none
+    base_weights: BaseWeights
+    prompts: sample.EncodedPrompts
+    samples: Callable[[int], None]  # draw what is due after so many steps
 
 
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
-    choice = plan.choice
-    accelerator = _accelerator(options)
+    objective = make_objective(options.objective, plan.family)
+    accelerator = _accelerator(plan)
     saves = _save_plan(plan, accelerator)
     now = _state_facts(plan, saves, per_step=accelerator.num_processes * options.training.gradient_accumulation_steps)
+    decay = weight_decay_choice.resolve(
+        options.weight_decay, plan.choice, total_steps=saves.total_steps, images=plan.prepared.train_images
+    )
+    choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
+    plan = replace(plan, choice=choice)  # with the numbers of this run
+    schedule = _schedule(options, choice, total_steps=saves.total_steps)
     if plan.resume is not None:
-        steady = options.optimizer.lr_scheduler in ("constant", "constant_with_warmup")
+        steady = schedule is None or schedule.name in ("constant", "constant_with_warmup")
         state.refuse_other_run(
             plan.resume, now=now, curve_depends_on_length=not steady, anyway=options.run.resume_anyway
         )
-    warmup = warmup_steps(options.optimizer.lr_warmup_steps, saves.total_steps)
-    data = TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=options.data.prior_loss_weight)
+    data = TrainingData(
+        plan.prepared,
+        seed=plan.seed,
+        prior_loss_weight=options.data.prior_loss_weight,
+        batches_per_step=accelerator.num_processes * options.training.gradient_accumulation_steps,
+        total_steps=saves.total_steps,
+    )
 
-    _load_and_encode(plan.family, data, options, accelerator, cache=not options.run.dry_run)
+    base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
+    prompts = sample.EncodedPrompts(plan.family, _drawn_prompts(plan))
+    _load_and_encode(plan.family, data, options, accelerator, base_weights, prompts, cache=not options.run.dry_run)
     network = _network(plan, accelerator)
+    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
+        with without(network):  # refused now, where it cannot be switched off, and not in the first step
+            pass
     groups = optimizer_groups(
         network,
         text_encoder_lr=options.optimizer.text_encoder_lr,
         unet_lr=options.optimizer.unet_lr,
         default_lr=options.optimizer.learning_rate,
+        layer_decay=options.optimizer.lr_layer_decay,
     )
     optimizer = create_optimizer(
         choice, [dict(group) for group in groups], learning_rate=options.optimizer.learning_rate
     )
     if options.precision.full_fp16:
         _refuse_vanishing_eps(choice, optimizer)
-    schedule = _schedule(options, choice, optimizer, total_steps=saves.total_steps, warmup=warmup)
     run = loop.Run(
         accelerator=accelerator,
         family=plan.family,
         network=network,
         parameters=[parameter for group in groups for parameter in group["params"]],
         optimizer=accelerator.prepare_optimizer(optimizer),
-        schedule=schedule,
+        schedule=None if schedule is None else create_schedule(schedule, optimizer),
         data=data,
-        objective=_objective(options, plan.family),
+        objective=objective,
         loader=data.loader(
             workers=options.data.max_data_loader_n_workers,
             world_size=accelerator.num_processes,
@@ -100,36 +122,36 @@ def build(plan: Plan) -> Built:
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_weight_norms=options.network.scale_weight_norms,
         schedule_free=choice.schedule_free,
+        observe=weight_decay_choice.attach(decay, optimizer),
         on_step=step_hook(network),
         save=_nothing,
         save_now=_nothing,
     )
     if plan.resume is not None:
         state.load(plan.resume, run)
+    samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and not options.run.dry_run:
-        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes)
+        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay)
         precision = options.output.save_precision
+        samples = _sampling(plan, saves, accelerator, network, prompts) or samples
         write_state = partial(_write_state, run, now)
-        run.save = partial(_save_due, saves, network, precision, metadata, write_state)
+        run.save = partial(_save_due, saves, network, precision, metadata, write_state, samples)
         run.save_now = partial(_save_now, saves, network, precision, metadata, write_state)
-    return Built(run, plan, saves, groups, warmup)
+    return Built(run, plan, saves, groups, schedule, base_weights, prompts, samples)
 
 
-def _accelerator(options: Options) -> Accelerator:
-    logging_dir = options.logging.logging_dir
-    if logging_dir is not None:
-        stamp = time.strftime("%Y%m%d%H%M%S")
-        logging_dir = str(Path(logging_dir) / f"{options.logging.log_prefix or ''}{stamp}")
+def _accelerator(plan: Plan) -> Accelerator:
+    options = plan.options
     try:
         accelerator = Accelerator(
             mixed_precision=options.precision.mixed_precision,
-            log_with="tensorboard" if logging_dir else None,
-            project_dir=logging_dir,
+            log_with=list(plan.trackers.names) or None,
+            project_dir=plan.trackers.folder,
         )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
-    if logging_dir is not None and not options.run.dry_run:
-        accelerator.init_trackers(options.logging.log_tracker_name or "network_train")
+    if not options.run.dry_run:
+        trackers.start(accelerator, plan.trackers, options)
     return accelerator
 
 
@@ -157,6 +179,7 @@ def _save_plan(plan: Plan, accelerator: Accelerator) -> save.SavePlan:
         state_at_end=output.save_state_on_train_end,
         last_n_steps_state=output.save_last_n_steps_state,
         last_n_epochs_state=output.save_last_n_epochs_state,
+        ending=output.save_model_as,
     )
     if accelerator.is_main_process and not options.run.dry_run:
         _check_free(plan, saves)
@@ -183,33 +206,121 @@ def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
     return {kind: saves.last_file.with_name(f"{stem}-{kind}.png") for kind, asked in wanted.items() if asked}
 
 
+def _drawn_prompts(plan: Plan) -> list[str]:
+    """Every text that samples and pictures will need, negative ones as well."""
+    samples = plan.samples.prompts if plan.samples is not None else ()
+    texts = [text for item in samples for text in (item.prompt, item.negative_prompt)]
+    return [*texts, *plan.options.output.compare_prompts, ""]
+
+
+def _sampling(
+    plan: Plan, saves: save.SavePlan, accelerator: Accelerator, network: Any, prompts: sample.EncodedPrompts
+) -> sample.Sampling | None:
+    """What draws samples during training, if any are to be drawn."""
+    if plan.samples is None:
+        return None
+    for item in plan.samples.prompts:
+        sample.check_sampler(item.sample_sampler or plan.samples.sampler)
+    return sample.Sampling(
+        times=plan.samples,
+        family=plan.family,
+        network=network,
+        encode=prompts,
+        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.options), accelerator.device),
+        autocast=accelerator.autocast,
+        show=partial(trackers.log_image, accelerator),
+        folder=saves.folder / "sample",
+        name=saves.name,
+        seed=plan.seed,
+        steps_per_epoch=saves.steps_per_epoch,
+    )
+
+
 def vae_dtype(options: Options) -> torch.dtype:
     """What the VAE computes in."""
     return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
 
 
+def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
+    """How --cache_latents_to_disk keeps latents; None without it."""
+    if not options.data.cache_latents_to_disk:
+        return None
+    return _disk(f"VAE {family.vae_fingerprint()} in {vae_dtype(options)}", options, accelerator)
+
+
+def texts_on_disk(
+    family: ModelFamily, base_weights: BaseWeights, options: Options, accelerator: Accelerator
+) -> Disk | None:
+    """How --cache_text_encoder_outputs_to_disk keeps them; None without it."""
+    if not options.data.cache_text_encoder_outputs_to_disk:
+        return None
+    dtype = DTYPES[options.precision.mixed_precision]
+    encoders = f"text encoders {family.text_fingerprint()}{base_weights.fingerprint()} in {dtype}"
+    return _disk(encoders, options, accelerator)
+
+
+def _disk(encoder: str, options: Options, accelerator: Accelerator) -> Disk:
+    return Disk(
+        encoder=encoder,
+        folder=Path(options.data.cache_dir).expanduser() if options.data.cache_dir else None,
+        trust=options.data.skip_cache_check,
+        team=Team(accelerator.process_index, accelerator.num_processes, gather_object),
+    )
+
+
 def _load_and_encode(
-    family: ModelFamily, data: TrainingData, options: Options, accelerator: Accelerator, *, cache: bool
+    family: ModelFamily,
+    data: TrainingData,
+    options: Options,
+    accelerator: Accelerator,
+    base_weights: BaseWeights,
+    prompts: sample.EncodedPrompts,
+    *,
+    cache: bool,
 ) -> None:
     """VAE, text encoders, UNet, one after the other, so that no more lies in memory than is needed at the time.
 
     Without `cache` nothing is encoded, and everything stays loaded: a dry run looks at all parts.
     """
     device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
-    family.load_vae(vae_dtype(options), device)
+
+    def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if family.vae is None:  # not before an image needs it: all of them may be on disk
+            family.load_vae(vae_dtype(options), device)
+        return family.encode_images(pixels)
+
+    def encode_prompts(captions: list[str]) -> dict[str, torch.Tensor]:
+        if not family.text_encoders:
+            load_text_encoders()
+        return family.encode_prompts(captions)
+
+    def load_text_encoders() -> None:
+        family.load_text_encoders(dtype, device)
+        base_weights.merge_into(family.adapter_targets())
+
     if cache and options.data.cache_latents:
-        data.cache_latents(family.encode_images, batch_size=options.data.vae_batch_size)
+        disk = latents_on_disk(family, options, accelerator)
+        data.cache_latents(encode_images, batch_size=options.data.vae_batch_size, disk=disk)
         family.release_vae()
         _give_back(device)
+    else:
+        family.load_vae(vae_dtype(options), device)
 
-    family.load_text_encoders(dtype, device)
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
-        data.cache_captions(family.encode_prompts, batch_size=batch_size)
+        disk = texts_on_disk(family, base_weights, options, accelerator)
+        if options.network.base_weights:
+            load_text_encoders()  # else nothing could say what of the files fits, were all captions on disk
+        data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk)
+        prompts.keep(encode_prompts)
         family.release_text_encoders()
         _give_back(device)
+    else:
+        load_text_encoders()
 
     family.load_unet(dtype, device)
+    base_weights.merge_into([target for target in family.adapter_targets() if target.part == "unet"])
+    base_weights.report()
     # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
     assert family.unet is not None
     family.unet.train()
@@ -242,9 +353,12 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
         name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
     }
     text_encoders = family.third_party_text_encoders()
+    start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
     with _refusals(wanted.network_module):
         if wanted.dim_from_weights:
-            network, _ = creator(1.0, wanted.network_weights, family.vae, text_encoders, family.unet, **arguments)
+            # the tensors as well: whatever names the file has, these are kohya's
+            file = wanted.network_weights
+            network, _ = creator(1.0, file, family.vae, text_encoders, family.unet, weights_sd=start, **arguments)
         else:
             network = creator(
                 1.0,
@@ -260,8 +374,9 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
     network.apply_to(text_encoders, family.unet, _trains_text(options), trains_unet)
-    if wanted.network_weights is not None:
-        load_weights(network, wanted.network_weights)
+    if start is not None:
+        assert wanted.network_weights is not None
+        load_weights(network, wanted.network_weights, start)
     if options.precision.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     full = options.precision.full_fp16 or options.precision.full_bf16
@@ -296,39 +411,23 @@ def _refuse_vanishing_eps(choice: OptimizerChoice, optimizer: torch.optim.Optimi
         )
 
 
-def _schedule(
-    options: Options, choice: OptimizerChoice, optimizer: torch.optim.Optimizer, *, total_steps: int, warmup: int
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    wanted = options.optimizer
-    if choice.schedule_free or choice.relative_step:
-        if wanted.lr_scheduler != "constant" or warmup:
-            reason = "needs no schedule" if choice.schedule_free else "makes its own schedule (relative_step)"
-            logger.warning("%s %s: --lr_scheduler and --lr_warmup_steps have no effect.", choice.name, reason)
-        return None
-    return create_schedule(
-        wanted.lr_scheduler,
-        optimizer,
-        total_steps=total_steps,
-        warmup=warmup,
-        num_cycles=wanted.lr_scheduler_num_cycles,
-        power=wanted.lr_scheduler_power,
-    )
-
-
-def _objective(options: Options, family: ModelFamily) -> Objective:
-    weighting: Callable[[torch.Tensor], torch.Tensor] | None = None
-    if options.training.min_snr_gamma:
-        weighting = partial(
-            registry.load(WEIGHTINGS, "min_snr", where="--min_snr_gamma"),
-            gamma=options.training.min_snr_gamma,
-            prediction_type=family.prediction_type,
+def _schedule(options: Options, choice: OptimizerChoice, *, total_steps: int) -> ScheduleChoice | None:
+    wanted = options.schedule
+    named_adafactor = wanted.lr_scheduler == "adafactor" and not wanted.lr_scheduler_type
+    if named_adafactor and not choice.relative_step:
+        raise UserError(
+            "--lr_scheduler adafactor is the schedule that --optimizer_type Adafactor makes itself with "
+            f"relative_step=True; this run's optimizer is {choice.name}{' without it' * choice.is_adafactor}"
         )
-    return Objective(
-        prediction_type=family.prediction_type,
-        alphas_cumprod=family.alphas_cumprod,
-        loss=registry.load(LOSSES, options.training.loss_type, where="--loss_type"),
-        weighting=weighting,
-    )
+    if choice.schedule_free or choice.relative_step:
+        asked = wanted.lr_scheduler != "constant" and not named_adafactor
+        if asked or wanted.lr_scheduler_type or wanted.lr_warmup_steps:
+            reason = "needs no schedule" if choice.schedule_free else "makes its own schedule (relative_step)"
+            logger.warning(
+                "%s %s: --lr_scheduler, --lr_scheduler_type and --lr_warmup_steps have no effect.", choice.name, reason
+            )
+        return None
+    return choose_schedule(wanted, total_steps=total_steps)
 
 
 def _nothing(step: int) -> None:
@@ -354,9 +453,15 @@ def _write_state(run: loop.Run, facts: state.Facts, folder: Path, step: int) -> 
 
 
 def _save_due(
-    saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, write_state: WriteState, step: int
+    saves: save.SavePlan,
+    network: Any,
+    precision: str | None,
+    metadata: Any,
+    write_state: WriteState,
+    samples: Callable[[int], None],
+    step: int,
 ) -> None:
-    """Write what is due after `step` steps, then remove what retention no longer keeps."""
+    """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
     for due in saves.due(step):
         save.save_network(network, due.path, precision=precision, metadata=metadata.at(steps=step, epoch=due.epoch))
         if due.state is not None:
@@ -365,6 +470,7 @@ def _save_due(
             save.remove_old(due.remove)
         if due.remove_state is not None:
             state.remove(due.remove_state)
+    samples(step)
 
 
 def _save_now(

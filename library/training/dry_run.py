@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.data.captions import caption_text
+from library.data.cache_files import size_of
+from library.data.captions import as_written, changing_options
 from library.data.dataset import Batch, Draw
+from library.data.disk_cache import Found, caption_files, latent_files, look
 from library.optimizers.create import state_bytes
 from library.training import loop
-from library.training.build import pictures
+from library.training.build import latents_on_disk, pictures, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
-from library.training.step import condition_of
+from library.training.step import condition_of, element_loss
 from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
+    from library.data.samples import Size
     from library.training.build import Built
 
 MEASURED_STEPS = 5  # after two that warm up
@@ -30,7 +33,7 @@ def report(built: Built, *, measure: bool) -> None:
     """Print everything that is known before training; with `measure`, time a few steps as well. Nothing is written."""
     for line in summary(built):
         print(line)
-    for line in (*_memory(built), *_files(built)):
+    for line in (*_memory(built), *_files(built), *_caches(built)):
         print(line)
     if measure:
         print(_time(built))
@@ -89,18 +92,28 @@ def _data(built: Built) -> Iterator[str]:
         kind = "regularisation images" if summary.subset.is_reg else "images"
         yield _line(
             "images",
-            f"{summary.subset.image_dir}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
+            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
             f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
         )
     texts = built.run.data.captions()
     too_long = sum(family.count_tokens(text) > family.token_limit for text in texts)
     yield _line("captions", f"{len(texts)} different, {too_long} cut off at {family.token_limit} tokens")
+    for spec in dict.fromkeys(summary.subset for summary in prepared.summaries):
+        if (text := built.run.data.example(spec)) is not None:
+            changing = ", ".join(f"{name} {_value(getattr(spec, name))}".strip() for name in changing_options(spec))
+            each = f" (another text each time: {changing})" if changing else ""
+            yield _line("", f"trained for example: '{text}'{each}")
     for group in prepared.groups:
         width, height = group.size
         yield _line(
             "bucket",
             f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {group.batches} batches",
         )
+
+
+def _value(value: bool | float) -> str:
+    """An option's value behind its name; nothing for one that is just on."""
+    return "" if value is True else f"{value:g}"
 
 
 def _length(built: Built) -> Iterator[str]:
@@ -120,10 +133,15 @@ def _length(built: Built) -> Iterator[str]:
 
 
 def _rates(built: Built) -> str:
-    options = built.plan.options.optimizer
-    rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in built.groups)
-    warmup = f", {built.warmup} steps of warm-up" if built.warmup else ""
-    return f"{rates}; {options.lr_scheduler}{warmup}; {built.plan.choice.name}"
+    names, values = [group["name"] for group in built.groups], [group["lr"] for group in built.groups]
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in zip(names, values, strict=True))
+    if len(values) > 8:  # rates by block or layer
+        rates = f"{len(values)} groups from {min(values):g} ({names[values.index(min(values))]}) to {max(values):g}"
+    schedule = "the optimizer's own schedule"
+    if built.schedule is not None:
+        warmup = f", {built.schedule.warmup} steps of warm-up" if built.schedule.warmup else ""
+        schedule = f"{built.schedule.name}{warmup}"
+    return f"{rates}; {schedule}; {built.plan.choice.name}"
 
 
 def _memory(built: Built) -> Iterator[str]:
@@ -166,7 +184,7 @@ def _fake_step(built: Built, fake: Callable[[Tensor], Tensor]) -> None:
         condition = condition_of(batch, run.family, run.accelerator.device, train_text=run.train_text)
         t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
         prediction = run.family.predict(latents, t, condition)
-        run.objective.loss(prediction.float(), latents).mean().backward()
+        element_loss(run.objective, prediction.float(), latents, t).mean().backward()
 
 
 def synthetic_batch(built: Built) -> Batch:
@@ -175,7 +193,7 @@ def synthetic_batch(built: Built) -> Batch:
     group = max(built.plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
     members = [(index, repeat) for index, repeats in group.members for repeat in range(repeats)][: group.batch_size]
     draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
-    captions = [caption_text(draw.sample.caption, draw.sample.subset, None) for draw in draws]
+    captions = [as_written(draw.sample.caption, draw.sample.subset)[0] for draw in draws]
     pixels = _pixels(built, len(draws))
     height, width = (side // run.family.vae_factor for side in pixels.shape[2:])
     latents = torch.zeros(len(draws), run.family.latent_channels, height, width)
@@ -231,3 +249,40 @@ def _files(built: Built) -> Iterator[str]:
         yield _line("", f"{path}{there}" if path is not None else f"… {len(files) - 5} more …")
     for path in pictures(built.plan.options, built.saves).values():
         yield _line("", str(path))
+
+
+def _caches(built: Built) -> Iterator[str]:
+    """What the caches on disk will take, and how much of that is there. Reads the images and what is there."""
+    run, options = built.run, built.plan.options
+    if disk := latents_on_disk(run.family, options, run.accelerator):
+        files, _ = latent_files(run.data.cached_views(), disk)
+        sizes = {path: view.size for view, path in files.items()}
+        found = look(sizes, disk)
+        to_come = sum(_latents_size(built, sizes[path]) for path in found.missing)
+        yield _cache("latents", found, to_come)
+    if disk := texts_on_disk(run.family, built.base_weights, options, run.accelerator):
+        files_of_captions = caption_files(run.data.caption_folders(), disk)
+        found = look(files_of_captions.values(), disk)
+        with torch.no_grad():
+            example = run.family.encode_prompts([""])
+        to_come = len(found.missing) * size_of({name: output[0] for name, output in example.items()})
+        yield _cache("text encoder outputs", found, to_come)
+
+
+def _latents_size(built: Built, size: Size) -> int:
+    width, height = (side // built.run.family.vae_factor for side in size)
+    latents = torch.zeros(built.run.family.latent_channels, height, width)
+    return size_of({"mean": latents, "std": latents})
+
+
+def _cache(what: str, found: Found, to_come: int) -> str:
+    files = [*found.sizes, *found.missing]
+    folders = list(dict.fromkeys(str(path.parent) for path in files))
+    more = f" and {_count(len(folders) - 1, 'more folder')}" if len(folders) > 1 else ""
+    broken = f", {len(found.broken)} of them broken" if found.broken else ""
+    return _line(
+        "cache",
+        f"{what}: {_count(len(files), 'file')}, {human_bytes(found.nbytes + to_come)}, in {folders[0]}{more}; "
+        f"{len(found.sizes)} ({human_bytes(found.nbytes)}) are there, "
+        f"{len(found.missing)} ({human_bytes(to_come)}) to be made{broken}",
+    )

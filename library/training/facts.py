@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from library.data.captions import caption_text
+from library.config.objective import ObjectiveOptions
+from library.data.captions import as_written
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
+from library.optimizers.weight_decay_choice import DecayChoice
 from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
 from library.training.plan import Plan
 from library.training.save import SavePlan
 
 
-def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int) -> RunMetadata:
+def run_metadata(
+    plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int, decay: DecayChoice | None
+) -> RunMetadata:
     """The metadata of every file of this run; only time, step and epoch are still to come."""
     options, family = plan.options, plan.family
     datasets = list(_datasets(plan, data))
@@ -26,13 +31,23 @@ def run_metadata(plan: Plan, saves: SavePlan, data: TrainingData, *, world_size:
         total_batch_size=per_device * world_size * options.training.gradient_accumulation_steps,
         from_dataset_config=options.data.dataset_config is not None,
         network_args=plan.network_arguments,
+        timestep_distribution=_timestep_distribution(options.objective),
+        ours=_ours(plan, decay),
         no_metadata=options.output.no_metadata,
     )
 
 
+def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
+    """What kohya has no keys for; written where it is used."""
+    layer_decay = plan.options.optimizer.lr_layer_decay
+    rates = {} if layer_decay is None else {"lr_layer_decay": layer_decay}
+    return rates | ({} if decay is None else decay.metadata())
+
+
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:
-    options, choice = plan.options, plan.choice
+    options, wanted, choice = plan.options, plan.options.objective, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
+    own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
     text_encoder_lr = options.optimizer.text_encoder_lr
     return RunFacts(
         session_id=plan.session_id,
@@ -48,8 +63,8 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         gradient_checkpointing=options.precision.gradient_checkpointing,
         gradient_accumulation_steps=options.training.gradient_accumulation_steps,
         max_train_steps=saves.total_steps,
-        lr_warmup_steps=options.optimizer.lr_warmup_steps,
-        lr_scheduler=options.optimizer.lr_scheduler,
+        lr_warmup_steps=0 if own_schedule else options.schedule.lr_warmup_steps,
+        lr_scheduler=own_schedule or options.schedule.lr_scheduler_type or options.schedule.lr_scheduler,
         network_module=options.network.network_module,
         network_dim=options.network.network_dim,
         network_alpha=options.network.network_alpha,
@@ -65,11 +80,49 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         training_comment=options.output.training_comment,
         optimizer=choice.path + (f"({arguments})" if arguments else ""),
         max_grad_norm=options.optimizer.max_grad_norm,
+        caption_dropout_rate=_option_of_all(plan, "caption_dropout_rate"),
+        caption_dropout_every_n_epochs=_option_of_all(plan, "caption_dropout_every_n_epochs"),
+        caption_tag_dropout_rate=_option_of_all(plan, "caption_tag_dropout_rate"),
         prior_loss_weight=options.data.prior_loss_weight,
-        min_snr_gamma=options.training.min_snr_gamma,
+        min_snr_gamma=wanted.min_snr_gamma,
         scale_weight_norms=options.network.scale_weight_norms,
-        loss_type=options.training.loss_type,
+        face_crop_aug_range=options.data.face_crop_aug_range,
+        resize_interpolation=options.data.resize_interpolation,
+        loss_type=wanted.loss_type,
+        huber_schedule=wanted.huber_schedule,
+        huber_scale=wanted.huber_scale,
+        huber_c=wanted.huber_c,
+        noise_offset=wanted.noise_offset,
+        noise_offset_random_strength=wanted.noise_offset_random_strength,
+        adaptive_noise_scale=wanted.adaptive_noise_scale,
+        multires_noise_iterations=wanted.multires_noise_iterations,
+        multires_noise_discount=wanted.multires_noise_discount,
+        ip_noise_gamma=wanted.ip_noise_gamma,
+        ip_noise_gamma_random_strength=wanted.ip_noise_gamma_random_strength,
+        debiased_estimation=wanted.debiased_estimation_loss,
+        # what was trained on: a base model's own noise schedule can be such a one, too
+        zero_terminal_snr=bool(plan.family.alphas_cumprod[-1] == 0),
     )
+
+
+def _timestep_distribution(options: ObjectiveOptions) -> dict[str, object] | None:
+    """What kohya's scripts for SD3 and FLUX write, where the timesteps are not drawn uniformly."""
+    if options.density == "uniform" and options.training_shift == 1:
+        return None
+    names = ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+    return {name: getattr(options, name) for name in (*names, "training_shift")}
+
+
+def _timestep_range(options: ObjectiveOptions) -> tuple[int, int] | None:
+    """As kohya writes it: only where it was limited."""
+    low, high = options.min_timestep, options.max_timestep
+    return None if low is None and high is None else (low or 0, 1000 if high is None else high)
+
+
+def _option_of_all(plan: Plan, name: str) -> Any:
+    """What all subsets have for this option; where they differ, the option itself, as in kohya's files."""
+    values = {getattr(subset, name) for dataset in plan.datasets for subset in dataset.subsets}
+    return values.pop() if len(values) == 1 else getattr(plan.options.data, name)
 
 
 def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
@@ -92,25 +145,38 @@ def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
             subsets=_subsets([sample for sample, _, _ in members]),
             buckets=[(group.size, group.draws) for group in groups],
             mean_img_ar_error=sum(errors) / len(errors) if errors else 0.0,
+            resize_interpolation=_of_all({subset.resize_interpolation for subset in spec.subsets}),
         )
+
+
+def _of_all(values: set[str | None]) -> str | None:
+    """The value that all subsets of a data set share, else None."""
+    return next(iter(values)) if len(values) == 1 else None
 
 
 def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
     """One for each folder that the samples of a data set come from."""
     by_origin: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
-        by_origin.setdefault((sample.subset.origin, str(sample.subset.image_dir)), []).append(sample)
+        by_origin.setdefault((sample.subset.origin, str(sample.subset.source)), []).append(sample)
     return [
         SubsetFacts(
             image_dir=own[0].subset.image_dir,
+            metadata_file=own[0].subset.metadata_file,
             img_count=len(own),
             num_repeats=own[0].subset.num_repeats,
-            captions=[caption_text(sample.caption, sample.subset, None) for sample in own],
+            captions=[text for sample in own for text in as_written(sample.caption, sample.subset)],
             is_reg=own[0].subset.is_reg,
             class_tokens=own[0].subset.class_tokens,
+            color_aug=own[0].subset.color_aug,
             flip_aug=own[0].subset.flip_aug,
+            random_crop=own[0].subset.random_crop,
+            resize_interpolation=own[0].subset.resize_interpolation,
             shuffle_caption=own[0].subset.shuffle_caption,
             keep_tokens=own[0].subset.keep_tokens,
+            keep_tokens_separator=own[0].subset.keep_tokens_separator,
+            secondary_separator=own[0].subset.secondary_separator,
+            enable_wildcard=own[0].subset.enable_wildcard,
             caption_prefix=own[0].subset.caption_prefix,
             caption_suffix=own[0].subset.caption_suffix,
         )
@@ -135,5 +201,6 @@ def _model_spec(plan: Plan) -> ModelSpec:
         trigger_phrase=output.metadata_trigger_phrase,
         preprocessor=output.metadata_preprocessor,
         is_negative_embedding=output.metadata_is_negative_embedding,
+        timestep_range=_timestep_range(plan.options.objective),
         encoder_layer=plan.options.model.clip_skip,
     )

@@ -1,4 +1,4 @@
-"""A whole job: plan, build, then a dry run, or the training and its pictures."""
+"""A whole job: plan, then the contact sheet of the data; or build, then a dry run, or the training and its pictures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 def run(options: Options) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
     plan = make_plan(options)
+    if options.run.debug_dataset:
+        from library.training import contact_sheet
+
+        contact_sheet.draw(plan)
+        return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
     from library.training import dry_run, loop
     from library.training.build import build
@@ -27,6 +32,8 @@ def run(options: Options) -> int:
         return 0
     for line in dry_run.summary(built):
         logger.info("%s", line)
+    if built.run.done == 0:
+        built.samples(0)
     stopped_by = loop.train(built.run)
     built.run.accelerator.end_training()
     if built.run.accelerator.is_main_process and stopped_by is None:
@@ -37,7 +44,7 @@ def run(options: Options) -> int:
 def _draw(built: Built) -> None:
     """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
     from library.training import report, sample
-    from library.training.build import DTYPES, pictures, vae_dtype
+    from library.training.build import pictures, vae_dtype
     from networks.protocol import without
 
     options, family = built.plan.options, built.plan.family
@@ -48,14 +55,12 @@ def _draw(built: Built) -> None:
         report.plot_losses(path, built.run.losses, steps_per_epoch=steps_per_epoch, title=title)
         logger.info("drew %s", path)
     if path := paths.get("compare"):
-        dtype, device = DTYPES[options.precision.mixed_precision], built.run.accelerator.device
         if family.vae is None:
-            family.load_vae(vae_dtype(options), device)
-        if not family.text_encoders:
-            family.load_text_encoders(dtype, device)
+            family.load_vae(vae_dtype(options), built.run.accelerator.device)
         sample.compare(
             path,
             family,
+            built.prompts,
             lambda: without(built.run.network),
             options.output.compare_prompts,
             size=built.plan.datasets[0].resolution,

@@ -8,6 +8,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from library.data.plan import of_rank, split_into_steps
 from library.optimizers.create import effective_rates
 from library.progress import progress
 from library.training.step import Objective, batch_loss
+from networks.protocol import without
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,6 +64,7 @@ class Run:
     max_grad_norm: float
     scale_weight_norms: float | None
     schedule_free: bool
+    observe: Callable[[float, float | None], None] | None  # the loss and the gradient's norm, before each step
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
@@ -131,8 +134,11 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
     if accelerator.num_processes > 1:
         average_gradients(accelerator, run.parameters)
         total = accelerator.reduce(total, reduction="mean")
+    norm = None
     if run.max_grad_norm:
-        accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
+    if run.observe is not None:
+        run.observe(float(total), None if norm is None else float(norm))
     run.optimizer.step()
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()
@@ -149,7 +155,15 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     device = run.accelerator.device
     with run.accelerator.autocast():
-        loss = batch_loss(batch, run.family, run.objective, seed=run.seed, device=device, train_text=run.train_text)
+        loss = batch_loss(
+            batch,
+            run.family,
+            run.objective,
+            seed=run.seed,
+            device=device,
+            train_text=run.train_text,
+            without=partial(without, run.network),
+        )
     run.accelerator.backward(loss * weight)
     return loss.detach() * weight
 
@@ -169,9 +183,11 @@ def _report(run: Run, item: StepBatches, bar: Any) -> None:
     rates = effective_rates(run.optimizer.optimizer)
     recent = run.losses[-100:]
     average = sum(recent) / len(recent)
-    bar.set_postfix(
-        loss=f"{average:.4f}", lr=",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values())), refresh=False
-    )
+    different = sorted(set(rates.values()))
+    shown = ",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values()))
+    if len(different) > 4:  # rates by block or layer
+        shown = f"{different[0]:.2e}..{different[-1]:.2e}"
+    bar.set_postfix(loss=f"{average:.4f}", lr=shown, refresh=False)
     bar.update()
     if run.accelerator.trackers:
         values = {"loss/current": run.losses[-1], "loss/average": average, "epoch": item.epoch + 1}

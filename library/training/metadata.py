@@ -76,7 +76,7 @@ class RunFacts:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
-    face_crop_aug_range: str | None = None
+    face_crop_aug_range: tuple[float, float] | None = None
     prior_loss_weight: float = 1.0
     min_snr_gamma: float | None = None
     scale_weight_norms: float | None = None
@@ -100,9 +100,10 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetFacts:
-    """One image folder."""
+    """One image folder, or one metadata file."""
 
     image_dir: Path
+    metadata_file: Path | None = None
     img_count: int  # images, without repeats
     num_repeats: int
     captions: Sequence[str] = ()  # one per image, as trained before shuffling: for the tag frequencies
@@ -179,6 +180,8 @@ class RunMetadata:
     total_batch_size: int
     from_dataset_config: bool  # otherwise from --train_data_dir, for which kohya writes other keys
     network_args: Mapping[str, object] | None = None
+    timestep_distribution: Mapping[str, object] | None = None  # None: uniform, for which kohya writes no keys
+    ours: Mapping[str, object] | None = None  # what kohya has no keys for
     no_metadata: bool = False
 
     @cached_property
@@ -188,6 +191,8 @@ class RunMetadata:
             metadata["ss_network_args"] = json.dumps(dict(self.network_args))
         if self.no_metadata:
             return {key: metadata[key] for key in MINIMUM_KEYS if key in metadata}
+        metadata |= {f"ss_{name}": str(value) for name, value in (self.timestep_distribution or {}).items()}
+        metadata |= {f"ss_{name}": str(value) for name, value in (self.ours or {}).items()}
         metadata |= dataset_metadata(
             self.datasets, from_dataset_config=self.from_dataset_config, total_batch_size=self.total_batch_size
         )
@@ -249,7 +254,7 @@ def tag_frequency(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """How often each tag stands in the captions, by folder name. Tags lie between commas; case is ignored."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        counts = folders.setdefault(subset.image_dir.name, {})
+        counts = folders.setdefault(_name(subset), {})
         for caption in subset.captions:
             for tag in filter(None, (word.strip().lower() for word in caption.split(","))):
                 counts[tag] = counts.get(tag, 0) + 1
@@ -289,13 +294,17 @@ def dataset_metadata(
     return {f"ss_{key}": str(value) for key, value in single.items()} | common
 
 
+def _name(subset: SubsetFacts) -> str:
+    return (subset.metadata_file or subset.image_dir).name  # never a path: files get published
+
+
 def _folders(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
     """Repeats and images by folder name; a name seen before gets a number."""
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        name, number = subset.image_dir.name, 2
+        name, number = _name(subset), 2
         while name in folders:
-            name, number = f"{subset.image_dir.name} ({number})", number + 1
+            name, number = f"{_name(subset)} ({number})", number + 1
         folders[name] = {"n_repeats": subset.num_repeats, "img_count": subset.img_count}
     return folders
 
@@ -312,7 +321,7 @@ def _bucket_info(dataset: DatasetFacts) -> dict[str, object] | None:
 
 def _dataset(dataset: DatasetFacts) -> dict[str, object]:
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
         "batch_size_per_device": dataset.batch_size,
         "num_train_images": dataset.num_train_images,
         "num_reg_images": dataset.num_reg_images,
@@ -329,7 +338,9 @@ def _dataset(dataset: DatasetFacts) -> dict[str, object]:
 
 def _subset(subset: SubsetFacts) -> dict[str, object]:
     values = {field.name: getattr(subset, field.name) for field in fields(subset) if field.name != "captions"}
-    return values | {"image_dir": subset.image_dir.name}  # never a path: files get published
+    unused = ("metadata_file",) if subset.metadata_file is None else ("class_tokens", "is_reg")
+    values |= {"image_dir": subset.image_dir.name, "metadata_file": _name(subset)}
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 # -- hashes

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config import registry
+from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.masks import check_masks
 from library.config.options import Options
-from library.data.captions import refuse_text_cache_of_changing_captions
+from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
+from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
+from library.training.sample_prompts import SampleTimes, plan_samples
 from library.training.state import State
 from library.training.state import find as find_state
+from library.training.trackers import TrackerPlan, plan_trackers
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -44,6 +48,8 @@ class Plan:
     network_creator: str
     network_arguments: dict[str, Any]
     seed: int
+    trackers: TrackerPlan
+    samples: SampleTimes | None
     started_at: float
     session_id: int
     resume: State | None = None
@@ -52,12 +58,19 @@ class Plan:
 def make_plan(options: Options) -> Plan:
     """Check all that can be checked cheaply, the cheapest first. Raises UserError."""
     datasets = load_datasets(options)
+    check_masks(datasets, masked_loss=options.data.masked_loss)
+    if options.data.cache_latents:
+        refuse_latent_cache_of_changing_images(datasets)
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets)
+    warn_of_captions_options(datasets)
+    if options.data.skip_cache_check and not options.data.caches_to_disk:
+        logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
     creator, arguments = _network_arguments(options)
-    weights = options.network.network_weights
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"--network_weights {weights}: no such file{nearest_path(Path(weights))}")
+    _refuse_missing_weights("network_weights", options.network.network_weights)
+    _refuse_missing_weights("base_weights", *options.network.base_weights)
+    trackers = plan_trackers(options)
+    samples = plan_samples(options.samples)
     resume = None
     if options.run.resume is not None:
         output = options.output
@@ -71,6 +84,7 @@ def make_plan(options: Options) -> Plan:
 
     # torch loads from here on
     from library.data.prepare import prepare
+    from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
 
     choice = choose_optimizer(
@@ -78,6 +92,7 @@ def make_plan(options: Options) -> Plan:
         options.optimizer.optimizer_args,
         custom_adamw=options.custom_adamw.given(),
     )
+    weight_decay_choice.check_options(options.weight_decay, choice, clips_gradients=options.optimizer.max_grad_norm > 0)
     family = open_family(
         options.model.pretrained_model_name_or_path,
         v2=options.model.v2,
@@ -85,16 +100,39 @@ def make_plan(options: Options) -> Plan:
         vae=options.model.vae,
         clip_skip=options.model.clip_skip,
         max_token_length=options.model.max_token_length,
+        zero_terminal_snr=options.objective.zero_terminal_snr,
+        weighted_captions=options.model.weighted_captions,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
     started_at = time.time() if resume is None else resume.facts.started_at
-    session_id = int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id
-    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, started_at, session_id, resume)
+    return Plan(
+        options=options,
+        datasets=datasets,
+        prepared=prepared,
+        family=family,
+        choice=choice,
+        network_creator=creator,
+        network_arguments=arguments,
+        seed=seed,
+        trackers=trackers,
+        samples=samples,
+        started_at=started_at,
+        session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
+        resume=resume,
+    )
+
+
+def _refuse_missing_weights(option: str, *files: str | None) -> None:
+    for file in files:
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
 
 
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
     """The function of the network module that makes the network, and --network_args as its arguments."""
     creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
+    if options.optimizer.lr_layer_decay is not None and not source.is_ours(options.network.network_module):
+        raise UserError(f"--lr_layer_decay: {options.network.network_module} has no rates by layer; networks.lora has")
     path = f"{options.network.network_module}.{creator}"
     arguments, unchecked = registry.bind(
         path,

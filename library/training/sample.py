@@ -1,51 +1,200 @@
-"""Images drawn with the network, to look at."""
+"""Images drawn with the network, to look at: samples during training, and a comparison at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import importlib.util
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from library import rng
+from library.config.samplers import SAMPLERS
+from library.errors import UserError
 from library.progress import bar
+from library.training.sample_prompts import SamplePrompt, SampleTimes
+from library.training.save import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from library.models.family import ModelFamily
 
-GUIDANCE_SCALE = 4.0
+logger = logging.getLogger(__name__)
+
+COMPARE_SCALE = 4.0  # of classifier-free guidance
+
+# What the classes of diffusers need beside the model's own noise schedule
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own configuration has it
+    "dpmsolver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},  # "zero" divides by it
+    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
+    "dpmsingle": {"lower_order_final": True},  # else only some numbers of steps work
+}
 
 
-def draw(family: ModelFamily, prompts: Sequence[str], *, size: tuple[int, int], steps: int, seed: int) -> list[Image]:
-    """One image of `size` (width, height) per prompt, with the network as it stands; all parts must be loaded.
+class EncodedPrompts:
+    """What the text encoder makes of prompts, encoded as in training: long prompts and clip_skip included.
+
+    Encoded anew at each time, because the encoder may learn; kept only where it will be gone.
+    """
+
+    def __init__(self, family: ModelFamily, texts: Iterable[str]) -> None:
+        """`texts`: all that will be asked for."""
+        self._family, self._texts = family, tuple(dict.fromkeys(texts))
+        self._kept: dict[str, Tensor] = {}
+
+    def keep(self, encode: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Encode all of them now, with `encode`: the text encoder is about to be released."""
+        with torch.no_grad():
+            self._kept = {text: encode([text])["hidden_states"] for text in self._texts}
+
+    def __call__(self, text: str) -> Tensor:
+        """[1, tokens, D]."""
+        return self._kept[text] if self._kept else self._family.encode_prompts([text])["hidden_states"]
+
+
+def new_scheduler(sampler: str, config: Any) -> Any:
+    """diffusers' scheduler for one of SAMPLERS, with the noise schedule and prediction type of `config`."""
+    module, _, name = SAMPLERS[sampler].rpartition(".")
+    scheduler = getattr(importlib.import_module(module), name)
+    names = inspect.signature(scheduler).parameters
+    own = {key: value for key, value in config.items() if key in names}
+    return scheduler(**{**own, **_SETTINGS.get(sampler, {})})
+
+
+def check_sampler(sampler: str) -> None:
+    """`UserError` if it needs a package that is absent."""
+    if sampler == "lms" and importlib.util.find_spec("scipy") is None:
+        raise UserError("--sample_sampler lms needs the package 'scipy', which is not installed: pip install scipy")
+
+
+def render(
+    pipeline: Any,
+    encode: Callable[[str], Tensor],
+    item: SamplePrompt,
+    *,
+    sampler: str,
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Image:
+    """Draw one image with the network as it stands; `pipeline` is the family's. All randomness is the generator's."""
+    own = pipeline.scheduler
+    pipeline.scheduler = new_scheduler(item.sample_sampler or sampler, own.config)
+    with torch.no_grad():
+        try:
+            with autocast():
+                latents = pipeline(
+                    prompt_embeds=encode(item.prompt),
+                    negative_prompt_embeds=encode(item.negative_prompt),
+                    num_inference_steps=item.sample_steps,
+                    guidance_scale=item.scale,
+                    width=item.width,
+                    height=item.height,
+                    generator=generator,
+                    output_type="latent",
+                ).images
+        finally:
+            pipeline.scheduler = own  # another sampler's lacks some of what the model's says
+        vae = pipeline.vae  # it may be in another precision than the rest
+        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The samples of a run: called with the number of steps done, it draws what is due then."""
+
+    times: SampleTimes
+    family: ModelFamily
+    network: Any  # a kohya-style network, which is a torch.nn.Module
+    encode: Callable[[str], Tensor]
+    load_vae: Callable[[], None]  # used if the VAE is not in memory, and given back then
+    autocast: Callable[[], AbstractContextManager[Any]]
+    show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
+    folder: Path
+    name: str | None  # --output_name
+    seed: int
+    steps_per_epoch: int
+
+    def __call__(self, step: int) -> None:
+        """Draw what is due after `step` steps into `folder`, with kohya's file names. Training does not notice."""
+        moment = self.times.due(step, steps_per_epoch=self.steps_per_epoch)
+        if moment is None:
+            return
+        lacks_vae = self.family.vae is None
+        if lacks_vae:
+            self.load_vae()
+        training = self.network.training
+        self.network.eval()  # no dropout
+        try:
+            with torch.random.fork_rng():  # whatever a third party's network draws
+                self._draw(step, moment)
+        finally:
+            self.network.train(training)
+            if lacks_vae:
+                self.family.release_vae()
+
+    def _draw(self, step: int, moment: str) -> None:
+        pipeline = self.family.sampling_pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        for number, item in enumerate(bar(self.times.prompts, desc="samples", unit="image")):
+            generator = rng.torch_generator(self.seed, number, "sample")
+            if item.seed is not None:
+                generator = torch.Generator().manual_seed(item.seed)
+            image = render(
+                pipeline, self.encode, item, sampler=self.times.sampler, generator=generator, autocast=self.autocast
+            )
+            with replacing(self.folder / self._file(moment, number, item)) as beside:
+                image.save(beside, format="PNG")
+            self.show(f"sample_{number}", image, caption=item.prompt, step=step)
+        logger.info("drew %d samples into %s", len(self.times.prompts), self.folder)
+
+    def _file(self, moment: str, number: int, item: SamplePrompt) -> str:
+        name = "" if self.name is None else f"{self.name}_"
+        seed = "" if item.seed is None else f"_{item.seed}"
+        return f"{name}{moment}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+
+
+def draw(
+    family: ModelFamily,
+    encode: Callable[[str], Tensor],
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    seed: int,
+) -> list[Image]:
+    """One image of `size` (width, height) per prompt, with the network as it stands; UNet and VAE must be loaded.
 
     Every prompt has its own noise, keyed by its text: the same prompt gives the same image, whatever else is drawn.
     """
     pipeline = family.sampling_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    images: list[Image] = []
-    for prompt in bar(prompts, desc="drawing", unit="image"):
-        result = pipeline(
-            # encoded as in training: long prompts and clip_skip included
-            prompt_embeds=family.encode_prompts([prompt])["hidden_states"],
-            negative_prompt_embeds=family.encode_prompts([""])["hidden_states"],
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
-            width=size[0],
-            height=size[1],
+    width, height = size
+    return [
+        render(
+            pipeline,
+            encode,
+            SamplePrompt(prompt=prompt, width=width, height=height, sample_steps=steps, scale=COMPARE_SCALE),
+            sampler="ddim",
             generator=rng.torch_generator(seed, prompt, "sample"),
         )
-        images += result.images
-    return images
+        for prompt in bar(prompts, desc="drawing", unit="image")
+    ]
 
 
 def compare(
     path: Path,
     family: ModelFamily,
+    encode: Callable[[str], Tensor],
     without: Callable[[], AbstractContextManager[None]],
     prompts: Sequence[str],
     *,
@@ -57,10 +206,9 @@ def compare(
 
     `without()` is a context in which the network has no effect.
     """
-    with torch.no_grad():
-        with without():
-            plain = draw(family, prompts, size=size, steps=steps, seed=seed)
-        changed = draw(family, prompts, size=size, steps=steps, seed=seed)
+    with without():
+        plain = draw(family, encode, prompts, size=size, steps=steps, seed=seed)
+    changed = draw(family, encode, prompts, size=size, steps=steps, seed=seed)
     _save_grid(path, prompts, [("without the LoRA", plain), ("with the LoRA", changed)])
 
 

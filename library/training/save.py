@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from library.errors import UserError
 from library.training.metadata import UNKNOWN_HASHES, write_hashes
@@ -64,6 +65,7 @@ class SavePlan:
     state_at_end: bool = False
     last_n_steps_state: int | None = None  # as for files, which it follows if it is not given
     last_n_epochs_state: int | None = None
+    ending: str = "safetensors"  # --save_model_as
 
     def __post_init__(self) -> None:
         if self.name is not None and (self.name in ("", ".", "..") or set("/\\") & set(self.name)):
@@ -76,13 +78,13 @@ class SavePlan:
 
     @property
     def last_file(self) -> Path:
-        return self.folder / f"{self.name or 'last'}.safetensors"
+        return self.folder / f"{self.name or 'last'}.{self.ending}"
 
     def step_file(self, step: int) -> Path:
-        return self.folder / f"{self.name or 'at'}-step{step:08d}.safetensors"
+        return self.folder / f"{self.name or 'at'}-step{step:08d}.{self.ending}"
 
     def epoch_file(self, epoch: int) -> Path:
-        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}.safetensors"
+        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}.{self.ending}"
 
     def due(self, step: int) -> list[Due]:
         """The files to write once `step` steps are done."""
@@ -187,13 +189,15 @@ class Savable(Protocol):
 def save_network(network: Savable, path: Path, *, precision: str | None, metadata: Mapping[str, str]) -> None:
     """Write a network's file: beside first, read back and checked, with its hashes, then renamed to `path`.
 
-    `precision` is a key of PRECISIONS. `BrokenWeightsError` if a tensor holds NaN or infinity, `UserError` if the disk
-    is full or the folder cannot be written to; whatever stood at `path` before is then still there.
+    The ending of `path` says in which format; only safetensors hold metadata. `precision` is a key of PRECISIONS.
+    `BrokenWeightsError` if a tensor holds NaN or infinity, `UserError` if the disk is full or the folder cannot be
+    written to; whatever stood at `path` before is then still there.
     """
     with replacing(path) as beside:
         network.save_weights(str(beside), PRECISIONS[precision], {**metadata, **UNKNOWN_HASHES})
         check_finite(beside, path.name, precision)
-        write_hashes(beside)
+        if beside.suffix == ".safetensors":
+            write_hashes(beside)
     logger.info("saved %s", path)
 
 
@@ -229,6 +233,11 @@ def replacing(path: Path) -> Iterator[Path]:
                 _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not written: {_reason(error)}") from error
+    except RuntimeError as error:
+        # torch.save does not pass on what the system said, only where its own writer noticed
+        if not any(mark in str(error) for mark in ("PytorchStreamWriter", "inline_container", "iostream")):
+            raise
+        raise UserError(f"{path}: not written: the disk is full, or takes no more of this file") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -276,14 +285,22 @@ def _reason(error: OSError | SafetensorError) -> str:
 
 
 def check_finite(file: Path, name: str, precision: str | None) -> None:
-    """`BrokenWeightsError` if a tensor of the safetensors `file`, to be called `name`, holds NaN or infinity."""
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 - not a dict
-            tensor = tensors.get_tensor(key)
-            if not tensor.is_floating_point() or tensor.isfinite().all():
-                continue
-            advice = "training has diverged: lower the learning rate, or start from an earlier file"
-            if precision == "fp16" and not tensor.isnan().any():
-                advice = "values beyond 65504 do not fit into fp16: use --save_precision bf16 or float"
-            kind = "NaN" if tensor.isnan().any() else "infinity"
-            raise BrokenWeightsError(f"{name}: not written: {key} holds {kind}; {advice}")
+    """`BrokenWeightsError` if a tensor of `file`, which is to be called `name`, holds NaN or infinity."""
+    for key, tensor in _tensors(file):
+        if not tensor.is_floating_point() or tensor.isfinite().all():
+            continue
+        advice = "training has diverged: lower the learning rate, or start from an earlier file"
+        if precision == "fp16" and not tensor.isnan().any():
+            advice = "values beyond 65504 do not fit into fp16: use --save_precision bf16 or float"
+        kind = "NaN" if tensor.isnan().any() else "infinity"
+        raise BrokenWeightsError(f"{name}: not written: {key} holds {kind}; {advice}")
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """What a file holds, read as other programs will read it."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                yield key, tensors.get_tensor(key)
+    else:
+        yield from torch.load(file, map_location="cpu", weights_only=True).items()

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from library import rng
 from library.diffusion import ddpm
+from library.training.draws import stacked_normal, stacked_timesteps
+from library.training.noise import Noise, draw_noise
 
 if TYPE_CHECKING:
-    from library.data.dataset import Batch, Draw
+    from library.data.dataset import Batch
     from library.models.family import ModelFamily
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """What is minimised. All that depends on the timestep only is a table with an entry for each of them, [T].
 
-    `loss`: (prediction, target) → loss per element. `weighting`: SNR(t) per sample → weight per sample, or None.
+    `loss`: (prediction, target) → loss per element, or with `thresholds` (prediction, target, threshold [B, 1, 1, 1]).
+    `weights`: of the samples, None for 1. `timestep`: draws one. `noise`: the kinds of noise.
     """
 
     prediction_type: str
     alphas_cumprod: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
-    weighting: Callable[[Tensor], Tensor] | None = None
-
-
-def stacked_normal(shape: Sequence[int], seed: int, draws: Sequence[Draw], purpose: str) -> Tensor:
-    """Standard normal [B, *shape], each sample's from its own key; fp32 on the CPU, so the same on every device."""
-    return torch.stack(
-        [
-            torch.randn(tuple(shape), generator=rng.torch_generator(seed, d.epoch, d.repeat, d.sample.key, purpose))
-            for d in draws
-        ]
-    )
-
-
-def draw_timesteps(seed: int, draws: Sequence[Draw]) -> Tensor:
-    """t per sample [B], in 0 ... 999."""
-    return torch.tensor(
-        [ddpm.uniform_timestep(rng.torch_generator(seed, d.epoch, d.repeat, d.sample.key, "timestep")) for d in draws]
-    )
+    loss: Callable[..., Tensor]
+    timestep: Callable[[torch.Generator], int]
+    noise: Noise
+    thresholds: Tensor | None = None
+    weights: Tensor | None = None
 
 
 def latents_of(batch: Batch, family: ModelFamily, seed: int, device: torch.device) -> Tensor:
@@ -70,23 +59,52 @@ def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, tra
         return family.encode_prompts(batch.captions)
 
 
+def element_loss(objective: Objective, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    """The loss of each element, [B, C, h, w], without any weight."""
+    if objective.thresholds is None:
+        return objective.loss(prediction_BCHW, target_BCHW)
+    thresholds = objective.thresholds[t_B.to(objective.thresholds.device)].view(-1, 1, 1, 1)
+    return objective.loss(prediction_BCHW, target_BCHW, thresholds.to(prediction_BCHW))
+
+
 def batch_loss(
-    batch: Batch, family: ModelFamily, objective: Objective, *, seed: int, device: torch.device, train_text: bool
+    batch: Batch,
+    family: ModelFamily,
+    objective: Objective,
+    *,
+    seed: int,
+    device: torch.device,
+    train_text: bool,
+    without: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
-    """Mean loss of the batch, a scalar in fp32; each sample weighted by its own weight and by the objective's."""
+    """Mean loss of the batch, a scalar in fp32; each sample weighted by its own weight and by its timestep's.
+
+    `without()` is a context in which the network has no effect: what is predicted there is the target of samples with
+    `diff_output_preservation`.
+    """
     latents = latents_of(batch, family, seed, device)
-    noise = stacked_normal(latents.shape[1:], seed, batch.samples, "noise").to(device)
-    t = draw_timesteps(seed, batch.samples)
-    noisy = ddpm.add_noise(latents, noise, t, objective.alphas_cumprod)
+    noise, added_noise = draw_noise(objective.noise, latents, seed, batch.samples)
+    t = stacked_timesteps(objective.timestep, seed, batch.samples)
+    noisy = ddpm.add_noise(latents, added_noise, t, objective.alphas_cumprod)
     target = ddpm.prediction_target(objective.prediction_type, latents, noise, t, objective.alphas_cumprod)
 
     condition = condition_of(batch, family, device, train_text=train_text)
     prediction = family.predict(noisy, t.to(device), condition)
+    preserved = [i for i, draw in enumerate(batch.samples) if draw.sample.subset.diff_output_preservation]
+    if preserved:
+        of_preserved = {name: value[preserved] for name, value in condition.items()}
+        target = target.clone()  # it can be the noise itself
+        with torch.no_grad(), without():
+            target[preserved] = family.predict(noisy[preserved], t[preserved].to(device), of_preserved).to(target)
 
     # fp32: squares of bf16 differences lose the small errors that late training is about
-    per_sample = objective.loss(prediction.float(), target.float()).mean(dim=(1, 2, 3))
+    per_element = element_loss(objective, prediction.float(), target.float(), t)
+    if batch.masks is not None:
+        # what is masked counts as zero and stays in the mean, as in kohya: a small part weighs less than a whole image
+        masks = batch.masks.to(per_element)
+        per_element = per_element * torch.nn.functional.interpolate(masks, size=per_element.shape[2:], mode="area")
+    per_sample = per_element.mean(dim=(1, 2, 3))
     weights = batch.loss_weights.to(device)
-    if objective.weighting is not None:
-        snr = ddpm.signal_to_noise(objective.alphas_cumprod)[t]
-        weights = weights * objective.weighting(snr).to(weights)
+    if objective.weights is not None:
+        weights = weights * objective.weights[t].to(weights)
     return (per_sample * weights).mean()

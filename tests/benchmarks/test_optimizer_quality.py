@@ -63,8 +63,8 @@ def test_rows_are_filed_under_what_is_on():
     names = {variant.name: variant for variant in study.variants()}
     assert names[study.NOTHING].techniques == ""
     assert names["SPD alone"].techniques == f"spd:spd_lambda={study.shipped()['spd_lambda']:g}"
-    left_out = names["without ADOPT"].techniques.split()
-    assert sorted([*left_out, "adopt_stability"]) == sorted(names[study.SHIPPED].techniques.split())
+    left_out = names["without Cautious"].techniques.split()
+    assert sorted([*left_out, "cautious"]) == sorted(names[study.SHIPPED].techniques.split())
 
 
 def test_differences_are_paired():

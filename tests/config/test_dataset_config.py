@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import toml
 
 from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.masks import check_masks
 from library.config.options import Options
 from library.errors import UserError
 
@@ -69,7 +71,7 @@ def test_levels(folder: Path, options: Parse) -> None:
     assert (a.is_reg, b.is_reg) == (False, True)
     assert a.flip_aug
     assert a.caption_extension == ".txt"
-    assert b.caption_prefix == "art,"  # "" says nothing
+    assert (a.caption_prefix, b.caption_prefix) == ("art,", None)  # "" switches it off, as in kohya
     assert a.image_dir == Path("images/a")
     assert b.origin == "data.toml: [[datasets]] 1, [[datasets.subsets]] 2"
 
@@ -118,12 +120,27 @@ MISTAKES = {
     "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n": HEAD + "[[datasets]] 1: no resolution: set it here or in "
     "[general], or give --resolution",
     ONE + "num_repeats = 0\n": HEAD + "[[datasets]] 1: no subset is left to train on",
-    ONE + "random_crop = true\n": PLACE + f"random_crop: {UNSUPPORTED}",
-    ONE + "face_crop_aug_range = [1.0, 2.0]\n": PLACE + f"face_crop_aug_range: {UNSUPPORTED}",
-    ONE + "custom_attributes = {x = 1}\n": PLACE + f"custom_attributes: {UNSUPPORTED}",
-    ONE + "metadata_file = 'm.json'\n": PLACE + f"metadata_file: {UNSUPPORTED}",
-    "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 'm.json'\n": PLACE
-    + f"metadata_file: {UNSUPPORTED}",
+    ONE + "random_crop = 1\n": PLACE + "random_crop: 1 is not true or false",
+    ONE + "face_crop_aug_range = [4.0, 2.0]\n": PLACE + "face_crop_aug_range: '4.0,2.0' is not a range such as 2.0,4.0",
+    ONE + "face_crop_aug_range = 2.0\n": PLACE + "face_crop_aug_range: '2.0' is not a range such as 2.0,4.0",
+    ONE + "resize_interpolation = 'lanczo'\n": PLACE
+    + "resize_interpolation: 'lanczo' is not one of lanczos, nearest, bilinear, linear, bicubic, cubic, area, box, "
+    "did you mean 'lanczos'?",
+    "[general]\nalpha_mask = true\n" + ONE: HEAD
+    + "[general]: alpha_mask: belongs to [[datasets.subsets]], not to [general]",
+    ONE + "custom_attributes = 5\n": PLACE + "custom_attributes: 5 is not a table such as { name = 1 }",
+    ONE + "custom_attributes = { diff_output_preservation = 1 }\n": PLACE
+    + "custom_attributes: diff_output_preservation: 1 is not true or false",
+    ONE + "caption_dropout_rate = 1.5\n": PLACE + "caption_dropout_rate: must be at most 1, not 1.5",
+    ONE + "token_warmup_step = '9'\n": PLACE + 'token_warmup_step: "9" is not a number',
+    ONE + "metadata_file = 'm.json'\ncaption_extension = '.txt'\n": PLACE
+    + "caption_extension: belongs to a folder of images, not to a metadata_file",
+    ONE + "[[datasets.subsets]]\nmetadata_file = 'm.json'\n": HEAD + "[[datasets]] 1: subsets with image_dir alone and "
+    "subsets with metadata_file cannot stand together: give each kind [[datasets]] of its own",
+    "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nmetadata_file = 5\n": PLACE
+    + "metadata_file: 5 is not text in quotes",
+    "[general]\nmetadata_file = 'm.json'\n" + ONE: HEAD
+    + "[general]: metadata_file: belongs to [[datasets.subsets]], not to [general]",
     "[general]\nvalidation_split = 0.1\n" + ONE: HEAD + f"[general]: validation_split: {UNSUPPORTED}",
     "[general]\nnetwork_multiplier = 0.5\n" + ONE: HEAD + f"[general]: network_multiplier: {UNSUPPORTED}",
     ONE + "keep_tokens = x\n": "data.toml, line 5: 'keep_tokens = x': text needs quotes: keep_tokens = 'x'",
@@ -139,7 +156,7 @@ def test_mistakes(text: str, folder: Path, options: Parse) -> None:
 
 def test_every_mistake_is_named_at_once(folder: Path, options: Parse) -> None:
     with pytest.raises(UserError) as caught:
-        load(folder, options, "[general]\nfoo = 1\n" + ONE + "bar = 1\ncolor_aug = true\n")
+        load(folder, options, "[general]\nfoo = 1\nvalidation_split = 0.1\n" + ONE + "bar = 1\n")
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -171,19 +188,152 @@ def test_what_asks_for_nothing_is_taken(folder: Path, options: Parse, caplog: py
     assert caplog.records == []
 
 
+CAPTIONS = """
+[general]
+caption_separator = "|"
+keep_tokens_separator = "|||"
+secondary_separator = ";;;"
+enable_wildcard = true
+caption_dropout_rate = 1
+caption_dropout_every_n_epochs = 2
+caption_tag_dropout_rate = 0.25
+token_warmup_min = 3
+token_warmup_step = 0.5
+[[datasets]]
+resolution = 64
+caption_dropout_rate = 0.5
+[[datasets.subsets]]
+image_dir = "a"
+keep_tokens_separator = ""
+secondary_separator = ""
+token_warmup_step = 40
+"""
+CAPTION_WORDS = [
+    *("--keep_tokens_separator", "|||", "--secondary_separator", ";;;", "--enable_wildcard"),
+    *("--caption_dropout_rate", "0.5", "--caption_dropout_every_n_epochs", "2", "--caption_tag_dropout_rate", "0.25"),
+    *("--token_warmup_min", "3", "--token_warmup_step", "40", "--caption_separator", "|"),
+]
+
+
+def test_captions(folder: Path, options: Parse) -> None:
+    (dataset,) = load(folder, options, CAPTIONS)
+    (by_words,) = load(folder, options, ONE, *CAPTION_WORDS)
+    spec = dataset.subsets[0]
+    assert (spec.keep_tokens_separator, spec.secondary_separator) == ("", None)  # switched off
+    on = replace(spec, keep_tokens_separator="|||", secondary_separator=";;;")
+    assert on == by_words.subsets[0]
+    assert (spec.caption_dropout_rate, spec.token_warmup_step, spec.enable_wildcard) == (0.5, 40.0, True)
+
+
+METADATA = """
+[general]
+caption_extension = ".txt"
+[[datasets]]
+resolution = 64
+[[datasets.subsets]]
+metadata_file = "meta/m.json"
+[[datasets.subsets]]
+metadata_file = "n.jsonl"
+image_dir = "images"
+num_repeats = 3
+[[datasets.subsets]]
+metadata_file = "n.jsonl"
+"""
+
+
+def test_metadata_files(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
+    (dataset,) = load(folder, options, METADATA)
+    assert [(s.metadata_file, s.image_dir, s.num_repeats) for s in dataset.subsets] == [
+        (Path("meta/m.json"), Path("meta"), 1),
+        (Path("n.jsonl"), Path("images"), 3),
+    ]
+    assert "an earlier one has the same metadata_file" in caplog.text
+    words = ["--in_json", "n.jsonl", "--train_data_dir", "images", "--resolution", "64", "--dataset_repeats", "3"]
+    (by_words,) = load_datasets(options(*words, "--caption_extension", ".txt"))
+    (spec,) = by_words.subsets
+    assert replace(spec, origin=dataset.subsets[1].origin) == dataset.subsets[1]
+    assert spec.origin == "command line: --in_json"
+    caplog.clear()
+    load_datasets(options(*words, "--reg_data_dir", "reg"))
+    assert "--reg_data_dir: has no effect: --in_json says what to train" in caplog.text
+
+
+def test_custom_attributes(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
+    text = "[general]\ncustom_attributes = { diff_output_preservation = true }\n" + ONE
+    assert load(folder, options, text)[0].subsets[0].diff_output_preservation
+    (dataset,) = load(folder, options, text + "custom_attributes = { artist = 'x' }\n")
+    assert not dataset.subsets[0].diff_output_preservation
+    assert [record.getMessage() for record in caplog.records] == [
+        PLACE + "custom_attributes: nothing reads artist",
+    ]
+
+
 def test_what_has_no_effect_is_warned_about(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
     text = "[general]\nvalidation_seed = 3\n" + ONE + "[[datasets.subsets]]\nimage_dir = 'a'\n"
     text += "[[datasets.subsets]]\nimage_dir = 'b'\nnum_repeats = 0\n"
     with caplog.at_level(logging.WARNING):
-        (dataset,) = load(folder, options, text, "--train_data_dir", "t", "--reg_data_dir", "r")
+        (dataset,) = load(folder, options, text, "--train_data_dir", "t", "--reg_data_dir", "r", "--in_json", "m.json")
     assert len(dataset.subsets) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "command line: --train_data_dir: has no effect: --dataset_config says what to train",
         "command line: --reg_data_dir: has no effect: --dataset_config says what to train",
+        "command line: --in_json: has no effect: --dataset_config says what to train",
         "data.toml: [general]: validation_seed: has no effect: it matters only together with validation_split",
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 2: has no effect: an earlier one has the same image_dir",
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 3: is left out: it asks for 0 repeats",
     ]
+
+
+IMAGE_KEYS = """
+random_crop = true
+color_aug = true
+face_crop_aug_range = [2.0, 4.5]
+resize_interpolation = "box"
+alpha_mask = true
+conditioning_data_dir = "masks"
+"""
+
+
+def test_keys_about_images(folder: Path, options: Parse) -> None:
+    ((_, other),) = (
+        spec.subsets for spec in load(folder, options, ONE + IMAGE_KEYS + "[[datasets.subsets]]\nimage_dir = 'b'\n")
+    )
+    (own,) = load(folder, options, ONE + IMAGE_KEYS, "--resize_interpolation", "area")[0].subsets
+    assert (own.random_crop, own.color_aug, own.alpha_mask) == (True, True, True)
+    assert (own.face_crop_aug_range, own.resize_interpolation, own.conditioning_data_dir) == (
+        (2.0, 4.5),
+        "box",
+        "masks",
+    )
+    assert (other.random_crop, other.face_crop_aug_range, other.alpha_mask) == (False, None, False)
+    words = ["--random_crop", "--alpha_mask", "--face_crop_aug_range", "1,2", "--resize_interpolation", "cubic"]
+    (given,) = load(folder, options, ONE, *words)[0].subsets
+    assert (given.random_crop, given.alpha_mask, given.face_crop_aug_range) == (True, True, (1.0, 2.0))
+    assert (given.resize_interpolation, given.conditioning_data_dir) == ("cubic", None)
+
+
+MASK_MISTAKES = {
+    (ONE, "--masked_loss"): "--masked_loss: there are no masks: give --alpha_mask, or conditioning_data_dir in the "
+    "subsets of --dataset_config, or leave it out",
+    (ONE + "conditioning_data_dir = 'm'\n",): PLACE.rstrip(": ")
+    + ": conditioning_data_dir needs --masked_loss: its images are the masks",
+    (ONE + "conditioning_data_dir = 'm'\nalpha_mask = true\n", "--masked_loss"): PLACE.rstrip(": ")
+    + ": alpha_mask and conditioning_data_dir both say where the mask is: give one of them",
+}
+
+
+@pytest.mark.parametrize("given", MASK_MISTAKES, ids=range(len(MASK_MISTAKES)))
+def test_masks_that_do_not_fit(given: tuple[str, ...], folder: Path, options: Parse) -> None:
+    with pytest.raises(UserError) as caught:
+        check_masks(load(folder, options, *given), masked_loss="--masked_loss" in given)
+    assert str(caught.value) == MASK_MISTAKES[given]
+
+
+@pytest.mark.parametrize(
+    "given", [(ONE,), (ONE, "--alpha_mask"), (ONE + "conditioning_data_dir = 'm'\n", "--masked_loss")], ids=range(3)
+)
+def test_masks_that_fit(given: tuple[str, ...], folder: Path, options: Parse) -> None:
+    check_masks(load(folder, options, *given), masked_loss="--masked_loss" in given)
 
 
 FILES = {

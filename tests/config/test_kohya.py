@@ -17,6 +17,7 @@ from library.config.dataset_keys import NEUTRAL, NOT_YET
 from library.config.fields import Declared, declared
 from library.config.options import CustomAdamWOptions, Options, declared_options
 from library.config.registry import signature
+from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 from library.optimizers import CUSTOM_ADAMW
 
@@ -26,9 +27,15 @@ OPTIONS = declared_options()
 ALIASES = {alias for item in OPTIONS.values() for alias in item.details.aliases}
 
 # Where the default differs from kohya's, on purpose
-OWN_DEFAULTS = {"network_module": "networks.lora", "network_args": (), "optimizer_args": ()}
+OWN_DEFAULTS = {
+    "network_module": "networks.lora",
+    **dict.fromkeys(("network_args", "optimizer_args", "lr_scheduler_args", "base_weights"), ()),
+}
 # Options that kohya does not have
-OURS = {"skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"}
+OURS = {
+    *("cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"),
+    "lr_layer_decay",
+}
 
 
 def kind_of(item: Declared) -> str:
@@ -46,7 +53,7 @@ def test_no_name_has_two_rows() -> None:
 
 
 def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
-    optimizer = set(declared(CustomAdamWOptions))  # a group of its own, whose title says it
+    optimizer = {*declared(CustomAdamWOptions), *declared(WeightDecayOptions)}  # groups whose titles say it
     assert {name for name in OPTIONS if name not in KOHYA} == OURS | optimizer
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS
 
@@ -130,17 +137,13 @@ NEUTRAL_WORDS = [
 ]
 WARNED_WORDS = {
     "--sdpa": "command line: --sdpa: has no effect: attention always uses PyTorch's scaled_dot_product_attention",
-    "--sample_sampler lms": "command line: --sample_sampler = lms: has no effect: it matters only together with "
-    "sample_prompts",
-    "--sample_prompts p.txt": "command line: --sample_prompts = p.txt: has no effect: it matters only together with "
-    "sample_every_n_epochs or sample_every_n_steps or sample_at_first",
+    "--sample_sampler dpmpp_2m": "sample_sampler dpmpp_2m: that is dpmsolver++ here",
     "--epoch 8 --max_train_epochs 8": "command line: --epoch = 8: has no effect: kohya's scripts do not read it, but "
     "max_train_epochs or max_train_steps",
     "--sdxl true": "command line: --sdxl = true: has no effect: the model family is found from the weights",
 }
 REFUSED_WORDS = [
-    "--sample_prompts p.txt --sample_every_n_epochs 1",
-    "--sample_prompts p.txt --sample_at_first",
+    "--sample_sampler eulr",
     "--train_inpainting",
     "--stop_text_encoder_training -1",
     "--network_train_text_encoder false",
@@ -148,7 +151,7 @@ REFUSED_WORDS = [
     "--bucket_resolution_steps 32",
     "--model_train_type flux-lora",
     "--noise_offset",
-    "--face_crop_aug_range 1.0,2.0",
+    "--conditioning_data_dir masks",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -184,3 +184,64 @@ def test_ranks_share_an_epoch(prepared: Prepared) -> None:
     assert [len(share) for share in shares] == [5, 4]
     merged = [batch for pair in zip(*shares, strict=False) for batch in pair] + shares[0][4:]
     assert_equal(merged, run(data, 0))
+
+
+@pytest.fixture
+def growing(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) -> Prepared:
+    """Nine batches an epoch of captions that grow by a tag a step: at step n there are n + 1 tags of ten."""
+    images = folder("images", a=(64, 64), b=(64, 64))
+    for stem in "ab":
+        (images / f"{stem}.txt").write_text(",".join("0123456789"), encoding="utf-8")
+    spec = subset(image_dir=images, num_repeats=9, token_warmup_step=9)
+    return prepare([dataset(spec, batch_size=2)], multiple_of=8)
+
+
+def lengths(batches: list[Batch]) -> list[int]:
+    """The tags of each batch's captions, which are the same within it."""
+    counts = [{len(caption.split(", ")) for caption in batch.captions} for batch in batches]
+    assert all(len(count) == 1 for count in counts)
+    return [count.pop() for count in counts]
+
+
+def test_token_warmup_goes_by_the_optimizers_steps(growing: Prepared) -> None:
+    data = TrainingData(growing, seed=1, batches_per_step=2)
+    assert lengths(run(data, 0)) == [1, 1, 2, 2, 3, 3, 4, 4, 5]  # the last step of an epoch may be short
+    assert lengths(run(data, 1)) == [6, 6, 7, 7, 8, 8, 9, 9, 10]
+    assert lengths(run(data, 2)) == [10] * 9
+    assert lengths(run(TrainingData(growing, seed=1), 0)) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_token_warmup_is_the_same_for_a_resumed_run_and_for_several_processes(growing: Prepared) -> None:
+    data = TrainingData(growing, seed=1, batches_per_step=4)
+    whole = run(data, 1)
+    loader = data.loader(workers=0)
+    assert_equal(list(data.batches(data.plan(1)[4:], epoch=1, loader=loader)), whole[4:])
+    steps = split_into_steps(data.plan(1), world_size=2, accumulation=2)
+    shares = [list(data.batches(of_rank(steps, rank), epoch=1, loader=loader)) for rank in range(2)]
+    merged = [batch for pair in zip(*shares, strict=False) for batch in pair] + shares[0][4:]
+    assert_equal(merged, whole)
+
+
+def test_token_warmup_over_a_share_of_all_steps(growing: Prepared, subset: MakeSubset) -> None:
+    (spec,) = {sample.subset for sample in growing.samples}
+    samples = [replace(sample, subset=replace(spec, token_warmup_step=0.5)) for sample in growing.samples]
+    data = TrainingData(replace(growing, samples=samples), seed=1, total_steps=18)
+    assert lengths(run(data, 0)) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_dropped_captions_are_empty(prepared: Prepared) -> None:
+    (train,) = {sample.subset for sample in prepared.samples if not sample.subset.is_reg}
+    spec = replace(train, caption_dropout_every_n_epochs=2)
+    samples = [s if s.subset.is_reg else replace(s, subset=spec) for s in prepared.samples]
+    data = TrainingData(replace(prepared, samples=samples), seed=1)
+    for epoch, empty in ((0, False), (1, True), (2, False)):
+        for batch in run(data, epoch):
+            for draw, caption in zip(batch.samples, batch.captions, strict=True):
+                assert (caption == "") == (empty and not draw.sample.subset.is_reg)
+
+
+def test_the_example_is_a_text_of_the_first_epoch(prepared: Prepared) -> None:
+    data = TrainingData(prepared, seed=1)
+    trained = {(draw.sample.subset, c) for b in run(data, 0) for draw, c in zip(b.samples, b.captions, strict=True)}
+    for spec in {sample.subset for sample in prepared.samples}:
+        assert (spec, data.example(spec)) in trained

@@ -19,7 +19,7 @@ def seen(path: Path, size: tuple[int, int] | None = None, *, flip: bool = False)
     """[H, W, 3] in 0 … 255."""
     sizes, bad = check_images([path])
     assert not bad
-    whole = sizes[path]
+    whole = sizes[path].size
     pixels = load_pixels(View(path, size or whole, (0, 0), size or whole, flip))
     assert pixels.dtype == torch.float32
     assert pixels.is_contiguous()
@@ -215,7 +215,7 @@ def test_every_unreadable_image_is_found(tmp_path: Path) -> None:
     reasons = broken_files(tmp_path)
     sizes, bad = check_images(sorted(path for path in tmp_path.iterdir()))
     assert set(sizes) == {tmp_path / "whole.jpg", tmp_path / "whole.png", tmp_path / "whole.webp"}
-    assert set(sizes.values()) == {(400, 400)}
+    assert {one.size for one in sizes.values()} == {(400, 400)}
     assert {path.name for path in bad} == set(reasons)
     for name, reason in reasons.items():
         assert reason in bad[tmp_path / name], name
@@ -270,4 +270,4 @@ def test_quickstart_images(train_images: Path) -> None:
     sizes, bad = check_images(paths)
     assert len(sizes) == len(paths) == 160
     assert not bad
-    assert set(sizes.values()) == {(64, 64)}
+    assert {one.size for one in sizes.values()} == {(64, 64)}

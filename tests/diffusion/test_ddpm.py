@@ -55,13 +55,13 @@ def test_signal_to_noise_falls_and_is_zero_without_signal(scheduler):
     assert ddpm.signal_to_noise(torch.tensor([0.0])).item() == 0.0
 
 
-def test_timesteps_cover_the_range_and_follow_the_generator():
-    generator = torch.Generator().manual_seed(3)
-    draws = [ddpm.uniform_timestep(generator) for _ in range(20_000)]
-    assert min(draws) == 0 or min(draws) < 3
-    assert 996 < max(draws) <= 999
-    # the mean of 20,000 uniform draws has a standard error of 2.04
-    assert abs(sum(draws) / len(draws) - 499.5) < 10
-    assert ddpm.uniform_timestep(torch.Generator().manual_seed(5)) == ddpm.uniform_timestep(
-        torch.Generator().manual_seed(5)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_last_timestep_without_signal_is_finite(prediction_type, pair):
+    """Zero terminal SNR: x_t is the noise, v is -x_0 (arXiv 2305.08891)."""
+    latents, noise = pair
+    t, table = torch.full((4,), 2), torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(ddpm.add_noise(latents, noise, t, table), noise, rtol=0, atol=0)
+    expected = noise if prediction_type == "epsilon" else -latents
+    torch.testing.assert_close(
+        ddpm.prediction_target(prediction_type, latents, noise, t, table), expected, rtol=0, atol=0
     )

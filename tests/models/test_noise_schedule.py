@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.noise_schedule import alphas_cumprod
+from library.models.noise_schedule import alphas_cumprod, zero_terminal
 
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -33,6 +33,16 @@ def test_the_table_is_diffusers_own(config: dict[str, Any]) -> None:
     assert found.dtype == torch.float64
     assert torch.allclose(found.float(), expected, rtol=1e-4, atol=1e-7)
     assert (found.diff() < 0).all()
+
+
+def test_zero_terminal_snr_is_diffusers_published_function() -> None:
+    from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
+
+    betas = torch.linspace(_SD["beta_start"] ** 0.5, _SD["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas.clone()), dim=0)
+    table = zero_terminal(torch.cumprod(1 - betas, dim=0))
+    torch.testing.assert_close(table, expected, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(zero_terminal(table), table, rtol=1e-12, atol=0)  # done twice is done once
 
 
 def test_zero_terminal_snr_ends_in_pure_noise() -> None:

@@ -73,6 +73,30 @@ def test_long_captions_are_cut_into_chunks_as_kohya_does(tokenizer: Any) -> None
     assert ids[4].tolist() == [[BOS, word, EOS, *[pad] * 74], empty]
 
 
+@pytest.mark.parametrize("count", [0, 1, 74, 75, 76, 149, 150, 151, 224, 225, 226, 300])
+@pytest.mark.parametrize("limit", [75, 150, 225])
+def test_windows(tokenizer: Any, limit: int, count: int) -> None:
+    """Which token of the caption stands where: token n is in chunk n // 75 at place n % 75 + 1.
+
+    Kohya's chunks are cut from one row of BOS, the tokens, EOS and padding, whose last place ends every chunk; with
+    SD 2 a full chunk ends with EOS, and one of padding alone begins with it.
+    """
+    words = tokenizer("cat dog red blue one two big small").input_ids[1:-1]
+    content = [words[i % 8] for i in range(count)]
+    caption = " ".join(["cat", "dog", "red", "blue", "one", "two", "big", "small"][i % 8] for i in range(count))
+    pad, kept = tokenizer.pad_token_id, content[:limit]
+    (chunks,) = chunked_ids(tokenizer, [caption], limit=limit).tolist()
+    assert len(chunks) == limit // 75
+    for number, chunk in enumerate(chunks):
+        of_chunk = kept[75 * number : 75 * number + 75]
+        assert len(chunk) == 77
+        assert chunk[0] == BOS
+        assert chunk[1 : 1 + len(of_chunk)] == of_chunk
+        rest = chunk[1 + len(of_chunk) :]
+        # SD 1: EOS everywhere; SD 2: one EOS, then padding
+        assert rest == [EOS] + [pad] * (len(rest) - 1)
+
+
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def base(request: pytest.FixtureRequest, tiny_v2: Path) -> str:
     return str(BASE if request.param == "sd1" else tiny_v2)

@@ -11,6 +11,7 @@ from torch import nn
 
 from library.errors import UserError
 from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
+from networks.weights import read_weights
 
 
 class Other(nn.Module):
@@ -144,7 +145,7 @@ def test_lycoris_trains_like_our_own(tiny, algo, tmp_path: Path):
     network.save_weights(file, None, {"ss_output_name": "lycoris"})
     randomize(network)
     assert not torch.allclose(run(tiny), trained, atol=1e-3)
-    assert not load_weights(network, file).missing
+    assert not load_weights(network, file, read_weights(file)).missing
     assert torch.allclose(run(tiny), trained, atol=1e-6)
 
 
@@ -153,4 +154,13 @@ def test_a_lycoris_file_that_fits_nowhere_is_an_error(tiny, tmp_path):
 
     save_file({"lora_unet_x.alpha": torch.ones(())}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="nothing in it fits"):
-        load_weights(lycoris_network(tiny, "lora"), str(tmp_path / "other.safetensors"))
+        load_weights(lycoris_network(tiny, "lora"), "other.safetensors", read_weights(tmp_path / "other.safetensors"))
+
+
+def test_another_alpha_is_refused_where_the_module_would_keep_its_own(tiny, tmp_path):
+    network = lycoris_network(tiny, "lora")
+    tensors = {key: value.clone() for key, value in network.state_dict().items()}
+    key = next(key for key in tensors if key.endswith(".alpha"))
+    load_weights(network, "same", {k: v for k, v in tensors.items() if k != key})  # not said: as it is
+    with pytest.raises(UserError, match=r"alpha is 8 there and 2 here.*--dim_from_weights"):
+        load_weights(network, "other", tensors | {key: torch.tensor(8.0)})

@@ -28,6 +28,16 @@ class Network:
         save_file({key: value.to(dtype or value.dtype) for key, value in self.tensors.items()}, file, metadata)
 
 
+def adapters():
+    """A real adapter network, of one layer."""
+    from torch import nn
+
+    from networks.lora import LoRA
+    from networks.network import AdapterNetwork, Site
+
+    return AdapterNetwork([LoRA(Site("lora_unet_x", "unet", "unet", nn.Linear(4, 4)), rank=2, alpha=1)])
+
+
 def names(paths) -> list[str]:
     return [path.name for path in paths]
 
@@ -70,6 +80,16 @@ def test_what_is_due_agrees_with_what_is_planned():
         assert len(set(due)) == len(due)
         after = [file.path for step in range(31, 61) for file in saves.due(step)]
         assert after == saves.planned_files(after_step=30)
+
+
+def test_the_ending_follows_the_format():
+    saves = plan(every_n_steps=25, every_n_epochs=2, ending="ckpt")
+    assert names(saves.planned_files()) == [
+        "fox-step00000025.ckpt",
+        "fox-000002.ckpt",
+        "fox-step00000050.ckpt",
+        "fox.ckpt",
+    ]
 
 
 def test_the_epoch_in_a_file_counts_finished_epochs():
@@ -203,6 +223,30 @@ def test_a_broken_network_never_replaces_a_good_file(tmp_path, value, precision,
     assert names(tmp_path.iterdir()) == ["fox.safetensors"]
 
 
+@pytest.mark.parametrize("ending", ["ckpt", "pt"])
+@pytest.mark.parametrize(("precision", "dtype"), [(None, torch.float32), ("bf16", torch.bfloat16)])
+def test_a_pickled_file_holds_tensors_alone(tmp_path, ending, precision, dtype):
+    network, path = adapters(), tmp_path / f"fox.{ending}"
+    save_network(network, path, precision=precision, metadata={"ss_output_name": "fox"})
+    tensors = torch.load(path, weights_only=True)
+    assert type(tensors) is dict
+    assert {value.dtype for value in tensors.values()} == {dtype}
+    assert all(torch.equal(tensors[key], value.to(dtype)) for key, value in network.state_dict().items())
+    assert names(path.parent.iterdir()) == [path.name]
+
+
+def test_a_broken_network_never_replaces_a_good_pickled_file(tmp_path):
+    network, path = adapters(), tmp_path / "fox.ckpt"
+    save_network(network, path, precision=None, metadata={})
+    good = path.read_bytes()
+    with torch.no_grad():
+        next(network.parameters())[0, 0] = float("nan")
+    with pytest.raises(BrokenWeightsError, match=r"fox.ckpt: not written: .*lora_down.weight holds NaN"):
+        save_network(network, path, precision=None, metadata={})
+    assert path.read_bytes() == good
+    assert names(tmp_path.iterdir()) == ["fox.ckpt"]
+
+
 def test_nothing_is_left_behind_when_writing_fails_half_way(tmp_path):
     class Interrupted(Network):
         def save_weights(self, file, dtype, metadata) -> None:
@@ -247,7 +291,8 @@ def test_a_full_disk_is_said_so(tmp_path, error):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
-def test_a_write_that_the_system_really_refuses_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_a_write_that_the_system_really_refuses_leaves_the_old_file(tmp_path, ending):
     """A limit on the size of files, in a process of its own: every writer gets the system's own error."""
     code = """
         import resource, sys, torch
@@ -258,7 +303,8 @@ def test_a_write_that_the_system_really_refuses_leaves_the_old_file(tmp_path):
 
         class Network:
             def save_weights(self, file, dtype, metadata):
-                save_file({"a": torch.ones(20_000)}, file, metadata)
+                tensors = {"a": torch.ones(20_000)}
+                save_file(tensors, file, metadata) if file.endswith("s") else torch.save(tensors, file)
 
         path = Path(sys.argv[1])
         save_network(Network(), path, precision=None, metadata={"ss_n": "1"})
@@ -273,7 +319,7 @@ def test_a_write_that_the_system_really_refuses_leaves_the_old_file(tmp_path):
             print("kept")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "fox.safetensors")],
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / f"fox.{ending}")],
         capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "kept", done.stderr
@@ -288,13 +334,7 @@ def test_old_files_go_and_absent_ones_do_not_matter(tmp_path):
 
 def test_our_own_network_is_saved_whole(tmp_path):
     """Names, hashes and precision of a real adapter network, read back."""
-    from torch import nn
-
-    from networks.lora import LoRA
-    from networks.network import AdapterNetwork, Site
-
-    layer = nn.Linear(4, 4)
-    network = AdapterNetwork([LoRA(Site("lora_unet_x", "unet", "unet", layer), rank=2, alpha=1)])
+    network = adapters()
     path = tmp_path / "fox.safetensors"
     save_network(network, path, precision="fp16", metadata={"ss_network_dim": "2"})
     tensors = load_file(path)

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from library.data.images import image_extensions
-from library.data.samples import UNMEASURED, Sample, SubsetSummary
+from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary
 from library.errors import UserError, nearest_path
 from library.progress import bar
 
@@ -23,14 +23,9 @@ _USUAL_EXTENSIONS = (".txt", ".caption")  # of caption files
 _OTHER_IMAGES = frozenset((".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", ".avif", ".jxl", ".jp2"))
 
 
-class Scan(NamedTuple):
-    samples: list[Sample]
-    summary: SubsetSummary
-
-
 @dataclass(frozen=True)
 class _Caption:
-    """What the caption file of an image says; `file` is None where there is none."""
+    """What the caption file of an image says; `file` is None where there is none. `more_lines`: some are left out."""
 
     file: str | None
     text: str
@@ -40,7 +35,8 @@ class _Caption:
 def scan(spec: SubsetSpec, index: int) -> Scan:
     """The samples of a subset, sorted by file name and not yet measured. Sub-folders are not searched, as in kohya.
 
-    An image without a caption file takes `class_tokens` as its caption. Raises UserError where the folder is missing
+    An image without a caption file takes `class_tokens` as its caption. With `enable_wildcard` all lines of a caption
+    are kept that are not empty, otherwise the first. Raises UserError where the folder is missing
     or holds no images, or where captions lie there under another extension than the one asked for.
     """
     folder = _Folder(spec)
@@ -163,12 +159,14 @@ def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
     path = spec.image_dir / name
     try:
         with path.open(encoding="utf-8-sig") as file:  # Windows editors put a byte order mark in front
-            first, *more = file.read().split("\n")
+            lines = [line.strip() for line in file.read().split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}): save it in that encoding") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    return _Caption(name, first.strip(), any(line.strip() for line in more))
+    if spec.enable_wildcard:
+        return _Caption(name, "\n".join(filter(None, lines)), False)
+    return _Caption(name, lines[0], any(lines[1:]))
 
 
 def _refuse_other_extension(spec: SubsetSpec, extension: str, folder: _Folder) -> None:

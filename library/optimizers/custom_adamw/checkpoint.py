@@ -52,7 +52,7 @@ def complete(groups: list[Group], state: Mapping[Tensor, State], defaults: Mappi
 
 def tell(before: list[Group], groups: list[Group], state: Mapping[Tensor, State], settings: Settings) -> None:
     """Say once what loading has changed: options that the state dict replaced, moments that will be converted."""
-    ignored = {"params", "param_names", "lr", "initial_lr", "step"}
+    ignored = {"params", "param_names", "lr", "initial_lr", "step", "wd_flat_since", "wd_seen"}
     changed = {
         f"{name} = {new[name]!r} (was {old[name]!r})"
         for old, new in zip(before, groups, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from library.errors import UserError
 
+from ..weight_decay import VANISHED
 from . import checkpoint, plan, report, sharding
-from .options import Rates, check_group, decayed_weight_decay, options_key, rates_of
+from .options import Rates, Schedule, check_group, decayed_weight_decay, options_key, rates_of
 from .paged import runtime as paging_runtime
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ class CustomAdamW(Optimizer):
     use_agr: shrinks the dominating entries of a gradient.
     use_tam, tam_beta, tam_bias_correction: damps gradients that turn against the momentum.
     use_alora, alora_ratio, alora_eta: lora_up moves `ratio` times faster, less where a row of the adapter has grown.
-    dynamic_weight_decay, wd_...: constant for wd_transition_steps, then falling (library/optimizers/weight_decay.py).
+    dynamic_weight_decay, wd_...: constant for wd_transition_steps, then falling by the curve wd_schedule
+        (library/optimizers/weight_decay.py); wd_stages, wd_interpolate: for "multi_stage", pairs of (step, ratio);
+        wd_flat (all): for "adaptive", which must be told the losses: what counts as flat
+        (library/optimizers/plateau.py).
     stochastic_rounding: for bfloat16 parameters, keyed by parameter and step.
     implementation (all): "auto" takes the CPU kernel, the compiled or the plain step, whichever is there.
     percentile_clipping, block_wise, amsgrad: for old command lines only.
@@ -68,15 +72,15 @@ class CustomAdamW(Optimizer):
         cautious_min: float = 1e-3,
         use_orthogonal_grad: bool = False,
         orthograd_target: Literal["down", "up", "all"] = "down",
-        use_adopt_stability: bool = True,
+        use_adopt_stability: bool = False,
         adopt_eps: float = 1e-6,
         adopt_clip: float = 0.25,
         use_grams: bool = False,
         use_agr: bool = True,
-        use_tam: bool = True,
+        use_tam: bool = False,
         tam_beta: float = 0.9,
         tam_bias_correction: bool = False,
-        use_alora: bool = True,
+        use_alora: bool = False,
         alora_ratio: float = 4.0,
         alora_eta: float = 2.0,
         dynamic_weight_decay: bool = True,
@@ -84,6 +88,10 @@ class CustomAdamW(Optimizer):
         wd_decay_factor: float = 0.7,
         wd_min_ratio: float = 0.1,
         wd_max_progress: float = 2.0,
+        wd_schedule: Schedule = "exponential",
+        wd_stages: tuple[tuple[int, float], ...] = (),
+        wd_interpolate: bool = False,
+        wd_flat: Mapping[str, float] | None = None,
         stochastic_rounding: bool = False,
         implementation: plan.Implementation = "auto",
         percentile_clipping: int | None = None,
@@ -120,10 +128,15 @@ class CustomAdamW(Optimizer):
             "wd_decay_factor": wd_decay_factor,
             "wd_min_ratio": wd_min_ratio,
             "wd_max_progress": wd_max_progress,
+            "wd_schedule": wd_schedule,
+            "wd_stages": wd_stages,
+            "wd_interpolate": wd_interpolate,
+            "wd_flat_since": None,
             "stochastic_rounding": stochastic_rounding,
             "step": 0,
         }
         self._settings = plan.check_settings(optim_bits, min_8bit_size, is_paged, implementation)
+        self._plateau = plan.plateau(wd_flat)
         self._shapes: list[sharding.Shapes] = []
         self._forget()
         self._warned_decay = self._told_tier = False
@@ -156,7 +169,7 @@ class CustomAdamW(Optimizer):
         self._planned: list[tuple[Any, ...]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_shapes", "_warned_decay", "_told_tier")
+        own = ("_settings", "_plateau", "_shapes", "_warned_decay", "_told_tier")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,12 +197,25 @@ class CustomAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if loss is not None and self._adaptive():
+                self.observe(float(loss))
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters]
         current = self._current_plan(parameters, grads)
         current.step(self._items(current, grads))
-        self._warn_of_vanished_decay()
+        self._warn_of_decay()
         return loss
+
+    def observe(self, loss: float, gradient_norm: float | None = None, validation_loss: float | None = None) -> None:
+        """Tell an "adaptive" weight decay how training goes, before each step; a step with a closure does it itself."""
+        if adaptive := self._adaptive():
+            self._plateau.tell(
+                adaptive, counter="step", loss=loss, gradient_norm=gradient_norm, validation_loss=validation_loss
+            )
+
+    def _adaptive(self) -> list[dict[str, Any]]:
+        """The groups whose weight decay waits for the loss to become flat."""
+        return [g for g in self.param_groups if g["dynamic_weight_decay"] and g["wd_schedule"] == "adaptive"]
 
     def _current_plan(self, parameters: list[Tensor], grads: list[Tensor | None]) -> plan.Plan:
         """The plan, made anew if a parameter, its state or an option has changed since the last step."""
@@ -222,14 +248,18 @@ class CustomAdamW(Optimizer):
                 items.append(plan.Item(place.stack, place.row, grad, known[step]))
         return items
 
-    def _warn_of_vanished_decay(self) -> None:
+    def _warn_of_decay(self) -> None:
+        """Once: a weight decay that has vanished, or one that waits for losses nobody tells."""
         if self._warned_decay:
             return
         for group in self.param_groups:
-            if group["weight_decay"] > 0 and decayed_weight_decay(group, group["step"]) < 1e-8:
+            if group["weight_decay"] > 0 and decayed_weight_decay(group, group["step"]) < VANISHED:
                 logger.warning("CustomAdamW: the weight decay has fallen below 1e-8: nothing is regularised any more")
                 self._warned_decay = True
                 return
+        waiting = self._adaptive()
+        if waiting and waiting[0]["step"] == self._plateau.earliest and "wd_seen" not in waiting[0]:
+            logger.warning("CustomAdamW: wd_schedule='adaptive' waits for losses: call optimizer.observe(loss)")
 
     # Information
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from library.errors import UserError, did_you_mean
 
-from .. import weight_decay as curves
+from ..weight_decay import SCHEDULES, Curve
+from ..weight_decay import check as check_curve
 from .pairs import Role
 
 TECHNIQUES = {  # option: name, in the order in which a step applies them
@@ -23,6 +24,9 @@ TECHNIQUES = {  # option: name, in the order in which a step applies them
     "dynamic_weight_decay": "dynamic weight decay",
     "use_spd": "SPD",
 }
+
+
+Schedule = Literal["exponential", "cosine", "sigmoid", "linear", "multi_stage", "adaptive"]
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,24 @@ def recipe_of(group: Mapping[str, Any], *, role: Role, paired: bool, numel: int)
     )
 
 
-def decayed_weight_decay(group: Mapping[str, Any], step: int) -> float:
-    """The group's weight decay at its `step`-th optimizer step."""
-    if not group["dynamic_weight_decay"]:
-        return float(group["weight_decay"])
-    factor = curves.exponential(
-        max(step, 1),
+def curve_of(group: Mapping[str, Any]) -> Curve:
+    """The curve of a group's weight decay."""
+    return Curve(
+        schedule=group["wd_schedule"],
         transition_steps=group["wd_transition_steps"],
         decay_factor=group["wd_decay_factor"],
         min_ratio=group["wd_min_ratio"],
         max_progress=group["wd_max_progress"],
+        stages=group["wd_stages"],
+        interpolate=group["wd_interpolate"],
     )
+
+
+def decayed_weight_decay(group: Mapping[str, Any], step: int) -> float:
+    """The group's weight decay at its `step`-th optimizer step."""
+    if not group["dynamic_weight_decay"]:
+        return float(group["weight_decay"])
+    factor = curve_of(group).factor(max(step, 1), flat_since=group["wd_flat_since"])
     return float(group["weight_decay"] * factor)
 
 
@@ -145,7 +156,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, in words
     "wd_min_ratio": (0, 1, "between 0 and 1"),
     "wd_max_progress": (0, math.inf, "0 or more (inf: no cap)"),
 }
-_CHOICES = {"spd_anchor": ("zero", "initial"), "orthograd_target": ("down", "up", "all")}
+_CHOICES = {
+    "spd_anchor": ("zero", "initial"),
+    "orthograd_target": ("down", "up", "all"),
+    "wd_schedule": SCHEDULES,
+}
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -157,10 +172,27 @@ def check_group(group: Mapping[str, Any]) -> None:
     betas = group["betas"]
     if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
         raise UserError(f"CustomAdamW: betas = {betas!r}; they must be two numbers from 0 to below 1")
-    for name in (*TECHNIQUES, "tam_bias_correction", "stochastic_rounding"):
+    for name in (*TECHNIQUES, "tam_bias_correction", "wd_interpolate", "stochastic_rounding"):
         if not isinstance(group[name], bool):
             raise UserError(f"CustomAdamW: {name} = {group[name]!r}; it must be True or False")
     for name, choices in _CHOICES.items():
         if group[name] not in choices:
             hint = did_you_mean(str(group[name]), choices)
             raise UserError(f"CustomAdamW: {name} = {group[name]!r}; it must be one of {', '.join(choices)}{hint}")
+    _check_stages(group["wd_stages"])
+    check_curve(curve_of(group), owner="CustomAdamW")
+
+
+def _check_stages(stages: Any) -> None:
+    pairs = stages if isinstance(stages, list | tuple) else [None]
+    for pair in pairs:
+        if not (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and isinstance(pair[0], int)
+            and isinstance(pair[1], int | float)
+        ):
+            raise UserError(
+                f"CustomAdamW: wd_stages = {stages!r}; they must be pairs of a step and a ratio, such as "
+                "((0, 1.0), (1000, 0.7))"
+            )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.errors import UserError, did_you_mean
 
+from ..plateau import Plateau
 from . import batched as batching
 from . import native, sharding
 from .batched import Batched
@@ -123,6 +124,14 @@ def check_settings(optim_bits: Any, min_8bit_size: int, is_paged: bool, implemen
         except native.Unavailable as reason:
             raise UserError(f"CustomAdamW: implementation = 'native': {reason}") from reason
     return Settings(optim_bits, min_8bit_size, is_paged, implementation)
+
+
+def plateau(settings: Mapping[str, Any] | None) -> Plateau:
+    """What counts as a flat loss. Raises `UserError`."""
+    try:
+        return Plateau(**(settings or {}))
+    except TypeError as error:
+        raise UserError(f"CustomAdamW: wd_flat = {settings!r}: {error}") from error
 
 
 def eight_bit(parameter: Tensor, settings: Settings) -> bool:

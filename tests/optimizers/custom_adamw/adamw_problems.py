@@ -19,6 +19,11 @@ ON: dict[str, Any] = {**dict.fromkeys(TECHNIQUES, True), "use_grams": False}
 Named = list[tuple[str, nn.Parameter]]
 
 
+def full(params: Any, **options: Any) -> CustomAdamW:
+    """With all techniques that go together."""
+    return CustomAdamW(params, **{**ON, **options})
+
+
 def combinations() -> list[dict[str, Any]]:
     """All on/off combinations of the nine but Grams with Cautious: 384."""
     choices = (dict(zip(TECHNIQUES, bits, strict=True)) for bits in product((False, True), repeat=len(TECHNIQUES)))

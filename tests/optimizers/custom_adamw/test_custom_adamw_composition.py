@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from adamw_problems import TECHNIQUES, LoraRegression, combinations, flat, gradients, label
+from adamw_problems import TECHNIQUES, LoraRegression, combinations, flat, full, gradients, label
 from adamw_textbook import Textbook
 
 from library.optimizers import CustomAdamW
@@ -68,7 +68,7 @@ def test_adopt_knows_no_loss_scale() -> None:
 class TestADOPTsFirstCalls:
     def setup(self) -> tuple[LoraRegression, CustomAdamW]:
         problem = LoraRegression(width=70, rank=4)
-        return problem, CustomAdamW(problem.named, lr=1e-2, optim_bits=32, weight_decay=0.5)
+        return problem, full(problem.named, lr=1e-2, optim_bits=32, weight_decay=0.5, use_orthogonal_grad=False)
 
     def test_the_first_call_moves_nothing(self) -> None:
         problem, optimizer = self.setup()

@@ -138,6 +138,13 @@ class TestErrors:
             ({"tam_beta": 1.0}, "tam_beta"),
             ({"alora_ratio": 0}, "alora_ratio"),
             ({"wd_transition_steps": 0}, "wd_transition_steps"),
+            ({"wd_schedule": "cosin"}, "did you mean 'cosine'"),
+            ({"wd_schedule": "cosine", "wd_max_progress": float("inf")}, "CustomAdamW: wd_max_progress = inf"),
+            ({"wd_schedule": "multi_stage"}, "needs wd_stages"),
+            ({"wd_schedule": "multi_stage", "wd_stages": "0:1"}, "must be pairs of a step and a ratio"),
+            ({"wd_stages": ((0, 1.0, 2),)}, "must be pairs of a step and a ratio"),
+            ({"wd_interpolate": 1}, "wd_interpolate = 1; it must be True or False"),
+            ({"wd_flat": {"windw": 3}}, "wd_flat = {'windw': 3}"),
             ({"use_spd": "yes"}, "use_spd = 'yes'; it must be True or False"),
             ({"lr": float("nan")}, "lr"),
             ({"optim_bits": 16}, "optim_bits = 16; it must be 8 or 32"),
@@ -178,7 +185,7 @@ class TestErrors:
             mesh = init_device_mesh("cpu", (1,))
             parameter = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Shard(0)]))
             with pytest.raises(UserError, match=r"x is sharded or flattened by DTensor.*AGR, ADOPT, TAM"):
-                CustomAdamW([("x", parameter)])
+                CustomAdamW([("x", parameter)], use_adopt_stability=True, use_tam=True)
         finally:
             dist.destroy_process_group()
 
@@ -216,13 +223,13 @@ class TestErrors:
 
 class TestMessages:
     def test_no_names(self, caplog: pytest.LogCaptureFixture) -> None:
-        CustomAdamW(LoraRegression().parameters)
+        CustomAdamW(LoraRegression().parameters, **ON)
         said = [line for line in lines(caplog, "WARNING") if "ALoRA" in line]
         assert len(said) == 1
         assert "pass model.named_parameters()" in said[0]
 
     def test_no_pairs(self, caplog: pytest.LogCaptureFixture) -> None:
-        CustomAdamW(nn.Linear(3, 3).named_parameters(), use_orthogonal_grad=True)
+        CustomAdamW(nn.Linear(3, 3).named_parameters(), **ON)
         assert [line for line in lines(caplog, "WARNING") if "ALoRA needs LoRA pairs and found none" in line]
         assert [line for line in lines(caplog, "WARNING") if "OrthoGrad" in line and "orthograd_target='all'" in line]
 
@@ -253,10 +260,10 @@ class TestMessages:
 
     def test_summary(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO):
-            CustomAdamW(LoraRegression().named, use_spd=False)
+            CustomAdamW(LoraRegression().named, **{**ON, "use_spd": False})
         assert lines(caplog, "INFO") == [
             "CustomAdamW: 8-bit state, 4 tensors with 384 numbers, 2 LoRA pairs; on: "
-            "ADOPT, AGR, ALoRA, Cautious, TAM, dynamic weight decay"
+            "ADOPT, AGR, ALoRA, Cautious, OrthoGrad, TAM, dynamic weight decay"
         ]
 
 
@@ -299,17 +306,19 @@ class TestInformation:
             "spd_lambda": 0.06,
             "use_cautious": True,
             "use_orthogonal_grad": False,
-            "use_adopt_stability": True,
+            "use_adopt_stability": False,
             "use_grams": False,
             "use_agr": True,
-            "use_tam": True,
+            "use_tam": False,
             "tam_beta": 0.9,
-            "use_alora": True,
+            "use_alora": False,
             "dynamic_weight_decay": True,
             "wd_transition_steps": 1000,
             "wd_decay_factor": 0.7,
             "wd_min_ratio": 0.1,
             "wd_max_progress": 2.0,
+            "wd_schedule": "exponential",
+            "wd_stages": (),
         }
         assert {name: defaults[name] for name in documented} == documented
         keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adamw_problems import OFF, ON, LoraRegression, Named, bag, flat, gradients
+from adamw_problems import OFF, ON, LoraRegression, Named, bag, flat, full, gradients
 from torch import nn
 
 from library.optimizers import CustomAdamW
@@ -62,9 +62,9 @@ def test_a_resume_continues_bit_for_bit(dtype: torch.dtype, options: dict[str, A
 def test_the_state_dict_is_exact(dtype: torch.dtype) -> None:
     """Codes stay uint8 and moments float32, whatever the parameters are (torch would cast both)."""
     named = bag(dtype)
-    optimizer = CustomAdamW(named, min_8bit_size=1000)
+    optimizer = full(named, min_8bit_size=1000)
     steps(named, optimizer, 0, 4)
-    other = CustomAdamW(bag(dtype), min_8bit_size=1000)
+    other = full(bag(dtype), min_8bit_size=1000)
     other.load_state_dict(saved(optimizer))
     for (_, a), (_, b) in zip(
         named,
@@ -86,7 +86,7 @@ def test_the_state_dict_is_exact(dtype: torch.dtype) -> None:
 def test_loading_copies() -> None:
     """Two optimizers with one state dict do not share memory."""
     a, b = LoraRegression(), LoraRegression()
-    first, second = CustomAdamW(a.named), CustomAdamW(b.named)
+    first, second = full(a.named), full(b.named)
     a.train(first, 3)
     second.load_state_dict(first.state_dict())
     copied = second.state[b.parameters[1]]["exp_avg"].clone()
@@ -97,9 +97,9 @@ def test_loading_copies() -> None:
 @pytest.mark.parametrize(("old", "new"), [(8, 32), (32, 8)])
 def test_other_precision(old: Any, new: Any, caplog: pytest.LogCaptureFixture) -> None:
     named, target = bag(), bag()
-    optimizer = CustomAdamW(named, optim_bits=old)
+    optimizer = full(named, optim_bits=old)
     steps(named, optimizer, 0, 6)
-    converted = CustomAdamW(target, optim_bits=new)
+    converted = full(target, optim_bits=new)
     with caplog.at_level(logging.WARNING):
         converted.load_state_dict(saved(optimizer))
     assert sum("another precision" in record.message for record in caplog.records) == 1
@@ -107,8 +107,8 @@ def test_other_precision(old: Any, new: Any, caplog: pytest.LogCaptureFixture) -
     big, same = named[6][1], target[6][1]
     assert (converted.state[same]["exp_avg"].dtype == torch.uint8) == (new == 8)
     assert ("exp_avg_absmax" in converted.state[same]) == (new == 8)
-    exact = CustomAdamW(bag(), optim_bits=new)
-    steps(big_named := bag(), exact := CustomAdamW(big_named, optim_bits=new), 0, 7)
+    exact = full(bag(), optim_bits=new)
+    steps(big_named := bag(), exact := full(big_named, optim_bits=new), 0, 7)
     moved = flat(big_named) - flat(bag())
     assert big.shape == same.shape
     assert torch.isfinite(flat(target)).all()
@@ -120,9 +120,9 @@ def test_from_8_to_32_bits_the_values_stay(caplog: pytest.LogCaptureFixture) -> 
     from library.optimizers.custom_adamw import codec
 
     named, target = bag(), bag()
-    optimizer = CustomAdamW(named)
+    optimizer = full(named)
     steps(named, optimizer, 0, 6)
-    converted = CustomAdamW(target, optim_bits=32, lr=0.0, betas=(0.9, 0.999))
+    converted = full(target, optim_bits=32, lr=0.0, betas=(0.9, 0.999))
     converted.load_state_dict(optimizer.state_dict())
     old = {key: value.clone() for key, value in optimizer.state[named[6][1]].items() if key.startswith("exp_avg")}
     for _, parameter in target:
@@ -150,8 +150,8 @@ def test_a_state_of_torchs_adamw_loads() -> None:
 
 
 def test_options_of_a_checkpoint_replace_others_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    optimizer = CustomAdamW(bag(), spd_lambda=0.3)
-    other = CustomAdamW(bag())
+    optimizer = full(bag(), spd_lambda=0.3)
+    other = full(bag())
     with caplog.at_level(logging.WARNING):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["spd_lambda"] == 0.3
@@ -163,14 +163,14 @@ def test_options_of_a_checkpoint_replace_others_and_it_says_so(caplog: pytest.Lo
 
 def test_hooks_see_tensors() -> None:
     named = bag()
-    optimizer = CustomAdamW(named)
+    optimizer = full(named)
     steps(named, optimizer, 0, 2)
     seen: list[type] = []
 
     def hook(_: Any, state_dict: dict[str, Any]) -> None:
         seen.extend(type(value) for value in state_dict["state"][0].values())
 
-    other = CustomAdamW(bag())
+    other = full(bag())
     other.register_load_state_dict_pre_hook(hook)
     other.register_load_state_dict_post_hook(
         lambda opt: seen.append(type(opt.state[opt.param_groups[0]["params"][0]]["exp_avg"]))
@@ -204,7 +204,7 @@ class TestBytes:
         return size
 
     def test_8_bits(self) -> None:
-        assert 2 + 2 * 4 / 256 < self.unet(16) <= 2.1
+        assert self.unet(16) == 2 + 2 * 4 / 256
 
     def test_8_bits_with_everything_on(self) -> None:
         assert self.unet(16, **ON) <= 2.1
@@ -214,7 +214,7 @@ class TestBytes:
 
     def test_small_parameters_keep_32_bits(self) -> None:
         named = [("small", nn.Parameter(torch.zeros(4095))), ("large", nn.Parameter(torch.zeros(4096)))]
-        optimizer = CustomAdamW(named)
+        optimizer = full(named)
         gradients(named, 1)
         optimizer.step()
         assert [optimizer.state[p]["exp_avg"].dtype for _, p in named] == [torch.float32, torch.uint8]
@@ -222,7 +222,7 @@ class TestBytes:
 
 def test_deepcopy_and_pickle() -> None:
     named = bag()
-    optimizer = CustomAdamW(named, min_8bit_size=0, lr=1e-2)
+    optimizer = full(named, min_8bit_size=0, lr=1e-2)
     steps(named, optimizer, 0, 4)
     group = optimizer.param_groups[0]
     copies = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
@@ -237,7 +237,7 @@ def test_deepcopy_and_pickle() -> None:
 class TestBetweenSteps:
     def test_parameters_that_are_cast(self) -> None:
         problem = LoraRegression()
-        optimizer = CustomAdamW(problem.named, optim_bits=32)
+        optimizer = full(problem.named, optim_bits=32)
         problem.train(optimizer, 3)
         down = problem.parameters[0]
         before = optimizer.state[down]["exp_avg"].clone()
@@ -253,7 +253,7 @@ class TestBetweenSteps:
 
     def test_parameters_whose_memory_moves(self) -> None:
         moved, still = LoraRegression(), LoraRegression()
-        ours, plain = CustomAdamW(moved.named), CustomAdamW(still.named)
+        ours, plain = full(moved.named), full(still.named)
         for _ in range(4):
             moved.train(ours, 1)
             still.train(plain, 1)
@@ -263,18 +263,18 @@ class TestBetweenSteps:
 
     def test_a_state_that_is_cleared(self) -> None:
         again, fresh = LoraRegression(), LoraRegression()
-        optimizer = CustomAdamW(again.named)
+        optimizer = full(again.named)
         again.train(optimizer, 3)
         optimizer.state.clear()
         for a, b in zip(again.parameters, fresh.parameters, strict=True):
             a.data.copy_(b.data)
         again.train(optimizer, 3)
-        fresh.train(CustomAdamW(fresh.named), 3)
+        fresh.train(full(fresh.named), 3)
         assert torch.equal(again.weights(), fresh.weights())
 
     def test_options_that_change(self) -> None:
         problem = LoraRegression()
-        optimizer = CustomAdamW(problem.named)
+        optimizer = full(problem.named)
         problem.train(optimizer, 3)
         before = problem.weights()
         optimizer.param_groups[0]["use_tam"] = False
@@ -288,7 +288,7 @@ class TestBetweenSteps:
     def test_gradients_that_come_and_go(self, implementation: Any) -> None:
         """Module dropout: parameters rest, with their own count of steps."""
         named, alone = bag(), bag()
-        optimizer = CustomAdamW(named, implementation=implementation, min_8bit_size=0)
+        optimizer = full(named, implementation=implementation, min_8bit_size=0)
         for step in range(8):
             gradients(named, step)
             for index, (_, parameter) in enumerate(named):
@@ -299,7 +299,7 @@ class TestBetweenSteps:
         assert rested == [sum((step + index // 2) % 3 != 0 for step in range(8)) for index in range(7)]
         # the bias is in no pair: alone it must have gone the same way
         bias = alone[4]
-        single = CustomAdamW([bias], implementation=implementation, min_8bit_size=0)
+        single = full([bias], implementation=implementation, min_8bit_size=0)
         for step in range(8):
             gradients(alone, step)
             if (step + 4 // 2) % 3 == 0:
@@ -313,7 +313,7 @@ class TestAccelerate:
         accelerate = pytest.importorskip("accelerate")
         problem = LoraRegression()
         accelerator = accelerate.Accelerator(cpu=True)
-        optimizer = accelerator.prepare(CustomAdamW(problem.named, min_8bit_size=0))
+        optimizer = accelerator.prepare(full(problem.named, min_8bit_size=0))
 
         def train(count: int) -> None:
             for _ in range(count):
@@ -342,7 +342,7 @@ class TestAccelerate:
         try:
             wrapped = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
             for model, call in ((module, wrapped), (plain, plain)):
-                optimizer = CustomAdamW(model.named_parameters())
+                optimizer = full(model.named_parameters())
                 for _ in range(4):
                     optimizer.zero_grad()
                     call(torch.ones(2, 8)).square().sum().backward()

@@ -1,0 +1,145 @@
+"""Writes docs/options.md from the options as they are declared: `python -m library.config.options_page`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from library.config import kohya
+from library.config.fields import Declared, declared
+from library.config.options import option_groups
+
+PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+
+_HEAD = """\
+# Options
+
+Written by `python -m library.config.options_page` from the options as the program declares them; do not edit.
+
+Every option stands on the command line as `--name value`, or in a TOML file as `name = value`. The command line wins. A
+flag needs no value; `--no-name` takes it back. A `0` or an empty value means "not given" wherever that makes sense.
+
+The last column says how an option relates to the one of the same name in kohya's sd-scripts:
+
+- **as kohya**: same name, same meaning, same default.
+- **differs**: the same, but for what is said there.
+- **ours**: kohya's scripts do not have it.
+
+Names that are accepted without effect, and those that are refused, follow at the end. A name that nobody knows is an
+error with the nearest right one.
+"""
+
+# Where an option is kohya's and yet not quite the same
+DIFFERS: Mapping[str, str] = {
+    "base_weights": "only plain LoRA files are merged, whatever --network_module is; what does not fit is reported",
+    "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops",
+    "console_log_level": "other packages' messages appear from warnings on",
+    "full_fp16": "refused with an optimizer whose eps is 0 in fp16",
+    "log_config": "keys and paths are left out, as in kohya; the other files that options name, too",
+    "log_tracker_config": "only [tensorboard] and [wandb]; --wandb_run_name goes before the file's name",
+    "max_data_loader_n_workers": "an upper bound: no more are started than there is work for",
+    "network_module": "networks.lora by default",
+    "network_weights": "reads diffusers' and PEFT's names, too; nothing matched and other shapes are errors",
+    "output_name": "files that exist stop the run, unless --overwrite is given",
+    "sample_prompts": "read once, at the start; an unknown flag or key is an error; a prompt without a seed has the "
+    "same noise each time; the first process draws all; the latents are not clipped",
+    "sample_sampler": "an unknown name is an error, where kohya takes ddim",
+    "save_last_n_epochs": "counts files, as in kohya",
+    "seed": "draws are made for each image and purpose by themselves, so results differ from kohya's, and do not "
+    "depend on the number of workers or processes",
+    "vae_batch_size": "1 is fastest on a CPU",
+}
+
+
+def page() -> str:
+    """The whole text."""
+    parts = [_HEAD, *(_group(group) for group in option_groups().values())]
+    parts.append(_names("Accepted without effect", "One warning says so.", kohya.WITHOUT_EFFECT))
+    parts.append(
+        _names(
+            "Not supported yet",
+            "An error before training, unless the value asks for nothing (kohya's default, `0` or an empty one).",
+            kohya.NOT_YET,
+        )
+    )
+    parts.append(_names("Names that only GUIs write", "Kohya's scripts do not read them.", kohya.GUI_EXTRAS))
+    parts.append(_other_scripts())
+    return "\n".join(parts)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _group(group: type) -> str:
+    ours = "CustomAdamW" in (group.__doc__ or "")
+    rows = [
+        (f"`--{name}`", _default(item), _meaning(item), _status(item, ours=ours))
+        for name, item in declared(group).items()
+    ]
+    title = (group.__doc__ or "").strip()
+    return f"## {title}\n\n{_table(('option', 'default', 'meaning', 'against kohya'), rows)}\n"
+
+
+def _default(item: Declared) -> str:
+    if item.required:
+        return "required"
+    if item.kind is bool:
+        return "on" if item.default else "off"
+    return f"`{item.default}`" if item.default not in (None, "", ()) else ""
+
+
+def _meaning(item: Declared) -> str:
+    text = item.details.help.removesuffix(" (ours)")
+    choices = [choice for choice in item.choices if choice]
+    if choices:
+        text += f"; one of {', '.join(f'`{choice}`' for choice in choices)}"
+    if item.details.aliases:
+        text += f"; also {', '.join(f'`--{alias}`' for alias in item.details.aliases)}"
+    return text
+
+
+def _status(item: Declared, *, ours: bool) -> str:
+    if ours or item.details.help.endswith("(ours)"):
+        return "ours"
+    said = f"differs: {DIFFERS[item.name]}" if item.name in DIFFERS else "as kohya"
+    if item.details.not_yet:
+        said += f"; not supported yet: {', '.join(f'`{value}`' for value in item.details.not_yet)}"
+    return said
+
+
+def _names(title: str, text: str, rows: Mapping[str, kohya.Row]) -> str:
+    table = _table(("name", "why, or what to do"), ((f"`{name}`", _reason(row)) for name, row in rows.items()))
+    return f"## {title}\n\n{text}\n\n{table}\n"
+
+
+def _reason(row: kohya.Row) -> str:
+    said = [row.why, row.hint]
+    if row.only_with:
+        said.append(f"matters only together with `{row.only_with}`, and is left out without it")
+    if row.needs:
+        said.append(f"matters only together with {_listed(row.needs)}")
+    if row.instead:
+        said.append(f"give {_listed(row.instead)} instead")
+    return "; ".join(text for text in said if text)
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
+def _other_scripts() -> str:
+    scripts: dict[str, list[str]] = {}
+    for name, row in kohya.OTHER_SCRIPTS.items():
+        scripts.setdefault(row.script, []).append(f"`{name}`")
+    rows = [*scripts.items(), ("merging, extracting, resizing, converting", [f"`{x}`" for x in sorted(kohya.TOOLS)])]
+    table = _table(("of the scripts for", "names"), ((script, ", ".join(names)) for script, names in rows))
+    return f"## Of kohya's other scripts\n\nRefused: they ask for what is not done here.\n\n{table}\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8", newline="\n")

@@ -1,0 +1,157 @@
+"""A file that lists images with captions and tags, as kohya's tools for fine-tuning data sets write it.
+
+JSON: {image: {"caption": text, "tags": text}, …}. JSONL: one object a line, {"image_path": image, "caption": …}. An
+image is a path, absolute or below the subset's `image_dir`, with its extension or, as those tools write it, without.
+Other entries, such as sizes and buckets, are not read: images are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.data.images import image_extensions
+from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary
+from library.errors import UserError, nearest_path
+from library.progress import bar
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import SubsetSpec
+
+logger = logging.getLogger(__name__)
+_SHOWN = 10
+_MANY = 5000  # entries that take long enough for a bar
+
+Entries = dict[str, Mapping[str, Any]]
+
+
+def scan(spec: SubsetSpec, index: int) -> Scan:
+    """The samples of a subset, sorted by the image as the file names it and not yet measured.
+
+    Raises UserError where the file is missing or is no such file, or where an image is missing.
+    """
+    file = spec.metadata_file
+    assert file is not None
+    if not file.is_file():
+        raise UserError(f"{spec.origin}: no such file: {file}{nearest_path(file)}")
+    entries = _read(file)
+    if not entries:
+        raise UserError(f"{spec.origin}: {file} lists no images")
+    paths = _image_paths(spec, file, sorted(entries))
+    captions = {image: _caption(spec, f"{file}: {image}", entries[image]) for image in paths}
+    empty = [image for image, caption in captions.items() if not caption]
+    several = [image for image in paths if not spec.enable_wildcard and "\n" in (entries[image].get("caption") or "")]
+    for images, what in (
+        (empty, "images have neither caption nor tags: their caption is empty"),
+        (several, "captions have more than one line: only the first is used (enable_wildcard draws one)"),
+    ):
+        if images:
+            logger.warning("%s: %d %s (such as %s)", file, len(images), what, images[0])
+    samples = [
+        Sample(path, f"{index}/{_name(spec, image)}", captions[image], spec, UNMEASURED, spec.num_repeats)
+        for image, path in paths.items()
+    ]
+    summary = SubsetSummary(
+        subset=spec,
+        images=len(samples),
+        captions_found=len(samples) - len(empty),
+        captions_missing=len(empty),
+        captions_of_several_lines=len(several),
+    )
+    return Scan(samples, summary)
+
+
+def _read(file: Path) -> Entries:
+    """What the file says about each image."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (byte {error.start}): save it in that encoding") from error
+    if file.suffix.lower() == ".jsonl":
+        return _read_lines(file, text)
+    content = _parsed(text, str(file))
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise UserError(f'{file}: is not of the form {{"image": {{"caption": "…", "tags": "…"}}, …}}')
+    return content
+
+
+def _read_lines(file: Path, text: str) -> Entries:
+    entries: Entries = {}
+    lines = text.split("\n")
+    for number, line in enumerate(bar(lines, desc=file.name, total=len(lines), disable=len(lines) < _MANY), 1):
+        if not line.strip():
+            continue
+        entry = _parsed(line, f"{file}, line {number}")
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
+            raise UserError(f'{file}, line {number}: is not of the form {{"image_path": "…", "caption": "…"}}')
+        entries[entry["image_path"]] = entry
+    return entries
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not valid JSON: {error}") from None
+
+
+def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[str, Path]:
+    folders: dict[Path, dict[str, list[str]]] = {}
+    paths: dict[str, Path] = {}
+    missing: list[str] = []
+    for image in bar(images, desc="finding images", total=len(images), disable=len(images) < _MANY):
+        path = spec.image_dir / image
+        if path.suffix.lower() not in image_extensions():
+            path = _with_extension(path, folders)
+        if path.is_file():
+            paths[image] = path
+        else:
+            missing.append(image)
+    if missing:
+        listed = "".join(f"\n  {image}" for image in missing[:_SHOWN])
+        listed += f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise UserError(
+            f"{spec.origin}: {len(missing)} of the {len(images)} images that {file} lists are not in {spec.image_dir} "
+            f"(image_dir, or with --in_json --train_data_dir, says where they are):{listed}"
+        )
+    return paths
+
+
+def _name(spec: SubsetSpec, image: str) -> str:
+    """The image's part in keys: below `image_dir` the same on every machine, also if the file has absolute paths."""
+    path, folder = Path(image), spec.image_dir.absolute()
+    return path.relative_to(folder).as_posix() if path.is_absolute() and path.is_relative_to(folder) else image
+
+
+def _with_extension(path: Path, folders: dict[Path, dict[str, list[str]]]) -> Path:
+    """The image file that is called `path` without its extension; `path` itself if there is none."""
+    if path.parent not in folders:
+        stems = folders[path.parent] = {}
+        for found in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+            if found.suffix.lower() in image_extensions():
+                stems.setdefault(found.stem, []).append(found.name)
+    names = folders[path.parent].get(path.name, [])
+    if len(names) > 1:
+        raise UserError(f"{path}: could be {' or '.join(names)}: give the extension in the metadata file")
+    return path.with_name(names[0]) if names else path
+
+
+def _caption(spec: SubsetSpec, place: str, entry: Mapping[str, Any]) -> str:
+    """Caption and tags in one, the separator between them. With `enable_wildcard` the tags follow each line.
+
+    Kohya loses the tags where there is no caption but `enable_wildcard`, or several lines and no `enable_wildcard`.
+    """
+    caption, tags = _text(entry, "caption", place), _text(entry, "tags", place)
+    lines = [line for line in caption.split("\n") if line.strip()] if spec.enable_wildcard else [caption.split("\n")[0]]
+    tags = tags.replace("\n", spec.caption_separator)
+    return "\n".join(spec.caption_separator.join(filter(None, (line, tags))) for line in lines or [""])
+
+
+def _text(entry: Mapping[str, Any], name: str, place: str) -> str:
+    value = entry.get(name)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{place}: {name}: {json.dumps(value, ensure_ascii=False)} is not text in quotes")
+    return value or ""

@@ -1,0 +1,66 @@
+"""A caption as a row of tags, most of which can be shuffled, held back at first, and dropped."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import SubsetSpec
+
+
+class Tags(NamedTuple):
+    """The tags of one caption, stripped. Only those of `loose` are shuffled, held back and dropped."""
+
+    front: list[str]
+    loose: list[str]
+    back: list[str]
+
+    def joined(self) -> str:
+        """The tags with ", " between them, whatever their separator was."""
+        return ", ".join([*self.front, *self.loose, *self.back])
+
+
+def split(text: str, spec: SubsetSpec) -> Tags:
+    """The tags of `text`, between separators.
+
+    `keep_tokens_separator`, where the text has one, says what stays in front, and a second one what stays behind; what
+    is empty between separators is left out then. Otherwise the first `keep_tokens` tags stay in front.
+    """
+    mark = spec.keep_tokens_separator
+    if mark and mark in text:
+        front, rest = text.split(mark, 1)
+        loose, _, back = rest.partition(mark)
+        return Tags(*([tag for tag in _stripped(part, spec) if tag] for part in (front, loose, back)))
+    tags = _stripped(text.strip(), spec)
+    return Tags(tags[: spec.keep_tokens], tags[spec.keep_tokens :], [])
+
+
+def _stripped(text: str, spec: SubsetSpec) -> list[str]:
+    return [tag.strip() for tag in text.split(spec.caption_separator)]
+
+
+def warmup_length(spec: SubsetSpec, total_steps: int) -> float:
+    """The steps after which all tags are there; a `token_warmup_step` below 1 is a share of all steps."""
+    if spec.token_warmup_step < 1:
+        return math.floor(spec.token_warmup_step * total_steps)
+    return spec.token_warmup_step
+
+
+def warmed_up(loose: Sequence[str], spec: SubsetSpec, *, step: int, total_steps: int) -> list[str]:
+    """The first tags of `loose`: `token_warmup_min` of them at step 0, all from the end of the warm-up on.
+
+    `step` counts the optimizer's steps done before. Where there are fewer tags than the minimum, all of them.
+    """
+    length = warmup_length(spec, total_steps)
+    if step >= length:
+        return list(loose)
+    more = math.floor(step * ((len(loose) - spec.token_warmup_min) / length))
+    return list(loose[: spec.token_warmup_min + more])
+
+
+def dropped_out(loose: Sequence[str], rate: float, rng: random.Random) -> list[str]:
+    """`loose` without the tags that a draw at `rate` (0 … 1) hits, each on its own."""
+    return [tag for tag in loose if rng.random() >= rate]

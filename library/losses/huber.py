@@ -1,0 +1,44 @@
+"""Pseudo-Huber losses, and how their threshold falls with the timestep.
+
+Khrapov et al. 2024, arXiv 2403.16728: near 0 such a loss is quadratic, beyond the threshold c linear, so that a wrong
+image in the data pulls less; a threshold that falls with the noise keeps the details of l2 where there is little noise.
+The scales of both losses and of the schedules are those of kohya's scripts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("constant", "exponential", "snr")
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
+    """2 c (sqrt(d² + c²) - c) with d = prediction - target, per element: d² for d « c, 2 c |d| for d » c.
+
+    `c` above 0, of a shape that fits the others': [B, 1, 1, 1].
+    """
+    return c * smooth_l1(prediction, target, c)
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
+    """2 (sqrt(d² + c²) - c), per element: d² / c for d « c, 2 |d| for d » c. `c` as for `pseudo_huber`."""
+    return 2 * (torch.sqrt((prediction - target).square() + c.square()) - c)
+
+
+def thresholds(schedule: str, alphas_cumprod: Tensor, *, c: float, scale: float) -> Tensor:
+    """The threshold at each timestep, [T].
+
+    constant: c · scale. exponential: c^(t / T) · scale, from `scale` down to c · scale. snr:
+    (1 - c) / (1 + sigma)² + c with sigma = sqrt((1 - a_t) / a_t), from nearly 1 down to c where there is no signal;
+    `scale` is not in kohya's formula and has no effect there.
+    """
+    assert schedule in SCHEDULES, schedule
+    steps = len(alphas_cumprod)
+    if schedule == "constant":
+        return torch.full_like(alphas_cumprod, c * scale)
+    if schedule == "exponential":
+        t = torch.arange(steps, dtype=alphas_cumprod.dtype, device=alphas_cumprod.device)
+        return c ** (t / steps) * scale
+    sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    return (1 - c) / (1 + sigma).square() + c

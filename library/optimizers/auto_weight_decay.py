@@ -1,0 +1,89 @@
+"""The numbers of a weight-decay curve that follow from the run: its length, its data and its task.
+
+Each function returns the number and the rule that decided, in words. Where rules disagree: the size of the data set,
+then the task, then the default.
+"""
+
+from __future__ import annotations
+
+DEFAULT_FACTOR, DEFAULT_MIN_RATIO = 0.7, 0.1
+
+# domain → task → decay factor
+FACTORS = {
+    "computer_vision": {
+        "image_classification": 0.65,
+        "object_detection": 0.70,
+        "image_generation": 0.60,
+        "image_segmentation": 0.68,
+    },
+    "natural_language": {
+        "text_generation": 0.75,
+        "text_classification": 0.70,
+        "translation": 0.72,
+        "question_answering": 0.68,
+    },
+    "multimodal": {"image_captioning": 0.70, "visual_question_answering": 0.68, "text_to_image": 0.65},
+}
+# share of the run before the transition, by task or domain
+RATIOS = {
+    "text_generation": 0.15,
+    "image_classification": 0.20,
+    "image_generation": 0.12,
+    "multimodal": 0.18,
+    "general": 0.16,
+}
+# images below → decay factor, least ratio
+BY_SIZE = ((1_000, 0.8, 0.20), (5_000, 0.7, 0.15), (20_000, 0.65, 0.12), (float("inf"), 0.6, 0.10))
+
+Decided = tuple[float, str]
+
+
+def domain_of(task: str) -> str:
+    """The domain that a task belongs to; "general" and the name of a domain stand for themselves."""
+    return next((domain for domain, tasks in FACTORS.items() if task in tasks), task)
+
+
+def transition_steps(total_steps: int, task: str | None) -> tuple[int, str]:
+    """T = clamp(total_steps * ratio of the task, 500, 2000); a quarter of short runs, a tenth of long ones."""
+    if total_steps < 3000:
+        return max(500, int(total_steps * 0.25)), "auto: a run below 3,000 steps"
+    if total_steps > 20000:
+        return max(1500, int(total_steps * 0.10)), "auto: a run above 20,000 steps"
+    named = next((name for name in (task, task and domain_of(task)) if name in RATIOS), None)
+    rule = "auto: default" if named in (None, "general") else f"auto: task {task}"
+    ratio = RATIOS[named or "general"]
+    return min(max(int(total_steps * ratio), 500), 2000), f"{rule}, {ratio:.0%} of {total_steps} steps"
+
+
+def decay_factor(images: int | None, task: str | None) -> Decided:
+    """`images`: how many different ones are trained on; None: not known."""
+    if images is not None:
+        _, factor, _ = _size(images)
+        return factor, f"auto: {images} images"
+    factors = FACTORS[domain_of(task)] if task and domain_of(task) in FACTORS else {}
+    if task in factors:
+        return factors[task], f"auto: task {task}"
+    return DEFAULT_FACTOR, "auto: default"
+
+
+def min_ratio(images: int | None, *, complexity: float | None = None) -> Decided:
+    """The least ratio by the number of images; if that is not known, by the `complexity` of the problem."""
+    if images is not None:
+        _, _, ratio = _size(images)
+        return ratio, f"auto: {images} images"
+    if complexity is not None:
+        return min_ratio_of(complexity, images=None), "auto: complexity"
+    return DEFAULT_MIN_RATIO, "auto: default"
+
+
+def min_ratio_of(complexity: float, *, images: int | None) -> float:
+    """0.05 * clamp(complexity, 0.5, 2) * (2 below 1,000 images, 1.5 below 10,000, else 1).
+
+    `complexity`: trainable parameters over effective samples, as a ratio to what is usual.
+    """
+    of_data = 1.0 if images is None or images >= 10_000 else 1.5 if images >= 1_000 else 2.0
+    return 0.05 * min(max(complexity, 0.5), 2.0) * of_data
+
+
+def _size(images: int) -> tuple[float, float, float]:
+    return next(row for row in BY_SIZE if images < row[0])

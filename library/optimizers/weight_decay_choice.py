@@ -1,0 +1,248 @@
+"""From options to the weight-decay curve of a run: they are checked, and "auto" and "20%" become numbers.
+
+The optimizers know numbers only; this is done once, before they are made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from library.config import registry
+from library.config.weight_decay import WeightDecayOptions
+from library.errors import UserError
+from library.optimizers import CUSTOM_ADAMW, auto_weight_decay
+from library.optimizers.create import OptimizerChoice
+from library.optimizers.plateau import Plateau
+from library.optimizers.weight_decay import WITH_AN_END, Curve, Stages, check
+from library.optimizers.weight_decay_hook import WeightDecayHook
+
+logger = logging.getLogger(__name__)
+
+_OWNER = "--dynamic_weight_decay"
+_PLATEAU = "library.optimizers.plateau.Plateau"
+# Which curves read which option
+_READ_BY = {
+    "wd_transition_steps": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_decay_factor": ("exponential", "adaptive"),
+    "wd_min_ratio": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_max_progress": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_stages": ("multi_stage",),
+    "wd_interpolate": ("multi_stage",),
+    "wd_flat": ("adaptive",),
+}
+
+
+@dataclass(frozen=True)
+class DecayChoice:
+    """The curve of a run, and where each of its numbers comes from. `flat`: arguments of `Plateau`."""
+
+    curve: Curve
+    flat: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, object]:
+        """The curve as the files of the run tell it."""
+        numbers = {f"wd_{name}": value for name, value in self.curve._asdict().items() if f"wd_{name}" in self.reasons}
+        if self.curve.stages:
+            numbers["wd_stages"] = _stages_text(self.curve.stages)
+        if self.flat:
+            numbers["wd_flat"] = " ".join(f"{name}={value}" for name, value in self.flat.items())
+        return {"dynamic_weight_decay": True, **numbers}
+
+
+def check_options(options: WeightDecayOptions, choice: OptimizerChoice, *, clips_gradients: bool) -> None:
+    """Everything that can be told before the length of the run is known. Raises UserError."""
+    given = options.given()
+    on = _is_on(options, choice)
+    if not on:
+        if given and options.dynamic_weight_decay is None:
+            raise UserError(f"--{next(iter(given))} needs --dynamic_weight_decay with {choice.name}")
+        for name in given:
+            logger.warning("--%s has no effect with --no-dynamic_weight_decay", name)
+        return
+    base = _weight_decay_of(choice)
+    if base is None:
+        raise UserError(f"{_OWNER}: {choice.name} has no weight_decay that could change with the steps")
+    if base == 0 and options.dynamic_weight_decay:
+        raise UserError(
+            f"{_OWNER}: the weight decay of {choice.name} is 0, which no curve changes: "
+            "--optimizer_args weight_decay=0.01"
+        )
+    for name, value in given.items():
+        said = choice.arguments.get(name)
+        if said is not None and said != value:
+            raise UserError(f"--{name} {_shown(value)} contradicts --optimizer_args {name}={said}: give one of them")
+    flat = Plateau(**_words(options))
+    if flat.validation is not None:
+        raise UserError("--wd_flat validation: training does not measure a validation loss yet")
+    if flat.gradient is not None and not clips_gradients:
+        raise UserError(
+            "--wd_flat gradient needs --max_grad_norm above 0: the norm is measured where gradients are clipped"
+        )
+    schedule = options.wd_schedule or _own(choice).schedule
+    for name in given:
+        if name != "wd_schedule" and schedule not in _READ_BY[name]:
+            logger.warning(
+                "--%s has no effect with --wd_schedule %s: it is for %s", name, schedule, ", ".join(_READ_BY[name])
+            )
+    autos = [name for name, value in given.items() if value == "auto"]
+    if options.task is not None and not autos:
+        logger.warning("--task %s has no effect: no weight-decay option is auto", options.task)
+
+
+def resolve(
+    options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
+) -> DecayChoice | None:
+    """The curve in numbers, said in the log with the rule behind each; None if the weight decay stays as it is.
+
+    `images`: how many different ones are trained on. Options must have passed `check_options`. Raises UserError.
+    """
+    if not _is_on(options, choice):
+        return None
+    own, reasons = _own(choice), {}
+    values: dict[str, Any] = {"schedule": options.wd_schedule or own.schedule}
+    reasons["wd_schedule"] = _where(options.wd_schedule, choice, "wd_schedule")
+    read = [name for name, curves in _READ_BY.items() if values["schedule"] in curves and name != "wd_flat"]
+    for name in read:
+        field_name, given = name.removeprefix("wd_"), getattr(options, name)
+        values[field_name], reasons[name] = getattr(own, field_name), _where(given, choice, name)
+        if given == "auto":
+            values[field_name], reasons[name] = _auto(name, options.task, total_steps=total_steps, images=images)
+        elif name == "wd_stages" and given:
+            values[field_name] = _stages(given, total_steps)
+        elif isinstance(given, str):
+            values[field_name], reasons[name] = max(1, _steps(given, total_steps)), f"{given} of {total_steps} steps"
+        elif given is not None and given is not False:
+            values[field_name] = given
+    curve = Curve(**values)
+    if curve.schedule in WITH_AN_END and curve.max_progress == float("inf"):
+        left = max(total_steps - curve.transition_steps, 1)
+        curve = curve._replace(max_progress=left / curve.transition_steps)
+        reasons["wd_max_progress"] = "inf: to the end of the run"
+    check(curve, owner=_OWNER)
+    decided = DecayChoice(curve, _words(options), reasons)
+    _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
+    return decided
+
+
+def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: OptimizerChoice) -> OptimizerChoice:
+    """CustomAdamW does it itself: its arguments with the numbers given or decided. Others stay as they are."""
+    if choice.path != CUSTOM_ADAMW:
+        return choice
+    arguments: dict[str, Any] = {}
+    if options.dynamic_weight_decay is not None:
+        arguments["dynamic_weight_decay"] = options.dynamic_weight_decay
+    if decided is not None:
+        changed = [name for name, reason in decided.reasons.items() if reason != "default"]
+        arguments |= {name: getattr(decided.curve, name.removeprefix("wd_")) for name in changed}
+        arguments |= {"wd_flat": decided.flat} if decided.flat else {}
+    return replace(choice, arguments={**choice.arguments, **arguments})
+
+
+def attach(decided: DecayChoice | None, optimizer: torch.optim.Optimizer) -> Any:
+    """Have the optimizer follow the curve. Returns the function that must be told (loss, gradient norm) before each
+    step, or None if the curve does not depend on them."""
+    if decided is None:
+        return None
+    from library.optimizers.custom_adamw import CustomAdamW
+
+    follower: Any = optimizer
+    if not isinstance(optimizer, CustomAdamW):
+        follower = WeightDecayHook(optimizer, decided.curve, Plateau(**decided.flat))
+    return follower.observe if decided.curve.schedule == "adaptive" else None
+
+
+def _is_on(options: WeightDecayOptions, choice: OptimizerChoice) -> bool:
+    word = choice.arguments.get("dynamic_weight_decay") if choice.path == CUSTOM_ADAMW else None
+    flag = options.dynamic_weight_decay
+    if flag is not None and word is not None and flag != word:
+        raise UserError(f"{_OWNER} {flag} contradicts --optimizer_args dynamic_weight_decay={word}: give one of them")
+    if flag is None and choice.path == CUSTOM_ADAMW:
+        return bool(_defaults()["dynamic_weight_decay"] if word is None else word)
+    return bool(flag)
+
+
+def _own(choice: OptimizerChoice) -> Curve:
+    """The curve without any option: CustomAdamW's own with what --optimizer_args say, or the usual one."""
+    if choice.path != CUSTOM_ADAMW:
+        return Curve()
+    settings = {**_defaults(), **choice.arguments}
+    return Curve(**{name: settings[f"wd_{name}"] for name in Curve._fields})
+
+
+def _defaults() -> dict[str, Any]:
+    from library.optimizers.custom_adamw import CustomAdamW
+
+    return {name: item.default for name, item in inspect.signature(CustomAdamW).parameters.items()}
+
+
+def _weight_decay_of(choice: OptimizerChoice) -> Any:
+    """The weight decay that the optimizer will have; None if it knows none."""
+    if "weight_decay" in choice.arguments:
+        return choice.arguments["weight_decay"]
+    target = registry.load_path(choice.path, where="--optimizer_type")
+    parameter = inspect.signature(target).parameters.get("weight_decay")
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def _words(options: WeightDecayOptions) -> dict[str, Any]:
+    """--wd_flat as arguments of `Plateau`."""
+    arguments, _ = registry.bind(_PLATEAU, options.wd_flat, where="--wd_flat")
+    return arguments
+
+
+def _where(given: object, choice: OptimizerChoice, name: str) -> str:
+    if given is None or given is False or given == ():
+        return "--optimizer_args" if name in choice.arguments else "default"
+    return "given"
+
+
+def _auto(name: str, task: str | None, *, total_steps: int, images: int) -> tuple[float, str]:
+    if name == "wd_transition_steps":
+        return auto_weight_decay.transition_steps(total_steps, task)
+    if name == "wd_decay_factor":
+        return auto_weight_decay.decay_factor(images, task)
+    return auto_weight_decay.min_ratio(images)
+
+
+def _steps(word: str, total_steps: int) -> int:
+    return int(float(word[:-1]) / 100 * total_steps) if word.endswith("%") else int(word)
+
+
+def _stages(words: tuple[str, ...], total_steps: int) -> tuple[tuple[int, float], ...]:
+    pairs = (word.partition(":") for word in words)
+    return tuple((_steps(start, total_steps), float(ratio)) for start, _, ratio in pairs)
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
+    curve = decided.curve
+    parts = []
+    for name, reason in decided.reasons.items():
+        value = getattr(curve, name.removeprefix("wd_"))
+        shown = _stages_text(value) if name == "wd_stages" else f"{value:g}" if isinstance(value, float) else value
+        parts.append(f"{name} {shown} ({reason})")
+    logger.info("weight decay: %s", ", ".join(parts))
+    first = curve.transition_steps
+    if curve.schedule == "multi_stage":
+        first = next((step for step, ratio in curve.stages if ratio != 1), curve.stages[-1][0])
+    elif curve.schedule == "adaptive":
+        first = Plateau(**decided.flat).earliest
+    if asked and first >= total_steps:
+        logger.warning(
+            "the weight decay stays as it is in this run: it would change after step %d, and the run has %d steps",
+            first,
+            total_steps,
+        )
+
+
+def _stages_text(stages: Stages) -> str:
+    return ",".join(f"{step}:{ratio:g}" for step, ratio in stages)

@@ -1,0 +1,86 @@
+"""Adding the weights of LoRA files to a base model for good (kohya's `--base_weights`)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from networks.lora import create_network_from_weights
+from networks.weights import by_module, read_weights, some_names
+
+if TYPE_CHECKING:
+    from library.models.family import AdapterTargets
+
+logger = logging.getLogger(__name__)
+
+_PAIR = (".lora_down.weight", ".lora_up.weight", ".alpha")
+
+
+@dataclass
+class _File:
+    name: str
+    multiplier: float
+    tensors: dict[str, Tensor]
+    merged: set[str] = field(default_factory=set)  # names of modules
+
+
+class BaseWeights:
+    """LoRA files to be merged into the parts of a base model, into each as soon as it is loaded."""
+
+    def __init__(self, files: Sequence[str], multipliers: Sequence[float]) -> None:
+        """Read the files. A file without a multiplier has 1. `UserError` for one that holds more than plain LoRA."""
+        factors = [*multipliers, *[1.0] * (len(files) - len(multipliers))]
+        self._files = [_File(name, factor, read_weights(name)) for name, factor in zip(files, factors, strict=True)]
+        for file in self._files:
+            other = next((key for key in file.tensors if not key.endswith(_PAIR)), None)
+            if other is not None:
+                raise UserError(
+                    f"--base_weights {file.name}: {other} is no part of a plain LoRA; only those are merged"
+                )
+
+    def fingerprint(self) -> str:
+        """What these files change, as text, for the names of caches; empty without files."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(repr(file.multiplier).encode())
+            for key, tensor in sorted(file.tensors.items()):
+                digest.update(f"{key} {list(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest() if self._files else ""
+
+    def merge_into(self, targets: Sequence[AdapterTargets]) -> None:
+        """Add multiplier * alpha / rank * up @ down to every layer of these parts that a file names.
+
+        In the order of the files; sums are formed in fp32 and rounded to the layer's dtype once for each file.
+        """
+        prefixes = tuple(f"{target.prefix}_" for target in targets)
+        for file in self._files:
+            tensors = {key: tensor for key, tensor in file.tensors.items() if key.startswith(prefixes)}
+            if not tensors:
+                continue
+            network, _ = create_network_from_weights(
+                file.multiplier, file.name, None, None, None, weights_sd=tensors, targets=targets
+            )
+            network.merge_to(weights_sd=tensors)
+            file.merged.update(adapter.site.name for adapter in network.adapters)
+
+    def report(self) -> None:
+        """Say what went into the base. To be called when every part is loaded. `UserError` if nothing of a file did."""
+        for file in self._files:
+            modules = by_module(file.tensors).keys()
+            left = sorted(modules - file.merged)
+            if not file.merged:
+                raise UserError(f"--base_weights {file.name}: none of its modules is in this model:{some_names(left)}")
+            logger.info(
+                "merged into the base: %s, %d of %d modules, times %g",
+                *(file.name, len(file.merged), len(modules), file.multiplier),
+            )
+            if left:
+                logger.warning("%s: %d modules are not in this model:%s", file.name, len(left), some_names(left))

@@ -1,0 +1,151 @@
+"""Other programs' names for the tensors of a LoRA, turned into kohya's.
+
+Three ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Diffusion:
+
+* kohya: `lora_unet_down_blocks_0_….lora_down.weight`, `.lora_up.weight`, `.alpha`;
+* PEFT: `base_model.model.down_blocks.0.….lora_A.weight`, `.lora_B.weight`; alpha in `adapter_config.json` beside;
+* diffusers: `unet.….lora.down.weight`, or PEFT's ends behind `unet.`; older files name the attention's processor
+  (`….attn1.processor.to_q_lora.down.weight`). alpha, if any, in the file's metadata under `lora_adapter_metadata`.
+
+Nothing here needs the model: names of Stable Diffusion's layers are the same in all three but for dots.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+
+Naming = Literal["kohya", "diffusers", "PEFT"]
+
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+
+# (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight"
+_ENDINGS = (
+    (re.compile(r"\.lora_A(?:\.\w+)?\.weight"), "lora_down.weight"),
+    (re.compile(r"\.lora_B(?:\.\w+)?\.weight"), "lora_up.weight"),
+    (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight"), "lora_down.weight"),
+    (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.up\.weight"), "lora_up.weight"),
+    (re.compile(r"\.alpha"), "alpha"),
+)
+_WRAPPER = "base_model.model."
+_PARTS = ("unet", "text_encoder", "text_encoder_2")
+_UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
+_TEXT_PATH = re.compile(r"(?:text_model\.)?(?:encoder|embeddings|final_layer_norm)\b.*")
+# the attention layers of a text encoder in the oldest files are called as a UNet's
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The layer that a tensor belongs to: `part` of `_PARTS` and the path below it, without "text_model."."""
+
+    part: str
+    path: str
+
+
+def naming_of(tensors: Mapping[str, object]) -> Naming | None:
+    """Whose names these are; None if they are no LoRA's that is known."""
+    if any(key.startswith(KOHYA_PREFIXES) for key in tensors):
+        return "kohya"
+    if any(re.search(r"\.lora_[AB]\.", key) and not key.startswith(_PARTS) for key in tensors):
+        return "PEFT"
+    if any(ending.search(key) for key in tensors for ending, kind in _ENDINGS if kind != "alpha"):
+        return "diffusers"
+    return None
+
+
+def to_kohya(
+    tensors: Mapping[str, Tensor], *, config: Mapping[str, Any] | None = None, source: str
+) -> dict[str, Tensor]:
+    """The tensors of a diffusers or PEFT file under kohya's names, each layer with its alpha.
+
+    `config`: what stands beside the tensors about their scale: PEFT's adapter_config.json, or the content of diffusers'
+    `lora_adapter_metadata`. Without one alpha is the rank, as both programs have it. Raises UserError for a tensor
+    that is no part of a low-rank pair (DoRA's magnitudes, biases), because the pairs alone would act differently.
+    """
+    found: dict[_Place, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        place, kind = _read(key, source)
+        if found.setdefault(place, {}).setdefault(kind, tensor) is not tensor:
+            raise UserError(f"{source}: two tensors for one layer's {kind}; the second is {key}")
+    second = any(place.part == "text_encoder_2" for place in found)
+    converted: dict[str, Tensor] = {}
+    for place, own in found.items():
+        lacking = {"lora_down.weight", "lora_up.weight"} - own.keys()
+        if lacking:
+            raise UserError(f"{source}: {place.part}.{place.path} has no {lacking.pop()}")
+        rank = own["lora_down.weight"].shape[0]
+        own.setdefault("alpha", torch.tensor(_alpha(config or {}, place, rank, source)))
+        name = _kohya_name(place, two_encoders=second)
+        converted |= {f"{name}.{kind}": tensor for kind, tensor in own.items()}
+    return converted
+
+
+def _read(key: str, source: str) -> tuple[_Place, str]:
+    """Which layer a tensor belongs to, and what it is there, in kohya's words."""
+    if "lora_magnitude_vector" in key:
+        raise UserError(f"{source}: {key} is a magnitude of DoRA, which networks.lora does not have")
+    for ending, kind in _ENDINGS:
+        match = ending.search(key)
+        if match and match.end() == len(key):
+            return _place(key[: match.start()], key, source, old=match[0].startswith("_lora")), kind
+    raise UserError(f"{source}: {key} belongs to no low-rank pair; a file that holds more than pairs is not supported")
+
+
+def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
+    part = next((part for part in _PARTS if path.startswith(f"{part}.")), None)
+    path = path.removeprefix(f"{part}.").removeprefix(_WRAPPER).replace(".processor.", ".")
+    if part is None:
+        part = "unet" if _UNET_PATH.fullmatch(path) else "text_encoder" if _TEXT_PATH.fullmatch(path) else None
+    if part is None:
+        raise UserError(f"{source}: {key} names neither a UNet's layer nor a text encoder's")
+    if part == "unet":
+        if old and path.endswith(".to_out"):
+            path += ".0"
+        return _Place(part, path)
+    above, _, last = path.removeprefix("text_model.").rpartition(".")
+    return _Place(part, f"{above}.{_OLD_TEXT.get(last, last)}")
+
+
+def _kohya_name(place: _Place, *, two_encoders: bool) -> str:
+    if place.part == "unet":
+        return "lora_unet_" + place.path.replace(".", "_")
+    number = {"text_encoder": "1" if two_encoders else "", "text_encoder_2": "2"}[place.part]
+    return f"lora_te{number}_text_model_" + place.path.replace(".", "_")
+
+
+def _alpha(config: Mapping[str, Any], place: _Place, rank: int, source: str) -> float:
+    """The layer's alpha, by which kohya's programs scale as alpha / rank."""
+    try:
+        # diffusers keeps one configuration a part in one table, "unet.lora_alpha"; PEFT's file has one only
+        own = {key.removeprefix(f"{place.part}."): value for key, value in config.items()}
+        alpha = own.get("lora_alpha")
+        for pattern, value in (own.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern.removeprefix('text_model.')})", place.path):
+                alpha = value
+                break  # PEFT takes the first that matches
+        if alpha is None:
+            return float(rank)
+        # rank-stabilised LoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023)
+        return float(alpha) * (rank**0.5 if own.get("use_rslora") else 1.0)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{source}: its LoRA configuration cannot be read: {error}") from error
+
+
+def read_config(text: str, where: str) -> dict[str, Any]:
+    """A LoRA configuration in JSON."""
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: is not a table of settings")
+    return config

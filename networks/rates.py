@@ -1,0 +1,168 @@
+"""Learning rates within a part: by block of the UNet (kohya's numbers), by depth, by pattern."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from library.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from networks.network import AdapterModule, Site
+
+logger = logging.getLogger(__name__)
+
+DOWN, MID, UP = 12, 1, 12  # blocks of a Stable Diffusion UNet as kohya counts them; nothing in block 0 is adapted
+PatternRates = Sequence[tuple[re.Pattern[str], float]]
+
+_BLOCK = re.compile(
+    r".*?(?P<way>down|up)_blocks_(?P<i>\d+)_(?P<kind>resnets|attentions|(?:up|down)samplers)_(?P<j>\d+)_.*"
+)
+_LAYER = re.compile(r".*?_layers_(?P<i>\d+)_.*")
+_PAIR = re.compile(r"\s*(?P<pattern>.+?)\s*=\s*(?P<rate>\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*(?:,|$)")
+# the weight of a block that lies at x in [0, 1] between the first and the last
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "sine": lambda x: math.sin(math.pi / 2 * x),
+    "cosine": lambda x: math.sin(math.pi / 2 * (1 - x)),
+    "linear": lambda x: x,
+    "reverse_linear": lambda x: 1 - x,
+    "zeros": lambda x: 0.0,
+}
+
+
+def block_of(site: Site) -> int | None:
+    """kohya's number of the UNet block that a layer lies in: 1 … 11 down, 12 middle, 13 … 24 up; None elsewhere."""
+    if site.part != "unet":
+        return None
+    if match := _BLOCK.fullmatch(site.name):
+        within = 2 if match["kind"].endswith("samplers") else int(match["j"])
+        return (1 if match["way"] == "down" else DOWN + MID) + 3 * int(match["i"]) + within
+    return DOWN if "_mid_block_" in site.name else None
+
+
+def depth_of(site: Site) -> int | None:
+    """A UNet's block or a text encoder's layer: the larger, the farther from the input."""
+    if site.part == "unet":
+        return block_of(site)
+    match = _LAYER.fullmatch(site.name)
+    return int(match["i"]) if match else None
+
+
+def block_weights(down: str | None, mid: str | None, up: str | None, zero_threshold: float) -> tuple[float, ...] | None:
+    """A factor on the rate for each of kohya's 25 blocks; None if neither is given. Raises UserError.
+
+    Each is a list of numbers ("0,0.5,1", what is missing counts as 1) or, for `down` and `up`, the name of a shape with
+    an offset ("sine+0.25"). What does not exceed `zero_threshold` is 0.
+    """
+    if down is None and mid is None and up is None:
+        if zero_threshold:
+            raise UserError("block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")
+        return None
+    given = (("down_lr_weight", down, DOWN), ("mid_lr_weight", mid, MID), ("up_lr_weight", up, UP))
+    weights = [weight for name, text, count in given for weight in _weights(name, text, count)]
+    return tuple(weight if weight > zero_threshold else 0.0 for weight in weights)
+
+
+def _weights(name: str, text: str | None, count: int) -> list[float]:
+    if text is None:
+        return [1.0] * count
+    shape, _, offset = text.partition("+")
+    if shape in _SHAPES and count > 1:
+        return [_SHAPES[shape](i / (count - 1)) + _number(name, offset or "0") for i in range(count)]
+    weights = [_number(name, word.strip() or "0") for word in text.split(",")]
+    if len(weights) != count:
+        fate = "the rest is ignored" if len(weights) > count else "the others have 1"
+        logger.warning("%s: %d values for %d blocks, %s", name, len(weights), count, fate)
+    return [*weights, *[1.0] * count][:count]
+
+
+def _number(name: str, word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        raise UserError(
+            f"{name}: '{word}' is neither a number nor one of {', '.join(_SHAPES)}{did_you_mean(word, _SHAPES)}"
+        ) from None
+    if not 0 <= number < math.inf:
+        raise UserError(f"{name}: {word} is not a weight, it must be 0 or more")
+    return number
+
+
+def without_zero_blocks(sites: Sequence[Site], weights: Sequence[float] | None) -> list[Site]:
+    """As kohya has it, a new network has no adapters in blocks of weight 0: they would stay zero and fill the file."""
+    kept = [site for site in sites if weights is None or (block := block_of(site)) is None or weights[block]]
+    if len(kept) < len(sites):
+        logger.info("%d layers lie in UNet blocks of weight 0 and get no adapter", len(sites) - len(kept))
+    return kept
+
+
+def pattern_rates(text: str | None) -> list[tuple[re.Pattern[str], float]]:
+    """Regular expressions with their rates, from "pattern=rate,pattern=rate". Raises UserError."""
+    found, place, text = [], 0, text or ""
+    while place < len(text.rstrip(", ")):
+        match = _PAIR.match(text, place)
+        if match is None:
+            raise UserError(f"network_reg_lrs: '{text[place:]}' is not of the form pattern=rate,pattern=rate")
+        try:
+            found.append((re.compile(match["pattern"]), float(match["rate"])))
+        except re.error as error:
+            raise UserError(f"network_reg_lrs: '{match['pattern']}' is not a regular expression: {error}") from error
+        place = match.end()
+    return found
+
+
+def split(
+    section: str,
+    adapters: Sequence[AdapterModule],
+    rate: float,
+    *,
+    weights: Sequence[float] | None,
+    patterns: PatternRates,
+    layer_decay: float | None,
+) -> dict[str, tuple[float, list[AdapterModule]]]:
+    """The adapters of a section by name of their group, with the rate of each group.
+
+    A pattern's rate holds as it is, the first pattern that matches. For the others the section's `rate` is multiplied
+    by the weight of the block and by layer_decay ** (n - 1 - i) in the i-th of the section's n blocks or layers.
+    """
+    depths = sorted({depth for adapter in adapters if (depth := depth_of(adapter.site)) is not None})
+    if layer_decay is not None and not depths:
+        raise UserError(f"--lr_layer_decay: the {section} has no numbered blocks or layers")
+    groups: dict[str, tuple[float, list[AdapterModule]]] = {}
+    for adapter in adapters:
+        name, own = section, rate
+        depth = depth_of(adapter.site)
+        matching = first_match(adapter.site, patterns)
+        if matching is not None:
+            name, own = f"{section}_reg_lr_{matching}", patterns[matching][1]
+        elif depth is not None:
+            block = block_of(adapter.site)
+            if weights is not None and block is not None:
+                own *= weights[block]
+            if layer_decay is not None:
+                own *= layer_decay ** (len(depths) - 1 - depths.index(depth))
+            if layer_decay is not None or (weights is not None and block is not None):
+                name = f"{section}_{'layer' if block is None else 'block'}{depth}"
+        groups.setdefault(name, (own, []))[1].append(adapter)
+    return groups
+
+
+def first_match(site: Site, patterns: PatternRates) -> int | None:
+    """The first pattern that the layer's dotted path, or its name in files, matches as a whole."""
+    names = (site.path, site.name)
+    return next((i for i, (regex, _) in enumerate(patterns) if any(map(regex.fullmatch, names))), None)
+
+
+def check_patterns(patterns: PatternRates, sites: Sequence[Site]) -> None:
+    """`UserError` for a pattern that is never the first to match."""
+    used = {first_match(site, patterns) for site in sites}
+    for number, (regex, _) in enumerate(patterns):
+        if number not in used:
+            taken = any(regex.fullmatch(name) for site in sites for name in (site.path, site.name))
+            why = "matches only what earlier patterns match" if taken else "matches nothing"
+            raise UserError(
+                f"network_reg_lrs: '{regex.pattern}' {why} of the {len(sites)} adapted layers, such as {sites[0].path}"
+            )

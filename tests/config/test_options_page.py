@@ -1,0 +1,24 @@
+"""docs/options.md says what the program does."""
+
+from __future__ import annotations
+
+from library.config import kohya
+from library.config.options import declared_options
+from library.config.options_page import DIFFERS, PAGE, page
+
+
+def test_the_page_is_what_the_options_give() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m library.config.options_page"
+
+
+def test_every_name_stands_on_it_once() -> None:
+    text = page()
+    for name in declared_options():
+        assert text.count(f"\n| `--{name}` | ") == 1, name
+    for name in kohya.rows():
+        assert f"`{name}`" in text, name
+
+
+def test_notes_are_about_options_of_kohyas() -> None:
+    options = declared_options()
+    assert not [name for name in DIFFERS if name not in options or options[name].details.help.endswith("(ours)")]

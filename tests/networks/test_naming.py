@@ -1,0 +1,194 @@
+"""Files as diffusers and PEFT write them, old and new: loaded, they act as they did where they were made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_models import randomize, sd_targets
+from safetensors.torch import load_file, save_file
+
+from library.errors import UserError
+from networks.lora import create_network_from_weights
+from networks.naming import naming_of, to_kohya
+from networks.weights import read_weights
+
+# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
+BOUND = 1e-5
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+TEXT = "encoder.layers.0.self_attn"
+
+
+def outputs(unet, text_encoder) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        condition = text_encoder(torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407]])).last_hidden_state
+        noisy = torch.randn(2, 4, 16, 16, generator=generator)
+        return condition, unet(noisy, torch.tensor([20, 800]), condition.expand(2, -1, -1)).sample
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def attach(file: Path, unet, text_encoder):
+    """The network of a file, attached, with all that the file says."""
+    tensors = read_weights(file)
+    targets = sd_targets(unet, text_encoder)
+    network, _ = create_network_from_weights(1.0, str(file), None, None, None, weights_sd=tensors, targets=targets)
+    network.apply_to(None, None)
+    report = network.load_tensors(tensors, str(file))
+    assert (report.missing, report.unexpected) == ((), ())
+    return network
+
+
+UNET_LAYERS = ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"]
+TEXT_LAYERS = ["q_proj", "out_proj", "fc1"]
+
+
+def peft_config(targets, *, rslora: bool = False):
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, init_lora_weights=False,
+        rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 5, "q_proj": 1},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_file_of_peft_acts_as_there(tiny, tmp_path, part, rslora):
+    from peft import get_peft_model
+
+    unet, text_encoder = tiny
+    model = get_peft_model(
+        unet if part == "unet" else text_encoder,
+        peft_config(UNET_LAYERS if part == "unet" else TEXT_LAYERS, rslora=rslora),
+    )
+    expected = outputs(*((model, text_encoder) if part == "unet" else (unet, model)))
+    model.save_pretrained(tmp_path)
+    model.unload()
+    file = tmp_path / "adapter_model.safetensors"
+    assert naming_of(load_file(file)) == "PEFT"
+    base = outputs(unet, text_encoder)
+    network = attach(file, unet, text_encoder)
+    assert network.module_counts().keys() == {part}
+    assert sum(network.module_counts().values()) > 5
+    for actual, wanted, without in zip(outputs(unet, text_encoder), expected, base, strict=True):
+        assert difference(actual, wanted) < BOUND
+        if part == "text_encoder":
+            assert difference(without, wanted) > 0.01
+
+
+@pytest.mark.parametrize("metadata", [True, False], ids=["alpha", "without alpha"])
+def test_a_file_of_diffusers_acts_as_there(tiny, tmp_path, metadata):
+    """Written by diffusers' own `save_lora_weights`, as its training scripts do it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    unet, text_encoder = tiny
+    base = outputs(unet, text_encoder)
+    config, text_config = peft_config(UNET_LAYERS), peft_config(TEXT_LAYERS)
+    if not metadata:  # then diffusers takes alpha for the rank
+        for one in (config, text_config):
+            one.lora_alpha, one.alpha_pattern = one.r, dict(one.rank_pattern)
+    unet.add_adapter(config)
+    text_encoder.add_adapter(text_config)
+    expected = outputs(unet, text_encoder)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        text_encoder_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(text_encoder)),
+        **(_collate_lora_metadata({"unet": unet, "text_encoder": text_encoder}) if metadata else {}),
+    )
+    unet.disable_adapters()
+    text_encoder.disable_adapters()
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    assert naming_of(tensors) == "diffusers"
+    converted = read_weights(file)
+    assert len(converted) == len(tensors) * 3 // 2
+    assert (converted[f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.alpha"] == 5) == metadata
+
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from tests.conftest import BASE
+
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32).eval()
+    text_encoder = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32).eval()
+    network = attach(file, unet, text_encoder)
+    assert network.module_counts().keys() == {"text_encoder", "unet"}
+    for actual, wanted, without in zip(outputs(unet, text_encoder), expected, base, strict=True):
+        assert difference(actual, wanted) < BOUND
+        assert difference(without, wanted) > 0.01
+
+
+PAIR = {"down": torch.ones(2, 8), "up": torch.ones(6, 2)}
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (f"unet.{ATTENTION}.processor.to_q_lora.%s.weight", "unet_{A}_to_q"),
+        (f"{ATTENTION}.processor.to_out_lora.%s.weight", "unet_{A}_to_out_0"),
+        (f"unet.{ATTENTION}.to_out.0.lora.%s.weight", "unet_{A}_to_out_0"),
+        (f"text_encoder.text_model.{TEXT}.to_q_lora.%s.weight", "te_text_model_{T}_q_proj"),
+        (f"text_encoder.text_model.{TEXT}.to_out_lora.%s.weight", "te_text_model_{T}_out_proj"),
+        (f"text_encoder.{TEXT}.k_proj.lora_linear_layer.%s.weight", "te_text_model_{T}_k_proj"),
+        (f"text_encoder.text_model.{TEXT}.k_proj.lora_linear_layer.%s.weight", "te_text_model_{T}_k_proj"),
+        (f"unet.base_model.model.{ATTENTION}.to_k.lora_{{}}.weight", "unet_{A}_to_k"),
+        (f"base_model.model.{ATTENTION}.to_k.lora_{{}}.default.weight", "unet_{A}_to_k"),
+        (f"base_model.model.text_model.{TEXT}.v_proj.lora_{{}}.weight", "te_text_model_{T}_v_proj"),
+    ],
+)
+def test_every_way_to_name_a_layer_is_read(key, name):
+    tensors = {
+        (key % kind if "%s" in key else key.format({"down": "A", "up": "B"}[kind])): tensor
+        for kind, tensor in PAIR.items()
+    }
+    name = "lora_" + name.format(A=ATTENTION.replace(".", "_"), T=TEXT.replace(".", "_"))
+    converted = to_kohya(tensors, source="file")
+    assert converted.keys() == {f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"}
+    assert converted[f"{name}.lora_down.weight"] is PAIR["down"]
+    assert converted[f"{name}.alpha"].item() == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (f"unet.{ATTENTION}.to_q.lora_magnitude_vector", "DoRA"),
+        (f"unet.{ATTENTION}.to_q.lora_B.bias", "belongs to no low-rank pair"),
+        ("transformer.blocks.0.attn.lora_A.weight", "neither a UNet's layer nor a text encoder's"),
+        (f"unet.{ATTENTION}.to_v.lora_B.weight", "to_v has no lora_down.weight"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(tmp_path, key, said):
+    pair = {f"unet.{ATTENTION}.to_q.lora_{x}.weight": t for x, t in zip("AB", PAIR.values(), strict=True)}
+    save_file(pair | {key: torch.ones(6)}, tmp_path / "f.safetensors")
+    with pytest.raises(UserError, match=f"f.safetensors: .*{said}"):
+        read_weights(tmp_path / "f.safetensors")
+
+
+def test_a_configuration_that_is_broken_is_named(tmp_path):
+    pair = {f"base_model.model.{ATTENTION}.to_q.lora_{x}.weight": t for x, t in zip("AB", PAIR.values(), strict=True)}
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    for text, said in (("{", "not valid JSON"), ("[]", "table"), (json.dumps({"lora_alpha": "x"}), "cannot be read")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_weights(tmp_path / "adapter_model.safetensors")
+
+
+def test_kohyas_own_names_stay_as_they_are(tiny, tmp_path):
+    from networks.lora import create_network
+
+    network = create_network(1.0, 4, 2.0, None, None, None, targets=sd_targets(*tiny))
+    randomize(network)
+    network.save_weights(str(tmp_path / "own.safetensors"), None, None)
+    assert naming_of(network.state_dict()) == "kohya"
+    assert read_weights(tmp_path / "own.safetensors").keys() == network.state_dict().keys()
+    assert naming_of({"model.diffusion_model.x": 1}) is None

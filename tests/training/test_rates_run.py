@@ -1,0 +1,41 @@
+"""Rates by block and layer through the real command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+BLOCKS = ("--network_args", "down_lr_weight=zeros", "mid_lr_weight=0.5", "network_reg_lrs=.*attn2.*=2e-3")
+
+
+def test_the_file_has_what_was_trained_and_says_how(train: Any, tmp_path: Path) -> None:
+    assert train(*BLOCKS, "--lr_layer_decay", "0.9", "--optimizer_type", "CustomAdamW") == 0
+    with safe_open(tmp_path / "out" / "test.safetensors", "pt") as file:
+        assert file.metadata()["ss_lr_layer_decay"] == "0.9"
+        assert '"down_lr_weight": "zeros"' in file.metadata()["ss_network_args"]
+        assert not any("_down_blocks_" in key for key in file.keys())  # noqa: SIM118 - no dict
+        ups = [file.get_tensor(key) for key in file.keys() if key.endswith("lora_up.weight")]  # noqa: SIM118
+    assert all(up.any() for up in ups)
+
+
+def test_many_rates_are_told_in_short(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--lr_layer_decay", "0.9", "--dry_run") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rates"))
+    assert "groups from" in line
+    assert "to 0.001; constant" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--network_args", "network_reg_lrs=atn2=1"), "network_reg_lrs: 'atn2' matches nothing"),
+        (("--network_args", "down_lr_weight=cosin"), "did you mean 'cosine'"),
+        (("--network_module", "lycoris.kohya", "--lr_layer_decay", "0.9"), "lycoris.kohya has no rates by layer"),
+    ],
+)
+def test_mistakes_end_before_training(words: Any, message: str, train: Any, capsys: Any) -> None:
+    assert train(*words) == 2
+    assert message in capsys.readouterr().err
