@@ -33,13 +33,14 @@ FORMAT = 1
 FACTS, TENSORS = "state.json", "state.pt"
 
 # Options that a resumed run may change freely: they move no number, or only where files lie and what is reported.
-_FREE_GROUPS = ("output", "logging", "run")
+_FREE_GROUPS = ("output", "logging", "samples", "run")
 _FREE = frozenset(
     {
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
         *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared as what they mean
         *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "text_encoder_batch_size"),
         *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights"),
+        *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
     }
 )
 _PLACES = ("image_dir", "origin")  # of a subset: where it is, not what it holds

@@ -113,7 +113,7 @@ def test_files_states_and_facts_go_on_counting(train: Train, tmp_path: Path, mon
 
 
 def test_the_seed_is_the_states(train: Train, tmp_path: Path) -> None:
-    words = [word for word in ("--save_every_n_steps", "2", "--save_state", "--seed", "")]
+    words = ("--save_every_n_steps", "2", "--save_state", "--seed", "")
     assert train(*words) == 0
     first = weights(tmp_path, "test")
     assert train(*words, "--resume", str(tmp_path / "out" / "test-step00000002-state")) == 0
