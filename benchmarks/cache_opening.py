@@ -39,7 +39,7 @@ def measured(folder: Path, *, side: int, count: int, repeats: int) -> list[str]:
 
     from library.data.check import check_images
     from library.data.disk_cache import Disk, cache_images
-    from library.data.images import View
+    from library.data.views import View
 
     def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = torch.nn.functional.avg_pool2d(pixels[:, [0, 1, 2, 0]], 8)

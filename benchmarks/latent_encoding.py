@@ -30,7 +30,8 @@ def main() -> None:
 
     from library.data.cache import encode_images
     from library.data.disk_cache import Disk, cache_images
-    from library.data.images import View, load_pixels
+    from library.data.images import load_pixels
+    from library.data.views import View
     from library.models import open_family
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -160,6 +160,17 @@ class DataOptions:
             )
 
     @property
+    def latent_cache_option(self) -> str:
+        """The option that asks for a cache of latents, if one does."""
+        return "cache_latents_to_disk" if self.cache_latents_to_disk else "cache_latents"
+
+    @property
+    def text_cache_option(self) -> str:
+        """The option that asks for a cache of texts, if one does."""
+        name = "cache_text_encoder_outputs"
+        return f"{name}_to_disk" if self.cache_text_encoder_outputs_to_disk else name
+
+    @property
     def caches_to_disk(self) -> bool:
         return self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk
 
@@ -422,8 +433,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
-            name = f"cache_text_encoder_outputs{'_to_disk' if self.data.cache_text_encoder_outputs_to_disk else ''}"
-            raise UserError(f"--{name} needs --network_train_unet_only: what is cached cannot learn")
+            raise UserError(
+                f"--{self.data.text_cache_option} needs --network_train_unet_only: what is cached cannot learn"
+            )
 
 
 @lru_cache(maxsize=1)

@@ -32,6 +32,9 @@ class ScheduleOptions:
         "inverse_sqrt",
         "warmup_stable_decay",
         "piecewise_constant",
+        "exponential",
+        "step",
+        "rex",
         "adafactor",
     ] = option("constant", read=read_schedule, help="how the learning rate changes; adafactor: by that optimizer")
     lr_warmup_steps: int | float | str = option(
@@ -55,7 +58,8 @@ class ScheduleOptions:
     )
     lr_scheduler_args: tuple[str, ...] = option(
         (),
-        help="settings of the class or the schedule: T_max=100, or step_rules=1:500,0.1:900,0.01 (piecewise_constant)",
+        help="settings of the class or the schedule: T_max=100, or step_rules=1:500,0.1:900,0.01 (piecewise_constant), "
+        "gamma=0.999 (exponential), step_size=500 gamma=0.5 (step)",
     )
 
     def without_effect(self) -> list[str]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from library.data.check import cpu_count
-from library.data.images import View, load_pixels
+from library.data.images import load_pixels
 from library.data.samples import Size
+from library.data.views import View
 from library.errors import UserError
 from library.progress import bar
 

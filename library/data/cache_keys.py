@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from library.data.images import View
+from library.data.views import View
 from library.errors import UserError
 
 VERSION = 1

@@ -114,12 +114,14 @@ def _with_second_separator(text: str, spec: SubsetSpec) -> str:
     return text.replace(spec.secondary_separator, spec.caption_separator)
 
 
-def refuse_text_cache_of_changing_captions(datasets: Iterable[DatasetSpec]) -> None:
+def refuse_text_cache_of_changing_captions(
+    datasets: Iterable[DatasetSpec], *, option: str = "cache_text_encoder_outputs"
+) -> None:
     """Raises UserError where text encoder outputs cannot be cached, because the text is drawn anew each time."""
     for subset in _subsets(datasets):
         if options := changing_options(subset):
             raise UserError(
-                f"cache_text_encoder_outputs and {' and '.join(options)} exclude each other: a caption is another text "
+                f"{option} and {' and '.join(options)} exclude each other: a caption is another text "
                 f"each time then ({subset.origin}, {subset.source}). Leave one of them out"
             )
 

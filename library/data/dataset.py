@@ -99,7 +99,7 @@ class TrainingData:
         return list(self.caption_folders())
 
     def caption_folders(self) -> dict[str, Path]:
-        """The distinct texts that draws start from, each with the folder of the first image that has it."""
+        """The same, each with the folder of the first image that has it."""
         folders: dict[str, Path] = {}
         for sample in self.samples:
             for text in as_written(sample.caption, sample.subset):

@@ -23,7 +23,8 @@ from library.data.cache import encoded_captions, encoded_images
 from library.data.cache_files import BrokenEntry
 from library.data.cache_keys import caption_key, file_digest, files_of, view_key
 from library.data.check import cpu_count
-from library.data.images import View, load_pixels
+from library.data.images import load_pixels
+from library.data.views import View
 from library.errors import UserError
 from library.progress import bar
 

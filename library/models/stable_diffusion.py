@@ -168,6 +168,7 @@ class StableDiffusion:
                 "tokenizer options": dict(self._base.tokenizer_options),
                 "clip skip": self.clip_skip or 1,
                 "tokens": self.token_limit,
+                "weighted": self.weighted_captions,
             }
         )
 

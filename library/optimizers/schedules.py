@@ -28,6 +28,9 @@ SCHEDULES = {
     "cosine_with_min_lr": "transformers.optimization.get_cosine_with_min_lr_schedule_with_warmup",
     "inverse_sqrt": "transformers.optimization.get_inverse_sqrt_schedule",
     "warmup_stable_decay": "transformers.optimization.get_wsd_schedule",
+    "exponential": "library.optimizers.rate_curves.exponential",
+    "step": "library.optimizers.rate_curves.step",
+    "rex": "library.optimizers.rate_curves.rex",
 }
 _WITHOUT_WARMUP = ("constant", "piecewise_constant")
 
@@ -111,7 +114,7 @@ def _arguments(options: ScheduleOptions, *, total_steps: int, warmup: int, decay
         stable = total_steps - warmup - decay
         arguments |= {"num_stable_steps": stable, "num_decay_steps": decay}
         return arguments | {"num_cycles": cycles / 2, "min_lr_ratio": ratio or 0.0}
-    if name == "constant_with_warmup":
+    if name in ("constant_with_warmup", "exponential", "step"):
         return arguments
     arguments["num_training_steps"] = total_steps
     if name == "cosine_with_restarts":

@@ -60,9 +60,9 @@ def make_plan(options: Options) -> Plan:
     datasets = load_datasets(options)
     check_masks(datasets, masked_loss=options.data.masked_loss)
     if options.data.cache_latents:
-        refuse_latent_cache_of_changing_images(datasets)
+        refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)
     if options.data.cache_text_encoder_outputs:
-        refuse_text_cache_of_changing_captions(datasets)
+        refuse_text_cache_of_changing_captions(datasets, option=options.data.text_cache_option)
     warn_of_captions_options(datasets)
     if options.data.skip_cache_check and not options.data.caches_to_disk:
         logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from library.data import cache_keys, disk_cache
 from library.data.cache import encode_captions, encode_images
+from library.data.color import Jitter
 from library.data.disk_cache import Disk, DiskLatents, Team, cache_captions, cache_images
-from library.data.images import View, load_pixels
+from library.data.images import load_pixels
+from library.data.views import View
 from library.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -115,12 +117,23 @@ def test_a_touched_or_renamed_image_is_not_encoded(views: list[View]) -> None:
 def test_every_field_of_a_view_counts(views: list[View]) -> None:
     """A field that is added to View must be added here, so that someone thinks of it."""
     cached(views)
-    changes = {"resized": (16, 32), "crop": (0, 4), "size": (16, 20), "flip": True}
+    changes = {
+        "resized": (16, 32),
+        "crop": (0, 4),
+        "size": (16, 20),
+        "flip": True,
+        "interpolation": "box",
+        "alpha_mask": True,
+        "mask": views[4].path,
+        "jitter": Jitter(gamma=1.01),
+    }
     assert {"path", *changes} == set(View.__dataclass_fields__)
     view = replace(views[0], path=views[3].path, resized=(16, 24))
     cached([view])
     for name, value in changes.items():
         assert cached([replace(view, **{name: value})]) == 1, name
+    shutil.copy(views[0].path, views[4].path)
+    assert cached([replace(view, mask=views[4].path)]) == 1, "another mask in the same file"
 
 
 @pytest.mark.parametrize("encoder", ["VAE b, fp32", "VAE a, bf16"])
@@ -233,8 +246,10 @@ def test_what_was_done_before_a_kill_is_kept(views: list[View], images: Path) ->
 import sys, time, torch
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
+from library.data.color import Jitter
 from library.data.disk_cache import Disk, cache_images
-from library.data.images import View, load_pixels
+from library.data.images import load_pixels
+from library.data.views import View
 def encode(pixels):
     time.sleep(0.2)
     mean = torch.nn.functional.avg_pool2d(pixels, 4)

@@ -69,15 +69,16 @@ def test_tokenizer_clip_skip_and_length_count(family: MakeFamily, copy: Path) ->
     before = both(family, copy)[1]
     assert both(family, copy, clip_skip=1)[1] == before  # the last layer, as without it
     found = {before, both(family, copy, clip_skip=2)[1], both(family, copy, max_token_length=150)[1]}
+    found.add(both(family, copy, weighted_captions=True)[1])
     with (copy / "tokenizer" / "tokenizer.json").open("a") as tokenizer:
         tokenizer.write("\n")
-    assert len(found | {both(family, copy)[1]}) == 4
+    assert len(found | {both(family, copy)[1]}) == 5
 
 
 def test_every_setting_of_a_family_is_thought_of() -> None:
     """Whatever changes what `encode_prompts` gives must stand in `text_fingerprint`; then it may be named here."""
-    counts = {"clip_skip", "max_token_length", "vae"}
-    for_the_unet = {"v2", "v_parameterization"}
+    counts = {"clip_skip", "max_token_length", "weighted_captions", "vae"}
+    for_the_unet = {"v2", "v_parameterization", "zero_terminal_snr"}
     assert set(inspect.signature(StableDiffusion).parameters) == {"base"} | counts | for_the_unet
 
 

@@ -18,6 +18,8 @@ NEEDS = {
     "cosine_with_min_lr": {"lr_scheduler_min_lr_ratio": 0.1},
     "warmup_stable_decay": {"lr_decay_steps": 20},
     "piecewise_constant": {"lr_scheduler_args": ("step_rules=1:10,0.1:50,0.01",)},
+    "exponential": {"lr_scheduler_args": ("gamma=0.97",)},
+    "step": {"lr_scheduler_args": ("step_size=30",)},
 }
 WITHOUT_WARMUP = ("constant", "piecewise_constant")
 
@@ -109,6 +111,16 @@ def test_piecewise_constant():
     # with quotes, as kohya's parser needs them
     quoted = options("piecewise_constant", lr_scheduler_args=("step_rules='1:10,0.1:50,0.01'",))
     assert factors(quoted) == found
+
+
+def test_exponential_step_and_rex():
+    assert factors(options("exponential", lr_warmup_steps=10))[30] == pytest.approx(0.97**20)
+    assert factors(options("step", lr_warmup_steps=10))[75] == pytest.approx(0.01)
+    assert factors(options("rex", lr_warmup_steps=10))[55] == pytest.approx(2 / 3)  # half of the 90 steps left
+    with pytest.raises(UserError, match=r"rate_curves.exponential needs gamma=\.\.\."):
+        factors(options("exponential", lr_scheduler_args=()))
+    with pytest.raises(UserError, match="did you mean 'step_size'"):
+        factors(options("step", lr_scheduler_args=("stepsize=3",)))
 
 
 @pytest.mark.parametrize(("value", "steps"), [(0, 0), (100, 100), ("100", 100), (0.05, 50), ("5%", 50), ("0.1", 100)])

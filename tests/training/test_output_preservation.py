@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.data.dataset import Batch, Draw
 from library.losses.l2 import l2
+from library.training.noise import Noise
 from library.training.step import Objective, batch_loss
 
 ALPHAS = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
@@ -58,7 +59,7 @@ def loss(*preserved: bool, base: Base | None = None) -> float:
         crops=[(0, 0)] * len(samples),
         target_size=(8, 8),
     )
-    objective = Objective("epsilon", ALPHAS, l2)
+    objective = Objective("epsilon", ALPHAS, l2, timestep=lambda generator: 500, noise=Noise())
     found = batch_loss(
         batch, base, objective, seed=1, device=torch.device("cpu"), train_text=False, without=base.without
     )  # type: ignore[arg-type]
