@@ -29,9 +29,9 @@ from benchmarks.common import quartiles
 
 Named = list[tuple[str, nn.Parameter]]
 BASELINE = "AdamW (torch, fused)"
-ALL_BUT_GRAMS: dict[str, Any] = {  # what the defaults leave off
-    name: True for name in ("use_orthogonal_grad", "use_adopt_stability", "use_tam", "use_alora")
-}
+ALL_BUT_GRAMS: dict[str, Any] = dict.fromkeys(
+    ("use_orthogonal_grad", "use_adopt_stability", "use_tam", "use_alora"), True
+)
 
 
 class Row(NamedTuple):

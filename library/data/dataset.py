@@ -108,10 +108,9 @@ class TrainingData:
 
     def example(self, subset: SubsetSpec) -> str | None:
         """The text of the first sight of an image of this subset, in the order of training."""
-        for planned, step in self._steps(epoch=0).items():
-            for index, repeat in planned:
-                if self.samples[index].subset == subset:
-                    return self._caption(Draw(self.samples[index], 0, repeat), step)
+        for (index, repeat), step in self._steps(epoch=0).items():
+            if self.samples[index].subset == subset:
+                return self._caption(Draw(self.samples[index], 0, repeat), step)
         return None
 
     def cached_views(self) -> list[View]:
@@ -160,21 +159,23 @@ class TrainingData:
         if self.latents is not None:
             assert self.masks is not None
             for planned, seen in zip(plan, views, strict=True):
-                moments, masks, step = self.latents.get(seen), self.masks.get(seen), steps[planned]
+                moments, masks, step = self.latents.get(seen), self.masks.get(seen), steps[planned[0]]
                 yield self._batch(planned, epoch, seen, step=step, pixels=None, moments=moments, masks=masks)
         else:
             views, to_load = tee(views)
             for planned, seen, (pixels, masks) in zip(plan, views, loader(to_load), strict=True):
-                step = steps[planned]
+                step = steps[planned[0]]
                 yield self._batch(planned, epoch, seen, step=step, pixels=pixels, moments=None, masks=masks)
 
-    def _steps(self, epoch: int) -> Mapping[PlannedBatch, int]:
-        """The optimizer's steps done before each batch of this epoch, by its place in the plan.
+    def _steps(self, epoch: int) -> Mapping[tuple[int, int], int]:
+        """(sample, repeat) → the optimizer's steps done before its batch of this epoch, by its place in the plan.
 
         So neither what a process has of the epoch nor where a run was resumed matters.
         """
         before = epoch * -(-self.batches_per_epoch // self.batches_per_step)  # an epoch ends with a step
-        return {planned: before + i // self.batches_per_step for i, planned in enumerate(self.plan(epoch))}
+        return {
+            draw: before + i // self.batches_per_step for i, planned in enumerate(self.plan(epoch)) for draw in planned
+        }
 
     def views(self, planned: PlannedBatch, epoch: int) -> list[View]:
         """What is seen of each image of a batch."""

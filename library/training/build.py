@@ -210,7 +210,8 @@ def _drawn_prompts(plan: Plan) -> list[str]:
     """Every text that samples and pictures will need, negative ones as well."""
     samples = plan.samples.prompts if plan.samples is not None else ()
     texts = [text for item in samples for text in (item.prompt, item.negative_prompt)]
-    return [*texts, *plan.options.output.compare_prompts, ""]
+    compared = plan.options.output.compare_prompts
+    return [*texts, *compared, *([""] if compared else [])]
 
 
 def _sampling(
