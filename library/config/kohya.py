@@ -124,13 +124,8 @@ NOT_YET: dict[str, Row] = {
     # state
     "initial_epoch": value(),
     "initial_step": value(),
-    "resume": value(),
-    "resume_from_huggingface": flag(only_with="resume"),
-    "save_last_n_epochs_state": value(only_with="save_state"),
-    "save_last_n_steps_state": value(only_with="save_state"),
-    "save_state": flag(),
-    "save_state_on_train_end": flag(),
-    "save_state_to_huggingface": flag(only_with="save_state"),
+    "resume_from_huggingface": flag(),
+    "save_state_to_huggingface": flag(),
     "skip_until_initial_step": flag(only_with="initial_step"),
     # upload
     "async_upload": flag(only_with="huggingface_repo_id"),

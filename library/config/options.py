@@ -316,6 +316,14 @@ class OutputOptions:
     save_last_n_steps: int | None = option(
         None, minimum=1, zero_is_unset=True, help="of these files keep those of the last n steps"
     )
+    save_state: bool = option(False, help="with every file save the state from which --resume goes on")
+    save_state_on_train_end: bool = option(False, help="save the state at the end")
+    save_last_n_epochs_state: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="keep the states of the last n epochs (default: as for the files)"
+    )
+    save_last_n_steps_state: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="keep the states of the last n steps (default: as for the files)"
+    )
     no_metadata: bool = option(False, help="write no metadata into the file")
     training_comment: str | None = option(None, help="a comment for the metadata")
     metadata_title: str | None = option(None, help="title for the metadata (default: the output name)")
@@ -386,6 +394,10 @@ class RunOptions:
     config_file: str | None = option(
         None, help="a TOML file with any of these options, in sections of any name; the command line wins"
     )
+    resume: str | None = option(
+        None, help="go on from a state: its folder, or latest for the newest of --output_name in --output_dir"
+    )
+    resume_anyway: bool = option(False, help="resume even if options or data are not those of the state (ours)")
     output_config: bool = option(False, help="write the given options to --config_file instead of training")
     debug_dataset: bool = option(
         False, help="draw what the network will see, images and captions, into NAME-dataset.png instead of training"

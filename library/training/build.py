@@ -27,8 +27,9 @@ from library.models.family import ModelFamily
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
-from library.training import loop, sample, save, trackers
+from library.training import loop, sample, save, state, trackers
 from library.training.facts import run_metadata
+from library.training.metadata import belongs_to
 from library.training.objective import make_objective
 from library.training.plan import Plan
 from networks.merge import BaseWeights
@@ -37,6 +38,7 @@ from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
+WriteState = Callable[[Path, int], None]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -60,12 +62,18 @@ def build(plan: Plan) -> Built:
     objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(plan)
     saves = _save_plan(plan, accelerator)
+    now = _state_facts(plan, saves, per_step=accelerator.num_processes * options.training.gradient_accumulation_steps)
     decay = weight_decay_choice.resolve(
         options.weight_decay, plan.choice, total_steps=saves.total_steps, images=plan.prepared.train_images
     )
     choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
     plan = replace(plan, choice=choice)  # with the numbers of this run
     schedule = _schedule(options, choice, total_steps=saves.total_steps)
+    if plan.resume is not None:
+        steady = schedule is None or schedule.name in ("constant", "constant_with_warmup")
+        state.refuse_other_run(
+            plan.resume, now=now, curve_depends_on_length=not steady, anyway=options.run.resume_anyway
+        )
     data = TrainingData(
         plan.prepared,
         seed=plan.seed,
@@ -119,13 +127,16 @@ def build(plan: Plan) -> Built:
         save=_nothing,
         save_now=_nothing,
     )
+    if plan.resume is not None:
+        state.load(plan.resume, run)
     samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and not options.run.dry_run:
         metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay)
         precision = options.output.save_precision
         samples = _sampling(plan, saves, accelerator, network, prompts) or samples
-        run.save = partial(_save_due, saves, network, precision, metadata, samples)
-        run.save_now = partial(_save_now, saves, network, precision, metadata)
+        write_state = partial(_write_state, run, now)
+        run.save = partial(_save_due, saves, network, precision, metadata, write_state, samples)
+        run.save_now = partial(_save_now, saves, network, precision, metadata, write_state)
     return Built(run, plan, saves, groups, schedule, base_weights, prompts, samples)
 
 
@@ -164,13 +175,28 @@ def _save_plan(plan: Plan, accelerator: Accelerator) -> save.SavePlan:
         every_n_epochs=every_n_epochs,
         last_n_steps=output.save_last_n_steps,
         last_n_epochs=output.save_last_n_epochs,
+        states=output.save_state,
+        state_at_end=output.save_state_on_train_end,
+        last_n_steps_state=output.save_last_n_steps_state,
+        last_n_epochs_state=output.save_last_n_epochs_state,
         ending=output.save_model_as,
     )
     if accelerator.is_main_process and not options.run.dry_run:
-        save.check_free([*saves.planned_files(), *pictures(options, saves).values()], overwrite=output.overwrite)
+        _check_free(plan, saves)
         save.prepare_folder(saves.folder)
     accelerator.wait_for_everyone()
     return saves
+
+
+def _check_free(plan: Plan, saves: save.SavePlan) -> None:
+    """Nothing is replaced without --overwrite but, when a run is resumed, its own files."""
+    resume = plan.resume
+    files = saves.planned_files(after_step=resume.facts.step if resume else 0)
+    drawn = list(pictures(plan.options, saves).values())
+    if resume is not None:
+        files = [file for file in files if not belongs_to(file, session_id=plan.session_id)]
+        drawn = drawn if saves.last_file in files else []  # the pictures of a file are its run's
+    save.check_free([*files, *drawn], overwrite=plan.options.output.overwrite)
 
 
 def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
@@ -409,25 +435,50 @@ def _nothing(step: int) -> None:
     """What processes other than the first save."""
 
 
+def _state_facts(plan: Plan, saves: save.SavePlan, *, per_step: int) -> state.Facts:
+    return state.Facts(
+        format=state.FORMAT,
+        step=0,
+        total_steps=saves.total_steps,
+        seed=plan.seed,
+        session_id=plan.session_id,
+        started_at=plan.started_at,
+        batches_per_step=per_step,
+        configuration=state.configuration(plan.options),
+        data=state.data_hash(plan.datasets, plan.prepared),
+    )
+
+
+def _write_state(run: loop.Run, facts: state.Facts, folder: Path, step: int) -> None:
+    state.write(folder, run, facts, step)
+
+
 def _save_due(
     saves: save.SavePlan,
     network: Any,
     precision: str | None,
     metadata: Any,
+    write_state: WriteState,
     samples: Callable[[int], None],
     step: int,
 ) -> None:
     """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
     for due in saves.due(step):
         save.save_network(network, due.path, precision=precision, metadata=metadata.at(steps=step, epoch=due.epoch))
+        if due.state is not None:
+            write_state(due.state, step)
         if due.remove is not None:
             save.remove_old(due.remove)
+        if due.remove_state is not None:
+            state.remove(due.remove_state)
     samples(step)
 
 
-def _save_now(saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, step: int) -> Path:
-    """Write the network as it is after `step` steps, for a run that ends early."""
+def _save_now(
+    saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, write_state: WriteState, step: int
+) -> None:
+    """Write the network and the state as they are after `step` steps, for a run that ends early."""
     path = saves.step_file(step)
     epoch = (step - 1) // saves.steps_per_epoch
     save.save_network(network, path, precision=precision, metadata=metadata.at(steps=step, epoch=epoch))
-    return path
+    write_state(save.state_folder(path), step)

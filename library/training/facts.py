@@ -50,7 +50,7 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
     own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
     text_encoder_lr = options.optimizer.text_encoder_lr
     return RunFacts(
-        session_id=int(plan.started_at * 1000) % 2**32,
+        session_id=plan.session_id,
         training_started_at=plan.started_at,
         output_name=options.output.output_name,
         learning_rate=options.optimizer.learning_rate,

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(options: Options) -> int:
-    """Returns the exit code: 0, or 130 if Ctrl-C ended the run early (what it had learnt is saved then)."""
+    """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
     plan = make_plan(options)
     if options.run.debug_dataset:
         from library.training import contact_sheet
@@ -32,12 +32,13 @@ def run(options: Options) -> int:
         return 0
     for line in dry_run.summary(built):
         logger.info("%s", line)
-    built.samples(0)
-    finished = loop.train(built.run)
+    if built.run.done == 0:
+        built.samples(0)
+    stopped_by = loop.train(built.run)
     built.run.accelerator.end_training()
-    if built.run.accelerator.is_main_process and finished:
+    if built.run.accelerator.is_main_process and stopped_by is None:
         _draw(built)
-    return 0 if finished else 130
+    return 0 if stopped_by is None else 128 + stopped_by
 
 
 def _draw(built: Built) -> None:

@@ -68,15 +68,17 @@ class Run:
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
+    done: int = 0  # steps that an earlier run made
     losses: list[float] = field(default_factory=list)
 
 
-def train(run: Run) -> bool:
-    """Train to the end, or until Ctrl-C, which lets the running step finish. True if the end was reached."""
+def train(run: Run) -> signal.Signals | None:
+    """Train to the end (None), or until Ctrl-C or SIGTERM, which lets the running step finish."""
     epoch = -1
+    quiet = not run.accelerator.is_main_process
     with (
         _StopRequest() as stop,
-        progress(total=run.total_steps, desc="steps", unit="step", disable=not run.accelerator.is_main_process) as bar,
+        progress(total=run.total_steps, initial=run.done, desc="steps", unit="step", disable=quiet) as bar,
     ):
         _to_training(run)
         for item in step_batches(run):
@@ -90,19 +92,21 @@ def train(run: Run) -> bool:
             run.save(item.step)
             if stop.requested and item.step < run.total_steps:
                 run.save_now(item.step)
-                return False
+                return stop.requested
             _to_training(run)
         _from_training(run)
-    return True
+    return None
 
 
 def step_batches(run: Run) -> Iterator[StepBatches]:
-    """The steps of the run in order, with this process's batches."""
+    """The steps of the run that are not done yet, in order, with this process's batches."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     step = 0
     for epoch in itertools.count():
         steps = split_into_steps(run.data.plan(epoch), world_size=world, accumulation=run.accumulation)
-        steps_left = steps[: run.total_steps - step]
+        done = min(run.done - min(step, run.done), len(steps))
+        steps_left = steps[done : run.total_steps - step]
+        step += done
         mine = run.data.batches(of_rank(steps_left, rank), epoch=epoch, loader=run.loader)
         for micro_steps in steps_left:
             step += 1
@@ -202,20 +206,20 @@ def _from_training(run: Run) -> None:
 
 
 class _StopRequest(contextlib.AbstractContextManager["_StopRequest"]):
-    """Turns the first Ctrl-C into a request to stop after the running step; a second one stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the running step; a second one stops at once."""
 
-    requested = False
+    requested: signal.Signals | None = None
 
     def __enter__(self) -> _StopRequest:
-        self._previous = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._request)
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _request(self, signum: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = signal.Signals(signum)
         logger.warning("stopping after this step; Ctrl-C again to stop at once, without saving")
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -205,6 +205,17 @@ class RunMetadata:
         return self._constant | ({} if self.no_metadata else moment) | spec_metadata(self.spec, now=now)
 
 
+def belongs_to(file: Path, *, session_id: int) -> bool:
+    """Whether a file was written by this run, in this process or in an earlier one that it goes on from."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return (tensors.metadata() or {}).get("ss_session_id") == str(session_id)
+    except (OSError, SafetensorError):
+        return False
+
+
 def facts_metadata(facts: RunFacts) -> dict[str, str]:
     """`ss_*` of everything but datasets and base model."""
     return {f"ss_{field.name}": str(getattr(facts, field.name)) for field in fields(facts)}

@@ -18,6 +18,8 @@ from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
 from library.training.sample_prompts import SampleTimes, plan_samples
+from library.training.state import State
+from library.training.state import find as find_state
 from library.training.trackers import TrackerPlan, plan_trackers
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Plan:
     trackers: TrackerPlan
     samples: SampleTimes | None
     started_at: float
+    session_id: int
+    resume: State | None = None
 
 
 def make_plan(options: Options) -> Plan:
@@ -67,7 +71,13 @@ def make_plan(options: Options) -> Plan:
     _refuse_missing_weights("base_weights", *options.network.base_weights)
     trackers = plan_trackers(options)
     samples = plan_samples(options.samples)
+    resume = None
+    if options.run.resume is not None:
+        output = options.output
+        resume = find_state(options.run.resume, output_dir=Path(output.output_dir), output_name=output.output_name)
     seed = options.training.seed
+    if seed is None and resume is not None:
+        seed = resume.facts.seed
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
         logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
@@ -94,7 +104,22 @@ def make_plan(options: Options) -> Plan:
         weighted_captions=options.model.weighted_captions,
     )
     prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
-    return Plan(options, datasets, prepared, family, choice, creator, arguments, seed, trackers, samples, time.time())
+    started_at = time.time() if resume is None else resume.facts.started_at
+    return Plan(
+        options=options,
+        datasets=datasets,
+        prepared=prepared,
+        family=family,
+        choice=choice,
+        network_creator=creator,
+        network_arguments=arguments,
+        seed=seed,
+        trackers=trackers,
+        samples=samples,
+        started_at=started_at,
+        session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
+        resume=resume,
+    )
 
 
 def _refuse_missing_weights(option: str, *files: str | None) -> None:

@@ -7,6 +7,7 @@ import errno
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ PRECISIONS: dict[str | None, torch.dtype | None] = {
 }
 
 
+STATE_SUFFIX = "-state"
+
 # -- when and under which names
 
 
@@ -39,6 +42,8 @@ class Due:
     path: Path
     epoch: int  # what kohya writes as ss_epoch: finished epochs
     remove: Path | None = None  # an older file that goes once this one is there
+    state: Path | None = None  # the folder for the run's state
+    remove_state: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,10 @@ class SavePlan:
     every_n_epochs: int | None = None
     last_n_steps: int | None = None  # keep the files of the last n *steps*
     last_n_epochs: int | None = None  # keep the last n *files* of epochs
+    states: bool = False  # a state beside every file
+    state_at_end: bool = False
+    last_n_steps_state: int | None = None  # as for files, which it follows if it is not given
+    last_n_epochs_state: int | None = None
     ending: str = "safetensors"  # --save_model_as
 
     def __post_init__(self) -> None:
@@ -81,14 +90,25 @@ class SavePlan:
         """The files to write once `step` steps are done."""
         files = []
         if self.every_n_steps and step % self.every_n_steps == 0:
-            files.append(Due(self.step_file(step), (step - 1) // self.steps_per_epoch, self._old_step(step)))
+            old = self._old_step(step, self.last_n_steps)
+            old_state = self._old_step(step, self.last_n_steps_state or self.last_n_steps)
+            files.append(self._due(self.step_file(step), (step - 1) // self.steps_per_epoch, old, old_state))
         epoch, rest = divmod(step, self.steps_per_epoch)
         # the last epoch's file would be the same as the final one
         if self.every_n_epochs and rest == 0 and epoch % self.every_n_epochs == 0 and epoch < self.epochs:
-            files.append(Due(self.epoch_file(epoch), epoch, self._old_epoch(epoch)))
+            old = self._old_epoch(epoch, self.last_n_epochs)
+            old_state = self._old_epoch(epoch, self.last_n_epochs_state or self.last_n_epochs)
+            files.append(self._due(self.epoch_file(epoch), epoch, old, old_state))
         if step == self.total_steps:
-            files.append(Due(self.last_file, self.epochs))
+            state = state_folder(self.last_file) if self.states or self.state_at_end else None
+            files.append(Due(self.last_file, self.epochs, state=state))
         return files
+
+    def _due(self, path: Path, epoch: int, old: Path | None, old_state: Path | None) -> Due:
+        if not self.states:
+            return Due(path, epoch, old)
+        remove_state = None if old_state is None else state_folder(old_state)
+        return Due(path, epoch, old, state_folder(path), remove_state)
 
     def planned_files(self, *, after_step: int = 0) -> list[Path]:
         """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
@@ -100,19 +120,24 @@ class SavePlan:
             steps.update(range(interval, self.total_steps, interval))
         return [due.path for step in sorted(steps) if step > after_step for due in self.due(step)]
 
-    def _old_step(self, step: int) -> Path | None:
+    def _old_step(self, step: int, last_n: int | None) -> Path | None:
         """Intervals of 10, 30 to keep: at step 50 the file of step 10 goes, those of 20 to 50 stay."""
-        if not self.last_n_steps or not self.every_n_steps:
+        if not last_n or not self.every_n_steps:
             return None
-        old = step - self.last_n_steps - 1
+        old = step - last_n - 1
         old -= old % self.every_n_steps
         return self.step_file(old) if old > 0 else None
 
-    def _old_epoch(self, epoch: int) -> Path | None:
-        if not self.last_n_epochs or not self.every_n_epochs:
+    def _old_epoch(self, epoch: int, last_n: int | None) -> Path | None:
+        if not last_n or not self.every_n_epochs:
             return None
-        old = epoch - self.every_n_epochs * self.last_n_epochs
+        old = epoch - self.every_n_epochs * last_n
         return self.epoch_file(old) if old > 0 else None
+
+
+def state_folder(file: Path) -> Path:
+    """Beside a network's file, under kohya's name: fox-000002.safetensors → fox-000002-state."""
+    return file.with_name(file.stem + STATE_SUFFIX)
 
 
 def epochs_from_ratio(epochs: int, ratio: int) -> int:
@@ -216,6 +241,30 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder of files: it appears whole or not at all. An older one at `path` goes last."""
+    beside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    try:
+        for leftover in (beside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        for file in beside.iterdir():
+            _sync(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(beside, path)
+        if os.name == "posix":
+            with contextlib.suppress(OSError):
+                _sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: not written: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -43,7 +43,7 @@ def change_of_loss(images: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     words = ["--config_file", "configs/quickstart.toml", "--dataset_config", str(config), "--output_dir", str(folder)]
     run = build(make_plan(parse([*words, "--max_train_epochs", "0", "--max_train_steps", "100"]))).run
-    assert loop.train(run)
+    assert loop.train(run) is None
     latents, captions = held_out()
     with without(run.network):
         before = sum(fixed_noise_loss(run.family, latents, captions, seed=0).values())

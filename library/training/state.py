@@ -1,0 +1,245 @@
+"""The state of a run on disk: all that a later run needs to go on with the same bits.
+
+A folder `NAME-…-state` holds `state.json` (what run this is: step, seed, configuration, data) and `state.pt` (tensors:
+network, optimizer, schedule, loss scale, losses). Images, captions and noise need no state: they are drawn by keys of
+(seed, epoch, image), so the step alone says what comes next. `state.pt` is read by torch's `weights_only` loader, which
+executes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.config.options import Options, option_groups
+from library.errors import UserError, nearest_path
+from library.training.save import STATE_SUFFIX, replacing_folder
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import DatasetSpec
+    from library.data.prepare import Prepared
+    from library.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FACTS, TENSORS = "state.json", "state.pt"
+
+# Options that a resumed run may change freely: they move no number, or only where files lie and what is reported.
+_FREE_GROUPS = ("output", "logging", "samples", "run")
+_FREE = frozenset(
+    {
+        *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
+        *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared as what they mean
+        *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "text_encoder_batch_size"),
+        *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights"),
+        *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
+    }
+)
+_PLACES = ("image_dir", "origin")  # of a subset: where it is, not what it holds
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`state.json`. `batches_per_step`: over all processes and accumulation."""
+
+    format: int
+    step: int
+    total_steps: int
+    seed: int
+    session_id: int
+    started_at: float
+    batches_per_step: int
+    configuration: dict[str, Any]
+    data: str
+
+
+@dataclass(frozen=True)
+class State:
+    """A state that was found and can be read."""
+
+    folder: Path
+    facts: Facts
+
+
+# -- finding one
+
+
+def find(where: str, *, output_dir: Path, output_name: str | None) -> State:
+    """The state of `--resume where`: a folder, or "latest" for this run's newest in `output_dir`. Raises UserError."""
+    if where != "latest":
+        folder = Path(where)
+        if not folder.is_dir():
+            raise UserError(f"--resume {where}: no such folder{nearest_path(folder)}")
+        return State(folder, _read_facts(folder))
+    name = output_name or ""
+    found = []
+    for folder in sorted(output_dir.glob(f"{_escaped(name)}*{STATE_SUFFIX}")) if output_dir.is_dir() else []:
+        with contextlib.suppress(UserError):
+            found.append(State(folder, _read_facts(folder)))
+    if not found:
+        raise UserError(f"--resume latest: no state of {name or 'a run'} in {output_dir}; --save_state writes them")
+    return max(found, key=lambda state: (state.facts.step, state.folder.stat().st_mtime))
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _read_facts(folder: Path) -> Facts:
+    try:
+        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = Facts(**content)
+    except FileNotFoundError:
+        hint = ""
+        if (folder / "train_state.json").exists() or (folder / "optimizer.bin").exists():
+            hint = (
+                ": a state of kohya's scripts. Their tensors cannot be read safely; give the LoRA as --network_weights"
+            )
+        raise UserError(f"--resume {folder}: there is no {FACTS} in it{hint}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--resume {folder}: {FACTS} cannot be read: {error}") from None
+    if facts.format != FORMAT:
+        raise UserError(f"--resume {folder}: its format is {facts.format}; this program reads {FORMAT}")
+    if not (folder / TENSORS).is_file():
+        raise UserError(f"--resume {folder}: there is no {TENSORS} in it")
+    return facts
+
+
+# -- is it the same run?
+
+
+def configuration(options: Options) -> dict[str, Any]:
+    """Every option that moves numbers, as JSON has it."""
+    values = {
+        name: value
+        for group in option_groups()
+        if group not in _FREE_GROUPS
+        for name, value in asdict(getattr(options, group)).items()
+        if name not in _FREE
+    }
+    return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
+
+
+def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
+    """Of the data sets' settings, and of each image's name, size in pixels and bytes, caption, repeats and place."""
+    digest = hashlib.sha256()
+    for spec in datasets:
+        settings = asdict(spec)
+        for subset in settings["subsets"]:
+            for place in _PLACES:
+                subset.pop(place, None)
+        digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
+    for sample, placement in zip(prepared.samples, prepared.placements, strict=True):
+        facts = (sample.key, sample.caption, sample.size, sample.repeats, sample.path.stat().st_size, str(placement))
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
+
+
+def refuse_other_run(state: State, *, now: Facts, curve_depends_on_length: bool, anyway: bool) -> None:
+    """UserError if what is to be trained is not what the state was trained on; with `anyway` a warning."""
+    before = state.facts
+    if before.step >= now.total_steps:
+        raise UserError(
+            f"--resume {state.folder}: it stands at step {before.step} and the run ends at step {now.total_steps}: "
+            "nothing is left to train. Raise --max_train_steps or --max_train_epochs"
+        )
+    changed = [
+        f"{name}: {_shown(before.configuration.get(name))} then, {_shown(now.configuration.get(name))} now"
+        for name in sorted(before.configuration.keys() | now.configuration.keys())
+        if before.configuration.get(name) != now.configuration.get(name)
+    ]
+    if before.seed != now.seed:
+        changed.append(f"seed: {before.seed} then, {now.seed} now")
+    if before.batches_per_step != now.batches_per_step:
+        changed.append(
+            f"batches per step (processes × gradient_accumulation_steps): {before.batches_per_step} then, "
+            f"{now.batches_per_step} now"
+        )
+    if before.data != now.data:
+        changed.append("the data: images, captions or the data set's settings are not those of then")
+    if before.total_steps != now.total_steps:
+        line = f"length: {before.total_steps} steps then, {now.total_steps} now"
+        if curve_depends_on_length:
+            changed.append(f"{line}, which changes the curve of the learning rate")
+        else:
+            logger.info("--resume: %s", line)
+    if not changed:
+        return
+    lines = "\n  ".join(changed)
+    if not anyway:
+        raise UserError(
+            f"--resume {state.folder}: the run would not go on as it began:\n  {lines}\n"
+            "Put it back, or say --resume_anyway"
+        )
+    logger.warning("--resume_anyway, although the run does not go on as it began:\n  %s", lines)
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+# -- writing and reading
+
+
+def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
+    """Write the state after `step` steps; the folder appears whole or not at all. Raises UserError."""
+    import torch
+
+    scaler = run.accelerator.scaler
+    tensors = {
+        "network": run.network.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": None if run.schedule is None else run.schedule.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "losses": torch.tensor(run.losses, dtype=torch.float64),
+    }
+    try:
+        with replacing_folder(folder) as beside:
+            torch.save(tensors, beside / TENSORS)
+            text = json.dumps(asdict(replace(facts, step=step)), indent=1, ensure_ascii=False)
+            (beside / FACTS).write_text(text + "\n", encoding="utf-8")
+    except pickle.PicklingError as error:
+        raise UserError(f"{folder}: not written: the optimizer's state cannot be stored: {error}") from error
+    logger.info("saved %s", folder)
+
+
+def load(state: State, run: Run) -> None:
+    """Put the run where the state was. Raises UserError if the file is damaged or of another network or optimizer."""
+    import torch
+
+    file = state.folder / TENSORS
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--resume {file}: damaged or not a state: {reason}") from None
+    scaler = run.accelerator.scaler
+    parts = {"network": run.network, "optimizer": run.optimizer, "schedule": run.schedule, "scaler": scaler}
+    for name, part in parts.items():
+        if (part is None) != (tensors[name] is None):
+            logger.warning("--resume: the state has %s %s, the run has not", "no" if part else "a", name)
+            continue
+        if part is None:
+            continue
+        try:
+            part.load_state_dict(tensors[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"--resume {file}: its {name} does not fit this run's: {error}") from None
+    run.losses[:] = tensors["losses"].tolist()
+    run.done = state.facts.step
+    logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)
+
+
+def remove(folder: Path) -> None:
+    """Delete a state that retention no longer keeps."""
+    if folder.is_dir() and (folder / FACTS).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        logger.info("removed %s", folder)

@@ -1,0 +1,208 @@
+"""A run that is stopped and resumed gives the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from library.training import loop, state
+
+Train = Callable[..., int]
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "out" / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C comes while that step runs."""
+    one_step = loop.optimizer_step
+
+    def interrupted(run: loop.Run, item: loop.StepBatches) -> float:
+        loss = one_step(run, item)
+        if item.step == step:
+            loop.signal.raise_signal(loop.signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
+
+
+# Seven steps of an epoch of six (12 draws in batches of 2); stopped after the third or in the second epoch.
+LONG = ("--max_train_steps", "9", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--optimizer_type", "AdamW"),
+        ("--optimizer_type", "AdamW8bit", "--network_dim", "64"),
+        ("--optimizer_type", "CustomAdamW", "--network_dim", "64"),
+        ("--optimizer_type", "CustomAdamW", "--optim_bits", "32", "--use_grams", "--no-use_cautious"),
+        ("--optimizer_type", "AdamWScheduleFree", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
+        ("--optimizer_type", "Prodigy", "--learning_rate", "1"),
+        ("--mixed_precision", "bf16", "--full_bf16"),
+        ("--shuffle_caption", "--flip_aug", "--network_dropout", "0.2"),
+        ("--gradient_accumulation_steps", "2", "--max_train_steps", "5"),
+        ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug"),
+        ("--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "2", "--min_snr_gamma", "5"),
+        ("--scale_weight_norms", "0.01", "--network_args", "conv_dim=2"),
+    ],
+    ids=lambda words: " ".join(word.removeprefix("--") for word in words),
+)
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
+    words: tuple[str, ...], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(*LONG, *words, "--output_name", "whole", "--save_state_on_train_end") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train(*LONG, *words, "--output_name", "broken") == 130
+    assert (tmp_path / "out" / "broken-step00000003.safetensors").exists()
+    assert train(*LONG, *words, "--output_name", "broken", "--resume", "latest", "--save_state_on_train_end") == 0
+    assert same(weights(tmp_path, "whole"), weights(tmp_path, "broken"))
+    whole, broken = (
+        torch.load(tmp_path / "out" / f"{name}-state" / state.TENSORS, weights_only=True)
+        for name in ("whole", "broken")
+    )
+    assert flat(whole) == flat(broken)
+
+
+def flat(value: object) -> object:
+    """Nested states in a form that == compares bit by bit."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).tolist()
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [flat(item) for item in value]
+    return value
+
+
+def test_files_states_and_facts_go_on_counting(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--max_train_steps", "12", "--save_every_n_steps", "2", "--save_state", "--save_last_n_steps_state", "2")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert train(*words) == 130
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
+        "test-step00000002-state",
+        "test-step00000004-state",
+        "test-step00000005-state",
+    ]
+    assert train(*words, "--resume", str(out / "test-step00000004-state")) == 0  # its own files may be replaced
+    states = {path.name: state._read_facts(path) for path in out.iterdir() if path.is_dir()}
+    assert {"test-state", "test-step00000010-state", "test-step00000012-state"} < set(states)
+    assert states["test-state"].step == 12
+    sessions = set()
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            sessions.add(file.metadata()["ss_session_id"])
+    assert len(sessions) == 1
+    losses = torch.load(out / "test-state" / state.TENSORS, weights_only=True)["losses"]
+    assert len(losses) == 12
+
+
+def test_the_seed_is_the_states(train: Train, tmp_path: Path) -> None:
+    words = ("--save_every_n_steps", "2", "--save_state", "--seed", "")
+    assert train(*words) == 0
+    first = weights(tmp_path, "test")
+    assert train(*words, "--resume", str(tmp_path / "out" / "test-step00000002-state")) == 0
+    assert same(first, weights(tmp_path, "test"))
+
+
+def test_files_of_another_run_are_not_replaced(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--save_every_n_steps", "2", "--save_state") == 0
+    shutil.move(tmp_path / "out" / "test-step00000002-state", tmp_path / "kept")
+    assert train("--overwrite") == 0  # another run takes the name
+    assert train("--resume", str(tmp_path / "kept")) == 2
+    assert "would replace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--learning_rate", "2e-3"), "learning_rate: 0.001 then, 0.002 now"),
+        (("--seed", "7"), "seed: 1 then, 7 now"),
+        (("--gradient_accumulation_steps", "2"), "batches per step"),
+        (("--network_alpha", "1"), "network_alpha: 2.0 then, 1.0 now"),
+        (("--flip_aug",), "the data:"),
+        (("--max_train_steps", "2"), "nothing is left to train"),
+        (("--max_train_steps", "8", "--lr_scheduler", "linear"), "length: 4 steps then, 8 now"),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, tuple) else "",
+)
+def test_another_run_is_refused(
+    words: tuple[str, ...], said: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--save_every_n_steps", "2", "--save_state") == 0
+    resume = ("--resume", str(tmp_path / "out" / "test-step00000002-state"))
+    assert train(*resume, *words) == 2
+    assert said in capsys.readouterr().err
+    if "nothing is left" not in said:
+        assert train(*resume, *words, "--resume_anyway", "--output_name", "anyway") == 0
+
+
+def test_a_changed_caption_is_another_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--save_every_n_steps", "2", "--save_state") == 0
+    caption = next((tmp_path / "data" / "2_style").glob("*.txt"))
+    caption.write_text("something else", encoding="utf-8")
+    assert train("--resume", str(tmp_path / "out" / "test-step00000002-state")) == 2
+    assert "the data:" in capsys.readouterr().err
+
+
+def test_harmless_changes_are_no_obstacle(train: Train, tmp_path: Path) -> None:
+    assert train("--save_every_n_steps", "2", "--save_state") == 0
+    words = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--no-cache_latents")
+    assert train(*words, "--output_name", "other", "--save_precision", "fp16", "--max_train_steps", "6") == 0
+
+
+def damaged(tmp_path: Path, *, file: str, content: bytes | None) -> Path:
+    folder = tmp_path / "out" / "test-state"
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("state.json", None, "there is no state.json in it"),
+        ("state.json", b"{", "state.json cannot be read"),
+        ("state.json", b'{"format": 1}', "state.json cannot be read"),
+        ("state.pt", None, "there is no state.pt in it"),
+        ("state.pt", b"PK\x03\x04", "damaged or not a state"),
+        ("state.pt", b"\x80\x04cos\nsystem\n(S'true'\ntR.", "damaged or not a state"),
+    ],
+)
+def test_damaged_states(
+    file: str, content: bytes | None, said: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--save_state_on_train_end") == 0
+    folder = damaged(tmp_path, file=file, content=content)
+    assert train("--resume", str(folder), "--max_train_steps", "6", "--output_name", "more") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_where_there_is_none(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--resume", str(tmp_path / "out" / "test-stat")) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert train("--resume", "latest") == 2
+    assert "no state of test" in capsys.readouterr().err
+    (tmp_path / "kohyas").mkdir()
+    (tmp_path / "kohyas" / "train_state.json").write_text(json.dumps({"current_step": 3}))
+    assert train("--resume", str(tmp_path / "kohyas")) == 2
+    assert "a state of kohya's scripts" in capsys.readouterr().err
