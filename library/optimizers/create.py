@@ -122,12 +122,15 @@ def create_optimizer(
                 choice.name,
                 max(rates),
             )
-        if len(rates) > 1:
+        if len(rates - {0.0}) > 1:  # the packages refuse it, at the first step
+            first = next(group["lr"] for group in groups if group.get("lr"))
             logger.warning(
-                "%s uses one rate for all parts: of %s only the first has effect.",
+                "%s uses one rate for all parts: of %s the first part's, %g, is taken for all.",
                 choice.name,
                 ", ".join(f"{rate:g}" for rate in sorted(rates)),
+                first,
             )
+            groups = [{**group, "lr": first if group.get("lr", learning_rate) else 0.0} for group in groups]
     if choice.relative_step:
         # With relative steps Adafactor insists on having no rate at all.
         logger.warning(
