@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {
     "use_tam": True,
     "tam_beta": 0.9,
     "use_alora": True,
-    "alora_ratio": 4.0,
+    "alora_ratio": 2.0,
     "alora_eta": 2.0,
     "dynamic_weight_decay": True,
     "wd_transition_steps": 1000,
