@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from library.config.dataset_config import SubsetSpec
+
+logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -67,3 +71,10 @@ class Scan(NamedTuple):
 
     samples: list[Sample]
     summary: SubsetSummary
+
+
+def warn_of(place: Path, findings: Iterable[tuple[Sequence[object], str]]) -> None:
+    """A warning for each kind of thing that was found at all: how many there are, what that means, and one of them."""
+    for found, what in findings:
+        if found:
+            logger.warning("%s: %d %s (such as %s)", place, len(found), what, found[0])

@@ -32,13 +32,13 @@ from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
 from library.training.objective import make_objective
 from library.training.plan import Plan
+from library.training.saver import Saver
 from networks.merge import BaseWeights
 from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
 from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
-WriteState = Callable[[Path, int], None]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -61,8 +61,9 @@ def build(plan: Plan) -> Built:
     options = plan.options
     objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(plan)
-    saves = _save_plan(plan, accelerator)
-    now = _state_facts(plan, saves, per_step=accelerator.num_processes * options.training.gradient_accumulation_steps)
+    per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
+    saves = _save_plan(plan, accelerator, batches_per_step=per_step)
+    now = state.facts_of(plan, total_steps=saves.total_steps, batches_per_step=per_step)
     decay = weight_decay_choice.resolve(
         options.weight_decay, plan.choice, total_steps=saves.total_steps, images=plan.prepared.train_images
     )
@@ -78,7 +79,7 @@ def build(plan: Plan) -> Built:
         plan.prepared,
         seed=plan.seed,
         prior_loss_weight=options.data.prior_loss_weight,
-        batches_per_step=accelerator.num_processes * options.training.gradient_accumulation_steps,
+        batches_per_step=per_step,
         total_steps=saves.total_steps,
     )
 
@@ -131,12 +132,16 @@ def build(plan: Plan) -> Built:
         state.load(plan.resume, run)
     samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and not options.run.dry_run:
-        metadata = run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay)
-        precision = options.output.save_precision
         samples = _sampling(plan, saves, accelerator, network, prompts) or samples
-        write_state = partial(_write_state, run, now)
-        run.save = partial(_save_due, saves, network, precision, metadata, write_state, samples)
-        run.save_now = partial(_save_now, saves, network, precision, metadata, write_state)
+        saver = Saver(
+            saves=saves,
+            run=run,
+            facts=now,
+            precision=options.output.save_precision,
+            metadata=run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay),
+            samples=samples,
+        )
+        run.save, run.save_now = saver.due, saver.now
     return Built(run, plan, saves, groups, schedule, base_weights, prompts, samples)
 
 
@@ -155,11 +160,10 @@ def _accelerator(plan: Plan) -> Accelerator:
     return accelerator
 
 
-def _save_plan(plan: Plan, accelerator: Accelerator) -> save.SavePlan:
+def _save_plan(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -> save.SavePlan:
     """How long the run is and which files it writes; checked against what lies there already."""
     options, output = plan.options, plan.options.output
-    per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(plan.prepared.batches_per_epoch / per_step)
+    steps_per_epoch = math.ceil(plan.prepared.batches_per_epoch / batches_per_step)
     total_steps = options.training.max_train_steps
     if options.training.max_train_epochs is not None:
         total_steps = options.training.max_train_epochs * steps_per_epoch
@@ -433,52 +437,3 @@ def _schedule(options: Options, choice: OptimizerChoice, *, total_steps: int) ->
 
 def _nothing(step: int) -> None:
     """What processes other than the first save."""
-
-
-def _state_facts(plan: Plan, saves: save.SavePlan, *, per_step: int) -> state.Facts:
-    return state.Facts(
-        format=state.FORMAT,
-        step=0,
-        total_steps=saves.total_steps,
-        seed=plan.seed,
-        session_id=plan.session_id,
-        started_at=plan.started_at,
-        batches_per_step=per_step,
-        configuration=state.configuration(plan.options),
-        data=state.data_hash(plan.datasets, plan.prepared),
-    )
-
-
-def _write_state(run: loop.Run, facts: state.Facts, folder: Path, step: int) -> None:
-    state.write(folder, run, facts, step)
-
-
-def _save_due(
-    saves: save.SavePlan,
-    network: Any,
-    precision: str | None,
-    metadata: Any,
-    write_state: WriteState,
-    samples: Callable[[int], None],
-    step: int,
-) -> None:
-    """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
-    for due in saves.due(step):
-        save.save_network(network, due.path, precision=precision, metadata=metadata.at(steps=step, epoch=due.epoch))
-        if due.state is not None:
-            write_state(due.state, step)
-        if due.remove is not None:
-            save.remove_old(due.remove)
-        if due.remove_state is not None:
-            state.remove(due.remove_state)
-    samples(step)
-
-
-def _save_now(
-    saves: save.SavePlan, network: Any, precision: str | None, metadata: Any, write_state: WriteState, step: int
-) -> None:
-    """Write the network and the state as they are after `step` steps, for a run that ends early."""
-    path = saves.step_file(step)
-    epoch = (step - 1) // saves.steps_per_epoch
-    save.save_network(network, path, precision=precision, metadata=metadata.at(steps=step, epoch=epoch))
-    write_state(save.state_folder(path), step)

@@ -66,11 +66,10 @@ def sights(data: TrainingData, *, most: int = MOST) -> Iterator[Sight]:
     order = [draw for planned in data.plan(0) for draw in planned]
     first = {data.placements[index].bucket: number for number, (index, _) in reversed(list(enumerate(order)))}
     numbers = list(dict.fromkeys([*sorted(first.values()), *range(len(order))]))[:most]
-    loader = data.loader(workers=0)
-    for number in bar(sorted(numbers), desc="drawing", total=len(numbers), unit="img"):
-        planned = (order[number],)
-        (view,) = data.views(planned, 0)
-        (batch,) = data.batches([planned], epoch=0, loader=loader)
+    planned = [(order[number],) for number in sorted(numbers)]
+    batches = data.batches(planned, epoch=0, loader=data.loader(workers=0))
+    for one, batch in zip(bar(planned, desc="drawing", total=len(planned), unit="img"), batches, strict=True):
+        (view,) = data.views(one, 0)
         assert batch.pixels is not None
         yield Sight(
             sample=batch.samples[0].sample,

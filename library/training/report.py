@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from library.training.save import replacing
+
 
 def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
     """Mean over the last `window` values, fewer at the start: one value per loss."""
@@ -38,6 +40,5 @@ def plot_losses(path: Path, losses: Sequence[float], *, steps_per_epoch: int, ti
     axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(1, max(2, len(losses))))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")

@@ -231,6 +231,5 @@ def _save_grid(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Seq
                 axes.set_title(textwrap.fill(columns[c], 22), fontsize=7)
             if c == 0:
                 axes.set_ylabel(label, fontsize=8)
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")

@@ -7,6 +7,7 @@ import errno
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -138,6 +139,12 @@ class SavePlan:
 def state_folder(file: Path) -> Path:
     """Beside a network's file, under kohya's name: fox-000002.safetensors → fox-000002-state."""
     return file.with_name(file.stem + STATE_SUFFIX)
+
+
+def is_state_name(folder: str, output_name: str | None) -> bool:
+    """Whether a run of this --output_name names a state so: fox-big-state is not one of fox."""
+    name = re.escape(output_name) if output_name is not None else "(last|at|epoch)"
+    return re.fullmatch(rf"{name}(-step\d{{8,}}|-\d{{6,}})?{STATE_SUFFIX}", folder) is not None
 
 
 def epochs_from_ratio(epochs: int, ratio: int) -> int:

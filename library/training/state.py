@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from library.config.options import Options, option_groups
 from library.errors import UserError, nearest_path
-from library.training.save import STATE_SUFFIX, replacing_folder
+from library.training.save import is_state_name, replacing_folder
 
 if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec
     from library.data.prepare import Prepared
     from library.training.loop import Run
+    from library.training.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -79,18 +80,16 @@ def find(where: str, *, output_dir: Path, output_name: str | None) -> State:
         if not folder.is_dir():
             raise UserError(f"--resume {where}: no such folder{nearest_path(folder)}")
         return State(folder, _read_facts(folder))
-    name = output_name or ""
     found = []
-    for folder in sorted(output_dir.glob(f"{_escaped(name)}*{STATE_SUFFIX}")) if output_dir.is_dir() else []:
-        with contextlib.suppress(UserError):
-            found.append(State(folder, _read_facts(folder)))
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+        if is_state_name(folder.name, output_name):
+            with contextlib.suppress(UserError):
+                found.append(State(folder, _read_facts(folder)))
     if not found:
-        raise UserError(f"--resume latest: no state of {name or 'a run'} in {output_dir}; --save_state writes them")
+        raise UserError(
+            f"--resume latest: no state of {output_name or 'a run'} in {output_dir}; --save_state writes them"
+        )
     return max(found, key=lambda state: (state.facts.step, state.folder.stat().st_mtime))
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _read_facts(folder: Path) -> Facts:
@@ -114,6 +113,21 @@ def _read_facts(folder: Path) -> Facts:
 
 
 # -- is it the same run?
+
+
+def facts_of(plan: Plan, *, total_steps: int, batches_per_step: int) -> Facts:
+    """What a state of this run says about it, before its first step."""
+    return Facts(
+        format=FORMAT,
+        step=0,
+        total_steps=total_steps,
+        seed=plan.seed,
+        session_id=plan.session_id,
+        started_at=plan.started_at,
+        batches_per_step=batches_per_step,
+        configuration=configuration(plan.options),
+        data=data_hash(plan.datasets, plan.prepared),
+    )
 
 
 def configuration(options: Options) -> dict[str, Any]:
@@ -225,7 +239,8 @@ def load(state: State, run: Run) -> None:
     parts = {"network": run.network, "optimizer": run.optimizer, "schedule": run.schedule, "scaler": scaler}
     for name, part in parts.items():
         if (part is None) != (tensors[name] is None):
-            logger.warning("--resume: the state has %s %s, the run has not", "no" if part else "a", name)
+            has, lacks = ("run", "state") if tensors[name] is None else ("state", "run")
+            logger.warning("--resume: the %s has a %s, the %s has none", has, name, lacks)
             continue
         if part is None:
             continue

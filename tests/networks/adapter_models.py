@@ -71,3 +71,17 @@ def randomize(network: nn.Module, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def outputs(unet: nn.Module, text_encoder: nn.Module) -> tuple[Tensor, Tensor]:
+    """What the small base's text encoder and UNet answer to a fixed prompt and noise."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        condition = text_encoder(torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407]])).last_hidden_state
+        noisy = torch.randn(2, 4, 16, 16, generator=generator)
+        return condition, unet(noisy, torch.tensor([20, 800]), condition.expand(2, -1, -1)).sample
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -7,24 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import BASE, randomize, sd_targets
+from adapter_models import BASE, difference, outputs, randomize, sd_targets
 
 from networks.lora import create_network
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5
-
-
-def outputs(unet, text_encoder) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        condition = text_encoder(torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407]])).last_hidden_state
-        noisy = torch.randn(2, 4, 16, 16, generator=generator)
-        return condition, unet(noisy, torch.tensor([20, 800]), condition.expand(2, -1, -1)).sample
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.fixture

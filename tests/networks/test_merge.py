@@ -6,9 +6,8 @@ import logging
 
 import pytest
 import torch
-from adapter_models import randomize, sd_targets
+from adapter_models import difference, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
-from test_naming import difference, outputs
 
 from library.errors import UserError
 from networks.lora import create_network

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import randomize, sd_targets
+from adapter_models import difference, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -19,18 +19,6 @@ from networks.weights import read_weights
 BOUND = 1e-5
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 TEXT = "encoder.layers.0.self_attn"
-
-
-def outputs(unet, text_encoder) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        condition = text_encoder(torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407]])).last_hidden_state
-        noisy = torch.randn(2, 4, 16, 16, generator=generator)
-        return condition, unet(noisy, torch.tensor([20, 800]), condition.expand(2, -1, -1)).sample
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def attach(file: Path, unet, text_encoder):

@@ -112,6 +112,14 @@ def test_files_states_and_facts_go_on_counting(train: Train, tmp_path: Path, mon
     assert len(losses) == 12
 
 
+def test_latest_is_of_this_name_only(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another run whose name begins the same is another run."""
+    assert train("--save_state_on_train_end", "--output_name", "test-big") == 0
+    assert train("--resume", "latest", "--max_train_steps", "6") == 2
+    assert "no state of test in" in capsys.readouterr().err
+    assert train("--resume", "latest", "--max_train_steps", "6", "--output_name", "test-big", "--overwrite") == 0
+
+
 def test_the_seed_is_the_states(train: Train, tmp_path: Path) -> None:
     words = ("--save_every_n_steps", "2", "--save_state", "--seed", "")
     assert train(*words) == 0

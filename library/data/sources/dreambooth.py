@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data.images import image_extensions
-from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary
+from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
 from library.errors import UserError, nearest_path
 from library.progress import bar
 
 if TYPE_CHECKING:
     from library.config.dataset_config import SubsetSpec
 
-logger = logging.getLogger(__name__)
 _USUAL_EXTENSIONS = (".txt", ".caption")  # of caption files
 _OTHER_IMAGES = frozenset((".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", ".avif", ".jxl", ".jp2"))
 
@@ -53,16 +51,15 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     several = [caption.file for caption in captions.values() if caption.file and caption.more_lines]
     shared = [name for name in folder.images if stems[Path(name).stem.lower()] > 1]
     instead = f"their caption is '{spec.class_tokens}'" if spec.class_tokens else "their caption is empty"
-    for names, what in (
+    findings = (
         (missing, f"images have no {extension} file: {instead}"),
         (empty, "caption files are empty, or their first line is"),
         (several, "caption files have more than one line: only the first is used"),
         (shared, "images share their name, and so their caption file, with another image"),
         (folder.other_images, "files of other image formats are left out"),
         (folder.subfolders, "sub-folders with images are not searched"),
-    ):
-        if names:
-            logger.warning("%s: %d %s (such as %s)", spec.image_dir, len(names), what, names[0])
+    )
+    warn_of(spec.image_dir, findings)
 
     samples = [
         Sample(spec.image_dir / name, f"{index}/{name}", caption.text, spec, UNMEASURED, spec.num_repeats)

@@ -8,20 +8,18 @@ Other entries, such as sizes and buckets, are not read: images are measured.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.data.images import image_extensions
-from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary
+from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
 from library.errors import UserError, nearest_path
 from library.progress import bar
 
 if TYPE_CHECKING:
     from library.config.dataset_config import SubsetSpec
 
-logger = logging.getLogger(__name__)
 _SHOWN = 10
 _MANY = 5000  # entries that take long enough for a bar
 
@@ -44,12 +42,13 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     captions = {image: _caption(spec, f"{file}: {image}", entries[image]) for image in paths}
     empty = [image for image, caption in captions.items() if not caption]
     several = [image for image in paths if not spec.enable_wildcard and "\n" in (entries[image].get("caption") or "")]
-    for images, what in (
-        (empty, "images have neither caption nor tags: their caption is empty"),
-        (several, "captions have more than one line: only the first is used (enable_wildcard draws one)"),
-    ):
-        if images:
-            logger.warning("%s: %d %s (such as %s)", file, len(images), what, images[0])
+    warn_of(
+        file,
+        (
+            (empty, "images have neither caption nor tags: their caption is empty"),
+            (several, "captions have more than one line: only the first is used (enable_wildcard draws one)"),
+        ),
+    )
     samples = [
         Sample(path, f"{index}/{_name(spec, image)}", captions[image], spec, UNMEASURED, spec.num_repeats)
         for image, path in paths.items()

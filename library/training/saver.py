@@ -1,0 +1,48 @@
+"""Writes what a run leaves behind while it trains: networks, states and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.training import save, state
+
+if TYPE_CHECKING:
+    from library.training.loop import Run
+    from library.training.metadata import RunMetadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """`samples` draws what is due after so many steps; `facts` are those of the run's states."""
+
+    saves: save.SavePlan
+    run: Run
+    facts: state.Facts
+    precision: str | None  # --save_precision
+    metadata: RunMetadata
+    samples: Callable[[int], None]
+
+    def due(self, step: int) -> None:
+        """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
+        for due in self.saves.due(step):
+            self._network(due.path, step=step, epoch=due.epoch)
+            if due.state is not None:
+                state.write(due.state, self.run, self.facts, step)
+            if due.remove is not None:
+                save.remove_old(due.remove)
+            if due.remove_state is not None:
+                state.remove(due.remove_state)
+        self.samples(step)
+
+    def now(self, step: int) -> None:
+        """Write the network and the state as they are after `step` steps, for a run that ends early."""
+        path = self.saves.step_file(step)
+        self._network(path, step=step, epoch=(step - 1) // self.saves.steps_per_epoch)
+        state.write(save.state_folder(path), self.run, self.facts, step)
+
+    def _network(self, path: Path, *, step: int, epoch: int) -> None:
+        metadata = self.metadata.at(steps=step, epoch=epoch)
+        save.save_network(self.run.network, path, precision=self.precision, metadata=metadata)
