@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_type_hints
 
+from library.config.divergence import DivergenceOptions
 from library.config.fields import (
     Declared,
     declared,
@@ -424,6 +425,7 @@ class Options:
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
     weight_decay: WeightDecayOptions = field(default_factory=WeightDecayOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    divergence: DivergenceOptions = field(default_factory=DivergenceOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -28,6 +28,7 @@ from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
 from library.training import loop, sample, save, state, trackers
+from library.training.divergence import Guard
 from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
 from library.training.objective import make_objective
@@ -102,13 +103,15 @@ def build(plan: Plan) -> Built:
     )
     if options.precision.full_fp16:
         _refuse_vanishing_eps(choice, optimizer)
+    # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
+    lr_schedule = None if schedule is None else create_schedule(schedule, optimizer)
     run = loop.Run(
         accelerator=accelerator,
         family=plan.family,
         network=network,
         parameters=[parameter for group in groups for parameter in group["params"]],
         optimizer=accelerator.prepare_optimizer(optimizer),
-        schedule=None if schedule is None else create_schedule(schedule, optimizer),
+        schedule=lr_schedule,
         data=data,
         objective=objective,
         loader=data.loader(
@@ -127,6 +130,11 @@ def build(plan: Plan) -> Built:
         on_step=step_hook(network),
         save=_nothing,
         save_now=_nothing,
+        guard=Guard(
+            action=options.divergence.on_divergence,
+            limit=options.divergence.divergence_limit,
+            keeps_after=lambda step: bool(saves.due(step)),
+        ),
     )
     if plan.resume is not None:
         state.load(plan.resume, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,11 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 
 from library import rng
 from library.data.plan import of_rank, split_into_steps
+from library.errors import UserError
 from library.optimizers.create import effective_rates
 from library.progress import progress
+from library.training import divergence
 from library.training.step import Objective, batch_loss
 from networks.protocol import without
 
@@ -68,34 +72,71 @@ class Run:
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
+    guard: divergence.Guard  # what to do about a loss that is no number
     done: int = 0  # steps that an earlier run made
     losses: list[float] = field(default_factory=list)
 
 
 def train(run: Run) -> signal.Signals | None:
-    """Train to the end (None), or until Ctrl-C or SIGTERM, which lets the running step finish."""
-    epoch = -1
+    """Train to the end (None), or until Ctrl-C or SIGTERM, which lets the running step finish.
+
+    UserError if the run diverges and may not go on; what it was before that step is saved then.
+    """
     quiet = not run.accelerator.is_main_process
     with (
         _StopRequest() as stop,
         progress(total=run.total_steps, initial=run.done, desc="steps", unit="step", disable=quiet) as bar,
     ):
-        _to_training(run)
-        for item in step_batches(run):
-            if item.epoch != epoch:
-                epoch = item.epoch
-                run.network.on_epoch_start(None, run.family.unet)
-            loss = optimizer_step(run, item)
-            run.losses.append(loss)
-            _report(run, item, bar)
-            _from_training(run)
-            run.save(item.step)
-            if stop.requested and item.step < run.total_steps:
-                run.save_now(item.step)
-                return stop.requested
-            _to_training(run)
+        run.guard.keep(run, run.done)
+        while True:
+            try:
+                return _train(run, stop, bar)
+            except divergence.Diverged as problem:
+                if not run.guard.roll_back(run, problem):
+                    raise UserError(_end(run, problem)) from None
+                bar.n = run.done
+                bar.refresh()
+
+
+def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
+    """Steps to the end, or to a request to stop."""
+    epoch = -1
+    _to_training(run)
+    for item in step_batches(run):
+        if item.epoch != epoch:
+            epoch = item.epoch
+            run.network.on_epoch_start(None, run.family.unet)
+        try:
+            run.losses.append(optimizer_step(run, item))
+        except divergence.Diverged as problem:
+            if not run.guard.skip(run, problem):
+                raise
+            run.losses.append(math.nan)
+        _report(run, item, bar)
         _from_training(run)
+        run.save(item.step)
+        if run.guard.keeps_after(item.step):
+            run.guard.keep(run, item.step)
+        if stop.requested and item.step < run.total_steps:
+            run.save_now(item.step)
+            return stop.requested
+        _to_training(run)
+    _from_training(run)
     return None
+
+
+def _end(run: Run, problem: divergence.Diverged) -> str:
+    """Save the run as it was before the step that went wrong, and say why it ends."""
+    done = problem.step - 1
+    _from_training(run)
+    if not divergence.is_finite(run.parameters):
+        kept = "The weights are no finite numbers either, so nothing was written: earlier files are as they were"
+    elif done == run.done:
+        kept = "Nothing was trained yet, and nothing is written"
+    else:
+        run.save_now(done)
+        kept = f"What was trained until step {done} is saved"
+    return f"{problem}. {kept}. {run.guard.ending()}"
 
 
 def step_batches(run: Run) -> Iterator[StepBatches]:
@@ -121,31 +162,61 @@ def step_batches(run: Run) -> Iterator[StepBatches]:
 
 
 def optimizer_step(run: Run, item: StepBatches) -> float:
-    """One optimizer step over all processes; the mean loss of its batches, before the step."""
+    """One optimizer step over all processes; the mean loss of its batches, before the step.
+
+    `Diverged` if that loss or its gradient is no finite number: nothing has been changed then.
+    """
     accelerator = run.accelerator
     # Processes average their gradients below, so each weighs its batches as if all were its own.
     weight = accelerator.num_processes / item.count
-    total = torch.zeros((), device=accelerator.device)
+    losses = []
     for batch in item.batches:
         if batch is None:
             continue
         run.on_step(None, run.family.unet)
-        total += backward(run, batch, weight=weight)
+        losses.append(backward(run, batch, weight=weight))
+    total = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
     if accelerator.num_processes > 1:
         average_gradients(accelerator, run.parameters)
         total = accelerator.reduce(total, reduction="mean")
-    norm = None
-    if run.max_grad_norm:
-        norm = accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
-    if run.observe is not None:
-        run.observe(float(total), None if norm is None else float(norm))
+    loss, norm = float(total), clip_gradients(run)
+    if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
+        raise _diverged(run, item, losses)
+    if run.observe is not None and math.isfinite(norm):
+        run.observe(loss, norm)
     run.optimizer.step()
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.scale_weight_norms:
         run.network.apply_max_norm_regularization(run.scale_weight_norms, accelerator.device)
-    return float(total)
+    return loss
+
+
+def clip_gradients(run: Run) -> float:
+    """Clip to --max_grad_norm, if there is one; the norm of all gradients before that."""
+    if run.max_grad_norm:
+        return float(run.accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm))
+    run.accelerator.unscale_gradients(run.optimizer)
+    gradients = [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _only_scaled_too_far(run: Run) -> bool:
+    """Whether a gradient may be infinite because fp16 losses are scaled: the scaler then leaves out the step, and
+    scales less from there on. At a scale of 1 there is nothing to lower, and the gradient itself is wrong."""
+    return run.accelerator.scaler is not None and run.accelerator.scaler.get_scale() > 1
+
+
+def _diverged(run: Run, item: StepBatches, losses: list[torch.Tensor]) -> divergence.Diverged:
+    """What went wrong, with the batches of all processes: every one of them comes here."""
+    batches = [batch for batch in item.batches if batch is not None]
+    mine = [
+        (float(loss), [str(draw.sample.path) for draw in batch.samples])
+        for loss, batch in zip(losses, batches, strict=True)
+    ]
+    of_all = gather_object(mine) if run.accelerator.num_processes > 1 else mine
+    return divergence.named(item.step, [loss for loss, _ in of_all], [images for _, images in of_all])
 
 
 def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
@@ -181,8 +252,8 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
 
 def _report(run: Run, item: StepBatches, bar: Any) -> None:
     rates = effective_rates(run.optimizer.optimizer)
-    recent = run.losses[-100:]
-    average = sum(recent) / len(recent)
+    recent = [loss for loss in run.losses[-100:] if math.isfinite(loss)]  # NaN: a step that was skipped
+    average = sum(recent) / len(recent) if recent else math.nan
     different = sorted(set(rates.values()))
     shown = ",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values()))
     if len(different) > 4:  # rates by block or layer

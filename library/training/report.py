@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +12,12 @@ from library.training.save import replacing
 
 def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
     """Mean over the last `window` values, fewer at the start: one value per loss."""
-    means, total = [], 0.0
-    for index, loss in enumerate(losses):
-        total += loss
-        if index >= window:
-            total -= losses[index - window]
-        means.append(total / min(index + 1, window))
+    means: list[float] = []
+    within: deque[float] = deque(maxlen=window)
+    for loss in losses:
+        within.append(loss)
+        finite = [value for value in within if math.isfinite(value)]  # NaN: a step that was skipped
+        means.append(sum(finite) / len(finite) if finite else math.nan)
     return means
 
 

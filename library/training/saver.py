@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.errors import UserError
 from library.training import save, state
 
 if TYPE_CHECKING:
@@ -14,9 +16,16 @@ if TYPE_CHECKING:
     from library.training.metadata import RunMetadata
 
 
-@dataclass(frozen=True, kw_only=True)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
 class Saver:
-    """`samples` draws what is due after so many steps; `facts` are those of the run's states."""
+    """`samples` draws what is due after so many steps; `facts` are those of the run's states.
+
+    A file that cannot be written now (a full disk) costs a message, not the run: the next one is tried when it is due.
+    Only the last one must be there, so what is wrong with that is raised.
+    """
 
     saves: save.SavePlan
     run: Run
@@ -24,17 +33,28 @@ class Saver:
     precision: str | None  # --save_precision
     metadata: RunMetadata
     samples: Callable[[int], None]
+    _unwritten: int = 0
 
     def due(self, step: int) -> None:
         """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
         for due in self.saves.due(step):
-            self._network(due.path, step=step, epoch=due.epoch)
-            if due.state is not None:
-                state.write(due.state, self.run, self.facts, step)
+            try:
+                self._network(due.path, step=step, epoch=due.epoch)
+                if due.state is not None:
+                    state.write(due.state, self.run, self.facts, step)
+            except UserError as error:
+                broken = isinstance(error, save.BrokenWeightsError) and self.run.guard.action == "stop"
+                if broken or step == self.saves.total_steps:
+                    raise
+                self._unwritten += 1
+                logger.error("%s. Training goes on, and the next file is tried when it is due", error)
+                continue  # nothing goes while what should replace it is not there
             if due.remove is not None:
                 save.remove_old(due.remove)
             if due.remove_state is not None:
                 state.remove(due.remove_state)
+        if step == self.saves.total_steps and self._unwritten:
+            logger.warning("%d times a file or state could not be written; see above", self._unwritten)
         self.samples(step)
 
     def now(self, step: int) -> None:

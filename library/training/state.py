@@ -34,7 +34,7 @@ FORMAT = 1
 FACTS, TENSORS = "state.json", "state.pt"
 
 # Options that a resumed run may change freely: they move no number, or only where files lie and what is reported.
-_FREE_GROUPS = ("output", "logging", "samples", "run")
+_FREE_GROUPS = ("output", "logging", "samples", "run", "divergence")
 _FREE = frozenset(
     {
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
@@ -207,17 +207,9 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
     """Write the state after `step` steps; the folder appears whole or not at all. Raises UserError."""
     import torch
 
-    scaler = run.accelerator.scaler
-    tensors = {
-        "network": run.network.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "schedule": None if run.schedule is None else run.schedule.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "losses": torch.tensor(run.losses, dtype=torch.float64),
-    }
     try:
         with replacing_folder(folder) as beside:
-            torch.save(tensors, beside / TENSORS)
+            torch.save({**tensors_of(run), "divergences": run.guard.count}, beside / TENSORS)
             text = json.dumps(asdict(replace(facts, step=step)), indent=1, ensure_ascii=False)
             (beside / FACTS).write_text(text + "\n", encoding="utf-8")
     except pickle.PicklingError as error:
@@ -235,9 +227,25 @@ def load(state: State, run: Run) -> None:
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--resume {file}: damaged or not a state: {reason}") from None
-    scaler = run.accelerator.scaler
-    parts = {"network": run.network, "optimizer": run.optimizer, "schedule": run.schedule, "scaler": scaler}
-    for name, part in parts.items():
+    run.guard.count = tensors.get("divergences", 0)
+    put(run, tensors, f"--resume {file}")
+    run.done = state.facts.step
+    logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)
+
+
+def tensors_of(run: Run) -> dict[str, Any]:
+    """All that training changes, by name. The tensors are the run's own: they change with the next step."""
+    import torch
+
+    return {name: None if part is None else part.state_dict() for name, part in _parts(run).items()} | {
+        "losses": torch.tensor(run.losses, dtype=torch.float64)
+    }
+
+
+def put(run: Run, tensors: dict[str, Any], where: str) -> None:
+    """Put the run where it was when it had these `tensors_of` it. `UserError`, beginning with `where`, if they do not
+    fit."""
+    for name, part in _parts(run).items():
         if (part is None) != (tensors[name] is None):
             has, lacks = ("run", "state") if tensors[name] is None else ("state", "run")
             logger.warning("--resume: the %s has a %s, the %s has none", has, name, lacks)
@@ -247,10 +255,17 @@ def load(state: State, run: Run) -> None:
         try:
             part.load_state_dict(tensors[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"--resume {file}: its {name} does not fit this run's: {error}") from None
+            raise UserError(f"{where}: its {name} does not fit this run's: {error}") from None
     run.losses[:] = tensors["losses"].tolist()
-    run.done = state.facts.step
-    logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)
+
+
+def _parts(run: Run) -> dict[str, Any]:
+    return {
+        "network": run.network,
+        "optimizer": run.optimizer,
+        "schedule": run.schedule,
+        "scaler": run.accelerator.scaler,
+    }
 
 
 def remove(folder: Path) -> None:

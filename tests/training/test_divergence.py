@@ -1,0 +1,214 @@
+"""A loss or gradient that is no number: what is said, what is kept, and how the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.training import divergence, loop, state
+
+Train = Callable[..., int]
+
+
+def break_at(monkeypatch: pytest.MonkeyPatch, *calls: int, of: str = "loss") -> None:
+    """The batches of these numbers, counted from 1 as they come, give NaN as their loss, or as their gradient."""
+    real, count = loop.batch_loss, 0
+
+    def broken(*arguments: Any, **settings: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        loss = real(*arguments, **settings)
+        if count not in calls:
+            return loss
+        if of == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.nan)
+            return loss
+        return loss * (math.inf if of == "infinity" else math.nan)
+
+    monkeypatch.setattr(loop, "batch_loss", broken)
+
+
+def weights(tmp_path: Path, name: str = "test") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "out" / f"{name}.safetensors")
+
+
+def final_state(tmp_path: Path) -> dict[str, Any]:
+    return torch.load(tmp_path / "out" / "test-state" / state.TENSORS, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        ("loss", "step 3: the loss is NaN, of "),
+        ("infinity", "step 3: the loss is infinite, of "),
+        ("gradient", "step 3: the gradient is no finite number, of "),
+    ],
+)
+@pytest.mark.parametrize("clip", ["1", "0"])
+def test_stop_names_the_images_and_saves_what_was_good(
+    of: str, said: str, clip: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    break_at(monkeypatch, 3, of=of)
+    assert train("--max_grad_norm", clip) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(tmp_path / "data" / "2_style") in error.split(said)[1]
+    assert "What was trained until step 2 is saved" in error
+    out = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert out == ["test-step00000002-state", "test-step00000002.safetensors"]
+    monkeypatch.undo()
+    assert train("--resume", "latest", "--save_state_on_train_end", "--max_grad_norm", clip) == 0  # the state is whole
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_a_rate_that_is_far_too_high(train: Train, tmp_path: Path, capsys: Any) -> None:
+    """Not provoked: the weights themselves go wrong. The file of before is still there."""
+    assert train("--save_every_n_steps", "1") == 0
+    before = (tmp_path / "out" / "test.safetensors").read_bytes()
+    assert train("--learning_rate", "1e38", "--optimizer_type", "SGD", "--overwrite", "--max_train_steps", "20") == 2
+    error = capsys.readouterr().err
+    assert "lower --learning_rate is the usual cure" in error or "training has diverged" in error
+    assert (tmp_path / "out" / "test.safetensors").read_bytes() == before
+
+
+def test_skip_leaves_the_step_out(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with monkeypatch.context() as patch:
+        break_at(patch, 2)
+        assert train("--on_divergence", "skip", "--save_state_on_train_end", "--lr_scheduler", "cosine") == 0
+    said = capsys.readouterr().err
+    assert "The step is skipped (1 of 10" in said
+    kept = final_state(tmp_path)
+    assert [math.isnan(loss) for loss in kept["losses"]] == [False, True, False, False]
+    assert kept["schedule"]["last_epoch"] == 3
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_the_limit_counts_over_a_resume(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ("--on_divergence", "skip", "--divergence_limit", "2")
+    with monkeypatch.context() as patch:
+        break_at(patch, 1, 2, 4)
+        assert train(*words, "--max_train_steps", "6") == 2
+    assert "once more than --divergence_limit 2 allows" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        break_at(patch, 2)
+        assert train(*words, "--max_train_steps", "6", "--resume", "latest") == 2
+    assert "step 5: the loss is NaN" in capsys.readouterr().err
+
+
+def test_rollback_goes_back_with_lower_rates(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Twice to the same place, then on: a quarter of the rates, and the same files at the same steps."""
+    steps = []
+    one_step = loop.optimizer_step
+    monkeypatch.setattr(loop, "optimizer_step", lambda run, item: (steps.append(item.step), one_step(run, item))[1])
+    with monkeypatch.context() as patch:
+        break_at(patch, 4, 6)
+        words = ("--on_divergence", "rollback", "--lr_scheduler", "linear", "--max_train_steps", "6")
+        assert train(*words, "--save_every_n_steps", "2", "--save_state_on_train_end") == 0
+    assert steps == [1, 2, 3, 4, 3, 4, 3, 4, 5, 6]
+    said = capsys.readouterr().err
+    assert "Back to step 2, with its learning rates times 0.5 (1 of 10" in said
+    assert "Back to step 2, with its learning rates times 0.25 (2 of 10" in said
+    kept = final_state(tmp_path)
+    assert kept["schedule"]["base_lrs"] == pytest.approx([0.00025] * len(kept["schedule"]["base_lrs"]))
+    assert kept["divergences"] == 2
+    assert len(kept["losses"]) == 6
+    assert (tmp_path / "out" / "test-step00000004.safetensors").exists()
+
+
+def test_rollback_puts_every_bit_back(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rates that are not lowered the result is that of a run that never diverged."""
+    words = ("--on_divergence", "rollback", "--max_train_steps", "6", "--shuffle_caption", "--network_dropout", "0.1")
+    assert train(*words, "--output_name", "smooth") == 0
+    monkeypatch.setattr(divergence, "LOWER", 1.0)
+    break_at(monkeypatch, 2, 5)
+    assert train(*words) == 0
+    smooth, rough = weights(tmp_path, "smooth"), weights(tmp_path)
+    assert all(torch.equal(smooth[key], rough[key]) for key in smooth)
+
+
+def test_fp16_steps_that_the_scaler_leaves_out_are_no_divergence(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A scaler on the CPU stands in for that of CUDA: its gradients overflow until the scale has come down."""
+    from accelerate import Accelerator
+
+    prepare = Accelerator.prepare_optimizer
+    scales: list[float] = []
+
+    def with_scaler(self: Accelerator, optimizer: Any, **settings: Any) -> Any:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-12)
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            parameter.register_hook(lambda gradient: gradient.half().float())
+        wrapped = prepare(self, optimizer, **settings)
+        wrapped.scaler = self.scaler
+        return wrapped
+
+    @contextlib.contextmanager
+    def noted() -> Iterator[None]:
+        one_step = loop.optimizer_step
+
+        def step(run: loop.Run, item: loop.StepBatches) -> float:
+            scales.append(run.accelerator.scaler.get_scale())
+            return one_step(run, item)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "optimizer_step", step)
+            patch.setattr(Accelerator, "prepare_optimizer", with_scaler)
+            patch.setattr(
+                Accelerator, "unscale_gradients", lambda self, optimizer: self.scaler.unscale_(optimizer.optimizer)
+            )
+            yield
+
+    with noted():
+        assert train("--max_grad_norm", "0") == 0
+    assert scales[0] == 2.0**40
+    assert scales[-1] < scales[0]
+    with noted():
+        break_at(monkeypatch, 2)
+        assert train("--max_grad_norm", "0", "--overwrite") == 2  # the loss itself is told apart
+    assert "the loss is NaN" in capsys.readouterr().err
+
+
+def test_many_images_are_listed_in_part() -> None:
+    problem = divergence.named(7, [0.1, math.nan], [["a.png"], [f"{i}.png" for i in range(10)]])
+    assert str(problem).startswith("step 7: the loss is NaN in batch 2 of 2, of 0.png, 1.png")
+    assert str(problem).endswith("7.png and 2 more")
+
+
+def test_a_full_disk_costs_a_message_and_not_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The file of step 2 finds no room; those of steps 4 and 6 are written."""
+    from library.training import save
+
+    real, sync = save.os.replace, 0
+
+    def full_once(source: Any, target: Any) -> None:
+        nonlocal sync
+        sync += 1
+        if sync == 1:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(save.os, "replace", full_once)
+    assert train("--max_train_steps", "6", "--save_every_n_steps", "2", "--save_state", "--save_last_n_steps", "2") == 0
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert "Training goes on" in said
+    assert "1 times a file or state could not be written" in said
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("test-step00000004.safetensors", "test-step00000004-state", "test-step00000006.safetensors"),
+        *("test-step00000006-state", "test.safetensors", "test-state"),
+    }
