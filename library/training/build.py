@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import inspect
 import logging
@@ -16,19 +15,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from library.config import source
 from library.config.options import Options
 from library.data.dataset import TrainingData
-from library.data.disk_cache import Disk, Team
 from library.errors import UserError
-from library.models.family import ModelFamily
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
 from library.training import loop, sample, save, state, trackers
 from library.training.divergence import Guard
+from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
 from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
 from library.training.objective import make_objective
@@ -39,8 +36,6 @@ from networks.protocol import check_max_norm, load_weights, optimizer_groups, st
 from networks.weights import read_weights
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -86,7 +81,7 @@ def build(plan: Plan) -> Built:
 
     base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
     prompts = sample.EncodedPrompts(plan.family, _drawn_prompts(plan))
-    _load_and_encode(plan.family, data, options, accelerator, base_weights, prompts, cache=not options.run.dry_run)
+    load_and_encode(plan.family, data, options, accelerator, base_weights, prompts, cache=not options.run.dry_run)
     network = _network(plan, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         with without(network):  # refused now, where it cannot be switched off, and not in the first step
@@ -122,7 +117,7 @@ def build(plan: Plan) -> Built:
         seed=plan.seed,
         total_steps=saves.total_steps,
         accumulation=options.training.gradient_accumulation_steps,
-        train_text=_trains_text(options),
+        train_text=trains_text(options),
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_weight_norms=options.network.scale_weight_norms,
         schedule_free=choice.schedule_free,
@@ -249,112 +244,6 @@ def _sampling(
     )
 
 
-def vae_dtype(options: Options) -> torch.dtype:
-    """What the VAE computes in."""
-    return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
-
-
-def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
-    """How --cache_latents_to_disk keeps latents; None without it."""
-    if not options.data.cache_latents_to_disk:
-        return None
-    return _disk(f"VAE {family.vae_fingerprint()} in {vae_dtype(options)}", options, accelerator)
-
-
-def texts_on_disk(
-    family: ModelFamily, base_weights: BaseWeights, options: Options, accelerator: Accelerator
-) -> Disk | None:
-    """How --cache_text_encoder_outputs_to_disk keeps them; None without it."""
-    if not options.data.cache_text_encoder_outputs_to_disk:
-        return None
-    dtype = DTYPES[options.precision.mixed_precision]
-    encoders = f"text encoders {family.text_fingerprint()}{base_weights.fingerprint()} in {dtype}"
-    return _disk(encoders, options, accelerator)
-
-
-def _disk(encoder: str, options: Options, accelerator: Accelerator) -> Disk:
-    return Disk(
-        encoder=encoder,
-        folder=Path(options.data.cache_dir).expanduser() if options.data.cache_dir else None,
-        trust=options.data.skip_cache_check,
-        team=Team(accelerator.process_index, accelerator.num_processes, gather_object),
-    )
-
-
-def _load_and_encode(
-    family: ModelFamily,
-    data: TrainingData,
-    options: Options,
-    accelerator: Accelerator,
-    base_weights: BaseWeights,
-    prompts: sample.EncodedPrompts,
-    *,
-    cache: bool,
-) -> None:
-    """VAE, text encoders, UNet, one after the other, so that no more lies in memory than is needed at the time.
-
-    Without `cache` nothing is encoded, and everything stays loaded: a dry run looks at all parts.
-    """
-    device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
-
-    def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if family.vae is None:  # not before an image needs it: all of them may be on disk
-            family.load_vae(vae_dtype(options), device)
-        return family.encode_images(pixels)
-
-    def encode_prompts(captions: list[str]) -> dict[str, torch.Tensor]:
-        if not family.text_encoders:
-            load_text_encoders()
-        return family.encode_prompts(captions)
-
-    def load_text_encoders() -> None:
-        family.load_text_encoders(dtype, device)
-        base_weights.merge_into(family.adapter_targets())
-
-    if cache and options.data.cache_latents:
-        disk = latents_on_disk(family, options, accelerator)
-        data.cache_latents(encode_images, batch_size=options.data.vae_batch_size, disk=disk)
-        family.release_vae()
-        _give_back(device)
-    else:
-        family.load_vae(vae_dtype(options), device)
-
-    if cache and options.data.cache_text_encoder_outputs:
-        batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
-        disk = texts_on_disk(family, base_weights, options, accelerator)
-        if options.network.base_weights:
-            load_text_encoders()  # else nothing could say what of the files fits, were all captions on disk
-        data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk)
-        prompts.keep(encode_prompts)
-        family.release_text_encoders()
-        _give_back(device)
-    else:
-        load_text_encoders()
-
-    family.load_unet(dtype, device)
-    base_weights.merge_into([target for target in family.adapter_targets() if target.part == "unet"])
-    base_weights.report()
-    # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
-    assert family.unet is not None
-    family.unet.train()
-    if options.precision.gradient_checkpointing:
-        family.unet.enable_gradient_checkpointing()
-        if _trains_text(options):
-            for encoder in family.text_encoders:
-                encoder.activation_checkpointing_enable()
-                encoder.train()
-
-
-def _give_back(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _trains_text(options: Options) -> bool:
-    return not options.network.network_train_unet_only
-
-
 def _network(plan: Plan, accelerator: Accelerator) -> Any:
     """The adapter network, on the model, in its precision, with its starting weights."""
     options, family = plan.options, plan.family
@@ -386,7 +275,7 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
     if wanted.scale_weight_norms:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
-    network.apply_to(text_encoders, family.unet, _trains_text(options), trains_unet)
+    network.apply_to(text_encoders, family.unet, trains_text(options), trains_unet)
     if start is not None:
         assert wanted.network_weights is not None
         load_weights(network, wanted.network_weights, start)

@@ -17,7 +17,8 @@ from library.data.dataset import Batch, Draw
 from library.data.disk_cache import Found, caption_files, latent_files, look
 from library.optimizers.create import state_bytes
 from library.training import loop
-from library.training.build import latents_on_disk, pictures, texts_on_disk
+from library.training.build import pictures
+from library.training.encode import latents_on_disk, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
 from library.training.step import condition_of, element_loss
 from networks.network import AdapterNetwork

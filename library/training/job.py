@@ -44,7 +44,8 @@ def run(options: Options) -> int:
 def _draw(built: Built) -> None:
     """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
     from library.training import report, sample
-    from library.training.build import pictures, vae_dtype
+    from library.training.build import pictures
+    from library.training.encode import vae_dtype
     from networks.protocol import without
 
     options, family = built.plan.options, built.plan.family
