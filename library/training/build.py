@@ -57,6 +57,7 @@ def build(plan: Plan) -> Built:
     options = plan.options
     objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(plan)
+    _refuse_idle_processes(accelerator.num_processes, plan.prepared.batches_per_epoch)
     per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
     saves = _save_plan(plan, accelerator, batches_per_step=per_step)
     now = state.facts_of(plan, total_steps=saves.total_steps, batches_per_step=per_step)
@@ -161,6 +162,14 @@ def _accelerator(plan: Plan) -> Accelerator:
     if not options.run.dry_run:
         trackers.start(accelerator, plan.trackers, options)
     return accelerator
+
+
+def _refuse_idle_processes(processes: int, batches: int) -> None:
+    if batches < processes:
+        raise UserError(
+            f"{processes} processes, and an epoch has only {batches} batches: some would never get one. Start fewer, "
+            "lower --train_batch_size, or give more images or repeats"
+        )
 
 
 def _save_plan(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -> save.SavePlan:

@@ -117,9 +117,10 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
         run.save(item.step)
         if run.guard.keeps_after(item.step):
             run.guard.keep(run, item.step)
-        if stop.requested and item.step < run.total_steps:
+        signum = stop.of_any(run.accelerator)
+        if signum and item.step < run.total_steps:
             run.save_now(item.step)
-            return stop.requested
+            return signum
         _to_training(run)
     _from_training(run)
     return None
@@ -290,6 +291,14 @@ class _StopRequest(contextlib.AbstractContextManager["_StopRequest"]):
             raise KeyboardInterrupt
         self.requested = signal.Signals(signum)
         logger.warning("stopping after this step; Ctrl-C again to stop at once, without saving")
+
+    def of_any(self, accelerator: Accelerator) -> signal.Signals | None:
+        """The request of any process: they stop after the same step, though the signal reaches them at other times."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        numbers = accelerator.gather(torch.tensor([self.requested or 0], device=accelerator.device))
+        highest = int(numbers.max())
+        return signal.Signals(highest) if highest else None
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

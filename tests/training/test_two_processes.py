@@ -1,0 +1,140 @@
+"""Two processes for real (gloo): the same LoRA as one process, data seen once, one writer, one decision to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.training import state
+
+ROOT = Path(__file__).parent.parent.parent
+IMAGES = ROOT / "quickstart" / "images" / "train"
+
+LONG = ("--max_train_steps", "8", "--lr_scheduler", "cosine", "--shuffle_caption", "--flip_aug")
+ADAM8 = ("--optimizer_type", "CustomAdamW", "--network_dim", "64")
+
+
+def words(folder: Path, name: str, *more: str) -> list[str]:
+    return [
+        *("--pretrained_model_name_or_path", str(ROOT / "quickstart" / "base")),
+        *("--train_data_dir", str(folder / "data"), "--caption_extension", ".txt", "--resolution", "64"),
+        *("--output_dir", str(folder / "out"), "--output_name", name, "--network_dim", "4", "--network_alpha", "2"),
+        *("--learning_rate", "1e-3", "--seed", "1", "--no-loss_plot", "--max_data_loader_n_workers", "0"),
+        *("--train_batch_size", "1", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """What each of the two processes did in the run of that name."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "data" / "2_style").mkdir(parents=True)
+    (folder / "few" / "1_style").mkdir(parents=True)
+    for index, image in enumerate(sorted(IMAGES.glob("*.png"))[:5]):
+        for target in ("data/2_style", *(("few/1_style",) if index == 0 else ())):
+            shutil.copy(image, folder / target)
+            shutil.copy(image.with_suffix(".txt"), folder / target)
+    end = "--save_state_on_train_end"
+    table = {
+        "sum": words(folder, "sum", *LONG, end, "--save_every_n_steps", "3", "--save_state"),
+        "whole": words(folder, "whole", *LONG, *ADAM8, end),
+        "broken": words(folder, "broken", *LONG, *ADAM8, "@stop=3"),
+        "resumed": words(folder, "broken", *LONG, *ADAM8, end, "--resume", "latest"),
+        "nan": words(folder, "nan", *LONG, "@nan=2"),
+        "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
+    }
+    (folder / "runs.json").write_text(json.dumps(table))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("two_processes.py")), str(folder)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def of(name: str) -> list[dict[str, Any]]:
+        return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
+
+    of.folder = folder  # type: ignore[attr-defined]
+    return of
+
+
+def final_state(folder: Path, name: str) -> dict[str, Any]:
+    return torch.load(folder / "out" / f"{name}-state" / state.TENSORS, weights_only=True)
+
+
+def test_the_same_lora_as_one_process_with_accumulation(runs: Any, tmp_path: Path) -> None:
+    """The global batch is the same; the gradients are summed in another order, which Adam carries on for 8 steps."""
+    from train_network import main
+
+    assert [run["code"] for run in runs("sum")] == [0, 0]
+    assert [run["world"] for run in runs("sum")] == [[2], [2]]
+    shutil.copytree(runs.folder / "data", tmp_path / "data")
+    single = words(tmp_path, "one", *LONG, "--save_state_on_train_end", "--gradient_accumulation_steps", "2")
+    assert main(single) == 0
+    one = load_file(tmp_path / "out" / "one.safetensors")
+    two = load_file(runs.folder / "out" / "sum.safetensors")
+    assert one.keys() == two.keys()
+    distance = sum(float((one[key] - two[key]).square().sum()) for key in one) ** 0.5
+    moved = sum(float(one[key].square().sum()) for key in one if "lora_up" in key) ** 0.5
+    assert distance < 1e-3 * moved
+    losses = [final_state(folder, name)["losses"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+    schedules = [final_state(folder, name)["schedule"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))]
+    assert schedules[0]["last_epoch"] == schedules[1]["last_epoch"] == 8
+
+
+def test_nothing_is_seen_twice(runs: Any) -> None:
+    first, second = ([key for _, keys in run["seen"] for key in keys] for run in runs("sum"))
+    assert not set(first) & set(second)
+    assert len(first) == len(set(first)) == len(second) == len(set(second)) == 8
+    in_epoch = [key for key in first + second if key.startswith("0:")]
+    assert len(in_epoch) == 10  # five images, two repeats
+
+
+def test_only_the_first_process_writes(runs: Any) -> None:
+    first, second = runs("sum")
+    assert "sum.safetensors" in first["written"]
+    assert second["written"] == []
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(runs: Any) -> None:
+    assert [run["code"] for run in runs("broken")] == [130, 130]
+    assert [run["seen"][-1][0] for run in runs("broken")] == [3, 3]
+    assert (runs.folder / "out" / "broken-step00000003-state").is_dir()
+
+
+def test_resume_gives_the_same_bits(runs: Any) -> None:
+    assert [run["code"] for run in runs("whole")] == [run["code"] for run in runs("resumed")] == [0, 0]
+    whole, resumed = (load_file(runs.folder / "out" / f"{name}.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    states = [final_state(runs.folder, name) for name in ("whole", "broken")]
+    assert torch.equal(states[0]["losses"], states[1]["losses"])
+
+
+def test_the_loss_of_one_process_stops_both_and_names_its_images(runs: Any) -> None:
+    assert [run["code"] for run in runs("nan")] == [2, 2]
+    (of_second,) = (keys for step, keys in runs("nan")[1]["seen"] if step == 2)
+    image = of_second[0].rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    for run in runs("nan"):
+        assert "step 2: the loss is NaN in batch 2 of 2, of " in run["error"]
+        assert image in run["error"].split("batch 2 of 2")[1]
+
+
+def test_too_few_images_for_the_processes(runs: Any) -> None:
+    for run in runs("few"):
+        assert run["code"] == 2
+        assert "2 processes, and an epoch has only 1 batches" in run["error"]
