@@ -22,6 +22,7 @@ from library.config.fields import (
     read_resolution,
     read_token_length,
 )
+from library.config.guidance import GuidanceOptions
 from library.config.objective import ObjectiveOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.config.schedule import ScheduleOptions
@@ -431,6 +432,7 @@ class Options:
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""From a command line, and the TOML file that it names, to `Options`.
+"""From a command line, the presets and the TOML file that it names, to `Options`.
 
-Both are read into one list of settings, the file's first, and one pass checks them all, so the command line wins and
-nothing is checked twice. `argparse` prints the help. It does not read the words, because it cannot say in which file
-and section a word stood, stops at the first mistake, and takes -1e-4 for an option.
+All are read into one list of settings, the presets' first and then the file's, and one pass checks them all, so the
+command line wins and nothing is checked twice. `argparse` prints the help. It does not read the words, because it
+cannot say in which file and section a word stood, stops at the first mistake, and takes -1e-4 for an option.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.config import kohya
+from library.config import kohya, presets
 from library.config.fields import UNSET, BadValue, Declared, convert, declared
 from library.config.options import Options, declared_options, option_groups
 from library.config.settings import Setting, from_toml, from_words
@@ -25,7 +26,7 @@ from library.errors import UserError, did_you_mean
 logger = logging.getLogger(__name__)
 
 # These say where to read or write, so a file cannot say them about itself.
-_COMMAND_LINE_ONLY = ("config_file", "output_config")
+_COMMAND_LINE_ONLY = ("config_file", "output_config", "list_presets")
 # Not for files that get shared; kohya's scripts leave it out as well.
 _SECRET = ("wandb_api_key",)
 
@@ -33,20 +34,25 @@ _SECRET = ("wandb_api_key",)
 def parse(argv: list[str]) -> Options:
     """The options of a run. Raises UserError, which names every mistake that was found, one a line.
 
-    `--help` and `--output_config` do their work and raise SystemExit(0).
+    `--help`, `--list_presets` and `--output_config` do their work and raise SystemExit(0).
     """
     settings = from_words(argv)
     if any(setting.name == "help" for setting in settings):
         help_parser().print_help()
         raise SystemExit(0)
-    reading = _read(settings)
+    # what must be known before the files are read; all settings are checked once, with those of the files
+    reading = _read(setting for setting in settings if _without_no(setting).name in _COMMAND_LINE_ONLY)
+    reading.refuse()
+    if reading.values.get("list_presets"):
+        sys.stdout.write(presets.listing())
+        raise SystemExit(0)
     config_path = _config_path(reading)
     if reading.values.get("output_config"):
+        reading = _read(presets.layered(settings))
         reading.refuse()
         _write_config(config_path, reading)
         raise SystemExit(0)
-    if config_path is not None:
-        reading = _read([*from_toml(config_path), *settings])
+    reading = _read(presets.layered([] if config_path is None else from_toml(config_path), settings))
     reading.refuse()
     for warning in reading.warnings:
         logger.warning("%s", warning)
@@ -188,7 +194,7 @@ def _places_of(message: str, reading: _Reading) -> str:
 
 
 def _write_config(path: Path | None, reading: _Reading) -> None:
-    """Write what differs from the defaults, in the form that kohya's scripts read, too."""
+    """Write what differs from the defaults, in the form that kohya's scripts read, too: of presets, what they set."""
     if path is None:
         raise UserError("--output_config needs --config_file, the file to write")
     if path.exists():
@@ -197,7 +203,7 @@ def _write_config(path: Path | None, reading: _Reading) -> None:
     written = {
         name: _plain(value, options[name])
         for name, value in reading.values.items()
-        if name not in (*_COMMAND_LINE_ONLY, *_SECRET) and value != options[name].default
+        if name not in (*_COMMAND_LINE_ONLY, *_SECRET, "preset") and value != options[name].default
     }
     write_toml(path, written)
     logger.info("%s written with %d options.", path, len(written))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from library.optimizers.custom_adamw import CustomAdamW as CustomAdamW
+    from library.optimizers.custom_adamw.preset import preset_arguments as preset_arguments
 
 CUSTOM_ADAMW = "library.optimizers.custom_adamw.optimizer.CustomAdamW"
 
@@ -40,9 +41,13 @@ OPTIMIZERS = {
 
 
 def __getattr__(name: str) -> Any:
-    """`from library.optimizers import CustomAdamW`, without loading torch before it is asked for."""
+    """`from library.optimizers import CustomAdamW, preset_arguments`: torch loads only when they are asked for."""
     if name == "CustomAdamW":
         from library.optimizers.custom_adamw import CustomAdamW
 
         return CustomAdamW
+    if name == "preset_arguments":
+        from library.optimizers.custom_adamw.preset import preset_arguments
+
+        return preset_arguments
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

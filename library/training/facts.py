@@ -39,9 +39,11 @@ def run_metadata(
 
 def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     """What kohya has no keys for; written where it is used."""
-    layer_decay = plan.options.optimizer.lr_layer_decay
-    rates = {} if layer_decay is None else {"lr_layer_decay": layer_decay}
-    return rates | ({} if decay is None else decay.metadata())
+    layer_decay, presets = plan.options.optimizer.lr_layer_decay, plan.options.guidance.preset
+    ours: dict[str, object] = {"preset": ",".join(presets)} if presets else {}
+    if layer_decay is not None:
+        ours["lr_layer_decay"] = layer_decay
+    return ours | ({} if decay is None else decay.metadata())
 
 
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:

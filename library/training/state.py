@@ -34,7 +34,7 @@ FORMAT = 1
 FACTS, TENSORS = "state.json", "state.pt"
 
 # Options that a resumed run may change freely: they move no number, or only where files lie and what is reported.
-_FREE_GROUPS = ("output", "logging", "samples", "run", "divergence")
+_FREE_GROUPS = ("output", "logging", "samples", "run", "divergence", "guidance")
 _FREE = frozenset(
     {
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared

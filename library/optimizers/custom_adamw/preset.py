@@ -1,0 +1,28 @@
+"""A preset's numbers for whoever makes a `CustomAdamW` without the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from library.config.fields import convert, declared
+from library.config.options import CustomAdamWOptions, declared_options
+from library.config.presets import settings_of
+from library.config.weight_decay import WeightDecayOptions
+from library.optimizers import CUSTOM_ADAMW
+from library.optimizers.create import choose_optimizer
+
+
+def preset_arguments(*names: str) -> dict[str, Any]:
+    """What these presets set of `CustomAdamW`'s arguments, the later ones on top: `lr`, `wd_transition_steps`, ...
+
+    What they set of anything else (schedule, network, data) is left out: that is the caller's. Raises UserError for a
+    name that is no preset, with the nearest one.
+    """
+    options = declared_options()
+    settings = settings_of(names, where="preset_arguments")
+    values = {setting.name: convert(options[setting.name], setting.words) for setting in settings}
+    flags = {name: values[name] for name in declared(CustomAdamWOptions) if name in values}
+    curve = {name: values[name] for name in declared(WeightDecayOptions) if name in values}
+    words = values.get("optimizer_args", ())
+    arguments = {**choose_optimizer(CUSTOM_ADAMW, words, custom_adamw=flags).arguments, **curve}
+    return arguments | ({"lr": values["learning_rate"]} if "learning_rate" in values else {})

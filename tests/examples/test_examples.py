@@ -1,0 +1,46 @@
+"""The example scripts train, on small random models, with what the presets say."""
+
+from __future__ import annotations
+
+import pytest
+
+from examples import adapt_vision_transformer, finetune_language_model
+from library.errors import UserError
+from library.optimizers import CustomAdamW, preset_arguments
+
+
+def test_a_language_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = finetune_language_model.main(["--steps", "100"])
+    assert after < before - 0.05
+    assert "weight decay 0.0100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["vision_transformer_adapt", "image_classification"])
+def test_a_vision_transformer_learns(preset: str) -> None:
+    before, after = adapt_vision_transformer.main(["--steps", "60", "--preset", preset])
+    assert after < before - 0.05
+
+
+def test_layers_and_what_is_not_the_optimizers() -> None:
+    curve = {"dynamic_weight_decay": True, "wd_schedule": "exponential"}
+    plain = preset_arguments("language_model_finetune")
+    assert plain == curve | {
+        "lr": 5e-5, "wd_transition_steps": 1200, "wd_decay_factor": 0.75, "wd_min_ratio": 0.15,
+    }  # fmt: skip
+    layered = preset_arguments("language_model_finetune", "aggressive")
+    assert (layered["lr"], layered["wd_transition_steps"]) == (5e-5, 800)
+    assert preset_arguments("sd15_style") == {"lr": 1e-4}
+
+
+def test_origin_is_accepted_by_the_optimizer() -> None:
+    import torch
+
+    arguments = preset_arguments("origin")
+    assert (arguments["alora_ratio"], arguments["optim_bits"]) == (16.0, 32)
+    optimizer = CustomAdamW(torch.nn.Linear(2, 2).named_parameters(), **arguments)
+    assert optimizer.defaults["tam_beta"] == 0.999
+
+
+def test_an_unknown_preset() -> None:
+    with pytest.raises(UserError, match="no preset 'orign', did you mean 'origin'"):
+        preset_arguments("orign")

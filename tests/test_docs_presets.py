@@ -1,0 +1,79 @@
+"""What docs/presets.md tells a user to type works, and its tables say what the presets say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import toml
+
+from library.config.presets import presets
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+ALL = {name: preset.path for name, preset in presets().items()}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+COMMANDS = [shlex.split(line)[1:] for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("command", [words for words in COMMANDS if words[0] == "train_network.py"], ids=" ".join)
+def test_every_command_trains(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from train_network import main
+
+    monkeypatch.chdir(ROOT)
+    small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--no-enable_bucket", "--resolution", "64"]
+    assert main([*command[1:], *small, "--output_dir", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_scripts_are_those_that_are_tested() -> None:
+    named = {words[0] for words in COMMANDS} - {"train_network.py"}
+    assert named == {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_the_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks("python")
+    exec(program, {})
+    assert capsys.readouterr().out == "5e-05 1500\n"
+
+
+def values(name: str) -> dict[str, object]:
+    return {key: value for section in toml.load(ALL[name]).values() for key, value in section.items()}
+
+
+def rows(section: str) -> dict[str, list[str]]:
+    """The table of a section, by preset."""
+    (text,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
+    return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_the_curves() -> None:
+    found = rows("Curves of the weight decay")
+    assert len(found) == 7
+    for name, (held, factor, least, end, rate) in found.items():
+        said = values(name)
+        assert (int(held), float(factor)) == (said["wd_transition_steps"], said["wd_decay_factor"])
+        assert float(least) == said["wd_min_ratio"]
+        assert float(end) == round(float(factor) ** 2, 2)
+        if "learning_rate" in said:
+            assert float(rate) == said["learning_rate"]
+        else:
+            assert rate == "that of the layer below"
+
+
+def test_the_presets_for_stable_diffusion() -> None:
+    found = rows("For Stable Diffusion")
+    assert len(found) == 4
+    for name, (_, sizes, rates, optimizer, _) in found.items():
+        said = values(name)
+        assert sizes == f"{said['network_dim']}, {said['network_alpha']}"
+        assert [float(rate) for rate in rates.split(",")] == [said["learning_rate"], said["text_encoder_lr"]]
+        assert optimizer.startswith(str(said["optimizer_type"]))

@@ -1,0 +1,38 @@
+"""Every preset trains on the small base model, and the file says which it was.
+
+The presets for other kinds of model set the optimizer's part only, so that part is what runs here; the whole of it is
+run by the example scripts (tests/examples).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from library.config.presets import presets
+from tests.conftest import BASE
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_trains(name: str, image_folder: Path, tmp_path: Path) -> None:
+    from train_network import main
+
+    data = ("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(image_folder))
+    small = ("--resolution", "64", "--no-enable_bucket", "--caption_extension", ".txt", "--max_train_steps", "2")
+    output = ("--output_dir", str(tmp_path), "--no-loss_plot", "--seed", "1", "--max_data_loader_n_workers", "0")
+    assert main(["--preset", name, *data, *small, *output]) == 0
+    with safe_open(tmp_path / "last.safetensors", "pt") as file:
+        assert file.metadata()["ss_preset"] == name
+        assert all(file.get_tensor(key).isfinite().all() for key in file.keys())  # noqa: SIM118 - not a dict
+
+
+def test_a_curve_on_top_goes_with_another_optimizer(train: Any, tmp_path: Path) -> None:
+    assert train("--preset", "sd15_concept", "conservative", "--optimizer_type", "AdamW", "--no-enable_bucket") == 0
+    with safe_open(tmp_path / "out" / "test.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_preset"] == "sd15_concept,conservative"
+    assert metadata["ss_wd_transition_steps"] == "1500"
+    assert metadata["ss_optimizer"].startswith("torch.optim.AdamW")
