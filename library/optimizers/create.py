@@ -166,12 +166,13 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sum(_tensor_bytes(state) for state in optimizer.state.values())
+    return tensor_bytes(optimizer.state)
 
 
-def _tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(item) for item in value.values())
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item) for item in value.values())
     return 0

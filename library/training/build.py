@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
-from library.training import loop, sample, save, state, trackers
+from library.training import disk, loop, sample, save, state, trackers
 from library.training.divergence import Guard
 from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
 from library.training.facts import run_metadata
@@ -134,6 +134,14 @@ def build(plan: Plan) -> Built:
     )
     if plan.resume is not None:
         state.load(plan.resume, run)
+    if accelerator.is_main_process and not options.run.dry_run:
+        tensors = network.state_dict()
+        disk.refuse_full_disk(
+            saves,
+            after_step=run.done,
+            of_file=disk.file_bytes(tensors, options.output.save_precision),
+            of_state=disk.file_bytes(tensors, None),  # at least: the optimizer's part is not known before a step
+        )
     samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and not options.run.dry_run:
         samples = _sampling(plan, saves, accelerator, network, prompts) or samples

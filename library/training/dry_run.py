@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +17,8 @@ from library.data.cache_files import size_of
 from library.data.captions import as_written, changing_options
 from library.data.dataset import Batch, Draw
 from library.data.disk_cache import Found, caption_files, latent_files, look
-from library.optimizers.create import state_bytes
-from library.training import loop
+from library.optimizers.create import state_bytes, tensor_bytes
+from library.training import disk, loop
 from library.training.build import pictures
 from library.training.encode import latents_on_disk, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
@@ -236,34 +238,47 @@ def _time(built: Built) -> str:
 
 
 def _files(built: Built) -> Iterator[str]:
-    output = built.plan.options.output
-    width = 2 if output.save_precision in ("fp16", "bf16") else 4
-    tensors = built.run.network.state_dict()
-    size = sum(tensor.numel() * width for tensor in tensors.values())
-    files = built.saves.planned_files()
-    yield _line(
-        "disk", f"{_count(len(files), 'file')} of {human_bytes(size)}, {human_bytes(size * len(files))} together:"
-    )
-    shown = files if len(files) <= 6 else [*files[:3], None, *files[-2:]]
+    saves, run = built.saves, built.run
+    tensors = run.network.state_dict()
+    of_file = disk.file_bytes(tensors, built.plan.options.output.save_precision)
+    of_state = disk.file_bytes(tensors, None) + tensor_bytes(run.optimizer.optimizer.state)  # `_memory` has made it
+    files, states = saves.planned_files(after_step=run.done), saves.planned_states(after_step=run.done)
+    most = disk.most_at_once(saves, after_step=run.done, of_file=of_file, of_state=of_state)
+    room = human_bytes(shutil.disk_usage(_existing(saves.folder)).free)
+    yield _line("disk", f"{human_bytes(most)} at one time at most, {room} are free; in all:")
+    yield from _paths(f"{_count(len(files), 'file')} of {human_bytes(of_file)}", files)
+    if states:
+        yield from _paths(f"{_count(len(states), 'state')} of {human_bytes(of_state)}", states)
+    drawn = list(pictures(built.plan.options, saves).values())
+    if drawn:
+        yield from _paths(_count(len(drawn), "picture"), drawn)
+
+
+def _paths(what: str, paths: Sequence[Path]) -> Iterator[str]:
+    yield _line("", f"{what}:")
+    shown: list[Path | None] = [*paths] if len(paths) <= 6 else [*paths[:3], None, *paths[-2:]]
     for path in shown:
         there = " (exists: --overwrite replaces it)" if path is not None and path.exists() else ""
-        yield _line("", f"{path}{there}" if path is not None else f"… {len(files) - 5} more …")
-    for path in pictures(built.plan.options, built.saves).values():
-        yield _line("", str(path))
+        yield _line("", f"  {path}{there}" if path is not None else f"  … {len(paths) - 5} more …")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or that above it which is there: the one will lie on the other's disk."""
+    return folder if folder.exists() else _existing(folder.absolute().parent)
 
 
 def _caches(built: Built) -> Iterator[str]:
     """What the caches on disk will take, and how much of that is there. Reads the images and what is there."""
     run, options = built.run, built.plan.options
-    if disk := latents_on_disk(run.family, options, run.accelerator):
-        files, _ = latent_files(run.data.cached_views(), disk)
+    if place := latents_on_disk(run.family, options, run.accelerator):
+        files, _ = latent_files(run.data.cached_views(), place)
         sizes = {path: view.size for view, path in files.items()}
-        found = look(sizes, disk)
+        found = look(sizes, place)
         to_come = sum(_latents_size(built, sizes[path]) for path in found.missing)
         yield _cache("latents", found, to_come)
-    if disk := texts_on_disk(run.family, built.base_weights, options, run.accelerator):
-        files_of_captions = caption_files(run.data.caption_folders(), disk)
-        found = look(files_of_captions.values(), disk)
+    if place := texts_on_disk(run.family, built.base_weights, options, run.accelerator):
+        files_of_captions = caption_files(run.data.caption_folders(), place)
+        found = look(files_of_captions.values(), place)
         with torch.no_grad():
             example = run.family.encode_prompts([""])
         to_come = len(found.missing) * size_of({name: output[0] for name, output in example.items()})

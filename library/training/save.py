@@ -111,15 +111,24 @@ class SavePlan:
         remove_state = None if old_state is None else state_folder(old_state)
         return Due(path, epoch, old, state_folder(path), remove_state)
 
-    def planned_files(self, *, after_step: int = 0) -> list[Path]:
-        """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
+    def steps_that_save(self) -> list[int]:
+        """After which steps something is written."""
         steps = {self.total_steps}
         if self.every_n_steps:
             steps.update(range(self.every_n_steps, self.total_steps, self.every_n_steps))
         if self.every_n_epochs:
             interval = self.every_n_epochs * self.steps_per_epoch
             steps.update(range(interval, self.total_steps, interval))
-        return [due.path for step in sorted(steps) if step > after_step for due in self.due(step)]
+        return sorted(steps)
+
+    def planned_files(self, *, after_step: int = 0) -> list[Path]:
+        """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
+        return [due.path for step in self.steps_that_save() if step > after_step for due in self.due(step)]
+
+    def planned_states(self, *, after_step: int = 0) -> list[Path]:
+        """As `planned_files`, the folders of states."""
+        due = (due for step in self.steps_that_save() if step > after_step for due in self.due(step))
+        return [item.state for item in due if item.state is not None]
 
     def _old_step(self, step: int, last_n: int | None) -> Path | None:
         """Intervals of 10, 30 to keep: at step 50 the file of step 10 goes, those of 20 to 50 stay."""

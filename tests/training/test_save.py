@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.training import save
+from library.training import disk, save
 from library.training.save import BrokenWeightsError, SavePlan, check_free, save_network
 
 
@@ -343,3 +345,67 @@ def test_our_own_network_is_saved_whole(tmp_path):
     assert torch.equal(
         tensors["lora_unet_x.lora_down.weight"], network.state_dict()["lora_unet_x.lora_down.weight"].half()
     )
+
+
+def test_the_most_that_lies_on_the_disk_at_one_time(tmp_path):
+    """Of ten files two stay, and a third is there until the oldest of them has gone."""
+    every = {"folder": tmp_path, "name": "fox", "total_steps": 10, "steps_per_epoch": 4, "every_n_steps": 1}
+    assert disk.most_at_once(save.SavePlan(**every), after_step=0, of_file=3, of_state=100) == 33
+    few = save.SavePlan(**every, last_n_steps=1, states=True, last_n_steps_state=3)
+    # at step 9 the files of 9, 8 and still 7; the states of 9 ... 6 and still 5
+    assert len(few.planned_files()) == len(few.planned_states()) == 11
+    assert disk.most_at_once(few, after_step=0, of_file=3, of_state=100) == 3 * 3 + 5 * 100
+    assert disk.most_at_once(few, after_step=9, of_file=3, of_state=100) == 206
+
+
+def test_no_room_is_an_error_before_training(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    assert train("--save_every_n_steps", "1") == 2
+    assert "the run writes 2.7 MiB at one time, and 976.6 KiB are free" in capsys.readouterr().err
+    assert train("--save_every_n_steps", "1", "--save_last_n_steps", "1", "--save_precision", "bf16") == 0
+
+
+def test_the_dry_run_lists_files_states_and_bytes(train, tmp_path, capsys):
+    words = ("--save_every_n_steps", "2", "--save_state", "--loss_plot")
+    assert train(*words, "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert train(*words) == 0
+    (files,) = re.findall(r"3 files of ([\d.]+) KiB", said)
+    (states,) = re.findall(r"3 states of ([\d.]+) MiB", said)
+    real = (tmp_path / "out" / "test.safetensors").stat().st_size / 2**10
+    assert 0.9 * real < float(files) < real
+    real = sum(path.stat().st_size for path in (tmp_path / "out" / "test-state").iterdir()) / 2**20
+    assert 0.75 * real < float(states) < real  # each of many small tensors has a header in the file
+    for path in (tmp_path / "out").iterdir():
+        assert str(path) in said
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights as POSIX has them")
+def test_a_folder_without_the_right_to_write(tmp_path, image_folder):
+    """Also where the tests run as root, who may write anywhere: the rights are given up in a process of its own."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    code = f"""
+        import os
+        from pathlib import Path
+        from library.errors import UserError
+        from library.training.save import prepare_folder
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        for folder in ({str(closed)!r}, {str(closed / "new")!r}):
+            try:
+                prepare_folder(Path(folder))
+            except UserError as error:
+                print(error)
+    """
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            if folder.owner() != Path(tmp_path).owner():
+                break
+            folder.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.stdout.count("cannot write in") == 2, done.stdout + done.stderr
+    assert "Permission denied" in done.stdout
