@@ -64,12 +64,25 @@ class SubsetSpec:
     alpha_mask: bool = False
     conditioning_data_dir: str | None = None
     diff_output_preservation: bool = False
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    validation_dir: str | None = None
     origin: str
 
     @property
     def source(self) -> Path:
         """What the samples are found by, and the subset is called after."""
         return self.metadata_file or self.image_dir
+
+    @property
+    def learns(self) -> bool:
+        """Whether its images are what is to be learnt, not what is to be kept as it is."""
+        return not (self.is_reg or self.diff_output_preservation)
+
+    @property
+    def validates(self) -> bool:
+        """Whether some of its images, or a folder beside them, are for validation."""
+        return self.validation_dir is not None or (self.learns and self.validation_split > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +100,9 @@ class DatasetSpec:
 
 
 _MASKS = ("alpha_mask", "conditioning_data_dir")
-_SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", *_MASKS)
+_SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "validation_dir", *_MASKS)
 # What a metadata file says itself, or has no place for.
-_FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg")
+_FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg", "validation_dir")
 _NO_KEYS = ("diff_output_preservation", "origin")  # the first stands in custom_attributes
 _SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, *_NO_KEYS))
 _DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
@@ -143,7 +156,8 @@ def _value(key: str, levels: list[Values], options: Options) -> Any:
     for level in levels:
         if key in level:
             return level[key]
-    return getattr(options.data, OPTION_NAMES.get(key, key), None)
+    name = OPTION_NAMES.get(key, key)
+    return getattr(options.validation, name, getattr(options.data, name, None))
 
 
 def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> SubsetSpec:
@@ -159,6 +173,7 @@ def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> 
         image_dir=Path(directory),
         metadata_file=metadata_file,
         is_reg=own.get("is_reg", False),
+        validation_dir=own.get("validation_dir"),
         diff_output_preservation=bool(attributes.get(PRESERVATION)),
         origin=origin,
         **values,
@@ -248,11 +263,22 @@ class _DatasetFile:
             if "metadata_file" not in content:
                 self.problems.append(f"{place}: image_dir is missing: the folder of the images")
             return None
+        self._check_validation(own, place)
         subset = _subset(own, levels, place, self.options)
         if subset.num_repeats < 1:
             logger.warning("%s: is left out: it asks for %d repeats", place, subset.num_repeats)
             return None
         return subset
+
+    def _check_validation(self, own: Values, place: str) -> None:
+        """A folder of validation images takes the place of a split; regularisation images are not validated."""
+        wanted = [key for key in ("validation_dir", "validation_split") if own.get(key)]
+        if len(wanted) == 2:
+            self.problems.append(f"{place}: validation_dir and validation_split: give one of them")
+        elif wanted and own.get("is_reg"):
+            self.problems.append(f"{place}: {wanted[0]}: regularisation images are not validated")
+        elif "validation_dir" in own:
+            own["validation_split"] = 0.0  # whatever stands further out
 
     def _checked(self, level: str, content: Any, place: str) -> Values:
         """The values of one table, each in its type; keys that say nothing ("") are left out."""

@@ -22,7 +22,7 @@ OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeat
 
 # Known to kohya's data sets, not supported yet.
 NOT_YET_SUBSET: tuple[str, ...] = ()
-NOT_YET_DATASET = ("network_multiplier", "validation_seed", "validation_split")
+NOT_YET_DATASET = ("network_multiplier",)
 NOT_YET_ANYWHERE = ("cache_info",)
 NOT_YET = (*NOT_YET_SUBSET, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
 # What asks for nothing, for keys that are no option of kohya's.

@@ -96,12 +96,6 @@ WITHOUT_EFFECT: dict[str, Row] = {
 NOT_YET: dict[str, Row] = {
     # data
     "dataset_class": value(),
-    # validation
-    "max_validation_steps": value(None, 0, only_with="validation_split"),
-    "validate_every_n_epochs": value(None, 0, only_with="validation_split"),
-    "validate_every_n_steps": value(None, 0, only_with="validation_split"),
-    "validation_seed": value(only_with="validation_split"),
-    "validation_split": value(0.0),
     # precision, memory, speed
     "blocks_to_swap": value(None, 0),
     "cpu_offload_checkpointing": flag(),

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal, get_type_hints
 
 from library.config.divergence import DivergenceOptions
+from library.config.ema import EmaOptions
 from library.config.fields import (
     Declared,
     declared,
@@ -26,6 +27,7 @@ from library.config.guidance import GuidanceOptions
 from library.config.objective import ObjectiveOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.config.schedule import ScheduleOptions
+from library.config.validation import ValidationOptions
 from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 
@@ -428,6 +430,8 @@ class Options:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     divergence: DivergenceOptions = field(default_factory=DivergenceOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)

@@ -49,6 +49,11 @@ DIFFERS: Mapping[str, str] = {
     "seed": "draws are made for each image and purpose by themselves, so results differ from kohya's, and do not "
     "depend on the number of workers or processes",
     "vae_batch_size": "1 is fastest on a CPU",
+    "max_validation_steps": "batches of all processes together",
+    "validate_every_n_epochs": "beside --validate_every_n_steps only if it is given",
+    "validate_every_n_steps": "also before the first step and after the last",
+    "validation_seed": "decides about the noise, too, which is the same for an image each time",
+    "validation_split": "no image is on both sides, copies included; every image counts once, whatever its repeats",
 }
 
 

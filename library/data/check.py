@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import UnidentifiedImageError
+from PIL.Image import Image
 
 from library.data.images import open_image, orientation, to_rgb
 from library.data.samples import Size
@@ -28,21 +31,31 @@ def cpu_count() -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an image is: its size, upright, and whether parts of it may be transparent."""
+    """What an image is: its size, upright, and whether parts of it may be transparent. `content`: a hash of its pixels,
+    the same for every copy, whatever else its file says; "" if it was not asked for."""
 
     size: Size
     transparent: bool
     animated: bool
+    content: str = ""
 
 
-def check_images(paths: Iterable[Path]) -> tuple[dict[Path, Measured], dict[Path, str]]:
-    """Decode every image. Returns what the good ones are, and why each of the bad ones cannot be read."""
+def check_images(paths: Iterable[Path], *, contents: bool = False) -> tuple[dict[Path, Measured], dict[Path, str]]:
+    """Decode every image. Returns what the good ones are, and why each of the bad ones cannot be read.
+
+    With `contents` JPEGs are decoded at their full size, which takes three times as long.
+    """
     distinct = list(dict.fromkeys(paths))
     good: dict[Path, Measured] = {}
     bad: dict[Path, str] = {}
     animated: list[Path] = []
     with ThreadPoolExecutor(min(16, cpu_count())) as pool:  # decoding releases the GIL
-        results = bar(pool.map(_measure, distinct), desc="checking images", total=len(distinct), unit="img")
+        results = bar(
+            pool.map(partial(_measure, contents=contents), distinct),
+            desc="checking images",
+            total=len(distinct),
+            unit="img",
+        )
         for path, result in zip(distinct, results, strict=True):
             if isinstance(result, str):
                 bad[path] = result
@@ -69,7 +82,7 @@ def report_bad_images(bad: dict[Path, str], *, skip: bool) -> None:
     raise UserError(f"{len(bad)} unreadable images (--skip_bad_images leaves them out):\n{listed}")
 
 
-def _measure(path: Path) -> Measured | str:
+def _measure(path: Path, *, contents: bool) -> Measured | str:
     """What an image is that decodes to the end, else the reason why it does not."""
     try:
         if path.stat().st_size == 0:
@@ -78,19 +91,23 @@ def _measure(path: Path) -> Measured | str:
             size = image.size
             # phones' MPO holds a preview as its second picture: no animation
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
-            # a JPEG is read to its end but decoded at an eighth of its size, three times as fast
-            image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
-            to_rgb(image)
+            if not contents:  # a JPEG is read to its end but decoded at an eighth of its size, three times as fast
+                image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
+            pixels = to_rgb(image)
             transparent = image.has_transparency_data
             if orientation(image) >= 5:
                 size = size[1], size[0]
-        return Measured(size, transparent, animated)
+        return Measured(size, transparent, animated, _content(pixels) if contents else "")
     except FileNotFoundError:
         return "no such file (a broken link?)"
     except UnidentifiedImageError:
         return f"not an image, it begins with {_head(path)!r}"
     except Exception as error:  # decoders raise anything on a broken file
         return str(error) or type(error).__name__
+
+
+def _content(pixels: Image) -> str:
+    return hashlib.blake2b(repr(pixels.size).encode() + pixels.tobytes(), digest_size=16).hexdigest()
 
 
 def _head(path: Path) -> str:

@@ -122,22 +122,33 @@ class TrainingData:
         ]
 
     def cache_latents(
-        self, encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int, disk: Disk | None = None
+        self,
+        encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+        *,
+        batch_size: int,
+        disk: Disk | None = None,
+        beside: TrainingData | None = None,
     ) -> None:
-        """See `cache.encode_images`, or with `disk` `disk_cache.cache_images`."""
+        """See `cache.encode_images`, or with `disk` `disk_cache.cache_images`. `beside`: other data of the same run."""
         views = self.cached_views()
         latents: LatentCache | DiskLatents
         if disk is None:
             latents = encode_images(views, encode, batch_size=batch_size)
         else:
-            latents = cache_images(views, encode, batch_size=batch_size, disk=disk)
+            others = beside.cached_views() if beside is not None else ()
+            latents = cache_images(views, encode, batch_size=batch_size, disk=disk, used_too=others)
         self.latents = latents
         self.masks = cache_masks(views, lambda view: latents.get([view])[0].shape[-2:])
 
     def cache_captions(
-        self, encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int, disk: Disk | None = None
+        self,
+        encode: Callable[[list[str]], dict[str, Tensor]],
+        *,
+        batch_size: int,
+        disk: Disk | None = None,
+        beside: TrainingData | None = None,
     ) -> None:
-        """See `cache.encode_captions`, or with `disk` `disk_cache.cache_captions`.
+        """See `cache.encode_captions`, or with `disk` `disk_cache.cache_captions`. `beside`: other data of the run.
 
         Call `captions.refuse_text_cache_of_changing_captions` before.
         """
@@ -145,7 +156,10 @@ class TrainingData:
         if disk is None:
             self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
         else:
-            self.texts = cache_captions(self.caption_folders(), encode, batch_size=batch_size, disk=disk)
+            others = beside.caption_folders() if beside is not None else {}
+            self.texts = cache_captions(
+                self.caption_folders(), encode, batch_size=batch_size, disk=disk, used_too=others
+            )
 
     def loader(self, *, workers: int, world_size: int = 1, persistent: bool = False) -> PixelLoader:
         """A loader with as many worker processes as there is work for: none where the latents are cached."""

@@ -180,10 +180,19 @@ def _state(path: Path, *, trust: bool) -> int | str | None:
 
 @torch.no_grad()
 def cache_images(
-    views: Iterable[View], encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int, disk: Disk
+    views: Iterable[View],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    batch_size: int,
+    disk: Disk,
+    used_too: Iterable[View] = (),
 ) -> DiskLatents:
-    """As `cache.encode_images`, but only what is not on disk. `encode` is not called if all is there."""
+    """As `cache.encode_images`, but only what is not on disk. `encode` is not called if all is there.
+
+    `used_too`: further views of this run, cached by another call.
+    """
     files, digests = latent_files(views, disk)
+    others, _ = latent_files(used_too, disk)
 
     def load(view: View) -> Tensor:
         pixels = load_pixels(view)
@@ -197,7 +206,7 @@ def cache_images(
             for view, mean_CHW, std_CHW in zip(batch, mean.cpu(), std.cpu(), strict=True):
                 cache_files.write(files[view], {"mean": mean_CHW, "std": std_CHW})
 
-    _complete(files, encode_and_write, disk, what="latents", items="images")
+    _complete(files, encode_and_write, disk, what="latents", items="images", used_too=others.values())
     return DiskLatents(files)
 
 
@@ -208,9 +217,14 @@ def cache_captions(
     *,
     batch_size: int,
     disk: Disk,
+    used_too: Mapping[str, Path] | None = None,
 ) -> DiskTexts:
-    """As `cache.encode_captions`, but only what is not on disk. `encode` is not called if all is there."""
+    """As `cache.encode_captions`, but only what is not on disk. `encode` is not called if all is there.
+
+    `used_too`: further captions of this run, cached by another call.
+    """
     files = caption_files(captions, disk)
+    others = caption_files(used_too or {}, disk)
 
     def encode_and_write(todo: Sequence[str]) -> None:
         for batch, outputs in encoded_captions(todo, encode, batch_size=batch_size):
@@ -218,12 +232,18 @@ def cache_captions(
             for row, caption in enumerate(batch):
                 cache_files.write(files[caption], {name: output[row] for name, output in on_cpu.items()})
 
-    _complete(files, encode_and_write, disk, what="text encoder outputs", items="captions")
+    _complete(files, encode_and_write, disk, what="text encoder outputs", items="captions", used_too=others.values())
     return DiskTexts(files)
 
 
 def _complete(
-    files: Mapping[Item, Path], encode_and_write: Callable[[list[Item]], None], disk: Disk, *, what: str, items: str
+    files: Mapping[Item, Path],
+    encode_and_write: Callable[[list[Item]], None],
+    disk: Disk,
+    *,
+    what: str,
+    items: str,
+    used_too: Collection[Path],
 ) -> None:
     """Have every file there: each process of the team encodes its share of what is missing. Says what was done."""
     found = look(files.values(), disk)
@@ -258,7 +278,7 @@ def _complete(
     )
     if disk.team.rank == 0:
         for folder in places:
-            _tidy(folder, wanted.keys())
+            _tidy(folder, {*wanted, *used_too})
 
 
 def _tidy(folder: Path, used: Collection[Path]) -> None:

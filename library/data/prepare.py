@@ -10,9 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config.validation import is_validated
 from library.data.buckets import Buckets, Placement
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
+from library.data.held_out import beside, held_out, split, tell
 from library.data.masks import find_masks, refuse_other_sizes
 from library.data.plan import Group
 from library.data.samples import Sample, Scan, Size, SubsetSummary
@@ -27,12 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both."""
+    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `validation`: what is held back."""
 
     samples: list[Sample]
     placements: list[Placement]
     groups: list[Group]
     summaries: list[SubsetSummary]
+    validation: Prepared | None = None
 
     @property
     def train_images(self) -> int:
@@ -45,40 +48,72 @@ class Prepared:
         return sum(group.batches for group in self.groups)
 
 
-def prepare(datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:
-    """Find all images and captions, decode every image once, and place each in a bucket.
+def prepare(
+    datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_images: bool = False, seed: int = 0
+) -> Prepared:
+    """Find all images and captions, decode every image once, hold back those of validation, place each in a bucket.
 
     `multiple_of`: what widths and heights must be a multiple of, in pixels (the VAE's factor, times what the UNet
-    asks for). Raises UserError for whatever is wrong with the options, the folders or the files; what can be told
-    fast is told first.
+    asks for). `seed`: of validation, for subsets without one of their own. Raises UserError for whatever is wrong with
+    the options, the folders or the files; what can be told fast is told first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     index = count()  # of a subset over all data sets: part of its samples' keys
     scans = [[_scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
-    found = [sample for of_dataset in scans for scan in of_dataset for sample in scan.samples]
+    apart = [[_scan(own, 0) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
+    found = [sample for of_dataset in (*scans, *apart) for scan in of_dataset for sample in scan.samples]
     masks = [sample.mask for sample in found if sample.mask is not None]
-    measured, bad = check_images([*(sample.path for sample in found), *masks])
+    paths = [*(sample.path for sample in found), *masks]
+    validates = is_validated(datasets)
+    measured, bad = check_images(paths, contents=True) if validates else check_images(paths)
     report_bad_images(bad, skip=skip_bad_images)
 
-    samples: list[Sample] = []
+    readable, readable_apart = (
+        [_readable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
+        for part in (scans, apart)
+    )
+    contents = {path: one.content for path, one in measured.items()}
+    chosen = held_out((sample for part in readable for sample in part), contents, seed=seed) if validates else set()
+    chosen |= {contents[sample.path] for part in readable_apart for sample in part}
+    train: list[list[Sample]] = []
+    validation: list[list[Sample]] = []
+    summaries: list[SubsetSummary] = []
+    for spec, of_dataset, samples, others in zip(datasets, scans, readable, readable_apart, strict=True):
+        to_train, to_validate = split(samples, others, contents, chosen)
+        balanced = dreambooth.balance_regularisation(to_train)
+        if not balanced:
+            raise UserError(f"{_origins(spec)}: no images to train{_why(samples, to_train)}")
+        if len(to_train) < len(samples):
+            tell(samples, to_train, to_validate)
+        summaries += _counted(of_dataset, samples, to_train, balanced)
+        train.append(balanced)
+        validation.append(to_validate)
+    placed = _placed(datasets, buckets, validation) if any(validation) else None
+    return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
+
+
+def _placed(datasets: Sequence[DatasetSpec], buckets: Sequence[Buckets], samples: Sequence[list[Sample]]) -> Prepared:
+    """The samples of each data set in their buckets."""
+    together: list[Sample] = []
     placements: list[Placement] = []
     groups: list[Group] = []
-    summaries: list[SubsetSummary] = []
-    for number, (spec, of_dataset) in enumerate(zip(datasets, scans, strict=True)):
-        readable = [
-            sample
-            for scan in of_dataset
-            for sample in _with_measures(scan.samples, measured, bucketed=spec.enable_bucket)
-        ]
-        balanced = dreambooth.balance_regularisation(readable)
-        if not balanced:
-            raise UserError(f"{_origins(spec)}: no images to train, or only regularisation images")
-        placed = _place(balanced, buckets[number])
-        groups += _group(number, spec.batch_size, balanced, placed, first=len(samples))
-        summaries += _counted(of_dataset, readable, balanced)
-        samples += balanced
+    for number, (spec, own) in enumerate(zip(datasets, samples, strict=True)):
+        placed = _place(own, buckets[number])
+        groups += _group(number, spec.batch_size, own, placed, first=len(together))
+        together += own
         placements += placed
-    return Prepared(samples, placements, groups, summaries)
+    return Prepared(together, placements, groups, [])
+
+
+def _readable(scans: Sequence[Scan], measured: dict[Path, Measured], spec: DatasetSpec) -> list[Sample]:
+    return [sample for scan in scans for sample in _with_measures(scan.samples, measured, bucketed=spec.enable_bucket)]
+
+
+def _why(readable: Sequence[Sample], to_train: Sequence[Sample]) -> str:
+    """Why a data set has nothing to train."""
+    if any(sample.subset.learns for sample in readable) and len(to_train) < len(readable):
+        return ": all of them are held back to validate on: a smaller validation_split leaves some"
+    return ", or only regularisation images"
 
 
 def _scan(subset: SubsetSpec, index: int) -> Scan:
@@ -153,17 +188,21 @@ def _group(
     return [Group(dataset, size, batch_size, tuple(members[size])) for size in sorted(members)]
 
 
-def _counted(scans: Sequence[Scan], readable: Sequence[Sample], used: Sequence[Sample]) -> Iterator[SubsetSummary]:
+def _counted(
+    scans: Sequence[Scan], readable: Sequence[Sample], to_train: Sequence[Sample], used: Sequence[Sample]
+) -> Iterator[SubsetSummary]:
     """The summaries of a data set with what became of the images of each subset."""
     are_readable = Counter(sample.subset for sample in readable)
+    are_left = Counter(sample.subset for sample in to_train)
     are_used = Counter(sample.subset for sample in used)
     for found, summary in scans:
         subset = summary.subset
-        unused = are_readable[subset] - are_used[subset]
+        unused = are_left[subset] - are_used[subset]
         if unused:
             logger.warning("%s: %d regularisation images are more than needed", subset.image_dir, unused)
         bad = len(found) - are_readable[subset]
-        yield replace(summary, images=are_used[subset], bad_images=bad, unused_reg_images=unused)
+        held = are_readable[subset] - are_left[subset]
+        yield replace(summary, images=are_used[subset], bad_images=bad, unused_reg_images=unused, held_out=held)
 
 
 def _origins(spec: DatasetSpec) -> str:

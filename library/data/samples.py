@@ -57,6 +57,7 @@ class SubsetSummary:
     images: int
     bad_images: int = 0
     unused_reg_images: int = 0
+    held_out: int = 0
     captions_found: int = 0
     captions_missing: int = 0
     captions_empty: int = 0

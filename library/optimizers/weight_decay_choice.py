@@ -55,7 +55,9 @@ class DecayChoice:
         return {"dynamic_weight_decay": True, **numbers}
 
 
-def check_options(options: WeightDecayOptions, choice: OptimizerChoice, *, clips_gradients: bool) -> None:
+def check_options(
+    options: WeightDecayOptions, choice: OptimizerChoice, *, clips_gradients: bool, validates: bool = False
+) -> None:
     """Everything that can be told before the length of the run is known. Raises UserError."""
     given = options.given()
     on = _is_on(options, choice)
@@ -78,8 +80,8 @@ def check_options(options: WeightDecayOptions, choice: OptimizerChoice, *, clips
         if said is not None and said != value:
             raise UserError(f"--{name} {_shown(value)} contradicts --optimizer_args {name}={said}: give one of them")
     flat = Plateau(**_words(options))
-    if flat.validation is not None:
-        raise UserError("--wd_flat validation: training does not measure a validation loss yet")
+    if flat.validation is not None and not validates:
+        raise UserError("--wd_flat validation needs images to validate on: --validation_split 0.1")
     if flat.gradient is not None and not clips_gradients:
         raise UserError(
             "--wd_flat gradient needs --max_grad_norm above 0: the norm is measured where gradients are clipped"

@@ -23,8 +23,9 @@ from library.errors import UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
-from library.training import disk, loop, sample, save, state, trackers
+from library.training import disk, loop, sample, save, state, trackers, validation
 from library.training.divergence import Guard
+from library.training.ema import Ema
 from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
 from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
@@ -67,6 +68,8 @@ def build(plan: Plan) -> Built:
     choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
     plan = replace(plan, choice=choice)  # with the numbers of this run
     schedule = _schedule(options, choice, total_steps=saves.total_steps)
+    if choice.schedule_free and options.ema.ema_decay is not None:
+        raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if plan.resume is not None:
         steady = schedule is None or schedule.name in ("constant", "constant_with_warmup")
         state.refuse_other_run(
@@ -82,7 +85,17 @@ def build(plan: Plan) -> Built:
 
     base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
     prompts = sample.EncodedPrompts(plan.family, _drawn_prompts(plan))
-    load_and_encode(plan.family, data, options, accelerator, base_weights, prompts, cache=not options.run.dry_run)
+    held_out = validation.data_of(plan)
+    load_and_encode(
+        plan.family,
+        data,
+        options,
+        accelerator,
+        base_weights,
+        prompts,
+        validation=held_out,
+        cache=not options.run.dry_run,
+    )
     network = _network(plan, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         with without(network):  # refused now, where it cannot be switched off, and not in the first step
@@ -132,6 +145,10 @@ def build(plan: Plan) -> Built:
             keeps_after=lambda step: bool(saves.due(step)),
         ),
     )
+    if options.ema.ema_decay is not None:
+        run.ema = Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
+    if held_out is not None:
+        validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
         state.load(plan.resume, run)
     if accelerator.is_main_process and not options.run.dry_run:
@@ -153,7 +170,7 @@ def build(plan: Plan) -> Built:
             metadata=run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay),
             samples=samples,
         )
-        run.save, run.save_now = saver.due, saver.now
+        run.save, run.save_now, run.save_best, run.save_last = saver.due, saver.now, saver.best, saver.last
     return Built(run, plan, saves, groups, schedule, base_weights, prompts, samples)
 
 
@@ -204,6 +221,7 @@ def _save_plan(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -
         last_n_steps_state=output.save_last_n_steps_state,
         last_n_epochs_state=output.save_last_n_epochs_state,
         ending=output.save_model_as,
+        best=plan.prepared.validation is not None,
     )
     if accelerator.is_main_process and not options.run.dry_run:
         _check_free(plan, saves)

@@ -23,9 +23,11 @@ from library.training.build import pictures
 from library.training.encode import latents_on_disk, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
 from library.training.step import condition_of, element_loss
+from library.training.validation import Validator
 from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
+    from library.data.prepare import Prepared
     from library.data.samples import Size
     from library.training.build import Built
 
@@ -106,12 +108,29 @@ def _data(built: Built) -> Iterator[str]:
             changing = ", ".join(f"{name} {_value(getattr(spec, name))}".strip() for name in changing_options(spec))
             each = f" (another text each time: {changing})" if changing else ""
             yield _line("", f"trained for example: '{text}'{each}")
+    if prepared.validation is not None:
+        yield _line("validation", _validation(built, prepared.validation))
     for group in prepared.groups:
         width, height = group.size
         yield _line(
             "bucket",
             f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {group.batches} batches",
         )
+
+
+def _validation(built: Built, prepared: Prepared) -> str:
+    """What is measured when: "3 images held back, 2 batches × 5 timesteps, 12 times"."""
+    wanted, saves = built.plan.options.validation, built.saves
+    batches = min(prepared.batches_per_epoch, wanted.max_validation_steps or prepared.batches_per_epoch)
+    validator = built.run.validate
+    assert isinstance(validator, Validator)
+    times = sum(bool(validator.times.due(step)) for step in range(saves.total_steps + 1))
+    patience = wanted.early_stopping_patience
+    stops = f"; ends early after {_count(patience, 'validation')} without improvement" if patience else ""
+    return (
+        f"{_count(len(prepared.samples), 'image')} held back: {_count(batches, 'batch', 'es')} × "
+        f"{_count(len(validator.timesteps), 'timestep')}, {times} times{stops}"
+    )
 
 
 def _value(value: bool | float) -> str:
@@ -270,14 +289,17 @@ def _existing(folder: Path) -> Path:
 def _caches(built: Built) -> Iterator[str]:
     """What the caches on disk will take, and how much of that is there. Reads the images and what is there."""
     run, options = built.run, built.plan.options
+    cached = [run.data, *([run.validate.data] if isinstance(run.validate, Validator) else [])]
     if place := latents_on_disk(run.family, options, run.accelerator):
-        files, _ = latent_files(run.data.cached_views(), place)
+        views = [view for data in cached for view in data.cached_views()]
+        files, _ = latent_files(views, place)
         sizes = {path: view.size for view, path in files.items()}
         found = look(sizes, place)
         to_come = sum(_latents_size(built, sizes[path]) for path in found.missing)
         yield _cache("latents", found, to_come)
     if place := texts_on_disk(run.family, built.base_weights, options, run.accelerator):
-        files_of_captions = caption_files(run.data.caption_folders(), place)
+        captions = {text: folder for data in cached for text, folder in data.caption_folders().items()}
+        files_of_captions = caption_files(captions, place)
         found = look(files_of_captions.values(), place)
         with torch.no_grad():
             example = run.family.encode_prompts([""])

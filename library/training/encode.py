@@ -59,11 +59,13 @@ def load_and_encode(
     base_weights: BaseWeights,
     prompts: sample.EncodedPrompts,
     *,
+    validation: TrainingData | None,
     cache: bool,
 ) -> None:
     """VAE, text encoders, UNet, one after the other, so that no more lies in memory than is needed at the time.
 
-    Without `cache` nothing is encoded, and everything stays loaded: a dry run looks at all parts.
+    The latents of `validation` are kept in any case: they never change. Without `cache` nothing is encoded, and
+    everything stays loaded: a dry run looks at all parts.
     """
     device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
 
@@ -82,19 +84,25 @@ def load_and_encode(
         base_weights.merge_into(family.adapter_targets())
 
     if cache and options.data.cache_latents:
-        disk = latents_on_disk(family, options, accelerator)
-        data.cache_latents(encode_images, batch_size=options.data.vae_batch_size, disk=disk)
+        disk, batch_size = latents_on_disk(family, options, accelerator), options.data.vae_batch_size
+        data.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=validation)
+        if validation is not None:
+            validation.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=data)
         family.release_vae()
         _give_back(device)
     else:
         family.load_vae(vae_dtype(options), device)
+        if cache and validation is not None:
+            validation.cache_latents(encode_images, batch_size=options.data.vae_batch_size)
 
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         disk = texts_on_disk(family, base_weights, options, accelerator)
         if options.network.base_weights:
             load_text_encoders()  # else nothing could say what of the files fits, were all captions on disk
-        data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk)
+        data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk, beside=validation)
+        if validation is not None:
+            validation.cache_captions(encode_prompts, batch_size=batch_size, disk=disk, beside=data)
         prompts.keep(encode_prompts)
         family.release_text_encoders()
         _give_back(device)

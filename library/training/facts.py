@@ -43,6 +43,8 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     ours: dict[str, object] = {"preset": ",".join(presets)} if presets else {}
     if layer_decay is not None:
         ours["lr_layer_decay"] = layer_decay
+    if (average := plan.options.ema).ema_decay is not None:
+        ours |= {"ema_decay": average.ema_decay, "ema_for": " ".join(average.purposes)}
     return ours | ({} if decay is None else decay.metadata())
 
 
@@ -60,6 +62,12 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         unet_lr=options.optimizer.unet_lr,
         num_train_images=sum(facts.num_train_images for facts in datasets),
         num_reg_images=sum(facts.num_reg_images for facts in datasets),
+        num_validation_images=0 if plan.prepared.validation is None else len(plan.prepared.validation.samples),
+        validation_split=_of_validation(plan, "validation_split"),
+        validation_seed=_of_validation(plan, "validation_seed"),
+        max_validation_steps=options.validation.max_validation_steps,
+        validate_every_n_steps=options.validation.validate_every_n_steps,
+        validate_every_n_epochs=options.validation.validate_every_n_epochs,
         num_batches_per_epoch=data.batches_per_epoch,
         num_epochs=saves.epochs,
         gradient_checkpointing=options.precision.gradient_checkpointing,
@@ -123,8 +131,17 @@ def _timestep_range(options: ObjectiveOptions) -> tuple[int, int] | None:
 
 def _option_of_all(plan: Plan, name: str) -> Any:
     """What all subsets have for this option; where they differ, the option itself, as in kohya's files."""
+    return _shared(plan, name, getattr(plan.options.data, name))
+
+
+def _of_validation(plan: Plan, name: str) -> Any:
+    """The same for an option of validation; regularisation images have no part in it."""
+    return _shared(plan, name, getattr(plan.options.validation, name))
+
+
+def _shared(plan: Plan, name: str, otherwise: Any) -> Any:
     values = {getattr(subset, name) for dataset in plan.datasets for subset in dataset.subsets}
-    return values.pop() if len(values) == 1 else getattr(plan.options.data, name)
+    return values.pop() if len(values) == 1 else otherwise
 
 
 def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:

@@ -36,6 +36,9 @@ def run(options: Options) -> int:
         built.samples(0)
     stopped_by = loop.train(built.run)
     built.run.accelerator.end_training()
+    history = built.run.history
+    if history is not None and (sentence := history.conclusion(best_file=built.saves.best_file.name)):
+        logger.info("%s", sentence)
     if built.run.accelerator.is_main_process and stopped_by is None:
         _draw(built)
     return 0 if stopped_by is None else 128 + stopped_by
@@ -43,7 +46,7 @@ def run(options: Options) -> int:
 
 def _draw(built: Built) -> None:
     """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
-    from library.training import report, sample
+    from library.training import ema, report, sample
     from library.training.build import pictures
     from library.training.encode import vae_dtype
     from networks.protocol import without
@@ -58,14 +61,15 @@ def _draw(built: Built) -> None:
     if path := paths.get("compare"):
         if family.vae is None:
             family.load_vae(vae_dtype(options), built.run.accelerator.device)
-        sample.compare(
-            path,
-            family,
-            built.prompts,
-            lambda: without(built.run.network),
-            options.output.compare_prompts,
-            size=built.plan.datasets[0].resolution,
-            steps=options.output.compare_steps,
-            seed=built.plan.seed,
-        )
+        with ema.weights_for(built.run.ema, "sample"):
+            sample.compare(
+                path,
+                family,
+                built.prompts,
+                lambda: without(built.run.network),
+                options.output.compare_prompts,
+                size=built.plan.datasets[0].resolution,
+                steps=options.output.compare_steps,
+                seed=built.plan.seed,
+            )
         logger.info("drew %s", path)

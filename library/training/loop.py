@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from library.data.dataset import Batch, TrainingData
     from library.data.loader import PixelLoader
     from library.models.family import ModelFamily
+    from library.training.ema import Ema
+    from library.training.validation_history import History
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +70,23 @@ class Run:
     max_grad_norm: float
     scale_weight_norms: float | None
     schedule_free: bool
-    observe: Callable[[float, float | None], None] | None  # the loss and the gradient's norm, before each step
+    observe: Callable[[float, float | None, float | None], None] | None
+    """Told the loss, the gradient's norm and, if it is new, the validation loss, before each step."""
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
     guard: divergence.Guard  # what to do about a loss that is no number
     done: int = 0  # steps that an earlier run made
     losses: list[float] = field(default_factory=list)
+    save_best: Callable[[int], object] = lambda step: None  # write the network as the best so far
+    save_last: Callable[[int], object] = lambda step: None  # write what is due, and the last file, for an early end
+    validate: Callable[[int], bool] = lambda step: False  # if it is due after so many steps; True: end the run here
+    history: History | None = None  # of the validations
+    ema: Ema | None = None
 
 
 def train(run: Run) -> signal.Signals | None:
-    """Train to the end (None), or until Ctrl-C or SIGTERM, which lets the running step finish.
+    """Train to the end (None), also an early one, or until Ctrl-C or SIGTERM, which lets the running step finish.
 
     UserError if the run diverges and may not go on; what it was before that step is saved then.
     """
@@ -87,6 +95,9 @@ def train(run: Run) -> signal.Signals | None:
         _StopRequest() as stop,
         progress(total=run.total_steps, initial=run.done, desc="steps", unit="step", disable=quiet) as bar,
     ):
+        if run.done == 0:
+            _from_training(run)
+            run.validate(0)
         run.guard.keep(run, run.done)
         while True:
             try:
@@ -108,12 +119,17 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
             run.network.on_epoch_start(None, run.family.unet)
         try:
             run.losses.append(optimizer_step(run, item))
+            if run.ema is not None and not run.optimizer.step_was_skipped:
+                run.ema.update()
         except divergence.Diverged as problem:
             if not run.guard.skip(run, problem):
                 raise
             run.losses.append(math.nan)
         _report(run, item, bar)
         _from_training(run)
+        if run.validate(item.step):
+            run.save_last(item.step)
+            return None
         run.save(item.step)
         if run.guard.keeps_after(item.step):
             run.guard.keep(run, item.step)
@@ -184,7 +200,7 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
     if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
         raise _diverged(run, item, losses)
     if run.observe is not None and math.isfinite(norm):
-        run.observe(loss, norm)
+        run.observe(loss, norm, None if run.history is None else run.history.loss_after(item.step - 1))
     run.optimizer.step()
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()

@@ -13,6 +13,7 @@ from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.masks import check_masks
 from library.config.options import Options
+from library.config.validation import check_validation, is_validated
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
@@ -59,6 +60,7 @@ def make_plan(options: Options) -> Plan:
     """Check all that can be checked cheaply, the cheapest first. Raises UserError."""
     datasets = load_datasets(options)
     check_masks(datasets, masked_loss=options.data.masked_loss)
+    check_validation(datasets, options.validation)
     if options.data.cache_latents:
         refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)
     if options.data.cache_text_encoder_outputs:
@@ -92,7 +94,12 @@ def make_plan(options: Options) -> Plan:
         options.optimizer.optimizer_args,
         custom_adamw=options.custom_adamw.given(),
     )
-    weight_decay_choice.check_options(options.weight_decay, choice, clips_gradients=options.optimizer.max_grad_norm > 0)
+    weight_decay_choice.check_options(
+        options.weight_decay,
+        choice,
+        clips_gradients=options.optimizer.max_grad_norm > 0,
+        validates=is_validated(datasets),
+    )
     family = open_family(
         options.model.pretrained_model_name_or_path,
         v2=options.model.v2,
@@ -103,7 +110,12 @@ def make_plan(options: Options) -> Plan:
         zero_terminal_snr=options.objective.zero_terminal_snr,
         weighted_captions=options.model.weighted_captions,
     )
-    prepared = prepare(datasets, multiple_of=family.vae_factor, skip_bad_images=options.data.skip_bad_images)
+    prepared = prepare(
+        datasets,
+        multiple_of=family.vae_factor,
+        skip_bad_images=options.data.skip_bad_images,
+        seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
+    )
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,

@@ -67,6 +67,7 @@ class SavePlan:
     last_n_steps_state: int | None = None  # as for files, which it follows if it is not given
     last_n_epochs_state: int | None = None
     ending: str = "safetensors"  # --save_model_as
+    best: bool = False  # keep the network that validates best
 
     def __post_init__(self) -> None:
         if self.name is not None and (self.name in ("", ".", "..") or set("/\\") & set(self.name)):
@@ -81,14 +82,18 @@ class SavePlan:
     def last_file(self) -> Path:
         return self.folder / f"{self.name or 'last'}.{self.ending}"
 
+    @property
+    def best_file(self) -> Path:
+        return self.last_file.with_name(f"{self.last_file.stem}-best.{self.ending}")
+
     def step_file(self, step: int) -> Path:
         return self.folder / f"{self.name or 'at'}-step{step:08d}.{self.ending}"
 
     def epoch_file(self, epoch: int) -> Path:
         return self.folder / f"{self.name or 'epoch'}-{epoch:06d}.{self.ending}"
 
-    def due(self, step: int) -> list[Due]:
-        """The files to write once `step` steps are done."""
+    def due(self, step: int, *, last: bool = False) -> list[Due]:
+        """The files to write once `step` steps are done; `last`: the run ends with this step."""
         files = []
         if self.every_n_steps and step % self.every_n_steps == 0:
             old = self._old_step(step, self.last_n_steps)
@@ -100,9 +105,9 @@ class SavePlan:
             old = self._old_epoch(epoch, self.last_n_epochs)
             old_state = self._old_epoch(epoch, self.last_n_epochs_state or self.last_n_epochs)
             files.append(self._due(self.epoch_file(epoch), epoch, old, old_state))
-        if step == self.total_steps:
+        if last or step == self.total_steps:
             state = state_folder(self.last_file) if self.states or self.state_at_end else None
-            files.append(Due(self.last_file, self.epochs, state=state))
+            files.append(Due(self.last_file, math.ceil(step / self.steps_per_epoch), state=state))
         return files
 
     def _due(self, path: Path, epoch: int, old: Path | None, old_state: Path | None) -> Due:
@@ -123,7 +128,9 @@ class SavePlan:
 
     def planned_files(self, *, after_step: int = 0) -> list[Path]:
         """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
-        return [due.path for step in self.steps_that_save() if step > after_step for due in self.due(step)]
+        best = [self.best_file] if self.best else []
+        steps = (step for step in self.steps_that_save() if step > after_step)
+        return [*best, *(due.path for step in steps for due in self.due(step))]
 
     def planned_states(self, *, after_step: int = 0) -> list[Path]:
         """As `planned_files`, the folders of states."""

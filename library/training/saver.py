@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.training import save, state
+from library.training import ema, save, state
 
 if TYPE_CHECKING:
     from library.training.loop import Run
@@ -37,32 +37,55 @@ class Saver:
 
     def due(self, step: int) -> None:
         """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
-        for due in self.saves.due(step):
+        self._write(self.saves.due(step), step, ends=step == self.saves.total_steps)
+
+    def last(self, step: int) -> None:
+        """The same at the end of a run that ends early, with its last file."""
+        self._write(self.saves.due(step, last=True), step, ends=True)
+
+    def best(self, step: int) -> None:
+        """Write the network, as it was validated after `step` steps, in the place of the best so far."""
+        try:
+            self._network(self.saves.best_file, step=step, epoch=self._epoch(step), purpose="validate")
+        except UserError as error:
+            self._put_up_with(error, ends=False)  # the last file is still to come
+
+    def _write(self, files: Iterable[save.Due], step: int, *, ends: bool) -> None:
+        for due in files:
             try:
                 self._network(due.path, step=step, epoch=due.epoch)
                 if due.state is not None:
                     state.write(due.state, self.run, self.facts, step)
             except UserError as error:
-                broken = isinstance(error, save.BrokenWeightsError) and self.run.guard.action == "stop"
-                if broken or step == self.saves.total_steps:
-                    raise
-                self._unwritten += 1
-                logger.error("%s. Training goes on, and the next file is tried when it is due", error)
+                self._put_up_with(error, ends=ends)
                 continue  # nothing goes while what should replace it is not there
             if due.remove is not None:
                 save.remove_old(due.remove)
             if due.remove_state is not None:
                 state.remove(due.remove_state)
-        if step == self.saves.total_steps and self._unwritten:
+        if ends and self._unwritten:
             logger.warning("%d times a file or state could not be written; see above", self._unwritten)
-        self.samples(step)
+        with ema.weights_for(self.run.ema, "sample"):
+            self.samples(step)
+
+    def _put_up_with(self, error: UserError, *, ends: bool) -> None:
+        """Raise it where the run cannot go on, or would end without what it was for."""
+        broken = isinstance(error, save.BrokenWeightsError) and self.run.guard.action == "stop"
+        if broken or ends:
+            raise error
+        self._unwritten += 1
+        logger.error("%s. Training goes on, and the next file is tried when it is due", error)
 
     def now(self, step: int) -> None:
         """Write the network and the state as they are after `step` steps, for a run that ends early."""
         path = self.saves.step_file(step)
-        self._network(path, step=step, epoch=(step - 1) // self.saves.steps_per_epoch)
+        self._network(path, step=step, epoch=self._epoch(step))
         state.write(save.state_folder(path), self.run, self.facts, step)
 
-    def _network(self, path: Path, *, step: int, epoch: int) -> None:
+    def _epoch(self, step: int) -> int:
+        return (step - 1) // self.saves.steps_per_epoch
+
+    def _network(self, path: Path, *, step: int, epoch: int, purpose: str = "save") -> None:
         metadata = self.metadata.at(steps=step, epoch=epoch)
-        save.save_network(self.run.network, path, precision=self.precision, metadata=metadata)
+        with ema.weights_for(self.run.ema, purpose):
+            save.save_network(self.run.network, path, precision=self.precision, metadata=metadata)

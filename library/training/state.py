@@ -1,9 +1,9 @@
 """The state of a run on disk: all that a later run needs to go on with the same bits.
 
 A folder `NAME-…-state` holds `state.json` (what run this is: step, seed, configuration, data) and `state.pt` (tensors:
-network, optimizer, schedule, loss scale, losses). Images, captions and noise need no state: they are drawn by keys of
-(seed, epoch, image), so the step alone says what comes next. `state.pt` is read by torch's `weights_only` loader, which
-executes nothing.
+network, optimizer, schedule, loss scale, losses, validations, average). Images, captions and noise need no state: they
+are drawn by keys of (seed, epoch, image), so the step alone says what comes next. `state.pt` is read by torch's
+`weights_only` loader, which executes nothing.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ _FREE = frozenset(
         *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "text_encoder_batch_size"),
         *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
+        *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
+        *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
     }
 )
-_PLACES = ("image_dir", "origin")  # of a subset: where it is, not what it holds
+_PLACES = ("image_dir", "validation_dir", "origin")  # of a subset: where it is, not what it holds
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,9 @@ def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
     for sample, placement in zip(prepared.samples, prepared.placements, strict=True):
         facts = (sample.key, sample.caption, sample.size, sample.repeats, sample.path.stat().st_size, str(placement))
         digest.update(json.dumps(facts).encode())
+    if prepared.validation is not None:
+        for sample, placement in zip(prepared.validation.samples, prepared.validation.placements, strict=True):
+            digest.update(json.dumps((sample.key, sample.caption, str(placement))).encode())
     return digest.hexdigest()
 
 
@@ -246,14 +251,15 @@ def put(run: Run, tensors: dict[str, Any], where: str) -> None:
     """Put the run where it was when it had these `tensors_of` it. `UserError`, beginning with `where`, if they do not
     fit."""
     for name, part in _parts(run).items():
-        if (part is None) != (tensors[name] is None):
-            has, lacks = ("run", "state") if tensors[name] is None else ("state", "run")
-            logger.warning("--resume: the %s has a %s, the %s has none", has, name, lacks)
+        saved = tensors.get(name)
+        if (part is None) != (saved is None):
+            has, lacks = ("run", "state") if saved is None else ("state", "run")
+            logger.warning("--resume: the %s has no %s, the %s has one", lacks, name, has)
             continue
         if part is None:
             continue
         try:
-            part.load_state_dict(tensors[name])
+            part.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{where}: its {name} does not fit this run's: {error}") from None
     run.losses[:] = tensors["losses"].tolist()
@@ -265,6 +271,8 @@ def _parts(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer,
         "schedule": run.schedule,
         "scaler": run.accelerator.scaler,
+        "validation": run.history,
+        "average": run.ema,
     }
 
 

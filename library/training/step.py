@@ -67,6 +67,19 @@ def element_loss(objective: Objective, prediction_BCHW: Tensor, target_BCHW: Ten
     return objective.loss(prediction_BCHW, target_BCHW, thresholds.to(prediction_BCHW))
 
 
+def sample_losses(
+    objective: Objective, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor, masks: Tensor | None
+) -> Tensor:
+    """The mean loss of each sample, [B], without the weights of samples and timesteps."""
+    # fp32: squares of bf16 differences lose the small errors that late training is about
+    per_element = element_loss(objective, prediction_BCHW.float(), target_BCHW.float(), t_B)
+    if masks is not None:
+        # what is masked counts as zero and stays in the mean, as in kohya: a small part weighs less than a whole image
+        size = per_element.shape[2:]
+        per_element = per_element * torch.nn.functional.interpolate(masks.to(per_element), size=size, mode="area")
+    return per_element.mean(dim=(1, 2, 3))
+
+
 def batch_loss(
     batch: Batch,
     family: ModelFamily,
@@ -97,13 +110,7 @@ def batch_loss(
         with torch.no_grad(), without():
             target[preserved] = family.predict(noisy[preserved], t[preserved].to(device), of_preserved).to(target)
 
-    # fp32: squares of bf16 differences lose the small errors that late training is about
-    per_element = element_loss(objective, prediction.float(), target.float(), t)
-    if batch.masks is not None:
-        # what is masked counts as zero and stays in the mean, as in kohya: a small part weighs less than a whole image
-        masks = batch.masks.to(per_element)
-        per_element = per_element * torch.nn.functional.interpolate(masks, size=per_element.shape[2:], mode="area")
-    per_sample = per_element.mean(dim=(1, 2, 3))
+    per_sample = sample_losses(objective, prediction, target, t, batch.masks)
     weights = batch.loss_weights.to(device)
     if objective.weights is not None:
         weights = weights * objective.weights[t].to(weights)

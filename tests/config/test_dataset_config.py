@@ -141,7 +141,15 @@ MISTAKES = {
     + "metadata_file: 5 is not text in quotes",
     "[general]\nmetadata_file = 'm.json'\n" + ONE: HEAD
     + "[general]: metadata_file: belongs to [[datasets.subsets]], not to [general]",
-    "[general]\nvalidation_split = 0.1\n" + ONE: HEAD + f"[general]: validation_split: {UNSUPPORTED}",
+    "[general]\nvalidation_split = 1.5\n" + ONE: HEAD + "[general]: validation_split: must be at most 1, not 1.5",
+    "[general]\nvalidation_dir = 'v'\n" + ONE: HEAD
+    + "[general]: validation_dir: belongs to [[datasets.subsets]], not to [general]",
+    ONE + "validation_dir = 'v'\nvalidation_split = 0.1\n": PLACE[:-2]
+    + ": validation_dir and validation_split: give one of them",
+    ONE + "validation_split = 0.1\nis_reg = true\n": PLACE
+    + "validation_split: regularisation images are not validated",
+    ONE + "metadata_file = 'm.json'\nvalidation_dir = 'v'\n": PLACE
+    + "validation_dir: belongs to a folder of images, not to a metadata_file",
     "[general]\nnetwork_multiplier = 0.5\n" + ONE: HEAD + f"[general]: network_multiplier: {UNSUPPORTED}",
     ONE + "keep_tokens = x\n": "data.toml, line 5: 'keep_tokens = x': text needs quotes: keep_tokens = 'x'",
 }
@@ -156,7 +164,7 @@ def test_mistakes(text: str, folder: Path, options: Parse) -> None:
 
 def test_every_mistake_is_named_at_once(folder: Path, options: Parse) -> None:
     with pytest.raises(UserError) as caught:
-        load(folder, options, "[general]\nfoo = 1\nvalidation_split = 0.1\n" + ONE + "bar = 1\n")
+        load(folder, options, "[general]\nfoo = 1\nvalidation_split = -1\n" + ONE + "bar = 1\n")
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -269,7 +277,7 @@ def test_custom_attributes(folder: Path, options: Parse, caplog: pytest.LogCaptu
 
 
 def test_what_has_no_effect_is_warned_about(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
-    text = "[general]\nvalidation_seed = 3\n" + ONE + "[[datasets.subsets]]\nimage_dir = 'a'\n"
+    text = ONE + "[[datasets.subsets]]\nimage_dir = 'a'\n"
     text += "[[datasets.subsets]]\nimage_dir = 'b'\nnum_repeats = 0\n"
     with caplog.at_level(logging.WARNING):
         (dataset,) = load(folder, options, text, "--train_data_dir", "t", "--reg_data_dir", "r", "--in_json", "m.json")
@@ -278,10 +286,23 @@ def test_what_has_no_effect_is_warned_about(folder: Path, options: Parse, caplog
         "command line: --train_data_dir: has no effect: --dataset_config says what to train",
         "command line: --reg_data_dir: has no effect: --dataset_config says what to train",
         "command line: --in_json: has no effect: --dataset_config says what to train",
-        "data.toml: [general]: validation_seed: has no effect: it matters only together with validation_split",
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 2: has no effect: an earlier one has the same image_dir",
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 3: is left out: it asks for 0 repeats",
     ]
+
+
+def test_validation_stands_at_every_level(folder: Path, options: Parse) -> None:
+    """A folder of its own goes before a split from further out."""
+    text = "[general]\nvalidation_split = 0.25\nvalidation_seed = 3\n" + ONE
+    text += "[[datasets.subsets]]\nimage_dir = 'b'\nvalidation_split = 0\n"
+    text += "[[datasets.subsets]]\nimage_dir = 'c'\nvalidation_dir = 'v'\n"
+    text += "[[datasets.subsets]]\nimage_dir = 'd'\nis_reg = true\n"
+    (dataset,) = load(folder, options, text, "--validation_split", "0.5")
+    found = [(one.validation_split, one.validation_dir, one.validates) for one in dataset.subsets]
+    assert found == [(0.25, None, True), (0.0, None, False), (0.0, "v", True), (0.25, None, False)]
+    assert {subset.validation_seed for subset in dataset.subsets} == {3}
+    (dataset,) = load(folder, options, ONE, "--validation_split", "0.5", "--validation_seed", "7")
+    assert (dataset.subsets[0].validation_split, dataset.subsets[0].validation_seed) == (0.5, 7)
 
 
 IMAGE_KEYS = """

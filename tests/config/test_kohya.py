@@ -36,6 +36,7 @@ OURS = {
     *("cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"),
     *("lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
     *("preset", "list_presets"),
+    *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for"),
 }
 
 

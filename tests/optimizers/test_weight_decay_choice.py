@@ -174,7 +174,7 @@ def refused(*words: str, name: str = "AdamW", arguments: tuple[str, ...] = (), c
         (ON, {"name": "CustomAdamW", "arguments": ("dynamic_weight_decay=False",)}, "contradicts --optimizer_args dyn"),
         ((*ON, "--wd_flat", "windw=3"), {}, "did you mean 'window'"),
         ((*ON, "--wd_flat", "window=1"), {}, "a trend needs 3 steps"),
-        ((*ON, "--wd_flat", "validation=0.1"), {}, "does not measure a validation loss"),
+        ((*ON, "--wd_flat", "validation=0.1"), {}, "needs images to validate on: --validation_split"),
         ((*ON, "--wd_flat", "gradient=0.1"), {"clips": False}, "needs --max_grad_norm above 0"),
         ((), {"name": "CustomAdamW", "arguments": ("wd_flat=3",)}, "'wd_flat' is set by the program"),
     ],

@@ -1,0 +1,71 @@
+"""The options of validation and early stopping, and whether they fit the data sets.
+
+Names, defaults and meanings are kohya's but for those marked as ours. `validation_split` and `validation_seed` may
+stand in a data set's file, too; a subset may have its own, or a `validation_dir`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.config.fields import option
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import DatasetSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Validation"""
+
+    validation_split: float = option(
+        0.0, minimum=0, maximum=1, help="hold back this share of the images and measure the loss on them"
+    )
+    validation_seed: int | None = option(
+        None, help="decides which, and about the noise they are measured with (default: as --seed)"
+    )
+    validate_every_n_steps: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="measure it every n steps (default: after every epoch)"
+    )
+    validate_every_n_epochs: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="measure it every n epochs; can stand beside the steps"
+    )
+    max_validation_steps: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="so many batches of them at most, always the same ones"
+    )
+    early_stopping_patience: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="end the run after n validations without improvement (ours)"
+    )
+    early_stopping_threshold: float = option(
+        0.0,
+        minimum=0,
+        maximum=1,
+        help="what counts as improvement: a loss lower than the best by this share of it; 0.01 is 1 percent (ours)",
+    )
+
+
+def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
+    """Whether any images are to be held back, or stand apart, to validate on."""
+    return any(subset.validates for dataset in datasets for subset in dataset.subsets)
+
+
+def check_validation(datasets: Iterable[DatasetSpec], options: ValidationOptions) -> None:
+    """Raises UserError for early stopping without validation images; warns of options that have no effect."""
+    if not is_validated(datasets):
+        if options.early_stopping_patience is not None:
+            raise UserError(
+                "--early_stopping_patience needs images to validate on: give --validation_split 0.1, or a subset's "
+                "validation_dir in --dataset_config"
+            )
+        names = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed")
+        for name in names:
+            if getattr(options, name) is not None:
+                logger.warning("--%s has no effect: it matters only together with --validation_split", name)
+    if options.early_stopping_threshold and options.early_stopping_patience is None:
+        logger.warning("--early_stopping_threshold has no effect without --early_stopping_patience")

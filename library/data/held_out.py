@@ -1,0 +1,120 @@
+"""Which images are held back to validate on. An image is its content: all its copies stand on one side."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.data.samples import Sample
+from library.errors import UserError
+from library.rng import key_of
+
+if TYPE_CHECKING:
+    from library.config.dataset_config import SubsetSpec
+
+logger = logging.getLogger(__name__)
+
+
+def plain(subset: SubsetSpec) -> SubsetSpec:
+    """The subset without anything that makes an image or a caption another one each time.
+
+    Wildcards stay, because a caption with braces is no caption: they are drawn by the image's content, once for all.
+    """
+    return replace(
+        subset,
+        num_repeats=1,
+        shuffle_caption=False,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+        token_warmup_step=0.0,
+        flip_aug=False,
+        color_aug=False,
+        random_crop=False,
+        face_crop_aug_range=None,
+        diff_output_preservation=False,
+        validation_split=0.0,
+        validation_seed=None,
+        validation_dir=None,
+    )
+
+
+def beside(subset: SubsetSpec) -> SubsetSpec | None:
+    """The subset of its `validation_dir`: captions and pictures are read as its own are, without masks."""
+    if subset.validation_dir is None:
+        return None
+    return replace(
+        plain(subset),
+        image_dir=Path(subset.validation_dir),
+        conditioning_data_dir=None,
+        origin=f"{subset.origin}: validation_dir",
+    )
+
+
+def held_out(samples: Iterable[Sample], contents: Mapping[Path, str], *, seed: int) -> set[str]:
+    """The contents that are held back from each subset with a `validation_split`: that share of its different images.
+
+    Which ones follows from the seed and the contents alone, not from names, order or repeats. `contents`: by file.
+    Raises UserError if no share comes to a whole image.
+    """
+    by_subset: dict[SubsetSpec, set[str]] = {}
+    for sample in samples:
+        if sample.subset.learns and sample.subset.validation_split:
+            by_subset.setdefault(sample.subset, set()).add(contents[sample.path])
+    chosen: set[str] = set()
+    too_small: list[str] = []
+    for subset, distinct in by_subset.items():
+        own_seed = seed if subset.validation_seed is None else subset.validation_seed
+        count = int(len(distinct) * subset.validation_split + 0.5)
+        if count == 0:
+            least = f"{0.5 / len(distinct) + 0.0005:.3f}"
+            too_small.append(
+                f"{subset.source}: validation_split {subset.validation_split:g} of {len(distinct)} different images is "
+                f"none: at least {least}"
+            )
+        chosen |= set(sorted(distinct, key=lambda content: key_of(own_seed, content, "held out"))[:count])
+    if too_small and not chosen:
+        raise UserError("\n".join(too_small))
+    for line in too_small:
+        logger.warning("%s", line)
+    return chosen
+
+
+def split(
+    samples: Sequence[Sample], apart: Sequence[Sample], contents: Mapping[Path, str], chosen: set[str]
+) -> tuple[list[Sample], list[Sample]]:
+    """(to train, to validate) of one data set. `apart`: those of folders for validation; `chosen`: see `held_out`.
+
+    No image of either is in both, whatever subset it comes from. What is validated is seen once, in the order of its
+    content, which is its key as well: so what is drawn for it does not depend on where it lies.
+    """
+    train = [sample for sample in samples if contents[sample.path] not in chosen]
+    candidates = [
+        *apart,
+        *(
+            sample
+            for sample in samples
+            if contents[sample.path] in chosen and sample.subset.learns and sample.subset.validation_split
+        ),
+    ]
+    distinct: dict[tuple[str, str], Sample] = {}
+    for sample in candidates:
+        content = contents[sample.path]
+        one = replace(sample, key=content, subset=plain(sample.subset), repeats=1, face=None)
+        distinct.setdefault((content, sample.caption), one)
+    return train, [distinct[key] for key in sorted(distinct)]
+
+
+def tell(found: Sequence[Sample], train: Sequence[Sample], validation: Sequence[Sample]) -> None:
+    """Say how many are held back, and how many copies of them are therefore not trained."""
+    logger.info("%d images are held back to validate on; %d are left to train", len(validation), len(train))
+    gone = Counter(sample.subset for sample in found) - Counter(sample.subset for sample in train)
+    for subset, count in gone.items():
+        if not (subset.learns and subset.validation_split):
+            logger.warning(
+                "%s: %d images are left out of training: the same pictures are validated on", subset.source, count
+            )

@@ -1,0 +1,324 @@
+"""Validation through the real command line: numbers that can be compared, training that does not notice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from library.config.validation import ValidationOptions, check_validation
+from library.models.stable_diffusion import StableDiffusion
+from library.training import loop, state
+from library.training.validate import fixed_noise_loss, image_losses, mean_squares, middles
+from tests.conftest import BASE, IMAGES
+from tests.training.test_resume import stop_after
+
+Train = Callable[..., int]
+SPLIT = ("--validation_split", "0.34")  # two of six
+
+
+def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
+    return load_file(folder / "out" / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def metadata(folder: Path, name: str = "test") -> dict[str, str]:
+    with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:
+        return dict(file.metadata())
+
+
+def measured(folder: Path, name: str = "test") -> list[tuple[int, float, dict[int, float]]]:
+    """(step, loss, by timestep) of each validation of a run that has saved its state."""
+    tensors = torch.load(folder / "out" / f"{name}-state" / state.TENSORS, weights_only=True)
+    return [tuple(one) for one in tensors["validation"]["validations"]]
+
+
+# --- the measure ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family() -> StableDiffusion:
+    from library.models import open_family
+
+    family = open_family(str(BASE), v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
+    family.load_text_encoders(torch.float32, "cpu")
+    family.load_unet(torch.float32, "cpu")
+    return family
+
+
+def test_the_noise_of_an_image_does_not_depend_on_its_batch(family: StableDiffusion) -> None:
+    latents = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    keys = list("abcde")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        condition = family.encode_prompts(["a fox"] * 5)["hidden_states"]
+
+    def losses(rows: list[int], seed: int = 0) -> torch.Tensor:
+        picked = {"hidden_states": condition[rows]}
+        own = [keys[row] for row in rows]
+        return image_losses(family, latents[rows], picked, 500, keys=own, seed=seed, loss=mean_squares)
+
+    together, turned = losses([0, 1, 2, 3, 4]), losses([4, 2, 0])
+    torch.testing.assert_close(turned, together[[4, 2, 0]], rtol=1e-5, atol=0)
+    assert torch.equal(together, losses([0, 1, 2, 3, 4]))
+    assert not torch.allclose(together, losses([0, 1, 2, 3, 4], seed=1), rtol=1e-3)
+
+
+def test_the_bins_are_five_equal_parts() -> None:
+    assert middles() == (100, 300, 500, 700, 900)
+    assert middles(200, 300) == (210, 230, 250, 270, 290)
+    assert middles(7, 8) == (7,)
+
+
+def test_fixed_noise_loss_is_the_same_for_any_batch_size(family: StableDiffusion) -> None:
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    one, all_at_once = (fixed_noise_loss(family, latents, ["a", "b", "c"], seed=4, batch_size=size) for size in (1, 3))
+    assert one == pytest.approx(all_at_once, rel=1e-5)
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--network_dropout", "0.3", "--shuffle_caption", "--ema_decay", "0.9", "--ema_for", "validate"),
+        ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug", "--random_crop"),
+        (
+            *("--optimizer_type", "AdamWScheduleFree", "--mixed_precision", "bf16", "--vae_batch_size", "4"),
+            *("--cache_text_encoder_outputs", "--network_train_unet_only"),
+        ),
+    ],
+    ids=lambda words: words[0].removeprefix("--"),
+)
+def test_training_does_not_notice(words: tuple[str, ...], train: Train, tmp_path: Path) -> None:
+    """The same images trained with and without others to validate on: the same bits."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for image in sorted((IMAGES / "validation").glob("*.png"))[:3]:
+        shutil.copy(image, other)
+        shutil.copy(image.with_suffix(".txt"), other)
+    for name, more in (("without", ""), ("with", f"validation_dir = '{other.as_posix()}'\n")):
+        config = tmp_path / f"{name}.toml"
+        folder = (tmp_path / "data" / "2_style").as_posix()
+        config.write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{folder}'\nnum_repeats = 2\n{more}")
+        train_words = ("--dataset_config", str(config), "--train_data_dir", "", "--output_name", name)
+        assert train(*words, *train_words, "--validate_every_n_steps", "1", "--max_train_steps", "2") == 0
+    assert same(weights(tmp_path, "without"), weights(tmp_path, "with"))
+    assert (tmp_path / "out" / "with-best.safetensors").exists()
+    assert metadata(tmp_path, "with")["ss_num_validation_images"] == "3"
+
+
+def test_the_numbers_do_not_depend_on_how_they_are_made(train: Train, tmp_path: Path) -> None:
+    """Before training the network does nothing: whatever changes then comes from the measuring."""
+    variants: dict[str, tuple[str, ...]] = {
+        "plain": (),
+        "batch": ("--train_batch_size", "1"),
+        "uncached": ("--no-cache_latents", "--max_data_loader_n_workers", "2"),
+        "drawn": ("--shuffle_caption", "--caption_tag_dropout_rate", "0.9", "--no-cache_latents", "--random_crop"),
+        "training's seed": ("--seed", "2", "--validation_seed", "1"),
+        "validation's seed": ("--validation_seed", "2"),
+    }
+    found = {}
+    for name, words in variants.items():
+        more = ("--max_train_steps", "1", "--save_state_on_train_end", "--output_name", name)
+        assert train(*SPLIT, *more, *words) == 0
+        found[name] = measured(tmp_path, name)[0]
+    assert found.pop("validation's seed")[1] != pytest.approx(found["plain"][1], rel=1e-3)
+    for name, (step, loss, by_timestep) in found.items():
+        assert step == 0
+        assert loss == pytest.approx(found["plain"][1], rel=1e-5), name
+        assert by_timestep == pytest.approx(found["plain"][2], rel=1e-4), name
+
+
+def test_what_is_said_and_written(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ("--validate_every_n_steps", "2", "--max_validation_steps", "1", "--train_batch_size", "1")
+    logs = ("--logging_dir", str(tmp_path / "logs"), "--save_state_on_train_end")
+    assert train(*SPLIT, *words, *logs, "--max_train_steps", "3") == 0
+    messages = capsys.readouterr().err
+    (event,) = (tmp_path / "logs").rglob("events*")
+    events = EventAccumulator(str(event.parent))
+    events.Reload()
+    curves = [f"loss/validation/t{t}" for t in middles()]
+    curves += ["loss/validation/step_average", "loss/validation/step_divergence"]
+    assert {name for name in events.Tags()["scalars"] if "validation" in name} == set(curves)
+    history = measured(tmp_path)
+    assert [step for step, _, _ in history] == [0, 2, 3]
+    found = events.Scalars("loss/validation/step_average")
+    assert [(one.step, one.value) for one in found] == [(step, pytest.approx(loss)) for step, loss, _ in history]
+    assert history[1][1] == pytest.approx(sum(history[1][2].values()) / 5)
+    assert "2 images are held back to validate on; 4 are left to train" in messages
+    assert "validation  2 images held back: 1 batch × 5 timesteps, 3 times" in messages
+    assert "validation was lowest at" in messages
+    said = metadata(tmp_path, "test-best")
+    assert (said["ss_num_validation_images"], said["ss_num_train_images"]) == ("2", "8")
+    assert (said["ss_validation_split"], said["ss_validation_seed"]) == ("0.34", "None")
+    assert (said["ss_validate_every_n_steps"], said["ss_max_validation_steps"]) == ("2", "1")
+
+
+def losses_of(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """The validations of a run find these, one after the other, and the last one for good."""
+    left = list(losses)
+
+    def found(*_: Any) -> dict[int, float]:
+        return {500: left.pop(0) if len(left) > 1 else left[0]}
+
+    monkeypatch.setattr("library.training.validation.measure", found)
+
+
+STOPS = (*SPLIT, "--validate_every_n_steps", "1", "--early_stopping_patience", "2", "--max_train_steps", "9")
+
+
+def test_early_stopping_keeps_the_best_and_ends_well(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses_of(monkeypatch, [1.0, 0.9, 0.8, 0.85, 0.84])
+    assert train(*STOPS, "--save_every_n_steps", "2", "--save_state_on_train_end") == 0
+    messages = capsys.readouterr().err
+    assert "early stopping after step 4: 2 validations without improvement" in messages
+    assert "lowest at step 2 (0.8000) (1.0000 before training); the last 2 steps made it 5.0% worse" in messages
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "test-best.safetensors",
+        "test-state",
+        "test-step00000002.safetensors",
+        "test-step00000004.safetensors",
+        "test.safetensors",
+    ]
+    assert same(weights(tmp_path, "test-best"), weights(tmp_path, "test-step00000002"))
+    assert same(weights(tmp_path, "test"), weights(tmp_path, "test-step00000004"))
+    assert [metadata(tmp_path, name)["ss_steps"] for name in ("test", "test-best")] == ["4", "2"]
+
+
+def test_the_best_file_can_be_trained_on(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*SPLIT, "--max_train_steps", "1") == 0
+    best = str(tmp_path / "out" / "test-best.safetensors")
+    assert (
+        train("--network_weights", best, "--dim_from_weights", "--output_name", "next", "--max_train_steps", "1") == 0
+    )
+    (tmp_path / "out" / "test.safetensors").unlink()
+    assert train(*SPLIT) == 2
+    assert "test-best.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--mixed_precision", "bf16", "--full_bf16", "--ema_decay", "0.99", "--network_dropout", "0.2"),
+        (
+            *("--dynamic_weight_decay", "--optimizer_args", "weight_decay=0.5", "--wd_schedule", "adaptive"),
+            *("--wd_flat", "window=3", "slope=10", "earliest=0", "validation=10"),
+        ),
+    ],
+    ids=["ema", "wd_flat"],
+)
+def test_a_resumed_run_has_the_same_history(
+    words: tuple[str, ...], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = (*SPLIT, *words, "--validate_every_n_steps", "1", "--max_train_steps", "3", "--save_state_on_train_end")
+    assert train(*common, "--output_name", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert train(*common, "--output_name", "broken") == 130
+    assert train(*common, "--output_name", "broken", "--resume", "latest") == 0
+    assert measured(tmp_path, "whole") == measured(tmp_path, "broken")
+    for name in ("", "-best"):
+        assert same(weights(tmp_path, f"whole{name}"), weights(tmp_path, f"broken{name}"))
+    whole, broken = (
+        torch.load(tmp_path / "out" / f"{name}-state" / state.TENSORS, weights_only=True)
+        for name in ("whole", "broken")
+    )
+    if whole["average"] is not None:
+        assert whole["average"]["steps"] == broken["average"]["steps"] == 3
+        assert all(map(torch.equal, whole["average"]["average"], broken["average"]["average"]))
+
+
+def test_patience_goes_on_counting(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses_of(monkeypatch, [1.0, 0.9, 0.95, 0.95])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert train(*STOPS) == 130
+    assert train(*STOPS, "--resume", "latest", "--save_state_on_train_end") == 0
+    assert [step for step, _, _ in measured(tmp_path)] == [0, 1, 2, 3]
+    more = ("--resume", str(tmp_path / "out" / "test-state"), "--early_stopping_patience", "4")
+    assert train(*STOPS, *more, "--save_state_on_train_end") == 0
+    assert [step for step, _, _ in measured(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_weight_decay_waits_for_validation(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--wd_flat validation is told each validation once, before the next step."""
+    told: list[float | None] = []
+    step = loop.optimizer_step
+
+    def watched(run: loop.Run, item: loop.StepBatches) -> float:
+        observe = run.observe
+        assert observe is not None
+        run.observe = lambda loss, norm, validation: (told.append(validation), observe(loss, norm, validation))[1]
+        try:
+            return step(run, item)
+        finally:
+            run.observe = observe
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    losses_of(monkeypatch, [1.0, 0.9, 0.8])
+    decay = ("--dynamic_weight_decay", "--optimizer_args", "weight_decay=0.5", "--wd_schedule", "adaptive")
+    assert train(*SPLIT, "--validate_every_n_steps", "2", *decay, "--wd_flat", "validation=0.1") == 0
+    assert told == [1.0, None, 0.9, None]
+
+
+def test_the_caches_on_disk_hold_both(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--no-cache_latents", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
+    words = (*SPLIT, *words, "--network_train_unet_only", "--max_train_steps", "1", "--save_state_on_train_end")
+    assert train(*words, "--output_name", "first") == 0
+    monkeypatch.setattr(StableDiffusion, "load_vae", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(StableDiffusion, "load_text_encoders", lambda *_: pytest.fail("encoded again"))
+    assert train(*words, "--output_name", "second") == 0
+    assert "of other images" not in capsys.readouterr().err
+    assert measured(tmp_path, "first") == measured(tmp_path, "second")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--early_stopping_patience", "2"), "--early_stopping_patience needs images to validate on"),
+        (("--validation_split", "0.01"), "validation_split 0.01 of 6 different images is none: at least 0.084"),
+        (("--validation_split", "1"), "all of them are held back to validate on"),
+        (("--validation_split", "1.5"), "--validation_split: must be at most 1, not 1.5"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes(
+    words: tuple[str, ...], message: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*words) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    check_validation((), ValidationOptions(validate_every_n_steps=2, early_stopping_threshold=0.1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--validate_every_n_steps has no effect: it matters only together with --validation_split",
+        "--early_stopping_threshold has no effect without --early_stopping_patience",
+    ]
+
+
+def test_a_dry_run_counts_the_best_file(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*SPLIT, "--dry_run", "--early_stopping_patience", "3", "--cache_latents_to_disk") == 0
+    said = capsys.readouterr().out
+    assert "2 images held back: 1 batch × 5 timesteps, 2 times; ends early after 3 validations without" in said
+    assert "2 files of" in said
+    assert "test-best.safetensors" in said
+    assert "latents: 6 files" in said
