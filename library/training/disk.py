@@ -28,7 +28,7 @@ def most_at_once(saves: SavePlan, *, after_step: int, of_file: int, of_state: in
     An old file goes when the new one is there, so for a moment both are.
     """
     there = {saves.best_file: of_file} if saves.best else {}
-    most = 0
+    most = sum(there.values())
     for due in (due for step in saves.steps_that_save() if step > after_step for due in saves.due(step)):
         there[due.path] = of_file
         if due.state is not None:

@@ -175,6 +175,10 @@ def _memory(built: Built) -> Iterator[str]:
     state = state_bytes(run.optimizer.optimizer)
     yield _line("optimizer", f"{human_bytes(state)} of state, {state / count:.2f} bytes a parameter")
 
+    average = _average_bytes(built)
+    if average:
+        yield _line("average", f"{human_bytes(average)}, and the weights once more while it is in their place")
+
     family = run.family
     parts = [family.unet, run.network]
     parts += [] if data.cache_text_encoder_outputs else family.text_encoders
@@ -184,13 +188,18 @@ def _memory(built: Built) -> Iterator[str]:
     run.optimizer.zero_grad(set_to_none=True)
     yield _line(
         "memory",
-        f"about {human_bytes(weights + state + step)} in a step, beside the program itself: weights "
+        f"about {human_bytes(weights + state + average + step)} in a step, beside the program itself: weights "
         f"{human_bytes(weights)}, state {human_bytes(state)}, activations and gradients {human_bytes(step)}",
     )
     if data.cache_latents:
         encoding = peak_of(lambda fake: family.encode_images(fake(_pixels(built, data.vae_batch_size))))
         encoding += parameter_bytes([family.vae])
         yield _line("", f"about {human_bytes(encoding)} while images are encoded, {data.vae_batch_size} at a time")
+
+
+def _average_bytes(built: Built) -> int:
+    """What --ema_decay keeps."""
+    return 0 if built.run.ema is None else sum(tensor.nbytes for tensor in built.run.ema.average)
 
 
 def _fake_step(built: Built, fake: Callable[[Tensor], Tensor]) -> None:
@@ -261,6 +270,7 @@ def _files(built: Built) -> Iterator[str]:
     tensors = run.network.state_dict()
     of_file = disk.file_bytes(tensors, built.plan.options.output.save_precision)
     of_state = disk.file_bytes(tensors, None) + tensor_bytes(run.optimizer.optimizer.state)  # `_memory` has made it
+    of_state += _average_bytes(built)
     files, states = saves.planned_files(after_step=run.done), saves.planned_states(after_step=run.done)
     most = disk.most_at_once(saves, after_step=run.done, of_file=of_file, of_state=of_state)
     room = human_bytes(shutil.disk_usage(_existing(saves.folder)).free)

@@ -129,7 +129,8 @@ class SavePlan:
     def planned_files(self, *, after_step: int = 0) -> list[Path]:
         """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
         best = [self.best_file] if self.best else []
-        return [*best, *(due.path for step in self.steps_that_save() if step > after_step for due in self.due(step))]
+        steps = (step for step in self.steps_that_save() if step > after_step)
+        return [*best, *(due.path for step in steps for due in self.due(step))]
 
     def planned_states(self, *, after_step: int = 0) -> list[Path]:
         """As `planned_files`, the folders of states."""

@@ -22,6 +22,11 @@ IMAGES = ROOT / "quickstart" / "images" / "train"
 
 LONG = ("--max_train_steps", "8", "--lr_scheduler", "cosine", "--shuffle_caption", "--flip_aug")
 ADAM8 = ("--optimizer_type", "CustomAdamW", "--network_dim", "64")
+# two of five images; nothing improves by a half, so the second validation after a step is the last
+VALIDATED = (
+    *("--validation_split", "0.4", "--validate_every_n_steps", "1", "--max_train_steps", "4"),
+    *("--early_stopping_patience", "1", "--early_stopping_threshold", "0.5"),
+)
 
 
 def words(folder: Path, name: str, *more: str) -> list[str]:
@@ -50,6 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
         "whole": words(folder, "whole", *LONG, *ADAM8, end),
         "broken": words(folder, "broken", *LONG, *ADAM8, "@stop=3"),
         "resumed": words(folder, "broken", *LONG, *ADAM8, end, "--resume", "latest"),
+        "validated": words(folder, "validated", *VALIDATED, end),
         "nan": words(folder, "nan", *LONG, "@nan=2"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
     }
@@ -138,3 +144,23 @@ def test_too_few_images_for_the_processes(runs: Any) -> None:
     for run in runs("few"):
         assert run["code"] == 2
         assert "2 processes, and an epoch has only 1 batches" in run["error"]
+
+
+def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, tmp_path: Path) -> None:
+    """The same network gives the same number to the bit; what training adds up in another order comes on top."""
+    from train_network import main
+
+    assert [run["code"] for run in runs("validated")] == [0, 0]
+    assert [run["seen"][-1][0] for run in runs("validated")] == [2, 2]
+    assert "validated-best.safetensors" in runs("validated")[0]["written"]
+    assert runs("validated")[1]["written"] == []
+    shutil.copytree(runs.folder / "data", tmp_path / "data")
+    single = words(tmp_path, "one", *VALIDATED, "--save_state_on_train_end", "--gradient_accumulation_steps", "2")
+    assert main(single) == 0
+    one, two = (
+        final_state(folder, name)["validation"]["validations"]
+        for folder, name in ((tmp_path, "one"), (runs.folder, "validated"))
+    )
+    assert one[0] == two[0]
+    assert [step for step, _, _ in one] == [step for step, _, _ in two] == [0, 1, 2]
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-5)
