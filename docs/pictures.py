@@ -1,11 +1,13 @@
-"""Makes the pictures of docs/data.md.
+"""Makes the pictures of docs/data.md, docs/optimizer.md and docs/presets.md.
 
-`python -m docs.pictures FOLDER` writes the images and data sets of that page into FOLDER, runs its commands there, and
-puts what they draw into docs/images.
+`python -m docs.pictures FOLDER` writes the images and data sets of docs/data.md into FOLDER, runs its commands there,
+and puts what they draw into docs/images; the curves of the weight decay and the rate finder's plot of the quickstart,
+too.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -88,6 +90,58 @@ def make(folder: Path) -> list[Path]:
     return sorted((folder / "output").glob("*-dataset.png"))
 
 
+def weight_decay(path: Path) -> None:
+    """The shapes that a falling weight decay can have, and those of the presets, over 5000 steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from library.optimizers import preset_arguments
+    from library.optimizers.weight_decay import Curve
+
+    shapes = {
+        "exponential": Curve(),
+        "exponential, wd_max_progress inf": Curve(max_progress=math.inf),
+        "cosine": Curve("cosine"),
+        "sigmoid": Curve("sigmoid"),
+        "linear": Curve("linear"),
+        "multi_stage 1000:0.7,3000:0.4": Curve("multi_stage", stages=((0, 1.0), (1000, 0.7), (3000, 0.4))),
+    }
+    names = (
+        *("conservative", "language_model_finetune", "default", "image_classification", "stable_diffusion_lora"),
+        "aggressive",
+    )
+    presets = {}
+    for name in names:
+        numbers = preset_arguments(name)
+        presets[name] = Curve(
+            **{key: numbers[f"wd_{key}"] for key in ("transition_steps", "decay_factor", "min_ratio")}
+        )
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (("shapes", shapes), ("presets", presets))
+    for axes, (title, curves) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        for label, curve in curves.items():
+            steps = range(1, 5001, 5)
+            axes.plot(steps, [curve.factor(step) for step in steps], label=label)
+        axes.set(title=title, xlabel="optimizer step", ylim=(0, 1.05), xlim=(0, 5000))
+        axes.legend(frameon=False, fontsize="small", loc="lower left")
+        axes.grid(color="0.92")
+    figure.axes[0].set_ylabel("share of the weight decay")
+    figure.savefig(path, dpi=100, format="png")
+
+
+def rate_finder(folder: Path) -> Path:
+    """The plot that the rate finder draws of the quickstart, as docs/presets.md says to call it."""
+    before = Path.cwd()
+    os.chdir(DOCS.parent)
+    try:
+        assert main(["--config_file", "configs/quickstart.toml", "--find_lr", "--output_dir", str(folder)]) == 0
+    finally:
+        os.chdir(before)
+    return folder / "quickstart-find-lr.png"
+
+
 if __name__ == "__main__":
-    for picture in make(Path(sys.argv[1])):
+    for picture in (*make(Path(sys.argv[1])), rate_finder(Path(sys.argv[1]))):
         shutil.copy(picture, IMAGES)
+    weight_decay(IMAGES / "weight-decay.png")

@@ -6,10 +6,15 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toml
+from PIL import Image
 
+from docs import pictures
 from library.config.presets import presets
+from library.optimizers import auto_weight_decay
+from library.training import recommend
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
@@ -28,9 +33,13 @@ def test_every_command_trains(command: list[str], monkeypatch: pytest.MonkeyPatc
     from train_network import main
 
     monkeypatch.chdir(ROOT)
-    small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--no-enable_bucket", "--resolution", "64"]
-    assert main([*command[1:], *small, "--output_dir", str(tmp_path)]) == 0
-    assert list(tmp_path.glob("*.safetensors"))
+    words = [*command[1:], "--max_train_epochs", "0", "--max_train_steps", "1", "--output_dir", str(tmp_path)]
+    words += ["--no-enable_bucket", "--resolution", "64", "--compare_prompts="]
+    if "--find_lr" in command:
+        words += ["--find_lr_start", "1e-4", "--find_lr_steps", "20"]
+    assert main(words) == 0
+    written = {"--find_lr": "*-find-lr.png", "--recommend": "*-recommended.toml"}
+    assert list(tmp_path.glob(next((written[word] for word in command if word in written), "*.safetensors")))
 
 
 def test_the_scripts_are_those_that_are_tested() -> None:
@@ -44,13 +53,51 @@ def test_the_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "5e-05 1500\n"
 
 
+def test_the_pictures_are_there() -> None:
+    shown = re.findall(r"\(images/(.*?)\)", PAGE)
+    assert shown == ["weight-decay.png", "quickstart-find-lr.png"]
+    assert all((pictures.IMAGES / name).is_file() for name in shown)
+
+
+def test_the_curves_are_drawn_as_they_are(tmp_path: Path) -> None:
+    pictures.weight_decay(tmp_path / "new.png")
+    new, old = (
+        np.asarray(Image.open(file).convert("RGB"), np.float32)
+        for file in (tmp_path / "new.png", pictures.IMAGES / "weight-decay.png")
+    )
+    assert new.shape == old.shape
+    assert np.abs(new - old).mean() < 2, "python -m docs.pictures makes it anew"
+
+
+def test_the_advice_is_what_the_program_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from train_network import main
+
+    (command,) = [words for words in COMMANDS if "--recommend" in words]
+    (shown,) = [block for block in blocks("text") if "advice" in block]
+    assert main([*command[1:], "--output_dir", str(tmp_path)]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_the_table_of_sizes() -> None:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines()]
+    table = [row for row in cells if len(row) == 6 and re.fullmatch(r"[\d,]+", row[0])]
+    assert len(table) == 5
+    for row in table:
+        images, rank, batch, together, each = (int(cell.replace(",", "")) for cell in row[:5])
+        factor, least = (float(cell) for cell in row[5].split(","))
+        assert recommend._by_size(images) == (rank, batch)
+        assert (recommend.views(images), int(recommend.views(images) / images)) == (together, each)
+        assert auto_weight_decay.decay_factor(images, None)[0] == factor
+        assert auto_weight_decay.min_ratio(images)[0] == least
+
+
 def values(name: str) -> dict[str, object]:
     return {key: value for section in toml.load(ALL[name]).values() for key, value in section.items()}
 
 
 def rows(section: str) -> dict[str, list[str]]:
     """The table of a section, by preset."""
-    (text,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(rf"^##+ {section}$(.*?)(?=^##|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
     return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in lines}
 

@@ -410,10 +410,6 @@ class RunOptions:
         "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
     )
 
-    def __post_init__(self) -> None:
-        if self.debug_dataset and self.dry_run:
-            raise UserError("--debug_dataset and --dry_run: give one of them; the one draws the data, the other counts")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -444,6 +440,20 @@ class Options:
             raise UserError(
                 f"--{self.data.text_cache_option} needs --network_train_unet_only: what is cached cannot learn"
             )
+        instead = {
+            **{name: getattr(self.run, name) for name in ("dry_run", "debug_dataset")},
+            **{name: getattr(self.guidance, name) for name in ("find_lr", "recommend")},
+        }
+        asked = [f"--{name}" for name, value in instead.items() if value]
+        if len(asked) > 1:
+            raise UserError(f"{' and '.join(asked)}: give one of them; each does something else instead of training")
+        if self.run.resume is not None and (self.guidance.find_lr or self.guidance.recommend):
+            raise UserError(f"{asked[0]} is for a run that has not begun, and --resume goes on with one")
+
+    @property
+    def trains(self) -> bool:
+        """Whether this run trains and writes a LoRA."""
+        return not (self.run.dry_run or self.guidance.find_lr)
 
 
 @lru_cache(maxsize=1)

@@ -67,7 +67,7 @@ def check_options(
         for name in given:
             logger.warning("--%s has no effect with --no-dynamic_weight_decay", name)
         return
-    base = _weight_decay_of(choice)
+    base = weight_decay_of(choice)
     if base is None:
         raise UserError(f"{_OWNER}: {choice.name} has no weight_decay that could change with the steps")
     if base == 0 and options.dynamic_weight_decay:
@@ -183,7 +183,7 @@ def _defaults() -> dict[str, Any]:
     return {name: item.default for name, item in inspect.signature(CustomAdamW).parameters.items()}
 
 
-def _weight_decay_of(choice: OptimizerChoice) -> Any:
+def weight_decay_of(choice: OptimizerChoice) -> Any:
     """The weight decay that the optimizer will have; None if it knows none."""
     if "weight_decay" in choice.arguments:
         return choice.arguments["weight_decay"]

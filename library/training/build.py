@@ -160,7 +160,7 @@ def build(plan: Plan) -> Built:
             of_state=disk.file_bytes(tensors, None),  # at least: the optimizer's part is not known before a step
         )
     samples: Callable[[int], None] = _nothing
-    if accelerator.is_main_process and not options.run.dry_run:
+    if accelerator.is_main_process and options.trains:
         samples = _sampling(plan, saves, accelerator, network, prompts) or samples
         saver = Saver(
             saves=saves,
@@ -184,7 +184,7 @@ def _accelerator(plan: Plan) -> Accelerator:
         )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
-    if not options.run.dry_run:
+    if options.trains:
         trackers.start(accelerator, plan.trackers, options)
     return accelerator
 
@@ -223,7 +223,7 @@ def _save_plan(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -
         ending=output.save_model_as,
         best=plan.prepared.validation is not None,
     )
-    if accelerator.is_main_process and not options.run.dry_run:
+    if accelerator.is_main_process and options.trains:
         _check_free(plan, saves)
         save.prepare_folder(saves.folder)
     accelerator.wait_for_everyone()

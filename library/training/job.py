@@ -1,4 +1,5 @@
-"""A whole job: plan, then the contact sheet of the data; or build, then a dry run, or the training and its pictures."""
+"""A whole job: plan, then the contact sheet of the data or advice; or build, then a dry run, the rate finder, or the
+training and its pictures."""
 
 from __future__ import annotations
 
@@ -22,16 +23,26 @@ def run(options: Options) -> int:
 
         contact_sheet.draw(plan)
         return 0
+    if options.guidance.recommend:
+        from library.training import recommend
+
+        recommend.report(plan)
+        return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
-    from library.training import dry_run, loop
+    from library.training import dry_run, find_lr, loop
     from library.training.build import build
 
+    if options.guidance.find_lr:
+        find_lr.refuse(plan.choice)
     built = build(plan)
     if options.run.dry_run:
         dry_run.report(built, measure=options.run.dry_run == "measure")
         return 0
     for line in dry_run.summary(built):
         logger.info("%s", line)
+    if options.guidance.find_lr:
+        find_lr.report(built, find_lr.find(built))
+        return 0
     if built.run.done == 0:
         built.samples(0)
     stopped_by = loop.train(built.run)
