@@ -23,7 +23,7 @@ def run(options: Options) -> int:
         contact_sheet.draw(plan)
         return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
-    from library.training import dry_run, loop
+    from library.training import dry_run, loop, monitor
     from library.training.build import build
 
     built = build(plan)
@@ -32,10 +32,13 @@ def run(options: Options) -> int:
         return 0
     for line in dry_run.summary(built):
         logger.info("%s", line)
+    monitor.attach(built)
     if built.run.done == 0:
         built.samples(0)
     stopped_by = loop.train(built.run)
     built.run.accelerator.end_training()
+    if built.run.monitor is not None:
+        built.run.monitor.close()
     if built.run.accelerator.is_main_process and stopped_by is None:
         _draw(built)
     return 0 if stopped_by is None else 128 + stopped_by

@@ -64,7 +64,7 @@ def test_the_masked_loss_is_the_mean_over_all_elements(alpha_folder: Path, tmp_p
         device = torch.device("cpu")
         return batch_loss(
             batch, run.family, run.objective, seed=3, device=device, train_text=False, without=nullcontext
-        ).item()
+        ).loss.item()
 
     whole, right, left = loss(None), loss(half), loss(1 - half)
     assert 0 < right < whole
