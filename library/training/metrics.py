@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,26 +41,29 @@ class MetricsFile:
         self.path = path
         self._file: Any = None
         self._run = {"format": FORMAT, **run}
-        self._broken = False
+        self._incomplete = False
         if done and belongs_to(path, session_id=run["session_id"]):
             self._begin(done)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line. A disk that takes no more ends the file, with a warning, and not the training."""
-        if self._broken:
-            return
+        """Append a line. One that the disk does not take is left out, and the first such is said: training goes on."""
+        text = _text({"step": step, **values})
         try:
             if self._file is None:
                 self._begin(0)
-            # one unbuffered write: a process that is killed has written the line or not
-            self._file.write(_text({"step": step, **values}))
+            before = os.fstat(self._file.fileno()).st_size
+            # unbuffered, in one piece: a process that is killed has written the line or not
+            if self._file.write(text) < len(text):
+                self._file.truncate(before)
+                raise OSError("the disk took a part of a line")
         except (OSError, UserError) as error:
-            self._broken = True
-            logger.warning("%s: no more lines are written, training goes on: %s", self.path, error)
+            if not self._incomplete:
+                logger.warning("%s: lines are missing from step %d on, training goes on: %s", self.path, step, error)
+            self._incomplete = True
 
     def go_back(self, step: int) -> None:
         """Drop the lines of later steps."""
-        if self._file is not None and not self._broken:
+        if self._file is not None:
             self._file.close()
             self._begin(step)
 
