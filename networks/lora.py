@@ -111,6 +111,27 @@ class LoRA(AdapterModule):
         down, up = self._pair()
         return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * abs(self.scale)
 
+    @classmethod
+    def weight_norms(cls, adapters: Sequence[AdapterModule]) -> list[Tensor]:
+        """On a GPU pairs of the same shapes in one batch: a UNet has hundreds of them and a dozen different shapes."""
+        if all(parameter.device.type == "cpu" for adapter in adapters for parameter in adapter.parameters()):
+            return super().weight_norms(adapters)  # stacking would cost more than hundreds of small products
+        return cls._batched_norms(adapters)
+
+    @staticmethod
+    def _batched_norms(adapters: Sequence[AdapterModule]) -> list[Tensor]:
+        norms: dict[int, Tensor] = {}
+        shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+        pairs = [adapter._pair() for adapter in adapters if isinstance(adapter, LoRA)]
+        for index, (down, up) in enumerate(pairs):
+            shapes.setdefault((down.shape, up.shape), []).append(index)
+        for places in shapes.values():
+            downs = torch.stack([pairs[index][0] for index in places])
+            ups = torch.stack([pairs[index][1] for index in places])
+            squares = ((ups.mT @ ups) * (downs @ downs.mT)).sum((1, 2)).clamp(min=0)
+            norms |= zip(places, squares.sqrt().unbind(), strict=True)
+        return [norms[index] * abs(adapter.scale) for index, adapter in enumerate(adapters)]
+
     def scale_weights(self, ratio: float) -> None:
         self.lora_down.weight.mul_(ratio**0.5)
         self.lora_up.weight.mul_(ratio**0.5)

@@ -118,6 +118,11 @@ class AdapterModule(nn.Module):
         """Frobenius norm of `delta_weight`, a 0-d fp32 tensor."""
         return self.delta_weight().norm()
 
+    @classmethod
+    def weight_norms(cls, adapters: Sequence[AdapterModule]) -> list[Tensor]:
+        """`weight_norm` of each of these, all of this class; where that pays, a subclass takes many at once."""
+        return [adapter.weight_norm() for adapter in adapters]
+
     def scale_weights(self, ratio: float) -> None:
         """Multiply `delta_weight` by `ratio`, in place."""
         raise NotImplementedError
@@ -165,6 +170,16 @@ class AdapterNetwork(nn.Module):
     def module_counts(self) -> dict[str, int]:
         """Adapters per section, to compare with what the architecture should have."""
         return {section: len(adapters) for section, adapters in self.sections().items()}
+
+    @torch.no_grad()
+    def weight_norms(self) -> Tensor:
+        """`weight_norm` of every adapter in the order of `adapters`: [n], fp32."""
+        adapters = list(self.adapters)
+        norms: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(type(adapter) for adapter in adapters):
+            places = [index for index, adapter in enumerate(adapters) if type(adapter) is kind]
+            norms |= zip(places, kind.weight_norms([adapters[index] for index in places]), strict=True)
+        return torch.stack([norms[index] for index in range(len(adapters))])
 
     # -- on the model
 

@@ -24,6 +24,7 @@ from library.config.fields import (
     read_token_length,
 )
 from library.config.guidance import GuidanceOptions
+from library.config.monitoring import MonitoringOptions
 from library.config.objective import ObjectiveOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.config.schedule import ScheduleOptions
@@ -430,6 +431,7 @@ class Options:
     ema: EmaOptions = field(default_factory=EmaOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)
+    monitoring: MonitoringOptions = field(default_factory=MonitoringOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)
     run: RunOptions = field(default_factory=RunOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)

@@ -80,7 +80,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _group(group: type) -> str:
-    ours = "CustomAdamW" in (group.__doc__ or "")
+    ours = any(mark in (group.__doc__ or "") for mark in ("CustomAdamW", "(ours)"))
     rows = [
         (f"`--{name}`", _default(item), _meaning(item), _status(item, ours=ours))
         for name, item in declared(group).items()

@@ -12,6 +12,7 @@ import torch
 from library.config import registry
 from library.errors import UserError, did_you_mean
 from library.optimizers import CUSTOM_ADAMW, OPTIMIZERS
+from library.optimizers.custom_adamw.options import decayed_weight_decay
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,17 @@ def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
             rate = optimizer._get_lr(group, state) if state else 0.0  # type: ignore[attr-defined]
         rates[str(group.get("name", f"group{index}"))] = float(rate) * float(group.get("d", 1.0))
     return rates
+
+
+def effective_weight_decays(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The weight decay of the last step per group, by the group's name; empty for an optimizer without one."""
+    decays = {}
+    for index, group in enumerate(optimizer.param_groups):
+        if "weight_decay" in group:
+            own = "wd_schedule" in group  # CustomAdamW keeps the one it began with, and follows its curve in each step
+            decay = decayed_weight_decay(group, group["step"]) if own else float(group["weight_decay"])
+            decays[str(group.get("name", f"group{index}"))] = decay
+    return decays
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
-from library.training import disk, loop, sample, save, state, trackers, validation
+from library.training import disk, loop, metrics, sample, save, state, trackers, validation
 from library.training.divergence import Guard
 from library.training.ema import Ema
 from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
@@ -238,7 +238,7 @@ def _check_free(plan: Plan, saves: save.SavePlan) -> None:
     if resume is not None:
         files = [file for file in files if not belongs_to(file, session_id=plan.session_id)]
         drawn = drawn if saves.last_file in files else []  # the pictures of a file are its run's
-    save.check_free([*files, *drawn], overwrite=plan.options.output.overwrite)
+    save.check_free([*files, *drawn, *metrics.new_files(plan, saves)], overwrite=plan.options.output.overwrite)
 
 
 def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from library.data.captions import as_written, changing_options
 from library.data.dataset import Batch, Draw
 from library.data.disk_cache import Found, caption_files, latent_files, look
 from library.optimizers.create import state_bytes, tensor_bytes
-from library.training import disk, loop
+from library.training import disk, loop, metrics
 from library.training.build import pictures
 from library.training.encode import latents_on_disk, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
@@ -281,6 +281,8 @@ def _files(built: Built) -> Iterator[str]:
     drawn = list(pictures(built.plan.options, saves).values())
     if drawn:
         yield from _paths(_count(len(drawn), "picture"), drawn)
+    for path in metrics.planned_files(built.plan.options, saves):
+        yield from _paths("what each step does", [path])
 
 
 def _paths(what: str, paths: Sequence[Path]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from library.errors import UserError
 from library.optimizers.create import OptimizerChoice, ParameterGroups
 from library.progress import progress
 from library.training import divergence, loop, lr_curve, state
+from library.training.loss_history import LossHistory
 from library.training.step import batch_loss
 from networks.protocol import without
 
@@ -112,7 +113,7 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
     `groups`: with the rates as configured; each is multiplied by rate / `reference`. Afterwards weights, optimizer,
     schedule, loss scale and torch's random numbers are as they were, bit for bit.
     """
-    trial = replace(run, schedule=None, observe=None, total_steps=len(rates), losses=[])
+    trial = replace(run, schedule=None, observe=None, total_steps=len(rates), losses=LossHistory(), monitor=None)
     losses: list[float] = []
     with _undone(run):
         batches = measured_batches(run)
@@ -165,7 +166,7 @@ def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
     total = 0.0
     for batch in batches:
         with run.accelerator.autocast():
-            loss = batch_loss(
+            found = batch_loss(
                 batch,
                 run.family,
                 run.objective,
@@ -174,7 +175,7 @@ def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
                 train_text=False,
                 without=lambda: without(run.network),
             )
-        total += float(loss) * len(batch.samples)
+        total += float(found.loss) * len(batch.samples)
     run.network.train()
     return total / sum(len(batch.samples) for batch in batches)
 

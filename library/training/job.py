@@ -29,7 +29,7 @@ def run(options: Options) -> int:
         recommend.report(plan)
         return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
-    from library.training import dry_run, find_lr, loop
+    from library.training import dry_run, find_lr, loop, monitor
     from library.training.build import build
 
     if options.guidance.find_lr:
@@ -43,6 +43,7 @@ def run(options: Options) -> int:
     if options.guidance.find_lr:
         find_lr.report(built, find_lr.find(built))
         return 0
+    monitor.attach(built)
     if built.run.done == 0:
         built.samples(0)
     stopped_by = loop.train(built.run)
@@ -50,6 +51,8 @@ def run(options: Options) -> int:
     history = built.run.history
     if history is not None and (sentence := history.conclusion(best_file=built.saves.best_file.name)):
         logger.info("%s", sentence)
+    if built.run.monitor is not None:
+        built.run.monitor.close()
     if built.run.accelerator.is_main_process and stopped_by is None:
         _draw(built)
     return 0 if stopped_by is None else 128 + stopped_by

@@ -21,6 +21,7 @@ from library.errors import UserError
 from library.optimizers.create import effective_rates
 from library.progress import progress
 from library.training import divergence
+from library.training.loss_history import LossHistory
 from library.training.step import Objective, batch_loss
 from networks.protocol import without
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from library.data.loader import PixelLoader
     from library.models.family import ModelFamily
     from library.training.ema import Ema
+    from library.training.monitor import Monitor
     from library.training.validation_history import History
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,8 @@ class Run:
     save_now: Callable[[int], object]  # write the network as it is after so many steps
     guard: divergence.Guard  # what to do about a loss that is no number
     done: int = 0  # steps that an earlier run made
-    losses: list[float] = field(default_factory=list)
+    losses: LossHistory = field(default_factory=LossHistory)
+    monitor: Monitor | None = None  # what is measured and told of each step beside loss and rates
     save_best: Callable[[int], object] = lambda step: None  # write the network as the best so far
     save_last: Callable[[int], object] = lambda step: None  # write what is due, and the last file, for an early end
     validate: Callable[[int], bool] = lambda step: False  # if it is due after so many steps; True: end the run here
@@ -104,7 +107,11 @@ def train(run: Run) -> signal.Signals | None:
                 return _train(run, stop, bar)
             except divergence.Diverged as problem:
                 if not run.guard.roll_back(run, problem):
+                    if run.monitor is not None:
+                        run.monitor.diverged(problem.step, str(problem))
                     raise UserError(_end(run, problem)) from None
+                if run.monitor is not None:
+                    run.monitor.go_back(run.done, why=str(problem))
                 bar.n = run.done
                 bar.refresh()
 
@@ -118,13 +125,15 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
             epoch = item.epoch
             run.network.on_epoch_start(None, run.family.unet)
         try:
-            run.losses.append(optimizer_step(run, item))
+            run.losses.add(optimizer_step(run, item))
             if run.ema is not None and not run.optimizer.step_was_skipped:
                 run.ema.update()
         except divergence.Diverged as problem:
             if not run.guard.skip(run, problem):
                 raise
-            run.losses.append(math.nan)
+            run.losses.add(math.nan)
+            if run.monitor is not None:
+                run.monitor.diverged(item.step, str(problem))
         _report(run, item, bar)
         _from_training(run)
         if run.validate(item.step):
@@ -201,12 +210,16 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
         raise _diverged(run, item, losses)
     if run.observe is not None and math.isfinite(norm):
         run.observe(loss, norm, None if run.history is None else run.history.loss_after(item.step - 1))
+    if run.monitor is not None:
+        run.monitor.before_step(item.step, gradient_norm=norm)
     run.optimizer.step()
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.scale_weight_norms:
         run.network.apply_max_norm_regularization(run.scale_weight_norms, accelerator.device)
+    if run.monitor is not None:
+        run.monitor.after_step(item.step)
     return loss
 
 
@@ -243,7 +256,7 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     device = run.accelerator.device
     with run.accelerator.autocast():
-        loss = batch_loss(
+        found = batch_loss(
             batch,
             run.family,
             run.objective,
@@ -252,8 +265,10 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
             train_text=run.train_text,
             without=partial(without, run.network),
         )
-    run.accelerator.backward(loss * weight)
-    return loss.detach() * weight
+    if run.monitor is not None:
+        run.monitor.meter.batch(found.per_sample.detach(), found.t)
+    run.accelerator.backward(found.loss * weight)
+    return found.loss.detach() * weight
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
@@ -269,17 +284,19 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
 
 def _report(run: Run, item: StepBatches, bar: Any) -> None:
     rates = effective_rates(run.optimizer.optimizer)
-    recent = [loss for loss in run.losses[-100:] if math.isfinite(loss)]  # NaN: a step that was skipped
-    average = sum(recent) / len(recent) if recent else math.nan
+    loss, average = run.losses.recent[-1], run.losses.average
     different = sorted(set(rates.values()))
     shown = ",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values()))
     if len(different) > 4:  # rates by block or layer
         shown = f"{different[0]:.2e}..{different[-1]:.2e}"
     bar.set_postfix(loss=f"{average:.4f}", lr=shown, refresh=False)
     bar.update()
+    more: dict[str, float] = {}
+    if run.monitor is not None:
+        more = run.monitor.report(item.step, epoch=item.epoch + 1, loss=loss, average=average, rates=rates)
     if run.accelerator.trackers:
-        values = {"loss/current": run.losses[-1], "loss/average": average, "epoch": item.epoch + 1}
-        run.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates.items()}, step=item.step)
+        values = {"loss/current": loss, "loss/average": average, "epoch": item.epoch + 1}
+        run.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates.items()} | more, step=item.step)
 
 
 def _to_training(run: Run) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from library.training.loss_history import LossHistory
 from library.training.save import replacing
 
 
@@ -21,8 +22,9 @@ def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
     return means
 
 
-def plot_losses(path: Path, losses: Sequence[float], *, steps_per_epoch: int, title: str) -> None:
-    """A PNG of the loss per optimizer step, the first being step 1: faint as it came, strong as its moving mean.
+def plot_losses(path: Path, history: LossHistory, *, steps_per_epoch: int, title: str) -> None:
+    """A PNG of the loss per optimizer step: faint as it came, or in a long run the mean of a few steps, and strong as
+    its moving mean.
 
     The noise level drawn for each image moves a single step's loss more than learning does, so the mean is the
     curve to look at.
@@ -30,16 +32,19 @@ def plot_losses(path: Path, losses: Sequence[float], *, steps_per_epoch: int, ti
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    steps, losses = zip(*history.curve(), strict=True) if history.points else ((), ())
+    stretch, last = history.stretch, history.stretch * len(losses)
     window = max(10, len(losses) // 20)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="per step")
-    axes.plot(steps, smoothed(losses, window=window), color="tab:blue", linewidth=1.8, label=f"mean of {window} steps")
-    for boundary in range(steps_per_epoch, len(losses), max(steps_per_epoch, len(losses) // 20)):
+    each = "per step" if stretch == 1 else f"mean of {stretch} steps"
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label=each)
+    label = f"mean of {window * stretch} steps"
+    axes.plot(steps, smoothed(losses, window=window), color="tab:blue", linewidth=1.8, label=label)
+    for boundary in range(steps_per_epoch, last, max(steps_per_epoch, last // 20)):
         axes.axvline(boundary, color="0.85", linewidth=0.6, zorder=0)
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(1, max(2, len(losses))))
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(1, max(2, last)))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     with replacing(path) as beside:

@@ -34,7 +34,7 @@ FORMAT = 1
 FACTS, TENSORS = "state.json", "state.pt"
 
 # Options that a resumed run may change freely: they move no number, or only where files lie and what is reported.
-_FREE_GROUPS = ("output", "logging", "samples", "run", "divergence", "guidance")
+_FREE_GROUPS = ("output", "logging", "monitoring", "samples", "run", "divergence", "guidance")
 _FREE = frozenset(
     {
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
@@ -240,11 +240,8 @@ def load(state: State, run: Run) -> None:
 
 def tensors_of(run: Run) -> dict[str, Any]:
     """All that training changes, by name. The tensors are the run's own: they change with the next step."""
-    import torch
-
-    return {name: None if part is None else part.state_dict() for name, part in _parts(run).items()} | {
-        "losses": torch.tensor(run.losses, dtype=torch.float64)
-    }
+    parts = {name: None if part is None else part.state_dict() for name, part in _parts(run).items()}
+    return parts | run.losses.state_dict()
 
 
 def put(run: Run, tensors: dict[str, Any], where: str) -> None:
@@ -262,7 +259,7 @@ def put(run: Run, tensors: dict[str, Any], where: str) -> None:
             part.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{where}: its {name} does not fit this run's: {error}") from None
-    run.losses[:] = tensors["losses"].tolist()
+    run.losses.load_state_dict(tensors)
 
 
 def _parts(run: Run) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class Objective:
     noise: Noise
     thresholds: Tensor | None = None
     weights: Tensor | None = None
+
+
+class BatchLoss(NamedTuple):
+    """What a batch cost: `loss` is the mean of `per_sample`."""
+
+    loss: Tensor  # a scalar in fp32
+    per_sample: Tensor  # [B], each with its weights
+    t: Tensor  # [B], the timesteps drawn; on the CPU
 
 
 def latents_of(batch: Batch, family: ModelFamily, seed: int, device: torch.device) -> Tensor:
@@ -89,8 +97,8 @@ def batch_loss(
     device: torch.device,
     train_text: bool,
     without: Callable[[], AbstractContextManager[None]],
-) -> Tensor:
-    """Mean loss of the batch, a scalar in fp32; each sample weighted by its own weight and by its timestep's.
+) -> BatchLoss:
+    """The loss of the batch; each sample weighted by its own weight and by its timestep's.
 
     `without()` is a context in which the network has no effect: what is predicted there is the target of samples with
     `diff_output_preservation`.
@@ -114,4 +122,5 @@ def batch_loss(
     weights = batch.loss_weights.to(device)
     if objective.weights is not None:
         weights = weights * objective.weights[t].to(weights)
-    return (per_sample * weights).mean()
+    per_sample = per_sample * weights
+    return BatchLoss(per_sample.mean(), per_sample, t)

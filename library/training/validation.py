@@ -98,12 +98,14 @@ class Validator:
         if not math.isfinite(now.loss):
             logger.warning("the validation loss is %s: the weights or the images give no numbers any more", now.loss)
         values = {f"loss/validation/{curve}_average": now.loss for curve in curves}
-        if recent := [loss for loss in self.run.losses[-100:] if math.isfinite(loss)]:
-            gap = now.loss - math.fsum(recent) / len(recent)
+        if math.isfinite(recent := self.run.losses.average):
+            gap = now.loss - recent
             values |= {f"loss/validation/{curve}_divergence": gap for curve in curves}
         values |= {f"loss/validation/t{t}": loss for t, loss in now.by_timestep.items()}
         if self.run.accelerator.trackers:
             self.run.accelerator.log(values, step=step)
+        if self.run.monitor is not None:
+            self.run.monitor.validation(step, {f"t{t}": loss for t, loss in now.by_timestep.items()}, loss=now.loss)
 
 
 def data_of(plan: Plan) -> TrainingData | None:

@@ -15,6 +15,7 @@ import networks
 from library.config import kohya
 from library.config.dataset_keys import NEUTRAL, NOT_YET
 from library.config.fields import Declared, declared
+from library.config.monitoring import MonitoringOptions
 from library.config.options import CustomAdamWOptions, Options, declared_options
 from library.config.registry import signature
 from library.config.weight_decay import WeightDecayOptions
@@ -55,8 +56,9 @@ def test_no_name_has_two_rows() -> None:
 
 
 def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
-    optimizer = {*declared(CustomAdamWOptions), *declared(WeightDecayOptions)}  # groups whose titles say it
-    assert {name for name in OPTIONS if name not in KOHYA} == OURS | optimizer
+    titled = (CustomAdamWOptions, WeightDecayOptions, MonitoringOptions)  # groups whose titles say it
+    of_groups = {name for group in titled for name in declared(group)}
+    assert {name for name in OPTIONS if name not in KOHYA} == OURS | of_groups
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS
 
 

@@ -153,6 +153,9 @@ def test_the_norm_is_that_of_the_weights_difference(module, toy):
     randomize(network, 0.5)
     for adapter in network.adapters:
         torch.testing.assert_close(adapter.weight_norm(), adapter.delta_weight().norm(), rtol=1e-5, atol=1e-7)
+    adapters = list(network.adapters)
+    alone = torch.stack([adapter.weight_norm() for adapter in adapters])
+    assert torch.equal(network.weight_norms(), alone)
 
 
 def test_max_norm_shrinks_those_above_it_and_leaves_the_others(module, toy):

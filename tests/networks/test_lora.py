@@ -318,3 +318,12 @@ def test_gradient_checkpointing_changes_nothing(options):
         for parameter in (*adapter.parameters(), x):
             parameter.grad = None
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_many_norms_at_once_are_those_of_each(toy_targets):
+    """As on a GPU, where pairs of the same shapes are taken together."""
+    network = create_network(1.0, 4, 2.0, None, None, None, targets=toy_targets, conv_dim=3)
+    randomize(network, 0.5)
+    adapters = list(network.adapters)
+    alone = torch.stack([adapter.weight_norm() for adapter in adapters])
+    torch.testing.assert_close(torch.stack(LoRA._batched_norms(adapters)), alone)

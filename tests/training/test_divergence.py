@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.training import divergence, loop, state
+from library.training import divergence, loop, metrics, state
+from library.training.step import BatchLoss
 
 Train = Callable[..., int]
 
@@ -21,16 +22,17 @@ def break_at(monkeypatch: pytest.MonkeyPatch, *calls: int, of: str = "loss") -> 
     """The batches of these numbers, counted from 1 as they come, give NaN as their loss, or as their gradient."""
     real, count = loop.batch_loss, 0
 
-    def broken(*arguments: Any, **settings: Any) -> torch.Tensor:
+    def broken(*arguments: Any, **settings: Any) -> BatchLoss:
         nonlocal count
         count += 1
-        loss = real(*arguments, **settings)
+        found = real(*arguments, **settings)
         if count not in calls:
-            return loss
+            return found
         if of == "gradient":
-            loss.register_hook(lambda gradient: gradient * math.nan)
-            return loss
-        return loss * (math.inf if of == "infinity" else math.nan)
+            found.loss.register_hook(lambda gradient: gradient * math.nan)
+            return found
+        wrong = math.inf if of == "infinity" else math.nan
+        return found._replace(loss=found.loss * wrong, per_sample=found.per_sample * wrong)
 
     monkeypatch.setattr(loop, "batch_loss", broken)
 
@@ -62,7 +64,7 @@ def test_stop_names_the_images_and_saves_what_was_good(
     assert str(tmp_path / "data" / "2_style") in error.split(said)[1]
     assert "What was trained until step 2 is saved" in error
     out = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert out == ["test-step00000002-state", "test-step00000002.safetensors"]
+    assert out == ["test-metrics.jsonl", "test-step00000002-state", "test-step00000002.safetensors"]
     monkeypatch.undo()
     assert train("--resume", "latest", "--save_state_on_train_end", "--max_grad_norm", clip) == 0  # the state is whole
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
@@ -86,6 +88,11 @@ def test_skip_leaves_the_step_out(train: Train, tmp_path: Path, monkeypatch: pyt
     assert "The step is skipped (1 of 10" in said
     kept = final_state(tmp_path)
     assert [math.isnan(loss) for loss in kept["losses"]] == [False, True, False, False]
+    told = [line for line in metrics.lines(tmp_path / "out" / "test-metrics.jsonl") if "step" in line]
+    assert [(line["step"], line.get("loss") is None, "warning" in line) for line in told] == [
+        *((1, False, False), (2, True, True), (2, True, False), (3, False, False), (4, False, False)),
+    ]
+    assert all(None not in line["delta_norms"] for line in told if "delta_norms" in line)
     assert kept["schedule"]["last_epoch"] == 3
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
@@ -123,6 +130,9 @@ def test_rollback_goes_back_with_lower_rates(
     assert kept["schedule"]["base_lrs"] == pytest.approx([0.00025] * len(kept["schedule"]["base_lrs"]))
     assert kept["divergences"] == 2
     assert len(kept["losses"]) == 6
+    told = [line for line in metrics.lines(tmp_path / "out" / "test-metrics.jsonl") if "step" in line]
+    assert [(line["step"], line["warning"]["text"][:7]) for line in told if "warning" in line] == [(2, "step 4:")] * 2
+    assert [line["step"] for line in told if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "out" / "test-step00000004.safetensors").exists()
 
 
@@ -197,7 +207,7 @@ def test_a_full_disk_costs_a_message_and_not_the_run(
     def full_once(source: Any, target: Any) -> None:
         nonlocal sync
         sync += 1
-        if sync == 1:
+        if sync == 2:  # the first is the metrics' file
             raise OSError(28, "No space left on device")
         real(source, target)
 
@@ -210,5 +220,5 @@ def test_a_full_disk_costs_a_message_and_not_the_run(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         *("test-step00000004.safetensors", "test-step00000004-state", "test-step00000006.safetensors"),
-        *("test-step00000006-state", "test.safetensors", "test-state"),
+        *("test-step00000006-state", "test.safetensors", "test-state", "test-metrics.jsonl"),
     }

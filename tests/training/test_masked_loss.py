@@ -64,7 +64,7 @@ def test_the_masked_loss_is_the_mean_over_all_elements(alpha_folder: Path, tmp_p
         device = torch.device("cpu")
         return batch_loss(
             batch, run.family, run.objective, seed=3, device=device, train_text=False, without=nullcontext
-        ).item()
+        ).loss.item()
 
     whole, right, left = loss(None), loss(half), loss(1 - half)
     assert 0 < right < whole
@@ -145,7 +145,7 @@ def test_face_crops_train(train, tmp_path, image_folder):
         (["--masked_loss"], "--masked_loss: there are no masks"),
         (["--face_crop_aug_range", "2,4", "--no-cache_latents"], "has a face in its name"),
         (["--resize_interpolation", "linar"], "did you mean 'linear'?"),
-        (["--debug_dataset", "--dry_run"], "--debug_dataset and --dry_run: give one of them"),
+        (["--debug_dataset", "--dry_run"], "--dry_run and --debug_dataset: give one of them"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -99,7 +99,7 @@ class Silent:
 def loss_of(objective: Objective, family, count: int = 6) -> float:
     return batch_loss(
         batch_of(count), family, objective, seed=SEED, device=CPU, train_text=False, without=nullcontext
-    ).item()
+    ).loss.item()
 
 
 # -- on the real network: no option is without effect

@@ -190,6 +190,7 @@ def test_early_stopping_keeps_the_best_and_ends_well(
     assert "lowest at step 2 (0.8000) (1.0000 before training); the last 2 steps made it 5.0% worse" in messages
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "test-best.safetensors",
+        "test-metrics.jsonl",
         "test-state",
         "test-step00000002.safetensors",
         "test-step00000004.safetensors",

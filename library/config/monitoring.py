@@ -1,0 +1,34 @@
+"""The options that say what is watched while training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.config.fields import option
+from library.errors import UserError
+
+EVERY_N_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitoringOptions:
+    """What is measured while training (ours)"""
+
+    monitoring: bool = option(
+        True, help="write what each step did to NAME-metrics.jsonl beside the LoRA, and warn if training goes wrong"
+    )
+    monitor_every_n_steps: int | None = option(
+        None,
+        minimum=1,
+        help="measure updates, adapters and the loss by timestep every n steps, for curves and file (default: "
+        f"{EVERY_N_STEPS}); loss, gradient, rates and weight decay are told at every step",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.monitoring and self.monitor_every_n_steps is not None:
+            raise UserError("--monitor_every_n_steps says how often to measure, and --no-monitoring never to: give one")
+
+    @property
+    def every(self) -> int:
+        """Steps from one measurement to the next."""
+        return self.monitor_every_n_steps or EVERY_N_STEPS

@@ -1,0 +1,97 @@
+"""Measures what a step did: update, weights, each adapter's delta, and the loss by timestep.
+
+Everything is queued on the device and fetched at once, at the steps that are measured; the others only add their
+samples' losses to the sums by timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from networks.network import AdapterNetwork
+
+BINS = 5  # of the timesteps, of equal width
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one step. `loss_by_timestep`: mean over the samples since the last measured step, None where there were none.
+    `delta_norms`: Frobenius norm of what each adapter adds to its layer's weight; empty for a foreign network."""
+
+    update_ratio: float  # |what the step changed| / |weights|
+    weight_norm: float
+    loss_by_timestep: list[float | None]
+    delta_norms: list[float]
+
+
+class Meter:
+    """`batch` for each batch, `before` and `after` around the optimizer's step."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        network: AdapterNetwork | None,
+        accelerator: Accelerator,
+        *,
+        timesteps: int,
+    ) -> None:
+        """`network` None: its deltas cannot be told. `timesteps`: of the noise schedule, 1000 as a rule."""
+        self._parameters = list(parameters)
+        self._network, self._accelerator, self._timesteps = network, accelerator, timesteps
+        self._before: list[Tensor] | None = None
+        self._bins = torch.zeros(2, BINS, device=accelerator.device)  # sums, counts
+
+    def batch(self, per_sample_B: Tensor, t_B: Tensor) -> None:
+        """The losses of a batch, detached, with their timesteps, which lie on the CPU."""
+        places = (t_B * BINS // self._timesteps).to(self._bins.device, non_blocking=True)
+        losses = per_sample_B.to(self._bins)
+        counted = losses.isfinite()  # a batch that is not does not count: its step is skipped
+        self._bins.index_add_(1, places, torch.stack((losses.nan_to_num(0, 0, 0), counted.to(losses))))
+
+    def forget(self) -> None:
+        """The samples since the last measured step."""
+        self._bins = torch.zeros_like(self._bins)
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Remember the weights."""
+        if self._before is None:  # kept: memory that is new to the process costs more than the copy
+            self._before = [torch.empty_like(parameter, requires_grad=False) for parameter in self._parameters]
+        torch._foreach_copy_(self._before, self._parameters)
+
+    @torch.no_grad()
+    def after(self) -> Measured:
+        """What has happened since `before`. All processes must call it at the same steps."""
+        assert self._before is not None, "before() comes first"
+        torch._foreach_sub_(self._before, self._parameters)
+        bins = self._bins
+        if self._accelerator.num_processes > 1:
+            bins = self._accelerator.reduce(bins, reduction="sum")
+        parts = [
+            torch.stack([_norm(self._before), _norm(self._parameters)]),
+            bins.flatten(),
+            *([] if self._network is None else [self._network.weight_norms()]),
+        ]
+        self.forget()
+        numbers: list[float] = torch.cat(parts).tolist()  # the one time that the host waits for the device
+        update, weights = numbers[:2]
+        sums, counts = numbers[2 : 2 + BINS], numbers[2 + BINS : 2 + 2 * BINS]
+        return Measured(
+            update_ratio=update / weights if weights else 0.0,
+            weight_norm=weights,
+            loss_by_timestep=[total / count if count else None for total, count in zip(sums, counts, strict=True)],
+            delta_norms=numbers[2 + 2 * BINS :],
+        )
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all numbers together, fp32."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32)))

@@ -1,0 +1,188 @@
+"""Watches a run: what each step did goes to the trackers and to `NAME-metrics.jsonl`, and signs of trouble are said."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from library.optimizers.create import effective_weight_decays
+from library.training import metrics
+from library.training.meter import BINS, Measured, Meter
+from library.training.warning_signs import WEIGHT_DECAY_GONE, Sign, Watch
+from networks.network import AdapterNetwork
+
+if TYPE_CHECKING:
+    from library.training.build import Built
+    from library.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Called by the loop around each step of the optimizer, and with what was known of it afterwards.
+
+    Every process has one, because measuring is done together; `file` is the main process's only.
+    """
+
+    def __init__(
+        self, meter: Meter, *, run: Run, every: int, bins: list[str], file: metrics.MetricsFile | None
+    ) -> None:
+        """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of timesteps."""
+        self.meter, self._file, self._bins, self._every = meter, file, bins, every
+        self._run = run
+        self._watch = Watch(total_steps=run.total_steps)
+        self._measured: Measured | None = None
+        self._norm: float | None = None
+        self._earlier = 0.0  # seconds of training before this process
+        self._began = time.monotonic()
+        if file is not None and run.done:
+            self._earlier = self._recall(file)
+
+    def before_step(self, step: int, *, gradient_norm: float) -> None:
+        """`gradient_norm`: of all gradients together, before clipping."""
+        self._norm = gradient_norm
+        if self._is_due(step):
+            self.meter.before()
+
+    def after_step(self, step: int) -> None:
+        """The weights are new."""
+        if self._is_due(step):
+            self._measured = self.meter.after()
+
+    def report(
+        self, step: int, *, epoch: int, loss: float, average: float, rates: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Write the step's line, say what is wrong; what trackers show beside loss and rates."""
+        decays = effective_weight_decays(self._run.optimizer.optimizer)
+        if len(set(decays.values())) == 1:  # one for all groups, as a rule
+            decays = {"all": next(iter(decays.values()))}
+        measured, norm = self._measured, self._norm  # None: the step was skipped
+        self._measured = self._norm = None
+        line: dict[str, Any] = {
+            "epoch": epoch,
+            "seconds": self._earlier + time.monotonic() - self._began,
+            "loss": loss,
+            "loss_average": average,
+            "gradient_norm": norm,
+            "rates": dict(rates),
+            "weight_decay": decays,
+        }
+        if measured is not None:
+            line |= {
+                "update_ratio": measured.update_ratio,
+                "weight_norm": measured.weight_norm,
+                "loss_by_timestep": measured.loss_by_timestep,
+                "delta_norms": [metrics.rounded(norm) for norm in measured.delta_norms],
+            }
+        self._write(step, line)
+        self._say(step, self._look(line))
+        return self._for_trackers(norm, decays, measured)
+
+    def validation(self, step: int, losses: Mapping[str, float], *, loss: float) -> None:
+        """Losses on images that are not trained, by whatever names; `loss` is the one to judge by."""
+        self._write(step, {"validation": {"loss": loss, **losses}})
+        self._say(step, self._watch.validated(step, loss, self._run.losses.curve()))
+
+    def go_back(self, step: int, *, why: str) -> None:
+        """The run stands where it stood after `step` steps, and goes on from there."""
+        self._measured = self._norm = None
+        self.meter.forget()
+        self._watch = Watch(total_steps=self._run.total_steps)
+        if self._file is not None:
+            self._file.go_back(step)
+            self._recall(self._file)
+        self.diverged(step, why)
+
+    def diverged(self, step: int, why: str) -> None:
+        """Note a loss or gradient that was no number, of which the guard has said something already."""
+        self._write(step, {"warning": {"sign": "divergence", "text": why}})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self._every == 0 or step in (1, self._run.total_steps)
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(step, values)
+
+    def _look(self, line: Mapping[str, Any]) -> list[Sign]:
+        """What the rules find in a step's line."""
+        signs = self._watch.step(
+            loss=_number(line["loss"]),
+            gradient_norm=line["gradient_norm"],
+            weight_decay=max(line["weight_decay"].values(), default=None),
+        )
+        if "update_ratio" in line:
+            rate = max(line["rates"].values(), default=0.0)
+            signs += self._watch.measured(update_ratio=_number(line["update_ratio"]), rate=rate)
+        return signs
+
+    def _say(self, step: int, signs: list[Sign]) -> None:
+        for sign in signs:
+            self._write(step, {"warning": {"sign": sign.name, "text": sign.text}})
+            if sign is not WEIGHT_DECAY_GONE and self._run.accelerator.is_main_process:  # the optimizer has said it
+                logger.warning("step %d: %s", step, sign.text)
+
+    def _recall(self, file: metrics.MetricsFile) -> float:
+        """What the lines of the earlier part of this run tell, as if they had just been reported; its seconds."""
+        said, seconds = set(), 0.0
+        for line in file.kept():
+            if "loss" in line:
+                self._look(line)
+                seconds = line["seconds"]
+            elif "validation" in line:
+                self._watch.validated(line["step"], _number(line["validation"]["loss"]), self._run.losses.curve())
+            elif "warning" in line:
+                said.add(line["warning"]["sign"])
+        self._watch.found = said
+        return seconds
+
+    def _for_trackers(
+        self, norm: float | None, decays: Mapping[str, float], measured: Measured | None
+    ) -> dict[str, float]:
+        values = {f"weight_decay/{name}": decay for name, decay in decays.items()}
+        if norm is not None:
+            values["norm/gradient"] = norm
+        if measured is None:
+            return values
+        values |= {"norm/update_ratio": measured.update_ratio, "norm/weights": measured.weight_norm}
+        for name, loss in zip(self._bins, measured.loss_by_timestep, strict=True):
+            if loss is not None:
+                values[f"loss/timestep_{name}"] = loss
+        if norms := measured.delta_norms:  # the first under kohya's name
+            values |= {"norm/avg_key_norm": sum(norms) / len(norms), "norm/max_key_norm": max(norms)}
+        return values
+
+
+def attach(built: Built) -> None:
+    """Have the run watched, unless --no-monitoring."""
+    wanted, run, plan = built.plan.options.monitoring, built.run, built.plan
+    if not wanted.monitoring:
+        return
+    network = run.network if isinstance(run.network, AdapterNetwork) else None
+    timesteps = len(run.objective.alphas_cumprod)
+    meter = Meter(run.parameters, network, run.accelerator, timesteps=timesteps)
+    edges = [timesteps * i // BINS for i in range(BINS + 1)]
+    bins = [f"{low:03d}-{high - 1:03d}" for low, high in itertools.pairwise(edges)]
+    file = None
+    if run.accelerator.is_main_process:
+        about = {
+            "session_id": plan.session_id,
+            "name": built.saves.last_file.stem,
+            "total_steps": run.total_steps,
+            "timesteps": bins,
+            "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
+        }
+        file = metrics.MetricsFile(metrics.metrics_path(built.saves.last_file), about, done=run.done)
+    run.monitor = Monitor(meter, run=run, every=wanted.every, bins=bins, file=file)
+
+
+def _number(value: float | None) -> float:
+    """As it was before the file, which has null for what is not finite."""
+    return float("nan") if value is None else value

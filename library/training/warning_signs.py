@@ -1,0 +1,190 @@
+"""Signs that a training goes wrong, told from series of numbers; each rule a pure function of them.
+
+A diffusion model's loss and gradient depend on the timestep drawn more than on anything that is learnt, so no rule
+looks at single values: medians and means of many steps are compared, with thresholds that noise does not reach.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from library.optimizers.weight_decay import VANISHED
+
+Series = Sequence[tuple[float, float]]  # (step, value)
+
+SIDE = 200  # steps before and after the weight decay begins to fall that are compared
+GROUP = 10  # steps that one mean is over
+USUAL, RECENT = 50, 10  # gradient norms that are compared
+MEASUREMENTS = 10  # of the update that must agree
+WORSE = 3  # validations in a row
+
+
+class Sign(NamedTuple):
+    """`name` for programs; `text` for people: what was seen, what it usually means, what to do."""
+
+    name: str
+    text: str
+
+
+OSCILLATION = Sign(
+    "oscillation",
+    "the loss swings more than before the weight decay began to fall. It may fall too steeply: --wd_decay_factor 0.75 "
+    "to 0.8",
+)
+EXPLODING_GRADIENTS = Sign(
+    "exploding gradients",
+    "the gradients are ten times as large as they were. The learning rate is probably too high: lower it first. With a "
+    "weight decay that falls, also keep more of it: --wd_min_ratio 0.15 to 0.2",
+)
+FLAT_UPDATES = Sign(
+    "flat updates",
+    "each step changes almost nothing: to the end of the run the weights would move by less than 5 %. The learning "
+    "rate is probably too low: try ten times as much. With a weight decay that falls, let it fall faster: "
+    "--wd_decay_factor 0.6 to 0.65",
+)
+OVERFITTING = Sign(
+    "overfitting",
+    "the validation loss rises while the training loss falls: the images are being learnt by heart. Use the file from "
+    "where the validation loss was lowest; next time train fewer steps, with a lower --network_dim or with "
+    "--network_dropout 0.1. With a weight decay that falls, begin 200 to 500 steps later (--wd_transition_steps) and "
+    "keep more of it (--wd_min_ratio 0.15 to 0.2)",
+)
+WEIGHT_DECAY_GONE = Sign(
+    "weight decay gone",
+    "the weight decay has fallen below 1e-8: nothing is regularised any more. --wd_min_ratio says what is kept of it",
+)
+
+
+# -- the rules
+
+
+def swing(losses: Sequence[float]) -> float:
+    """How far the loss swings: the standard deviation of its means over `GROUP` steps around their straight line.
+
+    Of three such means at least. White noise of deviation s gives s / sqrt(GROUP).
+    """
+    means = [math.fsum(losses[i : i + GROUP]) / GROUP for i in range(0, len(losses) - GROUP + 1, GROUP)]
+    n = len(means)
+    middle, mean = (n - 1) / 2, math.fsum(means) / n
+    slope = math.fsum((i - middle) * (value - mean) for i, value in enumerate(means)) / (n * (n * n - 1) / 12)
+    left = math.fsum((value - mean - slope * (i - middle)) ** 2 for i, value in enumerate(means))
+    return math.sqrt(left / (n - 2))
+
+
+def oscillates(before: Sequence[float], after: Sequence[float], *, ratio: float = 3.0) -> bool:
+    """Whether the loss swings `ratio` times as far after the weight decay began to fall as before.
+
+    `before` and `after`: `SIDE` losses each, one a step; fewer say nothing. Normal noise does so once in 10⁵ times.
+    """
+    if len(before) < SIDE or len(after) < SIDE:
+        return False
+    return swing(after) > ratio * swing(before)
+
+
+def explodes(norms: Sequence[float], *, ratio: float = 10.0) -> bool:
+    """Whether the gradient grows out of proportion: the median of the last `RECENT` norms is more than `ratio` times
+    that of the first `USUAL`. `norms`: before clipping, one a step; what is not a number counts as infinite."""
+    if len(norms) < USUAL + RECENT:
+        return False
+    norms = [math.inf if math.isnan(norm) else norm for norm in norms]
+    return statistics.median(norms[-RECENT:]) > ratio * statistics.median(norms[:USUAL])
+
+
+def is_flat(ratios: Sequence[float], rates: Sequence[float], *, peak: float, steps: int, least: float = 0.05) -> bool:
+    """Whether the steps are too small to get anywhere: `steps` of them, all in one direction and each of the median of
+    the last ones, would move the weights by less than `least` of themselves.
+
+    `ratios`: |change| / |weights|, one a measurement; `rates`: the learning rate at each; `peak`: the highest so far.
+    While the rate rises, or is below half its peak, small steps are what was asked for.
+    """
+    ratios, rates = ratios[-MEASUREMENTS:], rates[-MEASUREMENTS:]
+    if len(ratios) < MEASUREMENTS or rates[-1] > rates[0] or rates[-1] < peak / 2:
+        return False
+    return statistics.median(ratios) * steps < least
+
+
+def overfits(training: Series, validation: Series, *, worse: float = 0.02) -> bool:
+    """Whether the validation loss rises while the training loss falls.
+
+    The last `WORSE` validations lie above the best one before them by more than `worse` of it, none is better than the
+    one before it, and the mean of the training loss since that best one is lower than until it.
+    """
+    earlier, last = validation[:-WORSE], [loss for _, loss in validation[-WORSE:]]
+    if not earlier:
+        return False
+    best_step, best = min(earlier, key=lambda item: item[1])
+    if min(last) <= best * (1 + worse) or last != sorted(last):
+        return False
+    until = [loss for step, loss in training if step <= best_step]
+    since = [loss for step, loss in training if step > best_step]
+    return bool(until and since) and statistics.fmean(since) < statistics.fmean(until)
+
+
+# -- over a run
+
+
+class Watch:
+    """Keeps what the rules look at, in constant memory, and finds each sign once."""
+
+    def __init__(self, *, total_steps: int) -> None:
+        self.found: set[str] = set()
+        self._total_steps = total_steps
+        self._losses: deque[float] = deque(maxlen=SIDE)
+        self._before: list[float] = []  # the losses until the weight decay began to fall
+        self._decays: tuple[float, float] | None = None  # at first, and the last
+        self._falling = 0  # steps since
+        self._norms: deque[float] = deque(maxlen=2 * SIDE)
+        self._ratios: deque[float] = deque(maxlen=MEASUREMENTS)
+        self._rates: deque[float] = deque(maxlen=MEASUREMENTS)
+        self._peak = 0.0
+        self._validation: deque[tuple[float, float]] = deque(maxlen=200)
+
+    def step(self, *, loss: float, gradient_norm: float | None, weight_decay: float | None) -> list[Sign]:
+        """The numbers of a step; the signs that are new. `weight_decay`: the largest of the groups'.
+
+        A loss that is NaN is that of a step that was skipped.
+        """
+        self._fall(weight_decay)
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        if gradient_norm is not None:
+            self._norms.append(gradient_norm)
+        full = self._falling > 0 and self._falling % SIDE == 0
+        return self._new(
+            (OSCILLATION, full and oscillates(self._before, list(self._losses))),
+            (EXPLODING_GRADIENTS, explodes(list(self._norms))),
+            (WEIGHT_DECAY_GONE, self._decays is not None and 0 <= self._decays[1] < VANISHED < self._decays[0]),
+        )
+
+    def measured(self, *, update_ratio: float, rate: float) -> list[Sign]:
+        """The size of a step's update, and the highest learning rate in it; the signs that are new."""
+        self._ratios.append(update_ratio)
+        self._rates.append(rate)
+        self._peak = max(self._peak, rate)
+        flat = is_flat(list(self._ratios), list(self._rates), peak=self._peak, steps=self._total_steps)
+        return self._new((FLAT_UPDATES, flat))
+
+    def validated(self, step: int, loss: float, training: Series) -> list[Sign]:
+        """A validation loss, and the training losses so far; the signs that are new."""
+        self._validation.append((step, loss))
+        return self._new((OVERFITTING, overfits(training, list(self._validation))))
+
+    def _fall(self, weight_decay: float | None) -> None:
+        """Notice the first step with less weight decay than the first had."""
+        if weight_decay is None:
+            return
+        first = weight_decay if self._decays is None else self._decays[0]
+        self._decays = (first, weight_decay)
+        if weight_decay < first and not self._falling:
+            self._before = list(self._losses)
+        if weight_decay < first or self._falling:
+            self._falling += 1
+
+    def _new(self, *verdicts: tuple[Sign, bool]) -> list[Sign]:
+        signs = [sign for sign, seen in verdicts if seen and sign.name not in self.found]
+        self.found |= {sign.name for sign in signs}
+        return signs
