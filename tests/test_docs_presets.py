@@ -11,6 +11,7 @@ import pytest
 import toml
 from PIL import Image
 
+from benchmarks import rate_finder
 from docs import pictures
 from library.config.presets import presets
 from library.optimizers import auto_weight_decay
@@ -124,3 +125,17 @@ def test_the_presets_for_stable_diffusion() -> None:
         assert sizes == f"{said['network_dim']}, {said['network_alpha']}"
         assert [float(rate) for rate in rates.split(",")] == [said["learning_rate"], said["text_encoder_lr"]]
         assert optimizer.startswith(str(said["optimizer_type"]))
+
+
+def test_the_study_of_the_rate_finder() -> None:
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines()]
+    table = {int(row[0]): [float(cell) for cell in row[1:]] for row in cells if len(row) == 7 and row[0].isdecimal()}
+    rows = {(row.seed, row.rule, row.multiple): row for row in rate_finder.read_rows(rate_finder.RESULTS)}
+    assert table.keys() == {seed for seed, _, _ in rows} == {1, 2, 3}
+    for seed, (fastest, loss, more, less, tenth, tenth_loss) in table.items():
+        best, other = rows[seed, "steepest", 1.0], rows[seed, "tenth", 1.0]
+        assert [fastest, tenth] == pytest.approx([best.rate, other.rate], rel=0.05)
+        assert [loss, less, tenth_loss] == pytest.approx(
+            [best.loss, rows[seed, "steepest", 0.1].loss, other.loss], abs=5e-5
+        )
+        assert more == pytest.approx(rows[seed, "steepest", 10.0].loss, abs=5e-4)

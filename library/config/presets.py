@@ -66,6 +66,8 @@ def layered(*layers: Sequence[Setting]) -> list[Setting]:
     for setting in chosen:  # --preset a --preset b is --preset a b
         below += settings_of(filter(None, setting.words), where=setting.place)
     together = tuple(word for setting in chosen for word in setting.words)
+    if chosen and not together:
+        raise UserError(f"{chosen[-1].place}: needs the name of a preset; --list_presets says which there are")
     rest = [setting for layer in layers for setting in layer if setting.name != "preset"]
     return [*below, *rest, *(Setting("preset", together, setting.place) for setting in chosen[-1:])]
 

@@ -151,7 +151,7 @@ def build(plan: Plan) -> Built:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
         state.load(plan.resume, run)
-    if accelerator.is_main_process and not options.run.dry_run:
+    if accelerator.is_main_process and options.trains:
         tensors = network.state_dict()
         disk.refuse_full_disk(
             saves,

@@ -19,7 +19,7 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_the_suggestion_was_better_than_ten_times_more_and_less() -> None:
-    """The study as it was run: three seeds, each with its own suggestion."""
+    """The study as it was run, each seed with its own suggestion."""
     losses = {(row.seed, row.rule, row.multiple): row.loss for row in rate_finder.read_rows(rate_finder.RESULTS)}
     for seed in (1, 2, 3):
         assert losses[seed, "steepest", 1.0] < min(losses[seed, "steepest", 0.1], losses[seed, "steepest", 10.0])

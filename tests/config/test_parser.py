@@ -210,6 +210,6 @@ def test_help_and_mistakes_load_nothing_heavy() -> None:
         "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'accelerate', 'bitsandbytes'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)\n"
     )
-    for words in (["--help"], ["--lerning_rate", "1"]):
+    for words in (["--help"], ["--lerning_rate", "1"], ["--list_presets"], ["--preset", "sd15_style"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")

@@ -138,6 +138,8 @@ def test_a_flag_of_a_preset_can_be_taken_back(options: Parse) -> None:
 def test_an_unknown_preset(folder: Path, options: Parse) -> None:
     with pytest.raises(UserError, match=r"--preset: no preset 'sd15_styl', did you mean 'sd15_style'\?"):
         options("--preset", "default", "sd15_styl")
+    with pytest.raises(UserError, match="--preset: needs the name of a preset; --list_presets says which there are"):
+        options("--preset", "--seed", "1")
     with pytest.raises(UserError, match=r"'zzz'; there are aggressive, conservative, default"):
         options("--preset", "zzz")
     (folder / "a.toml").write_text("[x]\npreset = 'defalt'\n", encoding="utf-8")
