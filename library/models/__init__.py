@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
 
-FAMILIES = {"sd": "library.models.stable_diffusion.StableDiffusion"}
+FAMILIES = {
+    "sd": "library.models.stable_diffusion.StableDiffusion",
+    "sdxl": "library.models.stable_diffusion_xl.StableDiffusionXL",
+}
 
 
 def open_family(

@@ -88,6 +88,18 @@ def encode(text_encoder: nn.Module, ids_BN77: Tensor, *, clip_skip: int | None, 
     return _joined(states.view(batch, chunks, width, -1))
 
 
+def encode_penultimate(text_encoder: nn.Module, ids_BN77: Tensor, *, layers: int) -> tuple[Tensor, Tensor | None]:
+    """As SDXL reads an encoder of `layers` layers: the states [B, 75 N + 2, D] before the last layer, without the final
+    norm, and, of an encoder with a projection, the projected state [B, P] of the first chunk's end, else None."""
+    batch, chunks, width = ids_BN77.shape
+    out = text_encoder(ids_BN77.reshape(batch * chunks, width), output_hidden_states=True)
+    states = out.hidden_states[layers - 1]  # [0] are the embeddings
+    pooled = getattr(out, "text_embeds", None)
+    if pooled is not None:
+        pooled = pooled.view(batch, chunks, -1)[:, 0]
+    return _joined(states.view(batch, chunks, width, -1)), pooled
+
+
 def _joined(states_BN77D: Tensor) -> Tensor:
     """The chunks' inner states in a row, between the first chunk's BOS and the last one's end."""
     inner = states_BN77D[:, :, 1:-1].flatten(1, 2)

@@ -269,7 +269,7 @@ def _sampling(
         family=plan.family,
         network=network,
         encode=prompts,
-        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.options), accelerator.device),
+        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.family, plan.options), accelerator.device),
         autocast=accelerator.autocast,
         show=partial(trackers.log_image, accelerator),
         folder=saves.folder / "sample",

@@ -71,7 +71,7 @@ def _draw(built: Built) -> None:
         logger.info("drew %s", path)
     if path := paths.get("compare"):
         if family.vae is None:
-            family.load_vae(vae_dtype(options), built.run.accelerator.device)
+            family.load_vae(vae_dtype(family, options), built.run.accelerator.device)
         with ema.weights_for(built.run.ema, "sample"):
             sample.compare(
                 path,
