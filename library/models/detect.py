@@ -9,6 +9,7 @@ from library.errors import UserError
 from library.models.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from library.models.tensors import WeightsIndex
 
+TITLES = {"sd": "a Stable Diffusion 1.x or 2.x model", "sdxl": "an SDXL model"}
 _SUPPORTED = "this version trains Stable Diffusion 1.x, 2.x and XL"
 # What else people give as a base model. "{path} is …" is how the message begins.
 NOT_A_BASE = {

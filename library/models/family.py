@@ -37,6 +37,7 @@ class ModelFamily(Protocol):
     vae_path: str | None  # as the user gave it with --vae
     base_model_version: str  # kohya's ss_base_model_version: "sd_v1", "sd_v2", …
     architecture: str  # modelspec.architecture, without "/lora"
+    implementation: str  # modelspec.implementation: whose names the adapters' keys follow
     prediction_type: str  # "epsilon" or "v_prediction"
     clip_skip: int | None  # as kohya counts: 1 is the text encoder's last layer
     vae_factor: int  # pixels a latent cell spans

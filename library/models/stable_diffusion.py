@@ -51,6 +51,7 @@ class StableDiffusion:
     """The family "sd". Its members are described in `library.models.family.ModelFamily`."""
 
     name = "sd"
+    implementation = "diffusers"
 
     def __init__(
         self,

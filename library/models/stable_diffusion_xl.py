@@ -56,6 +56,7 @@ class StableDiffusionXL:
     name = "sdxl"
     base_model_version = "sdxl_base_v1-0"
     architecture = "stable-diffusion-xl-v1-base"
+    implementation = "https://github.com/Stability-AI/generative-models"
     clip_skip: int | None = None
 
     def __init__(

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run(options: Options) -> int:
+def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
-    plan = make_plan(options)
+    plan = make_plan(options, only_family=family)
     if options.run.debug_dataset:
         from library.training import contact_sheet
 
