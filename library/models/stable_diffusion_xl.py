@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_SCALING = 0.13025  # of the VAE's latents, where its configuration is older than the field
 _SECOND_LINEAR = re.compile(rf"text_model\.{TEXT_LINEAR.pattern}")
 _PARTS = ("text_encoder", "text_encoder_2")
-_SECOND_PAD = {"pad_token": "!"}  # open_clip fills up with token 0; the vocabularies are the same
+_PADS = (None, 0)  # open_clip fills up with token 0, which is "!"; the vocabularies are the same
 
 # What kohya's networks.lora finds in the true size.
 _TRUE_TRANSFORMERS, _TRUE_WIDTHS = [1, 2, 10], [768, 1280]
@@ -98,11 +98,10 @@ class StableDiffusionXL:
         return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
 
     @cached_property
-    def _tokenizers(self) -> tuple[Any, Any]:
+    def _tokenizer(self) -> Any:
         from library.models.modules import new_tokenizer
 
-        folder, options = self._base.tokenizer, self._base.tokenizer_options
-        return new_tokenizer(folder, options), new_tokenizer(folder, {**options, **_SECOND_PAD})
+        return new_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_vae
@@ -156,8 +155,8 @@ class StableDiffusionXL:
         from library.models.prompts import content_tokens, weighted_tokens
 
         if self.weighted_captions:
-            return len(weighted_tokens(self._tokenizers[0], caption)[0])
-        return len(content_tokens(self._tokenizers[0], caption))
+            return len(weighted_tokens(self._tokenizer, caption)[0])
+        return len(content_tokens(self._tokenizer, caption))
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D1 + D2], "pooled": [B, P]}. Differentiable, for adapters in both.
@@ -169,12 +168,12 @@ class StableDiffusionXL:
         from library.models.prompts import chunked_ids, encode_penultimate, weighted_ids
 
         states = []
-        for part, tokenizer, encoder in zip(_PARTS, self._tokenizers, self.text_encoders, strict=True):
+        for part, pad, encoder in zip(_PARTS, _PADS, self.text_encoders, strict=True):
             weights = None
             if self.weighted_captions:
-                ids, weights = weighted_ids(tokenizer, captions, limit=self.token_limit)
+                ids, weights = weighted_ids(self._tokenizer, captions, limit=self.token_limit, pad=pad)
             else:
-                ids = chunked_ids(tokenizer, captions, limit=self.token_limit)
+                ids = chunked_ids(self._tokenizer, captions, limit=self.token_limit, pad=pad)
             layers = self._base.parts[part].config["num_hidden_layers"]
             of_encoder, pooled = encode_penultimate(encoder, ids.to(_device_of(encoder)), layers=layers)
             states.append(of_encoder if weights is None else of_encoder * weights[:, :, None].to(of_encoder))
@@ -249,12 +248,15 @@ class StableDiffusionXL:
 
     def sampling_pipeline(self) -> Any:
         """A diffusers StableDiffusionXLPipeline with DDIM over the loaded parts, which it shares."""
-        from library.models.modules import new_xl_pipeline
+        from library.models.modules import new_tokenizer, new_xl_pipeline
 
         assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
-        encoders = self.text_encoders or [None, None]  # prompts can be encoded before
-        parts = {"vae": self.vae, "unet": self.unet, "text_encoder": encoders[0], "text_encoder_2": encoders[1]}
-        parts |= dict(zip(("tokenizer", "tokenizer_2"), self._tokenizers, strict=True))
+        parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet}
+        parts |= dict.fromkeys((*_PARTS, "tokenizer", "tokenizer_2"))
+        if self.text_encoders:  # prompts can be encoded before
+            options = {**self._base.tokenizer_options, "pad_token": "!"}
+            parts |= dict(zip(_PARTS, self.text_encoders, strict=True))
+            parts |= {"tokenizer": self._tokenizer, "tokenizer_2": new_tokenizer(self._base.tokenizer, options)}
         schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
         return new_xl_pipeline(parts, schedule)
 

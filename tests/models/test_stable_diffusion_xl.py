@@ -220,6 +220,22 @@ def test_another_vae_from_a_file_of_its_own(tmp_path: Path, tiny_sdxl: Path) -> 
     assert torch.equal(family.encode_images(pixels)[0], _load(_open(tiny_sdxl)).encode_images(pixels)[0])
 
 
+def test_the_pipeline_draws_what_diffusers_own_would(tiny_sdxl: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    ours = _load(_open(tiny_sdxl)).sampling_pipeline()
+    theirs = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    theirs.scheduler = DDIMScheduler.from_config(ours.scheduler.config)
+    images = []
+    for pipeline in (ours, theirs):
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "width": 96, "height": 64, "output_type": "pt"}
+        # diffusers has zeros for an empty negative prompt, kohya and we its encoding
+        images.append(pipeline("a cat", negative_prompt="a dog", generator=generator, **options).images[0])
+    assert torch.equal(*images)
+
+
 @pytest.fixture(scope="module")
 def true_size() -> StableDiffusionXL:
     """The true architecture, without weights."""
