@@ -119,6 +119,10 @@ class ModelFamily(Protocol):
         """What a network module of kohya's protocol is given as `text_encoder`: a module, or a list of them."""
         ...
 
+    def third_party_unet(self) -> Any:
+        """What such a module is given as `unet`."""
+        ...
+
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pipeline's own names for two prompts, each as of `encode_prompts`."""
         ...

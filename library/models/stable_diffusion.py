@@ -224,6 +224,10 @@ class StableDiffusion:
 
         return TextModelView(self.text_encoders[0] if self.text_encoders else None)
 
+    def third_party_unet(self) -> nn.Module | None:
+        """The UNet itself: kohya has diffusers' names for it."""
+        return self.unet
+
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt_embeds": positive["hidden_states"], "negative_prompt_embeds": negative["hidden_states"]}
 

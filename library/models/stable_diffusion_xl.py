@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -210,11 +210,13 @@ class StableDiffusionXL:
         added = {"text_embeds": pooled, "time_ids": condition["time_ids"]}
         return self.unet(noisy_BCHW, t_B, states, added_cond_kwargs=added, return_dict=False)[0]
 
+    def _original_name(self, path: str) -> str:
+        return original_unet_name(path, layers_per_block=self._base.parts["unet"].config["layers_per_block"])
+
     def adapter_targets(self) -> list[AdapterTargets]:
         found = {}
         if self.unet is not None:
-            name = partial(original_unet_name, layers_per_block=self.unet.config.layers_per_block)
-            found["unet"] = AdapterTargets("unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, name)
+            found["unet"] = AdapterTargets("unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, self._original_name)
         if self.text_encoders:
             first, second = self.text_encoders
             found["text_encoder_1"] = _text_targets("lora_te1", first, TEXT_LINEAR, "text_model.")
@@ -237,6 +239,12 @@ class StableDiffusionXL:
         if not self.text_encoders:
             return [TextModelView(None), TextModelView(None)]
         return [TextModelView(self.text_encoders[0]), self.text_encoders[1]]
+
+    def third_party_unet(self) -> nn.Module | None:
+        """The UNet as kohya's modules know it, with the original names."""
+        from library.models.kohya_view import OriginalUNetView
+
+        return None if self.unet is None else OriginalUNetView(self.unet, self._original_name)
 
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
