@@ -10,15 +10,18 @@ from library.config import parser
 from library.errors import UserError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Read the options, build the run, train. Returns the exit code: 2 for what the user can put right."""
+def main(argv: list[str] | None = None, *, family: str | None = None) -> int:
+    """Read the options, build the run, train. Returns the exit code: 2 for what the user can put right.
+
+    family: the only one to train, as in `library.models.FAMILIES`; None finds it from the model.
+    """
     log.set_up()
     try:
         options = parser.parse(sys.argv[1:] if argv is None else argv)
         log.configure(level=options.logging.console_log_level, file=options.logging.console_log_file)
         from library.training.job import run  # the rest of the program loads only if the options are good
 
-        return run(options)
+        return run(options, family=family)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,8 +17,8 @@ from torch.nn.utils import skip_init
 
 from library.errors import UserError
 from library.rng import torch_generator
-from networks import rates
-from networks.network import AdapterModule, AdapterNetwork, Site, find_sites
+from networks import blocks, rates
+from networks.network import AdapterModule, AdapterNetwork, Site, find_sites, in_names_of
 from networks.weights import by_module, read_weights
 
 if TYPE_CHECKING:
@@ -160,6 +160,10 @@ def create_network(
     up_lr_weight: str | None = None,
     block_lr_zero_threshold: float = 0.0,
     network_reg_lrs: str | None = None,
+    block_dims: str | None = None,
+    block_alphas: str | None = None,
+    conv_block_dims: str | None = None,
+    conv_block_alphas: str | None = None,
 ) -> AdapterNetwork:
     """A network of new adapters; the models are known from `targets`.
 
@@ -167,17 +171,38 @@ def create_network(
     the ResNet blocks and resamplers are adapted too, wider kernels with `conv_dim` and `conv_alpha` (None: 1; 0: the
     rank). Dropout rates lie in [0, 1). A LoRA+ ratio multiplies the learning rate of `up` (Hayou et al. 2024).
     `down_lr_weight` and so on: rates by block of the UNet, without the blocks whose weight is 0; `network_reg_lrs`:
-    rates by pattern (networks/rates.py).
+    rates by pattern (networks/rates.py). `block_dims` and so on: ranks and alphas by block of the UNet, 0 for none
+    (networks/blocks.py); where those of convolutions are given, ResNet blocks and resamplers are adapted too.
     """
-    weights = rates.block_weights(down_lr_weight, mid_lr_weight, up_lr_weight, block_lr_zero_threshold)
-    rank = _rank("network_dim", 4 if network_dim is None else network_dim)
-    conv_rank = None if conv_dim is None else _rank("conv_dim", conv_dim)
+    sites = find_sites(targets, conv=True)
+    numbering = blocks.blocks_of(sites)
+    ranks = blocks.ranks(
+        _rank("network_dim", 4 if network_dim is None else network_dim),
+        1.0 if network_alpha is None else network_alpha,
+        dims=block_dims,
+        alphas=block_alphas,
+        blocks=numbering,
+        names=("block_dims", "block_alphas"),
+    )
+    conv_ranks = blocks.ranks(
+        0 if conv_dim is None else _rank("conv_dim", conv_dim),
+        1.0 if conv_alpha is None else conv_alpha,
+        dims=conv_block_dims,
+        alphas=conv_block_alphas,
+        blocks=numbering,
+        names=("conv_block_dims", "conv_block_alphas"),
+    )
+    if not conv_ranks.any:
+        sites = find_sites(targets, conv=False)
+    weights = rates.block_weights(
+        down_lr_weight, mid_lr_weight, up_lr_weight, block_lr_zero_threshold, blocks=numbering
+    )
     dropout = _dropouts(neuron_dropout, rank_dropout, module_dropout)
     adapters = []
-    for site in rates.without_zero_blocks(find_sites(targets, conv=conv_rank is not None), weights):
-        site_rank, alpha = (conv_rank, conv_alpha) if site.spatial else (rank, network_alpha)
-        if site_rank is not None:
-            adapters.append(LoRA(site, rank=site_rank, alpha=1.0 if alpha is None else alpha, seed=seed, **dropout))
+    for site in rates.without_zero_blocks(sites, weights):
+        rank, alpha = (conv_ranks if site.spatial else ranks).of(site)
+        if rank:
+            adapters.append(LoRA(site, rank=rank, alpha=alpha, seed=seed, **dropout))
     ratios = _plus_ratios(loraplus_lr_ratio, loraplus_unet_lr_ratio, loraplus_text_encoder_lr_ratio)
     return AdapterNetwork(
         adapters,
@@ -218,12 +243,14 @@ def create_network_from_weights(
     if weights_sd is None:
         assert file is not None, "neither a file nor weights"
         weights_sd = read_weights(file)
+    sites = find_sites(targets, conv=True)
+    weights_sd = in_names_of(sites, weights_sd)
     modules = {name: tensors for name, tensors in by_module(weights_sd).items() if "lora_down.weight" in tensors}
     if not modules:
         raise UserError(f"{file}: holds no low-rank pair; the first tensor is {next(iter(weights_sd), '')!r}")
     dropout = _dropouts(neuron_dropout, rank_dropout, module_dropout)
     adapters = []
-    for site in find_sites(targets, conv=True):
+    for site in sites:
         if site.name in modules:
             rank = modules[site.name]["lora_down.weight"].shape[0]
             alpha = float(modules[site.name].get("alpha", torch.tensor(rank)))  # old files have none
@@ -235,7 +262,9 @@ def create_network_from_weights(
         adapters,
         multiplier=multiplier,
         plus_ratios=ratios,
-        block_weights=rates.block_weights(down_lr_weight, mid_lr_weight, up_lr_weight, block_lr_zero_threshold),
+        block_weights=rates.block_weights(
+            down_lr_weight, mid_lr_weight, up_lr_weight, block_lr_zero_threshold, blocks=blocks.blocks_of(sites)
+        ),
         pattern_rates=rates.pattern_rates(network_reg_lrs),
     )
     return network, weights_sd

@@ -69,7 +69,8 @@ class BaseWeights:
                 file.multiplier, file.name, None, None, None, weights_sd=tensors, targets=targets
             )
             network.merge_to(weights_sd=tensors)
-            file.merged.update(adapter.site.name for adapter in network.adapters)
+            adapted = {name for adapter in network.adapters for name in (adapter.site.name, adapter.site.alias)}
+            file.merged.update(by_module(tensors).keys() & adapted)
 
     def report(self) -> None:
         """Say what went into the base. To be called when every part is loaded. `UserError` if nothing of a file did."""

@@ -7,7 +7,8 @@ Three ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Di
 * diffusers: `unet.….lora.down.weight`, or PEFT's ends behind `unet.`; older files name the attention's processor
   (`….attn1.processor.to_q_lora.down.weight`). alpha, if any, in the file's metadata under `lora_adapter_metadata`.
 
-Nothing here needs the model: names of Stable Diffusion's layers are the same in all three but for dots.
+Nothing here needs the model: names of Stable Diffusion's layers are the same in all three but for dots. Only SDXL's
+UNet is called by its original names in kohya's files; that is settled where the model is known (`network.in_names_of`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _ENDINGS = (
 _WRAPPER = "base_model.model."
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
+_ONLY_SDXL = re.compile(r"\.transformer_blocks\.[1-9]")  # of the others, each attention has but one
 _TEXT_PATH = re.compile(r"(?:text_model\.)?(?:encoder|embeddings|final_layer_norm)\b.*")
 # the attention layers of a text encoder in the oldest files are called as a UNet's
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -76,7 +78,7 @@ def to_kohya(
         place, kind = _read(key, source)
         if found.setdefault(place, {}).setdefault(kind, tensor) is not tensor:
             raise UserError(f"{source}: two tensors for one layer's {kind}; the second is {key}")
-    second = any(place.part == "text_encoder_2" for place in found)
+    second = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
         lacking = {"lora_down.weight", "lora_up.weight"} - own.keys()

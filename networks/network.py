@@ -34,6 +34,7 @@ class Site:
     part: str  # "unet" or "text_encoder"
     module: nn.Linear | nn.Conv2d
     path: str = ""  # the same with dots and without the prefix: down_blocks.0.attentions.0.proj_in
+    alias: str = ""  # what files in diffusers' or PEFT's naming make of it, where that is another name
 
     @property
     def spatial(self) -> bool:
@@ -56,7 +57,7 @@ def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
             encoders += 1
             section = f"text_encoder_{encoders}"
         found = [
-            Site(f"{target.prefix}.{name}".replace(".", "_"), section, target.part, module, name)
+            Site(_flat_name(target, name), section, target.part, module, name, _flat_name(target, path))
             for path, module in target.root.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
             and (target.linear.fullmatch(path) or (conv and target.conv.fullmatch(path)))
@@ -68,6 +69,20 @@ def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
     names = {site.name for site in sites}
     assert len(names) == len(sites), "two layers have the same name in files"
     return sites
+
+
+def _flat_name(target: AdapterTargets, path: str) -> str:
+    return f"{target.prefix}.{path}".replace(".", "_")
+
+
+def in_names_of(sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file under the names that these layers have in ours: a UNet's block may have two names."""
+    names = {site.alias: site.name for site in sites if site.part == "unet"}
+    renamed = {}
+    for key, tensor in tensors.items():
+        name, dot, rest = key.partition(".")
+        renamed[names.get(name, name) + dot + rest] = tensor
+    return renamed
 
 
 class AdapterModule(nn.Module):
@@ -323,7 +338,7 @@ class AdapterNetwork(nn.Module):
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
         """Load tensors in kohya's names, from `source`. `UserError` if none fits or a layer has another shape."""
-        modules = by_module(tensors)
+        modules = by_module(in_names_of((adapter.site for adapter in self.adapters), tensors))
         for adapter in self.adapters:
             own = modules.get(adapter.site.name)
             if own is not None:

@@ -9,19 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from library.errors import UserError, did_you_mean
+from networks.blocks import SD, Blocks, block_of, depth_of
 
 if TYPE_CHECKING:
     from networks.network import AdapterModule, Site
 
 logger = logging.getLogger(__name__)
 
-DOWN, MID, UP = 12, 1, 12  # blocks of a Stable Diffusion UNet as kohya counts them; nothing in block 0 is adapted
 PatternRates = Sequence[tuple[re.Pattern[str], float]]
 
-_BLOCK = re.compile(
-    r".*?(?P<way>down|up)_blocks_(?P<i>\d+)_(?P<kind>resnets|attentions|(?:up|down)samplers)_(?P<j>\d+)_.*"
-)
-_LAYER = re.compile(r".*?_layers_(?P<i>\d+)_.*")
 _PAIR = re.compile(r"\s*(?P<pattern>.+?)\s*=\s*(?P<rate>\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*(?:,|$)")
 # the weight of a block that lies at x in [0, 1] between the first and the last
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -33,26 +29,10 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def block_of(site: Site) -> int | None:
-    """kohya's number of the UNet block that a layer lies in: 1 … 11 down, 12 middle, 13 … 24 up; None elsewhere."""
-    if site.part != "unet":
-        return None
-    if match := _BLOCK.fullmatch(site.name):
-        within = 2 if match["kind"].endswith("samplers") else int(match["j"])
-        return (1 if match["way"] == "down" else DOWN + MID) + 3 * int(match["i"]) + within
-    return DOWN if "_mid_block_" in site.name else None
-
-
-def depth_of(site: Site) -> int | None:
-    """A UNet's block or a text encoder's layer: the larger, the farther from the input."""
-    if site.part == "unet":
-        return block_of(site)
-    match = _LAYER.fullmatch(site.name)
-    return int(match["i"]) if match else None
-
-
-def block_weights(down: str | None, mid: str | None, up: str | None, zero_threshold: float) -> tuple[float, ...] | None:
-    """A factor on the rate for each of kohya's 25 blocks; None if neither is given. Raises UserError.
+def block_weights(
+    down: str | None, mid: str | None, up: str | None, zero_threshold: float, *, blocks: Blocks = SD
+) -> tuple[float, ...] | None:
+    """A factor on the rate for each of kohya's blocks; None if neither is given. Raises UserError.
 
     Each is a list of numbers ("0,0.5,1", what is missing counts as 1) or, for `down` and `up`, the name of a shape with
     an offset ("sine+0.25"). What does not exceed `zero_threshold` is 0.
@@ -61,9 +41,11 @@ def block_weights(down: str | None, mid: str | None, up: str | None, zero_thresh
         if zero_threshold:
             raise UserError("block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")
         return None
-    given = (("down_lr_weight", down, DOWN), ("mid_lr_weight", mid, MID), ("up_lr_weight", up, UP))
+    counts = (blocks.down, blocks.mid, blocks.up)
+    given = zip(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), (down, mid, up), counts, strict=True)
     weights = [weight for name, text, count in given for weight in _weights(name, text, count)]
-    return tuple(weight if weight > zero_threshold else 0.0 for weight in weights)
+    ends = (1.0,) * blocks.ends
+    return (*ends, *(weight if weight > zero_threshold else 0.0 for weight in weights), *ends)
 
 
 def _weights(name: str, text: str | None, count: int) -> list[float]:

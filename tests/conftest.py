@@ -31,6 +31,14 @@ def fresh_accelerator() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny SDXL with random weights."""
+    from tests.tiny_sdxl import write
+
+    return write(tmp_path_factory.mktemp("tiny_sdxl"))
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """`tmp_path/data` with `2_style`: six captioned images, two repeats, as --train_data_dir wants it."""

@@ -119,11 +119,13 @@ def test_the_curves() -> None:
 
 def test_the_presets_for_stable_diffusion() -> None:
     found = rows("For Stable Diffusion")
-    assert len(found) == 4
+    assert len(found) == 7
     for name, (_, sizes, rates, optimizer, _) in found.items():
         said = values(name)
         assert sizes == f"{said['network_dim']}, {said['network_alpha']}"
-        assert [float(rate) for rate in rates.split(",")] == [said["learning_rate"], said["text_encoder_lr"]]
+        text_rate = "UNet only" if said.get("network_train_unet_only") else said["text_encoder_lr"]
+        unet, _, text = rates.partition(", ")
+        assert [float(unet), text if text == "UNet only" else float(text)] == [said["learning_rate"], text_rate]
         assert optimizer.startswith(str(said["optimizer_type"]))
 
 

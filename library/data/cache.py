@@ -102,7 +102,7 @@ def encoded_images(
     with closing(_read_ahead(ordered, load, ahead=2 * batch_size)) as pixels:
         for batch in bar(batches, desc="encoding images", total=len(batches), unit="batch"):
             mean, std = encode(torch.stack(list(islice(pixels, len(batch)))))
-            _refuse_non_finite(batch, mean, std)
+            refuse_non_finite([str(view.path) for view in batch], mean, std)
             yield batch, mean, std
 
 
@@ -156,8 +156,9 @@ def _read_ahead(views: Sequence[View], load: Callable[[View], Tensor], *, ahead:
         pool.shutdown(cancel_futures=True)
 
 
-def _refuse_non_finite(views: Sequence[View], mean: Tensor, std: Tensor) -> None:
+def refuse_non_finite(images: Sequence[str], mean: Tensor, std: Tensor) -> None:
+    """Raises UserError that names the images whose latents are no numbers."""
     finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
-    bad = dict.fromkeys(str(view.path) for view, good in zip(views, finite.tolist(), strict=True) if not good)
+    bad = dict.fromkeys(image for image, good in zip(images, finite.tolist(), strict=True) if not good)
     if bad:
         raise UserError(f"the VAE gives latents that are no numbers for {', '.join(bad)}: in fp16 try --no_half_vae")

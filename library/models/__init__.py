@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
 
-FAMILIES = {"sd": "library.models.stable_diffusion.StableDiffusion"}
+FAMILIES = {
+    "sd": "library.models.stable_diffusion.StableDiffusion",
+    "sdxl": "library.models.stable_diffusion_xl.StableDiffusionXL",
+}
 
 
 def open_family(
@@ -20,23 +23,26 @@ def open_family(
     max_token_length: int | None,
     zero_terminal_snr: bool = False,
     weighted_captions: bool = False,
+    only: str | None = None,
 ) -> ModelFamily:
     """The family of the base model at `path`: a diffusers folder, a single file or a hub id.
 
     Reads headers and small configurations only. v2, v_parameterization: what the user says the model is, checked
     against it. vae: a folder or file of another VAE. clip_skip: 1 is the text encoder's last layer. max_token_length:
     75, 150 or 225 tokens of a caption. zero_terminal_snr: rescale the noise schedule to end in pure noise.
-    weighted_captions: whether brackets weigh words. Raises UserError where the model is not found, not supported, or
-    not as said.
+    weighted_captions: whether brackets weigh words. only: the one family that is wanted. Raises UserError where the
+    model is not found, not supported, or not as said.
     """
     from library.config.registry import load_path
     from library.errors import UserError
     from library.models.base_model import open_base_model
-    from library.models.detect import NOT_A_BASE
+    from library.models.detect import NOT_A_BASE, TITLES
 
     base = open_base_model(path)
     if base.kind not in FAMILIES:
         raise UserError(f"{path} is {NOT_A_BASE[base.kind]}")
+    if only is not None and base.kind != only:
+        raise UserError(f"{path} is {TITLES[base.kind]}, where {TITLES[only]} is wanted; train_network.py takes both")
     family: ModelFamily = load_path(FAMILIES[base.kind], where="FAMILIES")(
         base,
         v2=v2,

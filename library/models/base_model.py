@@ -13,6 +13,10 @@ from library.errors import UserError, nearest_path
 from library.models.tensors import TensorEntry
 
 ASSETS = Path(__file__).parent / "assets"
+# A noise schedule that ends in pure noise. A drawing must begin at the last timestep then, or it begins where there is
+# signal (arXiv 2305.08891, §3.3)
+ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+_VAE_OF = {"sd": "sd1.json", "sdxl": "sdxl.json"}  # where the base model has none itself
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -33,10 +37,11 @@ class Part:
 class BaseModel:
     """Everything that a family needs to know before it loads weights.
 
-    kind: the family's name. path: as the user gave it. location: where it lies. parts: by "unet", "vae" and
-    "text_encoder"; a folder or file without a VAE has none. scheduler: the configuration of the noise schedule.
-    tokenizer, tokenizer_options: the folder and what to change in it. prediction: "epsilon" or "v_prediction" where the
-    model says so itself, else None. prediction_from: what says so.
+    kind: the family's name. path: as the user gave it. location: where it lies. parts: by "unet", "vae",
+    "text_encoder" and, where there are two, "text_encoder_2"; a folder or file without a VAE has none. scheduler: the
+    configuration of the noise schedule. tokenizer, tokenizer_options: the (first) text encoder's folder and what to
+    change in it. prediction: "epsilon" or "v_prediction" where the model says so itself, else None. prediction_from:
+    what says so.
     """
 
     kind: str
@@ -51,7 +56,7 @@ class BaseModel:
 
     def with_vae(self, path: str) -> BaseModel:
         """The same with another VAE: a diffusers folder, one that holds a folder vae, or a file in either naming."""
-        default = self.parts["vae"].config if "vae" in self.parts else read_json(ASSETS / "sd1.json")["vae"]
+        default = self.parts["vae"].config if "vae" in self.parts else read_json(ASSETS / _VAE_OF[self.kind])["vae"]
         return replace(self, parts={**self.parts, "vae": open_vae(path, default_config=default)})
 
 

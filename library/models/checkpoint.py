@@ -10,7 +10,7 @@ The layouts: CompVis/stable-diffusion ldm/modules/diffusionmodules/{openaimodel,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from library.models.tensors import TensorEntry
 
@@ -21,6 +21,14 @@ EMA_PREFIX = "model_ema."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."  # SD 1.x: the layout of transformers
 OPEN_CLIP_PREFIX = "cond_stage_model.model."  # SD 2.x: the layout of open_clip
+# SDXL has one of each
+TEXT_PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {
+    "sd": {"text_encoder": (CLIP_PREFIX, OPEN_CLIP_PREFIX)},
+    "sdxl": {"text_encoder": ("conditioner.embedders.0.transformer.",),
+             "text_encoder_2": ("conditioner.embedders.1.model.",)},
+}  # fmt: skip
+_CLIP_PREFIXES = (CLIP_PREFIX, *TEXT_PREFIXES["sdxl"]["text_encoder"])
+_OPEN_CLIP_PREFIXES = (OPEN_CLIP_PREFIX, *TEXT_PREFIXES["sdxl"]["text_encoder_2"])
 
 _RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
@@ -28,8 +36,11 @@ _RESNET = {
 }  # fmt: skip
 _UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
 }  # fmt: skip
+_UNET_STARTS = {path: name for name, path in _UNET_ENDS.items()}
+_ORIGINAL_RESNET = {path: name for name, path in _RESNET.items()}
 _UNET_MIDDLE = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_block.resnets.1"}
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -80,6 +91,28 @@ def unet_name(name: str, *, layers_per_block: int) -> str:
     return f"{root}.attentions.{layer}.{rest}.{leaf}"
 
 
+def original_unet_name(path: str, *, layers_per_block: int) -> str:
+    """The way back for a module's path, as LoRA files of SDXL name it.
+
+    For example down_blocks.1.attentions.0.proj_in → input_blocks.4.1.proj_in.
+    """
+    if path in _UNET_STARTS:
+        return _UNET_STARTS[path]
+    if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", path):
+        place = 1 if found[1] == "attentions" else 2 * int(found[2])
+        return f"middle_block.{place}.{_ORIGINAL_RESNET.get(found[3], found[3])}"
+    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", path)
+    assert found, f"no layer of a UNet: {path}"
+    first = int(found[2]) * (layers_per_block + 1)
+    if found[3] == "downsamplers":
+        return f"input_blocks.{first + layers_per_block + 1}.0.op"
+    if found[3] == "upsamplers":
+        return f"output_blocks.{first + layers_per_block}.2.conv"  # behind resnet and attention
+    number = first + int(found[4]) + (found[1] == "down")
+    side, rest = {"down": "input", "up": "output"}[found[1]], _ORIGINAL_RESNET.get(found[5], found[5])
+    return f"{side}_blocks.{number}.{int(found[3] == 'attentions')}.{rest}"
+
+
 def vae_entries(entries: Entries) -> dict[str, TensorEntry]:
     """A VAE under the names of diffusers' AutoencoderKL, from a checkpoint or a VAE's own file in any naming."""
     inner = strip(entries, VAE_PREFIX) or dict(entries)
@@ -111,14 +144,35 @@ def text_encoder_entries(entries: Entries, *, layers: int) -> dict[str, TensorEn
 
     Layers from `layers` on are left out: SD 2.x never uses the last one of its open_clip model.
     """
-    if inner := strip(entries, OPEN_CLIP_PREFIX):
+    if inner := _stripped(entries, _OPEN_CLIP_PREFIXES):
         found = _open_clip_entries(inner)
     else:
-        inner = strip(entries, CLIP_PREFIX) or dict(entries)
+        inner = _stripped(entries, _CLIP_PREFIXES) or dict(entries)
         found = {name.removeprefix("text_model."): entry for name, entry in inner.items()}
     late = re.compile(r"encoder\.layers\.(\d+)\.")
     unused = {n for n in found if (m := late.match(n)) and int(m[1]) >= layers} | _CLIP_UNUSED
     return {name: entry for name, entry in found.items() if name not in unused}
+
+
+def text_entries_of(part: str) -> Callable[..., dict[str, TensorEntry]]:
+    """The reader of "text_encoder" or "text_encoder_2"."""
+    return projected_text_encoder_entries if part == "text_encoder_2" else text_encoder_entries
+
+
+def projected_text_encoder_entries(entries: Entries, *, layers: int) -> dict[str, TensorEntry]:
+    """The same with the projection of its pooled output, under the names of CLIPTextModelWithProjection."""
+    found = {f"text_model.{name}": e for name, e in text_encoder_entries(entries, layers=layers).items()}
+    inner = _stripped(entries, _OPEN_CLIP_PREFIXES) or dict(entries)
+    if "text_projection" in inner:  # open_clip multiplies by it from the right, a Linear by its transpose
+        found["text_projection.weight"] = inner["text_projection"].transposed()
+    elif "text_projection.weight" in inner:
+        found["text_projection.weight"] = inner["text_projection.weight"]
+    return found
+
+
+def _stripped(entries: Entries, prefixes: Sequence[str]) -> dict[str, TensorEntry]:
+    """The entries under the first of these prefixes that there is."""
+    return next((inner for prefix in prefixes if (inner := strip(entries, prefix))), {})
 
 
 def _open_clip_entries(inner: Entries) -> dict[str, TensorEntry]:

@@ -9,6 +9,8 @@ from library.errors import UserError
 from library.models.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from library.models.tensors import WeightsIndex
 
+TITLES = {"sd": "a Stable Diffusion 1.x or 2.x model", "sdxl": "an SDXL model"}
+_SUPPORTED = "this version trains Stable Diffusion 1.x, 2.x and XL"
 # What else people give as a base model. "{path} is …" is how the message begins.
 NOT_A_BASE = {
     "lora": "a LoRA or a similar adapter, not a base model; to train on from it, give it as --network_weights",
@@ -18,14 +20,15 @@ NOT_A_BASE = {
     "text_encoder": "a text encoder alone, not a base model",
     "diffusers_unet": "the UNet of a diffusers folder; give the folder that holds unet, vae and text_encoder",
     "unet": "a UNet without a text encoder; give the complete checkpoint",
-    "sdxl": "an SDXL model, which comes in a later version; this one trains Stable Diffusion 1.x and 2.x",
-    "sdxl_refiner": "the SDXL refiner, which is not supported; this version trains Stable Diffusion 1.x and 2.x",
-    "sd3": "a Stable Diffusion 3 model, which is not supported; this version trains Stable Diffusion 1.x and 2.x",
-    "flux": "a FLUX model, which is not supported; this version trains Stable Diffusion 1.x and 2.x",
+    "sdxl_refiner": f"the SDXL refiner, which is not supported; {_SUPPORTED}",
+    "sd3": f"a Stable Diffusion 3 model, which is not supported; {_SUPPORTED}",
+    "flux": f"a FLUX model, which is not supported; {_SUPPORTED}",
+    "edm": f"an SDXL model of another kind (EDM, as Playground 2.5), which is not supported; {_SUPPORTED}",
 }
 _ADAPTER_ENDS = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".hada_w1_a", ".lokr_w1",
                  ".lokr_w1_a", ".lokr_w2", ".oft_blocks", ".a1.weight")  # fmt: skip
 _ADAPTER_STARTS = ("lora_unet_", "lora_te")
+_EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
 _REFINER_POOLED = 2560  # width of the refiner's added conditions; SDXL base: 2816
 
 
@@ -42,7 +45,11 @@ def kind_of_file(index: WeightsIndex) -> str:
         return "controlnet"
     label = next((entry for name, entry in names.items() if name.endswith("label_emb.0.0.weight")), None)
     if begins("conditioner.embedders.") or label:
-        return "sdxl_refiner" if label and label.shape[-1] == _REFINER_POOLED else "sdxl"
+        if label and label.shape[-1] == _REFINER_POOLED:
+            return "sdxl_refiner"
+        if not begins(UNET_PREFIX) or not begins("conditioner.embedders."):
+            return "unet"
+        return "edm" if names.keys() & _EDM_MARKS else "sdxl"
     if begins("double_blocks.", f"{UNET_PREFIX}double_blocks.", "single_transformer_blocks."):
         return "flux"
     if begins("joint_blocks.", f"{UNET_PREFIX}joint_blocks."):
@@ -75,7 +82,8 @@ def is_v2(unet: Mapping[str, Any]) -> bool:
 def kind_of_folder(pipeline: str, unet: Mapping[str, Any] | None) -> str | None:
     """The same for a diffusers folder, from the class in model_index.json and the UNet's configuration, if any."""
     if "XL" in pipeline or (unet or {}).get("addition_embed_type") == "text_time":
-        return "sdxl"
+        pooled = (unet or {}).get("projection_class_embeddings_input_dim")
+        return "sdxl_refiner" if pooled == _REFINER_POOLED else "sdxl" if unet is not None else None
     if "StableDiffusion3" in pipeline:
         return "sd3"
     if "Flux" in pipeline:

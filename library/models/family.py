@@ -37,9 +37,11 @@ class ModelFamily(Protocol):
     vae_path: str | None  # as the user gave it with --vae
     base_model_version: str  # kohya's ss_base_model_version: "sd_v1", "sd_v2", …
     architecture: str  # modelspec.architecture, without "/lora"
+    implementation: str  # modelspec.implementation: whose names the adapters' keys follow
     prediction_type: str  # "epsilon" or "v_prediction"
     clip_skip: int | None  # as kohya counts: 1 is the text encoder's last layer
     vae_factor: int  # pixels a latent cell spans
+    vae_overflows_fp16: bool  # the VAE must not compute in fp16, or it gives NaN
     latent_channels: int
     native_resolution: int  # pixels
     token_limit: int  # tokens of a caption that are read: 75, 150 or 225
@@ -80,7 +82,22 @@ class ModelFamily(Protocol):
         ...
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What `predict` is conditioned on, each [B, …]. Differentiable."""
+        """What the text encoders give, each [B, …]. Differentiable."""
+        ...
+
+    def condition(
+        self,
+        texts: Mapping[str, Tensor],
+        *,
+        original_sizes: Sequence[tuple[int, int]],
+        crops: Sequence[tuple[int, int]],
+        target_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """What `predict` is conditioned on, each [B, …]: `texts` as of `encode_prompts`, and what more the family asks.
+
+        Sizes are (width, height) in pixels: of each image as it is on disk, and of what is seen of all of them. crops:
+        (left, top) of that in the image after resizing, and mirroring if it is seen so.
+        """
         ...
 
     def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
@@ -92,11 +109,22 @@ class ModelFamily(Protocol):
         ...
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
-        """How many targets each part has in the sizes that are known, with those of `conv` or without; else None."""
+        """How many targets each part has in the sizes that are known, with those of `conv` or without; else None.
+
+        Parts are called as in `networks.network.Site.section`.
+        """
         ...
 
     def third_party_text_encoders(self) -> Any:
-        """What a network module of kohya's protocol is given as `text_encoder`."""
+        """What a network module of kohya's protocol is given as `text_encoder`: a module, or a list of them."""
+        ...
+
+    def third_party_unet(self) -> Any:
+        """What such a module is given as `unet`."""
+        ...
+
+    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The pipeline's own names for two prompts, each as of `encode_prompts`."""
         ...
 
     def sampling_pipeline(self) -> Any:

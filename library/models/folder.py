@@ -10,7 +10,7 @@ from typing import Any
 
 from library.errors import UserError, nearest_path
 from library.models.base_model import ASSETS, BaseModel, Part, few, read_json
-from library.models.checkpoint import text_encoder_entries, vae_entries
+from library.models.checkpoint import TEXT_PREFIXES, text_entries_of, vae_entries
 from library.models.detect import is_v2, kind_of_folder
 from library.models.tensors import TensorEntry, read_index
 
@@ -31,14 +31,12 @@ def open_folder(path: str, folder: Path) -> BaseModel:
     kind = kind_of_folder(pipeline, unet)
     if kind is None:
         raise UserError(f"{path}: no diffusers folder of a Stable Diffusion model; {_contents(folder, pipeline)}")
-    if kind != "sd":
+    if kind not in TEXT_PREFIXES:
         return BaseModel(kind, path, folder, {}, {}, folder, {}, None, "")
     assert unet is not None
     _require(unet, folder / "unet", "cross_attention_dim", "block_out_channels")
-    parts = {
-        "unet": Part(unet, _where("UNet", folder / "unet"), lambda: _entries(folder / "unet")),
-        "text_encoder": _text_encoder_part(folder / "text_encoder"),
-    }
+    parts = {"unet": Part(unet, _where("UNet", folder / "unet"), lambda: _entries(folder / "unet"))}
+    parts |= {part: _text_encoder_part(folder / part) for part in TEXT_PREFIXES[kind]}
     if (folder / "vae" / "config.json").is_file():
         parts["vae"] = vae_part(folder / "vae")
     schedule = folder / "scheduler" / "scheduler_config.json"
@@ -102,17 +100,18 @@ def _entries(folder: Path) -> dict[str, TensorEntry]:
 def _text_encoder_part(folder: Path) -> Part:
     config = read_json(folder / "config.json")
     _require(config, folder, "hidden_size", "num_hidden_layers")
-    layers = int(config["num_hidden_layers"])
-    return Part(config, _where("text encoder", folder), lambda: text_encoder_entries(_entries(folder), layers=layers))
+    layers, entries = int(config["num_hidden_layers"]), text_entries_of(folder.name)
+    return Part(config, _where("text encoder", folder), lambda: entries(_entries(folder), layers=layers))
 
 
 def _tokenizer(folder: Path, unet: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The folder's own tokenizer, or the shipped vocabulary, which is every Stable Diffusion 1.x and 2.x model's."""
+    """The folder's own tokenizer, or the shipped vocabulary, which is every Stable Diffusion model's."""
     own = folder / "tokenizer"
     if (own / "vocab.json").is_file() or (own / "tokenizer.json").is_file():
         return own, {}
     logger.info("%s has no tokenizer; CLIP's own vocabulary is used", folder)
-    return ASSETS / "clip_tokenizer", read_json(ASSETS / f"sd{2 if is_v2(unet) else 1}.json")["tokenizer"]
+    asset = "sdxl" if unet.get("addition_embed_type") == "text_time" else "sd2" if is_v2(unet) else "sd1"
+    return ASSETS / "clip_tokenizer", read_json(ASSETS / f"{asset}.json")["tokenizer"]
 
 
 def _require(config: Mapping[str, Any], folder: Path, *keys: str) -> None:

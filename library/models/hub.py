@@ -10,7 +10,7 @@ from library.models.folder import choose_weights, shards_of
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("unet", "vae", "text_encoder")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TIMEOUT = 10.0  # seconds for the list of files
 
 

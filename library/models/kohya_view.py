@@ -1,17 +1,23 @@
-"""A text encoder with the module paths that kohya's network modules expect."""
+"""Models with the module paths that kohya's network modules expect.
+
+The weights are the models' own, and so is each layer: whatever a network module attaches to them is in force there.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+
+_BLOCK = re.compile(r".*\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+")
 
 
 class TextModelView(nn.Module):
     """Shows a CLIPTextModel under "text_model.", the level that transformers 5 dropped and that keys in files name.
 
-    The weights are the encoder's own, and so is each module: whatever a network module attaches to them is in force in
-    the encoder. None makes a view without any module.
+    None makes a view without any module.
     """
 
     def __init__(self, encoder: nn.Module | None) -> None:
@@ -22,3 +28,45 @@ class TextModelView(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's answer."""
         return self.text_model(*args, **kwargs)
+
+
+class OriginalUNetView(nn.Module):
+    """Shows the layers of a diffusers UNet under their names in the original layout, as kohya's own SDXL UNet has them.
+
+    Modules are often chosen by the class of the block that holds them, so what holds a block's layers is of a class
+    that is called the same.
+    """
+
+    def __init__(self, unet: nn.Module, name: Callable[[str], str]) -> None:
+        """`name`: from a layer's path in `unet` to the original one."""
+        super().__init__()
+        for path, block in unet.named_modules():
+            if not _BLOCK.fullmatch(path):
+                continue
+            inner = [layer for layer, _ in _layers(block)]
+            words = name(f"{path}.{inner[0]}").split(".")
+            place = words[: 2 if words[0] == "middle_block" else 3]
+            if all(name(f"{path}.{layer}") == ".".join([*place, layer]) for layer in inner):
+                _put(self, place, block)
+            else:
+                _put(self, place, type(type(block).__name__, (nn.Module,), {})())
+        for path, layer in _layers(unet):
+            _put(self, name(path).split("."), layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("a view of the layers alone")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have weights of their own, by their paths."""
+    return ((path, module) for path, module in model.named_modules() if module._parameters)
+
+
+def _put(root: nn.Module, words: Sequence[str], module: nn.Module) -> None:
+    """Add a module at a path, with plain modules above it where there are none."""
+    owner = root
+    for word in words[:-1]:
+        if word not in owner._modules:
+            owner.add_module(word, nn.Module())
+        owner = owner.get_submodule(word)
+    owner.add_module(words[-1], module)

@@ -93,10 +93,25 @@ def new_text_encoder(config: Mapping[str, Any]) -> nn.Module:
         from transformers.models.clip.modeling_clip import CLIPTextModel
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-    # a table of 0, 1, 2, … that is in no file
+    _give_positions(encoder)
+    return encoder
+
+
+def new_projected_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+    """A CLIPTextModelWithProjection, its parameters on the meta device."""
+    with lean_diffusers():
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
+        from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+    with torch.device("meta"):
+        encoder = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
+    _give_positions(encoder.text_model)
+    return encoder
+
+
+def _give_positions(encoder: nn.Module) -> None:
+    """A table of 0, 1, 2, … that is in no file."""
     positions = torch.arange(encoder.config.max_position_embeddings, device="cpu").expand(1, -1)
     encoder.embeddings.register_buffer("position_ids", positions, persistent=False)
-    return encoder
 
 
 def new_tokenizer(folder: Path, options: Mapping[str, Any]) -> Any:
@@ -110,10 +125,26 @@ def new_pipeline(parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:
     """A StableDiffusionPipeline with DDIM over `parts` (vae, text_encoder, tokenizer, unet)."""
     with lean_diffusers():
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        names = inspect.signature(DDIMScheduler).parameters
-        ddim = DDIMScheduler(**{name: value for name, value in scheduler.items() if name in names})
         return StableDiffusionPipeline(
-            **parts, scheduler=ddim, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            **parts,
+            scheduler=_ddim(scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
+
+
+def new_xl_pipeline(parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:
+    """A StableDiffusionXLPipeline with DDIM over `parts` (as above, and text_encoder_2, tokenizer_2)."""
+    with lean_diffusers():
+        from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline(**parts, scheduler=_ddim(scheduler), add_watermarker=False)
+
+
+def _ddim(config: Mapping[str, Any]) -> Any:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    names = inspect.signature(DDIMScheduler).parameters
+    return DDIMScheduler(**{name: value for name, value in config.items() if name in names})

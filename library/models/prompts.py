@@ -28,9 +28,12 @@ def content_tokens(tokenizer: CLIPTokenizer, caption: str) -> list[int]:
     return tokenizer(caption, truncation=False, padding=False, verbose=False).input_ids[1:-1]
 
 
-def chunked_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int) -> Tensor:
-    """Token ids [B, limit / 75, 77]; `limit`: 75, 150 or 225. What is beyond it is cut off."""
-    rows = [_chunks(tokenizer, content_tokens(tokenizer, caption)[:limit], limit) for caption in captions]
+def chunked_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int, pad: int | None = None) -> Tensor:
+    """Token ids [B, limit / 75, 77]; `limit`: 75, 150 or 225. What is beyond it is cut off.
+
+    `pad`: the token to fill up with; None is the tokenizer's own.
+    """
+    rows = [_chunks(tokenizer, content_tokens(tokenizer, caption)[:limit], limit, pad) for caption in captions]
     return torch.tensor(rows, dtype=torch.long)
 
 
@@ -45,24 +48,27 @@ def weighted_tokens(tokenizer: CLIPTokenizer, caption: str) -> tuple[list[int], 
     return tokens, weights
 
 
-def weighted_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int) -> tuple[Tensor, Tensor]:
+def weighted_ids(
+    tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int, pad: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Token ids as of `chunked_ids`, and a weight for each of the joined states [B, limit + 2]."""
     rows, weights = [], []
     for caption in captions:
         tokens, of_tokens = weighted_tokens(tokenizer, caption)
-        rows.append(_chunks(tokenizer, tokens[:limit], limit))
+        rows.append(_chunks(tokenizer, tokens[:limit], limit, pad))
         of_tokens = of_tokens[:limit]
         weights.append([1.0, *of_tokens, *[1.0] * (limit + 1 - len(of_tokens))])  # BOS, tokens, end and padding
     return torch.tensor(rows, dtype=torch.long), torch.tensor(weights)
 
 
-def _chunks(tokenizer: CLIPTokenizer, content: list[int], limit: int) -> list[list[int]]:
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+def _chunks(tokenizer: CLIPTokenizer, content: list[int], limit: int, pad: int | None) -> list[list[int]]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if pad is None else pad
     row = [*content, eos, *[pad] * (limit - len(content))]  # one longer than `limit`: its last is EOS or padding
     chunks = [[bos, *row[start : start + CHUNK], row[-1]] for start in range(0, limit, CHUNK)]
     if limit == CHUNK or pad == eos:  # SD 1.x pads with EOS, so each chunk ends as it should
         return chunks
-    for chunk in chunks:  # SD 2.x: a full chunk ends with EOS, an empty one begins with it
+    for chunk in chunks:  # SD 2.x and XL: a full chunk ends with EOS, an empty one begins with it
         if chunk[-2] not in (eos, pad):
             chunk[-1] = eos
         if chunk[1] == pad:
@@ -86,6 +92,18 @@ def encode(text_encoder: nn.Module, ids_BN77: Tensor, *, clip_skip: int | None, 
         # transformers differ in whether the last entry has gone through the final norm
         states = text_encoder.final_layer_norm(hidden[layers + 1 - clip_skip])
     return _joined(states.view(batch, chunks, width, -1))
+
+
+def encode_penultimate(text_encoder: nn.Module, ids_BN77: Tensor, *, layers: int) -> tuple[Tensor, Tensor | None]:
+    """As SDXL reads an encoder of `layers` layers: the states [B, 75 N + 2, D] before the last layer, without the final
+    norm, and, of an encoder with a projection, the projected state [B, P] of the first chunk's end, else None."""
+    batch, chunks, width = ids_BN77.shape
+    out = text_encoder(ids_BN77.reshape(batch * chunks, width), output_hidden_states=True)
+    states = out.hidden_states[layers - 1]  # [0] are the embeddings
+    pooled = getattr(out, "text_embeds", None)
+    if pooled is not None:
+        pooled = pooled.view(batch, chunks, -1)[:, 0]
+    return _joined(states.view(batch, chunks, width, -1)), pooled
 
 
 def _joined(states_BN77D: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ its configuration of 23 layers has built in) and in Linear layers around the att
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,20 @@ from library.errors import UserError
 from library.models.base_model import BaseModel
 from library.models.detect import is_v2
 from library.models.family import AdapterTargets
+from library.models.latent_diffusion import (
+    NOTHING,
+    SCHEDULER,
+    TEXT_LINEAR,
+    UNET_CONV,
+    UNET_LINEAR,
+    check_counts,
+    latent_space,
+    load_part,
+    native_resolution,
+    prediction_type,
+    scheduler,
+    token_limit,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TOKEN_LIMITS = (75, 150, 225)
 _DEFAULT_SCALING = 0.18215  # of the VAE's latents, where its configuration is older than the field
-_SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # both versions', where not stated
 
-_BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)"
-_UNET_LINEAR = re.compile(
-    rf"{_BLOCK}\.attentions\.\d+\."
-    r"(?:proj_in|proj_out|transformer_blocks\.\d+\.(?:attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|ff\.net\.(?:0\.proj|2)))"
-)
-_UNET_CONV = re.compile(
-    rf"{_BLOCK}\.(?:resnets\.\d+\.(?:conv1|conv2|time_emb_proj|conv_shortcut)|(?:down|up)samplers\.\d+\.conv)"
-)
-_TEXT_LINEAR = re.compile(r"encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
-_NOTHING = re.compile(r"(?!)")
 
 # What kohya's networks.lora finds in the true sizes, by the width of the text states.
 _TRUE_BLOCKS = [320, 640, 1280, 1280]
@@ -50,6 +51,7 @@ class StableDiffusion:
     """The family "sd". Its members are described in `library.models.family.ModelFamily`."""
 
     name = "sd"
+    implementation = "diffusers"
 
     def __init__(
         self,
@@ -69,29 +71,24 @@ class StableDiffusion:
         self._text_width, self._layers = unet["cross_attention_dim"], text["num_hidden_layers"]
         self._is_v2 = _checked_v2(base, says_v2=v2)
         self.prediction_type = _prediction_type(base, v2=self._is_v2, says_v=v_parameterization)
-        self._scheduler = _scheduler(base, self.prediction_type, zero_terminal_snr=zero_terminal_snr)
+        self._scheduler = scheduler(base, self.prediction_type, zero_terminal_snr=zero_terminal_snr)
         velocity = self.prediction_type == "v_prediction"
         self.base_model_version = f"sd_v{2 if self._is_v2 else 1}{'_v' if velocity else ''}"
         self.architecture = "stable-diffusion-v1"
         if self._is_v2:
             self.architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
 
-        config = _vae_config(base)
-        self.latent_channels = int(config.get("latent_channels", 4))
-        self.vae_factor = 2 ** (len(config["block_out_channels"]) - 1)
-        self._scaling = float(config.get("scaling_factor") or _DEFAULT_SCALING)
-        self._shift = float(config.get("shift_factor") or 0.0)
-        sample_size = unet.get("sample_size") or 64
-        self.native_resolution = int(sample_size if isinstance(sample_size, int) else sample_size[0]) * self.vae_factor
+        self._latents = latent_space(base, default_scaling=_DEFAULT_SCALING)
+        self.latent_channels, self.vae_factor = self._latents.channels, self._latents.factor
+        self.vae_overflows_fp16 = self._latents.overflows_fp16
+        self.native_resolution = native_resolution(base, self.vae_factor, default=64)
         if base.location.is_file() and self._is_v2 and velocity:
             self.native_resolution = 768  # the shipped configuration is that of the 512 pixel version
 
         self.clip_skip = clip_skip
         if clip_skip is not None and not 1 <= clip_skip <= self._layers:
             raise UserError(f"clip_skip {clip_skip}: must be 1 … {self._layers}, the layers of this text encoder")
-        self.token_limit = max_token_length or _TOKEN_LIMITS[0]
-        if self.token_limit not in _TOKEN_LIMITS:
-            raise UserError(f"max_token_length {max_token_length}: must be one of {', '.join(map(str, _TOKEN_LIMITS))}")
+        self.token_limit = token_limit(max_token_length)
         self.weighted_captions = weighted_captions
 
         self.vae: nn.Module | None = None
@@ -113,26 +110,17 @@ class StableDiffusion:
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_vae
 
-        self.vae = self._load("vae", new_vae, dtype, device)
+        self.vae = load_part(self._base.parts["vae"], new_vae, dtype, device)
 
     def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_text_encoder
 
-        self.text_encoders = [self._load("text_encoder", new_text_encoder, dtype, device)]
+        self.text_encoders = [load_part(self._base.parts["text_encoder"], new_text_encoder, dtype, device)]
 
     def load_unet(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_unet
 
-        self.unet = self._load("unet", new_unet, dtype, device)
-
-    def _load(self, part: str, new: Any, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The part's module, filled, frozen and in evaluation mode."""
-        from library.models.weights import fill
-
-        source = self._base.parts[part]
-        module: nn.Module = new(source.config)
-        fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
-        return module.to(device).eval()  # `to` for buffers: the parameters are there
+        self.unet = load_part(self._base.parts["unet"], new_unet, dtype, device)
 
     def release_vae(self) -> None:
         self.vae = None
@@ -145,13 +133,8 @@ class StableDiffusion:
 
         Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
         """
-        import torch
-
         assert self.vae is not None, "the VAE is not loaded"
-        weight = next(self.vae.parameters())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = self.vae.encode(pixels_BCHW.to(weight.device, weight.dtype)).latent_dist
-        return (latents.mean.float() - self._shift) * self._scaling, latents.std.float() * self._scaling
+        return self._latents.encode(self.vae, pixels_BCHW)
 
     def vae_fingerprint(self) -> str:
         from library.models.fingerprint import part_fingerprint
@@ -195,6 +178,17 @@ class StableDiffusion:
             states = states * weights[:, :, None].to(states)
         return {"hidden_states": states}
 
+    def condition(
+        self,
+        texts: Mapping[str, Tensor],
+        *,
+        original_sizes: Sequence[tuple[int, int]],
+        crops: Sequence[tuple[int, int]],
+        target_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """The texts alone: sizes are nothing to this family."""
+        return dict(texts)
+
     def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Noise or velocity, as `prediction_type` says, [B, C, h, w]; t in 0 … 999."""
         import torch
@@ -210,21 +204,12 @@ class StableDiffusion:
     def adapter_targets(self) -> list[AdapterTargets]:
         found = []
         if self.unet is not None:
-            found.append(AdapterTargets("unet", "lora_unet", self.unet, _UNET_LINEAR, _UNET_CONV, str))
+            found.append(AdapterTargets("unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, str))
         for encoder in self.text_encoders:
-            found.append(AdapterTargets("text_encoder", "lora_te", encoder, _TEXT_LINEAR, _NOTHING, _text_name))
+            found.append(AdapterTargets("text_encoder", "lora_te", encoder, TEXT_LINEAR, NOTHING, _text_name))
         for conv in (False, True):
-            self._check_counts(found, conv=conv)
+            check_counts({target.part: target for target in found}, self.expected_modules(conv=conv), conv=conv)
         return found
-
-    def _check_counts(self, targets: Sequence[AdapterTargets], *, conv: bool) -> None:
-        """A rename in diffusers or transformers must not silently train fewer modules."""
-        expected = self.expected_modules(conv=conv)
-        for target in targets:
-            paths = [path for path, _ in target.root.named_modules()]
-            count = sum(bool(target.linear.fullmatch(p) or (conv and target.conv.fullmatch(p))) for p in paths)
-            known = expected[target.part] if expected else count
-            assert count == known, f"{count} targets in {target.part}, where this architecture has {known}"
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
         unet = self._base.parts["unet"].config
@@ -239,6 +224,13 @@ class StableDiffusion:
 
         return TextModelView(self.text_encoders[0] if self.text_encoders else None)
 
+    def third_party_unet(self) -> nn.Module | None:
+        """The UNet itself: kohya has diffusers' names for it."""
+        return self.unet
+
+    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": positive["hidden_states"], "negative_prompt_embeds": negative["hidden_states"]}
+
     def sampling_pipeline(self) -> Any:
         """A diffusers StableDiffusionPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_pipeline
@@ -246,8 +238,8 @@ class StableDiffusion:
         assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
         encoder = self.text_encoders[0] if self.text_encoders else None  # prompts can be encoded before
         parts = {"vae": self.vae, "text_encoder": encoder, "tokenizer": self._tokenizer, "unet": self.unet}
-        scheduler = _SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
-        return new_pipeline(parts, scheduler)
+        schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
+        return new_pipeline(parts, schedule)
 
 
 if TYPE_CHECKING:
@@ -278,50 +270,16 @@ def _checked_v2(base: BaseModel, *, says_v2: bool) -> bool:
 
 
 def _prediction_type(base: BaseModel, *, v2: bool, says_v: bool) -> str:
-    """What the network predicts: as the model says itself, else as the user says, else noise."""
-    if base.prediction == "v_prediction":
-        if not says_v:
-            logger.info("%s predicts velocity, says %s", base.path, base.prediction_from)
-        return "v_prediction"
-    if base.prediction == "epsilon" and says_v:
-        message = f"--v_parameterization was given, but {base.path} predicts noise, says {base.prediction_from}"
-        if base.location.is_dir():
-            raise UserError(f'{message}; leave the flag out, or correct "prediction_type" in that file')
-        logger.warning("%s; going by the flag", message)
+    """As `latent_diffusion.prediction_type`, with a warning where the answer is likely to be wrong."""
+    found = prediction_type(base, says_v=says_v)
     if base.prediction is None and v2 and not says_v:
         logger.warning(
             "%s does not say whether it predicts noise or velocity: noise is assumed. For the 768 pixel versions of "
             "Stable Diffusion 2, give --v_parameterization",
             base.path,
         )
-    if says_v and not v2:
+    if says_v and not v2 and base.prediction != "v_prediction":
         logger.warning(
             "--v_parameterization with a Stable Diffusion 1.x model: is %s one that predicts velocity?", base.path
         )
-    return "v_prediction" if says_v else "epsilon"
-
-
-def _scheduler(base: BaseModel, prediction_type: str, *, zero_terminal_snr: bool) -> dict[str, Any]:
-    """The scheduler's configuration, for training and drawing alike; rescaled if that is wanted."""
-    config = dict(base.scheduler)
-    if not zero_terminal_snr:
-        return config
-    if prediction_type == "epsilon":
-        raise UserError(
-            f"--zero_terminal_snr: {base.path} predicts noise, which at a last timestep of pure noise says nothing "
-            "about the image; it is for models that predict v (--v_parameterization)"
-        )
-    # a drawing must begin at the last timestep, or it begins where there is signal (arXiv 2305.08891, §3.3)
-    return config | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-
-
-def _vae_config(base: BaseModel) -> Mapping[str, Any]:
-    """The VAE's configuration, which must fit the UNet's."""
-    if "vae" not in base.parts:
-        raise UserError(f"{base.path} holds no VAE; give one with --vae")
-    config, unet = base.parts["vae"].config, base.parts["unet"].config
-    inputs, latents = unet.get("in_channels", 4), config.get("latent_channels", 4)
-    if inputs != latents:
-        hint = "an inpainting model, which is not supported" if inputs == 9 else "another kind of model, or another VAE"
-        raise UserError(f"{base.path}: the UNet takes {inputs} channels and the VAE gives {latents}: {hint}")
-    return config
+    return found

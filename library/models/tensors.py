@@ -61,6 +61,13 @@ class TensorEntry:
         offset = self.offset + part * rows * step * ITEM_SIZE[self.dtype]
         return replace(self, offset=offset, shape=(rows, *self.shape[1:]))
 
+    def transposed(self) -> TensorEntry:
+        """The same matrix with its axes exchanged."""
+        if len(self.shape) != 2:
+            raise UserError(f"{self.file}: a tensor of shape {list(self.shape)} where a matrix is expected")
+        rows, columns = self.stride or (self.shape[1], 1)
+        return replace(self, shape=self.shape[::-1], stride=(columns, rows))
+
 
 @dataclass(frozen=True)
 class WeightsIndex:

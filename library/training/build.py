@@ -269,7 +269,7 @@ def _sampling(
         family=plan.family,
         network=network,
         encode=prompts,
-        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.options), accelerator.device),
+        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.family, plan.options), accelerator.device),
         autocast=accelerator.autocast,
         show=partial(trackers.log_image, accelerator),
         folder=saves.folder / "sample",
@@ -289,13 +289,13 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
     arguments = plan.network_arguments | {
         name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
     }
-    text_encoders = family.third_party_text_encoders()
+    text_encoders, unet = family.third_party_text_encoders(), family.third_party_unet()
     start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
     with _refusals(wanted.network_module):
         if wanted.dim_from_weights:
             # the tensors as well: whatever names the file has, these are kohya's
             file = wanted.network_weights
-            network, _ = creator(1.0, file, family.vae, text_encoders, family.unet, weights_sd=start, **arguments)
+            network, _ = creator(1.0, file, family.vae, text_encoders, unet, weights_sd=start, **arguments)
         else:
             network = creator(
                 1.0,
@@ -303,14 +303,14 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
                 wanted.network_alpha,
                 family.vae,
                 text_encoders,
-                family.unet,
+                unet,
                 neuron_dropout=wanted.network_dropout,
                 **arguments,
             )
     if wanted.scale_weight_norms:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
-    network.apply_to(text_encoders, family.unet, trains_text(options), trains_unet)
+    network.apply_to(text_encoders, unet, trains_text(options), trains_unet)
     if start is not None:
         assert wanted.network_weights is not None
         load_weights(network, wanted.network_weights, start)
@@ -318,7 +318,7 @@ def _network(plan: Plan, accelerator: Accelerator) -> Any:
         network.enable_gradient_checkpointing()
     full = options.precision.full_fp16 or options.precision.full_bf16
     network.to(accelerator.device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
-    network.prepare_grad_etc(text_encoders, family.unet)
+    network.prepare_grad_etc(text_encoders, unet)
     return network
 
 

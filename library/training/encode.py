@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 
 import torch
@@ -16,19 +17,24 @@ from library.models.family import ModelFamily
 from library.training import sample
 from networks.merge import BaseWeights
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def vae_dtype(options: Options) -> torch.dtype:
+def vae_dtype(family: ModelFamily, options: Options) -> torch.dtype:
     """What the VAE computes in."""
-    return torch.float32 if options.model.no_half_vae else DTYPES[options.precision.mixed_precision]
+    dtype = DTYPES[options.precision.mixed_precision]
+    if options.model.no_half_vae or (dtype == torch.float16 and family.vae_overflows_fp16):
+        return torch.float32
+    return dtype
 
 
 def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
     """How --cache_latents_to_disk keeps latents; None without it."""
     if not options.data.cache_latents_to_disk:
         return None
-    return _disk(f"VAE {family.vae_fingerprint()} in {vae_dtype(options)}", options, accelerator)
+    return _disk(f"VAE {family.vae_fingerprint()} in {vae_dtype(family, options)}", options, accelerator)
 
 
 def texts_on_disk(
@@ -68,10 +74,12 @@ def load_and_encode(
     everything stays loaded: a dry run looks at all parts.
     """
     device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
+    if dtype != torch.float32 and not options.model.no_half_vae and vae_dtype(family, options) == torch.float32:
+        logger.warning("the VAE of %s computes in fp32, because fp16 is too small for it (--no_half_vae)", family.path)
 
     def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if family.vae is None:  # not before an image needs it: all of them may be on disk
-            family.load_vae(vae_dtype(options), device)
+            family.load_vae(vae_dtype(family, options), device)
         return family.encode_images(pixels)
 
     def encode_prompts(captions: list[str]) -> dict[str, torch.Tensor]:
@@ -91,7 +99,7 @@ def load_and_encode(
         family.release_vae()
         _give_back(device)
     else:
-        family.load_vae(vae_dtype(options), device)
+        family.load_vae(vae_dtype(family, options), device)
         if cache and validation is not None:
             validation.cache_latents(encode_images, batch_size=options.data.vae_batch_size)
 

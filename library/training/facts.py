@@ -49,7 +49,7 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
 
 
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:
-    options, wanted, choice = plan.options, plan.options.objective, plan.choice
+    options, family, wanted, choice = plan.options, plan.family, plan.options.objective, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
     text_encoder_lr = options.optimizer.text_encoder_lr
@@ -81,9 +81,9 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         network_dropout=options.network.network_dropout,
         mixed_precision=options.precision.mixed_precision,
         full_fp16=options.precision.full_fp16,
-        v2=plan.family.base_model_version.startswith("sd_v2"),
-        base_model_version=plan.family.base_model_version,
-        clip_skip=options.model.clip_skip,
+        v2=family.base_model_version.startswith("sd_v2"),
+        base_model_version=family.base_model_version,
+        clip_skip=family.clip_skip,
         max_token_length=options.model.max_token_length,
         cache_latents=options.data.cache_latents,
         seed=plan.seed,
@@ -111,7 +111,7 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         ip_noise_gamma_random_strength=wanted.ip_noise_gamma_random_strength,
         debiased_estimation=wanted.debiased_estimation_loss,
         # what was trained on: a base model's own noise schedule can be such a one, too
-        zero_terminal_snr=bool(plan.family.alphas_cumprod[-1] == 0),
+        zero_terminal_snr=bool(family.alphas_cumprod[-1] == 0),
     )
 
 
@@ -210,6 +210,7 @@ def _model_spec(plan: Plan) -> ModelSpec:
         title=output.metadata_title or output.output_name or "last",
         resolution=plan.datasets[0].resolution,
         prediction_type=family.prediction_type,
+        implementation=family.implementation,
         author=output.metadata_author,
         description=output.metadata_description,
         license=output.metadata_license,
@@ -221,5 +222,5 @@ def _model_spec(plan: Plan) -> ModelSpec:
         preprocessor=output.metadata_preprocessor,
         is_negative_embedding=output.metadata_is_negative_embedding,
         timestep_range=_timestep_range(plan.options.objective),
-        encoder_layer=plan.options.model.clip_skip,
+        encoder_layer=family.clip_skip,
     )

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run(options: Options) -> int:
+def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
-    plan = make_plan(options)
+    plan = make_plan(options, only_family=family)
     if options.run.debug_dataset:
         from library.training import contact_sheet
 
@@ -74,7 +74,7 @@ def _draw(built: Built) -> None:
         logger.info("drew %s", path)
     if path := paths.get("compare"):
         if family.vae is None:
-            family.load_vae(vae_dtype(options), built.run.accelerator.device)
+            family.load_vae(vae_dtype(family, options), built.run.accelerator.device)
         with ema.weights_for(built.run.ema, "sample"):
             sample.compare(
                 path,

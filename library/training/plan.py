@@ -56,8 +56,11 @@ class Plan:
     resume: State | None = None
 
 
-def make_plan(options: Options) -> Plan:
-    """Check all that can be checked cheaply, the cheapest first. Raises UserError."""
+def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
+    """Check all that can be checked cheaply, the cheapest first. Raises UserError.
+
+    only_family: the one that the base model must be of, as in `library.models.FAMILIES`.
+    """
     datasets = load_datasets(options)
     check_masks(datasets, masked_loss=options.data.masked_loss)
     check_validation(datasets, options.validation)
@@ -109,6 +112,7 @@ def make_plan(options: Options) -> Plan:
         max_token_length=options.model.max_token_length,
         zero_terminal_snr=options.objective.zero_terminal_snr,
         weighted_captions=options.model.weighted_captions,
+        only=only_family,
     )
     prepared = prepare(
         datasets,

@@ -49,16 +49,19 @@ class EncodedPrompts:
     def __init__(self, family: ModelFamily, texts: Iterable[str]) -> None:
         """`texts`: all that will be asked for."""
         self._family, self._texts = family, tuple(dict.fromkeys(texts))
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, dict[str, Tensor]] = {}
 
     def keep(self, encode: Callable[[list[str]], dict[str, Tensor]]) -> None:
         """Encode all of them now, with `encode`: the text encoder is about to be released."""
         with torch.no_grad():
-            self._kept = {text: encode([text])["hidden_states"] for text in self._texts}
+            self._kept = {text: encode([text]) for text in self._texts}
 
-    def __call__(self, text: str) -> Tensor:
-        """[1, tokens, D]."""
-        return self._kept[text] if self._kept else self._family.encode_prompts([text])["hidden_states"]
+    def __call__(self, prompt: str, negative: str) -> dict[str, Tensor]:
+        """What the family's pipeline is given for the two."""
+        return self._family.pipeline_arguments(*map(self._encoded, (prompt, negative)))
+
+    def _encoded(self, text: str) -> dict[str, Tensor]:
+        return self._kept[text] if self._kept else self._family.encode_prompts([text])
 
 
 def new_scheduler(sampler: str, config: Any) -> Any:
@@ -78,7 +81,7 @@ def check_sampler(sampler: str) -> None:
 
 def render(
     pipeline: Any,
-    encode: Callable[[str], Tensor],
+    encode: Callable[[str, str], dict[str, Tensor]],
     item: SamplePrompt,
     *,
     sampler: str,
@@ -92,8 +95,7 @@ def render(
         try:
             with autocast():
                 latents = pipeline(
-                    prompt_embeds=encode(item.prompt),
-                    negative_prompt_embeds=encode(item.negative_prompt),
+                    **encode(item.prompt, item.negative_prompt),
                     num_inference_steps=item.sample_steps,
                     guidance_scale=item.scale,
                     width=item.width,
@@ -115,7 +117,7 @@ class Sampling:
     times: SampleTimes
     family: ModelFamily
     network: Any  # a kohya-style network, which is a torch.nn.Module
-    encode: Callable[[str], Tensor]
+    encode: Callable[[str, str], dict[str, Tensor]]
     load_vae: Callable[[], None]  # used if the VAE is not in memory, and given back then
     autocast: Callable[[], AbstractContextManager[Any]]
     show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
@@ -165,7 +167,7 @@ class Sampling:
 
 def draw(
     family: ModelFamily,
-    encode: Callable[[str], Tensor],
+    encode: Callable[[str, str], dict[str, Tensor]],
     prompts: Sequence[str],
     *,
     size: tuple[int, int],
@@ -194,7 +196,7 @@ def draw(
 def compare(
     path: Path,
     family: ModelFamily,
-    encode: Callable[[str], Tensor],
+    encode: Callable[[str, str], dict[str, Tensor]],
     without: Callable[[], AbstractContextManager[None]],
     prompts: Sequence[str],
     *,

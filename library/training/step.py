@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from library.data.cache import refuse_non_finite
 from library.diffusion import ddpm
 from library.training.draws import stacked_normal, stacked_timesteps
 from library.training.noise import Noise, draw_noise
@@ -55,16 +56,21 @@ def latents_of(batch: Batch, family: ModelFamily, seed: int, device: torch.devic
         assert batch.pixels is not None
         with torch.no_grad():
             mean, std = family.encode_images(batch.pixels.to(device))
+        refuse_non_finite([str(draw.sample.path) for draw in batch.samples], mean, std)
     noise = stacked_normal(mean.shape[1:], seed, batch.samples, "vae").to(device)
     return mean.to(device, torch.float32) + std.to(device, torch.float32) * noise
 
 
 def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, train_text: bool) -> dict[str, Tensor]:
-    """What the UNet is conditioned on: from the cache, or encoded now."""
+    """What the UNet is conditioned on: the text from the cache, or encoded now, and what the images were like."""
     if batch.condition is not None:
-        return {name: value.to(device) for name, value in batch.condition.items()}
-    with torch.set_grad_enabled(train_text):
-        return family.encode_prompts(batch.captions)
+        texts = {name: value.to(device) for name, value in batch.condition.items()}
+    else:
+        with torch.set_grad_enabled(train_text):
+            texts = family.encode_prompts(batch.captions)
+    return family.condition(
+        texts, original_sizes=batch.original_sizes, crops=batch.crops, target_size=batch.target_size
+    )
 
 
 def element_loss(objective: Objective, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def mean_squares(prediction: Tensor, target: Tensor, t_B: Tensor) -> Tensor:
     return l2(prediction, target).mean(dim=(1, 2, 3))
 
 
+@torch.no_grad()
 def fixed_noise_loss(
     family: ModelFamily, latents_NCHW: Tensor, captions: Sequence[str], *, seed: int, batch_size: int = 16
 ) -> dict[int, float]:
@@ -68,8 +69,13 @@ def fixed_noise_loss(
         for start in range(0, len(latents_NCHW), batch_size):
             latents = latents_NCHW[start : start + batch_size].to(device)
             keys = range(start, start + len(latents))
-            with torch.no_grad():
-                condition = family.encode_prompts([captions[i] for i in keys])
+            size = latents.shape[-1] * family.vae_factor, latents.shape[-2] * family.vae_factor
+            condition = family.condition(
+                family.encode_prompts([captions[i] for i in keys]),
+                original_sizes=[size] * len(latents),
+                crops=[(0, 0)] * len(latents),
+                target_size=size,
+            )
             losses_B = image_losses(family, latents, condition, t, keys=keys, seed=seed, loss=mean_squares)
             total += losses_B.sum().item()
         losses[t] = total / len(latents_NCHW)

@@ -23,8 +23,9 @@ def unet_name(name: str, *, layers: int, attention_up: Sequence[bool]) -> str:
     """The original name of a diffusers UNet's weight; `attention_up`: which up blocks have attention."""
     words = name.split(".")
     head, tail = words[0], words[-1]
-    if head == "time_embedding":
-        return f"time_embed.{ {'linear_1': 0, 'linear_2': 2}[words[1]] }.{tail}"
+    embeddings = {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}
+    if head in embeddings:
+        return f"{embeddings[head]}.{ {'linear_1': 0, 'linear_2': 2}[words[1]] }.{tail}"
     fixed = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     if head in fixed:
         return f"{fixed[head]}.{tail}"
@@ -123,9 +124,31 @@ def single_file(
     return out
 
 
+def sdxl_file(
+    unet: Mapping[str, torch.Tensor],
+    vae: Mapping[str, torch.Tensor],
+    text: Mapping[str, torch.Tensor],
+    text_2: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    """The same of SDXL; `text_2` under the names of CLIPTextModelWithProjection."""
+    out = {name: t for name, t in single_file(unet, vae, {}, config).items() if not name.startswith("cond_stage_model")}
+    del out["betas"]
+    first, second = "conditioner.embedders.0.transformer.text_model", "conditioner.embedders.1.model"
+    out |= {f"{first}.{name}": tensor for name, tensor in text.items()}
+    out[f"{first}.embeddings.position_ids"] = torch.arange(77)[None]
+    inner = {name.removeprefix("text_model."): tensor for name, tensor in text_2.items() if "projection" not in name}
+    layers = config["text_encoder_2"]["num_hidden_layers"]
+    for name, tensor in open_clip_layout(inner, layers=layers).items():
+        if f"resblocks.{layers}." not in name:
+            out[f"{second}.{name}"] = tensor
+    return out | {f"{second}.text_projection": text_2["text_projection.weight"].T}
+
+
 def weights_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The three parts' weights in a diffusers folder."""
-    return {
+    """The parts' weights in a diffusers folder."""
+    second = {"text_2": load_file(path)} if (path := folder / "text_encoder_2" / "model.safetensors").exists() else {}
+    return second | {
         "unet": load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
         "vae": load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"),
         "text": load_file(folder / "text_encoder" / "model.safetensors"),

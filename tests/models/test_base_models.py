@@ -56,8 +56,9 @@ _VAE = {"first_stage_model__encoder__conv_in__weight": (128, 3, 3, 3)}
         ({"lora_unet_mid_block_x__lora_down__weight": (4, 8)}, "is a LoRA or a similar adapter"),
         ({"unet__mid_block__attn__to_q__lora_A__weight": (4, 8)}, "is a LoRA or a similar adapter"),
         ({"lora_te1_x__hada_w1_a": (4, 8)}, "is a LoRA or a similar adapter"),
-        ({**_UNET, **_VAE, "conditioner__embedders__0__x": (1,)}, "is an SDXL model, which comes in a later version"),
-        ({"model__diffusion_model__label_emb__0__0__weight": (1280, 2816)}, "is an SDXL model"),
+        ({**_UNET, **_VAE, "conditioner__embedders__0__x": (1,)}, "text states of 768, is neither that of SDXL"),
+        ({"model__diffusion_model__label_emb__0__0__weight": (1280, 2816)}, "is a UNet without a text encoder"),
+        ({**_UNET, "conditioner__embedders__0__x": (1,), "edm_mean": (4,)}, "is an SDXL model of another kind"),
         ({"model__diffusion_model__label_emb__0__0__weight": (1536, 2560)}, "is the SDXL refiner"),
         ({"model__diffusion_model__double_blocks__0__img_attn__qkv__weight": (9, 3)}, "is a FLUX model"),
         ({"double_blocks__0__img_attn__qkv__weight": (9, 3)}, "is a FLUX model"),
@@ -168,7 +169,11 @@ def test_other_folders_are_named_for_what_they_are(folder: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
         _open(folder)
     _edit(folder / "unet" / "config.json", addition_embed_type="text_time")
-    with pytest.raises(UserError, match="is an SDXL model"):
+    (folder / "text_encoder" / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2}')
+    with pytest.raises(UserError, match=r"text_encoder_2.config\.json: no such file"):
+        _open(folder)
+    _edit(folder / "unet" / "config.json", projection_class_embeddings_input_dim=2560)
+    with pytest.raises(UserError, match="is the SDXL refiner"):
         _open(folder)
     _edit(folder / "model_index.json", _class_name="FluxPipeline")
     shutil.rmtree(folder / "unet")

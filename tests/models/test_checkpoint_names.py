@@ -1,4 +1,4 @@
-"""Every name of the true SD 1.5 and 2.1 checkpoints, against diffusers' own conversion of whole files."""
+"""Every name of the true SD 1.5, 2.1 and XL checkpoints, against diffusers' own conversion of whole files."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from original_layout import single_file
+from original_layout import sdxl_file, single_file
 from safetensors.torch import save_file
 
 from library.models.base_model import ASSETS
-from library.models.checkpoint import text_encoder_entries, unet_entries, vae_entries
-from library.models.modules import new_text_encoder, new_unet, new_vae
+from library.models.checkpoint import (
+    TEXT_PREFIXES,
+    original_unet_name,
+    projected_text_encoder_entries,
+    text_encoder_entries,
+    unet_entries,
+    vae_entries,
+)
+from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet, new_vae
 from library.models.tensors import read_index
 from library.models.weights import _Reader
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A file with all the names of the true model, each tensor tiny and different from all others."""
     config = json.loads((ASSETS / f"{request.param}.json").read_text())
@@ -33,10 +40,18 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
     unet, vae = tiny(new_unet(config["unet"])), tiny(new_vae(config["vae"]))
     text = tiny(new_text_encoder(config["text_encoder"]))
-    states = single_file(unet, vae, text, config, open_clip=request.param == "sd2")
+    text_2 = {}
+    if request.param == "sdxl":
+        text_2 = tiny(new_projected_text_encoder(config["text_encoder_2"]))
+        text_2["text_projection.weight"] = torch.arange(9.0).view(3, 3)  # square, and not its own transpose
+        states = sdxl_file(unet, vae, text, text_2, config)
+    else:
+        states = single_file(unet, vae, text, config, open_clip=request.param == "sd2")
     path = tmp_path_factory.mktemp("names") / f"{request.param}.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in states.items()}, path)
-    return SimpleNamespace(states=states, config=config, index=read_index(path), unet=unet, vae=vae, text=text)
+    return SimpleNamespace(
+        states=states, config=config, index=read_index(path), unet=unet, vae=vae, text=text, text_2=text_2
+    )
 
 
 def _same(entries: dict, expected: dict[str, torch.Tensor]) -> None:
@@ -51,9 +66,18 @@ def test_unet_names(checkpoint: SimpleNamespace) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     entries = unet_entries(checkpoint.index.entries, layers_per_block=2)
-    assert len(entries) == 686
+    assert len(entries) == (1680 if checkpoint.text_2 else 686)
     _same(entries, convert_ldm_unet_checkpoint(dict(checkpoint.states), checkpoint.config["unet"]))
     _same(entries, checkpoint.unet)
+
+
+def test_the_way_back_of_unet_names(checkpoint: SimpleNamespace) -> None:
+    if not checkpoint.text_2:
+        pytest.skip("LoRA files of Stable Diffusion 1.x and 2.x have diffusers' names")
+    prefix = "model.diffusion_model."
+    paths = {name.rpartition(".")[0] for name in checkpoint.unet}
+    original = {name.removeprefix(prefix).rpartition(".")[0] for name in checkpoint.states if name.startswith(prefix)}
+    assert {original_unet_name(path, layers_per_block=2) for path in paths} == original
 
 
 def test_vae_names(checkpoint: SimpleNamespace) -> None:
@@ -69,9 +93,7 @@ def test_text_encoder_names(checkpoint: SimpleNamespace) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
 
     layers = checkpoint.config["text_encoder"]["num_hidden_layers"]
-    entries = text_encoder_entries(
-        {n: e for n, e in checkpoint.index.entries.items() if n.startswith("cond_stage_model.")}, layers=layers
-    )
+    entries = text_encoder_entries(_text_states(checkpoint.index.entries, checkpoint), layers=layers)
     _same(entries, checkpoint.text)
     if layers == 12:
         expected = convert_ldm_clip_checkpoint(dict(checkpoint.states))
@@ -81,6 +103,27 @@ def test_text_encoder_names(checkpoint: SimpleNamespace) -> None:
         expected = convert_open_clip_checkpoint(model, dict(checkpoint.states))
         expected.pop("text_projection.weight", None)
     _same(entries, {name.removeprefix("text_model."): tensor for name, tensor in expected.items()})
+
+
+def _text_states(entries: dict, checkpoint: SimpleNamespace, part: str = "text_encoder") -> dict:
+    prefixes = TEXT_PREFIXES["sdxl" if checkpoint.text_2 else "sd"][part]
+    return {name: entry for name, entry in entries.items() if name.startswith(prefixes)}
+
+
+def test_second_text_encoder_names(checkpoint: SimpleNamespace) -> None:
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    if not checkpoint.text_2:
+        pytest.skip("Stable Diffusion 1.x and 2.x have one text encoder")
+    entries = projected_text_encoder_entries(
+        _text_states(checkpoint.index.entries, checkpoint, "text_encoder_2"), layers=32
+    )
+    assert len(entries) == 517
+    _same(entries, checkpoint.text_2)
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=3))
+    _same(
+        entries, convert_open_clip_checkpoint(model, dict(checkpoint.states), prefix="conditioner.embedders.1.model.")
+    )
 
 
 def test_old_diffusers_vae_names(checkpoint: SimpleNamespace, tmp_path: Path) -> None:
@@ -98,8 +141,7 @@ def test_old_diffusers_vae_names(checkpoint: SimpleNamespace, tmp_path: Path) ->
 
 
 def test_text_model_level_may_be_missing(checkpoint: SimpleNamespace) -> None:
-    entries = checkpoint.index.entries
+    entries = _text_states(checkpoint.index.entries, checkpoint)
     shortened = {n.replace("transformer.text_model.", "transformer."): e for n, e in entries.items()}
-    clip = {n: e for n, e in shortened.items() if n.startswith("cond_stage_model.")}
     layers = checkpoint.config["text_encoder"]["num_hidden_layers"]
-    _same(text_encoder_entries(clip, layers=layers), checkpoint.text)
+    _same(text_encoder_entries(shortened, layers=layers), checkpoint.text)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.models import open_family
+from library.models.base_model import BaseModel, Part
 from library.models.family import AdapterTargets, ModelFamily
+from library.models.stable_diffusion_xl import StableDiffusionXL
 
+UNSAID: dict[str, Any] = {
+    "v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None
+}  # fmt: skip
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 
 
@@ -56,9 +63,31 @@ def text_targets(text_encoder: nn.Module, prefix: str = "lora_te") -> AdapterTar
 
 def sd_family(unet: nn.Module, text_encoder: nn.Module) -> ModelFamily:
     """The Stable Diffusion family with these modules as its own, whatever their size."""
-    family = open_family(str(BASE), v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
+    family = open_family(str(BASE), **UNSAID)
     family.unet, family.text_encoders = unet, [text_encoder]
     return family
+
+
+def sdxl_family(config: Path, unet: nn.Module, *text_encoders: nn.Module) -> ModelFamily:
+    """The family SDXL of the size that `config` (as assets/sdxl.json) has, with these modules as its own."""
+    asset = json.loads(config.read_text())
+    parts = {name: Part(asset[name], name, dict) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    base = BaseModel("sdxl", "x", config, parts, asset["scheduler"], config, {}, "epsilon", "x")
+    family = StableDiffusionXL(base, **UNSAID)
+    family.unet, family.text_encoders = unet, list(text_encoders)
+    return family
+
+
+def sdxl_outputs(family: ModelFamily) -> tuple[Tensor, Tensor, Tensor]:
+    """What an SDXL's text encoders and UNet answer to a fixed prompt and noise."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        texts = family.encode_prompts(["a cat", "a dog, at night"])
+        sizes: dict[str, Any] = {"original_sizes": [(96, 64), (64, 64)], "crops": [(16, 0), (0, 0)]}
+        condition = family.condition(texts, **sizes, target_size=(64, 64))
+        noisy = torch.randn(2, 4, 8, 8, generator=generator)
+        answer = family.predict(noisy, torch.tensor([20, 800]), condition)
+    return texts["hidden_states"], texts["pooled"], answer
 
 
 def sd_targets(unet: nn.Module, text_encoder: nn.Module) -> list[AdapterTargets]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from adapter_models import BASE, Toy, sd_targets, unet_targets
+from adapter_models import BASE, UNSAID, Toy, sd_targets, sdxl_family, unet_targets
+
+from library.models import open_family
+from library.models.base_model import ASSETS
 
 if TYPE_CHECKING:
-    from library.models.family import AdapterTargets
+    from pathlib import Path
+
+    from library.models.family import AdapterTargets, ModelFamily
 
 
 @pytest.fixture
@@ -31,9 +37,9 @@ def _meta(make: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def true_sizes() -> dict[str, list[AdapterTargets]]:
-    """The targets of SD 1.5 and SD 2 at their true sizes, on the meta device."""
+    """The targets of SD 1.5, SD 2 and SDXL at their true sizes, on the meta device."""
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def targets(unet: dict[str, Any], text: dict[str, Any]) -> list[AdapterTargets]:
         return sd_targets(
@@ -44,10 +50,27 @@ def true_sizes() -> dict[str, list[AdapterTargets]]:
     sd15 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     sd2 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
     linear = {"use_linear_projection": True, "attention_head_dim": (5, 10, 20, 20)}
+    asset = json.loads((ASSETS / "sdxl.json").read_text())
+    sdxl = sdxl_family(
+        ASSETS / "sdxl.json",
+        _meta(lambda: UNet2DConditionModel.from_config(asset["unet"])),
+        _meta(lambda: CLIPTextModel(CLIPTextConfig(**asset["text_encoder"]))),
+        _meta(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**asset["text_encoder_2"]))),
+    )
     return {
+        "sdxl": sdxl.adapter_targets(),
         "sd15": targets({"cross_attention_dim": 768, "attention_head_dim": 8}, sd15),
         "sd2": targets({"cross_attention_dim": 1024, **linear}, sd2),
     }
+
+
+@pytest.fixture
+def sdxl(tiny_sdxl: Path) -> ModelFamily:
+    """The tiny SDXL, loaded."""
+    family = open_family(str(tiny_sdxl), **UNSAID)
+    family.load_text_encoders(torch.float32, "cpu")
+    family.load_unet(torch.float32, "cpu")
+    return family
 
 
 @pytest.fixture

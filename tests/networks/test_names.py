@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from library.models.base_model import ASSETS
+from library.models.checkpoint import original_unet_name
+from library.models.modules import new_unet
 from networks.lora import create_network
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -18,7 +22,8 @@ def golden_shapes(base: str, *, conv: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes of kohya's file.
 
     golden/*.txt was written by running sd-scripts 0.10 itself: its `networks.lora.create_network`, without and with
-    conv_dim, on its own `UNet2DConditionModel` (meta device) and on transformers' CLIPTextModel below a `text_model`.
+    conv_dim, on its own `UNet2DConditionModel` or `SdxlUNet2DConditionModel` (meta device) and on transformers'
+    CLIPTextModel below a `text_model`.
     A line: name, kind, inputs, outputs, "network" or "conv" (there with conv_dim only), the option that sets its rank.
     """
     shapes: dict[str, tuple[int, ...]] = {}
@@ -41,6 +46,8 @@ def golden_shapes(base: str, *, conv: bool) -> dict[str, tuple[int, ...]]:
         ("sd15", True, {"text_encoder": 72, "unet": 278}),
         ("sd2", False, {"text_encoder": 138, "unet": 192}),
         ("sd2", True, {"text_encoder": 138, "unet": 278}),
+        ("sdxl", False, {"text_encoder_1": 72, "text_encoder_2": 192, "unet": 722}),
+        ("sdxl", True, {"text_encoder_1": 72, "text_encoder_2": 192, "unet": 788}),
     ],
 )
 def test_a_file_has_exactly_the_tensors_of_kohya(true_sizes, base, conv, counts):
@@ -75,6 +82,22 @@ def comfy_names(layers: int) -> set[str]:
     text = [f"self_attn_{x}_proj" for x in ("q", "k", "v", "out")] + ["mlp_fc1", "mlp_fc2"]
     clip = {f"lora_te_text_model_encoder_layers_{i}_{layer}" for i in range(layers) for layer in text}
     return {f"lora_unet_{name}" for name in unet} | clip
+
+
+def test_comfyui_and_a1111_know_every_name_of_sdxl(true_sizes):
+    """Both take the original layout's names as they are, dots as underscores, and transformers' of the text encoders.
+
+    A1111: extensions-builtin/Lora/networks.py; ComfyUI: comfy/lora.py, `model_lora_keys_unet`.
+    """
+    config = json.loads((ASSETS / "sdxl.json").read_text())
+    unet = {path.rpartition(".")[0] for path, _ in new_unet(config["unet"]).named_parameters()}
+    original = {f"lora_unet_{original_unet_name(path, layers_per_block=2)}".replace(".", "_") for path in unet}
+    names = modules_of(true_sizes, "sdxl")
+    assert {name for name in names if name.startswith("lora_unet_")} <= original
+    layer = r"(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
+    for name in names:
+        if not name.startswith("lora_unet_"):
+            assert re.fullmatch(rf"lora_te[12]_text_model_encoder_layers_\d+_{layer}", name), name
 
 
 @pytest.mark.parametrize(("base", "layers"), [("sd15", 12), ("sd2", 23)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from library.errors import UserError
 from library.optimizers import CustomAdamW
 from library.optimizers.custom_adamw.pairs import find_pairs
 from networks import rates
+from networks.blocks import SDXL
 from networks.lora import create_network, create_network_from_weights
 from networks.network import find_sites
 
@@ -59,6 +61,104 @@ def test_blocks_have_kohyas_numbers(true_sizes: Any) -> None:
     assert numbers["up_blocks_0_upsamplers_0_conv"] == 15
     assert numbers["up_blocks_3_resnets_2_conv_shortcut"] == 24
     assert set(numbers.values()) == set(range(1, 25))
+
+
+def test_blocks_of_sdxl_have_kohyas_numbers(true_sizes: Any) -> None:
+    """By the attention blocks' layers: 2 Linear each, and 10 in each of 1, 2 or 10 transformers."""
+    sites = [site for site in find_sites(true_sizes["sdxl"], conv=False) if site.part == "unet"]
+    counts = Counter(rates.block_of(site) for site in sites)
+    small, large = 2 + 2 * 10, 2 + 10 * 10
+    assert counts == {
+        **dict.fromkeys([5, 6], small), **dict.fromkeys([8, 9], large), 11: large,
+        **dict.fromkeys([13, 14, 15], large), **dict.fromkeys([16, 17, 18], small),
+    }  # fmt: skip
+    numbers = {site.name: rates.block_of(site) for site in find_sites(true_sizes["sdxl"], conv=True)}
+    assert numbers["lora_unet_input_blocks_1_0_in_layers_2"] == 2
+    assert numbers["lora_unet_input_blocks_6_0_op"] == 7
+    assert numbers["lora_unet_middle_block_0_out_layers_3"] == 10
+    assert numbers["lora_unet_middle_block_2_emb_layers_1"] == 12
+    assert numbers["lora_unet_output_blocks_2_2_conv"] == 15
+    assert numbers["lora_unet_output_blocks_8_0_skip_connection"] == 21
+    assert set(numbers.values()) == {None, *range(2, 22)}
+
+
+class TestBlocksOfSDXL:
+    def test_weights(self) -> None:
+        found = rates.block_weights("linear", "0.5,0.5,0.25", "0,0,0,1,1,1,1,1,1", 0.0, blocks=SDXL)
+        assert found == (1.0, *[i / 8 for i in range(9)], 0.5, 0.5, 0.25, *[0.0] * 3, *[1.0] * 6, 1.0)
+
+    def test_groups(self, sdxl: Any) -> None:
+        made = network(sdxl.adapter_targets(), mid_lr_weight="1,0.5,1", up_lr_weight="zeros")
+        found = rates_of(made, unet_lr=1e-3, text_encoder_lr=1e-4)
+        assert found["unet_block11"] == 5e-4
+        assert found["unet_block5"] == 1e-3
+        assert max(int(name.removeprefix("unet_block")) for name in found if name.startswith("unet")) == 11
+        assert not any("output_blocks" in key for key in made.state_dict())
+
+    def test_a_rate_for_each_text_encoder(self, sdxl: Any) -> None:
+        made = network(sdxl.adapter_targets())
+        found = {group["name"]: group["lr"] for group in made.prepare_optimizer_params([1e-4, 0.0], 1e-3, 1.0)}
+        assert found == {"text_encoder_1": 1e-4, "unet": 1e-3}
+        assert not any(p.requires_grad for name, p in made.named_parameters() if name.startswith("lora_te2"))
+        with pytest.raises(UserError, match="3 rates for 2 text encoders"):
+            made.prepare_optimizer_params([1.0, 1.0, 1.0], 1.0, 1.0)
+
+    def test_layer_decay(self, sdxl: Any) -> None:
+        made = network(sdxl.adapter_targets())
+        made.layer_decay = 0.5
+        found = rates_of(made)
+        assert found["unet_block18"] == 1.0
+        assert found["unet_block17"] == 0.5
+
+
+class TestBlockDims:
+    @staticmethod
+    def ranks_of(made: Any) -> dict[int | None, set[tuple[int, float]]]:
+        found: dict[int | None, set[tuple[int, float]]] = {}
+        for adapter in made.adapters:
+            number = rates.block_of(adapter.site)
+            found.setdefault(number, set()).add((adapter.rank, adapter.alpha.item()))
+        return found
+
+    def test_sdxl(self, sdxl: Any) -> None:
+        dims = [0] * 23
+        dims[5], dims[11], dims[13] = 3, 5, 6
+        words = ",".join(map(str, dims))
+        found = self.ranks_of(network(sdxl.adapter_targets(), block_dims=words))
+        assert found == {None: {(2, 1.0)}, 5: {(3, 1.0)}, 11: {(5, 1.0)}, 13: {(6, 1.0)}}
+        alphas = ",".join(map(str, range(1, 24)))
+        found = self.ranks_of(network(sdxl.adapter_targets(), block_dims=words, block_alphas=alphas))
+        assert found == {None: {(2, 1.0)}, 5: {(3, 6.0)}, 11: {(5, 12.0)}, 13: {(6, 14.0)}}
+
+    def test_convolutions(self, sdxl: Any) -> None:
+        targets = sdxl.adapter_targets()
+        made = network(targets, conv_block_dims=",".join(["0"] * 10 + ["7"] * 13), conv_block_alphas="3," * 22 + "3")
+        kernels = {(a.site.spatial, a.rank, a.alpha.item()) for a in made.adapters if a.site.part == "unet"}
+        assert kernels == {(False, 2, 1.0), (True, 7, 3.0)}
+        assert not any("input_blocks" in a.site.name for a in made.adapters if a.site.spatial)
+        # with ranks of blocks, conv_dim is that of every block, as in kohya
+        made = network(targets, block_dims="3," * 22 + "3", conv_dim=2)
+        assert {(a.site.spatial, a.rank) for a in made.adapters if a.site.part == "unet"} == {(False, 3), (True, 2)}
+
+    def test_stable_diffusion_has_25(self, targets: Any) -> None:
+        made = network(targets, block_dims=",".join(["0"] * 12 + ["4"] * 13))
+        assert all("down_blocks" not in adapter.site.name for adapter in made.adapters)
+        with pytest.raises(UserError, match="block_dims: 23 numbers for this model's 25 blocks: 12 down, 1 middle, 12"):
+            network(targets, block_dims="4," * 22 + "4")
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"block_dims": "4,4"}, "block_dims: 2 numbers for this model's 23 blocks: 1 embeddings, 9 down, 3 middle"),
+            ({"block_dims": "x," * 22 + "4"}, "are not 23 numbers"),
+            ({"block_dims": "4," * 22 + "-1"}, "block_dims: -1 is not in question"),
+            ({"block_dims": "0," * 22 + "0"}, "block_dims: every block has rank 0"),
+            ({"conv_block_alphas": "1,1"}, "conv_block_alphas: 2 numbers"),
+        ],
+    )
+    def test_mistakes(self, sdxl: Any, given: dict[str, str], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            network(sdxl.adapter_targets(), **given)
 
 
 class TestBlockWeights:

@@ -91,6 +91,9 @@ class Silent:
     def encode_prompts(self, captions):
         return {}
 
+    def condition(self, texts, **sizes):
+        return texts
+
     def predict(self, noisy, t, condition):
         self.noisy, self.t = noisy, t
         return torch.zeros_like(noisy)

@@ -29,6 +29,9 @@ class Base:
     def encode_prompts(self, captions: list[str]) -> dict[str, Tensor]:
         return {"h": torch.tensor([float(len(caption)) for caption in captions]).view(-1, 1, 1, 1)}
 
+    def condition(self, texts: dict[str, Tensor], **sizes: object) -> dict[str, Tensor]:
+        return texts
+
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         assert len(noisy) == len(t) == len(condition["h"])
         self.noisy = noisy

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import toml
+from safetensors import safe_open
 
 from tests.config.test_users import CASES, USERS, arguments
 from tests.conftest import BASE, IMAGES
 
 SUPPORTED = [path for path in CASES if not toml.load(USERS / f"{path.stem}.expected.toml")["refused"]]
+SDXL = [path for path in CASES if "sdxl" in path.stem]
 NOT_THEIRS = {
-    *("sd2_v", "gui_kohya_ss_sdxl", "gui_lora_scripts_sdxl", "sdxl"),  # of models that are not Stable Diffusion 1
+    *("sd2_v", *(path.stem for path in SDXL)),  # of models that are not Stable Diffusion 1
     "gui_lora_easy",  # its schedule is of a package of its own
 }
 
@@ -22,6 +24,20 @@ NOT_THEIRS = {
     "path", [path for path in SUPPORTED if path.stem not in NOT_THEIRS], ids=lambda path: path.stem
 )
 def test_it_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(path, BASE, "--mixed_precision", "no", tmp_path=tmp_path, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("path", SDXL, ids=lambda path: path.stem)
+def test_it_trains_sdxl(path: Path, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but --fp8_base, which is not supported."""
+    train(path, tiny_sdxl, "--no-fp8_base", tmp_path=tmp_path, monkeypatch=monkeypatch)
+    with safe_open(next(Path("out").glob("*.safetensors")), framework="pt") as file:
+        assert any(key.startswith("lora_unet_input_blocks_4_1_") for key in file.keys())  # noqa: SIM118
+        assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def train(path: Path, base: Path, *words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's job with our model and images, for an epoch."""
     from train_network import main
 
     monkeypatch.chdir(tmp_path)
@@ -31,7 +47,7 @@ def test_it_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         shutil.copy(image, folder)
         shutil.copy(image.with_suffix(".txt"), folder)
     Path("prompts.txt").write_text("a cat --w 64 --h 64 --s 1\n", encoding="utf-8")
-    files = ["--pretrained_model_name_or_path", str(BASE), "--train_data_dir", "data", "--output_dir", "out"]
+    files = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", "data", "--output_dir", "out"]
     files += ["--logging_dir", "logs", "--sample_prompts", "prompts.txt"]
     nothing = [f"--{name}=" for name in ("vae", "reg_data_dir", "dataset_config", "network_weights", "output_config")]
     sizes = ["--resolution", "64", "--min_bucket_reso", "64", "--max_bucket_reso", "128", "--caption_extension", ".txt"]
@@ -45,5 +61,5 @@ def test_it_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "--persistent_data_loader_workers",
         "false",
     ]
-    assert main([*arguments(path), *files, *nothing, *sizes, *length, "--mixed_precision", "no"]) == 0
+    assert main([*arguments(path), *files, *nothing, *sizes, *length, *words]) == 0
     assert list(Path("out").glob("*.safetensors"))

@@ -1,0 +1,142 @@
+"""What Stable Diffusion 1.x, 2.x and XL have in common: loading, the latents, what is predicted, the schedule."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.models.base_model import ZERO_TERMINAL, BaseModel, Part
+from library.models.family import AdapterTargets
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+TOKEN_LIMITS = (75, 150, 225)
+SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # of all versions, where not stated
+
+# The layers that adapters attach to, by their paths in diffusers' UNet and transformers' CLIPTextModel
+_BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)"
+UNET_LINEAR = re.compile(
+    rf"{_BLOCK}\.attentions\.\d+\."
+    r"(?:proj_in|proj_out|transformer_blocks\.\d+\.(?:attn[12]\.(?:to_q|to_k|to_v|to_out\.0)|ff\.net\.(?:0\.proj|2)))"
+)
+UNET_CONV = re.compile(
+    rf"{_BLOCK}\.(?:resnets\.\d+\.(?:conv1|conv2|time_emb_proj|conv_shortcut)|(?:down|up)samplers\.\d+\.conv)"
+)
+TEXT_LINEAR = re.compile(r"encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
+NOTHING = re.compile(r"(?!)")
+
+
+def load_part(
+    source: Part,
+    new: Callable[[Mapping[str, Any]], nn.Module],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> nn.Module:
+    """The part's module, filled, frozen and in evaluation mode."""
+    from library.models.weights import fill
+
+    module = new(source.config)
+    fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
+    return module.to(device).eval()  # `to` for buffers: the parameters are there
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a VAE encodes to: latents of `channels`, each cell `factor` pixels wide, shifted and scaled for the UNet.
+
+    overflows_fp16: whether the VAE's own configuration says that fp16 is too small for its activations.
+    """
+
+    channels: int
+    factor: int
+    scaling: float
+    shift: float
+    overflows_fp16: bool
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1].
+
+        Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
+        """
+        import torch
+
+        weight = next(vae.parameters())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            latents = vae.encode(pixels_BCHW.to(weight.device, weight.dtype)).latent_dist
+        return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
+
+
+def latent_space(base: BaseModel, *, default_scaling: float) -> LatentSpace:
+    """From the VAE's configuration, which must fit the UNet's. `default_scaling`: where it is older than the field."""
+    if "vae" not in base.parts:
+        raise UserError(f"{base.path} holds no VAE; give one with --vae")
+    config, unet = base.parts["vae"].config, base.parts["unet"].config
+    inputs, latents = unet.get("in_channels", 4), config.get("latent_channels", 4)
+    if inputs != latents:
+        hint = "an inpainting model, which is not supported" if inputs == 9 else "another kind of model, or another VAE"
+        raise UserError(f"{base.path}: the UNet takes {inputs} channels and the VAE gives {latents}: {hint}")
+    return LatentSpace(
+        channels=int(latents),
+        factor=2 ** (len(config["block_out_channels"]) - 1),
+        scaling=float(config.get("scaling_factor") or default_scaling),
+        shift=float(config.get("shift_factor") or 0.0),
+        overflows_fp16=bool(config.get("force_upcast", False)),
+    )
+
+
+def native_resolution(base: BaseModel, factor: int, *, default: int) -> int:
+    """Pixels of a side, from the UNet's configuration; `default`: in cells, where that says nothing."""
+    size = base.parts["unet"].config.get("sample_size") or default
+    return int(size if isinstance(size, int) else size[0]) * factor
+
+
+def token_limit(max_token_length: int | None) -> int:
+    """75, 150 or 225. UserError for anything else."""
+    limit = max_token_length or TOKEN_LIMITS[0]
+    if limit not in TOKEN_LIMITS:
+        raise UserError(f"max_token_length {max_token_length}: must be one of {', '.join(map(str, TOKEN_LIMITS))}")
+    return limit
+
+
+def prediction_type(base: BaseModel, *, says_v: bool) -> str:
+    """What the network predicts: as the model says itself, else as the user says, else noise."""
+    if base.prediction == "v_prediction":
+        if not says_v:
+            logger.info("%s predicts velocity, says %s", base.path, base.prediction_from)
+        return "v_prediction"
+    if base.prediction == "epsilon" and says_v:
+        message = f"--v_parameterization was given, but {base.path} predicts noise, says {base.prediction_from}"
+        if base.location.is_dir():
+            raise UserError(f'{message}; leave the flag out, or correct "prediction_type" in that file')
+        logger.warning("%s; going by the flag", message)
+    return "v_prediction" if says_v else "epsilon"
+
+
+def scheduler(base: BaseModel, prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:
+    """The scheduler's configuration, for training and drawing alike; rescaled if that is wanted."""
+    config = dict(base.scheduler)
+    if not zero_terminal_snr:
+        return config
+    if prediction == "epsilon":
+        raise UserError(
+            f"--zero_terminal_snr: {base.path} predicts noise, which at a last timestep of pure noise says nothing "
+            "about the image; it is for models that predict v (--v_parameterization)"
+        )
+    return config | ZERO_TERMINAL
+
+
+def check_counts(targets: Mapping[str, AdapterTargets], expected: Mapping[str, int] | None, *, conv: bool) -> None:
+    """A rename in diffusers or transformers must not silently train fewer modules. Both by the same names of parts."""
+    for name, target in targets.items():
+        paths = [path for path, _ in target.root.named_modules()]
+        count = sum(bool(target.linear.fullmatch(p) or (conv and target.conv.fullmatch(p))) for p in paths)
+        known = expected[name] if expected else count
+        assert count == known, f"{count} targets in {name}, where this architecture has {known}"
