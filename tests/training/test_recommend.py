@@ -117,3 +117,12 @@ def test_with_a_config_file_it_says_where_to_put_them(
     words = ("--pretrained_model_name_or_path", str(BASE), "--output_dir", str(tmp_path / "out"))
     assert main(["--config_file", str(config), *words, "--recommend"]) == 0
     assert f"put these lines into {config}" in capsys.readouterr().out
+
+
+def test_a_base_of_full_size_and_sdxl(advice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("library.models.stable_diffusion.native_resolution", lambda *given, **more: 512)
+    full = advice(20)
+    assert (full["learning_rate"], full["text_encoder_lr"]) == (1e-4, 5e-5)
+    monkeypatch.setattr(StableDiffusion, "name", "sdxl")
+    found = advice(20)
+    assert (found["learning_rate"], found["network_train_unet_only"], "text_encoder_lr" in found) == (1e-4, True, False)
