@@ -151,7 +151,9 @@ def measure(
     try:
         with torch.no_grad(), torch.random.fork_rng(), ema.weights_for(run.ema, "validate"), run.accelerator.autocast():
             loaded = data.batches([planned for _, planned in mine], epoch=0, loader=run.loader)
-            for (number, _), batch in zip(mine, bar(loaded, desc="validation", total=len(mine)), strict=True):
+            for (number, _), batch in zip(
+                mine, bar(loaded, desc="validation", total=len(mine), disable=rank > 0), strict=True
+            ):
                 assert batch.moments is not None, "validation's latents are always kept"
                 latents = batch.moments[0].to(run.accelerator.device, torch.float32)
                 condition = condition_of(batch, run.family, run.accelerator.device, train_text=False)

@@ -76,7 +76,8 @@ class History:
             )
         better = f" ({start.loss:.4f} before training)" if start is not None else ""
         if last.step == best.step:
-            return f"validation was lowest at the end: {best.loss:.4f}{better}; training longer may still help"
+            still = "it had hardly moved any more" if self.without_improvement else "training longer may still help"
+            return f"validation was lowest at the end: {best.loss:.4f}{better}; {still}"
         worse = last.loss / best.loss - 1
         how = f"made it {worse:.1%} worse" if worse >= 0.0005 else "did not improve it"
         return (

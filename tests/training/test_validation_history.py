@@ -81,6 +81,11 @@ def test_the_conclusion(losses: tuple[float, ...], sentence: str | None) -> None
     assert history(*losses).conclusion(best_file="fox-best.safetensors") == sentence
 
 
+def test_a_last_one_that_is_lowest_by_nothing_worth_it() -> None:
+    said = history(1.0, 0.9, 0.899, threshold=0.01).conclusion(best_file="fox-best.safetensors")
+    assert said == "validation was lowest at the end: 0.8990 (1.0000 before training); it had hardly moved any more"
+
+
 @pytest.mark.parametrize(
     ("steps", "epochs", "due"),
     [
