@@ -33,7 +33,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for folder in ("my_data/10_mycat", "photos", "drawings"):
         Path(folder).mkdir(parents=True)
-        for image in sorted((IMAGES / "train").glob("*.png"))[:2]:
+        for image in sorted((IMAGES / "train").glob("*.png"))[:5]:
             shutil.copy(image, folder)
             shutil.copy(image.with_suffix(".txt"), folder)
     shutil.copytree(ROOT / "configs", "configs")

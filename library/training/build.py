@@ -151,6 +151,8 @@ def build(plan: Plan) -> Built:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
         state.load(plan.resume, run)
+        if run.history is not None:
+            validation.tell_of_best(run.history, saves.best_file)
     if accelerator.is_main_process and options.trains:
         tensors = network.state_dict()
         disk.refuse_full_disk(

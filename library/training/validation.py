@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,6 +134,16 @@ def attach(run: Run, data: TrainingData, options: Options, *, steps_per_epoch: i
         timesteps=middles(low, max(high, low + 1)),
         most_batches=wanted.max_validation_steps,
     )
+
+
+def tell_of_best(history: History, file: Path) -> None:
+    """Say what is missing where a resumed run's best file is not beside it."""
+    best = history.best
+    if best is not None and not file.exists():
+        logger.warning(
+            "%s is not there, the best so far (%.4f at step %d): it is written when validation improves on that",
+            *(file, best.loss, best.step),
+        )
 
 
 def measure(

@@ -123,8 +123,10 @@ def test_the_numbers_do_not_depend_on_how_they_are_made(train: Train, tmp_path: 
     variants: dict[str, tuple[str, ...]] = {
         "plain": (),
         "batch": ("--train_batch_size", "1"),
-        "uncached": ("--no-cache_latents", "--max_data_loader_n_workers", "2"),
-        "drawn": ("--shuffle_caption", "--caption_tag_dropout_rate", "0.9", "--no-cache_latents", "--random_crop"),
+        "drawn": (
+            *("--shuffle_caption", "--caption_tag_dropout_rate", "0.9", "--no-cache_latents", "--random_crop"),
+            *("--max_data_loader_n_workers", "2"),
+        ),
         "training's seed": ("--seed", "2", "--validation_seed", "1"),
         "validation's seed": ("--validation_seed", "2"),
     }
@@ -244,15 +246,20 @@ def test_a_resumed_run_has_the_same_history(
         assert all(map(torch.equal, whole["average"]["average"], broken["average"]["average"]))
 
 
-def test_patience_goes_on_counting(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_goes_on_counting(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     losses_of(monkeypatch, [1.0, 0.9, 0.95, 0.95])
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert train(*STOPS) == 130
     assert train(*STOPS, "--resume", "latest", "--save_state_on_train_end") == 0
     assert [step for step, _, _ in measured(tmp_path)] == [0, 1, 2, 3]
+    (tmp_path / "out" / "test-best.safetensors").unlink()
+    capsys.readouterr()
     more = ("--resume", str(tmp_path / "out" / "test-state"), "--early_stopping_patience", "4")
     assert train(*STOPS, *more, "--save_state_on_train_end") == 0
+    assert "test-best.safetensors is not there, the best so far (0.9000 at step 1)" in capsys.readouterr().err
     assert [step for step, _, _ in measured(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
