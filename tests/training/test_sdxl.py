@@ -103,6 +103,7 @@ def test_the_unet_is_told_the_true_sizes(train_sdxl, image_folder, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
+        ("--validation_split", "0.34", "--ema_decay", "0.9"),
         ("--mixed_precision", "bf16", "--full_bf16", *CACHED, "--gradient_checkpointing"),
         ("--mixed_precision", "bf16", "--gradient_checkpointing"),
         ("--network_args", "conv_dim=2", "block_dims=" + ",".join(["0"] * 10 + ["2"] * 13), "down_lr_weight=linear"),
