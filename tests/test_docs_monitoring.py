@@ -14,7 +14,16 @@ from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
 # two steps on images that are encoded when they are needed
-SHORT = ("--max_train_epochs", "0", "--max_train_steps", "2", "--compare_prompts", "", "--no-loss_plot", "--no-cache_latents")
+SHORT = (
+    "--max_train_epochs",
+    "0",
+    "--max_train_steps",
+    "2",
+    "--compare_prompts",
+    "",
+    "--no-loss_plot",
+    "--no-cache_latents",
+)
 
 
 def blocks(language: str) -> list[str]:

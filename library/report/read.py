@@ -108,6 +108,7 @@ def read_story(path: Path) -> Story:
             continue
         story.last_step = max(story.last_step, step)
         if "loss" in line:
+            story.end = {}  # that of an earlier part of the run
             _step(story, step, line)
             deltas = line.get("delta_norms") or deltas
         elif "validation" in line:
@@ -164,9 +165,10 @@ def _halved(values: list[float]) -> list[float]:
 
 def saved_files(story: Story) -> list[SavedFile]:
     """The networks that the run has written and that are still there, in the order of their making."""
-    pickled = re.compile(rf"{re.escape(story.name)}(-step\d{{8,}}|-\d{{6,}}|-[a-z]+)?\.(ckpt|pt)")
+    name = "(last|at|epoch)" if story.run.get("output_name") is None else re.escape(story.name)
+    pickled = re.compile(rf"{name}(-step\d{{8,}}|-\d{{6,}}|-[a-z]+)?\.(ckpt|pt)")
     found = []
-    for path in story.path.parent.iterdir():
+    for path in filter(Path.is_file, story.path.parent.iterdir()):
         about = _metadata(path) if path.suffix == ".safetensors" else {}
         session = about.get("ss_session_id", "")
         if session == str(story.run.get("session_id")) or (pickled.fullmatch(path.name) and _since(path, story)):

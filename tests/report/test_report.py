@@ -204,11 +204,16 @@ def test_warnings_stand_in_it_with_their_advice(tmp_path):
     file.write(1, {"loss": None, "rates": {"unet</script>": 1e-4}, "gradient_norm": 1.0})
     file.write(2, {"warning": {"sign": "divergence", "text": f"the loss is NaN, of {EVIL}"}})
     file.write(2, {"validation": {"loss": 0.5, "t100": 0.4}})
-    file.write(3, {"end": {"stopped_by": "an error", "memory": {"of the process": 2**30}}})
+    end = {"stopped_by": "", "conclusion": "validation was lowest at step 1", "memory": {"of the process": 2**30}}
+    file.write(2, {"end": {**end, "stopped_by": "SIGINT"}})
+    file.write(2, {"loss": 0.3})
+    file.write(2, {"end": end})
     found = Page(page.write(tmp_path / "fox-metrics.jsonl").read_text(encoding="utf-8"))
     assert "Step 2, divergence." in found.texts
     assert f"The loss is NaN, of {EVIL}." in found.texts
     assert "1.0 GiB" in found.texts
+    assert "In the end validation was lowest at step 1." in found.texts
+    assert "2 of 3 steps are done: it ended early, because validation no longer improved" in found.text
     assert "Validation loss by timestep" in found.texts
     assert session_of_report(tmp_path / "fox-report.html") == "5"
 
