@@ -63,7 +63,7 @@ def train(tmp_path: Path, image_folder: Path) -> Callable[..., int]:
                 *("--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2"),
                 *("--output_dir", str(tmp_path / "out"), "--output_name", "test"),
                 *("--network_dim", "4", "--network_alpha", "2", "--learning_rate", "1e-3"),
-                *("--max_train_steps", "4", "--seed", "1", "--no-loss_plot", "--cache_latents"),
+                *("--max_train_steps", "4", "--seed", "1", "--no-loss_plot", "--no-report", "--cache_latents"),
                 *("--max_data_loader_n_workers", "0"),
                 *words,
             ]

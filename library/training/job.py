@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from library.config.options import Options
+from library.errors import UserError
 from library.training.plan import make_plan
 
 if TYPE_CHECKING:
@@ -46,16 +47,37 @@ def run(options: Options, *, family: str | None = None) -> int:
     monitor.attach(built)
     if built.run.done == 0:
         built.samples(0)
-    stopped_by = loop.train(built.run)
+    try:
+        stopped_by = loop.train(built.run)
+    except UserError:
+        _tell(built, stopped_by="an error", conclusion="")
+        raise
     built.run.accelerator.end_training()
     history = built.run.history
-    if history is not None and (sentence := history.conclusion(best_file=built.saves.best_file.name)):
-        logger.info("%s", sentence)
-    if built.run.monitor is not None:
-        built.run.monitor.close()
+    conclusion = (history and history.conclusion(best_file=built.saves.best_file.name)) or ""
+    if conclusion:
+        logger.info("%s", conclusion)
     if built.run.accelerator.is_main_process and stopped_by is None:
         _draw(built)
+    _tell(built, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _tell(built: Built, *, stopped_by: str, conclusion: str) -> None:
+    """End the metrics, and make the report of them. Neither matters so much as what was trained."""
+    if built.run.monitor is None:
+        return
+    from library.training import metrics
+
+    built.run.monitor.end(stopped_by=stopped_by, conclusion=conclusion)
+    path = metrics.metrics_path(built.saves.last_file)
+    if built.plan.options.monitoring.writes_report and built.run.accelerator.is_main_process and path.is_file():
+        from library.report import page
+
+        try:
+            page.write(path)
+        except UserError as error:
+            logger.warning("no report: %s", error)
 
 
 def _draw(built: Built) -> None:

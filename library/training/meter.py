@@ -6,6 +6,7 @@ samples' losses to the sums by timestep.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from networks.network import AdapterNetwork
 
 BINS = 5  # of the timesteps, of equal width
+
+
+def timestep_ranges(timesteps: int) -> list[str]:
+    """The bins by name: "000-199" …"""
+    edges = [timesteps * i // BINS for i in range(BINS + 1)]
+    return [f"{low:03d}-{high - 1:03d}" for low, high in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True)

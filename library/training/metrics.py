@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SUFFIX = "-metrics.jsonl"
+REPORT_SUFFIX = "-report.html"  # library/report makes it of the lines
 
 Line = dict[str, Any]
 
@@ -90,9 +92,15 @@ def metrics_path(last_file: Path) -> Path:
     return last_file.with_name(last_file.stem + SUFFIX)
 
 
+def report_path(metrics: Path) -> Path:
+    """Beside the metrics: fox-metrics.jsonl → fox-report.html."""
+    return metrics.with_name(metrics.name.removesuffix(SUFFIX) + REPORT_SUFFIX)
+
+
 def planned_files(options: Options, saves: SavePlan) -> list[Path]:
-    """What this module writes in a run."""
-    return [metrics_path(saves.last_file)] if options.monitoring.monitoring else []
+    """What tells of a run: the metrics, and the report that is made of them."""
+    wanted, path = options.monitoring, metrics_path(saves.last_file)
+    return [path] * wanted.monitoring + [report_path(path)] * wanted.writes_report
 
 
 def new_files(plan: Plan, saves: SavePlan) -> list[Path]:
@@ -104,8 +112,20 @@ def new_files(plan: Plan, saves: SavePlan) -> list[Path]:
 
 
 def belongs_to(path: Path, *, session_id: int) -> bool:
-    """Whether this is the file of this run, begun in this process or in one that it goes on from."""
-    return path.is_file() and read_run(path).get("session_id") == session_id
+    """Whether this tells of this run, begun in this process or in one that it goes on from."""
+    if not path.is_file():
+        return False
+    if path.name.endswith(REPORT_SUFFIX):
+        return session_of_report(path) == str(session_id)
+    return read_run(path).get("session_id") == session_id
+
+
+def session_of_report(path: Path) -> str:
+    """What a report says of whose it is; empty for a file that is none."""
+    with path.open("rb") as file:
+        start = file.read(2000).decode("utf-8", "replace")
+    found = re.search(r'<meta name="session" content="(\d+)">', start)
+    return found[1] if found else ""
 
 
 def read_run(path: Path) -> Line:

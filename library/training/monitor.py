@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.optimizers.create import effective_weight_decays
-from library.training import metrics
-from library.training.meter import BINS, Measured, Meter
+from library.training import metrics, run_header
+from library.training.estimate import peak_memory
+from library.training.meter import Measured, Meter
 from library.training.warning_signs import WEIGHT_DECAY_GONE, Sign, Watch
 from networks.network import AdapterNetwork
 
@@ -34,6 +34,7 @@ class Monitor:
         self.meter, self._file, self._bins, self._every = meter, file, bins, every
         self._run = run
         self._watch = Watch(total_steps=run.total_steps)
+        self._step = run.done
         self._measured: Measured | None = None
         self._norm: float | None = None
         self._earlier = 0.0  # seconds of training before this process
@@ -56,6 +57,7 @@ class Monitor:
         self, step: int, *, epoch: int, loss: float, average: float, rates: Mapping[str, float]
     ) -> dict[str, Any]:
         """Write the step's line, say what is wrong; what trackers show beside loss and rates."""
+        self._step = step
         decays = effective_weight_decays(self._run.optimizer.optimizer)
         if len(set(decays.values())) == 1:  # one for all groups, as a rule
             decays = {"all": next(iter(decays.values()))}
@@ -100,7 +102,10 @@ class Monitor:
         """Note a loss or gradient that was no number, of which the guard has said something already."""
         self._write(step, {"warning": {"sign": "divergence", "text": why}})
 
-    def close(self) -> None:
+    def end(self, *, stopped_by: str, conclusion: str) -> None:
+        """Write the last line: what broke it off ("" for nothing), what validation says of it, and the most memory."""
+        memory = peak_memory(self._run.accelerator.device)
+        self._write(self._step, {"end": {"stopped_by": stopped_by, "conclusion": conclusion, "memory": memory}})
         if self._file is not None:
             self._file.close()
 
@@ -162,25 +167,15 @@ class Monitor:
 
 def attach(built: Built) -> None:
     """Have the run watched, unless --no-monitoring."""
-    wanted, run, plan = built.plan.options.monitoring, built.run, built.plan
+    wanted, run = built.plan.options.monitoring, built.run
     if not wanted.monitoring:
         return
     network = run.network if isinstance(run.network, AdapterNetwork) else None
-    timesteps = len(run.objective.alphas_cumprod)
-    meter = Meter(run.parameters, network, run.accelerator, timesteps=timesteps)
-    edges = [timesteps * i // BINS for i in range(BINS + 1)]
-    bins = [f"{low:03d}-{high - 1:03d}" for low, high in itertools.pairwise(edges)]
-    file = None
+    meter = Meter(run.parameters, network, run.accelerator, timesteps=len(run.objective.alphas_cumprod))
+    file, header = None, run_header.describe(built)
     if run.accelerator.is_main_process:
-        about = {
-            "session_id": plan.session_id,
-            "name": built.saves.last_file.stem,
-            "total_steps": run.total_steps,
-            "timesteps": bins,
-            "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
-        }
-        file = metrics.MetricsFile(metrics.metrics_path(built.saves.last_file), about, done=run.done)
-    run.monitor = Monitor(meter, run=run, every=wanted.every, bins=bins, file=file)
+        file = metrics.MetricsFile(metrics.metrics_path(built.saves.last_file), header, done=run.done)
+    run.monitor = Monitor(meter, run=run, every=wanted.every, bins=header["timesteps"], file=file)
 
 
 def _number(value: float | None) -> float:

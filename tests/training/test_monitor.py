@@ -84,7 +84,8 @@ def test_what_is_told_is_what_happened(train, tmp_path, seen, words) -> None:
 
 def test_the_file_says_whose_norms_they_are(train, tmp_path) -> None:
     assert train("--max_train_steps", "1") == 0
-    run, step = list(lines(tmp_path / "out" / "test-metrics.jsonl"))
+    run, step, end = lines(tmp_path / "out" / "test-metrics.jsonl")
+    assert end["end"]["stopped_by"] == ""
     assert len(run["run"]["adapters"]) == len(step["delta_norms"]) > 100
     assert run["run"]["adapters"][0].startswith("lora_unet_")
     assert run["run"]["timesteps"] == ["000-199", "200-399", "400-599", "600-799", "800-999"]

@@ -1,0 +1,107 @@
+"""The curves of a run: which, and what each is about. They zoom together, and need no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bokeh.embed import components
+from bokeh.resources import Resources
+
+from library.report import figures
+from library.report.figures import Key, Line
+from library.report.read import Curve, Story
+from library.training.report import smoothed
+
+MOST_GROUPS = 8  # of parameters in one chart; rates by block or layer make dozens
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`lines` to draw; `log` and `small` as in `figures.draw`."""
+
+    title: str
+    note: str
+    lines: list[Line]
+    log: bool = False
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """`html` is the place that the script fills."""
+
+    title: str
+    note: str
+    html: str
+    keys: list[Key]
+
+
+def draw(story: Story) -> tuple[list[Drawn], str]:
+    """The charts of what there is, and the script that draws them."""
+    steps = figures.steps_of(max(story.last_step, 1))
+    wanted = [chart for chart in charts(story) if any(line.curve.steps for line in chart.lines)]
+    if not wanted:
+        return [], ""
+    made = [figures.draw(n, steps, chart.lines, log=chart.log, small=chart.small) for n, chart in enumerate(wanted)]
+    script, places = components(tuple(plot for plot, _ in made))
+    drawn = [
+        Drawn(chart.title, chart.note, html, keys if len(keys) > 1 else [])
+        for chart, html, (_, keys) in zip(wanted, places, made, strict=True)
+    ]
+    return drawn, script
+
+
+def library() -> str:
+    """Bokeh's own code, as HTML."""
+    return str(Resources(mode="inline", components=["bokeh"]).render())
+
+
+def charts(story: Story) -> Iterator[Chart]:
+    """In the order of the page."""
+    curves = story.curves
+    empty = Curve()
+    loss = [Line("each step", curves.get("loss", empty), faint=True)]
+    loss.append(Line("mean of 100 steps", curves.get("loss_average", empty)))
+    if "validation/loss" in curves:
+        loss.append(Line("validation", curves["validation/loss"], dots=True))
+    note = "A single step's depends on the timesteps drawn for it; learning shows in the mean."
+    yield Chart("Loss", note, loss)
+    note = "Moving means. Low timesteps decide about fine detail, high ones about the composition."
+    yield Chart("Loss by timestep", note, [Line(line.label, _mean(line.curve)) for line in _group(story, "timesteps")])
+    rates = _fewer(_group(story, "rates"))
+    yield Chart("Learning rate", "In effect, for each group of parameters.", rates, small=True)
+    decays = _fewer(_group(story, "weight_decay"))
+    yield Chart("Weight decay", "In effect, after its curve.", decays, small=True)
+    norm = curves.get("gradient_norm", empty)
+    lines = [Line("each step", norm, faint=True), Line("moving mean", _mean(norm))]
+    yield Chart("Gradient norm", "Of all gradients together, before clipping.", lines, log=True)
+    update = [Line("share", curves.get("update_ratio", empty))]
+    yield Chart("Size of the update", "How much a step changes the weights, as a share of them.", update, log=True)
+    deltas = sorted(_group(story, "deltas"), key=lambda line: line.label not in ("mean", "largest"))
+    note = "How far the LoRA moves the model's layers from where they were: the mean of all, the largest, and by block."
+    yield Chart("Norm of the adapters' deltas", note, deltas)
+    validation = [line for line in _group(story, "validation", dots=True) if line.label != "loss"]
+    yield Chart("Validation loss by timestep", "On images that are not trained.", validation)
+
+
+def _group(story: Story, prefix: str, *, dots: bool = False) -> list[Line]:
+    """The curves whose names begin with it, as they first came."""
+    named = ((name.partition("/")[2], curve) for name, curve in story.curves.items() if name.startswith(f"{prefix}/"))
+    return [Line(name, curve, dots=dots) for name, curve in named]
+
+
+def _fewer(lines: list[Line]) -> list[Line]:
+    """The lowest, the highest, and some between."""
+    if len(lines) <= MOST_GROUPS:
+        return lines
+    ranked = sorted(lines, key=lambda line: -max(line.curve.values, default=0.0))
+    return [ranked[round(i * (len(ranked) - 1) / (MOST_GROUPS - 1))] for i in range(MOST_GROUPS)]
+
+
+def _mean(curve: Curve) -> Curve:
+    """Its moving mean."""
+    made = Curve()
+    made.steps = curve.steps
+    made.values = smoothed(curve.values, window=max(10, len(curve.values) // 20))
+    return made

@@ -1,0 +1,109 @@
+"""One chart, drawn by Bokeh in colours that do on white and on black: the page follows the reader's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from bokeh.models import (
+    BoxZoomTool,
+    HoverTool,
+    PanTool,
+    PrintfTickFormatter,
+    Range1d,
+    ResetTool,
+    SaveTool,
+    WheelZoomTool,
+)
+from bokeh.plotting import figure
+
+from library.report.read import Curve
+
+RANGE = "steps"  # the name of the range that all charts share
+COLOURS = ("#2f7ed8", "#e8853a", "#1fa774", "#d6457a", "#8a63d2", "#17a2b8", "#b8860b", "#7f8c8d", "#c0392b", "#5d8a2a")
+TEXT, GRID = "#7d8590", "#7d859040"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart. `faint`: behind the others; `dots`: with its points, of which there are few."""
+
+    label: str
+    curve: Curve
+    faint: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a curve is called, and the names of the parts that draw it, by which the page shows and hides it."""
+
+    label: str
+    colour: str
+    parts: list[str]
+
+
+def steps_of(last: int) -> Range1d:
+    """The range of steps, up to the last."""
+    return Range1d(0, last, bounds=(0, last), name=RANGE)
+
+
+def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small: bool) -> tuple[Any, list[Key]]:
+    """A Bokeh figure, and the key to its curves. `number`: which chart of the page it is. `log`: what is not above 0 is
+    left out then. `small`: the numbers want an exponent."""
+    plot = figure(
+        height=300,
+        sizing_mode="stretch_width",
+        x_range=steps,
+        y_axis_type="log" if log else "linear",
+        tools=[],
+        x_axis_label="step",
+        background_fill_alpha=0,
+        border_fill_alpha=0,
+        outline_line_color=None,
+        min_border_right=12,
+    )
+    zoom = BoxZoomTool(dimensions="width")
+    plot.add_tools(zoom, PanTool(), WheelZoomTool(dimensions="width"), ResetTool(), SaveTool())
+    plot.toolbar.active_drag = zoom
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    if small or log:
+        plot.yaxis.formatter = PrintfTickFormatter(format="%.2g")
+    colours = iter(COLOURS * (len(lines) // len(COLOURS) + 1))
+    keys = [
+        Key(line.label, TEXT if line.faint else next(colours), [f"{number}-{i}", f"{number}-{i}-dots"][: 1 + line.dots])
+        for i, line in enumerate(lines)
+    ]
+    for line, key in zip(lines, keys, strict=True):
+        _line(plot, line, key, log=log)
+    _style(plot)
+    return plot, keys
+
+
+def _line(plot: Any, line: Line, key: Key, *, log: bool) -> None:
+    values = np.array(line.curve.values)
+    if log:
+        values[values <= 0] = np.nan
+    data = {"step": np.array(line.curve.steps), "value": values}
+    width, alpha = (1, 0.45) if line.faint else (2, 1.0)
+    drawn = plot.line("step", "value", source=data, color=key.colour, width=width, alpha=alpha, name=key.parts[0])
+    if line.dots:
+        plot.scatter("step", "value", source=data, color=key.colour, size=6, name=key.parts[1])
+    if not line.faint:
+        tips = [("step", "@step{0}"), (line.label, "@value{%.4g}")]
+        hover = HoverTool(
+            renderers=[drawn], tooltips=tips, formatters={"@value": "printf"}, mode="vline", visible=False
+        )
+        plot.add_tools(hover)
+
+
+def _style(plot: Any) -> None:
+    for axis in plot.axis:
+        axis.axis_label_text_color = axis.major_label_text_color = TEXT
+        axis.axis_line_color = axis.major_tick_line_color = GRID
+        axis.minor_tick_line_color = None
+        axis.axis_label_text_font_style = "normal"
+    plot.grid.grid_line_color = GRID

@@ -1,0 +1,147 @@
+"""Puts a run's page together."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from library.errors import UserError
+from library.report import charts, images
+from library.report.read import Sample, Story, read_story, samples, saved_files
+from library.training.estimate import human_bytes, human_time
+from library.training.metrics import report_path, session_of_report
+from library.training.save import replacing
+
+logger = logging.getLogger(__name__)
+
+THUMBNAIL, SAMPLE, PICTURE = 160, 256, 1200  # pixels, the longer side
+MOMENTS = 12  # at which samples are shown
+
+
+def write(metrics: Path) -> Path:
+    """`NAME-report.html` beside `NAME-metrics.jsonl`. UserError if another file of that name is there."""
+    path = report_path(metrics)
+    if path.exists() and not session_of_report(path):
+        raise UserError(f"{path} is there and is no report of a run: move it away")
+    html = render(read_story(metrics))
+    with replacing(path) as beside:
+        beside.write_text(html, encoding="utf-8")
+    logger.info("wrote %s", path)
+    return path
+
+
+def render(story: Story) -> str:
+    """The whole page. Everything from users is escaped by the template."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn, script = charts.draw(story)
+    run = story.run
+    return environment.get_template("page.html").render(
+        story=story,
+        run=run,
+        state=_state(story),
+        facts=_facts(story),
+        changed=[row for row in _options(run) if row["changed"]],
+        options=_groups(_options(run)),
+        examples=[
+            {**example, "image": images.data_url(Path(example["path"]), side=THUMBNAIL)}
+            for example in run.get("examples", ())
+        ],
+        pictures=_pictures(story),
+        samples=_samples(samples(story), run.get("prompts", [])),
+        files=saved_files(story),
+        charts=drawn,
+        bokeh=Markup(charts.library()),
+        script=Markup(script),
+        human_bytes=human_bytes,
+    )
+
+
+def _state(story: Story) -> str:
+    """Whether it came to its end."""
+    total = story.run.get("total_steps", 0)
+    if story.last_step >= total:
+        return f"all {total} steps are done"
+    reason = "it ended early, because validation no longer improved"
+    if not story.end:
+        reason = "it is still going on, or was killed"
+    elif story.end["stopped_by"]:
+        reason = f"stopped by {story.end['stopped_by']}"
+    return f"{story.last_step} of {total} steps are done: {reason}"
+
+
+def _facts(story: Story) -> list[tuple[str, str]]:
+    """When, how long, how much memory, on what."""
+    facts = []
+    if started := story.run.get("started_at"):
+        facts.append(("begun", datetime.fromtimestamp(started).strftime("%Y-%m-%d %H:%M")))
+    if story.seconds:
+        facts.append(("training took", human_time(story.seconds)))
+        facts.append(
+            ("a step took", f"{story.seconds / max(story.last_step, 1):.2f} s on average, with saving and drawing")
+        )
+    for name, value in story.end.get("memory", {}).items():
+        facts.append((f"most memory, {name}", human_bytes(value)))
+    return facts + [(name, value) for name, value in story.run.get("machine", ())]
+
+
+def _options(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"group": group, "name": name, "value": _shown(value), "default": _shown(default), "changed": value != default}
+        for group, name, value, default in run.get("options", ())
+    ]
+
+
+def _groups(options: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for option in options:
+        groups.setdefault(option["group"], []).append(option)
+    return groups
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == []:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _pictures(story: Story) -> list[tuple[str, str]]:
+    """What was drawn at the end."""
+    path = story.path.with_name(f"{story.name}-compare.png")
+    url = images.data_url(path, side=PICTURE) if path.is_file() else None
+    return [("Without and with the LoRA", url)] if url else []
+
+
+def _samples(found: list[Sample], prompts: list[str]) -> list[dict[str, Any]]:
+    """One row a prompt: the pictures at up to `MOMENTS` moments, the first and the last among them."""
+    rows: dict[int, list[Sample]] = {}
+    for sample in found:
+        rows.setdefault(sample.prompt, []).append(sample)
+    shown = []
+    for number, row in rows.items():
+        count = min(MOMENTS, len(row))
+        places = sorted({round(i * (len(row) - 1) / max(count - 1, 1)) for i in range(count)})
+        pictures = [(row[i].moment, images.data_url(row[i].path, side=SAMPLE)) for i in places]
+        shown.append(
+            {
+                "prompt": prompts[number] if number < len(prompts) else f"prompt {number + 1}",
+                "pictures": [(moment, url) for moment, url in pictures if url],
+                "left_out": len(row) - len(places),
+            }
+        )
+    return shown

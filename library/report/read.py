@@ -1,0 +1,210 @@
+"""Reads what a run left behind: its metrics, its files and its samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, nearest_path
+from library.training.metadata import sha256
+from library.training.metrics import SUFFIX, lines
+
+MOST_POINTS = 1500  # of a curve
+
+
+class Curve:
+    """(step, value) of a run of any length, in constant memory: beyond `MOST_POINTS` neighbours become their mean."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.values: list[float] = []
+        self._stride = 1
+        self._begun: list[tuple[float, float]] = []
+
+    def add(self, step: float, value: float | None) -> None:
+        """The next value; None is passed over."""
+        if value is None:
+            return
+        self._begun.append((step, value))
+        if len(self._begun) < self._stride:
+            return
+        self.steps.append(sum(step for step, _ in self._begun) / self._stride)
+        self.values.append(sum(value for _, value in self._begun) / self._stride)
+        self._begun = []
+        if len(self.steps) >= MOST_POINTS:
+            self.steps, self.values = _halved(self.steps), _halved(self.values)
+            self._stride *= 2
+
+
+@dataclass
+class Story:
+    """All that is known of a run. `curves` by name: "loss", "rates/unet" …"""
+
+    path: Path  # of the metrics
+    run: dict[str, Any]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    warnings: list[tuple[int, str, str]] = field(default_factory=list)  # step, sign, text
+    last_step: int = 0
+    seconds: float = 0.0
+    end: dict[str, Any] = field(default_factory=dict)  # empty: the run was killed, or is still going on
+    largest: list[tuple[str, float]] = field(default_factory=list)  # adapters with the largest deltas at the end
+
+    @property
+    def name(self) -> str:
+        return str(self.run.get("name", self.path.name.removesuffix(SUFFIX)))
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A LoRA or another file of a run."""
+
+    path: Path
+    size: int
+    sha256: str
+    model_hash: str  # as A1111 shows it; empty for pickled files
+    step: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that was drawn while training."""
+
+    path: Path
+    moment: str  # "step 100", "epoch 2"
+    order: int
+    prompt: int
+
+
+def find_metrics(where: Path) -> list[Path]:
+    """The files of metrics at `where`: one, or all in a folder. Raises UserError if there are none."""
+    if where.is_dir():
+        found = sorted(where.glob(f"*{SUFFIX}"))
+        if not found:
+            raise UserError(f"{where}: there is no …{SUFFIX} in it; training writes one unless --no-monitoring")
+        return found
+    if not where.is_file():
+        raise UserError(f"{where}: no such file or folder{nearest_path(where)}")
+    if not where.name.endswith(SUFFIX):
+        raise UserError(f"{where}: give a run's folder, or its file NAME{SUFFIX}")
+    return [where]
+
+
+def read_story(path: Path) -> Story:
+    """Raises UserError if the file is none of metrics."""
+    every = lines(path)
+    run = next(every, {}).get("run")
+    if not isinstance(run, dict):
+        raise UserError(f"{path}: its first line does not describe a run")
+    story = Story(path, run)
+    deltas: list[float] = []
+    for line in every:
+        step = line.get("step")
+        if not isinstance(step, int):
+            continue
+        story.last_step = max(story.last_step, step)
+        if "loss" in line:
+            story.end = {}  # that of an earlier part of the run
+            _step(story, step, line)
+            deltas = line.get("delta_norms") or deltas
+        elif "validation" in line:
+            for name, value in line["validation"].items():
+                _add(story, f"validation/{name}", step, value)
+        elif "warning" in line:
+            story.warnings.append((step, line["warning"]["sign"], line["warning"]["text"]))
+        elif "end" in line:
+            story.end = line["end"]
+    named = zip(run.get("adapters", ()), deltas, strict=False)
+    story.largest = sorted(named, key=lambda item: -(item[1] or 0))[:8]
+    return story
+
+
+def _step(story: Story, step: int, line: Mapping[str, Any]) -> None:
+    story.seconds = line.get("seconds") or story.seconds
+    for name in ("loss", "loss_average", "gradient_norm", "update_ratio", "weight_norm"):
+        _add(story, name, step, line.get(name))
+    for name in ("rates", "weight_decay"):
+        for group, value in line.get(name, {}).items():
+            _add(story, f"{name}/{group}", step, value)
+    for label, value in zip(story.run.get("timesteps", ()), line.get("loss_by_timestep", ()), strict=False):
+        _add(story, f"timesteps/{label}", step, value)
+    norms = [norm for norm in line.get("delta_norms", ()) if norm is not None]
+    if not norms:
+        return
+    _add(story, "deltas/mean", step, sum(norms) / len(norms))
+    _add(story, "deltas/largest", step, max(norms))
+    blocks: dict[str, list[float]] = {}
+    for adapter, norm in zip(story.run.get("adapters", ()), line["delta_norms"], strict=False):
+        if norm is not None:
+            blocks.setdefault(block_of(adapter), []).append(norm)
+    for block, own in blocks.items():
+        _add(story, f"deltas/{block}", step, math.fsum(own) / len(own))
+
+
+def _add(story: Story, name: str, step: int, value: float | None) -> None:
+    story.curves.setdefault(name, Curve()).add(step, value)
+
+
+def block_of(adapter: str) -> str:
+    """lora_unet_down_blocks_0_attentions_1_… → "down 0"; every text encoder is one."""
+    if found := re.match(r"lora_unet_(down|up|input|output)_blocks_(\d+)_", adapter):
+        return f"{found[1]} {found[2]}"
+    if adapter.startswith(("lora_unet_mid_block", "lora_unet_middle_block")):
+        return "middle"
+    found = re.match(r"lora_te(\d?)_", adapter)
+    return f"text encoder {found[1]}".strip() if found else "other"
+
+
+def _halved(values: list[float]) -> list[float]:
+    return [(first + second) / 2 for first, second in zip(values[::2], values[1::2], strict=False)]
+
+
+def saved_files(story: Story) -> list[SavedFile]:
+    """The networks that the run has written and that are still there, in the order of their making."""
+    name = "(last|at|epoch)" if story.run.get("output_name") is None else re.escape(story.name)
+    pickled = re.compile(rf"{name}(-step\d{{8,}}|-\d{{6,}}|-[a-z]+)?\.(ckpt|pt)")
+    found = []
+    for path in filter(Path.is_file, story.path.parent.iterdir()):
+        about = _metadata(path) if path.suffix == ".safetensors" else {}
+        session = about.get("ss_session_id", "")
+        if session == str(story.run.get("session_id")) or (pickled.fullmatch(path.name) and _since(path, story)):
+            hashes = (sha256(path), about.get("sshs_model_hash", ""), about.get("ss_steps", ""))
+            found.append((path.stat().st_mtime, SavedFile(path, path.stat().st_size, *hashes)))
+    return [file for _, file in sorted(found, key=lambda item: item[0])]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Of a safetensors file; without importing what would read its tensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(size, 100_000_000)))
+        except ValueError:
+            return {}
+    about = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return about if isinstance(about, dict) else {}
+
+
+def _since(path: Path, story: Story) -> bool:
+    """Whether a file that does not say whose it is was written since the run began."""
+    return path.stat().st_mtime >= int(story.run.get("started_at", 0))
+
+
+def samples(story: Story) -> list[Sample]:
+    """The run's samples in `sample/`, the newest of each moment and prompt."""
+    output_name = story.run.get("output_name")
+    name = "" if output_name is None else f"{re.escape(output_name)}_"
+    pattern = re.compile(rf"{name}(e?)(\d{{6,}})_(\d{{2,}})_(\d{{14}})(_-?\d+)?\.png")
+    newest: dict[tuple[str, int], Sample] = {}
+    folder = story.path.parent / "sample"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = pattern.fullmatch(path.name)
+        if found and _since(path, story):
+            number, prompt = int(found[2]), int(found[3])
+            moment = f"{'epoch' if found[1] else 'step'} {number}"
+            newest[moment, prompt] = Sample(path, moment, number, prompt)
+    return sorted(newest.values(), key=lambda sample: (sample.prompt, sample.order))
