@@ -1,4 +1,4 @@
-"""Other programs' names for the tensors of a LoRA, turned into kohya's.
+"""Other programs' names for the tensors of a LoRA, turned into kohya's, and back.
 
 Three ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Diffusion:
 
@@ -8,7 +8,8 @@ Three ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Di
   (`….attn1.processor.to_q_lora.down.weight`). alpha, if any, in the file's metadata under `lora_adapter_metadata`.
 
 Nothing here needs the model: names of Stable Diffusion's layers are the same in all three but for dots. Only SDXL's
-UNet is called by its original names in kohya's files; that is settled where the model is known (`network.in_names_of`).
+UNet is called by its original names in kohya's files. Where a file does not tell that it is for SDXL, that is settled
+when the model is known (`network.in_names_of`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.models.checkpoint import original_unet_name, unet_name
 
 Naming = Literal["kohya", "diffusers", "PEFT"]
 
@@ -39,6 +41,13 @@ _ENDINGS = (
 _WRAPPER = "base_model.model."
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
+_LAYERS_PER_BLOCK = 2  # of SDXL's UNet
+# The words of paths that have underscores of their own
+_WORDS = re.compile(
+    r"(?:input|output|down|up|transformer)_blocks|(?:middle|mid)_block|(?:in|out|emb)_layers|skip_connection|"
+    r"time_emb_proj|conv_(?:shortcut|in|out)|proj_(?:in|out)|to_(?:q|k|v|out)|text_model|self_attn|(?:q|k|v|out)_proj|"
+    r"[a-z0-9]+"
+)
 _ONLY_SDXL = re.compile(r"\.transformer_blocks\.[1-9]")  # of the others, each attention has but one
 _TEXT_PATH = re.compile(r"(?:text_model\.)?(?:encoder|embeddings|final_layer_norm)\b.*")
 # the attention layers of a text encoder in the oldest files are called as a UNet's
@@ -78,7 +87,7 @@ def to_kohya(
         place, kind = _read(key, source)
         if found.setdefault(place, {}).setdefault(kind, tensor) is not tensor:
             raise UserError(f"{source}: two tensors for one layer's {kind}; the second is {key}")
-    second = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
+    xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
         lacking = {"lora_down.weight", "lora_up.weight"} - own.keys()
@@ -86,7 +95,7 @@ def to_kohya(
             raise UserError(f"{source}: {place.part}.{place.path} has no {lacking.pop()}")
         rank = own["lora_down.weight"].shape[0]
         own.setdefault("alpha", torch.tensor(_alpha(config or {}, place, rank, source)))
-        name = _kohya_name(place, two_encoders=second)
+        name = _kohya_name(place, xl=xl)
         converted |= {f"{name}.{kind}": tensor for kind, tensor in own.items()}
     return converted
 
@@ -117,10 +126,12 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     return _Place(part, f"{above}.{_OLD_TEXT.get(last, last)}")
 
 
-def _kohya_name(place: _Place, *, two_encoders: bool) -> str:
+def _kohya_name(place: _Place, *, xl: bool) -> str:
     if place.part == "unet":
-        return "lora_unet_" + place.path.replace(".", "_")
-    number = {"text_encoder": "1" if two_encoders else "", "text_encoder_2": "2"}[place.part]
+        block = re.match(r"(?:down_blocks|mid_block|up_blocks)\.", place.path)
+        path = original_unet_name(place.path, layers_per_block=_LAYERS_PER_BLOCK) if xl and block else place.path
+        return "lora_unet_" + path.replace(".", "_")
+    number = {"text_encoder": "1" if xl else "", "text_encoder_2": "2"}[place.part]
     return f"lora_te{number}_text_model_" + place.path.replace(".", "_")
 
 
@@ -140,6 +151,42 @@ def _alpha(config: Mapping[str, Any], place: _Place, rank: int, source: str) -> 
         return float(alpha) * (rank**0.5 if own.get("use_rslora") else 1.0)
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise UserError(f"{source}: its LoRA configuration cannot be read: {error}") from error
+
+
+def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, as `load_lora_weights` takes them.
+
+    These files have no alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else rounded
+    once. Raises UserError for a file that holds more than low-rank pairs.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.partition(".")
+        if kind not in ("lora_down.weight", "lora_up.weight", "alpha"):
+            raise UserError(f"{source}: {key} is no part of a plain LoRA; only those have names in diffusers")
+        modules.setdefault(name, {})[kind] = tensor
+    converted: dict[str, Tensor] = {}
+    for name, own in modules.items():
+        lacking = {"lora_down.weight", "lora_up.weight"} - own.keys()
+        if lacking:
+            raise UserError(f"{source}: {name} has no {lacking.pop()}")
+        down, up = own["lora_down.weight"], own["lora_up.weight"]
+        scale = float(own["alpha"]) / len(down) if "alpha" in own else 1.0
+        place = diffusers_path(name, source=source)
+        converted |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": (up.float() * scale).to(up.dtype)}
+    return converted
+
+
+def diffusers_path(name: str, *, source: str) -> str:
+    """For example lora_unet_input_blocks_4_1_proj_in → unet.down_blocks.1.attentions.0.proj_in. Raises UserError."""
+    parts = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+    for prefix, part in {**parts, "lora_te2_": "text_encoder_2"}.items():
+        if name.startswith(prefix):
+            path = ".".join(_WORDS.findall(name.removeprefix(prefix)))
+            if re.match(r"(?:input_blocks|middle_block|output_blocks)\.", path):
+                path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
+            return f"{part}.{path}"
+    raise UserError(f"{source}: {name} is not one of kohya's names, which begin with {', '.join(KOHYA_PREFIXES)}")
 
 
 def read_config(text: str, where: str) -> dict[str, Any]:

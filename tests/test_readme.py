@@ -44,18 +44,24 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def arguments(command: list[str]) -> list[str]:
+@pytest.fixture
+def models(tiny_sdxl: Path) -> dict[str, str]:
+    """What stands for the models that the examples name."""
+    return {"models/sd15.safetensors": str(BASE), "models/sdxl.safetensors": str(tiny_sdxl)}
+
+
+def arguments(command: list[str], models: dict[str, str]) -> list[str]:
     words = command[command.index(next(word for word in command if word.endswith("train_network.py"))) + 1 :]
-    return [str(BASE) if word == "models/sd15.safetensors" else word for word in words]
+    return [models.get(word, word) for word in words]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[-6:]))
-def test_every_command_trains(workplace, command):
+def test_every_command_trains(workplace, models, command):
     from train_network import main
 
     small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--overwrite", "--no-enable_bucket"]
     size = [] if "configs/quickstart.toml" in command else ["--resolution", "64"]
-    words = arguments(command)
+    words = arguments(command, models)
     if "--resume" in words:
         place = words.index("--resume")
         assert main([*words[:place], *words[place + 2 :], *small, *size]) == 0

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import difference, randomize, sd_targets, sdxl_outputs
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from networks.lora import create_network, create_network_from_weights
 from networks.merge import BaseWeights
+from networks.tools import convert
 from networks.weights import read_weights
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
@@ -134,6 +136,54 @@ def test_a_file_of_diffusers_own_acts_as_there(sdxl, tiny_sdxl, tmp_path):
         assert difference(actual, wanted) < BOUND
 
 
+def test_there_and_back(sdxl, tiny, tmp_path):
+    """kohya → diffusers → kohya, at every kind of layer of SDXL and of Stable Diffusion 1.x; by the command as well."""
+    for targets, name in ((sdxl.adapter_targets(), "xl"), (sd_targets(*tiny), "sd")):
+        network = create_network(1.0, 4, 2.0, None, None, None, targets=targets, conv_dim=2)
+        randomize(network)
+        own, there, back = (tmp_path / f"{name}-{which}.safetensors" for which in ("own", "there", "back"))
+        network.save_weights(str(own), torch.float16, {"ss_network_module": "networks.lora", "ss_steps": "7"})
+        assert convert.main([str(own), str(there), "--to", "diffusers"]) == 0
+        assert convert.main([str(there), str(back), "--to", "kohya"]) == 0
+        before, after = load_file(own), load_file(back)
+        assert after.keys() == before.keys()
+        assert len(load_file(there)) == 2 * len(before) // 3
+        assert all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in load_file(there))
+        for key, tensor in before.items():
+            if key.endswith("lora_up.weight"):  # 2 / 4 went into it, or 1 / 2, and alpha is the rank now
+                tensor = tensor / 2
+            if key.endswith(".alpha"):
+                tensor = tensor * 2
+            assert torch.equal(after[key], tensor), key
+        with safe_open(back, framework="pt") as file:
+            assert file.metadata()["ss_steps"] == "7"
+
+
+def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    expected = trained(sdxl, tmp_path / "own.safetensors", conv_dim=2)
+    assert (
+        convert.main([str(tmp_path / "own.safetensors"), str(tmp_path / "there.safetensors"), "--to", "diffusers"]) == 0
+    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="there.safetensors")
+    sdxl.unet, sdxl.text_encoders = pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2]
+    for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):
+        assert difference(actual, wanted) < BOUND
+
+
+def test_what_cannot_be_converted_is_named(tmp_path, capsys):
+    source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    for key, said in (("lora_unet_x.hada_w1_a", "no part of a plain LoRA"), ("lora_te_x.alpha", "lora_te_x has no")):
+        save_file({key: torch.ones(2)}, source)
+        assert convert.main([str(source), str(target), "--to", "diffusers"]) == 2
+        assert said in capsys.readouterr().err
+    assert convert.main([str(source), str(source), "--to", "kohya"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 def test_without_the_second_encoder_the_first_is_still_the_first(sdxl, tmp_path):
     down, up = torch.ones(2, 32), torch.ones(32, 2)
     unet = "unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q"
@@ -141,7 +191,7 @@ def test_without_the_second_encoder_the_first_is_still_the_first(sdxl, tmp_path)
     pairs = {f"{name}.lora_{x}.weight": t.clone() for name in (unet, text) for x, t in (("A", down), ("B", up))}
     save_file(pairs, tmp_path / "x.safetensors")
     assert {key.partition(".")[0] for key in read_weights(tmp_path / "x.safetensors")} == {
-        "lora_unet_mid_block_attentions_0_transformer_blocks_1_attn1_to_q",
+        "lora_unet_middle_block_1_transformer_blocks_1_attn1_to_q",
         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
     }
     acts(sdxl, tmp_path / "x.safetensors")
