@@ -70,6 +70,9 @@ def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small
     plot.toolbar.active_drag = zoom
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
+    values = {value for line in lines for value in line.curve.values}
+    if len(values) == 1 and not log:  # a constant: else the axis would span 2 around it, whatever its size
+        plot.y_range.default_span = abs(next(iter(values))) or 1.0
     if small or log:
         plot.yaxis.formatter = PrintfTickFormatter(format="%.2g")
     colours = iter(COLOURS * (len(lines) // len(COLOURS) + 1))
