@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -31,9 +30,11 @@ SETTINGS = {
     "UNet only, cached text, checkpointing, 512 px": (512, 1, 16, (*CACHED, *CHECKPOINTED)),
     "UNet only, cached text, checkpointing": (1024, 1, 16, (*CACHED, *CHECKPOINTED)),
     "the same, batch 4": (1024, 4, 16, (*CACHED, *CHECKPOINTED)),
+    "the same, batch 12": (1024, 12, 16, (*CACHED, *CHECKPOINTED)),
     "the same, rank 128": (1024, 1, 128, (*CACHED, *CHECKPOINTED)),
     "UNet and text encoders, checkpointing": (1024, 1, 16, CHECKPOINTED),
     "UNet only, cached text, no checkpointing": (1024, 1, 16, CACHED),
+    "UNet only, cached text, no checkpointing, 768 px": (768, 1, 16, CACHED),
     "UNet and text encoders, no checkpointing": (1024, 1, 16, ()),
 }
 # Runs in a process of its own: the whole job, then what it took.
@@ -48,11 +49,15 @@ def watched(run, item):
     return loss
 loop.optimizer_step = watched
 from train_network import main
+import library.training.build, library.models.modules
+library.models.modules.new_unet({"block_out_channels": [32], "down_block_types": ["DownBlock2D"],
+                                 "up_block_types": ["UpBlock2D"], "mid_block_type": None})
+imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 start = time.perf_counter()
 assert main(sys.argv[1:]) == 0
 whole = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"seconds": seconds, "whole": whole, "peak_gib": peak}))
+print(json.dumps({"seconds": seconds, "whole": whole, "peak_gib": peak, "imports_gib": imports}))
 """
 
 
@@ -113,39 +118,44 @@ def words(model: Path, data: Path, *, resolution: int, batch: int, rank: int, mo
     ]
 
 
-def estimates(model: Path, data: Path) -> None:
+def estimates(model: Path, data: Path, only: list[str] | None) -> None:
     """A table of what `--dry_run` says."""
     print(
         "| setting | px | batch | rank | in a step, GiB | weights | state | activations, gradients | encoding images |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, (resolution, batch, rank, more) in SETTINGS.items():
-        command = words(model, data, resolution=resolution, batch=batch, rank=rank, more=more)
-        result = subprocess.run(
-            [sys.executable, "train_network.py", *command, "--dry_run"],
-            cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        said = result.stdout[result.stdout.index("\nmemory") :]
-        numbers = [_gib(*pair) for pair in re.findall(r"([\d.]+) (GiB|MiB|KiB)", said)[:5]]
+        if only is not None and name not in only:
+            continue
+        numbers = computed(words(model, data, resolution=resolution, batch=batch, rank=rank, more=more))
         print(
             f"| {name} | {resolution} | {batch} | {rank} | " + " | ".join(f"{n:.2f}" for n in numbers) + " |",
             flush=True,
         )
 
 
-def _gib(number: str, unit: str) -> float:
-    return float(number) / {"GiB": 1, "MiB": 2**10, "KiB": 2**20}[unit]
+def computed(command: list[str]) -> list[float]:
+    """In GiB: a step, of that weights, state, activations and gradients; and encoding the images before."""
+    result = subprocess.run(
+        [sys.executable, "train_network.py", *command, "--dry_run"],
+        cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = result.stdout[result.stdout.index("\nmemory") :]
+    units = {"GiB": 1, "MiB": 2**10, "KiB": 2**20}
+    return [float(number) / units[unit] for number, unit in re.findall(r"([\d.]+) (GiB|MiB|KiB)", said)[:5]]
 
 
 def measure(model: Path, data: Path, resolution: int) -> None:
     """Peak and seconds of three steps of the first setting, in a process of its own, and what was computed for it."""
     command = words(model, data, resolution=resolution, batch=1, rank=8, more=(*CACHED, *CHECKPOINTED))
+    print(f"{resolution} px, computed: {computed(command)[0]:.2f} GiB in a step, beside the program itself", flush=True)
     result = subprocess.run(
         [sys.executable, "-c", WATCHED, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
     )
     numbers = json.loads(result.stdout.splitlines()[-1])
     seconds = ", ".join(f"{value:.1f}" for value in numbers["seconds"])
-    print(f"{resolution} px: peak {numbers['peak_gib']:.2f} GiB, steps {seconds} s, whole job {numbers['whole']:.0f} s")
+    peak = f"{numbers['peak_gib']:.2f} GiB at the most, {numbers['imports_gib']:.2f} of them after the imports"
+    print(f"{resolution} px, measured: {peak}; steps {seconds} s; the whole job {numbers['whole']:.0f} s")
 
 
 def main() -> None:
@@ -153,15 +163,15 @@ def main() -> None:
     parser.add_argument("what", choices=("estimate", "measure"))
     parser.add_argument("--folder", type=Path, default=Path("output/sdxl"))
     parser.add_argument("--resolution", type=int, default=256, help="of the measured steps")
+    parser.add_argument("--only", choices=SETTINGS, action="append", help="of the estimates")
     options = parser.parse_args()
     model = model_folder(options.folder.resolve())
     with tempfile.TemporaryDirectory() as temporary:
-        data = image_folder(Path(temporary), count=4)
+        data = image_folder(Path(temporary), count=16)  # a batch cannot be larger
         if options.what == "estimate":
-            estimates(model, data)
+            estimates(model, data, options.only)
         else:
             measure(model, data, options.resolution)
-            shutil.rmtree(data / "out", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,13 @@ def test_settings_train(train_sdxl, tmp_path, words):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
+@pytest.mark.parametrize("preset", ["sdxl_style", "sdxl_character", "sdxl_concept"])
+def test_presets_train(train_sdxl, tmp_path, preset):
+    words = ("--preset", preset, "--no-enable_bucket", "--max_train_steps", "1")
+    assert train_sdxl(*words) == 0
+    assert len(weights(tmp_path)) == 3 * (192 if preset == "sdxl_style" else 228)
+
+
 @pytest.mark.parametrize("half", [True, False])
 def test_a_vae_that_overflows_in_fp16_computes_in_fp32(train_sdxl, capsys, half):
     dtypes = []
