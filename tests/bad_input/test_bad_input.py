@@ -14,8 +14,7 @@ import pytest
 
 from library.models.stable_diffusion import StableDiffusion
 from tests.bad_input import wrong_files, wrong_settings
-from tests.bad_input.wrong import IMAGES, Wrong, noise, write
-from tests.conftest import BASE
+from tests.bad_input.wrong import IMAGES, USUAL, Wrong, good_inputs, write
 from train_network import main
 
 KINDS = {
@@ -39,19 +38,6 @@ def _messages() -> dict[str, str]:
 
 
 MESSAGES = _messages()
-USUAL = (
-    *("--pretrained_model_name_or_path", "base", "--train_data_dir", "data", "--caption_extension", ".txt"),
-    *("--resolution", "64", "--output_dir", "out", "--output_name", "test", "--network_dim", "4"),
-    *("--network_alpha", "2", "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "1", "--no-loss_plot"),
-    *("--max_data_loader_n_workers", "0"),
-)
-
-
-def _prepare_images() -> None:
-    IMAGES.mkdir(parents=True)
-    for name in ("a", "b"):
-        noise().save(IMAGES / f"{name}.png")
-        write(IMAGES / f"{name}.txt", f"a picture of {name}")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
     os.chdir(folder)
     try:
-        _prepare_images()
-        Path("base").symlink_to(BASE)
+        good_inputs()
         words = ("--output_name", "fox", "--max_train_steps", "2", "--save_state_on_train_end")
         assert main([*USUAL, *words]) == 0
     finally:
@@ -73,8 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, in which all good inputs lie."""
     monkeypatch.chdir(tmp_path)
-    _prepare_images()
-    Path("base").symlink_to(BASE)
+    good_inputs()
     shutil.copy(trained / "fox.safetensors", "lora.safetensors")
     shutil.copytree(trained / "fox-state", "fox-state")
     return tmp_path

@@ -16,7 +16,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import BASE
+
 IMAGES = Path("data/2_style")  # below the folder that is the current one; it has a.png, a.txt, b.png and b.txt
+USUAL = (
+    *("--pretrained_model_name_or_path", "base", "--train_data_dir", "data", "--caption_extension", ".txt"),
+    *("--resolution", "64", "--output_dir", "out", "--output_name", "test", "--network_dim", "4"),
+    *("--network_alpha", "2", "--learning_rate", "1e-3", "--max_train_steps", "4", "--seed", "1", "--no-loss_plot"),
+    *("--max_data_loader_n_workers", "0"),
+)
+
+
+def good_inputs() -> None:
+    """Images with captions, and a base model, in the current folder."""
+    IMAGES.mkdir(parents=True)
+    for name in ("a", "b"):
+        noise().save(IMAGES / f"{name}.png")
+        write(IMAGES / f"{name}.txt", f"a picture of {name}")
+    Path("base").symlink_to(BASE)
 
 
 def nothing() -> None:
