@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,9 +25,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """A hint for a path that does not exist: the nearest name to its first part that does not, or else that part."""
+    """A hint for a path that cannot be used: what hinders it, or the nearest name to its first part that is missing."""
+    hindrance = _hindrance(path)
+    if hindrance:
+        return f"; {hindrance}"
     wrong = path
-    while not wrong.parent.exists() and wrong.parent != wrong:
+    while not os.path.exists(wrong.parent) and wrong.parent != wrong:
         wrong = wrong.parent
     try:
         names = [entry.name for entry in wrong.parent.iterdir()]
@@ -35,3 +40,36 @@ def nearest_path(path: Path) -> str:
     if near:
         return f", did you mean '{wrong.parent / near[0]}'?"
     return f"; there is no '{wrong}'" if wrong != path else ""
+
+
+_REASONS = {
+    errno.EACCES: "there is no right to {verb} it",
+    errno.EPERM: "there is no right to {verb} it",
+    errno.EEXIST: "it is a file",
+    errno.EISDIR: "it is a folder",
+    errno.ELOOP: "it is a link that leads in a circle",
+    errno.ENAMETOOLONG: "the name is longer than the file system takes",
+    errno.ENOENT: "no such file (a broken link?)",
+}
+
+
+def why_not(error: OSError | ValueError, *, verb: str = "read") -> str:
+    """In plain words what the system said about a path that it would not read, or write."""
+    if isinstance(error, OSError):
+        return _REASONS.get(error.errno or 0, error.strerror or str(error)).format(verb=verb)
+    return "a path cannot hold a null character"
+
+
+def _hindrance(path: Path) -> str:
+    """Why a path cannot be used although something may be there; empty where nothing is."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except PermissionError:
+        closed = next((folder for folder in path.parents if not os.access(folder, os.X_OK)), path.parent)
+        return f"there is no right to look into '{closed}'"
+    except (OSError, ValueError) as error:
+        return why_not(error)
+    kinds = ("folder" * os.path.isdir(path), "file" * os.path.isfile(path))
+    return f"it is a {''.join(kinds)}" if any(kinds) else "it is neither a file nor a folder"

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import UserError, why_not
 
 _OURS = ("library", "networks")
 
@@ -30,7 +30,9 @@ def configure(*, level: str | None = None, file: str | None = None) -> None:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             target = logging.FileHandler(file, mode="w", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--console_log_file {file}: cannot be written: {error.strerror}") from error
+            raise UserError(
+                f"--console_log_file {file}: cannot be written: {why_not(error, verb='write to')}"
+            ) from error
         target.setFormatter(_Plain("%(asctime)s %(message)s"))
     _install(target, level=getattr(logging, level or "INFO"))
     _release(held, target)

@@ -68,7 +68,8 @@ class BaseWeights:
             network, _ = create_network_from_weights(
                 file.multiplier, file.name, None, None, None, weights_sd=tensors, targets=targets
             )
-            network.merge_to(weights_sd=tensors)
+            network.load_tensors(tensors, f"--base_weights {file.name}")
+            network.merge_to()
             adapted = {name for adapter in network.adapters for name in (adapter.site.name, adapter.site.alias)}
             file.merged.update(by_module(tensors).keys() & adapted)
 

@@ -14,7 +14,6 @@ when the model is known (`network.in_names_of`).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from library.config.json_text import parse_json
 from library.errors import UserError
 from library.models.checkpoint import original_unet_name, unet_name
 
@@ -191,10 +191,7 @@ def diffusers_path(name: str, *, source: str) -> str:
 
 def read_config(text: str, where: str) -> dict[str, Any]:
     """A LoRA configuration in JSON."""
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not valid JSON: {error}") from error
+    config = parse_json(text, where)
     if not isinstance(config, dict):
         raise UserError(f"{where}: is not a table of settings")
     return config

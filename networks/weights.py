@@ -7,17 +7,20 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.errors import UserError, nearest_path
-from networks.naming import KOHYA_PREFIXES, naming_of, read_config, to_kohya
+from library.errors import UserError
+from library.models.tensors import read_index
+from networks.naming import KOHYA_PREFIXES, Naming, naming_of, read_config, to_kohya
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NAMES_SHOWN = 5  # of those that do not fit; --console_log_level DEBUG shows all
 
@@ -38,12 +41,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     `UserError` if it is no such file.
     """
     path, tensors = Path(file), read_tensors(file)
-    naming = naming_of(tensors)
-    if naming is None:
-        raise UserError(
-            f"{path}: no name begins with {', '.join(KOHYA_PREFIXES)}, and none is in the way of diffusers or PEFT; "
-            f"the first is {next(iter(tensors), '')!r}"
-        )
+    naming = _naming(path, tensors)
     if naming == "kohya":
         return tensors
     config = _config_of(path)
@@ -53,9 +51,34 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     return converted
 
 
+def check_adapter_file(file: str | Path) -> None:
+    """`UserError` if it is no adapter file: all that its names and sizes tell, before any model is loaded."""
+    path, entries = Path(file), read_index(Path(file)).entries
+    naming = _naming(path, entries)
+    for name, entry in entries.items():
+        if not entry.count:
+            raise UserError(f"{path}: {name} has the shape {list(entry.shape)}: it holds nothing")
+    for module, own in by_module(entries).items() if naming == "kohya" else ():
+        halves = {"lora_down.weight", "lora_up.weight"}
+        if len(found := halves & own.keys()) == 1:
+            raise UserError(f"{path}: {module} has a {min(found)} and no {min(halves - found)}")
+
+
+def _naming(path: Path, tensors: Mapping[str, object]) -> Naming:
+    naming = naming_of(tensors)
+    if naming is None and not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    if naming is None:
+        raise UserError(
+            f"{path}: is no LoRA: no name begins with {', '.join(KOHYA_PREFIXES)}, and none is in the way of diffusers "
+            f"or PEFT; the first is {min(tensors)!r}"
+        )
+    return naming
+
+
 def _config_of(path: Path) -> dict[str, Any] | None:
     """What a file of diffusers or PEFT says about its scale, in its metadata or in the file beside it."""
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata")
         if text is not None:
@@ -67,24 +90,31 @@ def _config_of(path: Path) -> dict[str, Any] | None:
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """The tensors of an adapter file, whatever their names, on the CPU. Pickled files may hold tensors only."""
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file{nearest_path(path)}")
+    read_index(path)  # refuses what is damaged or malicious, in plain words and without much memory
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        tensors = load_file(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: it holds more than tensors; nothing in it was run") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: cannot be read as an adapter file: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: is not a flat table of tensors, as adapter files are")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity: the run that wrote it had diverged")
     return tensors
 
 
-def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _is_safetensors(path: Path) -> bool:
+    """By content: behind the length of the header comes its table."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def by_module(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """`{"lora_unet_x.alpha": t}` as `{"lora_unet_x": {"alpha": t}}`."""
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
         name, _, rest = key.partition(".")
         modules.setdefault(name, {})[rest] = tensor

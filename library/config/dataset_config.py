@@ -6,8 +6,8 @@ option of the same name, then its default.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from library.config.dataset_keys import (
 )
 from library.config.fields import UNSET, BadValue
 from library.config.image_folders import find_image_folders
+from library.config.json_text import parse_json
 from library.config.options import Options
 from library.config.toml_file import read_text, read_toml
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, nearest_path
 
 logger = logging.getLogger(__name__)
 
@@ -211,14 +212,15 @@ class _DatasetFile:
             raise UserError("\n".join(self.problems))
 
     def _content(self) -> Values:
+        if not os.path.isfile(self.path):
+            raise UserError(
+                f"{_place(self.options, 'dataset_config')}: no such file: {self.path}{nearest_path(self.path)}"
+            )
         if self.path.suffix.lower() == ".toml":
             return read_toml(self.path)
         if self.path.suffix.lower() != ".json":
             raise UserError(f"{self.path}: a data set is described by a .toml or a .json file")
-        try:
-            content = json.loads(read_text(self.path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        content = parse_json(read_text(self.path), str(self.path))
         if not isinstance(content, dict):
             raise UserError(f"{self.path}: holds no object with 'general' and 'datasets'")
         return content
@@ -260,7 +262,9 @@ class _DatasetFile:
             for key in (key for key in _FOLDERS_ONLY if key in own):
                 self.problems.append(f"{place}: {key}: belongs to a folder of images, not to a metadata_file")
         elif "image_dir" not in own:
-            if "metadata_file" not in content:
+            if all(
+                content.get(key, "") == "" for key in ("image_dir", "metadata_file")
+            ):  # else something is said of it
                 self.problems.append(f"{place}: image_dir is missing: the folder of the images")
             return None
         self._check_validation(own, place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import Any
 
 from library.config import kohya
@@ -92,6 +93,8 @@ def _in_type(key: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:  # not isinstance: true is an int in Python
         raise BadValue(f"{_shown(value)} is not {_KINDS[kind]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadValue(f"{_shown(value)} is not a number")
     # 0 repeats is how kohya's users switch a subset off
     minimum = option.details.minimum if option and key != "num_repeats" else None
     if minimum is not None and value < minimum:

@@ -18,6 +18,9 @@ from library.errors import did_you_mean
 logger = logging.getLogger(__name__)
 
 
+MAX_SIDE = 16384  # pixels of an image to train on or to draw; a slip of the finger is larger
+
+
 class BadValue(Exception):
     """A value that does not fit its option; the message says why, the caller adds where it stood."""
 
@@ -220,8 +223,10 @@ def read_float(word: str) -> float:
 def read_resolution(word: str) -> tuple[int, int]:
     """(width, height) in pixels from "512", "512,768" or "512x768"."""
     sizes = [size.strip() for size in word.lower().replace("x", ",").split(",")]
-    if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if len(sizes) > 2 or not all(size.isdecimal() and len(size) < 20 and int(size) > 0 for size in sizes):
         raise BadValue(f"'{word}' is not a size in pixels such as 512 or 512,768 (width,height)")
+    if max(int(size) for size in sizes) > MAX_SIDE:
+        raise BadValue(f"'{word}' is more than {MAX_SIDE} pixels")
     return int(sizes[0]), int(sizes[-1])
 
 

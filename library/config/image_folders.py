@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import UserError, nearest_path
+from library.errors import UserError, nearest_path, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,14 @@ def find_image_folders(directory: str, *, where: str) -> list[ImageFolder]:
     Others are left out with a warning. Raises UserError if none is left.
     """
     root = Path(directory)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{where}: no such folder: {root}{nearest_path(root)}")
+    try:
+        entries = sorted(root.iterdir())
+    except OSError as error:
+        raise UserError(f"{where}: {root}: {why_not(error)}") from None
     found: list[ImageFolder] = []
-    for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for path in (path for path in entries if os.path.isdir(path) and not path.name.startswith(".")):
         match = _NAME.fullmatch(path.name)
         if match is None:
             logger.warning("%s: folder '%s' is left out: its name does not begin like 10_", where, path.name)

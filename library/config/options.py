@@ -16,6 +16,7 @@ from typing import Literal, get_type_hints
 from library.config.divergence import DivergenceOptions
 from library.config.ema import EmaOptions
 from library.config.fields import (
+    MAX_SIDE,
     Declared,
     declared,
     option,
@@ -90,9 +91,11 @@ class DataOptions:
     )
     train_batch_size: int = option(1, minimum=1, help="images per step and device")
     enable_bucket: bool = option(False, help="train images of different aspect ratios at different sizes")
-    min_bucket_reso: int = option(256, minimum=1, help="the shortest side of a bucket in pixels")
-    max_bucket_reso: int = option(1024, minimum=1, help="the longest side of a bucket in pixels")
-    bucket_reso_steps: int = option(64, minimum=1, help="sides of buckets are multiples of this many pixels")
+    min_bucket_reso: int = option(256, minimum=1, maximum=MAX_SIDE, help="the shortest side of a bucket in pixels")
+    max_bucket_reso: int = option(1024, minimum=1, maximum=MAX_SIDE, help="the longest side of a bucket in pixels")
+    bucket_reso_steps: int = option(
+        64, minimum=1, maximum=MAX_SIDE, help="sides of buckets are multiples of this many pixels"
+    )
     bucket_no_upscale: bool = option(False, help="never enlarge an image; its size decides about its bucket")
     caption_extension: str = option(
         ".caption", aliases=("caption_extention",), help="ending of the caption files; most data sets have .txt"

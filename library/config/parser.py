@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable
@@ -197,7 +198,7 @@ def _write_config(path: Path | None, reading: _Reading) -> None:
     """Write what differs from the defaults, in the form that kohya's scripts read, too: of presets, what they set."""
     if path is None:
         raise UserError("--output_config needs --config_file, the file to write")
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{path}: exists already; --output_config writes to a new file")
     options = declared_options()
     written = {

@@ -60,15 +60,17 @@ def load_path(path: str, *, where: str) -> Any:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise UserError(f"{where}: '{path}' is not a path such as package.module.Name")
+    refuse_no_name(path, where=where)
     module = load_module(module_name, where=where)
     if not hasattr(module, name):
-        public = [known for known in dir(module) if not known.startswith("_")]
+        public = [known for known in dir(module) if not known.startswith("_") and known[:1] == name[:1]]
         raise UserError(f"{where}: module '{module_name}' has no '{name}'{did_you_mean(name, public)}")
     return getattr(module, name)
 
 
 def load_module(name: str, *, where: str) -> Any:
     """Import a module. Raises UserError if it, or a package that it needs, is absent."""
+    refuse_no_name(name, where=where)
     if source.is_ours(name):
         source.find(name, where=where)
     try:
@@ -77,12 +79,23 @@ def load_module(name: str, *, where: str) -> Any:
         missing = error.name or name
         top = missing.partition(".")[0]
         if missing == top:
+            if near := source.network_module_like(name):
+                raise UserError(f"{where}: there is no module '{name}', did you mean '{near}'?") from error
             needed = "" if top == name.partition(".")[0] else f"'{name}' needs the package '{top}', which"
             subject = needed or f"'{name}': the package '{top}'"
             raise UserError(f"{where}: {subject} is not installed: pip install {_PIP_NAMES.get(top, top)}") from error
         raise UserError(f"{where}: there is no module '{missing}'{_near_module(missing)}") from error
     except ImportError as error:
         raise UserError(f"{where}: module '{name}' cannot be imported: {error}") from error
+
+
+def refuse_no_name(path: str, *, where: str) -> None:
+    """UserError unless the words between the dots are names: importing "..x" or "a/b.py" fails in odd ways."""
+    if all(word.isidentifier() for word in path.split(".")):
+        return
+    dotted = re.sub(r"[\\/.]+", ".", path.removesuffix(".py")).strip(". ")
+    hint = f", did you mean '{dotted}'?" if dotted and dotted.replace(".", "").isidentifier() else ""
+    raise UserError(f"{where}: '{path}' is not a dotted name such as package.module{hint}")
 
 
 def _near_module(name: str) -> str:
@@ -98,6 +111,7 @@ def _near_module(name: str) -> str:
 
 def signature(path: str, *, where: str) -> Signature:
     """The signature of the function or class at `path`. Imports it only if it is a third party's."""
+    refuse_no_name(path, where=where)
     found = source.read_signature(path, where=where)
     if found is not None:
         return Signature(path, found.parameters, found.required, found.takes_any, ours=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.config.options import declared_options
 from library.config.toml_file import read_toml
 from library.errors import UserError
 
@@ -14,6 +15,8 @@ COMMAND_LINE = "command line"
 
 # "--name" or "--name=value". A value may begin with "-" or be a number such as -1e-4, never with "--" and a letter.
 _OPTION = re.compile(r"--(?P<name>[A-Za-z][\w.-]*)(?:=(?P<value>.*))?", re.DOTALL)
+# Word processors and chat programs turn -- into a dash.
+_WITH_OTHER_DASHES = re.compile(r"[-‐‑‒–—―−]+(?P<name>[A-Za-z]\w*)(?:=.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ def from_words(words: list[str]) -> list[Setting]:
             collected.append((match["name"], [] if value is None else [value]))
         elif word == "-h":
             collected.append(("help", []))
+        elif (near := _WITH_OTHER_DASHES.fullmatch(word)) and near["name"] in declared_options():
+            raise UserError(f"{COMMAND_LINE}: '{word}': options begin with two hyphens: --{near['name']}")
         elif collected:
             collected[-1][1].append(word)
         else:

@@ -42,6 +42,16 @@ def find(module: str, *, where: str) -> Path:
     raise UserError(f"{where}: there is no module '{module}'{did_you_mean(module, siblings)}")
 
 
+def network_module_like(name: str) -> str:
+    """Our network module of the same last name: networks.lora for "network.lora" and "lora"; "" if there is none."""
+    like = f"networks.{name.rpartition('.')[2]}"
+    try:
+        find(like, where="")
+    except UserError:
+        return ""
+    return like
+
+
 def read_signature(path: str, *, where: str) -> SourceSignature | None:
     """The signature of the function or class at "package.module.Name"; None if it is imported from a third party.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import toml
 
-from library.errors import UserError, nearest_path
+from library.errors import UserError, nearest_path, why_not
 
 
 def read_text(path: Path) -> str:
@@ -18,9 +18,11 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{nearest_path(path)}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{path}: not a text file in UTF-8: its byte {error.start} is not; save it again as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {why_not(error)}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -31,7 +33,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     except toml.TomlDecodeError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
-        raise UserError(f"{path}, line {error.lineno}: {line!r}: {_explain(line, error.msg)}") from None
+        raise UserError(f"{path}, line {error.lineno}: {_shown(line)}: {_explain(line, error.msg)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: lists or tables are nested too deeply in it") from None
     except (IndexError, KeyError, TypeError, AttributeError):
         # The toml package trips over some unfinished files instead of reporting them,
         _refuse_open_brackets(path, text)
@@ -39,6 +43,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     _refuse_open_brackets(path, text)  # and reads others without complaint, losing values
     return content
 
+
+_LONGEST_SHOWN = 100  # characters of a line in a message
 
 _STRING_OR_COMMENT = re.compile(
     r'"""(?:\\.|[^\\])*?"""|' r"'''.*?'''|" r'"(?:\\.|[^"\\\n])*"|' r"'[^'\n]*'|#[^\n]*", re.DOTALL
@@ -57,7 +63,13 @@ def _refuse_open_brackets(path: Path, text: str) -> None:
                 opened.pop()
     if opened:
         bracket, number = opened[0]
-        raise UserError(f"{path}, line {number}: {text.splitlines()[number - 1].strip()!r}: {bracket} is never closed")
+        raise UserError(f"{path}, line {number}: {_shown(text.splitlines()[number - 1])}: {bracket} is never closed")
+
+
+def _shown(line: str) -> str:
+    """The line in quotes, or its beginning."""
+    line = line.strip()
+    return repr(line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]}…")
 
 
 def _explain(line: str, message: str) -> str:
@@ -67,6 +79,14 @@ def _explain(line: str, message: str) -> str:
         return "write paths with / or in single quotes: in double quotes \\ has a meaning of its own"
     if "lowercase booleans" in message:
         return "write true and false in lower case"
+    if line.startswith("{"):
+        return "this is JSON; here TOML is read: seed = 1"
+    if ":" in message and re.match(r"[\w-]+\s*:", line):
+        return f"between name and value stands =, not a colon: {line.replace(':', ' =', 1)}"
+    if text[:1] in ("“", "”", "‘", "’", "„", "«"):
+        return "text needs straight quotes: ' or \""
+    if "Exceeds the limit" in message:
+        return "the number has thousands of digits"
     if re.match(r"[A-Za-z./~\\]", text):
         return f"text needs quotes: {line.partition('=')[0].strip()} = {text.split(' #')[0].strip()!r}"
     if "homogeneous" in message:
@@ -75,6 +95,8 @@ def _explain(line: str, message: str) -> str:
         return "the section stands twice in this file"
     if message == "Duplicate keys!":
         return "the key stands twice in this section"
+    if message.startswith("invalid literal for int"):
+        return "the value is neither text in quotes, nor a number, true or false, nor a list"
     return message.strip()
 
 

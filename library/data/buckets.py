@@ -32,7 +32,7 @@ class Buckets:
 
     def __init__(self, spec: DatasetSpec, *, multiple_of: int) -> None:
         """Raises UserError for options that cannot be."""
-        if problems := list(_problems(spec, multiple_of)):
+        if problems := list(dict.fromkeys(_problems(spec, multiple_of))):  # width and height can share one
             origin = f" (data set of {spec.subsets[0].origin})" if spec.subsets else ""
             raise UserError("\n".join(problem + origin for problem in problems))
         self.spec = spec

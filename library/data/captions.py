@@ -24,6 +24,16 @@ _DRAWN = (
 _ON_TAGS = ("token_warmup_step", "shuffle_caption", "caption_tag_dropout_rate")
 
 
+# Bytes or characters. Prompts are a few hundred; a file with a line for every occasion (enable_wildcard) some thousand.
+LONGEST_CAPTION = 131_072
+
+
+def refuse_long_caption(size: int, place: str) -> None:
+    """Raises UserError where a caption is so long that it is something else, or was joined by mistake."""
+    if size > LONGEST_CAPTION:
+        raise UserError(f"{place}: {size} bytes, of which no more than {LONGEST_CAPTION} are a caption")
+
+
 @dataclass(frozen=True)
 class Sight:
     """One sight of a caption: when it is, and where its draws come from.

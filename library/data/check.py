@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from PIL.Image import Image
 
 from library.data.images import open_image, orientation, to_rgb
 from library.data.samples import Size
-from library.errors import UserError
+from library.errors import UserError, why_not
 from library.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,10 @@ def report_bad_images(bad: dict[Path, str], *, skip: bool) -> None:
 def _measure(path: Path, *, contents: bool) -> Measured | str:
     """What an image is that decodes to the end, else the reason why it does not."""
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "not a file"
+        if status.st_size == 0:
             return "the file is empty"
         with open_image(path) as image:
             size = image.size
@@ -98,10 +102,10 @@ def _measure(path: Path, *, contents: bool) -> Measured | str:
             if orientation(image) >= 5:
                 size = size[1], size[0]
         return Measured(size, transparent, animated, _content(pixels) if contents else "")
-    except FileNotFoundError:
-        return "no such file (a broken link?)"
     except UnidentifiedImageError:
         return f"not an image, it begins with {_head(path)!r}"
+    except OSError as error:  # decoders raise it as well, without a number
+        return why_not(error) if error.errno else str(error)
     except Exception as error:  # decoders raise anything on a broken file
         return str(error) or type(error).__name__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -77,7 +78,7 @@ def find_masks(samples: Sequence[Sample]) -> list[Sample]:
         return list(samples)
     place = f"{subset.origin}: conditioning_data_dir"
     folder = Path(subset.conditioning_data_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{place}: no such folder: {folder}{nearest_path(folder)}")
     masks: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec, SubsetSpec
 
 logger = logging.getLogger(__name__)
+_MOST_DRAWS = 20_000_000  # in an epoch
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def _placed(datasets: Sequence[DatasetSpec], buckets: Sequence[Buckets], samples
         groups += _group(number, spec.batch_size, own, placed, first=len(together))
         together += own
         placements += placed
+    _refuse_endless_epoch(together)
     return Prepared(together, placements, groups, [])
 
 
@@ -114,6 +116,17 @@ def _why(readable: Sequence[Sample], to_train: Sequence[Sample]) -> str:
     if any(sample.subset.learns for sample in readable) and len(to_train) < len(readable):
         return ": all of them are held back to validate on: a smaller validation_split leaves some"
     return ", or only regularisation images"
+
+
+def _refuse_endless_epoch(samples: Sequence[Sample]) -> None:
+    """Each draw of an epoch is an entry in a list: a slip in the repeats would fill the memory."""
+    draws = sum(sample.repeats for sample in samples)
+    if draws > _MOST_DRAWS:
+        most = max(samples, key=lambda sample: sample.repeats)
+        raise UserError(
+            f"{most.subset.origin}: {most.repeats} repeats of each image in {most.subset.source}: an epoch would have "
+            f"{draws} images, and {_MOST_DRAWS} are the most"
+        )
 
 
 def _scan(subset: SubsetSpec, index: int) -> Scan:

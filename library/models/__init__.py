@@ -43,6 +43,9 @@ def open_family(
         raise UserError(f"{path} is {NOT_A_BASE[base.kind]}")
     if only is not None and base.kind != only:
         raise UserError(f"{path} is {TITLES[base.kind]}, where {TITLES[only]} is wanted; train_network.py takes both")
+    for name, part in base.parts.items():
+        if name != "vae" or vae is None:
+            part.entries()  # a missing or damaged file is found now, not when all images are encoded
     family: ModelFamily = load_path(FAMILIES[base.kind], where="FAMILIES")(
         base,
         v2=v2,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, nearest_path
+from library.config.json_text import parse_json
+from library.errors import UserError, nearest_path, why_not
 from library.models.tensors import TensorEntry
 
 ASSETS = Path(__file__).parent / "assets"
@@ -57,7 +58,12 @@ class BaseModel:
     def with_vae(self, path: str) -> BaseModel:
         """The same with another VAE: a diffusers folder, one that holds a folder vae, or a file in either naming."""
         default = self.parts["vae"].config if "vae" in self.parts else read_json(ASSETS / _VAE_OF[self.kind])["vae"]
-        return replace(self, parts={**self.parts, "vae": open_vae(path, default_config=default)})
+        try:
+            part = open_vae(path, default_config=default)
+            part.entries()
+        except UserError as error:
+            raise UserError(f"--vae {error}") from None
+        return replace(self, parts={**self.parts, "vae": part})
 
 
 def open_base_model(path: str) -> BaseModel:
@@ -74,16 +80,13 @@ def open_base_model(path: str) -> BaseModel:
 
 def open_vae(path: str, *, default_config: Mapping[str, Any]) -> Part:
     """A VAE of its own. A file without a config.json beside it is taken to be configured as the base model's."""
-    try:
-        location = locate(path)
-    except UserError as error:
-        raise UserError(f"--vae {error}") from None
+    location = locate(path)
     if location.is_dir():
         from library.models.folder import vae_part
 
         folder = location if (location / "config.json").is_file() else location / "vae"
         if not (folder / "config.json").is_file():
-            raise UserError(f"--vae {path}: no folder of a VAE: there is no config.json in it nor in {folder}")
+            raise UserError(f"{path}: no folder of a VAE: there is no config.json in it nor in {folder}")
         return vae_part(folder)
     from library.models.single_file import vae_part_of_file
 
@@ -95,9 +98,13 @@ def open_vae(path: str, *, default_config: Mapping[str, Any]) -> Part:
 def locate(path: str) -> Path:
     """The file or folder that a path or a hub id names; a hub id is fetched."""
     found = Path(path).expanduser()
-    if found.exists():
+    if os.path.exists(found):
         return found
-    if _HUB_ID.fullmatch(path) and not found.parent.exists() and found.suffix not in (".safetensors", ".ckpt", ".pt"):
+    if (
+        _HUB_ID.fullmatch(path)
+        and not os.path.exists(found.parent)
+        and found.suffix not in (".safetensors", ".ckpt", ".pt")
+    ):
         from library.models.hub import fetch
 
         return fetch(path)
@@ -107,11 +114,13 @@ def locate(path: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. UserError where it is missing or is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{nearest_path(path)}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {why_not(error)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} where a table is expected")
     return content

@@ -64,6 +64,8 @@ def kind_of_file(index: WeightsIndex) -> str:
         return "text_encoder"
     if names.keys() & {"emb_params", "clip_l", "clip_g", "*"} or len(names) == 1:
         return "embedding"
+    if not names:
+        raise UserError(f"{index.path}: holds no tensors")
     raise UserError(
         f"{index.path}: no known kind of model; it holds {len(names)} tensors, {', '.join(sorted(names)[:3])} …"
     )

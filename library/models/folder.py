@@ -34,7 +34,7 @@ def open_folder(path: str, folder: Path) -> BaseModel:
     if kind not in TEXT_PREFIXES:
         return BaseModel(kind, path, folder, {}, {}, folder, {}, None, "")
     assert unet is not None
-    _require(unet, folder / "unet", "cross_attention_dim", "block_out_channels")
+    _require(unet, folder / "unet", cross_attention_dim=int, block_out_channels=list)
     parts = {"unet": Part(unet, _where("UNet", folder / "unet"), lambda: _entries(folder / "unet"))}
     parts |= {part: _text_encoder_part(folder / part) for part in TEXT_PREFIXES[kind]}
     if (folder / "vae" / "config.json").is_file():
@@ -50,7 +50,7 @@ def open_folder(path: str, folder: Path) -> BaseModel:
 def vae_part(folder: Path) -> Part:
     """The VAE in a folder of its own."""
     config = read_json(folder / "config.json")
-    _require(config, folder, "block_out_channels")
+    _require(config, folder, block_out_channels=list)
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise UserError(f"{folder}: an {kind}, where Stable Diffusion needs an AutoencoderKL")
     return Part(config, _where("VAE", folder), lambda: vae_entries(_entries(folder)))
@@ -99,8 +99,8 @@ def _entries(folder: Path) -> dict[str, TensorEntry]:
 
 def _text_encoder_part(folder: Path) -> Part:
     config = read_json(folder / "config.json")
-    _require(config, folder, "hidden_size", "num_hidden_layers")
-    layers, entries = int(config["num_hidden_layers"]), text_entries_of(folder.name)
+    _require(config, folder, hidden_size=int, num_hidden_layers=int)
+    layers, entries = config["num_hidden_layers"], text_entries_of(folder.name)
     return Part(config, _where("text encoder", folder), lambda: entries(_entries(folder), layers=layers))
 
 
@@ -114,10 +114,15 @@ def _tokenizer(folder: Path, unet: Mapping[str, Any]) -> tuple[Path, dict[str, A
     return ASSETS / "clip_tokenizer", read_json(ASSETS / f"{asset}.json")["tokenizer"]
 
 
-def _require(config: Mapping[str, Any], folder: Path, *keys: str) -> None:
-    for key in keys:
+def _require(config: Mapping[str, Any], folder: Path, **keys: type) -> None:
+    """`keys`: a whole number, or a list of at most ten."""
+    place = folder / "config.json"
+    for key, kind in keys.items():
         if key not in config:
-            raise UserError(f"{folder / 'config.json'}: has no '{key}', which a Stable Diffusion model's has")
+            raise UserError(f"{place}: has no '{key}', which a Stable Diffusion model's has")
+        numbers = config[key] if kind is list else [config[key]]
+        if not isinstance(numbers, list) or not 1 <= len(numbers) <= 10 or any(type(n) is not int for n in numbers):
+            raise UserError(f"{place}: its '{key}' is {str(config[key])[:50]}, which no model has")
 
 
 def _where(part: str, folder: Path) -> str:
@@ -127,7 +132,7 @@ def _where(part: str, folder: Path) -> str:
 def _contents(folder: Path, pipeline: str) -> str:
     if (folder.parent / "unet" / "config.json").is_file():
         return f"it is one part of one: give {folder.parent}"
-    if pipeline:
+    if pipeline and not pipeline.startswith("StableDiffusion"):
         return f"its model_index.json names a {pipeline}"
     files = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt")]
     if files:

@@ -29,6 +29,10 @@ _STORAGES = {
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
     "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
+_COMMAND_MODULES = frozenset(
+    ("os", "posix", "nt", "subprocess", "sys", "socket", "shutil", "runpy", "pty", "importlib", "ctypes", "webbrowser")
+)
+_CODE_FUNCTIONS = frozenset(("eval", "exec", "execfile", "compile", "open", "__import__", "input", "breakpoint"))
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -159,6 +163,11 @@ def read_pickle_index(path: Path) -> WeightsIndex:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can fail in any way whatever
         raise UserError(f"{path}: damaged, or no torch checkpoint ({type(error).__name__}: {error})") from None
+    if hostile := {name for name in foreign if _runs_commands(name)}:
+        raise UserError(
+            f"{path}: names {_few(hostile)}, which no model needs and which programs that open such files carelessly "
+            "would run: delete it. Nothing in it was run"
+        )
     if foreign:
         logger.info("%s names foreign classes or functions, left unexecuted: %s", path, _few(foreign))
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -232,6 +241,14 @@ def _entry(path: Path, name: str, tensor: _Tensor, position: Callable[[str], int
     rows = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     contiguous = all(n <= 1 or step == row for n, step, row in zip(shape, stride, rows, strict=True))
     return TensorEntry(path, offset, storage.dtype, shape, None if contiguous else stride)
+
+
+def _runs_commands(name: str) -> bool:
+    """Whether a name that a pickle mentions is there to run commands or code; Lightning and others never name these."""
+    module, _, function = name.rpartition(".")
+    return module.partition(".")[0] in _COMMAND_MODULES or (
+        module in ("builtins", "__builtin__") and function in _CODE_FUNCTIONS
+    )
 
 
 def _naturals(*values: Any) -> bool:

@@ -82,7 +82,7 @@ def vae_part_of_file(path: Path, config: Mapping[str, Any]) -> Part:
     """The VAE in a file of its own, or in a whole checkpoint."""
     index = read_index(path)
     if not is_vae(index):
-        raise UserError(f"--vae {path}: holds no VAE, but {few(index.entries, 3)}")
+        raise UserError(f"{path}: holds no VAE, but {few(index.entries, 3) or 'nothing'}")
     return Part(config, f"the VAE in {path}", lambda: vae_entries(index.entries))
 
 

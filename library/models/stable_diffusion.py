@@ -87,7 +87,7 @@ class StableDiffusion:
 
         self.clip_skip = clip_skip
         if clip_skip is not None and not 1 <= clip_skip <= self._layers:
-            raise UserError(f"clip_skip {clip_skip}: must be 1 … {self._layers}, the layers of this text encoder")
+            raise UserError(f"--clip_skip {clip_skip}: must be 1 … {self._layers}, the layers of this text encoder")
         self.token_limit = token_limit(max_token_length)
         self.weighted_captions = weighted_captions
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, nearest_path, why_not
 
 ITEM_SIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -83,12 +84,14 @@ def read_index(path: Path) -> WeightsIndex:
 
     Raises UserError where the file is none of them or is cut off.
     """
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path}: no such file{nearest_path(path)}")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read: {why_not(error)}") from None
     if start[8:9] == b"{":  # the header's length comes first, whose bytes may look like the beginning of anything
         return _read_safetensors(path, size)
     if start.startswith((b"PK\x03\x04", b"\x80")):
@@ -124,11 +127,11 @@ def _safetensors_entry(path: Path, name: str, value: Any, *, data: int, size: in
     try:
         dtype, shape = value["dtype"], tuple(value["shape"])
         begin, end = value["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
-        raise UserError(f"{path}: damaged: the header's entry for '{name}' is {value!r}")
+        raise UserError(f"{path}: damaged: the header's entry for '{name}' is {str(value)[:200]}")
     if dtype not in _SAFETENSORS_DTYPES:
         raise UserError(f"{path}: '{name}' has the element type {dtype}, which is not supported")
     entry = TensorEntry(path, data + begin, _SAFETENSORS_DTYPES[dtype], shape)

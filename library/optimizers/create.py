@@ -57,6 +57,7 @@ def choose_optimizer(
     settings that were given as flags. Raises UserError, also if a flag and a word contradict each other.
     """
     path = _path(name)
+    _refuse_no_optimizer(name, path)
     defaults = _defaults(path, name)
     if custom_adamw:
         if path != CUSTOM_ADAMW:
@@ -73,7 +74,16 @@ def choose_optimizer(
     arguments = {**defaults, **arguments}
     if path.endswith(".Adafactor") and arguments.get("warmup_init") and not arguments["relative_step"]:
         raise UserError("--optimizer_args: Adafactor's warmup_init=True needs relative_step=True")
-    return OptimizerChoice(name, path, arguments)
+    choice = OptimizerChoice(name, path, arguments)
+    _new(choice, [torch.nn.Parameter(torch.zeros(2, 2))], rate=None if choice.relative_step else 1e-4)
+    return choice
+
+
+def _refuse_no_optimizer(name: str, path: str) -> None:
+    if path not in OPTIMIZERS.values():
+        found = registry.load_path(path, where="--optimizer_type")
+        if not (isinstance(found, type) and callable(getattr(found, "step", None))):
+            raise UserError(f"--optimizer_type: {name} is no optimizer: a class with a step(), as those of torch.optim")
 
 
 def _joined(words: Sequence[str], flags: Mapping[str, object]) -> list[str]:
@@ -140,9 +150,15 @@ def create_optimizer(
         )
         groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
         rate = None
+    return _new(choice, groups, rate=rate)
+
+
+def _new(
+    choice: OptimizerChoice, parameters: ParameterGroups | list[torch.nn.Parameter], *, rate: float | None
+) -> torch.optim.Optimizer:
     optimizer_class = registry.load_path(choice.path, where="--optimizer_type")
     try:
-        optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=rate, **choice.arguments)
+        optimizer: torch.optim.Optimizer = optimizer_class(parameters, lr=rate, **choice.arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_type {choice.name} does not take these settings: {error}") from error
     return optimizer

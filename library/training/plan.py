@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
 
+    _check_weights("network_weights", options.network.network_weights)
+    _check_weights("base_weights", *options.network.base_weights)
     choice = choose_optimizer(
         options.optimizer.optimizer_name,
         options.optimizer.optimizer_args,
@@ -120,6 +123,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
+    _rehearse_network(options, creator, arguments)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,
@@ -138,10 +142,42 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     )
 
 
+def _rehearse_network(options: Options, creator: str, arguments: dict[str, Any]) -> None:
+    """Make our own network on no layer at all: it refuses what its settings cannot be before any model is loaded."""
+    wanted = options.network
+    if creator != "create_network" or not source.is_ours(wanted.network_module):
+        return
+    create = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
+    dropout = wanted.network_dropout
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it will say again what it warns of
+    try:
+        create(
+            *(1.0, wanted.network_dim, wanted.network_alpha, None, None, None),
+            **(arguments | {"neuron_dropout": dropout, "targets": ()}),
+        )
+    except UserError as error:
+        raise UserError(f"--network_module {wanted.network_module}: {error}") from None
+    finally:
+        logging.disable(level)
+
+
 def _refuse_missing_weights(option: str, *files: str | None) -> None:
     for file in files:
-        if file is not None and not Path(file).is_file():
+        if file is not None and not os.path.isfile(file):
             raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
+
+
+def _check_weights(option: str, *files: str | None) -> None:
+    """What a file's header tells of it, which is read before the models."""
+    from networks.weights import check_adapter_file
+
+    for file in files:
+        try:
+            if file is not None:
+                check_adapter_file(file)
+        except UserError as error:
+            raise UserError(f"--{option} {error}") from None
 
 
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
@@ -149,6 +185,7 @@ def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
     creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
     if options.optimizer.lr_layer_decay is not None and not source.is_ours(options.network.network_module):
         raise UserError(f"--lr_layer_decay: {options.network.network_module} has no rates by layer; networks.lora has")
+    registry.refuse_no_name(options.network.network_module, where="--network_module")
     path = f"{options.network.network_module}.{creator}"
     arguments, unchecked = registry.bind(
         path,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.config.fields import BadValue, read_float, read_int
+from library.config.fields import MAX_SIDE, BadValue, read_float, read_int
+from library.config.json_text import parse_json
 from library.config.options import SampleOptions
 from library.config.samplers import read_sampler
 from library.config.toml_file import read_text, read_toml
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, nearest_path
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def plan_samples(options: SampleOptions) -> SampleTimes | None:
 
 def read_prompts(path: Path) -> tuple[SamplePrompt, ...]:
     """The prompts of a .txt, .toml or .json file in kohya's forms. Raises UserError, which names the place."""
+    if not os.path.isfile(path):
+        raise UserError(f"--sample_prompts {path}: no such file{nearest_path(path)}")
     if path.suffix == ".txt":
         lines = enumerate(read_text(path).splitlines(), 1)
         rows = [(f"{path}, line {n}", line.strip()) for n, line in lines if line.strip() and not line.startswith("#")]
@@ -119,18 +122,17 @@ def _of_line(line: str, where: str) -> SamplePrompt:
 def _of_toml(path: Path) -> list[SamplePrompt]:
     """[prompt] with what all have in common, and a [[prompt.subset]] each."""
     common = read_toml(path).get("prompt")
-    if not isinstance(common, dict) or not isinstance(common.get("subset"), list):
+    common = common if isinstance(common, dict) else {}
+    subsets = common.get("subset")
+    if not isinstance(subsets, list) or not all(isinstance(own, dict) for own in subsets):
         raise UserError(f"{path}: has no [[prompt.subset]] below [prompt]")
     shared = {key: value for key, value in common.items() if key != "subset"}
-    return [_of_table(shared | own, f"{path}, subset {n}") for n, own in enumerate(common["subset"], 1)]
+    return [_of_table(shared | own, f"{path}, subset {n}") for n, own in enumerate(subsets, 1)]
 
 
 def _of_json(path: Path) -> list[SamplePrompt]:
     """A list of tables, or of lines as in .txt."""
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    rows = parse_json(read_text(path), str(path))
     if not isinstance(rows, list) or not all(isinstance(row, dict | str) for row in rows):
         raise UserError(f"{path}: is not a list of prompts")
     places = [(f"{path}, prompt {n}", row) for n, row in enumerate(rows, 1)]
@@ -139,7 +141,7 @@ def _of_json(path: Path) -> list[SamplePrompt]:
 
 def _of_table(values: dict[str, Any], where: str) -> SamplePrompt:
     readers: dict[str, Callable[[str], Any]] = {
-        "seed": read_int,
+        "seed": _seed,
         "scale": read_float,
         "sample_sampler": read_sampler,
         "prompt": str,
@@ -163,9 +165,16 @@ def _of_table(values: dict[str, Any], where: str) -> SamplePrompt:
 def _side(word: str) -> int:
     """Pixels, rounded down to a multiple of 8, as kohya does it."""
     side = read_int(word)
-    if side < 1:
-        raise BadValue(f"must be at least 1, not {word}")
+    if not 1 <= side <= MAX_SIDE:
+        raise BadValue(f"must be 1 … {MAX_SIDE}, not {word}")
     return max(64, side - side % 8)
+
+
+def _seed(word: str) -> int:
+    seed = read_int(word)
+    if not 0 <= seed < 2**64:  # what torch's generators take
+        raise BadValue(f"must be 0 … 2**64 - 1, not {word}")
+    return seed
 
 
 def _steps(word: str) -> int:

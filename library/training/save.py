@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from library.errors import UserError
+from library.errors import UserError, why_not
 from library.training.metadata import UNKNOWN_HASHES, write_hashes
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ PRECISIONS: dict[str | None, torch.dtype | None] = {
 
 
 STATE_SUFFIX = "-state"
+_LONGEST_NAME = 200  # bytes; file systems take 255, and the longest thing that follows is a sample's time and seed
 
 # -- when and under which names
 
@@ -70,8 +71,8 @@ class SavePlan:
     best: bool = False  # keep the network that validates best
 
     def __post_init__(self) -> None:
-        if self.name is not None and (self.name in ("", ".", "..") or set("/\\") & set(self.name)):
-            raise UserError(f"output_name: {self.name!r} is not a plain file name; folders belong into --output_dir")
+        if self.name is not None:
+            _check_name(self.name)
 
     @property
     def epochs(self) -> int:
@@ -152,6 +153,19 @@ class SavePlan:
         return self.epoch_file(old) if old > 0 else None
 
 
+def _check_name(name: str) -> None:
+    """`UserError` if no file can be called so."""
+    if name in ("", ".", "..") or set("/\\") & set(name):
+        raise UserError(f"--output_name: {name!r} is not a plain file name; folders belong into --output_dir")
+    if not name.isprintable():
+        raise UserError(f"--output_name: {name!r} holds a character that no file name should")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise UserError(
+            f"--output_name: {len(os.fsencode(name))} bytes long; at most {_LONGEST_NAME}, since step numbers and "
+            "endings follow"
+        )
+
+
 def state_folder(file: Path) -> Path:
     """Beside a network's file, under kohya's name: fox-000002.safetensors → fox-000002-state."""
     return file.with_name(file.stem + STATE_SUFFIX)
@@ -173,7 +187,7 @@ def epochs_from_ratio(epochs: int, ratio: int) -> int:
 
 def check_free(files: Iterable[Path], *, overwrite: bool) -> None:
     """`UserError` if a file that the run is going to write is there already."""
-    existing = [path for path in files if path.exists()]
+    existing = [path for path in files if os.path.exists(path)]
     folders = [path for path in existing if path.is_dir()]
     if folders:
         raise UserError(
@@ -195,7 +209,7 @@ def prepare_folder(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output_dir: cannot write in {folder}: {error.strerror or error}") from error
+        raise UserError(f"--output_dir: cannot write in {folder}: {why_not(error, verb='write to')}") from error
 
 
 # -- writing

@@ -12,14 +12,15 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import pickle
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from library.config.options import Options, option_groups
-from library.errors import UserError, nearest_path
+from library.errors import UserError, nearest_path, why_not
 from library.training.save import is_state_name, replacing_folder
 
 if TYPE_CHECKING:
@@ -79,11 +80,11 @@ def find(where: str, *, output_dir: Path, output_name: str | None) -> State:
     """The state of `--resume where`: a folder, or "latest" for this run's newest in `output_dir`. Raises UserError."""
     if where != "latest":
         folder = Path(where)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"--resume {where}: no such folder{nearest_path(folder)}")
-        return State(folder, _read_facts(folder))
+        return _refuse_damaged(State(folder, _read_facts(folder)))
     found = []
-    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+    for folder in output_dir.iterdir() if os.path.isdir(output_dir) else ():
         if is_state_name(folder.name, output_name):
             with contextlib.suppress(UserError):
                 found.append(State(folder, _read_facts(folder)))
@@ -91,27 +92,63 @@ def find(where: str, *, output_dir: Path, output_name: str | None) -> State:
         raise UserError(
             f"--resume latest: no state of {output_name or 'a run'} in {output_dir}; --save_state writes them"
         )
-    return max(found, key=lambda state: (state.facts.step, state.folder.stat().st_mtime))
+    return _refuse_damaged(max(found, key=lambda state: (state.facts.step, state.folder.stat().st_mtime)))
 
 
 def _read_facts(folder: Path) -> Facts:
+    where = f"--resume {folder}"
     try:
-        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        facts = Facts(**content)
+        facts = _facts(json.loads((folder / FACTS).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        hint = ""
-        if (folder / "train_state.json").exists() or (folder / "optimizer.bin").exists():
+        hint = _states_in(folder)
+        if os.path.exists(folder / "train_state.json") or os.path.exists(folder / "optimizer.bin"):
             hint = (
                 ": a state of kohya's scripts. Their tensors cannot be read safely; give the LoRA as --network_weights"
             )
-        raise UserError(f"--resume {folder}: there is no {FACTS} in it{hint}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--resume {folder}: {FACTS} cannot be read: {error}") from None
-    if facts.format != FORMAT:
-        raise UserError(f"--resume {folder}: its format is {facts.format}; this program reads {FORMAT}")
-    if not (folder / TENSORS).is_file():
-        raise UserError(f"--resume {folder}: there is no {TENSORS} in it")
+        raise UserError(f"{where}: there is no {FACTS} in it{hint}") from None
+    except OSError as error:
+        raise UserError(f"{where}: {FACTS} cannot be read: {why_not(error)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: {FACTS} cannot be read: lists in it are nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {FACTS} cannot be read: {error}") from None
+    if not os.path.isfile(folder / TENSORS):
+        raise UserError(f"{where}: there is no {TENSORS} in it")
     return facts
+
+
+def _facts(content: Any) -> Facts:
+    """What was read as JSON, checked. Raises ValueError."""
+    if not isinstance(content, dict):
+        raise ValueError("it holds no table")
+    if content.get("format") != FORMAT:  # of another one nothing else is known
+        raise ValueError(f"its format is {_shown(content.get('format'))}; this program reads {FORMAT}")
+    kinds = get_type_hints(Facts)
+    for name in (*kinds, *content):
+        kind = get_origin(kinds.get(name)) or kinds.get(name)
+        if type(content.get(name)) not in ((int, float) if kind is float else (kind,)):
+            raise ValueError(f"its '{name}' is {_shown(content.get(name))[:50]}")
+    if content["step"] < 0:
+        raise ValueError(f"its 'step' is {content['step']}")
+    return Facts(**content)
+
+
+def _states_in(folder: Path) -> str:
+    """A hint at the states below a folder that is none itself."""
+    found = sorted(str(path.parent) for path in folder.glob(f"*/{FACTS}"))
+    return f"; states are in {', '.join(found[:3])}" if found else ""
+
+
+def _refuse_damaged(state: State) -> State:
+    """What the table of contents tells of the tensors' file, before any model is loaded."""
+    from library.models.tensors import read_index
+
+    try:
+        read_index(state.folder / TENSORS)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{state.folder / TENSORS}: ")
+        raise UserError(f"--resume {state.folder / TENSORS}: damaged or not a state: {reason}") from None
+    return state
 
 
 # -- is it the same run?

@@ -93,7 +93,7 @@ def test_what_is_odd_is_said(listed: Callable[..., SubsetSpec], caplog: pytest.L
 
 
 MISTAKES = {
-    "{": r"meta\.json: not valid JSON: ",
+    "{": r"meta\.json, line 1: not valid JSON: ",
     "[]": r'meta\.json: is not of the form \{"image": ',
     '{"a.png": "a cat"}': r'meta\.json: is not of the form \{"image": ',
     "{}": r"subset 1: .*meta\.json lists no images",

@@ -166,7 +166,7 @@ def test_other_folders_are_named_for_what_they_are(folder: Path) -> None:
     with pytest.raises(UserError, match=r"text_encoder.config\.json: has no 'num_hidden_layers'"):
         _open(folder)
     (folder / "text_encoder" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"config\.json, line 1: not valid JSON"):
         _open(folder)
     _edit(folder / "unet" / "config.json", addition_embed_type="text_time")
     (folder / "text_encoder" / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2}')

@@ -155,9 +155,13 @@ def test_a_loha_is_no_lora(toy, tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    for name, content in (("cut.safetensors", b"\x10\0\0\0\0\0\0\0{"), ("cut.pt", b"nonsense"), ("empty.pt", b"")):
+    for name, content, said in (
+        ("cut.safetensors", b"\x10\0\0\0\0\0\0\0{", "cut off or damaged"),
+        ("cut.pt", b"nonsense", "neither a .safetensors nor a torch checkpoint"),
+        ("empty.pt", b"", "neither a .safetensors nor a torch checkpoint"),
+    ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}: cannot be read as an adapter file"):
+        with pytest.raises(UserError, match=f"{name}: {said}"):
             read_weights(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         read_weights(tmp_path / "absent.safetensors")
@@ -179,8 +183,8 @@ def test_pickled_files_hold_tensors_only(tmp_path, toy, file):
     assert read_weights(tmp_path / "adapter.pt").keys() == tensors.keys()
     (tmp_path / "bad.pt").write_bytes(pickle.dumps({"lora_unet_x.alpha": Harmful()}))
     torch.save(tensors | {"lora_unet_x.alpha": Harmful()}, tmp_path / "worse.pt")
-    for name in ("bad.pt", "worse.pt"):
-        with pytest.raises(UserError, match="cannot be read as an adapter file"):
+    for name, said in (("bad.pt", "not one that torch wrote"), ("worse.pt", "holds more than tensors")):
+        with pytest.raises(UserError, match=said):
             read_weights(tmp_path / name)
     assert not Harmful.ran
     torch.save({"state_dict": tensors}, tmp_path / "nested.pt")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
-from library.errors import UserError, nearest_path
+from library.errors import UserError, nearest_path, why_not
 from library.progress import bar
 
 if TYPE_CHECKING:
@@ -104,9 +105,12 @@ class _Folder:
 
     def __init__(self, spec: SubsetSpec) -> None:
         self.path = spec.image_dir
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise UserError(f"{spec.origin}: no such folder: {self.path}{nearest_path(self.path)}")
-        entries = sorted(_visible(self.path), key=lambda entry: entry.name)
+        try:
+            entries = sorted(_visible(self.path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{spec.origin}: {self.path}: {why_not(error)}") from error
         self.images = [entry.name for entry in entries if _is_image(entry)]
         # one level only, so that links which form a loop do no harm
         folders = [entry for entry in entries if os.path.isdir(entry) and os.access(entry, os.R_OK | os.X_OK)]
@@ -155,12 +159,13 @@ def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
         return _Caption(None, spec.class_tokens or "", False)
     path = spec.image_dir / name
     try:
+        refuse_long_caption(path.stat().st_size, str(path))
         with path.open(encoding="utf-8-sig") as file:  # Windows editors put a byte order mark in front
             lines = [line.strip() for line in file.read().split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}): save it in that encoding") from error
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {why_not(error)}") from error
     if spec.enable_wildcard:
         return _Caption(name, "\n".join(filter(None, lines)), False)
     return _Caption(name, lines[0], any(lines[1:]))

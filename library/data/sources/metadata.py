@@ -8,13 +8,16 @@ Other entries, such as sizes and buckets, are not read: images are measured.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.config.json_text import parse_json
+from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
-from library.errors import UserError, nearest_path
+from library.errors import UserError, nearest_path, why_not
 from library.progress import bar
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     """
     file = spec.metadata_file
     assert file is not None
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{spec.origin}: no such file: {file}{nearest_path(file)}")
     entries = _read(file)
     if not entries:
@@ -69,9 +72,11 @@ def _read(file: Path) -> Entries:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 (byte {error.start}): save it in that encoding") from error
+    except OSError as error:
+        raise UserError(f"{file}: {why_not(error)}") from error
     if file.suffix.lower() == ".jsonl":
         return _read_lines(file, text)
-    content = _parsed(text, str(file))
+    content = parse_json(text, str(file))
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise UserError(f'{file}: is not of the form {{"image": {{"caption": "…", "tags": "…"}}, …}}')
     return content
@@ -83,18 +88,11 @@ def _read_lines(file: Path, text: str) -> Entries:
     for number, line in enumerate(bar(lines, desc=file.name, total=len(lines), disable=len(lines) < _MANY), 1):
         if not line.strip():
             continue
-        entry = _parsed(line, f"{file}, line {number}")
+        entry = parse_json(line, str(file), first_line=number)
         if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
             raise UserError(f'{file}, line {number}: is not of the form {{"image_path": "…", "caption": "…"}}')
         entries[entry["image_path"]] = entry
     return entries
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
 
 
 def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[str, Path]:
@@ -105,7 +103,7 @@ def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[st
         path = spec.image_dir / image
         if path.suffix.lower() not in image_extensions():
             path = _with_extension(path, folders)
-        if path.is_file():
+        if os.path.isfile(path):
             paths[image] = path
         else:
             missing.append(image)
@@ -129,7 +127,7 @@ def _with_extension(path: Path, folders: dict[Path, dict[str, list[str]]]) -> Pa
     """The image file that is called `path` without its extension; `path` itself if there is none."""
     if path.parent not in folders:
         stems = folders[path.parent] = {}
-        for found in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+        for found in sorted(path.parent.iterdir()) if os.path.isdir(path.parent) else ():
             if found.suffix.lower() in image_extensions():
                 stems.setdefault(found.stem, []).append(found.name)
     names = folders[path.parent].get(path.name, [])
@@ -153,4 +151,5 @@ def _text(entry: Mapping[str, Any], name: str, place: str) -> str:
     value = entry.get(name)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: {name}: {json.dumps(value, ensure_ascii=False)} is not text in quotes")
+    refuse_long_caption(len(value or ""), f"{place}: {name}")
     return value or ""
