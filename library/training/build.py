@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
-from library.training import disk, loop, metrics, sample, save, state, trackers, validation
+from library.training import disk, loop, metrics, sample, save, shard, state, trackers, validation
 from library.training.divergence import Guard
 from library.training.ema import Ema
 from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
@@ -56,6 +56,7 @@ class Built:
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
+    shard.refuse_what_cannot_be(options)
     objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(plan)
     _refuse_idle_processes(accelerator.num_processes, plan.prepared.batches_per_epoch)
@@ -97,6 +98,7 @@ def build(plan: Plan) -> Built:
         cache=not options.run.dry_run,
     )
     network = _network(plan, accelerator)
+    shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(plan.family.unet, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         with without(network):  # refused now, where it cannot be switched off, and not in the first step
             pass
@@ -145,6 +147,8 @@ def build(plan: Plan) -> Built:
             keeps_after=lambda step: bool(saves.due(step)),
         ),
     )
+    if shares:
+        run.spare = next(data.batches([data.plan(0)[accelerator.process_index]], epoch=0, loader=run.loader))
     if options.ema.ema_decay is not None:
         run.ema = Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
     if held_out is not None:
@@ -179,11 +183,12 @@ def build(plan: Plan) -> Built:
 def _accelerator(plan: Plan) -> Accelerator:
     options = plan.options
     try:
-        accelerator = Accelerator(
-            mixed_precision=options.precision.mixed_precision,
-            log_with=list(plan.trackers.names) or None,
-            project_dir=plan.trackers.folder,
-        )
+        with shard.without_accelerates_own():
+            accelerator = Accelerator(
+                mixed_precision=options.precision.mixed_precision,
+                log_with=list(plan.trackers.names) or None,
+                project_dir=plan.trackers.folder,
+            )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
     if options.trains:

@@ -86,6 +86,7 @@ class Run:
     validate: Callable[[int], bool] = lambda step: False  # if it is due after so many steps; True: end the run here
     history: History | None = None  # of the validations
     ema: Ema | None = None
+    spare: Batch | None = None  # to be run for nothing where the others run theirs, if the UNet is shared out
 
 
 def train(run: Run) -> signal.Signals | None:
@@ -198,6 +199,8 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
     losses = []
     for batch in item.batches:
         if batch is None:
+            if run.spare is not None:
+                backward(run, run.spare, weight=0.0)
             continue
         run.on_step(None, run.family.unet)
         losses.append(backward(run, batch, weight=weight))

@@ -155,8 +155,10 @@ def measure(
     added up in the same order: so the number does not depend on how many processes there are.
     """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    mine = list(enumerate(batches))[rank::world]
-    found: list[tuple[int, int, list[float]]] = []
+    # All run the UNet equally often, whose weights may be shared out: who has nothing left repeats the last batch.
+    each = math.ceil(len(batches) / world)
+    mine = [(number, batches[number]) for i in range(each) for number in [min(i * world + rank, len(batches) - 1)]]
+    found: dict[tuple[int, int], list[float]] = {}
     training = run.network.training
     run.network.eval()  # no dropout
     try:
@@ -172,11 +174,11 @@ def measure(
                 loss = partial(_loss, run.objective, batch.masks)
                 for t in timesteps:
                     losses = image_losses(run.family, latents, condition, t, keys=keys, seed=data.seed, loss=loss)
-                    found.append((number, t, losses.tolist()))
+                    found[number, t] = losses.tolist()
     finally:
         run.network.train(training)
-    gathered = sorted(gather_object(found))
-    by_timestep = {t: [loss for _, at, losses in gathered if at == t for loss in losses] for t in timesteps}
+    gathered = sorted(dict(gather_object(list(found.items()))).items())
+    by_timestep = {t: [loss for (_, at), losses in gathered if at == t for loss in losses] for t in timesteps}
     return {t: math.fsum(losses) / len(losses) for t, losses in by_timestep.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parent.parent.parent
 IMAGES = ROOT / "quickstart" / "images" / "train"
 
 LONG = ("--max_train_steps", "8", "--lr_scheduler", "cosine", "--shuffle_caption", "--flip_aug")
+# Four images trained and one held back: three batches an epoch, so one process has nothing to do in every second step.
+UNEVEN = ("--max_train_steps", "5", "--train_batch_size", "3", "--validation_split", "0.2", "--gradient_checkpointing")
 ADAM8 = ("--optimizer_type", "CustomAdamW", "--network_dim", "64")
 # two of five images; nothing improves by a half, so the second validation after a step is the last
 VALIDATED = (
@@ -57,6 +60,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
         "resumed": words(folder, "broken", *LONG, *ADAM8, end, "--resume", "latest"),
         "validated": words(folder, "validated", *VALIDATED, end),
         "nan": words(folder, "nan", *LONG, "@nan=2"),
+        "copied": words(folder, "copied", *UNEVEN),
+        "shared": words(folder, "shared", *UNEVEN, "@fsdp=1"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
     }
     (folder / "runs.json").write_text(json.dumps(table))
@@ -138,6 +143,19 @@ def test_the_loss_of_one_process_stops_both_and_names_its_images(runs: Any) -> N
     for run in runs("nan"):
         assert "step 2: the loss is NaN in batch 2 of 2, of " in run["error"]
         assert image in run["error"].split("batch 2 of 2")[1]
+
+
+def test_a_unet_that_is_shared_out_trains_the_same_lora(runs: Any) -> None:
+    """FSDP of the frozen weights: the same numbers, but for matrices that are multiplied in other memory."""
+    assert [run["code"] for run in runs("copied") + runs("shared")] == [0] * 4
+    assert "are shared out over 2 processes" in runs("shared")[0]["error"]
+    copied, shared = (load_file(runs.folder / "out" / f"{name}.safetensors") for name in ("copied", "shared"))
+    for key, tensor in copied.items():
+        torch.testing.assert_close(shared[key], tensor, rtol=1e-3, atol=1e-5)
+    validated = [
+        re.findall(r"validation after 5 steps: ([\d.]+)", runs(name)[0]["error"]) for name in ("copied", "shared")
+    ]
+    assert validated[0] == validated[1] != []
 
 
 def test_too_few_images_for_the_processes(runs: Any) -> None:
