@@ -26,6 +26,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def nearest_path(path: Path) -> str:
     """A hint for a path that cannot be used: what hinders it, or the nearest name to its first part that is missing."""
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        return f"; '{path.parts[0]}' is not replaced by a home folder here: write it in full"
     hindrance = _hindrance(path)
     if hindrance:
         return f"; {hindrance}"
@@ -40,6 +42,15 @@ def nearest_path(path: Path) -> str:
     if near:
         return f", did you mean '{wrong.parent / near[0]}'?"
     return f"; there is no '{wrong}'" if wrong != path else ""
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text from the system can be written again: file names and words may hold bytes of other encodings."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _REASONS = {

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import UserError, nearest_path, why_not
+from library.errors import UserError, is_utf8, nearest_path, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ def find_image_folders(directory: str, *, where: str) -> list[ImageFolder]:
         raise UserError(f"{where}: {root}: {why_not(error)}") from None
     found: list[ImageFolder] = []
     for path in (path for path in entries if os.path.isdir(path) and not path.name.startswith(".")):
+        if not is_utf8(path.name):
+            raise UserError(f"{where}: {root}: the name {path.name!r} is not UTF-8: rename it")
         match = _NAME.fullmatch(path.name)
         if match is None:
             logger.warning("%s: folder '%s' is left out: its name does not begin like 10_", where, path.name)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from library.errors import UserError
+from library.errors import UserError, is_utf8
 
 
 def parse_json(text: str, place: str, *, first_line: int = 1) -> Any:
     """What the text says, which begins in line `first_line` of `place`. Raises UserError for what is no JSON."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}, line {first_line + error.lineno - 1}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{place}: lists or tables are nested too deeply in it") from None
     except ValueError:  # Python's limit on the length of whole numbers
         raise UserError(f"{place}: a number in it has thousands of digits") from None
+    if "\\ud" in text.lower() and not is_utf8(json.dumps(content, ensure_ascii=False)):
+        raise UserError(f"{place}: half a character in it, such as \\ud83d without its other half")
+    return content

@@ -9,7 +9,7 @@ from typing import Any
 
 from library.config.options import declared_options
 from library.config.toml_file import read_toml
-from library.errors import UserError
+from library.errors import UserError, is_utf8
 
 COMMAND_LINE = "command line"
 
@@ -36,6 +36,8 @@ def from_words(words: list[str]) -> list[Setting]:
     """The settings on a command line. Raises UserError for a word that belongs to no option."""
     collected: list[tuple[str, list[str]]] = []
     for word in words:
+        if not is_utf8(word):
+            raise UserError(f"{COMMAND_LINE}: {word!r} is not text in UTF-8")
         match = _OPTION.fullmatch(word)
         if match:
             value = match["value"]

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from library.errors import UserError, why_not
+from library.errors import UserError, nearest_path, why_not
 from library.training.metadata import UNKNOWN_HASHES, write_hashes
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ PRECISIONS: dict[str | None, torch.dtype | None] = {
 
 
 STATE_SUFFIX = "-state"
+_MOST_FILES = 1_000_000  # each is looked for before training
 _LONGEST_NAME = 200  # bytes; file systems take 255, and the longest thing that follows is a sample's time and seed
 
 # -- when and under which names
@@ -73,6 +74,11 @@ class SavePlan:
     def __post_init__(self) -> None:
         if self.name is not None:
             _check_name(self.name)
+        if self.every_n_steps and self.total_steps // self.every_n_steps > _MOST_FILES:
+            raise UserError(
+                f"--save_every_n_steps {self.every_n_steps}: {self.total_steps // self.every_n_steps} files in "
+                f"{self.total_steps} steps, and {_MOST_FILES} are the most"
+            )
 
     @property
     def epochs(self) -> int:
@@ -203,6 +209,8 @@ def check_free(files: Iterable[Path], *, overwrite: bool) -> None:
 
 def prepare_folder(folder: Path) -> None:
     """Make the output folder and try to write in it; `UserError` if that fails."""
+    if not os.path.exists(folder) and folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise UserError(f"--output_dir {folder}: cannot be made{nearest_path(folder)}")
     probe = folder / ".write-test"
     try:
         folder.mkdir(parents=True, exist_ok=True)

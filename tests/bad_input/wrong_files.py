@@ -48,6 +48,8 @@ IMAGE = [
     ),
     Wrong("a link in a circle", (), lambda: link(IMAGES / "c.png", "c.png")),
     Wrong("a link to nothing", (), lambda: link(IMAGES / "c.png", "nothing.png")),
+    Wrong("a name in Latin-1", (), lambda: write(IMAGES / "caf\udce9.png", PNG)),
+    Wrong("a folder's name in Latin-1", (), lambda: IMAGES.rename("data/2_caf\udce9")),
     Wrong("no images", (), lambda: [path.unlink() for path in IMAGES.glob("*.png")]),
     Wrong(
         "only in a folder below",
@@ -69,6 +71,7 @@ CAPTION = [
     Wrong("a link to nothing", (), lambda: link(IMAGES / "a.txt", "nothing.txt")),
     Wrong("of another ending", ("--caption_extension", ".caption")),
     Wrong("two of them", (), lambda: ((IMAGES / "a.txt").rename(IMAGES / "A.txt"), write(IMAGES / "a.TXT", "x"))),
+    Wrong("half a character in JSON", IN_JSON, lambda: write("m.json", ENTRY % '"\\ud83d"')),
     Wrong("no JSON", IN_JSON, lambda: write("m.json", "{a: 1}")),
     Wrong("JSON 100000 deep", IN_JSON, lambda: write("m.json", '{"a":' * 100_000)),
     Wrong("a number in JSON", IN_JSON, lambda: write("m.json", ENTRY % 3)),

@@ -408,4 +408,4 @@ def test_a_folder_without_the_right_to_write(tmp_path, image_folder):
         capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
     )  # fmt: skip
     assert done.stdout.count("cannot write in") == 2, done.stdout + done.stderr
-    assert "Permission denied" in done.stdout
+    assert "there is no right to write to it" in done.stdout

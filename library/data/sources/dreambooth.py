@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
-from library.errors import UserError, nearest_path, why_not
+from library.errors import UserError, is_utf8, nearest_path, why_not
 from library.progress import bar
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ class _Folder:
             entries = sorted(_visible(self.path), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"{spec.origin}: {self.path}: {why_not(error)}") from error
+        if odd := [entry.name for entry in entries if not is_utf8(entry.name)]:
+            raise UserError(f"{spec.origin}: {self.path}: the name {odd[0]!r} is not UTF-8: rename it")
         self.images = [entry.name for entry in entries if _is_image(entry)]
         # one level only, so that links which form a loop do no harm
         folders = [entry for entry in entries if os.path.isdir(entry) and os.access(entry, os.R_OK | os.X_OK)]
