@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and XL at their true sizes, from one file: everything arrives, in little more memory than that."""
+"""Stable Diffusion 1.5 and XL at their true sizes, from one file: all arrives, in little more memory than that."""
 
 from __future__ import annotations
 
