@@ -52,13 +52,13 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
     options, family, wanted, choice = plan.options, plan.family, plan.options.objective, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
-    text_encoder_lr = options.optimizer.text_encoder_lr
+    text_rates = options.optimizer.text_encoder_lr and list(options.optimizer.text_encoder_lr)
     return RunFacts(
         session_id=plan.session_id,
         training_started_at=plan.started_at,
         output_name=options.output.output_name,
         learning_rate=options.optimizer.learning_rate,
-        text_encoder_lr=text_encoder_lr[0] if text_encoder_lr and len(text_encoder_lr) == 1 else text_encoder_lr,
+        text_encoder_lr=text_rates[0] if text_rates and len(text_rates) == 1 else text_rates,
         unet_lr=options.optimizer.unet_lr,
         num_train_images=sum(facts.num_train_images for facts in datasets),
         num_reg_images=sum(facts.num_reg_images for facts in datasets),

@@ -1,19 +1,20 @@
-"""Stable Diffusion 1.5 at its true size, from one file: everything arrives, and in little more memory than it takes."""
+"""Stable Diffusion 1.5 and XL at their true sizes, from one file: all arrives, in little more memory than that."""
 
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from original_layout import single_file
+from original_layout import sdxl_file, single_file
 from safetensors.torch import save_file
 
 from library.models.base_model import ASSETS
-from library.models.modules import new_text_encoder, new_unet, new_vae
+from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet, new_vae
 
 _LOAD = """
 import sys, torch
@@ -62,3 +63,51 @@ def test_the_true_size_loads_from_one_file(tmp_path: Path) -> None:
     version, in_unet, in_text, grown = result.stdout.split()
     assert (version, in_unet, in_text) == ("sd_v1", "192", "72")
     assert 1.5 < float(grown) < 1.602 + 0.1, f"{grown} GiB for 1.60 GiB of weights"
+
+
+_MAP = """
+import sys, torch
+from pathlib import Path
+from library.models import open_family
+
+options = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
+family = open_family(sys.argv[1], **options)
+family.load_vae(torch.float16, "cpu")
+family.load_text_encoders(torch.float16, "cpu")
+family.load_unet(torch.float16, "cpu")
+found = [sum(bool(t.linear.fullmatch(p)) for p, _ in t.root.named_modules()) for t in family.adapter_targets()]
+lines = Path("/proc/self/status").read_text().splitlines()
+print(family.base_model_version, *found, next(int(l.split()[1]) for l in lines if l.startswith("VmHWM")) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads peak memory from /proc")
+def test_sdxl_in_its_own_precision_is_mapped(tmp_path: Path) -> None:
+    """6.5 GiB of zeros in a file with a hole, which takes no disk; none of it is read before it is needed."""
+    config = json.loads((ASSETS / "sdxl.json").read_text())
+
+    def shapes(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    texts = new_text_encoder(config["text_encoder"]), new_projected_text_encoder(config["text_encoder_2"])
+    parts = map(shapes, (new_unet(config["unet"]), new_vae(config["vae"]), *texts))
+    with torch.device("meta"):
+        states = sdxl_file(*parts, config)
+    assert len(states) == 2515  # as Stability's own file has
+    header, end = {}, 0
+    for name, tensor in states.items():
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        end += 2 * tensor.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (tmp_path / "sdxl.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    result = subprocess.run(
+        [sys.executable, "-c", _MAP, str(tmp_path / "sdxl.safetensors")],
+        check=True, capture_output=True, text=True, cwd=ASSETS.parents[2],
+    )  # fmt: skip
+    version, *counts, peak = result.stdout.split()
+    assert (version, counts) == ("sdxl_base_v1-0", ["722", "72", "192"])
+    assert float(peak) < 1, f"{peak} GiB"

@@ -47,7 +47,7 @@ def test_a_lora_comes_out_that_is_kohyas(train_sdxl, tmp_path):
     assert facts["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert facts["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
     assert (facts["ss_v2"], facts["ss_clip_skip"], facts["modelspec.prediction_type"]) == ("False", "None", "epsilon")
-    assert facts["ss_text_encoder_lr"] == "(0.001, 0.0005)"
+    assert facts["ss_text_encoder_lr"] == "[0.001, 0.0005]"
     assert facts["modelspec.resolution"] == "64x64"
 
 

@@ -1,0 +1,107 @@
+"""What every family must do, over the registry: a new one is tested here as soon as it has a small model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.models import FAMILIES, open_family
+from library.models.family import ModelFamily
+from networks.lora import create_network
+from tests.conftest import BASE
+
+CAPTIONS = ["a cat", "a dog, at night", ""]
+SIZES: dict[str, Any] = {"original_sizes": [(70, 64), (64, 90), (64, 64)], "crops": [(3, 0), (0, 13), (0, 0)]}
+NOTHING: dict[str, Any] = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tiny_sdxl: Path) -> ModelFamily:
+    models = {"sd": BASE, "sdxl": tiny_sdxl}
+    family = open_family(str(models[request.param]), **NOTHING, max_token_length=None)
+    assert family.name == request.param
+    family.load_vae(torch.float32, "cpu")
+    family.load_text_encoders(torch.float32, "cpu")
+    family.load_unet(torch.float32, "cpu")
+    return family
+
+
+def conditions(family: ModelFamily) -> dict[str, torch.Tensor]:
+    return family.condition(family.encode_prompts(CAPTIONS), **SIZES, target_size=(64, 64))
+
+
+def noise(family: ModelFamily) -> torch.Tensor:
+    side = 64 // family.vae_factor
+    shape = (len(CAPTIONS), family.latent_channels, side, side)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_has_every_member_of_the_protocol(family: ModelFamily) -> None:
+    members = {name for name in (*ModelFamily.__annotations__, *vars(ModelFamily)) if not name.startswith("_")}
+    assert not [name for name in members if not hasattr(family, name)]
+
+
+@torch.no_grad()
+def test_images_become_scaled_distributions(family: ModelFamily) -> None:
+    pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mean, std = family.encode_images(pixels)
+    assert mean.shape == std.shape == (2, family.latent_channels, 64 // family.vae_factor, 96 // family.vae_factor)
+    assert mean.dtype == std.dtype == torch.float32
+    assert (std > 0).all()
+    assert torch.allclose(family.encode_images(pixels[1:])[0][0], mean[1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_a_sample_gets_does_not_depend_on_its_batch(family: ModelFamily) -> None:
+    """So a cache equals encoding anew: texts are kept one by one."""
+    texts, condition, noisy = family.encode_prompts(CAPTIONS), conditions(family), noise(family)
+    assert all(len(value) == len(CAPTIONS) for value in condition.values())
+    t = torch.tensor([3, 500, 998])
+    answer = family.predict(noisy, t, condition)
+    assert answer.shape == noisy.shape
+    for i, caption in enumerate(CAPTIONS):
+        alone = family.encode_prompts([caption])
+        assert alone.keys() == texts.keys()
+        assert all(torch.allclose(alone[name][0], texts[name][i], atol=1e-5) for name in texts)
+        one = {name: value[i : i + 1] for name, value in condition.items()}
+        assert torch.allclose(family.predict(noisy[i : i + 1], t[i : i + 1], one)[0], answer[i], atol=1e-4)
+    other = {name: value.flip(0) for name, value in condition.items()}
+    assert not torch.allclose(family.predict(noisy, t, other)[0], answer[0], atol=1e-4), "the text has no effect"
+
+
+def test_every_part_learns(family: ModelFamily) -> None:
+    network = create_network(1.0, 2, 1.0, None, None, None, targets=family.adapter_targets(), conv_dim=2)
+    network.apply_to(None, None)
+    try:
+        for adapter in network.adapters:
+            torch.nn.init.constant_(adapter.lora_up.weight, 0.01)  # type: ignore[attr-defined]
+        family.predict(noise(family), torch.tensor([3, 500, 998]), conditions(family)).square().mean().backward()
+        for section, adapters in network.sections().items():
+            taught = [a.lora_down.weight.grad is not None for a in adapters]  # type: ignore[attr-defined]
+            assert sum(taught) >= 0.6 * len(taught), section  # a layer that is not read learns nothing
+    finally:
+        network.remove()
+
+
+def test_the_pipeline_takes_the_familys_own_words(family: ModelFamily) -> None:
+    pipeline = family.sampling_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        words = family.pipeline_arguments(family.encode_prompts(["a cat"]), family.encode_prompts([""]))
+        size = {"width": 64, "height": 64, "num_inference_steps": 2, "output_type": "latent"}
+        images = [pipeline(**words, **size, generator=torch.Generator().manual_seed(seed)).images for seed in (0, 0, 1)]
+    assert images[0].shape == (1, family.latent_channels, 64 // family.vae_factor, 64 // family.vae_factor)
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_fingerprints_tell_the_parts_apart_and_stay(family: ModelFamily) -> None:
+    assert (
+        family.vae_fingerprint() == family.vae_fingerprint() != family.text_fingerprint() == family.text_fingerprint()
+    )
+    longer = open_family(family.path, **NOTHING, max_token_length=150)
+    assert longer.text_fingerprint() != family.text_fingerprint()
+    assert longer.vae_fingerprint() == family.vae_fingerprint()
