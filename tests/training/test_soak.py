@@ -1,0 +1,76 @@
+"""A long run with everything on takes no more memory and no more time at its end than at its beginning."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from library.training import loop
+
+MIB = 2**20
+
+
+def resident() -> float:
+    """MiB of this process that lie in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / MIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(("steps", "settled"), [(200, 100), pytest.param(2000, 200, marks=pytest.mark.slow)])
+def test_memory_and_time_stay(
+    steps: int, settled: int, train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory: list[float] = []
+    seconds: list[float] = []
+    one_step = loop.optimizer_step
+
+    def watched(run: loop.Run, item: loop.StepBatches) -> float:
+        began = time.process_time()
+        loss = one_step(run, item)
+        seconds.append(time.process_time() - began)
+        memory.append(resident())
+        return loss
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("emoji of a cat --s 2 --w 64 --h 64\n", encoding="utf-8")
+    every = "25"
+    words = (
+        *("--max_train_steps", str(steps), "--optimizer_type", "CustomAdamW", "--network_dim", "32"),
+        *(
+            "--use_adopt_stability",
+            "--use_tam",
+            "--use_grams",
+            "--no-use_cautious",
+            "--use_orthogonal_grad",
+            "--use_alora",
+        ),
+        *(
+            "--no-cache_latents",
+            "--shuffle_caption",
+            "--flip_aug",
+            "--ema_decay",
+            "0.99",
+            "--on_divergence",
+            "rollback",
+        ),
+        *("--validation_split", "0.2", "--validate_every_n_steps", every, "--early_stopping_patience", "100"),
+        *("--sample_prompts", str(prompts), "--sample_every_n_steps", every, "--logging_dir", str(tmp_path / "logs")),
+        *("--save_every_n_steps", every, "--save_state", "--save_last_n_steps", "1", "--lr_scheduler", "cosine"),
+        *("--loss_plot", "--report", "--compare_prompts", "a cat", "--compare_steps", "2"),
+    )
+    assert train(*words) == 0
+    assert len(memory) == steps
+    grown = max(memory[settled:]) - max(memory[settled // 2 : settled])
+    third = steps // 3
+    early, late = statistics.median(seconds[5:third]), statistics.median(seconds[-third:])
+    print(
+        f"{steps} steps: {grown:.1f} MiB more after step {settled}; {early:.4f} s of CPU a step, {late:.4f} at the end"
+    )
+    assert grown <= 20
+    assert late <= 1.25 * early  # CPU seconds, of the median step
