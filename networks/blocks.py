@@ -36,6 +36,14 @@ class Blocks:
 SD = Blocks(12, 1, 12, ends=0)  # 1.x and 2.x; nothing in block 0 is adapted
 SDXL = Blocks(9, 3, 9, ends=1)  # 0 embeddings, 1 … 9 down, 10 … 12 middle, 13 … 21 up, 22 output
 
+BY_BLOCK = frozenset(
+    (
+        *("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"),
+        *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),
+    )
+)
+"""Settings of a network that have a number for each block: only its layers tell how many these are."""
+
 # The names in files tell which it is: those of SDXL are the original layout's.
 _BLOCK = re.compile(
     r".*?(?P<way>down|up)_blocks_(?P<i>\d+)_(?P<kind>resnets|attentions|(?:up|down)samplers)_(?P<j>\d+)_.*"

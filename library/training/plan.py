@@ -148,13 +148,15 @@ def _rehearse_network(options: Options, creator: str, arguments: dict[str, Any])
     if creator != "create_network" or not source.is_ours(wanted.network_module):
         return
     create = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
-    dropout = wanted.network_dropout
+    from networks.blocks import BY_BLOCK
+
+    known = {name: value for name, value in arguments.items() if name not in BY_BLOCK}
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it will say again what it warns of
     try:
         create(
             *(1.0, wanted.network_dim, wanted.network_alpha, None, None, None),
-            **(arguments | {"neuron_dropout": dropout, "targets": ()}),
+            **(known | {"neuron_dropout": wanted.network_dropout, "targets": ()}),
         )
     except UserError as error:
         raise UserError(f"--network_module {wanted.network_module}: {error}") from None

@@ -50,9 +50,9 @@ class Wrong:
     needs_model: bool = False
 
 
-def flags(*words: str) -> Wrong:
+def flags(*words: str, needs_model: bool = False) -> Wrong:
     """A command line that is wrong by itself."""
-    return Wrong(" ".join(words)[:60], words)
+    return Wrong(" ".join(words)[:60], words, needs_model=needs_model)
 
 
 def config(name: str, content: str | bytes) -> Wrong:

@@ -81,7 +81,7 @@ FLAGS = [
     flags("--network_args", "conv_dim=4", "conv_dim=8"),
     flags("--network_args", "conv_dim=0"),
     flags("--network_args", "rank_dropout=2"),
-    flags("--network_args", "down_lr_weight=fast"),
+    flags("--network_args", "down_lr_weight=fast", needs_model=True),  # how many blocks there are
     flags("--network_args", "network_reg_lrs=(=1"),
     flags("--lr_scheduler", "cosine", "--lr_warmup_steps", "100"),
     flags("--lr_warmup_steps", "150%"),
