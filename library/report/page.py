@@ -13,15 +13,15 @@ from markupsafe import Markup
 
 from library.errors import UserError
 from library.report import charts, images
-from library.report.read import Sample, Story, read_story, samples, saved_files
+from library.report.read import Story, read_story, samples, saved_files
 from library.training.estimate import human_bytes, human_time
 from library.training.metrics import report_path, session_of_report
+from library.training.sample_files import Sample, some
 from library.training.save import replacing
 
 logger = logging.getLogger(__name__)
 
 THUMBNAIL, SAMPLE, PICTURE = 160, 256, 1200  # pixels, the longer side
-MOMENTS = 12  # at which samples are shown
 
 
 def write(metrics: Path) -> Path:
@@ -128,20 +128,19 @@ def _pictures(story: Story) -> list[tuple[str, str]]:
 
 
 def _samples(found: list[Sample], prompts: list[str]) -> list[dict[str, Any]]:
-    """One row a prompt: the pictures at up to `MOMENTS` moments, the first and the last among them."""
+    """One row a prompt: the pictures at some moments, the first and the last among them."""
     rows: dict[int, list[Sample]] = {}
     for sample in found:
         rows.setdefault(sample.prompt, []).append(sample)
     shown = []
     for number, row in rows.items():
-        count = min(MOMENTS, len(row))
-        places = sorted({round(i * (len(row) - 1) / max(count - 1, 1)) for i in range(count)})
-        pictures = [(row[i].moment, images.data_url(row[i].path, side=SAMPLE)) for i in places]
+        chosen = some(row)
+        pictures = [(sample.moment, images.data_url(sample.path, side=SAMPLE)) for sample in chosen]
         shown.append(
             {
                 "prompt": prompts[number] if number < len(prompts) else f"prompt {number + 1}",
                 "pictures": [(moment, url) for moment, url in pictures if url],
-                "left_out": len(row) - len(places),
+                "left_out": len(row) - len(chosen),
             }
         )
     return shown

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, nearest_path
+from library.training import sample_files
 from library.training.metadata import sha256
 from library.training.metrics import SUFFIX, lines
+from library.training.sample_files import Sample
 
 MOST_POINTS = 1500  # of a curve
 
@@ -68,16 +70,6 @@ class SavedFile:
     sha256: str
     model_hash: str  # as A1111 shows it; empty for pickled files
     step: str
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture that was drawn while training."""
-
-    path: Path
-    moment: str  # "step 100", "epoch 2"
-    order: int
-    prompt: int
 
 
 def find_metrics(where: Path) -> list[Path]:
@@ -195,16 +187,6 @@ def _since(path: Path, story: Story) -> bool:
 
 
 def samples(story: Story) -> list[Sample]:
-    """The run's samples in `sample/`, the newest of each moment and prompt."""
-    output_name = story.run.get("output_name")
-    name = "" if output_name is None else f"{re.escape(output_name)}_"
-    pattern = re.compile(rf"{name}(e?)(\d{{6,}})_(\d{{2,}})_(\d{{14}})(_-?\d+)?\.png")
-    newest: dict[tuple[str, int], Sample] = {}
-    folder = story.path.parent / "sample"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        found = pattern.fullmatch(path.name)
-        if found and _since(path, story):
-            number, prompt = int(found[2]), int(found[3])
-            moment = f"{'epoch' if found[1] else 'step'} {number}"
-            newest[moment, prompt] = Sample(path, moment, number, prompt)
-    return sorted(newest.values(), key=lambda sample: (sample.prompt, sample.order))
+    """The run's samples in `sample/`."""
+    since = float(story.run.get("started_at", 0))
+    return sample_files.find(story.path.parent / "sample", story.run.get("output_name"), since=since)

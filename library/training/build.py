@@ -282,6 +282,7 @@ def _sampling(
         folder=saves.folder / "sample",
         name=saves.name,
         seed=plan.seed,
+        since=plan.started_at,
         steps_per_epoch=saves.steps_per_epoch,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from library import rng
 from library.config.samplers import SAMPLERS
 from library.errors import UserError
 from library.progress import bar
+from library.training import sample_files
 from library.training.sample_prompts import SamplePrompt, SampleTimes
 from library.training.save import replacing
 
@@ -124,6 +124,7 @@ class Sampling:
     folder: Path
     name: str | None  # --output_name
     seed: int
+    since: float  # when the run began, in seconds since 1970
     steps_per_epoch: int
 
     def __call__(self, step: int) -> None:
@@ -154,15 +155,19 @@ class Sampling:
             image = render(
                 pipeline, self.encode, item, sampler=self.times.sampler, generator=generator, autocast=self.autocast
             )
-            with replacing(self.folder / self._file(moment, number, item)) as beside:
+            with replacing(self.folder / sample_files.file_name(self.name, moment, number, item.seed)) as beside:
                 image.save(beside, format="PNG")
             self.show(f"sample_{number}", image, caption=item.prompt, step=step)
+        self._over_time()
         logger.info("drew %d samples into %s", len(self.times.prompts), self.folder)
 
-    def _file(self, moment: str, number: int, item: SamplePrompt) -> str:
-        name = "" if self.name is None else f"{self.name}_"
-        seed = "" if item.seed is None else f"_{item.seed}"
-        return f"{name}{moment}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+    def _over_time(self) -> None:
+        """One picture a prompt, of all its samples so far."""
+        found = sample_files.find(self.folder, self.name, since=self.since)
+        for number, item in enumerate(self.times.prompts):
+            path = self.folder / f"{self.name or 'last'}_over_time_{number:02d}.png"
+            if mine := [sample for sample in found if sample.prompt == number]:
+                sample_files.draw_over_time(path, mine, prompt=item.prompt)
 
 
 def draw(

@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
@@ -39,12 +40,17 @@ _FREE_GROUPS = ("output", "logging", "monitoring", "samples", "run", "divergence
 _FREE = frozenset(
     {
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
-        *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared as what they mean
         *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "text_encoder_batch_size"),
         *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
         *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
         *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
+    }
+)
+_UNSAID = frozenset(
+    {
+        *("resume", "resume_anyway", "overwrite", "config_file", "preset", "wandb_api_key"),
+        *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared as what they mean
     }
 )
 _PLACES = ("image_dir", "validation_dir", "origin")  # of a subset: where it is, not what it holds
@@ -62,6 +68,7 @@ class Facts:
     started_at: float
     batches_per_step: int
     configuration: dict[str, Any]
+    harmless: dict[str, Any]  # options that may be others when the run goes on
     data: str
 
 
@@ -123,6 +130,7 @@ def _facts(content: Any) -> Facts:
         raise ValueError("it holds no table")
     if content.get("format") != FORMAT:  # of another one nothing else is known
         raise ValueError(f"its format is {_shown(content.get('format'))}; this program reads {FORMAT}")
+    content = {"harmless": {}, **content}  # the first states have none
     kinds = get_type_hints(Facts)
     for name in (*kinds, *content):
         kind = get_origin(kinds.get(name)) or kinds.get(name)
@@ -165,18 +173,18 @@ def facts_of(plan: Plan, *, total_steps: int, batches_per_step: int) -> Facts:
         started_at=plan.started_at,
         batches_per_step=batches_per_step,
         configuration=configuration(plan.options),
+        harmless=configuration(plan.options, harmless=True),
         data=data_hash(plan.datasets, plan.prepared),
     )
 
 
-def configuration(options: Options) -> dict[str, Any]:
-    """Every option that moves numbers, as JSON has it."""
+def configuration(options: Options, *, harmless: bool = False) -> dict[str, Any]:
+    """Every option that moves numbers, or else every other one, as JSON has it; without keys."""
     values = {
         name: value
         for group in option_groups()
-        if group not in _FREE_GROUPS
         for name, value in asdict(getattr(options, group)).items()
-        if name not in _FREE
+        if (group in _FREE_GROUPS or name in _FREE) == harmless and name not in _UNSAID
     }
     return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
 
@@ -207,11 +215,9 @@ def refuse_other_run(state: State, *, now: Facts, curve_depends_on_length: bool,
             f"--resume {state.folder}: it stands at step {before.step} and the run ends at step {now.total_steps}: "
             "nothing is left to train. Raise --max_train_steps or --max_train_epochs"
         )
-    changed = [
-        f"{name}: {_shown(before.configuration.get(name))} then, {_shown(now.configuration.get(name))} now"
-        for name in sorted(before.configuration.keys() | now.configuration.keys())
-        if before.configuration.get(name) != now.configuration.get(name)
-    ]
+    if before.harmless and (harmless := _changes(before.harmless, now.harmless)):
+        logger.info("--resume: changed since then, which does no harm:\n  %s", "\n  ".join(harmless))
+    changed = _changes(before.configuration, now.configuration)
     if before.seed != now.seed:
         changed.append(f"seed: {before.seed} then, {now.seed} now")
     if before.batches_per_step != now.batches_per_step:
@@ -236,6 +242,14 @@ def refuse_other_run(state: State, *, now: Facts, curve_depends_on_length: bool,
             "Put it back, or say --resume_anyway"
         )
     logger.warning("--resume_anyway, although the run does not go on as it began:\n  %s", lines)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _shown(value: Any) -> str:

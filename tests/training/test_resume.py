@@ -170,10 +170,19 @@ def test_a_changed_caption_is_another_run(train: Train, tmp_path: Path, capsys: 
     assert "the data:" in capsys.readouterr().err
 
 
-def test_harmless_changes_are_no_obstacle(train: Train, tmp_path: Path) -> None:
+def test_harmless_changes_are_listed(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--save_every_n_steps", "2", "--save_state") == 0
     words = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--no-cache_latents")
     assert train(*words, "--output_name", "other", "--save_precision", "fp16", "--max_train_steps", "6") == 0
+    said = capsys.readouterr().err.split("which does no harm:\n")[1].split("adapted layers")[0]
+    changes = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    assert changes == [
+        "cache_latents: true then, false now",
+        'output_name: "test" then, "other" now',
+        "save_every_n_steps: 2 then, not set now",
+        'save_precision: not set then, "fp16" now',
+        "save_state: true then, false now",
+    ]
 
 
 def damaged(tmp_path: Path, *, file: str, content: bytes | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def drawn(folder: Path) -> list[str]:
     """The samples' names, without the time in them."""
-    return sorted(re.sub(r"_\d{14}", "_T", path.name) for path in (folder / "out" / "sample").iterdir())
+    return sorted(re.sub(r"_\d{14}", "_T", path.name) for path in (folder / "out" / "sample").glob("*_*_0?_*.png"))
 
 
 def test_training_does_not_notice_samples(train, tmp_path, prompts):
@@ -41,8 +42,13 @@ def test_training_does_not_notice_samples(train, tmp_path, prompts):
     assert all(torch.equal(without[key], with_[key]) for key in without)
     moments = ("000002", "e000000")
     assert drawn(tmp_path) == [f"with_{moment}_{name}" for moment in moments for name in ("00_T_5.png", "01_T.png")]
-    sizes = {path.name.split("_")[2]: Image.open(path).size for path in (tmp_path / "out" / "sample").iterdir()}
+    folder = tmp_path / "out" / "sample"
+    sizes = {path.name.split("_")[2]: Image.open(path).size for path in folder.glob("*_0?_*.png")}
     assert sizes == {"00": (64, 64), "01": (72, 64)}
+    over_time = np.asarray(Image.open(folder / "with_over_time_01.png"))  # both moments, side by side
+    (first,), (second,) = folder.glob("with_e000000_01_*.png"), folder.glob("with_000002_01_*.png")
+    for path, left in ((first, 8), (second, 104)):
+        assert (over_time[26 : 26 + 64, left : left + 72] == np.asarray(Image.open(path).convert("RGB"))).all()
 
 
 def test_samples_follow_the_steps_of_a_schedule_free_optimizer_with_all_caches(train, tmp_path, prompts):
@@ -119,7 +125,7 @@ def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_p
     item = SamplePrompt(prompt="emoji of cat", width=64, height=64, sample_steps=1)
     sampling = Sampling(
         times=SampleTimes(prompts=(item,), sampler="ddim", at_first=False, every_n_steps=2, every_n_epochs=None),
-        family=family, network=network, encode=EncodedPrompts(family, []), folder=tmp_path, name=None, seed=1,
+        family=family, network=network, encode=EncodedPrompts(family, []), folder=tmp_path, name=None, seed=1, since=0,
         load_vae=lambda: family.load_vae(torch.float32, "cpu"), autocast=torch.no_grad, show=show, steps_per_epoch=5,
     )  # fmt: skip
     for step in range(4):
@@ -128,4 +134,5 @@ def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_p
     assert modes == [False]
     assert network.training
     assert family.vae is None
-    assert [re.sub(r"\d{14}", "T", path.name) for path in tmp_path.iterdir()] == ["000002_00_T.png"]
+    names = sorted(re.sub(r"\d{14}", "T", path.name) for path in tmp_path.iterdir())
+    assert names == ["000002_00_T.png", "last_over_time_00.png"]
