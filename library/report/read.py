@@ -12,7 +12,7 @@ from typing import Any
 
 from library.errors import UserError, nearest_path
 from library.training import sample_files
-from library.training.metadata import sha256
+from library.training.hashes import sha256
 from library.training.metrics import SUFFIX, lines
 from library.training.sample_files import Sample
 

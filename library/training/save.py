@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from library.errors import UserError, nearest_path, why_not
-from library.training.metadata import UNKNOWN_HASHES, write_hashes
+from library.training.hashes import UNKNOWN_HASHES, write_hashes
 
 logger = logging.getLogger(__name__)
 

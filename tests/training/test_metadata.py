@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from library.errors import UserError
+from library.training import hashes
 from library.training import metadata as md
 
 FACTS = md.RunFacts(
@@ -209,26 +210,26 @@ def test_a_models_hashes_are_those_of_the_web_uis(tmp_path):
     content = bytes(range(256)) * 5000  # 1.28 MB: the old hash covers 64 KiB from 1 MiB on
     model = tmp_path / "base.safetensors"
     model.write_bytes(content)
-    assert md.model_metadata("sd_model", str(model)) == {
+    assert hashes.model_metadata("sd_model", str(model)) == {
         "ss_sd_model_name": "base.safetensors",
         "ss_sd_model_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
         "ss_new_sd_model_hash": hashlib.sha256(content).hexdigest(),
     }
-    assert md.model_metadata("vae", str(model)).keys() == {"ss_vae_name", "ss_vae_hash", "ss_new_vae_hash"}
+    assert hashes.model_metadata("vae", str(model)).keys() == {"ss_vae_name", "ss_vae_hash", "ss_new_vae_hash"}
 
 
 def test_folders_and_hub_ids_have_a_name_only(tmp_path):
     (tmp_path / "my-base").mkdir()
-    assert md.model_metadata("sd_model", f"{tmp_path}/my-base/") == {"ss_sd_model_name": "my-base"}
-    assert md.model_metadata("sd_model", "someone/base") == {"ss_sd_model_name": "someone/base"}
+    assert hashes.model_metadata("sd_model", f"{tmp_path}/my-base/") == {"ss_sd_model_name": "my-base"}
+    assert hashes.model_metadata("sd_model", "someone/base") == {"ss_sd_model_name": "someone/base"}
 
 
 def test_the_base_model_is_hashed_once_and_only_when_a_file_is_saved(tmp_path, monkeypatch):
     model = tmp_path / "base.safetensors"
     model.write_bytes(b"x")
     reads = []
-    true = md.sha256
-    monkeypatch.setattr(md, "sha256", lambda path, **options: reads.append(path) or true(path, **options))
+    true = hashes.sha256
+    monkeypatch.setattr(hashes, "sha256", lambda path, **options: reads.append(path) or true(path, **options))
     metadata = run(model=str(model))
     assert not reads
     first, second = metadata.at(steps=1, epoch=0), metadata.at(steps=2, epoch=0)
@@ -258,10 +259,10 @@ def test_a_files_hashes_are_kohyas(tmp_path, size, metadata):
     values = torch.randn(size, generator=torch.Generator().manual_seed(0))
     tensors = {"b.weight": values, "a.weight": values[:7].half(), "a.alpha": torch.tensor(4.0)}
     path = tmp_path / "file.safetensors"
-    safetensors.torch.save_file(tensors, path, {**metadata, **md.UNKNOWN_HASHES})
+    safetensors.torch.save_file(tensors, path, {**metadata, **hashes.UNKNOWN_HASHES})
     expected = kohya_hashes(tensors, metadata)
-    assert md.safetensors_hashes(path) == expected
-    md.write_hashes(path)
+    assert hashes.safetensors_hashes(path) == expected
+    hashes.write_hashes(path)
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {**metadata, **expected}
         assert all(torch.equal(file.get_tensor(key), value) for key, value in tensors.items())
@@ -273,14 +274,14 @@ def test_a_header_that_reaches_into_the_hashed_block_is_part_of_it(tmp_path):
         metadata = {"ss_tag_frequency": "t" * length}
         tensors = {"a": torch.arange(50_000.0)}
         path = tmp_path / "file.safetensors"
-        safetensors.torch.save_file(tensors, path, {**metadata, **md.UNKNOWN_HASHES})
-        assert md.safetensors_hashes(path) == kohya_hashes(tensors, metadata)
+        safetensors.torch.save_file(tensors, path, {**metadata, **hashes.UNKNOWN_HASHES})
+        assert hashes.safetensors_hashes(path) == kohya_hashes(tensors, metadata)
 
 
 def test_hashes_that_a_module_wrote_itself_are_left_alone(tmp_path):
     path = tmp_path / "file.safetensors"
     given = {"sshs_model_hash": "0x12", "ss_note": '"sshs_legacy_hash":"00000000"'}
     safetensors.torch.save_file({"a": torch.ones(2)}, path, given)
-    md.write_hashes(path)
+    hashes.write_hashes(path)
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == given
