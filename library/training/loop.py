@@ -268,7 +268,7 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
             train_text=run.train_text,
             without=partial(without, run.network),
         )
-    if run.monitor is not None:
+    if run.monitor is not None and weight:
         run.monitor.meter.batch(found.per_sample.detach(), found.t)
     run.accelerator.backward(found.loss * weight)
     return found.loss.detach() * weight
