@@ -16,11 +16,12 @@ def alphas_cumprod(config: Mapping[str, Any], *, where: str) -> Tensor:
     """The products of all alphas up to each timestep, [num_train_timesteps] in float64, from 1 towards 0.
 
     The same as diffusers' DDPMScheduler has for this configuration, in which a single precision table is kept.
-    `where` names the configuration in errors.
+    `where` names the configuration in errors. Raises UserError for values that are no schedule.
     """
-    steps = int(config.get("num_train_timesteps", 1000))
+    steps = int(_number(config, "num_train_timesteps", 1000, where=where))
     name = config.get("beta_schedule", "linear")
-    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    start = _number(config, "beta_start", 0.0001, where=where)
+    end = _number(config, "beta_end", 0.02, where=where)
     if (trained := config.get("trained_betas")) is not None:
         betas = torch.tensor(trained, dtype=torch.float64)
     elif name == "linear":
@@ -35,6 +36,13 @@ def alphas_cumprod(config: Mapping[str, Any], *, where: str) -> Tensor:
         raise UserError(f"{where}: beta_schedule '{name}' is not supported{did_you_mean(str(name), known)}")
     products = torch.cumprod(1 - betas, dim=0)
     return zero_terminal(products) if config.get("rescale_betas_zero_snr") else products
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, *, where: str) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {name} is {value!r}, which is not a number above 0")
+    return value
 
 
 def zero_terminal(products: Tensor) -> Tensor:

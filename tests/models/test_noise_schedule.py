@@ -54,3 +54,10 @@ def test_zero_terminal_snr_ends_in_pure_noise() -> None:
 def test_an_unknown_schedule_is_named() -> None:
     with pytest.raises(UserError, match=r"scheduler x: beta_schedule 'scaled_liner' .* did you mean 'scaled_linear'"):
         alphas_cumprod({"beta_schedule": "scaled_liner"}, where="scheduler x")
+
+
+@pytest.mark.parametrize("value", ["0.1", None, [0.1], True, 0, -1, float("nan"), float("inf")], ids=repr)
+@pytest.mark.parametrize("name", ["beta_start", "beta_end", "num_train_timesteps"])
+def test_a_value_that_is_no_number_is_named(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"scheduler x: {name} is .*, which is not a number above 0"):
+        alphas_cumprod({**_SD, name: value}, where="scheduler x")
