@@ -16,7 +16,6 @@ One process per core, one thread each.
 from __future__ import annotations
 
 import argparse
-import csv
 import inspect
 import logging
 import math
@@ -27,10 +26,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from benchmarks.rows import append, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "optimizer_quality.csv"
@@ -279,21 +280,7 @@ def train_and_judge(variant: Variant, rate: float, seed: int) -> Row:
 
 def read_rows(path: Path) -> dict[Key, Row]:
     """The finished runs of this length of training."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        types = {f.name: {"str": str, "int": int, "float": float}[str(f.type)] for f in fields(Row)}
-        rows = [Row(**{name: kind(line[name]) for name, kind in types.items()}) for line in csv.DictReader(file)]
-    return {key_of(row): row for row in rows if row.steps == STEPS}
-
-
-def append(path: Path, row: Row) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+    return {key_of(row): row for row in read(path, Row) if row.steps == STEPS}
 
 
 def run_missing(todo: Iterable[Variant], *, seeds: int, workers: int) -> None:

@@ -12,13 +12,13 @@ the same noise for every run, at five noise levels.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.optimizer_quality import NOISE_SEED, ROOT, held_out
+from benchmarks.rows import append, read
 
 RESULTS = ROOT / "benchmarks" / "results" / "rate_finder.csv"
 CONFIG = ROOT / "configs" / "quickstart.toml"
@@ -82,20 +82,7 @@ def train_and_judge(seed: int, factor: float, *more: str) -> tuple[float, int]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        kinds = {f.name: {"str": str, "int": int, "float": float}[str(f.type)] for f in fields(Row)}
-        return [Row(**{name: kind(line[name]) for name, kind in kinds.items()}) for line in csv.DictReader(file)]
-
-
-def append(path: Path, row: Row) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+    return read(path, Row)
 
 
 def run_missing(seeds: int) -> None:

@@ -61,6 +61,25 @@ def weighted_ids(
     return torch.tensor(rows, dtype=torch.long), torch.tensor(weights)
 
 
+def ids_and_weights(
+    tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int, weighted: bool, pad: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Token ids as of `chunked_ids`; weights as of `weighted_ids` if the captions are `weighted` by brackets."""
+    if weighted:
+        return weighted_ids(tokenizer, captions, limit=limit, pad=pad)
+    return chunked_ids(tokenizer, captions, limit=limit, pad=pad), None
+
+
+def weigh(states_BLD: Tensor, weights_BL: Tensor | None) -> Tensor:
+    """States times the weights of their words, where there are any."""
+    return states_BLD if weights_BL is None else states_BLD * weights_BL[:, :, None].to(states_BLD)
+
+
+def count_tokens(tokenizer: CLIPTokenizer, caption: str, *, weighted: bool) -> int:
+    """How many tokens the caption has, without BOS and EOS; `weighted`: brackets weigh words and do not count."""
+    return len(weighted_tokens(tokenizer, caption)[0] if weighted else content_tokens(tokenizer, caption))
+
+
 def _chunks(tokenizer: CLIPTokenizer, content: list[int], limit: int, pad: int | None) -> list[list[int]]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if pad is None else pad

@@ -156,27 +156,21 @@ class StableDiffusion:
         )
 
     def count_tokens(self, caption: str) -> int:
-        from library.models.prompts import content_tokens, weighted_tokens
+        from library.models.prompts import count_tokens
 
-        if self.weighted_captions:
-            return len(weighted_tokens(self._tokenizer, caption)[0])
-        return len(content_tokens(self._tokenizer, caption))
+        return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D]}. Differentiable, for adapters in the text encoder."""
-        from library.models.prompts import chunked_ids, encode, weighted_ids
+        from library.models.prompts import encode, ids_and_weights, weigh
 
         (encoder,) = self.text_encoders
-        weights = None
-        if self.weighted_captions:
-            ids, weights = weighted_ids(self._tokenizer, captions, limit=self.token_limit)
-        else:
-            ids = chunked_ids(self._tokenizer, captions, limit=self.token_limit)
+        ids, weights = ids_and_weights(
+            self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions
+        )
         ids = ids.to(encoder.embeddings.position_ids.device)
         states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
-        if weights is not None:
-            states = states * weights[:, :, None].to(states)
-        return {"hidden_states": states}
+        return {"hidden_states": weigh(states, weights)}
 
     def condition(
         self,

@@ -152,11 +152,9 @@ class StableDiffusionXL:
         )
 
     def count_tokens(self, caption: str) -> int:
-        from library.models.prompts import content_tokens, weighted_tokens
+        from library.models.prompts import count_tokens
 
-        if self.weighted_captions:
-            return len(weighted_tokens(self._tokenizer, caption)[0])
-        return len(content_tokens(self._tokenizer, caption))
+        return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D1 + D2], "pooled": [B, P]}. Differentiable, for adapters in both.
@@ -165,18 +163,16 @@ class StableDiffusionXL:
         """
         import torch
 
-        from library.models.prompts import chunked_ids, encode_penultimate, weighted_ids
+        from library.models.prompts import encode_penultimate, ids_and_weights, weigh
 
         states = []
         for part, pad, encoder in zip(_PARTS, _PADS, self.text_encoders, strict=True):
-            weights = None
-            if self.weighted_captions:
-                ids, weights = weighted_ids(self._tokenizer, captions, limit=self.token_limit, pad=pad)
-            else:
-                ids = chunked_ids(self._tokenizer, captions, limit=self.token_limit, pad=pad)
+            ids, weights = ids_and_weights(
+                self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions, pad=pad
+            )
             layers = self._base.parts[part].config["num_hidden_layers"]
             of_encoder, pooled = encode_penultimate(encoder, ids.to(_device_of(encoder)), layers=layers)
-            states.append(of_encoder if weights is None else of_encoder * weights[:, :, None].to(of_encoder))
+            states.append(weigh(of_encoder, weights))
         assert pooled is not None, "the second text encoder has a projection"
         return {"hidden_states": torch.cat(states, dim=2), "pooled": pooled}
 

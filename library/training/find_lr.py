@@ -24,8 +24,6 @@ from library.optimizers.create import OptimizerChoice, ParameterGroups
 from library.progress import progress
 from library.training import divergence, loop, lr_curve, state
 from library.training.loss_history import LossHistory
-from library.training.step import batch_loss
-from networks.protocol import without
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -165,16 +163,7 @@ def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
     run.network.eval()
     total = 0.0
     for batch in batches:
-        with run.accelerator.autocast():
-            found = batch_loss(
-                batch,
-                run.family,
-                run.objective,
-                seed=run.seed,
-                device=run.accelerator.device,
-                train_text=False,
-                without=lambda: without(run.network),
-            )
+        found = loop.loss_of(run, batch, train_text=False)
         total += float(found.loss) * len(batch.samples)
     run.network.train()
     return total / sum(len(batch.samples) for batch in batches)

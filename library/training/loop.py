@@ -22,7 +22,7 @@ from library.optimizers.create import effective_rates
 from library.progress import progress
 from library.training import divergence
 from library.training.loss_history import LossHistory
-from library.training.step import Objective, batch_loss
+from library.training.step import BatchLoss, Objective, batch_loss
 from networks.protocol import without
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _end(run: Run, problem: divergence.Diverged) -> str:
     if not divergence.is_finite(run.parameters):
         kept = "The weights are no finite numbers either, so nothing was written: earlier files are as they were"
     elif done == run.done:
-        kept = "Nothing was trained yet, and nothing is written"
+        kept = "Nothing was trained " + (f"since step {done}" if done else "yet") + ", and nothing is written"
     else:
         run.save_now(done)
         kept = f"What was trained until step {done} is saved"
@@ -257,21 +257,25 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     # Dropout draws from torch's global generators: keyed here, they do not depend on what was drawn before.
     first = batch.samples[0]
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
-    device = run.accelerator.device
-    with run.accelerator.autocast():
-        found = batch_loss(
-            batch,
-            run.family,
-            run.objective,
-            seed=run.seed,
-            device=device,
-            train_text=run.train_text,
-            without=partial(without, run.network),
-        )
+    found = loss_of(run, batch, train_text=run.train_text)
     if run.monitor is not None and weight:
         run.monitor.meter.batch(found.per_sample.detach(), found.t)
     run.accelerator.backward(found.loss * weight)
     return found.loss.detach() * weight
+
+
+def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
+    """The loss of one batch, with the network as it stands."""
+    with run.accelerator.autocast():
+        return batch_loss(
+            batch,
+            run.family,
+            run.objective,
+            seed=run.seed,
+            device=run.accelerator.device,
+            train_text=train_text,
+            without=partial(without, run.network),
+        )
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
