@@ -18,8 +18,8 @@ from library.data.images import open_image, to_rgb
 from library.data.samples import Sample, Size
 from library.data.views import View
 from library.progress import bar
+from library.training.atomic import replacing
 from library.training.plan import Plan
-from library.training.save import replacing
 
 logger = logging.getLogger(__name__)
 

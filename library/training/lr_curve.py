@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.training.save import replacing
+from library.training.atomic import replacing
 
 if TYPE_CHECKING:
     from library.training.find_lr import Sweep

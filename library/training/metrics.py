@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.training.save import replacing
+from library.training.atomic import replacing
 
 if TYPE_CHECKING:
     from library.config.options import Options

@@ -17,8 +17,8 @@ from library.config.options import option_groups
 from library.optimizers import auto_weight_decay
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.weight_decay_choice import weight_decay_of
+from library.training.atomic import replacing
 from library.training.plan import Plan
-from library.training.save import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from library.training.atomic import replacing
 from library.training.loss_history import LossHistory
-from library.training.save import replacing
 
 
 def smoothed(losses: Sequence[float], *, window: int) -> list[float]:

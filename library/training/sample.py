@@ -19,8 +19,8 @@ from library.config.samplers import SAMPLERS
 from library.errors import UserError
 from library.progress import bar
 from library.training import sample_files
+from library.training.atomic import replacing
 from library.training.sample_prompts import SamplePrompt, SampleTimes
-from library.training.save import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

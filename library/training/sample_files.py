@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.training.save import replacing
+from library.training.atomic import replacing
 
 MOST = 12  # moments in a picture, the first and the last among them
 _SIDE = 192  # pixels of an image in it, at most

@@ -1,24 +1,22 @@
-"""When files are written, how they are named, and how a file is written so that it is whole or not there."""
+"""When a run writes files, how they are named, and how a network's file is written and checked."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from library.errors import UserError, nearest_path, why_not
+from library.training.atomic import replacing
 from library.training.hashes import UNKNOWN_HASHES, write_hashes
 
 logger = logging.getLogger(__name__)
@@ -244,89 +242,6 @@ def save_network(network: Savable, path: Path, *, precision: str | None, metadat
         if beside.suffix == ".safetensors":
             write_hashes(beside)
     logger.info("saved %s", path)
-
-
-def remove_old(path: Path) -> None:
-    """Delete a file that retention no longer keeps."""
-    try:
-        path.unlink()
-        logger.info("removed %s", path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # on Windows: another program has it open
-        logger.warning("%s should go now but cannot be removed: %s", path, error.strerror)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name in the same folder to write to; moved to `path` when the block ends, removed if the block fails.
-
-    After the move `path` is on the disk, whatever happens to the machine. OS errors come out as `UserError`.
-    """
-    # keeps the ending, from which network modules tell the format; no random part: a leftover of a killed run goes
-    beside = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(b"")
-        mode = beside.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
-        yield beside
-        beside.chmod(mode)
-        _sync(beside)
-        os.replace(beside, path)
-        if os.name == "posix":
-            with contextlib.suppress(OSError):  # some network file systems cannot; the file is there all the same
-                _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not written: {_reason(error)}") from error
-    except RuntimeError as error:
-        # torch.save does not pass on what the system said, only where its own writer noticed
-        if not any(mark in str(error) for mark in ("PytorchStreamWriter", "inline_container", "iostream")):
-            raise
-        raise UserError(f"{path}: not written: the disk is full, or takes no more of this file") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder of files: it appears whole or not at all. An older one at `path` goes last."""
-    beside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-    try:
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        for file in beside.iterdir():
-            _sync(file)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(beside, path)
-        if os.name == "posix":
-            with contextlib.suppress(OSError):
-                _sync(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: not written: {_reason(error)}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: OSError | SafetensorError) -> str:
-    """safetensors passes on the system's message, not its number."""
-    name = errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None
-    if name in ("ENOSPC", "EDQUOT") or "No space left" in str(error) or "os error 112" in str(error):  # 112: Windows
-        return "the disk is full. Free some space, or choose an --output_dir elsewhere"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def check_finite(file: Path, name: str, precision: str | None) -> None:

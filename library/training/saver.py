@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.training import ema, save, state
+from library.training import atomic, ema, save, state
 
 if TYPE_CHECKING:
     from library.training.loop import Run
@@ -60,7 +60,7 @@ class Saver:
                 self._put_up_with(error, ends=ends)
                 continue  # nothing goes while what should replace it is not there
             if due.remove is not None:
-                save.remove_old(due.remove)
+                atomic.remove(due.remove)
             if due.remove_state is not None:
                 state.remove(due.remove_state)
         if ends and self._unwritten:

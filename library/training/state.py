@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from library.config.options import Options, option_groups
 from library.errors import UserError, nearest_path, why_not
-from library.training.save import is_state_name, replacing_folder
+from library.training import atomic
+from library.training.save import is_state_name
 
 if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec
@@ -87,9 +87,12 @@ def find(where: str, *, output_dir: Path, output_name: str | None) -> State:
     """The state of `--resume where`: a folder, or "latest" for this run's newest in `output_dir`. Raises UserError."""
     if where != "latest":
         folder = Path(where)
+        atomic.bring_back(folder)
         if not os.path.isdir(folder):
             raise UserError(f"--resume {where}: no such folder{nearest_path(folder)}")
         return _refuse_damaged(State(folder, _read_facts(folder)))
+    for folder in atomic.half_replaced(output_dir):
+        atomic.bring_back(folder)
     found = []
     for folder in output_dir.iterdir() if os.path.isdir(output_dir) else ():
         if is_state_name(folder.name, output_name):
@@ -264,7 +267,7 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
     import torch
 
     try:
-        with replacing_folder(folder) as beside:
+        with atomic.replacing_folder(folder) as beside:
             torch.save({**tensors_of(run), "divergences": run.guard.count}, beside / TENSORS)
             text = json.dumps(asdict(replace(facts, step=step)), indent=1, ensure_ascii=False)
             (beside / FACTS).write_text(text + "\n", encoding="utf-8")
@@ -325,7 +328,6 @@ def _parts(run: Run) -> dict[str, Any]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a state that retention no longer keeps."""
-    if folder.is_dir() and (folder / FACTS).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        logger.info("removed %s", folder)
+    """Delete a state that retention no longer keeps; a folder that is none stays."""
+    if not folder.is_dir() or (folder / FACTS).exists():  # where it is not, what a kill left of its removal may be
+        atomic.remove(folder)

@@ -56,8 +56,8 @@ def start(folder: Path, *more: str) -> int:
 
 
 def unfinished(out: Path) -> list[str]:
-    """Files and folders that are being written."""
-    return [path.name for path in out.glob(".*") if ".part" in path.name or ".old" in path.name]
+    """Files and folders that are being written, replaced or removed."""
+    return [path.name for path in out.glob(".*") if set(path.suffixes) & {".part", ".old", ".gone"}]
 
 
 def kill(child: int, out: Path, *, inside_a_save: bool) -> bool:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.training import disk, save
+from library.training import atomic, disk, save
 from library.training.save import BrokenWeightsError, SavePlan, check_free, save_network
 
 
@@ -266,7 +266,7 @@ def test_nothing_is_left_behind_when_writing_fails_half_way(tmp_path):
 
 def test_the_leftover_of_a_killed_run_is_replaced(tmp_path):
     path = tmp_path / "fox.safetensors"
-    with save.replacing(path) as beside:
+    with atomic.replacing(path) as beside:
         beside.write_bytes(b"half")
         leftover = beside.name
     path.unlink()
@@ -325,13 +325,6 @@ def test_a_write_that_the_system_really_refuses_leaves_the_old_file(tmp_path, en
         capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "kept", done.stderr
-
-
-def test_old_files_go_and_absent_ones_do_not_matter(tmp_path):
-    (tmp_path / "a").touch()
-    save.remove_old(tmp_path / "a")
-    save.remove_old(tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_our_own_network_is_saved_whole(tmp_path):
