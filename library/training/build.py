@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 
 from library.config import source
 from library.config.options import Options
@@ -23,7 +24,7 @@ from library.errors import UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
-from library.training import disk, loop, metrics, sample, save, shard, state, trackers, validation
+from library.training import disk, loop, metrics, sample, save, shard, state, trackers, validation, zero
 from library.training.divergence import Guard
 from library.training.ema import Ema
 from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
@@ -57,6 +58,8 @@ def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
     options = plan.options
     shard.refuse_what_cannot_be(options)
+    if zero.is_asked_for():
+        zero.refuse_what_cannot_be(options, plan.choice, plan.network_arguments)
     objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(plan)
     _refuse_idle_processes(accelerator.num_processes, plan.prepared.batches_per_epoch)
@@ -147,7 +150,16 @@ def build(plan: Plan) -> Built:
             keeps_after=lambda step: bool(saves.due(step)),
         ),
     )
-    if shares:
+    if zero.is_asked_for() and not options.run.dry_run:
+        run.zero = zero.share_out(
+            network,
+            optimizer,
+            accelerator,
+            accumulation=run.accumulation,
+            max_grad_norm=run.max_grad_norm,
+        )
+        run.optimizer = run.zero or run.optimizer
+    if shares or run.zero is not None:
         run.spare = next(data.batches([data.plan(0)[accelerator.process_index]], epoch=0, loader=run.loader))
     if options.ema.ema_decay is not None:
         run.ema = Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
@@ -177,6 +189,8 @@ def build(plan: Plan) -> Built:
             samples=samples,
         )
         run.save, run.save_now, run.save_best, run.save_last = saver.due, saver.now, saver.best, saver.last
+    if run.zero is not None:
+        zero.gather_before_saving(run, run.zero, saves)
     return Built(run, plan, saves, groups, schedule, base_weights, prompts, samples)
 
 
@@ -186,6 +200,8 @@ def _accelerator(plan: Plan) -> Accelerator:
         with shard.without_accelerates_own():
             accelerator = Accelerator(
                 mixed_precision=options.precision.mixed_precision,
+                # else a number in the environment would divide the losses, which this program does itself
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 log_with=list(plan.trackers.names) or None,
                 project_dir=plan.trackers.folder,
             )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from library.training.ema import Ema
     from library.training.monitor import Monitor
     from library.training.validation_history import History
+    from library.training.zero import ZeroTwo
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class Run:
     validate: Callable[[int], bool] = lambda step: False  # if it is due after so many steps; True: end the run here
     history: History | None = None  # of the validations
     ema: Ema | None = None
-    spare: Batch | None = None  # to be run for nothing where the others run theirs, if the UNet is shared out
+    spare: Batch | None = None  # to be run for nothing where the others run theirs, if anything is shared out
+    zero: ZeroTwo | None = None  # the optimizer, if its state is shared out: goes backward and clips too
 
 
 def train(run: Run) -> signal.Signals | None:
@@ -206,7 +208,8 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
         losses.append(backward(run, batch, weight=weight))
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
     if accelerator.num_processes > 1:
-        average_gradients(accelerator, run.parameters)
+        if run.zero is None:
+            average_gradients(accelerator, run.parameters)
         total = accelerator.reduce(total, reduction="mean")
     loss, norm = float(total), clip_gradients(run)
     if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
@@ -228,6 +231,8 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
 
 def clip_gradients(run: Run) -> float:
     """Clip to --max_grad_norm, if there is one; the norm of all gradients before that."""
+    if run.zero is not None:
+        return run.zero.norm()  # its step clips
     if run.max_grad_norm:
         return float(run.accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm))
     run.accelerator.unscale_gradients(run.optimizer)
@@ -260,7 +265,7 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     found = loss_of(run, batch, train_text=run.train_text)
     if run.monitor is not None and weight:
         run.monitor.meter.batch(found.per_sample.detach(), found.t)
-    run.accelerator.backward(found.loss * weight)
+    (run.zero or run.accelerator).backward(found.loss * weight)
     return found.loss.detach() * weight
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config import source
 from library.errors import UserError
+from library.training import zero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,15 +35,11 @@ def is_asked_for() -> bool:
 
 def refuse_what_cannot_be(options: Options) -> None:
     """UserError for launchers' configurations, and options beside FSDP, that this program has no use for."""
-    for variable, name, why in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "it would share out the LoRA's gradients and state, a few megabytes"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", "it is for language models"),
-    ):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(
-                f"accelerate's configuration asks for {name}: {why}. Use configs/accelerate/multi_gpu.yaml, or "
-                "fsdp.yaml to share out the model's frozen weights"
-            )
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() == "true":
+        raise UserError(
+            "accelerate's configuration asks for Megatron-LM: it is for language models. Use "
+            "configs/accelerate/multi_gpu.yaml, or fsdp.yaml to share out the model's frozen weights"
+        )
     if not is_asked_for():
         return
     samples = options.samples
@@ -56,13 +53,12 @@ def refuse_what_cannot_be(options: Options) -> None:
 
 @contextlib.contextmanager
 def without_accelerates_own() -> Iterator[None]:
-    """A context in which accelerate is told of no FSDP: it would want to wrap the model itself."""
-    asked = os.environ.pop(_FSDP, None)
+    """A context in which accelerate is told of no FSDP or DeepSpeed: it would want to wrap the model itself."""
+    asked = {name: os.environ.pop(name) for name in (_FSDP, zero.ASKED) if name in os.environ}
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ[_FSDP] = asked
+        os.environ |= asked
 
 
 def shard(unet: nn.Module, accelerator: Accelerator) -> bool:

@@ -2,7 +2,7 @@
 
 `torchrun … two_processes.py FOLDER` reads `FOLDER/runs.json`, {name: words}, and writes `FOLDER/NAME.RANK.json`. Words
 that begin with "@" are not the command line's: "@stop=3" sends SIGINT to the second process in that step, "@nan=2"
-makes the loss of its batch NaN, "@fsdp=1" asks for FSDP as accelerate's launcher does.
+makes the loss of its batch NaN, "@fsdp=1" and "@deepspeed=1" ask for those as accelerate's launcher does.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from library.training import loop, save  # noqa: E402
 from train_network import main  # noqa: E402
 
 RANK = int(os.environ["RANK"])
+SHARING = ("fsdp", "deepspeed")
 
 
 def observed(words: list[str]) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def observed(words: list[str]) -> dict[str, Any]:
         mock.patch.object(loop, "optimizer_step", watched_step),
         mock.patch.object(loop, "backward", watched_backward),
         mock.patch.object(save.os, "replace", watched_replace),
-        mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true"} if "fsdp" in asked else {}),
+        mock.patch.dict(os.environ, {f"ACCELERATE_USE_{kind.upper()}": "true" for kind in asked if kind in SHARING}),
         mock.patch.object(PartialState, "destroy_process_group"),  # for the next run
         contextlib.redirect_stderr(errors),
     ):
