@@ -25,6 +25,7 @@ from benchmarks.step_time import image_folder
 
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
 CHECKPOINTED = ("--gradient_checkpointing",)
+FLOAT8 = ("--fp8_base",)
 # name, resolution, batch, rank, more words
 SETTINGS = {
     "UNet only, cached text, checkpointing, 512 px": (512, 1, 16, (*CACHED, *CHECKPOINTED)),
@@ -33,6 +34,9 @@ SETTINGS = {
     "the same, batch 12": (1024, 12, 16, (*CACHED, *CHECKPOINTED)),
     "the same, rank 128": (1024, 1, 128, (*CACHED, *CHECKPOINTED)),
     "UNet and text encoders, checkpointing": (1024, 1, 16, CHECKPOINTED),
+    "8 bits, UNet only, cached text, checkpointing": (1024, 1, 16, (*FLOAT8, *CACHED, *CHECKPOINTED)),
+    "8 bits, UNet and text encoders, checkpointing": (1024, 1, 16, (*FLOAT8, *CHECKPOINTED)),
+    "8 bits, UNet only, cached text, no checkpointing": (1024, 1, 16, (*FLOAT8, *CACHED)),
     "UNet only, cached text, no checkpointing": (1024, 1, 16, CACHED),
     "UNet only, cached text, no checkpointing, 768 px": (768, 1, 16, CACHED),
     "UNet and text encoders, no checkpointing": (1024, 1, 16, ()),
@@ -145,9 +149,9 @@ def computed(command: list[str]) -> list[float]:
     return [float(number) / units[unit] for number, unit in re.findall(r"([\d.]+) (GiB|MiB|KiB)", said)[:5]]
 
 
-def measure(model: Path, data: Path, resolution: int) -> None:
+def measure(model: Path, data: Path, resolution: int, more: tuple[str, ...]) -> None:
     """Peak and seconds of three steps of the first setting, in a process of its own, and what was computed for it."""
-    command = words(model, data, resolution=resolution, batch=1, rank=8, more=(*CACHED, *CHECKPOINTED))
+    command = words(model, data, resolution=resolution, batch=1, rank=8, more=(*CACHED, *CHECKPOINTED, *more))
     print(f"{resolution} px, computed: {computed(command)[0]:.2f} GiB in a step, beside the program itself", flush=True)
     result = subprocess.run(
         [sys.executable, "-c", WATCHED, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
@@ -164,6 +168,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("output/sdxl"))
     parser.add_argument("--resolution", type=int, default=256, help="of the measured steps")
     parser.add_argument("--only", choices=SETTINGS, action="append", help="of the estimates")
+    parser.add_argument("--fp8_base", action="store_true", help="of the measured steps: weights in 8 bits")
     options = parser.parse_args()
     model = model_folder(options.folder.resolve())
     with tempfile.TemporaryDirectory() as temporary:
@@ -171,7 +176,7 @@ def main() -> None:
         if options.what == "estimate":
             estimates(model, data, options.only)
         else:
-            measure(model, data, options.resolution)
+            measure(model, data, options.resolution, FLOAT8 * options.fp8_base)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,6 @@ NOT_YET: dict[str, Row] = {
     # precision, memory, speed
     "blocks_to_swap": value(None, 0),
     "cpu_offload_checkpointing": flag(),
-    "fp8_base": flag(),
-    "fp8_base_unet": flag(),
     "fused_backward_pass": flag(),
     "torch_compile": flag(),
     "dynamo_backend": value("inductor", "no", only_with="torch_compile"),

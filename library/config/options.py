@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_type_hints
 
+from library.config import source
 from library.config.data import DataOptions
 from library.config.divergence import DivergenceOptions
 from library.config.ema import EmaOptions
@@ -66,12 +67,31 @@ class PrecisionOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", help="the precision to compute in; no means fp32")
     full_fp16: bool = option(False, help="keep all weights in fp16, the trained ones and their gradients, too")
     full_bf16: bool = option(False, help="keep all weights in bf16, the trained ones and their gradients, too")
+    fp8_base: bool = option(
+        False, help="hold the frozen weights of the layers that can be adapted in 8 bits (float8_e4m3fn)"
+    )
+    fp8_base_unet: bool = option(False, help="the same of the UNet only")
     gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
 
     def __post_init__(self) -> None:
         for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
             if getattr(self, name) and self.mixed_precision != precision:
                 raise UserError(f"--{name} needs --mixed_precision {precision}, which is {self.mixed_precision}")
+        if self.holds_unet_in_float8 and self.mixed_precision == "no":
+            raise UserError(f"--{self.float8_option} needs --mixed_precision bf16 or fp16, to compute in")
+
+    @property
+    def float8_option(self) -> str:
+        """The option that asked for it, for messages."""
+        return "fp8_base" if self.fp8_base else "fp8_base_unet"
+
+    @property
+    def holds_unet_in_float8(self) -> bool:
+        return self.fp8_base or self.fp8_base_unet
+
+    @property
+    def holds_text_encoders_in_float8(self) -> bool:
+        return self.fp8_base and not self.fp8_base_unet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +355,11 @@ class Options:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
             raise UserError(
                 f"--{self.data.text_cache_option} needs --network_train_unet_only: what is cached cannot learn"
+            )
+        if self.precision.holds_unet_in_float8 and not source.is_ours(self.network.network_module):
+            raise UserError(
+                f"--{self.precision.float8_option} with --network_module {self.network.network_module}: it computes "
+                "with the base's weights itself, which 8 bits do not allow; networks.lora does not"
             )
         instead = {
             **{name: getattr(self.run, name) for name in ("dry_run", "debug_dataset")},

@@ -21,6 +21,7 @@ _WEIGHTS = re.compile(
     r"(?:\.index(?:\.(?P<late_variant>\w+))?\.json)?"
 )
 _PREDICTIONS = ("epsilon", "v_prediction")
+_OTHER_SCHEDULES = ("EDM", "FlowMatch")  # how the classes begin that know nothing of betas and timesteps 0 … 999
 
 
 def open_folder(path: str, folder: Path) -> BaseModel:
@@ -44,6 +45,8 @@ def open_folder(path: str, folder: Path) -> BaseModel:
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise UserError(f"{schedule}: prediction_type is '{prediction}'; supported are {' and '.join(_PREDICTIONS)}")
+    if (name := str(scheduler.get("_class_name", ""))).startswith(_OTHER_SCHEDULES):
+        raise UserError(f"{schedule}: a model of another kind ({name}), which is not supported")
     return BaseModel(kind, path, folder, parts, scheduler, *_tokenizer(folder, unet), prediction, str(schedule))
 
 

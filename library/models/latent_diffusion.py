@@ -83,6 +83,11 @@ def latent_space(base: BaseModel, *, default_scaling: float) -> LatentSpace:
     if inputs != latents:
         hint = "an inpainting model, which is not supported" if inputs == 9 else "another kind of model, or another VAE"
         raise UserError(f"{base.path}: the UNet takes {inputs} channels and the VAE gives {latents}: {hint}")
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise UserError(
+            f"{base.parts['vae'].where}: scales each channel by itself (latents_mean, latents_std), as no Stable "
+            "Diffusion 1.x, 2.x or XL model that is supported does"
+        )
     return LatentSpace(
         channels=int(latents),
         factor=2 ** (len(config["block_out_channels"]) - 1),
@@ -124,6 +129,13 @@ def scheduler(base: BaseModel, prediction: str, *, zero_terminal_snr: bool) -> d
     """The scheduler's configuration, for training and drawing alike; rescaled if that is wanted."""
     config = dict(base.scheduler)
     if not zero_terminal_snr:
+        if base.location.is_file() and prediction == "epsilon" and config.get("rescale_betas_zero_snr"):
+            logger.warning(
+                "%s: it says nothing of v, and noise as the target does not go with such a schedule: the usual one is "
+                "used; if it predicts v, give --v_parameterization",
+                base.path,
+            )
+            return {name: value for name, value in config.items() if name not in ZERO_TERMINAL}
         return config
     if prediction == "epsilon":
         raise UserError(

@@ -63,7 +63,7 @@ def open_file(path: str, location: Path, *, config: Mapping[str, Any] | None = N
         parts["vae"] = Part(config["vae"], f"the VAE in {path}", lambda: vae_entries(index.entries))
     prediction, stated_by = _stated_prediction(index)
     scheduler = config["scheduler"]
-    if _ZERO_TERMINAL_MARK in index.entries and prediction == "v_prediction":
+    if _ZERO_TERMINAL_MARK in index.entries:
         logger.info("%s has a noise schedule that ends in pure noise, says its tensor '%s'", path, _ZERO_TERMINAL_MARK)
         scheduler = scheduler | ZERO_TERMINAL
     tokenizer = ASSETS / "clip_tokenizer", config["tokenizer"]

@@ -68,9 +68,10 @@ def _count(number: int, what: str, plural: str = "s") -> str:
 def _model(built: Built) -> str:
     family, options = built.plan.family, built.plan.options
     vae = f", VAE {family.vae_path}" if family.vae_path else ""
+    held = ", frozen weights in 8 bits" if options.precision.holds_unet_in_float8 else ""
     return (
         f"{family.path} ({family.base_model_version}, {family.prediction_type}){vae}; "
-        f"{options.precision.mixed_precision.replace('no', 'fp32')} on {built.run.accelerator.device}"
+        f"{options.precision.mixed_precision.replace('no', 'fp32')} on {built.run.accelerator.device}{held}"
     )
 
 

@@ -14,6 +14,7 @@ from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.data.disk_cache import Disk, Team
 from library.models.family import ModelFamily
+from library.models.float8 import hold_in_float8
 from library.training import sample
 from networks.merge import BaseWeights
 
@@ -116,10 +117,18 @@ def load_and_encode(
         _give_back(device)
     else:
         load_text_encoders()
+        if options.precision.holds_text_encoders_in_float8:
+            hold_in_float8(family.adapter_targets())
 
-    family.load_unet(dtype, device)
-    base_weights.merge_into([target for target in family.adapter_targets() if target.part == "unet"])
+    in_float8 = options.precision.holds_unet_in_float8
+    # in 8 bits it may fit into a GPU where all of it in 16 does not
+    family.load_unet(dtype, "cpu" if in_float8 else device)
+    of_unet = [target for target in family.adapter_targets() if target.part == "unet"]
+    base_weights.merge_into(of_unet)
     base_weights.report()
+    if in_float8:
+        hold_in_float8(of_unet)
+        of_unet[0].root.to(device)
     # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
     assert family.unet is not None
     family.unet.train()

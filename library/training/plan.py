@@ -70,6 +70,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     if options.data.cache_text_encoder_outputs:
         refuse_text_cache_of_changing_captions(datasets, option=options.data.text_cache_option)
     warn_of_captions_options(datasets)
+    _warn_of_unused_rates(options)
     if options.data.skip_cache_check and not options.data.caches_to_disk:
         logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
     creator, arguments = _network_arguments(options)
@@ -142,6 +143,16 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     )
 
 
+def _warn_of_unused_rates(options: Options) -> None:
+    network, optimizer = options.network, options.optimizer
+    for option, rate, only in (
+        ("text_encoder_lr", any(optimizer.text_encoder_lr or ()), "network_train_unet_only"),
+        ("unet_lr", optimizer.unet_lr, "network_train_text_encoder_only"),
+    ):
+        if rate and getattr(network, only):
+            logger.warning("--%s has no effect: --%s leaves that part out", option, only)
+
+
 def _rehearse_network(options: Options, creator: str, arguments: dict[str, Any]) -> None:
     """Make our own network on no layer at all: it refuses what its settings cannot be before any model is loaded."""
     wanted = options.network
@@ -151,6 +162,8 @@ def _rehearse_network(options: Options, creator: str, arguments: dict[str, Any])
     from networks.blocks import BY_BLOCK
 
     known = {name: value for name, value in arguments.items() if name not in BY_BLOCK}
+    if len(known) < len(arguments):
+        known.pop("block_lr_zero_threshold", None)  # it needs one of those
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it will say again what it warns of
     try:

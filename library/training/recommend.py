@@ -92,7 +92,8 @@ def _rates(plan: Plan) -> Iterator[Advice]:
     name = "learning_rate" if plan.options.optimizer.unet_lr is None else "unet_lr"
     if choice.finds_its_rate:
         yield Advice(name, 1.0, f"{choice.name} finds the rate; this is a factor on it")
-        yield Advice("text_encoder_lr", 1.0, "the same: it has one rate for all parts")
+        if plan.family.name != "sdxl":  # of which the UNet alone is to be trained
+            yield Advice("text_encoder_lr", 1.0, "the same: it has one rate for all parts")
     elif not choice.relative_step:
         small = plan.family.native_resolution < 256
         usual = "ten times the usual, since the base is small" if small else "usual for a LoRA of Stable Diffusion"

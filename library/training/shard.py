@@ -47,6 +47,8 @@ def refuse_what_cannot_be(options: Options) -> None:
     for option, given in (("sample_prompts", drawn), ("compare_prompts", options.output.compare_prompts)):
         if given:
             raise UserError(f"--{option} with FSDP: one process draws, and has only a part of the model: leave it out")
+    if options.precision.holds_unet_in_float8:
+        raise UserError(f"--{options.precision.float8_option} with FSDP: only weights of one precision are shared out")
     if not source.is_ours(options.network.network_module):
         raise UserError(f"--network_module {options.network.network_module} with FSDP: networks.lora only")
 

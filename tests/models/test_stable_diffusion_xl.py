@@ -192,6 +192,12 @@ def test_what_the_model_says_of_itself(
     save_file({**states, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
     family = _from_file(path)
     assert family.alphas_cumprod[-1] == 0
+    # the schedule's mark alone: the user says the rest, or is asked to
+    save_file({**states, "ztsnr": torch.zeros(0)}, path)
+    assert _from_file(path, v_parameterization=True).alphas_cumprod[-1] == 0
+    assert "if it predicts v, give --v_parameterization" not in caplog.text
+    assert _from_file(path).alphas_cumprod[-1] > 0
+    assert "if it predicts v, give --v_parameterization" in caplog.text
     assert "of no known part" not in caplog.text
 
 
@@ -209,6 +215,27 @@ def test_a_folder_says_what_it_predicts(tmp_path: Path, tiny_sdxl: Path) -> None
     unet.write_text(json.dumps(json.loads(unet.read_text()) | {"cross_attention_dim": 64}))
     with pytest.raises(UserError, match="wants text states of 64 channels, the text encoders give 32 and 40"):
         _open(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "EDMEulerScheduler"},
+            r"another kind \(EDMEulerScheduler\)",
+        ),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "another kind"),
+        ("vae/config.json", {"latents_mean": [0.1] * 4, "latents_std": [5.0] * 4}, "scales each channel by itself"),
+    ],
+)
+def test_folders_of_relatives_are_refused(
+    tmp_path: Path, tiny_sdxl: Path, part: str, change: dict[str, Any], said: str
+) -> None:
+    path = Path(shutil.copytree(tiny_sdxl, tmp_path / "model")) / part
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        _open(tmp_path / "model")
 
 
 def test_another_vae_from_a_file_of_its_own(tmp_path: Path, tiny_sdxl: Path) -> None:

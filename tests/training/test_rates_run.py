@@ -21,6 +21,29 @@ def test_the_file_has_what_was_trained_and_says_how(train: Any, tmp_path: Path) 
     assert all(up.any() for up in ups)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--network_train_unet_only", "--text_encoder_lr", "1e-5"), "--text_encoder_lr has no effect: --network_"),
+        (("--network_train_text_encoder_only", "--unet_lr", "1e-4"), "--unet_lr has no effect: --network_train_text"),
+        (("--network_train_unet_only", "--text_encoder_lr", "0", "--unet_lr", "1e-4"), ""),
+    ],
+)
+def test_a_rate_of_what_is_not_trained(words: Any, said: str, train: Any, capsys: Any) -> None:
+    assert train(*words, "--dry_run") == 0
+    error = capsys.readouterr().err
+    assert said in error
+    assert ("_lr has no effect" in error) == bool(said)
+
+
+def test_a_threshold_goes_with_weights_of_blocks(train: Any, capsys: Any) -> None:
+    words = ("--network_args", "block_lr_zero_threshold=0.1")
+    assert train(*words, "down_lr_weight=linear", "--dry_run") == 0
+    assert "get no adapter" in capsys.readouterr().err
+    assert train(*words, "--dry_run") == 2
+    assert "block_lr_zero_threshold needs" in capsys.readouterr().err
+
+
 def test_many_rates_are_told_in_short(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--lr_layer_decay", "0.9", "--dry_run") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rates"))

@@ -126,3 +126,4 @@ def test_a_base_of_full_size_and_sdxl(advice: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(StableDiffusion, "name", "sdxl")
     found = advice(20)
     assert (found["learning_rate"], found["network_train_unet_only"], "text_encoder_lr" in found) == (1e-4, True, False)
+    assert "text_encoder_lr" not in advice(20, "--optimizer_type", "Prodigy")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from library.models import open_family
+from library.models.float8 import hold_in_float8
 from library.models.stable_diffusion_xl import StableDiffusionXL
 from tests.conftest import BASE, ROOT
+from tests.tiny_sdxl import TEXTS
 
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
 
@@ -111,6 +116,40 @@ def test_settings_train(train_sdxl, tmp_path, words):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
+@pytest.mark.parametrize("cached", [(), CACHED])
+def test_eight_bits_are_as_if_the_model_had_been_rounded(train_sdxl, tiny_sdxl, tmp_path, cached):
+    """Of all layers that can be adapted; where captions are cached, they are encoded before."""
+    rounded = Path(shutil.copytree(tiny_sdxl, tmp_path / "rounded"))
+    given = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
+    family = open_family(str(tiny_sdxl), **given)
+    family.load_unet(torch.bfloat16, "cpu")
+    if not cached:
+        family.load_text_encoders(torch.bfloat16, "cpu")
+    hold_in_float8(family.adapter_targets())
+    for part, module in {"unet": family.unet, **dict(zip(TEXTS, family.text_encoders, strict=False))}.items():
+        module.save_pretrained(rounded / part)
+
+    common = ("--mixed_precision", "bf16", "--gradient_checkpointing", *cached)
+    assert train_sdxl(*common, "--output_name", "own", "--fp8_base") == 0
+    assert train_sdxl(*common, "--output_name", "rounded", "--pretrained_model_name_or_path", str(rounded)) == 0
+    own, expected = weights(tmp_path, "own"), weights(tmp_path, "rounded")
+    assert same(own, expected)
+    with safe_open(tmp_path / "out" / "own.safetensors", framework="pt") as file:
+        assert (file.metadata()["ss_fp8_base"], file.metadata()["ss_fp8_base_unet"]) == ("True", "False")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--fp8_base needs --mixed_precision bf16 or fp16"),
+        (("--mixed_precision", "bf16", "--network_module", "lycoris.kohya"), "--network_module lycoris.kohya: it comp"),
+    ],
+)
+def test_what_cannot_be_in_eight_bits(train_sdxl, capsys, words, said):
+    assert train_sdxl("--fp8_base", *words) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", ["sdxl_style", "sdxl_character", "sdxl_concept"])
 def test_presets_train(train_sdxl, tmp_path, preset):
     words = ("--preset", preset, "--no-enable_bucket", "--max_train_steps", "1")
@@ -170,6 +209,16 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_sdxl, tmp_
     state = tmp_path / "out" / "part-step00000002-state"
     assert train_sdxl(*common, "--output_name", "part", "--overwrite", "--resume", str(state)) == 0
     assert same(weights(tmp_path, "whole"), weights(tmp_path, "part"))
+
+
+def test_a_dry_run_counts_eight_bits(train_sdxl, capsys):
+    def weights_in_bits(*words):
+        assert train_sdxl("--dry_run", "--mixed_precision", "bf16", *CACHED, *words) == 0
+        said = capsys.readouterr().out
+        assert ("frozen weights in 8 bits" in said) == bool(words)
+        return float(re.search(r"weights ([\d.]+) MiB", said)[1])
+
+    assert weights_in_bits("--fp8_base_unet") < 0.75 * weights_in_bits()  # the LoRA is as large as ever
 
 
 def test_a_dry_run_tells_what_it_takes(train_sdxl, capsys):

@@ -29,8 +29,7 @@ def test_it_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("path", SDXL, ids=lambda path: path.stem)
 def test_it_trains_sdxl(path: Path, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but --fp8_base, which is not supported."""
-    train(path, tiny_sdxl, "--no-fp8_base", tmp_path=tmp_path, monkeypatch=monkeypatch)
+    train(path, tiny_sdxl, tmp_path=tmp_path, monkeypatch=monkeypatch)
     with safe_open(next(Path("out").glob("*.safetensors")), framework="pt") as file:
         assert any(key.startswith("lora_unet_input_blocks_4_1_") for key in file.keys())  # noqa: SIM118
         assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"

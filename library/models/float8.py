@@ -1,0 +1,85 @@
+"""Frozen layers whose weights are held in 8 bits (kohya's --fp8_base): half of bf16's memory, computed in bf16 or fp16.
+
+Only the weights of the layers that adapters can sit on are held so, over 99 % of a UNet; biases, norms, embeddings and
+what comes first and last keep their precision. float8_e4m3fn has three bits of mantissa and no scale: a weight is off
+by 1/16 of itself at most, and below 2⁻⁶ by 2⁻¹⁰.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.family import AdapterTargets
+
+FLOAT8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(FLOAT8).max  # what is larger would become NaN
+
+
+def hold_in_float8(targets: Iterable[AdapterTargets]) -> int:
+    """Round the weights of every layer that `targets` name, and let these compute from them. Returns their number.
+
+    To be done before adapters are attached and after others are merged in. Raises UserError for a weight that is too
+    large for the format, before that layer is changed.
+    """
+    count = 0
+    for target in targets:
+        for path, layer in target.root.named_modules():
+            if target.linear.fullmatch(path) or target.conv.fullmatch(path):
+                assert isinstance(layer, nn.Linear | nn.Conv2d), f"{path}: neither Linear nor Conv2d"
+                weight = layer.weight.detach()
+                if not weight.abs().amax() <= _LARGEST:  # NaN as well
+                    raise UserError(
+                        f"--fp8_base: {target.prefix} {path} has weights beyond {_LARGEST:g}, which 8 bits cannot hold"
+                    )
+                layer.weight = nn.Parameter(weight.to(FLOAT8), requires_grad=False)
+                layer.forward = partial(_forward, layer)
+                count += 1
+    return count
+
+
+def _forward(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """As the layer's own, in the precision that autocast asks for, else that of `x`."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    if isinstance(layer, nn.Linear):
+        return _Linear.apply(x.to(dtype), layer.weight, bias)
+    shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return _Conv2d.apply(x.to(dtype), layer.weight, bias, shape)
+
+
+class _Linear(torch.autograd.Function):
+    """Autograd would keep the converted weight of every layer for the backward pass; here it keeps the 8 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), None, None
+
+
+class _Conv2d(torch.autograd.Function):
+    """The same for convolutions; `shape`: stride, padding, dilation, groups."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.shape = x.shape, shape
+        return F.conv2d(x, weight.to(x.dtype), bias, *shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        weight = weight.to(gradient.dtype)
+        return torch.nn.grad.conv2d_input(ctx.size, weight, gradient, *ctx.shape), None, None, None
