@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -19,6 +20,12 @@ ROOT = Path(__file__).parent.parent
 BASE = ROOT / "quickstart" / "base"
 IMAGES = ROOT / "quickstart" / "images"
 BASE_STYLE_IMAGES = ROOT / "tests" / "assets" / "noto"
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import stays to the end. Each collection of garbage would walk through all of it, more than a
+    million objects: a sixth of the time of a short training run."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -186,9 +186,9 @@ class LatentDiffusion:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from library.models.modules import new_tokenizer
+        from library.models.modules import read_tokenizer
 
-        return new_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
+        return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_vae

@@ -190,7 +190,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     def sampling_pipeline(self) -> Any:
         """A diffusers StableDiffusionXLPipeline with DDIM over the loaded parts, which it shares."""
-        from library.models.modules import new_tokenizer, new_xl_pipeline
+        from library.models.modules import new_xl_pipeline, read_tokenizer
 
         assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
         parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet}
@@ -198,7 +198,7 @@ class StableDiffusionXL(LatentDiffusion):
         if self.text_encoders:  # prompts can be encoded before
             options = {**self._base.tokenizer_options, "pad_token": "!"}
             parts |= dict(zip(_PARTS, self.text_encoders, strict=True))
-            parts |= {"tokenizer": self._tokenizer, "tokenizer_2": new_tokenizer(self._base.tokenizer, options)}
+            parts |= {"tokenizer": self._tokenizer, "tokenizer_2": read_tokenizer(self._base.tokenizer, options)}
         schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
         return new_xl_pipeline(parts, schedule)
 
