@@ -244,11 +244,11 @@ def train_and_judge(variant: Variant, rate: float, seed: int) -> Row:
     """One training run and its losses on the held-out images; infinite if it diverged."""
     from accelerate.state import AcceleratorState
 
+    from benchmarks.fixed_noise_loss import fixed_noise_loss
     from library.config.parser import parse
     from library.training import loop
     from library.training.build import build
     from library.training.plan import make_plan
-    from library.training.validate import fixed_noise_loss
 
     os.chdir(ROOT)
     began = time.perf_counter()

@@ -59,11 +59,11 @@ def suggested(seed: int, *more: str) -> dict[str, float]:
 
 def train_and_judge(seed: int, factor: float, *more: str) -> tuple[float, int]:
     """The loss on the validation images after training with the configured rates times `factor`, and the steps."""
+    from benchmarks.fixed_noise_loss import fixed_noise_loss
     from library.config.parser import parse
     from library.training import divergence, loop
     from library.training.build import build
     from library.training.plan import make_plan
-    from library.training.validate import fixed_noise_loss
 
     configured = parse(words(seed, "unused", *more)).optimizer
     assert configured.text_encoder_lr is not None

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from library.data.check import cpu_count
+from library.cpus import thread_count
 from library.data.images import load_pixels
 from library.data.samples import Size
 from library.data.views import View
@@ -142,7 +142,7 @@ def _room(like: Tensor, count: int) -> Tensor:
 
 def _read_ahead(views: Sequence[View], load: Callable[[View], Tensor], *, ahead: int) -> Generator[Tensor, None, None]:
     """The pixels of each view, in order. At most `ahead` images, and one for each thread, wait to be taken."""
-    threads = min(16, cpu_count())
+    threads = thread_count()
     waiting: deque[Future[Tensor]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:

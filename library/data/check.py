@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import stat
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from PIL import UnidentifiedImageError
 from PIL.Image import Image
 
+from library.cpus import thread_count
 from library.data.images import open_image, orientation, to_rgb
 from library.data.samples import Size
 from library.errors import UserError, why_not
@@ -23,11 +22,6 @@ from library.progress import bar
 
 logger = logging.getLogger(__name__)
 _SHOWN = 20
-
-
-def cpu_count() -> int:
-    """The CPUs that this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ def check_images(paths: Iterable[Path], *, contents: bool = False) -> tuple[dict
     good: dict[Path, Measured] = {}
     bad: dict[Path, str] = {}
     animated: list[Path] = []
-    with ThreadPoolExecutor(min(16, cpu_count())) as pool:  # decoding releases the GIL
+    with ThreadPoolExecutor(thread_count()) as pool:  # decoding releases the GIL
         results = bar(
             pool.map(partial(_measure, contents=contents), distinct),
             desc="checking images",

@@ -18,11 +18,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from library.cpus import thread_count
 from library.data import cache_files
 from library.data.cache import encoded_captions, encoded_images
 from library.data.cache_files import BrokenEntry
 from library.data.cache_keys import caption_key, file_digest, files_of, view_key
-from library.data.check import cpu_count
 from library.data.images import load_pixels
 from library.data.views import View
 from library.errors import UserError
@@ -56,7 +56,7 @@ class Team:
     def map(self, work: Callable[[Item], Result], items: Sequence[Item], *, desc: str, unit: str) -> list[Result]:
         """work(item) for each item, shared out among the processes and their threads."""
         mine = self.share(range(len(items)))
-        with ThreadPoolExecutor(min(16, cpu_count())) as pool:
+        with ThreadPoolExecutor(thread_count()) as pool:
             results = bar(pool.map(lambda i: work(items[i]), mine), desc=desc, total=len(mine), unit=unit)
             numbered = self.gather(list(zip(mine, results, strict=True)))
         return [result for _, result in sorted(numbered, key=lambda pair: pair[0])]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from library.data.check import cpu_count
+from library.cpus import cpu_count
 from library.data.images import load_view
 from library.data.views import View
 
@@ -42,12 +42,9 @@ class PixelLoader:
     """Batches of views → batches of pixels, in order, the same for any number of workers.
 
     `workers` is the most that are wanted: no more than CPUs or `most_batches`, the batches of an epoch, are started.
-    `start_method` is that of `multiprocessing` ("fork", "spawn", "forkserver"); None is the platform's own.
     """
 
-    def __init__(
-        self, *, workers: int, most_batches: int, persistent: bool = False, start_method: str | None = None
-    ) -> None:
+    def __init__(self, *, workers: int, most_batches: int, persistent: bool = False) -> None:
         self.workers = min(workers, cpu_count(), most_batches)
         self._order = _Order()
         self._loader = DataLoader(
@@ -56,7 +53,6 @@ class PixelLoader:
             sampler=self._order,
             num_workers=self.workers,
             persistent_workers=persistent and self.workers > 0,
-            multiprocessing_context=start_method if self.workers else None,
             generator=torch.Generator(),  # else each epoch would take a number from torch's global stream
         )
 

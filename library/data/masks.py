@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.data.check import cpu_count
+from library.cpus import thread_count
 from library.data.images import image_extensions, load_mask
 from library.data.samples import Sample, Size
 from library.data.views import View
@@ -58,7 +58,7 @@ def cache_masks(views: Iterable[View], latent_size: Callable[[View], tuple[int, 
             by_size.setdefault(view.size, []).append(view)
     rows: dict[View, int] = {}
     masks: dict[Size, Tensor] = {}
-    with ThreadPoolExecutor(min(16, cpu_count())) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         for size, same in by_size.items():
             cells = latent_size(same[0])
             read = pool.map(lambda view, cells=cells: latent_mask(view, cells), same)

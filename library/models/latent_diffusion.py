@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -152,3 +153,92 @@ def check_counts(targets: Mapping[str, AdapterTargets], expected: Mapping[str, i
         count = sum(bool(target.linear.fullmatch(p) or (conv and target.conv.fullmatch(p))) for p in paths)
         known = expected[name] if expected else count
         assert count == known, f"{count} targets in {name}, where this architecture has {known}"
+
+
+class LatentDiffusion:
+    """The members of `library.models.family.ModelFamily` that are the same for all of them.
+
+    A family adds its text encoders, what its UNet is conditioned on, where adapters sit, and how it draws.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        vae: str | None,
+        predicts: str,
+        default_scaling: float,
+        default_cells: int,
+        max_token_length: int | None,
+        zero_terminal_snr: bool,
+        weighted_captions: bool,
+    ) -> None:
+        """`base` has the VAE of `vae` already. `predicts`: "epsilon" or "v_prediction". default_scaling, default_cells:
+        of the latents and of a side, where configurations are older than these fields. Raises UserError."""
+        self._base = base
+        self.path, self.vae_path = base.path, vae
+        self.prediction_type = predicts
+        self._scheduler = scheduler(base, predicts, zero_terminal_snr=zero_terminal_snr)
+        self._latents = latent_space(base, default_scaling=default_scaling)
+        self.latent_channels, self.vae_factor = self._latents.channels, self._latents.factor
+        self.vae_overflows_fp16 = self._latents.overflows_fp16
+        self.native_resolution = native_resolution(base, self.vae_factor, default=default_cells)
+        self.token_limit = token_limit(max_token_length)
+        self.weighted_captions = weighted_captions
+
+        self.vae: nn.Module | None = None
+        self.text_encoders: list[nn.Module] = []
+        self.unet: nn.Module | None = None
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        from library.models.noise_schedule import alphas_cumprod
+
+        return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from library.models.modules import read_tokenizer
+
+        return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        from library.models.modules import new_vae
+
+        self.vae = load_part(self._base.parts["vae"], new_vae, dtype, device)
+
+    def load_unet(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        from library.models.modules import new_unet
+
+        self.unet = load_part(self._base.parts["unet"], new_unet, dtype, device)
+
+    def release_vae(self) -> None:
+        self.vae = None
+
+    def release_text_encoders(self) -> None:
+        self.text_encoders = []
+
+    def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.vae is not None, "the VAE is not loaded"
+        return self._latents.encode(self.vae, pixels_BCHW)
+
+    def vae_fingerprint(self) -> str:
+        from library.models.fingerprint import part_fingerprint
+
+        return part_fingerprint(self._base.parts["vae"])
+
+    def _reading(self) -> dict[str, Any]:
+        """How captions become tokens: a part of `text_fingerprint`."""
+        from library.models.fingerprint import folder_fingerprint
+
+        return {
+            "tokenizer": folder_fingerprint(self._base.tokenizer),
+            "tokenizer options": dict(self._base.tokenizer_options),
+            "tokens": self.token_limit,
+            "weighted": self.weighted_captions,
+        }
+
+    def count_tokens(self, caption: str) -> int:
+        from library.models.prompts import count_tokens
+
+        return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)

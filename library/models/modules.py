@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -114,11 +115,19 @@ def _give_positions(encoder: nn.Module) -> None:
     encoder.embeddings.register_buffer("position_ids", positions, persistent=False)
 
 
-def new_tokenizer(folder: Path, options: Mapping[str, Any]) -> Any:
-    """A CLIPTokenizer. Only from_pretrained reads vocab.json and merges.txt; the constructor ignores file names."""
+def read_tokenizer(folder: Path, options: Mapping[str, Any]) -> Any:
+    """A CLIPTokenizer. Reading one takes half a second, and each drawing with SDXL wants a second one: they are kept.
+
+    Only from_pretrained reads vocab.json and merges.txt; the constructor ignores file names.
+    """
+    return _tokenizer(folder, json.dumps(dict(options), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(folder: Path, options: str) -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **json.loads(options))
 
 
 def new_pipeline(parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -21,13 +20,10 @@ from library.models.latent_diffusion import (
     TEXT_LINEAR,
     UNET_CONV,
     UNET_LINEAR,
+    LatentDiffusion,
     check_counts,
-    latent_space,
     load_part,
-    native_resolution,
     prediction_type,
-    scheduler,
-    token_limit,
 )
 
 if TYPE_CHECKING:
@@ -38,16 +34,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_SCALING = 0.18215  # of the VAE's latents, where its configuration is older than the field
-
-
 # What kohya's networks.lora finds in the true sizes, by the width of the text states.
 _TRUE_BLOCKS = [320, 640, 1280, 1280]
 _EXPECTED = {768: {"unet": 192, "text_encoder": 72}, 1024: {"unet": 192, "text_encoder": 138}}
 _EXPECTED_CONV = 86  # more in the UNet: 50 convolutions of 3 × 3, 36 Linear or 1 × 1
 
 
-class StableDiffusion:
+class StableDiffusion(LatentDiffusion):
     """The family "sd". Its members are described in `library.models.family.ModelFamily`."""
 
     name = "sd"
@@ -65,100 +58,42 @@ class StableDiffusion:
         zero_terminal_snr: bool = False,
         weighted_captions: bool = False,
     ) -> None:
-        self._base = base = base.with_vae(vae) if vae else base
-        self.path, self.vae_path = base.path, vae
-        unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
-        self._text_width, self._layers = unet["cross_attention_dim"], text["num_hidden_layers"]
+        base = base.with_vae(vae) if vae else base
         self._is_v2 = _checked_v2(base, says_v2=v2)
-        self.prediction_type = _prediction_type(base, v2=self._is_v2, says_v=v_parameterization)
-        self._scheduler = scheduler(base, self.prediction_type, zero_terminal_snr=zero_terminal_snr)
+        super().__init__(
+            base,
+            vae=vae,
+            predicts=_prediction_type(base, v2=self._is_v2, says_v=v_parameterization),
+            default_scaling=0.18215,
+            default_cells=64,
+            max_token_length=max_token_length,
+            zero_terminal_snr=zero_terminal_snr,
+            weighted_captions=weighted_captions,
+        )
         velocity = self.prediction_type == "v_prediction"
         self.base_model_version = f"sd_v{2 if self._is_v2 else 1}{'_v' if velocity else ''}"
         self.architecture = "stable-diffusion-v1"
         if self._is_v2:
             self.architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
-
-        self._latents = latent_space(base, default_scaling=_DEFAULT_SCALING)
-        self.latent_channels, self.vae_factor = self._latents.channels, self._latents.factor
-        self.vae_overflows_fp16 = self._latents.overflows_fp16
-        self.native_resolution = native_resolution(base, self.vae_factor, default=64)
         if base.location.is_file() and self._is_v2 and velocity:
             self.native_resolution = 768  # the shipped configuration is that of the 512 pixel version
 
+        unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
+        self._text_width, self._layers = unet["cross_attention_dim"], text["num_hidden_layers"]
         self.clip_skip = clip_skip
         if clip_skip is not None and not 1 <= clip_skip <= self._layers:
             raise UserError(f"--clip_skip {clip_skip}: must be 1 … {self._layers}, the layers of this text encoder")
-        self.token_limit = token_limit(max_token_length)
-        self.weighted_captions = weighted_captions
-
-        self.vae: nn.Module | None = None
-        self.text_encoders: list[nn.Module] = []
-        self.unet: nn.Module | None = None
-
-    @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        from library.models.noise_schedule import alphas_cumprod
-
-        return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from library.models.modules import new_tokenizer
-
-        return new_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
-
-    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        from library.models.modules import new_vae
-
-        self.vae = load_part(self._base.parts["vae"], new_vae, dtype, device)
 
     def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_text_encoder
 
         self.text_encoders = [load_part(self._base.parts["text_encoder"], new_text_encoder, dtype, device)]
 
-    def load_unet(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        from library.models.modules import new_unet
-
-        self.unet = load_part(self._base.parts["unet"], new_unet, dtype, device)
-
-    def release_vae(self) -> None:
-        self.vae = None
-
-    def release_text_encoders(self) -> None:
-        self.text_encoders = []
-
-    def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1].
-
-        Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
-        """
-        assert self.vae is not None, "the VAE is not loaded"
-        return self._latents.encode(self.vae, pixels_BCHW)
-
-    def vae_fingerprint(self) -> str:
-        from library.models.fingerprint import part_fingerprint
-
-        return part_fingerprint(self._base.parts["vae"])
-
     def text_fingerprint(self) -> str:
-        from library.models.fingerprint import combined, folder_fingerprint, part_fingerprint
+        from library.models.fingerprint import combined, part_fingerprint
 
-        return combined(
-            {
-                "weights": part_fingerprint(self._base.parts["text_encoder"]),
-                "tokenizer": folder_fingerprint(self._base.tokenizer),
-                "tokenizer options": dict(self._base.tokenizer_options),
-                "clip skip": self.clip_skip or 1,
-                "tokens": self.token_limit,
-                "weighted": self.weighted_captions,
-            }
-        )
-
-    def count_tokens(self, caption: str) -> int:
-        from library.models.prompts import count_tokens
-
-        return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)
+        weights = part_fingerprint(self._base.parts["text_encoder"])
+        return combined({**self._reading(), "weights": weights, "clip skip": self.clip_skip or 1})
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D]}. Differentiable, for adapters in the text encoder."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -22,13 +21,10 @@ from library.models.latent_diffusion import (
     TEXT_LINEAR,
     UNET_CONV,
     UNET_LINEAR,
+    LatentDiffusion,
     check_counts,
-    latent_space,
     load_part,
-    native_resolution,
     prediction_type,
-    scheduler,
-    token_limit,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_SCALING = 0.13025  # of the VAE's latents, where its configuration is older than the field
 _SECOND_LINEAR = re.compile(rf"text_model\.{TEXT_LINEAR.pattern}")
 _PARTS = ("text_encoder", "text_encoder_2")
 _PADS = (None, 0)  # open_clip fills up with token 0, which is "!"; the vocabularies are the same
@@ -50,7 +45,7 @@ _EXPECTED = {"unet": 722, "text_encoder_1": 72, "text_encoder_2": 192}
 _EXPECTED_CONV = 66  # more in the UNet: 38 convolutions of 3 × 3, 28 Linear or 1 × 1
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(LatentDiffusion):
     """The family "sdxl". Its members are described in `library.models.family.ModelFamily`."""
 
     name = "sdxl"
@@ -71,42 +66,22 @@ class StableDiffusionXL:
         zero_terminal_snr: bool = False,
         weighted_captions: bool = False,
     ) -> None:
-        self._base = base = base.with_vae(vae) if vae else base
-        self.path, self.vae_path = base.path, vae
+        base = base.with_vae(vae) if vae else base
         if v2:
             raise UserError(f"--v2 was given, but {base.path} is an SDXL model")
         if clip_skip is not None:
             logger.warning("--clip_skip %d: has no effect: SDXL always reads the layer before the last", clip_skip)
         _check_widths(base)
-        self.prediction_type = prediction_type(base, says_v=v_parameterization)
-        self._scheduler = scheduler(base, self.prediction_type, zero_terminal_snr=zero_terminal_snr)
-        self._latents = latent_space(base, default_scaling=_DEFAULT_SCALING)
-        self.latent_channels, self.vae_factor = self._latents.channels, self._latents.factor
-        self.vae_overflows_fp16 = self._latents.overflows_fp16
-        self.native_resolution = native_resolution(base, self.vae_factor, default=128)
-        self.token_limit = token_limit(max_token_length)
-        self.weighted_captions = weighted_captions
-
-        self.vae: nn.Module | None = None
-        self.text_encoders: list[nn.Module] = []
-        self.unet: nn.Module | None = None
-
-    @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        from library.models.noise_schedule import alphas_cumprod
-
-        return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from library.models.modules import new_tokenizer
-
-        return new_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
-
-    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        from library.models.modules import new_vae
-
-        self.vae = load_part(self._base.parts["vae"], new_vae, dtype, device)
+        super().__init__(
+            base,
+            vae=vae,
+            predicts=prediction_type(base, says_v=v_parameterization),
+            default_scaling=0.13025,
+            default_cells=128,
+            max_token_length=max_token_length,
+            zero_terminal_snr=zero_terminal_snr,
+            weighted_captions=weighted_captions,
+        )
 
     def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_projected_text_encoder, new_text_encoder
@@ -114,47 +89,10 @@ class StableDiffusionXL:
         kinds = zip(_PARTS, (new_text_encoder, new_projected_text_encoder), strict=True)
         self.text_encoders = [load_part(self._base.parts[part], new, dtype, device) for part, new in kinds]
 
-    def load_unet(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        from library.models.modules import new_unet
-
-        self.unet = load_part(self._base.parts["unet"], new_unet, dtype, device)
-
-    def release_vae(self) -> None:
-        self.vae = None
-
-    def release_text_encoders(self) -> None:
-        self.text_encoders = []
-
-    def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1].
-
-        Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
-        """
-        assert self.vae is not None, "the VAE is not loaded"
-        return self._latents.encode(self.vae, pixels_BCHW)
-
-    def vae_fingerprint(self) -> str:
-        from library.models.fingerprint import part_fingerprint
-
-        return part_fingerprint(self._base.parts["vae"])
-
     def text_fingerprint(self) -> str:
-        from library.models.fingerprint import combined, folder_fingerprint, part_fingerprint
+        from library.models.fingerprint import combined, part_fingerprint
 
-        return combined(
-            {
-                "weights": [part_fingerprint(self._base.parts[part]) for part in _PARTS],
-                "tokenizer": folder_fingerprint(self._base.tokenizer),
-                "tokenizer options": dict(self._base.tokenizer_options),
-                "tokens": self.token_limit,
-                "weighted": self.weighted_captions,
-            }
-        )
-
-    def count_tokens(self, caption: str) -> int:
-        from library.models.prompts import count_tokens
-
-        return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)
+        return combined({**self._reading(), "weights": [part_fingerprint(self._base.parts[part]) for part in _PARTS]})
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D1 + D2], "pooled": [B, P]}. Differentiable, for adapters in both.
@@ -252,7 +190,7 @@ class StableDiffusionXL:
 
     def sampling_pipeline(self) -> Any:
         """A diffusers StableDiffusionXLPipeline with DDIM over the loaded parts, which it shares."""
-        from library.models.modules import new_tokenizer, new_xl_pipeline
+        from library.models.modules import new_xl_pipeline, read_tokenizer
 
         assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
         parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet}
@@ -260,7 +198,7 @@ class StableDiffusionXL:
         if self.text_encoders:  # prompts can be encoded before
             options = {**self._base.tokenizer_options, "pad_token": "!"}
             parts |= dict(zip(_PARTS, self.text_encoders, strict=True))
-            parts |= {"tokenizer": self._tokenizer, "tokenizer_2": new_tokenizer(self._base.tokenizer, options)}
+            parts |= {"tokenizer": self._tokenizer, "tokenizer_2": read_tokenizer(self._base.tokenizer, options)}
         schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
         return new_xl_pipeline(parts, schedule)
 

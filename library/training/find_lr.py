@@ -24,6 +24,7 @@ from library.optimizers.create import OptimizerChoice, ParameterGroups
 from library.progress import progress
 from library.training import divergence, loop, lr_curve, state
 from library.training.loss_history import LossHistory
+from library.training.unwatched import Unwatched
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -111,7 +112,7 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
     `groups`: with the rates as configured; each is multiplied by rate / `reference`. Afterwards weights, optimizer,
     schedule, loss scale and torch's random numbers are as they were, bit for bit.
     """
-    trial = replace(run, schedule=None, observe=None, total_steps=len(rates), losses=LossHistory(), monitor=None)
+    trial = replace(run, schedule=None, observe=None, total_steps=len(rates), losses=LossHistory(), monitor=Unwatched())
     losses: list[float] = []
     with _undone(run):
         batches = measured_batches(run)

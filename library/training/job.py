@@ -50,7 +50,7 @@ def run(options: Options, *, family: str | None = None) -> int:
     try:
         stopped_by = loop.train(built.run)
     except UserError:
-        _tell(built, stopped_by="an error", conclusion="")
+        _conclude(built, stopped_by="an error", conclusion="")
         raise
     built.run.accelerator.end_training()
     history = built.run.history
@@ -59,14 +59,12 @@ def run(options: Options, *, family: str | None = None) -> int:
         logger.info("%s", conclusion)
     if built.run.accelerator.is_main_process and stopped_by is None:
         _draw(built)
-    _tell(built, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
+    _conclude(built, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
     return 0 if stopped_by is None else 128 + stopped_by
 
 
-def _tell(built: Built, *, stopped_by: str, conclusion: str) -> None:
+def _conclude(built: Built, *, stopped_by: str, conclusion: str) -> None:
     """End the metrics, and make the report of them. Neither matters so much as what was trained."""
-    if built.run.monitor is None:
-        return
     from library.training import metrics
 
     built.run.monitor.end(stopped_by=stopped_by, conclusion=conclusion)
@@ -82,7 +80,7 @@ def _tell(built: Built, *, stopped_by: str, conclusion: str) -> None:
 
 def _draw(built: Built) -> None:
     """The curve of the loss, and the prompts drawn without and with the LoRA, beside the last file."""
-    from library.training import ema, report, sample
+    from library.training import ema, loss_plot, sample
     from library.training.build import pictures
     from library.training.encode import vae_dtype
     from networks.protocol import without
@@ -92,7 +90,7 @@ def _draw(built: Built) -> None:
     if path := paths.get("loss"):
         steps_per_epoch = built.saves.steps_per_epoch
         title = built.saves.last_file.stem
-        report.plot_losses(path, built.run.losses, steps_per_epoch=steps_per_epoch, title=title)
+        loss_plot.plot(path, built.run.losses, steps_per_epoch=steps_per_epoch, title=title)
         logger.info("drew %s", path)
     if path := paths.get("compare"):
         if family.vae is None:

@@ -23,6 +23,7 @@ from library.progress import progress
 from library.training import divergence
 from library.training.loss_history import LossHistory
 from library.training.step import BatchLoss, Objective, batch_loss
+from library.training.unwatched import Unwatched
 from networks.protocol import without
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Run:
     guard: divergence.Guard  # what to do about a loss that is no number
     done: int = 0  # steps that an earlier run made
     losses: LossHistory = field(default_factory=LossHistory)
-    monitor: Monitor | None = None  # what is measured and told of each step beside loss and rates
+    monitor: Monitor | Unwatched = field(default_factory=Unwatched)  # measures and tells what each step did
     save_best: Callable[[int], object] = lambda step: None  # write the network as the best so far
     save_last: Callable[[int], object] = lambda step: None  # write what is due, and the last file, for an early end
     validate: Callable[[int], bool] = lambda step: False  # if it is due after so many steps; True: end the run here
@@ -110,11 +111,9 @@ def train(run: Run) -> signal.Signals | None:
                 return _train(run, stop, bar)
             except divergence.Diverged as problem:
                 if not run.guard.roll_back(run, problem):
-                    if run.monitor is not None:
-                        run.monitor.diverged(problem.step, str(problem))
+                    run.monitor.diverged(problem.step, str(problem))
                     raise UserError(_end(run, problem)) from None
-                if run.monitor is not None:
-                    run.monitor.go_back(run.done, why=str(problem))
+                run.monitor.go_back(run.done, why=str(problem))
                 bar.n = run.done
                 bar.refresh()
 
@@ -135,8 +134,7 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
             if not run.guard.skip(run, problem):
                 raise
             run.losses.add(math.nan)
-            if run.monitor is not None:
-                run.monitor.diverged(item.step, str(problem))
+            run.monitor.diverged(item.step, str(problem))
         _report(run, item, bar)
         _from_training(run)
         if run.validate(item.step):
@@ -216,16 +214,14 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
         raise _diverged(run, item, losses)
     if run.observe is not None and math.isfinite(norm):
         run.observe(loss, norm, None if run.history is None else run.history.loss_after(item.step - 1))
-    if run.monitor is not None:
-        run.monitor.before_step(item.step, gradient_norm=norm)
+    run.monitor.before_step(item.step, gradient_norm=norm)
     run.optimizer.step()
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.scale_weight_norms:
         run.network.apply_max_norm_regularization(run.scale_weight_norms, accelerator.device)
-    if run.monitor is not None:
-        run.monitor.after_step(item.step)
+    run.monitor.after_step(item.step)
     return loss
 
 
@@ -263,8 +259,8 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     first = batch.samples[0]
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     found = loss_of(run, batch, train_text=run.train_text)
-    if run.monitor is not None and weight:
-        run.monitor.meter.batch(found.per_sample.detach(), found.t)
+    if weight:  # else it is run for nothing
+        run.monitor.batch(found.per_sample.detach(), found.t)
     (run.zero or run.accelerator).backward(found.loss * weight)
     return found.loss.detach() * weight
 
@@ -303,9 +299,7 @@ def _report(run: Run, item: StepBatches, bar: Any) -> None:
         shown = f"{different[0]:.2e}..{different[-1]:.2e}"
     bar.set_postfix(loss=f"{average:.4f}", lr=shown, refresh=False)
     bar.update()
-    more: dict[str, float] = {}
-    if run.monitor is not None:
-        more = run.monitor.report(item.step, epoch=item.epoch + 1, loss=loss, average=average, rates=rates)
+    more = run.monitor.report(item.step, epoch=item.epoch + 1, loss=loss, average=average, rates=rates)
     if run.accelerator.trackers:
         values = {"loss/current": loss, "loss/average": average, "epoch": item.epoch + 1}
         run.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates.items()} | more, step=item.step)

@@ -15,6 +15,8 @@ from library.training.warning_signs import WEIGHT_DECAY_GONE, Sign, Watch
 from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from library.training.build import Built
     from library.training.loop import Run
 
@@ -31,7 +33,7 @@ class Monitor:
         self, meter: Meter, *, run: Run, every: int, bins: list[str], file: metrics.MetricsFile | None
     ) -> None:
         """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of timesteps."""
-        self.meter, self._file, self._bins, self._every = meter, file, bins, every
+        self._meter, self._file, self._bins, self._every = meter, file, bins, every
         self._run = run
         self._watch = Watch(total_steps=run.total_steps)
         self._step = run.done
@@ -42,16 +44,20 @@ class Monitor:
         if file is not None and run.done:
             self._earlier = self._recall(file)
 
+    def batch(self, per_sample_B: Tensor, t_B: Tensor) -> None:
+        """The losses of a batch, detached, with their timesteps, which lie on the CPU."""
+        self._meter.batch(per_sample_B, t_B)
+
     def before_step(self, step: int, *, gradient_norm: float) -> None:
         """`gradient_norm`: of all gradients together, before clipping."""
         self._norm = gradient_norm
         if self._is_due(step):
-            self.meter.before()
+            self._meter.before()
 
     def after_step(self, step: int) -> None:
         """The weights are new."""
         if self._is_due(step):
-            self._measured = self.meter.after()
+            self._measured = self._meter.after()
 
     def report(
         self, step: int, *, epoch: int, loss: float, average: float, rates: Mapping[str, float]
@@ -91,7 +97,7 @@ class Monitor:
     def go_back(self, step: int, *, why: str) -> None:
         """The run stands where it stood after `step` steps, and goes on from there."""
         self._measured = self._norm = None
-        self.meter.forget()
+        self._meter.forget()
         self._watch = Watch(total_steps=self._run.total_steps)
         if self._file is not None:
             self._file.go_back(step)

@@ -18,8 +18,8 @@ from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
 from library.progress import bar
 from library.training import ema
+from library.training.fixed_noise import image_losses, middles
 from library.training.step import Objective, condition_of, sample_losses
-from library.training.validate import image_losses, middles
 from library.training.validation_history import History, Validation
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ class Validator:
         values |= {f"loss/validation/t{t}": loss for t, loss in now.by_timestep.items()}
         if self.run.accelerator.trackers:
             self.run.accelerator.log(values, step=step)
-        if self.run.monitor is not None:
-            self.run.monitor.validation(step, {f"t{t}": loss for t, loss in now.by_timestep.items()}, loss=now.loss)
+        self.run.monitor.validation(step, {f"t{t}": loss for t, loss in now.by_timestep.items()}, loss=now.loss)
 
 
 def data_of(plan: Plan) -> TrainingData | None:

@@ -81,7 +81,7 @@ def test_few_images_are_held_while_the_encoder_is_slow(views: list[View], monkey
         return load_pixels(view)
 
     monkeypatch.setattr("library.data.cache.load_pixels", counting)
-    monkeypatch.setattr("library.data.cache.cpu_count", lambda: 2)
+    monkeypatch.setattr("library.data.cache.thread_count", lambda: 2)
     held: list[int] = []
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -111,15 +112,21 @@ def test_flips_are_fair_and_seen_in_the_crops(prepared: Prepared) -> None:
     assert crops["c"] == {(3, 0), (4, 0)}  # 71 x 64 → 64 x 64
 
 
-@pytest.mark.parametrize(("start_method", "persistent"), [("fork", False), ("spawn", True)])
-def test_workers_change_nothing(
-    prepared: Prepared, start_method: str, persistent: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("library.data.loader.cpu_count", lambda: 2)
-    if start_method not in torch.multiprocessing.get_all_start_methods():
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How worker processes begin: as on Linux, or as on Windows and macOS."""
+    if request.param not in multiprocessing.get_all_start_methods():
         pytest.skip("not on this platform")
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_change_nothing(prepared: Prepared, start_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("library.data.loader.cpu_count", lambda: 2)
     data = TrainingData(prepared, seed=1)
-    loader = PixelLoader(workers=2, most_batches=9, persistent=persistent, start_method=start_method)
+    loader = PixelLoader(workers=2, most_batches=9, persistent=start_method == "spawn")
     assert loader.workers == 2
     before = torch.get_rng_state()
     for epoch in range(2):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.models.base_model import ASSETS, open_base_model
-from library.models.modules import new_tokenizer
+from library.models.modules import read_tokenizer
 from library.models.prompt_weights import weighted_texts
 from library.models.prompts import chunked_ids, weighted_ids
 from library.models.stable_diffusion import StableDiffusion
@@ -90,7 +90,7 @@ def test_states_are_multiplied(
 
 
 def test_ids_are_those_of_the_text_and_weights_stand_at_their_tokens() -> None:
-    tokenizer = new_tokenizer(ASSETS / "clip_tokenizer", {})
+    tokenizer = read_tokenizer(ASSETS / "clip_tokenizer", {})
     ids, weights = weighted_ids(tokenizer, ["a (cat:1.3)", "(" + "word " * 200], limit=150)
     assert torch.equal(ids, chunked_ids(tokenizer, ["a cat", "word " * 200], limit=150))
     assert weights.shape == (2, 152)

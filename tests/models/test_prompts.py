@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from library.models.base_model import ASSETS, open_base_model
-from library.models.modules import new_tokenizer
+from library.models.modules import read_tokenizer
 from library.models.prompts import chunked_ids, content_tokens
 from library.models.stable_diffusion import StableDiffusion
 
@@ -32,14 +32,14 @@ _CAPTIONS = [
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     options = {"pad_token": "!"} if request.param == "sd2" else {}
-    return new_tokenizer(ASSETS / "clip_tokenizer", options)
+    return read_tokenizer(ASSETS / "clip_tokenizer", options)
 
 
 def test_the_shipped_vocabulary_is_clips(tokenizer: Any) -> None:
     assert tokenizer("a photo of a cat").input_ids == [BOS, 320, 1125, 539, 320, 2368, EOS]
     assert len(tokenizer) == 49408
     assert tokenizer.pad_token_id in (0, EOS)
-    folder = new_tokenizer(BASE / "tokenizer", {})
+    folder = read_tokenizer(BASE / "tokenizer", {})
     if tokenizer.pad_token_id == EOS:
         for caption in _CAPTIONS:
             assert tokenizer(caption).input_ids == folder(caption).input_ids

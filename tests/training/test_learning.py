@@ -9,11 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from benchmarks.fixed_noise_loss import fixed_noise_loss
 from library.config.parser import parse
 from library.training import loop
 from library.training.build import build
 from library.training.plan import make_plan
-from library.training.validate import fixed_noise_loss
 from networks.protocol import without
 from tests.conftest import BASE, BASE_STYLE_IMAGES, IMAGES, ROOT
 

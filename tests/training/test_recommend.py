@@ -120,7 +120,7 @@ def test_with_a_config_file_it_says_where_to_put_them(
 
 
 def test_a_base_of_full_size_and_sdxl(advice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("library.models.stable_diffusion.native_resolution", lambda *given, **more: 512)
+    monkeypatch.setattr("library.models.latent_diffusion.native_resolution", lambda *given, **more: 512)
     full = advice(20)
     assert (full["learning_rate"], full["text_encoder_lr"]) == (1e-4, 5e-5)
     monkeypatch.setattr(StableDiffusion, "name", "sdxl")

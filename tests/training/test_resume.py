@@ -13,8 +13,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.training import loop, state
+from tests.conftest import copy_images, forget_accelerator, run_training
 
 Train = Callable[..., int]
+
+SAVES = ("--save_every_n_steps", "2", "--save_state")
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of four steps with a state after the second and the last."""
+    folder = tmp_path_factory.mktemp("saved")
+    copy_images(folder / "data" / "2_style")
+    assert run_training(folder, *SAVES) == 0
+    forget_accelerator()
+    return folder / "out"
+
+
+@pytest.fixture
+def saved(four_steps: Path, tmp_path: Path) -> Path:
+    """The same, for one test alone, in the place where `train` writes."""
+    return shutil.copytree(four_steps, tmp_path / "out")
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -38,8 +57,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(loop, "optimizer_step", interrupted)
 
 
-# Seven steps of an epoch of six (12 draws in batches of 2); stopped after the third or in the second epoch.
-LONG = ("--max_train_steps", "9", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2")
+# An epoch has six steps (12 draws in batches of 2): stopped after the third, and on into the second epoch.
+LONG = ("--max_train_steps", "7", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +99,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
 def flat(value: object) -> object:
     """Nested states in a form that == compares bit by bit."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).tolist()
+        return value.dtype, tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
         return {key: flat(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -129,10 +148,9 @@ def test_the_seed_is_the_states(train: Train, tmp_path: Path) -> None:
 
 
 def test_files_of_another_run_are_not_replaced(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("--save_every_n_steps", "2", "--save_state") == 0
-    shutil.move(tmp_path / "out" / "test-step00000002-state", tmp_path / "kept")
+    shutil.move(saved / "test-step00000002-state", tmp_path / "kept")
     assert train("--overwrite") == 0  # another run takes the name
     assert train("--resume", str(tmp_path / "kept")) == 2
     assert "would replace" in capsys.readouterr().err
@@ -152,26 +170,26 @@ def test_files_of_another_run_are_not_replaced(
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, tuple) else "",
 )
 def test_another_run_is_refused(
-    words: tuple[str, ...], said: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], said: str, saved: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("--save_every_n_steps", "2", "--save_state") == 0
-    resume = ("--resume", str(tmp_path / "out" / "test-step00000002-state"))
+    resume = ("--resume", str(saved / "test-step00000002-state"))
     assert train(*resume, *words) == 2
     assert said in capsys.readouterr().err
     if "nothing is left" not in said:
         assert train(*resume, *words, "--resume_anyway", "--output_name", "anyway") == 0
 
 
-def test_a_changed_caption_is_another_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--save_every_n_steps", "2", "--save_state") == 0
+def test_a_changed_caption_is_another_run(
+    saved: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     caption = next((tmp_path / "data" / "2_style").glob("*.txt"))
     caption.write_text("something else", encoding="utf-8")
-    assert train("--resume", str(tmp_path / "out" / "test-step00000002-state")) == 2
+    assert train("--resume", str(saved / "test-step00000002-state")) == 2
     assert "the data:" in capsys.readouterr().err
 
 
 def test_harmless_changes_are_listed(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--save_every_n_steps", "2", "--save_state") == 0
+    assert train(*SAVES) == 0
     words = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--no-cache_latents")
     assert train(*words, "--output_name", "other", "--save_precision", "fp16", "--max_train_steps", "6") == 0
     said = capsys.readouterr().err.split("which does no harm:\n")[1].split("adapted layers")[0]
@@ -185,8 +203,8 @@ def test_harmless_changes_are_listed(train: Train, tmp_path: Path, capsys: pytes
     ]
 
 
-def damaged(tmp_path: Path, *, file: str, content: bytes | None) -> Path:
-    folder = tmp_path / "out" / "test-state"
+def damaged(saved: Path, *, file: str, content: bytes | None) -> Path:
+    folder = saved / "test-state"
     if content is None:
         (folder / file).unlink()
     else:
@@ -206,10 +224,9 @@ def damaged(tmp_path: Path, *, file: str, content: bytes | None) -> Path:
     ],
 )
 def test_damaged_states(
-    file: str, content: bytes | None, said: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, content: bytes | None, said: str, saved: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("--save_state_on_train_end") == 0
-    folder = damaged(tmp_path, file=file, content=content)
+    folder = damaged(saved, file=file, content=content)
     assert train("--resume", str(folder), "--max_train_steps", "6", "--output_name", "more") == 2
     assert said in capsys.readouterr().err
 

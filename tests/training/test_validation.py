@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks.fixed_noise_loss import fixed_noise_loss, mean_squares
 from library.config.validation import ValidationOptions, check_validation
 from library.models.stable_diffusion import StableDiffusion
 from library.training import loop, state
-from library.training.validate import fixed_noise_loss, image_losses, mean_squares, middles
+from library.training.fixed_noise import image_losses, middles
 from tests.conftest import BASE, IMAGES
 from tests.training.test_resume import stop_after
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: the curve of the loss."""
+"""A picture of how the loss went."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
     return means
 
 
-def plot_losses(path: Path, history: LossHistory, *, steps_per_epoch: int, title: str) -> None:
+def plot(path: Path, history: LossHistory, *, steps_per_epoch: int, title: str) -> None:
     """A PNG of the loss per optimizer step: faint as it came, or in a long run the mean of a few steps, and strong as
     its moving mean.
 

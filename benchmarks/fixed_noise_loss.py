@@ -1,0 +1,46 @@
+"""How well a model knows images: the mean squared error, with the same noise for all that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from library.losses.l2 import l2
+from library.models.family import ModelFamily
+from library.training.fixed_noise import image_losses, middles
+
+
+def mean_squares(prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    """The mean squared error of each image, [B]."""
+    return l2(prediction_BCHW, target_BCHW).mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def fixed_noise_loss(
+    family: ModelFamily, latents_NCHW: Tensor, captions: Sequence[str], *, seed: int, batch_size: int = 16
+) -> dict[int, float]:
+    """Mean squared error per timestep of `middles()`, over all images; the key of image i is i.
+
+    UNet and text encoder must be loaded.
+    """
+    assert family.unet is not None
+    losses = {}
+    device = next(family.unet.parameters()).device
+    for t in middles():
+        total = 0.0
+        for start in range(0, len(latents_NCHW), batch_size):
+            latents = latents_NCHW[start : start + batch_size].to(device)
+            keys = range(start, start + len(latents))
+            size = latents.shape[-1] * family.vae_factor, latents.shape[-2] * family.vae_factor
+            condition = family.condition(
+                family.encode_prompts([captions[i] for i in keys]),
+                original_sizes=[size] * len(latents),
+                crops=[(0, 0)] * len(latents),
+                target_size=size,
+            )
+            losses_B = image_losses(family, latents, condition, t, keys=keys, seed=seed, loss=mean_squares)
+            total += losses_B.sum().item()
+        losses[t] = total / len(latents_NCHW)
+    return losses
