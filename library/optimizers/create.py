@@ -121,7 +121,11 @@ def _defaults(path: str, name: str) -> dict[str, Any]:
 def create_optimizer(
     choice: OptimizerChoice, groups: ParameterGroups, *, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The optimizer over `groups` (dicts with "params", "lr" and "name")."""
+    """The optimizer over `groups` (dicts with "params", "lr" and "name").
+
+    `learning_rate`: of groups without one; and what schedules that end at a certain rate compare that rate with, so it
+    should be the highest of the groups' own.
+    """
     if choice.path != CUSTOM_ADAMW:  # what only it understands
         groups = [{k: v for k, v in group.items() if k not in ("param_names", "lora_scale")} for group in groups]
     rates = {group.get("lr", learning_rate) for group in groups}
