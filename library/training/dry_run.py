@@ -108,9 +108,10 @@ def _data(built: Built) -> Iterator[str]:
     prepared, family = built.plan.prepared, built.plan.family
     for summary in prepared.summaries:
         kind = "regularisation images" if summary.subset.is_reg else "images"
+        held = f", {summary.held_out} held back" if summary.held_out else ""
         yield _line(
             "images",
-            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
+            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}{held}; captions: "
             f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
         )
     texts = built.run.data.captions()
@@ -159,7 +160,7 @@ def _length(built: Built) -> Iterator[str]:
     yield _line(
         "length",
         f"{saves.total_steps} steps; an epoch has {saves.steps_per_epoch} of them "
-        f"({built.plan.prepared.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:g} epochs",
+        f"({built.plan.prepared.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:.4g} epochs",
     )
     a_step = " or ".join(str(size * accumulation * processes) for size in sizes)
     a_batch = " or ".join(map(str, sizes))
