@@ -75,8 +75,18 @@ def choose_optimizer(
     if path.endswith(".Adafactor") and arguments.get("warmup_init") and not arguments["relative_step"]:
         raise UserError("--optimizer_args: Adafactor's warmup_init=True needs relative_step=True")
     choice = OptimizerChoice(name, path, arguments)
-    _new(choice, [torch.nn.Parameter(torch.zeros(2, 2))], rate=None if choice.relative_step else 1e-4)
+    _rehearse(choice)
     return choice
+
+
+def _rehearse(choice: OptimizerChoice) -> None:
+    """Make it for nothing: what it refuses is refused now. What it says of a stand-in's numbers would mislead."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        _new(choice, [torch.nn.Parameter(torch.zeros(2, 2))], rate=None if choice.relative_step else 1e-4)
+    finally:
+        logging.disable(level)
 
 
 def _refuse_no_optimizer(name: str, path: str) -> None:

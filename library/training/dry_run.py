@@ -174,7 +174,7 @@ def _rates(built: Built) -> str:
     if None in values:
         rates = f"{', '.join(names)} at the optimizer's own rate"
     elif len(values) > 8:  # rates by block or layer
-        rates = f"{len(values)} groups from {min(values):g} ({names[values.index(min(values))]}) to {max(values):g}"
+        rates = f"{len(values)} groups from {min(values):.3g} ({names[values.index(min(values))]}) to {max(values):.3g}"
     schedule = "the optimizer's own schedule"
     if built.schedule is not None:
         warmup = f", {_count(built.schedule.warmup, 'step')} of warm-up" if built.schedule.warmup else ""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from library.config.parser import parse
 from library.errors import UserError
-from library.report import charts, page
+from library.report import charts, figures, page
 from library.report.__main__ import main as report
 from library.report.images import data_url
 from library.report.read import MOST_POINTS, Curve, block_of, find_metrics, read_story
@@ -282,7 +282,25 @@ def test_a_chart_of_many_groups_shows_some(tmp_path):
     (rates,) = [chart for chart in charts.charts(story) if chart.title == "Learning rate"]
     labels = [line.label for line in rates.lines]
     assert len(labels) == 8
+    assert rates.note.endswith("8 of the 26 groups, from the highest to the lowest.")
     assert (labels[0], labels[-1]) == ("unet_block00", "unet_block25")
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([], []),
+        ([0.012, 0.03], [0.01, 0.02, 0.05, 0.1]),
+        ([0.012, 0.9], [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]),
+        ([1e-6, 0.01], [1e-6, 1e-5, 1e-4, 1e-3, 0.01]),
+    ],
+)
+def test_a_logarithmic_axis_can_be_read(values, ticks):
+    found = figures.log_ticks(values)
+    assert set(ticks) <= set(found)
+    assert len(found) <= 15
+    if values:
+        assert sum(min(values) <= tick <= max(values) for tick in found) >= 2
 
 
 @pytest.mark.parametrize(
