@@ -209,7 +209,10 @@ class AdapterNetwork(nn.Module):
             else:
                 delattr(self, adapter.site.name)
         if not self.module_counts():
-            raise UserError("the adapter sits on no layer: neither the UNet nor a text encoder is to be trained")
+            raise UserError(
+                "the adapter sits on no layer: neither the UNet nor a text encoder is trained, or all blocks have "
+                "weight 0"
+            )
         logger.info("adapted layers: %s", ", ".join(f"{name} {count}" for name, count in self.module_counts().items()))
 
     def remove(self) -> None:

@@ -93,7 +93,7 @@ def _group(group: type) -> str:
 def _default(item: Declared) -> str:
     if item.required:
         return "required"
-    if item.kind is bool:
+    if item.kind is bool and item.default is not None:
         return "on" if item.default else "off"
     return f"`{item.default}`" if item.default not in (None, "", ()) else ""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 from library.config import kohya, presets
 from library.config.fields import UNSET, BadValue, Declared, convert, declared
 from library.config.options import Options, declared_options, option_groups
-from library.config.settings import Setting, from_toml, from_words
+from library.config.settings import Setting, from_toml, from_words, places_of
 from library.config.toml_file import write_toml
 from library.errors import UserError, did_you_mean
 
@@ -184,14 +183,7 @@ def _options(reading: _Reading) -> Options:
         }
         return Options(**groups, given=reading.places)
     except UserError as error:
-        raise UserError(f"{error}{_places_of(str(error), reading)}") from None
-
-
-def _places_of(message: str, reading: _Reading) -> str:
-    """Where in a file the options stand that `message` names."""
-    named = dict.fromkeys(re.findall(r"--(\w+)", message))
-    lines = [f"\n  {reading.places[name]}" for name in named if name in reading.places]
-    return "".join(line for line in lines if "command line: " not in line)
+        raise UserError(f"{error}{places_of(str(error), reading.places)}") from None
 
 
 def _write_config(path: Path | None, reading: _Reading) -> None:

@@ -167,6 +167,7 @@ def bind(
     reserved: Collection[str] = (),
     where: str,
     named_by: str = "",
+    called: str = "",
     as_text: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The keyword arguments for the target at `path`, and the names that could not be checked.
@@ -174,8 +175,8 @@ def bind(
     `given`: parameters that the caller fills itself unless a word does; `reserved`: those that it fills in any case, so
     a word for one is an error. For our own targets, names and types are checked, as annotated. For a third party's,
     names are, unless it takes `**kwargs`. `where`: the option that holds the words; `named_by`: the one that names the
-    target, if another. `as_text`: hand a third party its values as text, as kohya's scripts hand `--network_args` to
-    network modules. Raises UserError.
+    target, if another; `called`: what messages call the target, if not its path. `as_text`: hand a third party its
+    values as text, as kohya's scripts hand `--network_args` to network modules. Raises UserError.
     """
     target = signature(path, where=named_by or where)
     texts = split_words(words, where=where)
@@ -188,12 +189,14 @@ def bind(
             if not target.takes_any:
                 valid = [name for name in target.parameters if name not in reserved]
                 near = did_you_mean(key, valid) or "."
-                raise UserError(f"{where}: {path} takes no '{key}'{near} It takes: {', '.join(valid) or 'nothing'}")
+                raise UserError(
+                    f"{where}: {called or path} takes no '{key}'{near} It takes: {', '.join(valid) or 'nothing'}"
+                )
             unchecked.append(key)
         values[key] = _value(target, key, text, where=where, as_text=as_text)
     lacking = sorted(target.required - values.keys() - set(given) - set(reserved))
     if lacking:
-        raise UserError(f"{where}: {path} needs {', '.join(f'{name}=...' for name in lacking)}")
+        raise UserError(f"{where}: {called or path} needs {', '.join(f'{name}=...' for name in lacking)}")
     return values, unchecked
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ class Setting:
     @property
     def from_command_line(self) -> bool:
         return self.place.startswith(COMMAND_LINE)
+
+
+def places_of(message: str, places: Mapping[str, str]) -> str:
+    """Where in files (not on the command line) the options stand that `message` names, a line each."""
+    named = dict.fromkeys(re.findall(r"--(\w+)", message))
+    found = (places[name] for name in named if name in places)
+    return "".join(f"\n  {place}" for place in found if not place.startswith(COMMAND_LINE))
 
 
 def from_words(words: list[str]) -> list[Setting]:

@@ -74,7 +74,10 @@ def _is_ratio(word: str) -> bool:
 class WeightDecayOptions:
     """Weight decay that changes with the steps, for CustomAdamW and every optimizer with a weight_decay (ours)"""
 
-    dynamic_weight_decay: bool | None = option(None, help="let the weight decay change with the steps of the optimizer")
+    dynamic_weight_decay: bool | None = option(
+        None,
+        help="let the weight decay change with the steps of the optimizer (default: on with CustomAdamW, else off)",
+    )
     wd_schedule: Literal["exponential", "cosine", "sigmoid", "linear", "multi_stage", "adaptive"] | None = option(
         None, help="its curve (default: exponential); adaptive: exponential, from when the loss has become flat"
     )
@@ -97,7 +100,7 @@ class WeightDecayOptions:
         None,
         read=read_stages,
         joined_by=",",
-        help="multi_stage: its ratios from these steps on: 0:1.0,1000:0.7,20%:0.4",
+        help="multi_stage: its ratios from these steps on: 0:1.0,1000:0.7,3000:0.4, or 0:1.0,20%:0.7,60%:0.4",
     )
     wd_interpolate: bool = option(False, help="multi_stage: go from ratio to ratio in straight lines, not in steps")
     wd_flat: tuple[str, ...] = option(

@@ -75,8 +75,18 @@ def choose_optimizer(
     if path.endswith(".Adafactor") and arguments.get("warmup_init") and not arguments["relative_step"]:
         raise UserError("--optimizer_args: Adafactor's warmup_init=True needs relative_step=True")
     choice = OptimizerChoice(name, path, arguments)
-    _new(choice, [torch.nn.Parameter(torch.zeros(2, 2))], rate=None if choice.relative_step else 1e-4)
+    _rehearse(choice)
     return choice
+
+
+def _rehearse(choice: OptimizerChoice) -> None:
+    """Make it for nothing: what it refuses is refused now. What it says of a stand-in's numbers would mislead."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        _new(choice, [torch.nn.Parameter(torch.zeros(2, 2))], rate=None if choice.relative_step else 1e-4)
+    finally:
+        logging.disable(level)
 
 
 def _refuse_no_optimizer(name: str, path: str) -> None:
@@ -121,7 +131,11 @@ def _defaults(path: str, name: str) -> dict[str, Any]:
 def create_optimizer(
     choice: OptimizerChoice, groups: ParameterGroups, *, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The optimizer over `groups` (dicts with "params", "lr" and "name")."""
+    """The optimizer over `groups` (dicts with "params", "lr" and "name").
+
+    `learning_rate`: of groups without one; and what schedules that end at a certain rate compare that rate with, so it
+    should be the highest of the groups' own.
+    """
     if choice.path != CUSTOM_ADAMW:  # what only it understands
         groups = [{k: v for k, v in group.items() if k not in ("param_names", "lora_scale")} for group in groups]
     rates = {group.get("lr", learning_rate) for group in groups}

@@ -33,6 +33,7 @@ SCHEDULES = {
     "rex": "library.optimizers.rate_curves.rex",
 }
 _WITHOUT_WARMUP = ("constant", "piecewise_constant")
+_ENDLESS = ("exponential", "step", "inverse_sqrt")  # their steps know of no end, only of the warm-up
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class ScheduleChoice:
     arguments: dict[str, Any]
     total_steps: int
     warmup: int = 0  # optimizer steps
+
+    def depends_on_length(self, options: ScheduleOptions) -> bool:
+        """Whether a run of another length has another curve, but for the warm-up of a constant one."""
+        if self.path not in SCHEDULES.values() or self.name in (*_WITHOUT_WARMUP, "constant_with_warmup"):
+            return False
+        share = isinstance(options.lr_warmup_steps, str) or 0 < options.lr_warmup_steps < 1
+        return share or self.name not in _ENDLESS
 
 
 def steps_of(value: int | float | str, total_steps: int, *, option: str) -> int:
@@ -94,6 +102,7 @@ def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleCh
         reserved=("optimizer", "last_epoch", *given),
         where="--lr_scheduler_args",
         named_by="--lr_scheduler",
+        called=f"--lr_scheduler {name}",
     )
     if name == "piecewise_constant":
         words["step_rules"] = _checked_rules(str(words["step_rules"]))
@@ -175,6 +184,12 @@ def _custom(options: ScheduleOptions, *, total_steps: int, warmup: int) -> Sched
     return ScheduleChoice(given, path, arguments, total_steps)
 
 
+def rehearse(choice: ScheduleChoice, *, rate: float) -> None:
+    """Make one of the schedules by name for nothing: what it refuses is refused before anything large is loaded."""
+    if choice.path in SCHEDULES.values():
+        create_schedule(choice, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
+
+
 def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule, to be stepped once per optimizer step whatever the number of processes and of batches a step.
 
@@ -185,6 +200,8 @@ def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) ->
         if choice.path not in SCHEDULES.values():
             _run_through(choice, make, optimizer)
         schedule: torch.optim.lr_scheduler.LRScheduler = make(optimizer, **choice.arguments)
+    except UserError:
+        raise
     except Exception as error:  # others' code, which refuses in its own ways
         raise UserError(f"--lr_scheduler {choice.name} does not take these settings: {error}") from error
     return schedule

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _OWNER = "--dynamic_weight_decay"
 _PLATEAU = "library.optimizers.plateau.Plateau"
 # Which curves read which option
-_READ_BY = {
+READ_BY = {
     "wd_transition_steps": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
     "wd_decay_factor": ("exponential", "adaptive"),
     "wd_min_ratio": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
@@ -54,26 +54,54 @@ class DecayChoice:
             numbers["wd_flat"] = " ".join(f"{name}={value}" for name, value in self.flat.items())
         return {"dynamic_weight_decay": True, **numbers}
 
+    @property
+    def held(self) -> int:
+        """The last step with the weight decay as configured; with the adaptive curve the last one at the earliest."""
+        if self.curve.schedule == "multi_stage":
+            return max(0, next((start - 1 for start, ratio in self.curve.stages if ratio != 1), 0))
+        return Plateau(**self.flat).earliest if self.curve.schedule == "adaptive" else self.curve.transition_steps
+
+    def changes(self, total_steps: int) -> bool:
+        """Whether the weight decay is another at some step of a run of this length; the adaptive curve's may be."""
+        starts = (start for start, _ in self.curve.stages if start <= total_steps)
+        earliest = self.held if self.curve.schedule == "adaptive" else None
+        return any(self.curve.factor(step, flat_since=earliest) != 1 for step in (total_steps, *starts))
+
+    def told(self, base: float, *, total_steps: int) -> str:
+        """The curve in a line: from `base`, the configured weight decay, to where a run of this length ends."""
+        curve, end = self.curve, f"{base * self.curve.factor(total_steps):.3g} at the last step"
+        if curve.schedule == "adaptive":
+            return (
+                f"{base:g} until the loss is flat, at step {self.held} or later; then times {curve.decay_factor:g} in "
+                f"every {curve.transition_steps} steps"
+            )
+        if not self.changes(total_steps):
+            return f"{base:g}, {curve.schedule}: it does not change within this run"
+        if curve.schedule == "multi_stage":
+            return f"{base:g} times {_stages_text(curve.stages)}{' in straight lines' * curve.interpolate}; {end}"
+        return f"{base:g} until step {self.held}, then {curve.schedule}; {end}"
+
 
 def check_options(
     options: WeightDecayOptions, choice: OptimizerChoice, *, clips_gradients: bool, validates: bool = False
 ) -> None:
     """Everything that can be told before the length of the run is known. Raises UserError."""
     given = options.given()
+    asked = {**given, **({} if options.task is None else {"task": options.task})}
     on = _is_on(options, choice)
     if not on:
-        if given and options.dynamic_weight_decay is None:
-            raise UserError(f"--{next(iter(given))} needs --dynamic_weight_decay with {choice.name}")
-        for name in given:
+        if asked and options.dynamic_weight_decay is None:
+            raise UserError(f"--{next(iter(asked))} needs --dynamic_weight_decay with {choice.name}")
+        for name in asked:
             logger.warning("--%s has no effect with --no-dynamic_weight_decay", name)
         return
     base = weight_decay_of(choice)
     if base is None:
         raise UserError(f"{_OWNER}: {choice.name} has no weight_decay that could change with the steps")
-    if base == 0 and options.dynamic_weight_decay:
+    if base == 0 and (asked or options.dynamic_weight_decay):
         raise UserError(
             f"{_OWNER}: the weight decay of {choice.name} is 0, which no curve changes: "
-            "--optimizer_args weight_decay=0.01"
+            "--optimizer_args weight_decay=0.01, or --no-dynamic_weight_decay"
         )
     for name, value in given.items():
         said = choice.arguments.get(name)
@@ -88,19 +116,33 @@ def check_options(
         )
     schedule = options.wd_schedule or _own(choice).schedule
     for name in given:
-        if name != "wd_schedule" and schedule not in _READ_BY[name]:
+        if name != "wd_schedule" and schedule not in READ_BY[name]:
             logger.warning(
-                "--%s has no effect with --wd_schedule %s: it is for %s", name, schedule, ", ".join(_READ_BY[name])
+                "--%s has no effect with --wd_schedule %s: it is for %s", name, schedule, ", ".join(READ_BY[name])
             )
-    autos = [name for name, value in given.items() if value == "auto"]
-    if options.task is not None and not autos:
-        logger.warning("--task %s has no effect: no weight-decay option is auto", options.task)
 
 
 def resolve(
     options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
 ) -> DecayChoice | None:
-    """The curve in numbers, said in the log with the rule behind each; None if the weight decay stays as it is.
+    """`decide`, and say in the log what was decided, with the rule behind each number."""
+    decided = decide(options, choice, total_steps=total_steps, images=images)
+    if decided is None:
+        return None
+    _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
+    if options.task is not None and not any(f"task {options.task}" in reason for reason in decided.reasons.values()):
+        logger.warning(
+            "--task %s has no effect: it is asked only by --wd_transition_steps auto, in runs of 3,000 to 20,000 steps "
+            "(the other numbers of auto follow the number of images)",
+            options.task,
+        )
+    return decided
+
+
+def decide(
+    options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
+) -> DecayChoice | None:
+    """The curve in numbers for a run of this length; None if the weight decay stays as it is.
 
     `images`: how many different ones are trained on. Options must have passed `check_options`. Raises UserError.
     """
@@ -109,7 +151,7 @@ def resolve(
     own, reasons = _own(choice), {}
     values: dict[str, Any] = {"schedule": options.wd_schedule or own.schedule}
     reasons["wd_schedule"] = _where(options.wd_schedule, choice, "wd_schedule")
-    read = [name for name, curves in _READ_BY.items() if values["schedule"] in curves and name != "wd_flat"]
+    read = [name for name, curves in READ_BY.items() if values["schedule"] in curves and name != "wd_flat"]
     for name in read:
         field_name, given = name.removeprefix("wd_"), getattr(options, name)
         values[field_name], reasons[name] = getattr(own, field_name), _where(given, choice, name)
@@ -127,9 +169,7 @@ def resolve(
         curve = curve._replace(max_progress=left / curve.transition_steps)
         reasons["wd_max_progress"] = "inf: to the end of the run"
     check(curve, owner=_OWNER)
-    decided = DecayChoice(curve, _words(options), reasons)
-    _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
-    return decided
+    return DecayChoice(curve, _words(options), reasons)
 
 
 def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: OptimizerChoice) -> OptimizerChoice:
@@ -233,17 +273,16 @@ def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
         shown = _stages_text(value) if name == "wd_stages" else f"{value:g}" if isinstance(value, float) else value
         parts.append(f"{name} {shown} ({reason})")
     logger.info("weight decay: %s", ", ".join(parts))
-    first = curve.transition_steps
-    if curve.schedule == "multi_stage":
-        first = next((step for step, ratio in curve.stages if ratio != 1), curve.stages[-1][0])
-    elif curve.schedule == "adaptive":
-        first = Plateau(**decided.flat).earliest
-    if asked and first >= total_steps:
+    if not asked or decided.changes(total_steps):
+        return
+    if decided.changes(10**9):
         logger.warning(
             "the weight decay stays as it is in this run: it would change after step %d, and the run has %d steps",
-            first,
+            decided.held,
             total_steps,
         )
+    else:
+        logger.warning("the weight decay stays as it is: with these numbers its curve never falls")
 
 
 def _stages_text(stages: Stages) -> str:

@@ -69,10 +69,9 @@ def charts(story: Story) -> Iterator[Chart]:
     yield Chart("Loss", note, loss)
     note = "Moving means. Low timesteps decide about fine detail, high ones about the composition."
     yield Chart("Loss by timestep", note, [Line(line.label, _mean(line.curve)) for line in _group(story, "timesteps")])
-    rates = _fewer(_group(story, "rates"))
-    yield Chart("Learning rate", "In effect, for each group of parameters.", rates, small=True)
-    decays = _fewer(_group(story, "weight_decay"))
-    yield Chart("Weight decay", "In effect, after its curve.", decays, small=True)
+    note = "In effect, for each group of parameters."
+    yield _of_groups("Learning rate", note, _group(story, "rates"))
+    yield _of_groups("Weight decay", "In effect, after its curve.", _group(story, "weight_decay"))
     norm = curves.get("gradient_norm", empty)
     lines = [Line("each step", norm, faint=True), Line("moving mean", _mean(norm))]
     yield Chart("Gradient norm", "Of all gradients together, before clipping.", lines, log=True)
@@ -91,12 +90,13 @@ def _group(story: Story, prefix: str, *, dots: bool = False) -> list[Line]:
     return [Line(name, curve, dots=dots) for name, curve in named]
 
 
-def _fewer(lines: list[Line]) -> list[Line]:
-    """The lowest, the highest, and some between."""
-    if len(lines) <= MOST_GROUPS:
-        return lines
-    ranked = sorted(lines, key=lambda line: -max(line.curve.values, default=0.0))
-    return [ranked[round(i * (len(ranked) - 1) / (MOST_GROUPS - 1))] for i in range(MOST_GROUPS)]
+def _of_groups(title: str, note: str, lines: list[Line]) -> Chart:
+    """A number of each group; of many groups the lowest, the highest, and some between."""
+    if len(lines) > MOST_GROUPS:
+        note = f"{note} {MOST_GROUPS} of the {len(lines)} groups, from the highest to the lowest."
+        ranked = sorted(lines, key=lambda line: -max(line.curve.values, default=0.0))
+        lines = [ranked[round(i * (len(ranked) - 1) / (MOST_GROUPS - 1))] for i in range(MOST_GROUPS)]
+    return Chart(title, note, lines, small=True)
 
 
 def _mean(curve: Curve) -> Curve:

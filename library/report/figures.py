@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import (
     BoxZoomTool,
+    FixedTicker,
     HoverTool,
     PanTool,
     PrintfTickFormatter,
@@ -73,6 +75,10 @@ def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small
     values = {value for line in lines for value in line.curve.values}
     if len(values) == 1 and not log:  # a constant: else the axis would span 2 around it, whatever its size
         plot.y_range.default_span = abs(next(iter(values))) or 1.0
+    if small:
+        plot.y_range.start = 0
+    if log:
+        plot.yaxis.ticker = FixedTicker(ticks=log_ticks([value for value in values if value > 0]))
     if small or log:
         plot.yaxis.formatter = PrintfTickFormatter(format="%.2g")
     colours = iter(COLOURS * (len(lines) // len(COLOURS) + 1))
@@ -84,6 +90,15 @@ def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small
         _line(plot, line, key, log=log)
     _style(plot)
     return plot, keys
+
+
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """Where a logarithmic axis has labels: Bokeh's own leaves most of an axis of less than two decades without any."""
+    if not values:
+        return []
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    mantissas = (1.0,) if high - low > 4 else (1.0, 2.0, 5.0) if high - low > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    return [float(f"{mantissa}e{exponent}") for exponent in range(low, high + 1) for mantissa in mantissas]
 
 
 def _line(plot: Any, line: Line, key: Key, *, log: bool) -> None:

@@ -51,7 +51,9 @@ def render(story: Story) -> str:
         story=story,
         run=run,
         state=_state(story),
+        glance=_glance(story),
         facts=_facts(story),
+        held_back=any(subset.get("held_out") for subset in run.get("subsets", ())),
         changed=[row for row in _options(run) if row["changed"]],
         options=_groups(_options(run)),
         examples=[
@@ -79,6 +81,20 @@ def _state(story: Story) -> str:
     elif story.end["stopped_by"]:
         reason = f"stopped by {story.end['stopped_by']}"
     return f"{story.last_step} of {total} steps are done: {reason}"
+
+
+def _glance(story: Story) -> list[tuple[str, str]]:
+    """The run in a few words."""
+    said = {label: text for label, text in story.run.get("summary", ()) if label}
+    facts = [
+        ("base model", said.get("model", "").partition(" (")[0]),
+        ("network", said.get("network", "").partition(":")[0]),
+    ]
+    if subsets := story.run.get("subsets"):
+        facts.append(("images", f"{sum(subset['images'] for subset in subsets):,}"))
+    facts.append(("training took", human_time(story.seconds) if story.seconds else ""))
+    facts.append(("rates", said.get("rates", "")))
+    return [(label, text) for label, text in facts if text]
 
 
 def _facts(story: Story) -> list[tuple[str, str]]:
@@ -116,7 +132,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
+        items = [str(item) for item in value]
+        return ("\n" if any("," in item for item in items) else ", ").join(items)
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -23,7 +23,8 @@ from library.data.dataset import TrainingData
 from library.errors import UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
-from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule
+from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule, rehearse
+from library.optimizers.weight_decay_choice import DecayChoice
 from library.training import disk, loop, metrics, sample, save, shard, state, trackers, validation, zero
 from library.training.divergence import Guard
 from library.training.ema import Ema
@@ -47,8 +48,9 @@ class Built:
     run: loop.Run
     plan: Plan
     saves: save.SavePlan
-    groups: ParameterGroups  # with the rates as given, which a schedule changes in the optimizer's own
+    groups: ParameterGroups  # with the rates that a schedule changes in the optimizer's own; None: it makes them itself
     schedule: ScheduleChoice | None  # None: the optimizer's own, or none
+    decay: DecayChoice | None  # of the weight decay; None: it stays as it is
     base_weights: BaseWeights
     prompts: sample.EncodedPrompts
     samples: Callable[[int], None]  # draw what is due after so many steps
@@ -69,15 +71,17 @@ def build(plan: Plan) -> Built:
     decay = weight_decay_choice.resolve(
         options.weight_decay, plan.choice, total_steps=saves.total_steps, images=plan.prepared.train_images
     )
-    choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
+    given, choice = plan.choice, weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
     plan = replace(plan, choice=choice)  # with the numbers of this run
     schedule = _schedule(options, choice, total_steps=saves.total_steps)
     if choice.schedule_free and options.ema.ema_decay is not None:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if plan.resume is not None:
-        steady = schedule is None or schedule.name in ("constant", "constant_with_warmup")
         state.refuse_other_run(
-            plan.resume, now=now, curve_depends_on_length=not steady, anyway=options.run.resume_anyway
+            plan.resume,
+            now=now,
+            of_length=_curves_of_length(plan, schedule, decay, given=given),
+            anyway=options.run.resume_anyway,
         )
     data = TrainingData(
         plan.prepared,
@@ -113,8 +117,9 @@ def build(plan: Plan) -> Built:
         layer_decay=options.optimizer.lr_layer_decay,
     )
     optimizer = create_optimizer(
-        choice, [dict(group) for group in groups], learning_rate=options.optimizer.learning_rate
+        choice, [dict(group) for group in groups], learning_rate=max(group["lr"] for group in groups)
     )
+    groups = [{**group, "lr": own["lr"]} for group, own in zip(groups, optimizer.param_groups, strict=True)]
     if options.precision.full_fp16:
         _refuse_vanishing_eps(choice, optimizer)
     # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
@@ -191,7 +196,25 @@ def build(plan: Plan) -> Built:
         run.save, run.save_now, run.save_best, run.save_last = saver.due, saver.now, saver.best, saver.last
     if run.zero is not None:
         zero.gather_before_saving(run, run.zero, saves)
-    return Built(run, plan, saves, groups, schedule, base_weights, prompts, samples)
+    return Built(run, plan, saves, groups, schedule, decay, base_weights, prompts, samples)
+
+
+def _curves_of_length(
+    plan: Plan, schedule: ScheduleChoice | None, decay: DecayChoice | None, *, given: OptimizerChoice
+) -> list[str]:
+    """The curves that are not those of the resumed state if that was of a run of another length. `given`: the choice
+    without the weight decay's numbers, which follow from the length."""
+    options, resume = plan.options, plan.resume
+    assert resume is not None
+    curves = []
+    if schedule is not None and schedule.depends_on_length(options.schedule):
+        curves.append("learning rate")
+    then = weight_decay_choice.decide(
+        options.weight_decay, given, total_steps=resume.facts.total_steps, images=plan.prepared.train_images
+    )
+    if decay is not None and then is not None and decay.curve != then.curve:
+        curves.append("weight decay")
+    return curves
 
 
 def _accelerator(plan: Plan) -> Accelerator:
@@ -388,7 +411,9 @@ def _schedule(options: Options, choice: OptimizerChoice, *, total_steps: int) ->
                 "%s %s: --lr_scheduler, --lr_scheduler_type and --lr_warmup_steps have no effect.", choice.name, reason
             )
         return None
-    return choose_schedule(wanted, total_steps=total_steps)
+    chosen, rates = choose_schedule(wanted, total_steps=total_steps), options.optimizer
+    rehearse(chosen, rate=max(rates.learning_rate, rates.unet_lr or 0.0, *(rates.text_encoder_lr or ())))
+    return chosen
 
 
 def _nothing(step: int) -> None:

@@ -18,6 +18,7 @@ from library.data.captions import as_written, changing_options
 from library.data.dataset import Batch, Draw
 from library.data.disk_cache import Found, caption_files, latent_files, look
 from library.optimizers.create import state_bytes, tensor_bytes
+from library.optimizers.weight_decay_choice import weight_decay_of
 from library.training import disk, loop, metrics
 from library.training.build import pictures
 from library.training.encode import latents_on_disk, texts_on_disk
@@ -49,12 +50,15 @@ def report(built: Built, *, measure: bool) -> None:
 
 
 def summary(built: Built) -> Iterator[str]:
-    """Model, network, data, length and rates: what the options were understood to mean."""
+    """Model, network, data, length, rates and weight decay: what the options were understood to mean."""
     yield _line("model", _model(built))
     yield from _network(built)
     yield from _data(built)
     yield from _length(built)
     yield _line("rates", _rates(built))
+    if base := weight_decay_of(built.plan.choice):
+        steps = built.saves.total_steps
+        yield _line("decay", f"{base:g}" if built.decay is None else built.decay.told(base, total_steps=steps))
 
 
 def _line(label: str, text: str) -> str:
@@ -80,9 +84,18 @@ def _network(built: Built) -> Iterator[str]:
     count = sum(parameter.numel() for parameter in built.run.parameters)
     yield _line(
         "network",
-        f"{options.network_module}, dim {options.network_dim or 'default'}, alpha {options.network_alpha:g}: "
-        f"{_modules(built)}{count:,} trainable parameters",
+        f"{options.network_module}, dim {_dim(built)}, alpha {options.network_alpha:g}: {_modules(built)}{count:,} "
+        "trainable parameters",
     )
+
+
+def _dim(built: Built) -> str:
+    """The ranks of our own networks as they are; of others as they were asked for."""
+    network, wanted = built.run.network, built.plan.options.network.network_dim
+    if not isinstance(network, AdapterNetwork):
+        return "default" if wanted is None else str(wanted)
+    ranks = sorted({adapter.rank for adapter in network.adapters})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
 def _modules(built: Built) -> str:
@@ -96,9 +109,10 @@ def _data(built: Built) -> Iterator[str]:
     prepared, family = built.plan.prepared, built.plan.family
     for summary in prepared.summaries:
         kind = "regularisation images" if summary.subset.is_reg else "images"
+        held = f", {summary.held_out} held back" if summary.held_out else ""
         yield _line(
             "images",
-            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}; captions: "
+            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}{held}; captions: "
             f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
         )
     texts = built.run.data.captions()
@@ -147,7 +161,7 @@ def _length(built: Built) -> Iterator[str]:
     yield _line(
         "length",
         f"{saves.total_steps} steps; an epoch has {saves.steps_per_epoch} of them "
-        f"({built.plan.prepared.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:g} epochs",
+        f"({built.plan.prepared.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:.4g} epochs",
     )
     a_step = " or ".join(str(size * accumulation * processes) for size in sizes)
     a_batch = " or ".join(map(str, sizes))
@@ -157,12 +171,14 @@ def _length(built: Built) -> Iterator[str]:
 
 def _rates(built: Built) -> str:
     names, values = [group["name"] for group in built.groups], [group["lr"] for group in built.groups]
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in zip(names, values, strict=True))
-    if len(values) > 8:  # rates by block or layer
-        rates = f"{len(values)} groups from {min(values):g} ({names[values.index(min(values))]}) to {max(values):g}"
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in zip(names, values, strict=True) if rate is not None)
+    if None in values:
+        rates = f"{', '.join(names)} at the optimizer's own rate"
+    elif len(values) > 8:  # rates by block or layer
+        rates = f"{len(values)} groups from {min(values):.3g} ({names[values.index(min(values))]}) to {max(values):.3g}"
     schedule = "the optimizer's own schedule"
     if built.schedule is not None:
-        warmup = f", {built.schedule.warmup} steps of warm-up" if built.schedule.warmup else ""
+        warmup = f", {_count(built.schedule.warmup, 'step')} of warm-up" if built.schedule.warmup else ""
         schedule = f"{built.schedule.name}{warmup}"
     return f"{rates}; {schedule}; {built.plan.choice.name}"
 
@@ -283,7 +299,8 @@ def _files(built: Built) -> Iterator[str]:
     if drawn:
         yield from _paths(_count(len(drawn), "picture"), drawn)
     for path in metrics.planned_files(built.plan.options, saves):
-        yield from _paths("what each step does", [path])
+        what = "the whole run on one page" if path == metrics.report_path(path) else "what each step does"
+        yield from _paths(what, [path])
 
 
 def _paths(what: str, paths: Sequence[Path]) -> Iterator[str]:

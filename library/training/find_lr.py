@@ -194,12 +194,13 @@ def report(built: Built, found: Found) -> None:
     lr_curve.draw(plot, found.sweep, said, label=found.part)
     tried, last = len(found.sweep.rates), found.sweep.rates[-1]
     ended = ", where the loss broke" if found.sweep.broken else ""
+    why = "larger steps gain less, and sooner break it" if said.turned else "and it had not turned when the rates ended"
     lines = [
         f"tried        {tried} rates of {found.part}, from {found.sweep.rates[0]:.1e} to {last:.1e}{ended}",
         f"loss         {found.sweep.before:.4f} before; lowest at {said.lowest_at:.1e}: {said.lowest:.4f} "
         f"({said.fall:.0%} less; smoothed, the same images and noise each time)",
         f"suggestion   {' '.join(rate_options(built.plan.options, said.rate / found.reference))}",
-        f"why          at {said.rate:.1e} the loss falls fastest: larger steps gain less, and sooner break it",
+        f"why          at {said.rate:.1e} the loss falls fastest: {why}",
         f"             (the other rule, a tenth of the rate at the lowest loss, says {said.tenth:.1e})",
         f"written      {plot}, {numbers}",
     ]

@@ -3,10 +3,13 @@ training and its pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from library.config.options import Options
+from library.config.settings import places_of
 from library.errors import UserError
 from library.training.plan import make_plan
 
@@ -18,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
-    plan = make_plan(options, only_family=family)
+    with _naming_places(options):
+        plan = make_plan(options, only_family=family)
     if options.run.debug_dataset:
         from library.training import contact_sheet
 
@@ -33,9 +37,10 @@ def run(options: Options, *, family: str | None = None) -> int:
     from library.training import dry_run, find_lr, loop, monitor
     from library.training.build import build
 
-    if options.guidance.find_lr:
-        find_lr.refuse(plan.choice)
-    built = build(plan)
+    with _naming_places(options):
+        if options.guidance.find_lr:
+            find_lr.refuse(plan.choice)
+        built = build(plan)
     if options.run.dry_run:
         dry_run.report(built, measure=options.run.dry_run == "measure")
         return 0
@@ -61,6 +66,15 @@ def run(options: Options, *, family: str | None = None) -> int:
         _draw(built)
     _conclude(built, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+@contextlib.contextmanager
+def _naming_places(options: Options) -> Iterator[None]:
+    """Errors about options say where in a file these stand: in a preset the user may not know of them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}{places_of(str(error), options.given)}") from error
 
 
 def _conclude(built: Built, *, stopped_by: str, conclusion: str) -> None:

@@ -81,6 +81,7 @@ class Run:
     save_now: Callable[[int], object]  # write the network as it is after so many steps
     guard: divergence.Guard  # what to do about a loss that is no number
     done: int = 0  # steps that an earlier run made
+    rates: dict[str, float] = field(default_factory=dict)  # in effect in the last step, by group of parameters
     losses: LossHistory = field(default_factory=LossHistory)
     monitor: Monitor | Unwatched = field(default_factory=Unwatched)  # measures and tells what each step did
     save_best: Callable[[int], object] = lambda step: None  # write the network as the best so far
@@ -134,6 +135,7 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
             if not run.guard.skip(run, problem):
                 raise
             run.losses.add(math.nan)
+            run.rates = effective_rates(run.optimizer.optimizer)
             run.monitor.diverged(item.step, str(problem))
         _report(run, item, bar)
         _from_training(run)
@@ -216,6 +218,7 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
         run.observe(loss, norm, None if run.history is None else run.history.loss_after(item.step - 1))
     run.monitor.before_step(item.step, gradient_norm=norm)
     run.optimizer.step()
+    run.rates = effective_rates(run.optimizer.optimizer)  # before the schedule goes on to the next step's
     if run.schedule is not None and not run.optimizer.step_was_skipped:
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -291,8 +294,7 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
 
 
 def _report(run: Run, item: StepBatches, bar: Any) -> None:
-    rates = effective_rates(run.optimizer.optimizer)
-    loss, average = run.losses.recent[-1], run.losses.average
+    rates, loss, average = run.rates, run.losses.recent[-1], run.losses.average
     different = sorted(set(rates.values()))
     shown = ",".join(f"{rate:.2e}" for rate in dict.fromkeys(rates.values()))
     if len(different) > 4:  # rates by block or layer

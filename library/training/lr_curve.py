@@ -76,7 +76,8 @@ def suggest(sweep: Sweep) -> Suggestion:
     """Both rules. Raises UserError for a curve that says nothing."""
     if len(sweep.rates) < 5:
         raise UserError(
-            f"--find_lr: the loss broke after {len(sweep.rates)} rates: begin lower, with a smaller --find_lr_start"
+            f"--find_lr: the loss broke at rate {len(sweep.rates) + 1} of those tried: begin lower, with a smaller "
+            "--find_lr_start"
         )
     smooth = smoothed(sweep.rates, sweep.losses)
     slope = slopes(sweep.rates, smooth)

@@ -101,6 +101,8 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         options.optimizer.optimizer_args,
         custom_adamw=options.custom_adamw.given(),
     )
+    if options.optimizer.lr_layer_decay is not None and (choice.finds_its_rate or choice.relative_step):
+        raise UserError(f"--lr_layer_decay: {choice.name} finds its rate itself, one for all layers")
     weight_decay_choice.check_options(
         options.weight_decay,
         choice,

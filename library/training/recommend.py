@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from library.config.fields import declared
-from library.config.options import option_groups
+from library.config.options import Options, option_groups
+from library.config.settings import COMMAND_LINE
 from library.optimizers import auto_weight_decay
-from library.optimizers.create import OptimizerChoice
-from library.optimizers.weight_decay_choice import weight_decay_of
+from library.optimizers.weight_decay_choice import READ_BY, weight_decay_of
 from library.training.atomic import replacing
+from library.training.lr_curve import two_digits
 from library.training.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 # images below → rank, images a step
 BY_SIZE = ((50, 16, 2), (1_000, 32, 4), (5_000, 64, 8), (float("inf"), 128, 8))
+FEW = 5_000  # images: below, the weight decay falls less than usual
 TASK = "image_generation"
+WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,15 @@ def advise(plan: Plan) -> list[Advice]:
         advice.append(Advice("network_dim", rank, f"{of}: {_rank_reason(images)}"))
         advice.append(Advice("network_alpha", rank // 2, "half the rank, which goes with the rates below"))
     advice += _rates(plan)
-    if plan.family.name == "sdxl":
+    if plan.family.name == "sdxl" and not options.network.network_train_text_encoder_only:
         unet_only = "SDXL's text encoders are easily spoilt; most of its LoRAs leave them alone"
         advice.append(Advice("network_train_unet_only", True, unet_only))
     if not (plan.choice.schedule_free or plan.choice.relative_step or options.schedule.lr_scheduler_type):
         advice.append(Advice("lr_scheduler", "cosine", "usual where pictures are generated: fine steps at the end"))
-        advice.append(Advice("lr_warmup_steps", "5%", "usual for a LoRA: the first steps are the noisiest"))
+        if not (_is_final(options, "lr_scheduler") and options.schedule.lr_scheduler in WITHOUT_WARMUP):
+            advice.append(Advice("lr_warmup_steps", "5%", "usual for a LoRA: the first steps are the noisiest"))
     if not own_batch:
-        why = f"{of}: {'few, so that there are enough steps' if batch == 2 else 'more steady the direction'}"
+        why = f"{of}: {'few, so that there are enough steps' if batch == 2 else 'enough for steadier steps'}"
         advice.append(Advice("train_batch_size", batch, f"{why}; short of memory: 1, and accumulate"))
     epochs = max(1, round(steps * per_step / sum(group.draws for group in plan.prepared.groups)))
     each = f"each image about {views(images) / images:.0f} times"
@@ -74,7 +78,14 @@ def advise(plan: Plan) -> list[Advice]:
         advice.append(Advice("max_train_epochs", epochs, f"{of}: {each}; {steps} steps"))
     else:
         advice.append(Advice("max_train_steps", steps, f"{of}, {per_step} a step: {each}; {epochs} epochs"))
-    return [*advice, *_weight_decay(plan.choice, steps=steps, images=images)]
+    if _is_final(options, "max_train_steps") and options.training.max_train_epochs is None:
+        steps = options.training.max_train_steps
+    return [*advice, *_weight_decay(plan, steps=steps)]
+
+
+def _is_final(options: Options, name: str) -> bool:
+    """Whether the command line sets it, which wins over the file that is written."""
+    return options.given.get(name, "").startswith(COMMAND_LINE)
 
 
 def _by_size(images: int) -> tuple[int, int]:
@@ -88,33 +99,48 @@ def _rank_reason(images: int) -> str:
 
 
 def _rates(plan: Plan) -> Iterator[Advice]:
-    choice = plan.choice
+    choice, network = plan.choice, plan.options.network
+    unet, text = not network.network_train_text_encoder_only, not network.network_train_unet_only
+    text = text and (plan.family.name != "sdxl" or not unet)
     name = "learning_rate" if plan.options.optimizer.unet_lr is None else "unet_lr"
     if choice.finds_its_rate:
-        yield Advice(name, 1.0, f"{choice.name} finds the rate; this is a factor on it")
-        if plan.family.name != "sdxl":  # of which the UNet alone is to be trained
-            yield Advice("text_encoder_lr", 1.0, "the same: it has one rate for all parts")
+        if unet:
+            yield Advice(name, 1.0, f"{choice.name} finds the rate; this is a factor on it")
+        if text:
+            yield Advice("text_encoder_lr", 1.0, "a factor on the rate that it finds, which is one for all parts")
     elif not choice.relative_step:
-        small = plan.family.native_resolution < 256
+        small, lion = plan.family.native_resolution < 256, "lion" in choice.name.lower()
         usual = "ten times the usual, since the base is small" if small else "usual for a LoRA of Stable Diffusion"
-        yield Advice(name, 1e-3 if small else 1e-4, f"{usual}; --find_lr looks for yours")
-        if plan.family.name != "sdxl":
-            text = 5e-4 if small else 5e-5
-            yield Advice("text_encoder_lr", text, "half of it: the text encoder overfits sooner than the UNet")
+        rate = (1e-3 if small else 1e-4) * (0.3 if lion else 1)
+        if lion:
+            usual = f"Lion's steps are larger than AdamW's: three tenths of {rate / 0.3:g}"
+        if unet:
+            yield Advice(name, two_digits(rate), f"{usual}; --find_lr looks for yours")
+        if text:
+            why = "half of the UNet's: the text encoder overfits sooner"
+            yield Advice("text_encoder_lr", two_digits(rate / 2), why)
 
 
-def _weight_decay(choice: OptimizerChoice, *, steps: int, images: int) -> Iterator[Advice]:
+def _weight_decay(plan: Plan, *, steps: int) -> Iterator[Advice]:
     """The curve, where the optimizer has a weight decay and the run is long enough to follow one."""
+    choice, options, images = plan.choice, plan.options, plan.prepared.train_images
     transition, rule = auto_weight_decay.transition_steps(steps, TASK)
     if not weight_decay_of(choice) or choice.finds_its_rate or transition >= steps:
         return
+    if _is_final(options, "dynamic_weight_decay") and not options.weight_decay.dynamic_weight_decay:
+        return
     factor, by_size = auto_weight_decay.decay_factor(images, TASK)
     least, _ = auto_weight_decay.min_ratio(images)
-    few = "fewer images need regularising longer"
+    by_size = by_size.removeprefix("auto: ")
+    why = f"{by_size}: {'fewer need regularising longer' if images < FEW else 'so many need little regularising'}"
+    advice = [
+        Advice("wd_transition_steps", transition, rule.removeprefix("auto: ")),
+        Advice("wd_decay_factor", factor, why),
+        Advice("wd_min_ratio", least, why),
+    ]
     yield Advice("dynamic_weight_decay", True, f"{steps} steps are enough for it to fall")
-    yield Advice("wd_transition_steps", transition, rule.removeprefix("auto: "))
-    yield Advice("wd_decay_factor", factor, f"{by_size.removeprefix('auto: ')}: {few}")
-    yield Advice("wd_min_ratio", least, f"{by_size.removeprefix('auto: ')}: {few}")
+    schedule = options.weight_decay.wd_schedule or "exponential"
+    yield from (item for item in advice if schedule in READ_BY[item.option])
 
 
 def report(plan: Plan) -> Path:
@@ -125,7 +151,7 @@ def report(plan: Plan) -> Path:
     width = max(len(item.option) for item in advice)
     print(f"\n{'setting':<{width}}  {'now':<10} {'advice':<10} why")
     for item in advice:
-        given = " (the command line's wins)" if options.given.get(item.option, "").startswith("command line") else ""
+        given = " (the command line's wins)" if _is_final(options, item.option) else ""
         now = _shown(_now(plan, item.option))
         print(f"{item.option:<{width}}  {now:<10} {_shown(item.value):<10} {item.why}{given}")
     output = options.output

@@ -45,7 +45,9 @@ def describe(built: Built) -> dict[str, Any]:
                 "regularisation": summary.subset.is_reg,
                 "images": summary.images,
                 "repeats": summary.subset.num_repeats,
+                "held_out": summary.held_out,
                 "captions": summary.captions_found,
+                "captions_missing": summary.captions_missing,
             }
             for summary in plan.prepared.summaries
         ],

@@ -20,7 +20,7 @@ class Sample:
     """One image. `order`: its step, or epoch; `prompt`: the number of its prompt."""
 
     path: Path
-    moment: str  # "step 100", "epoch 3"
+    moment: str  # "step 100", "epoch 3", "before training"
     order: int
     prompt: int
 
@@ -42,7 +42,7 @@ def find(folder: Path, name: str | None, *, since: float) -> list[Sample]:
         found = pattern.fullmatch(path.name)
         if found and path.stat().st_mtime >= int(since):
             number, prompt = int(found[2]), int(found[3])
-            moment = f"{'epoch' if found[1] else 'step'} {number}"
+            moment = f"{'epoch' if found[1] else 'step'} {number}" if number else "before training"
             newest[moment, prompt] = Sample(path, moment, number, prompt)
     return sorted(newest.values(), key=lambda sample: (sample.prompt, sample.order))
 

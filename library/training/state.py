@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
@@ -210,8 +210,11 @@ def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
     return digest.hexdigest()
 
 
-def refuse_other_run(state: State, *, now: Facts, curve_depends_on_length: bool, anyway: bool) -> None:
-    """UserError if what is to be trained is not what the state was trained on; with `anyway` a warning."""
+def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> None:
+    """UserError if what is to be trained is not what the state was trained on; with `anyway` a warning.
+
+    `of_length`: the curves that are others if the run has another length.
+    """
     before = state.facts
     if before.step >= now.total_steps:
         raise UserError(
@@ -232,8 +235,8 @@ def refuse_other_run(state: State, *, now: Facts, curve_depends_on_length: bool,
         changed.append("the data: images, captions or the data set's settings are not those of then")
     if before.total_steps != now.total_steps:
         line = f"length: {before.total_steps} steps then, {now.total_steps} now"
-        if curve_depends_on_length:
-            changed.append(f"{line}, which changes the curve of the learning rate")
+        if of_length:
+            changed.append(f"{line}, which changes the curve of the {' and of the '.join(of_length)}")
         else:
             logger.info("--resume: %s", line)
     if not changed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -49,6 +51,14 @@ def test_state_bytes_of_adamw():
     """Two moments in fp32 and a step counter in fp32, per parameter tensor."""
     optimizer = create_optimizer(choose_optimizer("AdamW", []), groups(), learning_rate=1.0)
     assert state_bytes(optimizer) == 36 * 8 + 2 * 4
+
+
+def test_nothing_is_said_of_the_stand_in_that_settings_are_tried_on(caplog):
+    """It has no LoRA pairs: ALoRA would warn that it does nothing."""
+    caplog.set_level(logging.INFO)
+    choose_optimizer("CustomAdamW", [], custom_adamw={"use_alora": True, "use_orthogonal_grad": True})
+    assert not caplog.records
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 def test_flags_of_custom_adamw():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from library.config.schedule import ScheduleOptions
 from library.errors import UserError
-from library.optimizers.schedules import SCHEDULES, choose_schedule, create_schedule, steps_of
+from library.optimizers.schedules import SCHEDULES, choose_schedule, create_schedule, rehearse, steps_of
 
 # What each needs beside its name to do its work
 NEEDS = {
@@ -117,10 +118,37 @@ def test_exponential_step_and_rex():
     assert factors(options("exponential", lr_warmup_steps=10))[30] == pytest.approx(0.97**20)
     assert factors(options("step", lr_warmup_steps=10))[75] == pytest.approx(0.01)
     assert factors(options("rex", lr_warmup_steps=10))[55] == pytest.approx(2 / 3)  # half of the 90 steps left
-    with pytest.raises(UserError, match=r"rate_curves.exponential needs gamma=\.\.\."):
+    with pytest.raises(UserError, match=r"--lr_scheduler exponential needs gamma=\.\.\."):
         factors(options("exponential", lr_scheduler_args=()))
     with pytest.raises(UserError, match="did you mean 'step_size'"):
         factors(options("step", lr_scheduler_args=("stepsize=3",)))
+
+
+@pytest.mark.parametrize(
+    ("given", "depends"),
+    [
+        ({}, False),
+        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": "5%"}, False),
+        ({"lr_scheduler": "exponential", "lr_scheduler_args": ("gamma=0.9",)}, False),
+        ({"lr_scheduler": "exponential", "lr_scheduler_args": ("gamma=0.9",), "lr_warmup_steps": 0.1}, True),
+        ({"lr_scheduler": "inverse_sqrt", "lr_warmup_steps": 5}, False),
+        ({"lr_scheduler": "rex"}, True),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 5}, True),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step_size=3",)}, False),
+    ],
+)
+def test_whether_a_longer_run_has_another_curve(given, depends):
+    options = ScheduleOptions(**given)
+    short, long = (choose_schedule(options, total_steps=steps) for steps in (100, 200))
+    assert short.depends_on_length(options) is depends
+    if not depends and options.lr_scheduler != "constant_with_warmup":
+        assert replace(short, total_steps=200) == long
+
+
+def test_what_a_schedule_refuses_needs_no_optimizer():
+    chosen = choose_schedule(options("exponential", lr_scheduler_args=("gamma=1.2",)), total_steps=100)
+    with pytest.raises(UserError, match=r"^--lr_scheduler_args gamma=1.2: it must be above 0, at most 1$"):
+        rehearse(chosen, rate=1e-4)
 
 
 @pytest.mark.parametrize(("value", "steps"), [(0, 0), (100, 100), ("100", 100), (0.05, 50), ("5%", 50), ("0.1", 100)])

@@ -166,6 +166,8 @@ def refused(*words: str, name: str = "AdamW", arguments: tuple[str, ...] = (), c
         (ON, {"name": "LBFGS"}, "LBFGS has no weight_decay that could change"),
         (ON, {"name": "Lion"}, "the weight decay of Lion is 0, which no curve changes: --optimizer_args weight_decay="),
         (ON, {"arguments": ("weight_decay=0",)}, "the weight decay of AdamW is 0"),
+        (("--wd_min_ratio", "0.2"), {"name": "CustomAdamW", "arguments": ("weight_decay=0",)}, "of CustomAdamW is 0"),
+        (("--task", "general"), {}, "--task needs --dynamic_weight_decay with AdamW"),
         (
             ("--wd_min_ratio", "0.2"),
             {"name": "CustomAdamW", "arguments": ("wd_min_ratio=0.3", "dynamic_weight_decay=True")},
@@ -204,13 +206,66 @@ def test_words_that_are_no_values(words: tuple[str, ...], message: str) -> None:
 
 
 def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    refused(*ON, "--wd_schedule", "cosine", "--wd_decay_factor", "0.5", "--task", "general")
-    refused("--no-dynamic_weight_decay", "--wd_min_ratio", "0.2")
+    refused(*ON, "--wd_schedule", "cosine", "--wd_decay_factor", "0.5")
+    refused("--no-dynamic_weight_decay", "--wd_min_ratio", "0.2", "--task", "general")
     assert [record.getMessage() for record in caplog.records] == [
         "--wd_decay_factor has no effect with --wd_schedule cosine: it is for exponential, adaptive",
-        "--task general has no effect: no weight-decay option is auto",
         "--wd_min_ratio has no effect with --no-dynamic_weight_decay",
+        "--task has no effect with --no-dynamic_weight_decay",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "total_steps", "asked"),
+    [
+        ((), 5000, False),
+        (("--wd_decay_factor", "auto", "--wd_min_ratio", "auto"), 5000, False),  # the number of images decides
+        (("--wd_transition_steps", "auto"), 5000, True),
+        (("--wd_transition_steps", "auto"), 2999, False),
+        (("--wd_transition_steps", "auto"), 20_001, False),
+    ],
+)
+def test_a_task_that_is_not_asked_is_told(
+    words: tuple[str, ...], total_steps: int, asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    decide(*ON, *words, "--task", "image_generation", total_steps=total_steps)
+    assert ("--task image_generation has no effect" in caplog.text) is not asked
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--wd_decay_factor", "1"), "with these numbers its curve never falls"),
+        (("--wd_max_progress", "0"), "with these numbers its curve never falls"),
+        (("--wd_schedule", "adaptive", "--wd_min_ratio", "1"), "with these numbers its curve never falls"),
+        (("--wd_schedule", "adaptive", "--wd_flat", "earliest=900"), "after step 900, and the run has 900 steps"),
+        (("--wd_schedule", "multi_stage", "--wd_stages", "0:1,1000:0.5"), "after step 999, and the run has 900 steps"),
+        (("--wd_schedule", "multi_stage", "--wd_stages", "0:1,1000:0.5", "--wd_interpolate"), ""),
+        (("--wd_schedule", "multi_stage", "--wd_stages", "0:1,100:0.5,200:1"), ""),
+        (("--wd_transition_steps", "899"), ""),
+        (("--wd_transition_steps", "900"), "after step 900, and the run has 900 steps"),
+    ],
+)
+def test_a_curve_that_changes_nothing_is_told(
+    words: tuple[str, ...], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    decide(*ON, *words, total_steps=900)
+    assert ("the weight decay stays as it is" in caplog.text) is bool(message)
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((), "0.01 until step 1000, then exponential; 0.007 at the last step"),
+        (("--wd_schedule", "linear", "--wd_max_progress", "1"), "0.01 until step 1000, then linear; 0.001 at the last"),
+        (("--wd_schedule", "multi_stage", "--wd_stages", "0:1,50%:0.5"), "0.01 times 0:1,1000:0.5; 0.005 at the last"),
+        (("--wd_schedule", "adaptive"), "0.01 until the loss is flat, at step 500 or later; then times 0.7 in every"),
+        (("--wd_transition_steps", "2000"), "0.01, exponential: it does not change within this run"),
+    ],
+)
+def test_the_curve_in_a_line(words: tuple[str, ...], text: str) -> None:
+    assert decide(*ON, *words, total_steps=2000).told(0.01, total_steps=2000).startswith(text)
 
 
 def test_stages_survive_output_config(tmp_path: Any) -> None:

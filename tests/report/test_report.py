@@ -16,7 +16,7 @@ from PIL import Image
 
 from library.config.parser import parse
 from library.errors import UserError
-from library.report import charts, page
+from library.report import charts, figures, page
 from library.report.__main__ import main as report
 from library.report.images import data_url
 from library.report.read import MOST_POINTS, Curve, block_of, find_metrics, read_story
@@ -75,6 +75,14 @@ def test_what_stands_in_it(finished, tmp_path):
     assert f"{NAME}: training report" in found.texts
     assert "Training report: all 4 steps are done." in found.texts
     assert "No warning sign was seen." in found.texts
+    glance = [
+        ("network", "networks.lora, dim 4, alpha 2"),
+        ("images", "6"),
+        ("rates", "text_encoder 0.001, unet 0.001"),
+    ]
+    for label, text in glance:
+        assert f"{label} {text}" in found.text
+    assert "decay 0.01" in found.text
     assert found.text.count(EVIL) == 2  # the caption of an example, the heading of the samples
     assert "64 × 64" in found.texts  # the bucket
     assert {"learning_rate", "0.001", "2e-06", "network_dim"} <= set(found.texts)
@@ -212,10 +220,29 @@ def test_warnings_stand_in_it_with_their_advice(tmp_path):
     assert "Step 2, divergence." in found.texts
     assert f"The loss is NaN, of {EVIL}." in found.texts
     assert "1.0 GiB" in found.texts
-    assert "In the end validation was lowest at step 1." in found.texts
+    assert "Validation was lowest at step 1." in found.texts
     assert "2 of 3 steps are done: it ended early, because validation no longer improved" in found.text
     assert "Validation loss by timestep" in found.texts
     assert session_of_report(tmp_path / "fox-report.html") == "5"
+
+
+def test_images_that_are_held_back_and_captions_that_are_missing(tmp_path):
+    subset = {"source": "cats", "regularisation": False, "images": 7, "repeats": 3, "captions": 6}
+    run = {"session_id": 5, "name": "fox", "total_steps": 1, "buckets": []}
+    path = tmp_path / "fox-metrics.jsonl"
+    MetricsFile(path, {**run, "subsets": [{**subset, "held_out": 2, "captions_missing": 3}]}, done=0).write(1, {})
+    texts = [text for text in Page(page.render(read_story(path))).texts if text]
+    heads = ["images from", "images", "held back to validate", "repeats", "captions found", "missing"]
+    start = texts.index("images from")
+    assert texts[start : start + 12] == [*heads, "cats", "7", "2", "3", "6", "3"]
+    path.unlink()
+    MetricsFile(path, {**run, "subsets": [subset]}, done=0).write(1, {})  # as earlier versions wrote it
+    assert "held back to validate" not in Page(page.render(read_story(path))).texts
+
+
+def test_a_list_of_sentences_has_a_line_each():
+    assert page._shown(["a cat, grey", "a dog"]) == "a cat, grey\na dog"
+    assert page._shown(["conv_dim=4", "conv_alpha=1"]) == "conv_dim=4, conv_alpha=1"
 
 
 def test_what_cannot_be_reported(tmp_path, capsys):
@@ -255,7 +282,25 @@ def test_a_chart_of_many_groups_shows_some(tmp_path):
     (rates,) = [chart for chart in charts.charts(story) if chart.title == "Learning rate"]
     labels = [line.label for line in rates.lines]
     assert len(labels) == 8
+    assert rates.note.endswith("8 of the 26 groups, from the highest to the lowest.")
     assert (labels[0], labels[-1]) == ("unet_block00", "unet_block25")
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([], []),
+        ([0.012, 0.03], [0.01, 0.02, 0.05, 0.1]),
+        ([0.012, 0.9], [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]),
+        ([1e-6, 0.01], [1e-6, 1e-5, 1e-4, 1e-3, 0.01]),
+    ],
+)
+def test_a_logarithmic_axis_can_be_read(values, ticks):
+    found = figures.log_ticks(values)
+    assert set(ticks) <= set(found)
+    assert len(found) <= 15
+    if values:
+        assert sum(min(values) <= tick <= max(values) for tick in found) >= 2
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,26 @@ def test_the_weight_decay_in_effect(train, tmp_path, words, decays) -> None:
     assert [decay["all"] for decay in found] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "factors"),
+    [
+        (("--lr_scheduler", "linear", "--lr_warmup_steps", "2"), [0.0, 0.5, 1.0, 0.5]),
+        # ends at 1e-7, whatever --learning_rate is, which neither part has
+        (
+            ("--lr_scheduler", "polynomial", "--unet_lr", "1e-3", "--text_encoder_lr", "1e-3", "--learning_rate", "0"),
+            [1.0, 0.75, 0.5, 0.25],
+        ),
+        (("--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False"), [10.0] * 4),
+    ],
+    ids=lambda value: value[1],
+)
+def test_the_rate_in_effect_is_that_of_the_step(train, tmp_path, words, factors) -> None:
+    assert train(*words, "--max_train_steps", "4") == 0
+    found = [line["rates"] for line in steps_of(tmp_path)]
+    assert [rates["unet"] for rates in found] == pytest.approx([1e-3 * factor for factor in factors], rel=2e-3)
+    assert all(rates["text_encoder"] == rates["unet"] for rates in found)
+
+
 def test_a_resumed_run_tells_what_an_unbroken_one_does(train, tmp_path, monkeypatch) -> None:
     words = ("--max_train_steps", "7", "--monitor_every_n_steps", "3", "--lr_scheduler", "cosine")
     assert train(*words, "--output_name", "whole") == 0

@@ -36,3 +36,21 @@ def test_a_curve_on_top_goes_with_another_optimizer(train: Any, tmp_path: Path) 
     assert metadata["ss_preset"] == "sd15_concept,conservative"
     assert metadata["ss_wd_transition_steps"] == "1500"
     assert metadata["ss_optimizer"].startswith("torch.optim.AdamW")
+
+
+def test_what_a_preset_sets_is_named_where_it_does_not_fit(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for optimizer, place in (
+        (("AdamW",), "configs/origin.toml: [optimizer] use_spd"),
+        (
+            ("CustomAdamW", "--optimizer_args", "weight_decay=0"),
+            "configs/origin.toml: [optimizer] dynamic_weight_decay",
+        ),
+    ):
+        assert train("--preset", "origin", "--optimizer_type", *optimizer) == 2
+        assert place in capsys.readouterr().err
+
+
+def test_rates_by_layer_need_an_optimizer_that_takes_rates(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for optimizer in ("Prodigy", "Adafactor"):
+        assert train("--lr_layer_decay", "0.9", "--optimizer_type", optimizer) == 2
+        assert f"--lr_layer_decay: {optimizer} finds its rate itself" in capsys.readouterr().err

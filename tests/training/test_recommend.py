@@ -74,6 +74,24 @@ def test_the_optimizer_has_its_say(advice: Any) -> None:
     assert "lr_scheduler" not in advice(20, "--optimizer_type", "AdamWScheduleFree")
 
 
+def test_nothing_is_advised_that_has_no_effect(advice: Any) -> None:
+    unet = advice(20, "--network_train_unet_only")
+    assert ("learning_rate" in unet, "text_encoder_lr" in unet) == (True, False)
+    text = advice(20, "--network_train_text_encoder_only", "--unet_lr", "1e-3")
+    assert ("unet_lr" in text, "text_encoder_lr" in text) == (False, True)
+    assert "lr_warmup_steps" not in advice(20, "--lr_scheduler", "constant")  # the command line's wins
+    assert "dynamic_weight_decay" not in advice(20, "--no-dynamic_weight_decay")
+    linear = advice(20, "--wd_schedule", "linear", "--dynamic_weight_decay")
+    assert {name for name in linear if name.startswith("wd_")} == {"wd_transition_steps", "wd_min_ratio"}
+    assert "dynamic_weight_decay" not in advice(20, "--max_train_steps", "400")  # which the file does not change
+    assert advice(20, "--max_train_steps", "4000")["wd_transition_steps"] == 500
+
+
+def test_lion_gets_smaller_rates(advice: Any) -> None:
+    lion = advice(20, "--optimizer_type", "Lion")
+    assert (lion["learning_rate"], lion["text_encoder_lr"]) == (3e-4, 1.5e-4)
+
+
 def test_it_loads_and_trains_nothing_and_its_file_trains(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

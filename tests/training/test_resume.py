@@ -179,6 +179,25 @@ def test_another_run_is_refused(
         assert train(*resume, *words, "--resume_anyway", "--output_name", "anyway") == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (("--wd_transition_steps", "50%"), True),
+        (("--wd_transition_steps", "3"), False),
+        (("--wd_transition_steps", "auto"), False),  # 500 in either
+    ],
+)
+def test_a_longer_run_must_not_change_the_curve_of_the_weight_decay(
+    words: tuple[str, ...], changed: bool, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--dynamic_weight_decay", *words)
+    assert train(*words, "--save_every_n_steps", "2", "--save_state") == 0
+    resume = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--output_name", "longer")
+    assert train(*words, *resume, "--max_train_steps", "6") == (2 if changed else 0)
+    line = "length: 4 steps then, 6 now, which changes the curve of the weight decay"
+    assert (line in capsys.readouterr().err) is changed
+
+
 def test_a_changed_caption_is_another_run(
     saved: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
