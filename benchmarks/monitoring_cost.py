@@ -59,7 +59,7 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
     assert run.monitor is not None
     for part in PARTS:
         setattr(run.monitor, part, watch.timing(getattr(run.monitor, part)))
-    run.monitor.meter.batch = watch.timing(run.monitor.meter.batch)  # type: ignore[method-assign]
+    run.meter.batch = watch.timing(run.meter.batch)  # type: ignore[method-assign, union-attr]
     items = cycle(list(islice(loop.step_batches(run), 1, 9)))  # the first step is measured in any case
     whole, ours = [], []
     for _ in range(steps + 2):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from library.data.loader import PixelLoader
     from library.models.family import ModelFamily
     from library.training.ema import Ema
+    from library.training.meter import Meter
     from library.training.monitor import Monitor
     from library.training.validation_history import History
 
@@ -81,6 +82,7 @@ class Run:
     guard: divergence.Guard  # what to do about a loss that is no number
     done: int = 0  # steps that an earlier run made
     losses: LossHistory = field(default_factory=LossHistory)
+    meter: Meter | None = None  # measures what the monitor tells
     monitor: Monitor | None = None  # what is measured and told of each step beside loss and rates
     save_best: Callable[[int], object] = lambda step: None  # write the network as the best so far
     save_last: Callable[[int], object] = lambda step: None  # write what is due, and the last file, for an early end
@@ -259,8 +261,8 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     first = batch.samples[0]
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     found = loss_of(run, batch, train_text=run.train_text)
-    if run.monitor is not None and weight:
-        run.monitor.meter.batch(found.per_sample.detach(), found.t)
+    if run.meter is not None and weight:
+        run.meter.batch(found.per_sample.detach(), found.t)
     run.accelerator.backward(found.loss * weight)
     return found.loss.detach() * weight
 
