@@ -15,6 +15,11 @@ def main(argv: list[str] | None = None, *, family: str | None = None) -> int:
 
     family: the only one to train, as in `library.models.FAMILIES`; None finds it from the model.
     """
+    with log.lasting_streams():
+        return _main(argv, family)
+
+
+def _main(argv: list[str] | None, family: str | None) -> int:
     log.set_up()
     try:
         options = parser.parse(sys.argv[1:] if argv is None else argv)

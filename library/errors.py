@@ -58,6 +58,7 @@ _REASONS = {
     errno.EPERM: "there is no right to {verb} it",
     errno.EEXIST: "it is a file",
     errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of this path is a file",
     errno.ELOOP: "it is a link that leads in a circle",
     errno.ENAMETOOLONG: "the name is longer than the file system takes",
     errno.ENOENT: "no such file (a broken link?)",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from library.errors import UserError, why_not
 
@@ -28,7 +31,7 @@ def configure(*, level: str | None = None, file: str | None = None) -> None:
     if file is not None and _first():
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-            target = logging.FileHandler(file, mode="w", encoding="utf-8")
+            target = _File(file, mode="w", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"--console_log_file {file}: cannot be written: {why_not(error, verb='write to')}"
@@ -41,6 +44,23 @@ def configure(*, level: str | None = None, file: str | None = None) -> None:
 def give_up_waiting() -> None:
     """Show what is still held back, on stderr: the options turned out to be wrong."""
     _release(logging.getLogger().handlers, _AboveTheBar())
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """A context in which nothing ends because stdout or stderr takes no more: what they do not take is left out.
+
+    Ctrl-C reaches every program of `train_network.py … | tee log`, a terminal is closed, the disk of `2> log` is full.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Lasting):
+                stream.give_up()
+        sys.stdout, sys.stderr = before
 
 
 def _install(handler: logging.Handler, *, level: int = logging.INFO) -> None:
@@ -86,3 +106,48 @@ class _AboveTheBar(logging.Handler):
             sys.modules["tqdm"].tqdm.write(self.format(record), file=sys.stderr)
         else:
             print(self.format(record), file=sys.stderr)
+
+
+class _File(logging.FileHandler):
+    """What cannot be written, as the disk is full, goes to stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        _AboveTheBar().handle(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _Lasting:
+    """A text stream that leaves out what the one below it does not take."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        # RuntimeError: a signal's handler writes while the same stream is being written to
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # a console that knows no more than ASCII
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            self._stream.flush()
+
+    def give_up(self) -> None:
+        """Leave nothing behind that Python would try to write when it ends, and end with another exit code for."""
+        try:
+            self._stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except ValueError:  # it is closed
+            pass

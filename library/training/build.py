@@ -31,10 +31,12 @@ from library.training.ema import Ema
 from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
 from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
+from library.training.meter import Meter
 from library.training.objective import make_objective
 from library.training.plan import Plan
 from library.training.saver import Saver
 from networks.merge import BaseWeights
+from networks.network import AdapterNetwork
 from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
 from networks.weights import read_weights
 
@@ -168,6 +170,9 @@ def build(plan: Plan) -> Built:
         run.spare = next(data.batches([data.plan(0)[accelerator.process_index]], epoch=0, loader=run.loader))
     if options.ema.ema_decay is not None:
         run.ema = Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
+    if options.monitoring.monitoring:
+        ours = network if isinstance(network, AdapterNetwork) else None
+        run.meter = Meter(run.parameters, ours, accelerator, timesteps=len(objective.alphas_cumprod))
     if held_out is not None:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:

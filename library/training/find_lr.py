@@ -112,7 +112,15 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
     `groups`: with the rates as configured; each is multiplied by rate / `reference`. Afterwards weights, optimizer,
     schedule, loss scale and torch's random numbers are as they were, bit for bit.
     """
-    trial = replace(run, schedule=None, observe=None, total_steps=len(rates), losses=LossHistory(), monitor=Unwatched())
+    trial = replace(
+        run,
+        schedule=None,
+        observe=None,
+        total_steps=len(rates),
+        losses=LossHistory(),
+        meter=None,
+        monitor=Unwatched(),
+    )
     losses: list[float] = []
     with _undone(run):
         batches = measured_batches(run)

@@ -34,7 +34,7 @@ def run(options: Options, *, family: str | None = None) -> int:
         recommend.report(plan)
         return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
-    from library.training import dry_run, find_lr, loop, monitor
+    from library.training import dry_run, find_lr, loop, monitor, trackers
     from library.training.build import build
 
     with _naming_places(options):
@@ -57,7 +57,7 @@ def run(options: Options, *, family: str | None = None) -> int:
     except UserError:
         _conclude(built, stopped_by="an error", conclusion="")
         raise
-    built.run.accelerator.end_training()
+    trackers.end(built.run.accelerator)
     history = built.run.history
     conclusion = (history and history.conclusion(best_file=built.saves.best_file.name)) or ""
     if conclusion:

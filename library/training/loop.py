@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from library.data.plan import of_rank, split_into_steps
 from library.errors import UserError
 from library.optimizers.create import effective_rates
 from library.progress import progress
-from library.training import divergence
+from library.training import divergence, trackers
 from library.training.loss_history import LossHistory
 from library.training.step import BatchLoss, Objective, batch_loss
 from library.training.unwatched import Unwatched
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from library.data.loader import PixelLoader
     from library.models.family import ModelFamily
     from library.training.ema import Ema
+    from library.training.meter import Meter
     from library.training.monitor import Monitor
     from library.training.validation_history import History
     from library.training.zero import ZeroTwo
@@ -83,6 +85,7 @@ class Run:
     done: int = 0  # steps that an earlier run made
     rates: dict[str, float] = field(default_factory=dict)  # in effect in the last step, by group of parameters
     losses: LossHistory = field(default_factory=LossHistory)
+    meter: Meter | None = None  # measures what the monitor tells
     monitor: Monitor | Unwatched = field(default_factory=Unwatched)  # measures and tells what each step did
     save_best: Callable[[int], object] = lambda step: None  # write the network as the best so far
     save_last: Callable[[int], object] = lambda step: None  # write what is due, and the last file, for an early end
@@ -94,7 +97,7 @@ class Run:
 
 
 def train(run: Run) -> signal.Signals | None:
-    """Train to the end (None), also an early one, or until Ctrl-C or SIGTERM, which lets the running step finish.
+    """Train to the end (None), also an early one, or until Ctrl-C, SIGTERM or SIGHUP, after the step that is running.
 
     UserError if the run diverges and may not go on; what it was before that step is saved then.
     """
@@ -302,9 +305,9 @@ def _report(run: Run, item: StepBatches, bar: Any) -> None:
     bar.set_postfix(loss=f"{average:.4f}", lr=shown, refresh=False)
     bar.update()
     more = run.monitor.report(item.step, epoch=item.epoch + 1, loss=loss, average=average, rates=rates)
-    if run.accelerator.trackers:
-        values = {"loss/current": loss, "loss/average": average, "epoch": item.epoch + 1}
-        run.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates.items()} | more, step=item.step)
+    values = {"loss/current": loss, "loss/average": average, "epoch": item.epoch + 1}
+    values |= {f"lr/{name}": rate for name, rate in rates.items()}
+    trackers.tell(run.accelerator, values | more, step=item.step)
 
 
 def _to_training(run: Run) -> None:
@@ -319,19 +322,31 @@ def _from_training(run: Run) -> None:
 
 
 class _StopRequest(contextlib.AbstractContextManager["_StopRequest"]):
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the running step; a second one stops at once."""
+    """Turns Ctrl-C, SIGTERM or SIGHUP into a request to stop after the running step; a second Ctrl-C stops at once.
+
+    SIGHUP comes of a terminal that is closed or a connection that is lost; nohup has it ignored. Many send a signal
+    twice: the shell and the terminal, `timeout`, launchers that pass on what the whole group of processes was sent.
+    Only a Ctrl-C that comes later than that is the user's second one.
+    """
+
+    TWICE = 1.0  # seconds within which two signals are one
 
     requested: signal.Signals | None = None
+    _since = 0.0
 
     def __enter__(self) -> _StopRequest:
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
     def _request(self, signum: int, frame: Any) -> None:
-        if self.requested:
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(signum), time.monotonic()
+            logger.warning("stopping after this step; Ctrl-C again to stop at once, without saving")
+        elif signum == signal.SIGINT and time.monotonic() - self._since > self.TWICE:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(signum)
-        logger.warning("stopping after this step; Ctrl-C again to stop at once, without saving")
 
     def of_any(self, accelerator: Accelerator) -> signal.Signals | None:
         """The request of any process: they stop after the same step, though the signal reaches them at other times."""

@@ -7,9 +7,9 @@ samples' losses to the sums by timestep.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,10 @@ class Measured:
 
 
 class Meter:
-    """`batch` for each batch, `before` and `after` around the optimizer's step."""
+    """`batch` for each batch of a step, then `take_in` or `forget`; `before` and `after` around the optimizer's step.
+
+    The sums by timestep are over all processes, so that a run's state has them, whichever of them writes it.
+    """
 
     def __init__(
         self,
@@ -55,17 +58,26 @@ class Meter:
         self._network, self._accelerator, self._timesteps = network, accelerator, timesteps
         self._before: list[Tensor] | None = None
         self._bins = torch.zeros(2, BINS, device=accelerator.device)  # sums, counts
+        self._new = torch.zeros_like(self._bins)  # of the running step, of this process
 
     def batch(self, per_sample_B: Tensor, t_B: Tensor) -> None:
         """The losses of a batch, detached, with their timesteps, which lie on the CPU."""
         places = (t_B * BINS // self._timesteps).to(self._bins.device, non_blocking=True)
         losses = per_sample_B.to(self._bins)
-        counted = losses.isfinite()  # a batch that is not does not count: its step is skipped
-        self._bins.index_add_(1, places, torch.stack((losses.nan_to_num(0, 0, 0), counted.to(losses))))
+        counted = losses.isfinite()
+        self._new.index_add_(1, places, torch.stack((losses.nan_to_num(0, 0, 0), counted.to(losses))))
+
+    def take_in(self) -> None:
+        """Count the batches of this step. All processes must call it at the same steps."""
+        new = self._new
+        if self._accelerator.num_processes > 1:
+            new = self._accelerator.reduce(new, reduction="sum")
+        self._bins = self._bins + new
+        self.forget()
 
     def forget(self) -> None:
-        """The samples since the last measured step."""
-        self._bins = torch.zeros_like(self._bins)
+        """The batches of this step: it is skipped."""
+        self._new = torch.zeros_like(self._new)
 
     @torch.no_grad()
     def before(self) -> None:
@@ -76,18 +88,15 @@ class Meter:
 
     @torch.no_grad()
     def after(self) -> Measured:
-        """What has happened since `before`. All processes must call it at the same steps."""
+        """What has happened since `before`."""
         assert self._before is not None, "before() comes first"
         torch._foreach_sub_(self._before, self._parameters)
-        bins = self._bins
-        if self._accelerator.num_processes > 1:
-            bins = self._accelerator.reduce(bins, reduction="sum")
         parts = [
             torch.stack([_norm(self._before), _norm(self._parameters)]),
-            bins.flatten(),
+            self._bins.flatten(),
             *([] if self._network is None else [self._network.weight_norms()]),
         ]
-        self.forget()
+        self._bins = torch.zeros_like(self._bins)
         numbers: list[float] = torch.cat(parts).tolist()  # the one time that the host waits for the device
         update, weights = numbers[:2]
         sums, counts = numbers[2 : 2 + BINS], numbers[2 + BINS : 2 + 2 * BINS]
@@ -97,6 +106,17 @@ class Meter:
             loss_by_timestep=[total / count if count else None for total, count in zip(sums, counts, strict=True)],
             delta_norms=numbers[2 + 2 * BINS :],
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the steps since the last measured one."""
+        return {"loss_by_timestep": self._bins}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for what is no such state."""
+        if state["loss_by_timestep"].shape != self._bins.shape:
+            raise ValueError(f"its losses by timestep have the shape {list(state['loss_by_timestep'].shape)}")
+        self._bins = state["loss_by_timestep"].to(self._bins)
+        self.forget()
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,6 @@ from library.training import metrics, run_header
 from library.training.estimate import peak_memory
 from library.training.meter import Measured, Meter
 from library.training.warning_signs import WEIGHT_DECAY_GONE, Sign, Watch
-from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +50,7 @@ class Monitor:
     def before_step(self, step: int, *, gradient_norm: float) -> None:
         """`gradient_norm`: of all gradients together, before clipping."""
         self._norm = gradient_norm
+        self._meter.take_in()
         if self._is_due(step):
             self._meter.before()
 
@@ -97,7 +97,6 @@ class Monitor:
     def go_back(self, step: int, *, why: str) -> None:
         """The run stands where it stood after `step` steps, and goes on from there."""
         self._measured = self._norm = None
-        self._meter.forget()
         self._watch = Watch(total_steps=self._run.total_steps)
         if self._file is not None:
             self._file.go_back(step)
@@ -106,6 +105,7 @@ class Monitor:
 
     def diverged(self, step: int, why: str) -> None:
         """Note a loss or gradient that was no number, of which the guard has said something already."""
+        self._meter.forget()
         self._write(step, {"warning": {"sign": "divergence", "text": why}})
 
     def end(self, *, stopped_by: str, conclusion: str) -> None:
@@ -172,16 +172,14 @@ class Monitor:
 
 
 def attach(built: Built) -> None:
-    """Have the run watched, unless --no-monitoring."""
+    """Have the run watched, unless it has no meter."""
     wanted, run = built.plan.options.monitoring, built.run
-    if not wanted.monitoring:
+    if run.meter is None:
         return
-    network = run.network if isinstance(run.network, AdapterNetwork) else None
-    meter = Meter(run.parameters, network, run.accelerator, timesteps=len(run.objective.alphas_cumprod))
     file, header = None, run_header.describe(built)
     if run.accelerator.is_main_process:
         file = metrics.MetricsFile(metrics.metrics_path(built.saves.last_file), header, done=run.done)
-    run.monitor = Monitor(meter, run=run, every=wanted.every, bins=header["timesteps"], file=file)
+    run.monitor = Monitor(run.meter, run=run, every=wanted.every, bins=header["timesteps"], file=file)
 
 
 def _number(value: float | None) -> float:

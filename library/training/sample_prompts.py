@@ -155,6 +155,8 @@ def _of_table(values: dict[str, Any], where: str) -> SamplePrompt:
             continue
         if key not in readers:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, readers)}")
+        if isinstance(value, bool | list | dict | None):
+            raise UserError(f"{where}: {key}: {value!r} is neither text nor a number")
         try:
             read[key] = readers[key](str(value))
         except BadValue as error:

@@ -1,9 +1,9 @@
 """The state of a run on disk: all that a later run needs to go on with the same bits.
 
 A folder `NAME-…-state` holds `state.json` (what run this is: step, seed, configuration, data) and `state.pt` (tensors:
-network, optimizer, schedule, loss scale, losses, validations, average). Images, captions and noise need no state: they
-are drawn by keys of (seed, epoch, image), so the step alone says what comes next. `state.pt` is read by torch's
-`weights_only` loader, which executes nothing.
+network, optimizer, schedule, loss scale, losses, also by timestep, validations, average). Images, captions and noise
+need no state: they are drawn by keys of (seed, epoch, image), so the step alone says what comes next. `state.pt` is
+read by torch's `weights_only` loader, which executes nothing.
 """
 
 from __future__ import annotations
@@ -289,7 +289,10 @@ def load(state: State, run: Run) -> None:
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--resume {file}: damaged or not a state: {reason}") from None
-    run.guard.count = tensors.get("divergences", 0)
+    count = tensors.get("divergences", 0)
+    if not isinstance(count, int) or count < 0:
+        raise UserError(f"--resume {file}: damaged: its 'divergences' is {_shown(str(count)[:50])}")
+    run.guard.count = count
     put(run, tensors, f"--resume {file}")
     run.done = state.facts.step
     logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)
@@ -306,7 +309,11 @@ def put(run: Run, tensors: dict[str, Any], where: str) -> None:
     fit."""
     for name, part in _parts(run).items():
         saved = tensors.get(name)
+        if name in ("network", "optimizer") and saved is None:
+            raise UserError(f"{where}: damaged: it has no {name}")
         if (part is None) != (saved is None):
+            if name == _UNTRAINED:
+                continue
             has, lacks = ("run", "state") if saved is None else ("state", "run")
             logger.warning("--resume: the %s has no %s, the %s has one", lacks, name, has)
             continue
@@ -314,9 +321,16 @@ def put(run: Run, tensors: dict[str, Any], where: str) -> None:
             continue
         try:
             part.load_state_dict(saved)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except _MISFITS as error:
             raise UserError(f"{where}: its {name} does not fit this run's: {error}") from None
-    run.losses.load_state_dict(tensors)
+    try:
+        run.losses.load_state_dict(tensors)
+    except _MISFITS as error:
+        raise UserError(f"{where}: damaged: its losses are no lists of numbers ({error})") from None
+
+
+_MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)  # what is not of the right form
+_UNTRAINED = "meter"  # the part that is there with --no-monitoring or without it; no weight depends on it
 
 
 def _parts(run: Run) -> dict[str, Any]:
@@ -327,6 +341,7 @@ def _parts(run: Run) -> dict[str, Any]:
         "scaler": run.accelerator.scaler,
         "validation": run.history,
         "average": run.ema,
+        _UNTRAINED: run.meter,
     }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config.options import LoggingOptions, Options, option_groups
 from library.config.toml_file import read_toml
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, why_not
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,7 +88,7 @@ def _settings(wanted: LoggingOptions, names: tuple[str, ...]) -> dict[str, dict[
 
 
 def start(accelerator: Accelerator, plan: TrackerPlan, options: Options) -> None:
-    """Begin the logs. `UserError` if a tracker refuses its settings."""
+    """Begin the logs. `UserError` if a tracker refuses its settings, or cannot write."""
     wanted = options.logging
     if not plan.names:
         return
@@ -112,6 +112,28 @@ def start(accelerator: Accelerator, plan: TrackerPlan, options: Options) -> None
     except failures as error:
         where = f"--log_tracker_config {wanted.log_tracker_config}" if wanted.log_tracker_config else "--log_with"
         raise UserError(f"{where}: the tracker does not start: {error}") from error
+    except OSError as error:
+        reason = why_not(error, verb="write to")
+        raise UserError(f"--logging_dir {wanted.logging_dir}: no logs can be kept there: {reason}") from error
+
+
+def tell(accelerator: Accelerator, values: dict[str, float], *, step: int) -> None:
+    """Hand numbers to the trackers. One that cannot write them, on a full disk, costs its curves and not the run."""
+    if not accelerator.trackers:
+        return
+    try:
+        accelerator.log(values, step=step)
+    except OSError as error:
+        accelerator.trackers.clear()
+        logger.warning("the logs end before step %d, training goes on: %s", step, why_not(error, verb="write to"))
+
+
+def end(accelerator: Accelerator) -> None:
+    """Close the logs."""
+    try:
+        accelerator.end_training()
+    except OSError as error:
+        logger.warning("the logs lack their end: %s", why_not(error, verb="write to"))
 
 
 def logged_options(options: Options) -> dict[str, bool | int | float | str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
 from library.progress import bar
-from library.training import ema
+from library.training import ema, trackers
 from library.training.fixed_noise import image_losses, middles
 from library.training.step import Objective, condition_of, sample_losses
 from library.training.validation_history import History, Validation
@@ -103,8 +103,7 @@ class Validator:
             gap = now.loss - recent
             values |= {f"loss/validation/{curve}_divergence": gap for curve in curves}
         values |= {f"loss/validation/t{t}": loss for t, loss in now.by_timestep.items()}
-        if self.run.accelerator.trackers:
-            self.run.accelerator.log(values, step=step)
+        trackers.tell(self.run.accelerator, values, step=step)
         self.run.monitor.validation(step, {f"t{t}": loss for t, loss in now.by_timestep.items()}, loss=now.loss)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,8 @@ CAPTION = [
     Wrong("a folder", (), lambda: ((IMAGES / "a.txt").unlink(), (IMAGES / "a.txt").mkdir())),
     Wrong("a link in a circle", (), lambda: link(IMAGES / "a.txt", "a.txt")),
     Wrong("a link to nothing", (), lambda: link(IMAGES / "a.txt", "nothing.txt")),
+    caption("UTF-16 without its mark", "a cat".encode("utf-16-le")),
+    Wrong("a pipe", (), lambda: ((IMAGES / "a.txt").unlink(), os.mkfifo(IMAGES / "a.txt"))),
     Wrong("of another ending", ("--caption_extension", ".caption")),
     Wrong("two of them", (), lambda: ((IMAGES / "a.txt").rename(IMAGES / "A.txt"), write(IMAGES / "a.TXT", "x"))),
     Wrong("half a character in JSON", IN_JSON, lambda: write("m.json", ENTRY % '"\\ud83d"')),
@@ -144,6 +147,10 @@ MODEL = [
     broken_base(
         "another prediction",
         lambda base: changed_json(base / "scheduler" / "scheduler_config.json", prediction_type="sample"),
+    ),
+    broken_base(
+        "betas of text",
+        lambda base: changed_json(base / "scheduler" / "scheduler_config.json", trained_betas=[0.1, "x"]),
     ),
     Wrong("a LoRA as the VAE", ("--vae", "lora.safetensors")),
 ]

@@ -117,6 +117,7 @@ PATHS = [
     flags("--network_weights", LONG),
     flags("--base_weights", "lora.ckpt"),
     flags("--console_log_file", "data"),
+    flags("--logging_dir", "data/2_style/a.png"),
     flags("--sample_prompts", "prompts.txt", "--sample_at_first"),
     flags("--sample_prompts", "data", "--sample_at_first"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -61,3 +62,24 @@ def test_an_unknown_schedule_is_named() -> None:
 def test_a_value_that_is_no_number_is_named(name: str, value: object) -> None:
     with pytest.raises(UserError, match=f"scheduler x: {name} is .*, which is not a number above 0"):
         alphas_cumprod({**_SD, name: value}, where="scheduler x")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"trained_betas": "abc"}, "trained_betas is abc, which is no list of 2 to 100000 numbers"),
+        ({"trained_betas": []}, "trained_betas is [], which is no list"),
+        ({"trained_betas": {"a": 1}}, "trained_betas is {'a': 1}, which is no list"),
+        ({"trained_betas": [0.1, "x"]}, "trained_betas holds 'x', which is no number"),
+        ({"trained_betas": [[0.1], [0.2]]}, "trained_betas holds '[0.1]', which is no number"),
+        ({"trained_betas": [0.5, 2.0]}, "its betas are 0.5 to 2, and must lie between 0 and 1"),
+        ({"trained_betas": [0.5, float("nan")]}, "must lie between 0 and 1"),
+        ({"beta_start": 2, "beta_end": 3}, "its betas are 2 to 3, and must lie between 0 and 1"),
+        ({"num_train_timesteps": 10.5}, "num_train_timesteps is 10.5, which is not a whole number up to 100000"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000, which is not a whole number"),
+    ],
+    ids=str,
+)
+def test_what_is_no_schedule_is_named(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^scheduler x: .*{re.escape(said)}"):
+        alphas_cumprod(config, where="scheduler x")

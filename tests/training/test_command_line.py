@@ -137,7 +137,9 @@ def test_a_mistake_that_needs_packages_to_be_seen(words, wrong, said, monkeypatc
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to one process there")
-def test_ctrl_c_saves_what_was_learnt(words, tmp_path):
+@pytest.mark.parametrize("gone", [False, True], ids=["Ctrl-C", "a terminal that is closed"])
+def test_a_signal_saves_what_was_learnt(words, tmp_path, gone):
+    """Ctrl-C also ends the `tee` that a run is piped into; the shell and the terminal both send SIGHUP."""
     process = subprocess.Popen(
         command(*words, "--max_train_steps", "100000", "--save_every_n_steps", "2", "--no-report"),
         cwd=ROOT,
@@ -149,14 +151,24 @@ def test_ctrl_c_saves_what_was_learnt(words, tmp_path):
         deadline = time.monotonic() + 200  # the machine may be busy with other tests
         while not first.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, messages = process.communicate(timeout=80)
+        if gone:
+            process.stderr.close()
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(timeout=80) == 129
+        else:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)  # launchers pass on what the terminal has sent to all
+            _, messages = process.communicate(timeout=80)
+            assert process.returncode == 130, messages
+            assert "stopping after this step" in messages
+            assert "Traceback" not in messages
     finally:
         process.kill()
-    assert process.returncode == 130, messages
-    assert "stopping after this step" in messages
-    assert "Traceback" not in messages
     newest = max((tmp_path / "out").glob("*.safetensors"))
+    assert newest.with_name(f"{newest.stem}-state").is_dir()
     assert all(tensor.isfinite().all() for tensor in load_file(newest).values())
 
 

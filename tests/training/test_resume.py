@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,13 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
         for name in ("whole", "broken")
     )
     assert flat(whole) == flat(broken)
+    assert told(tmp_path, "whole") == told(tmp_path, "broken")
+
+
+def told(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of the steps in the run's metrics, but for the time that they took."""
+    lines = [json.loads(line) for line in (folder / "out" / f"{name}-metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines if "loss" in line]
 
 
 def flat(value: object) -> object:

@@ -61,6 +61,8 @@ def test_a_negative_prompt_alone_or_a_prompt_of_nothing(tmp_path):
         ("p.toml", "[prompt]\n[[prompt.subset]]\nwidht = 3\n", "subset 1: unknown key 'widht', did you mean 'width'"),
         ("p.json", "[\n1]", "not a list of prompts"),
         ("p.json", "[\n{]", "line 2: not valid JSON"),
+        ("p.json", '[{"prompt": ["a", "b"]}]', r"prompt 1: prompt: \['a', 'b'\] is neither text nor a number"),
+        ("p.json", '[{"prompt": null}]', r"prompt 1: prompt: None is neither text nor a number"),
     ],
 )
 def test_mistakes_have_their_place(tmp_path, name, text, said):

@@ -11,6 +11,7 @@ import pytest
 
 from library.config.parser import parse
 from library.errors import UserError
+from library.training import trackers
 from library.training.trackers import logged_options, plan_trackers
 
 REQUIRED = ("--pretrained_model_name_or_path", "base.safetensors", "--output_dir", "out")
@@ -157,3 +158,23 @@ def test_logged_options_are_plain_and_private():
     assert found["network_args"] == "('conv_dim=4',)"
     assert found["resolution"] == "(512, 512)"
     assert "k" not in found.values()
+
+
+def test_logs_on_a_full_disk_cost_the_curves_and_not_the_run(caplog):
+    class Full:
+        trackers = ["tensorboard"]  # noqa: RUF012
+
+        def log(self, values, step):
+            raise OSError(28, "No space left on device")
+
+        def end_training(self):
+            raise OSError(28, "No space left on device")
+
+    accelerator = Full()
+    for step in (3, 4):
+        trackers.tell(accelerator, {"loss/current": 1.0}, step=step)
+    trackers.end(accelerator)
+    assert caplog.messages == [
+        "the logs end before step 3, training goes on: No space left on device",
+        "the logs lack their end: No space left on device",
+    ]

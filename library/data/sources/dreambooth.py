@@ -162,12 +162,17 @@ def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
     path = spec.image_dir / name
     try:
         refuse_long_caption(path.stat().st_size, str(path))
+        if not path.is_file() and not path.is_dir():  # a pipe would be waited for
+            raise UserError(f"{path}: it is neither a file nor a folder")
         with path.open(encoding="utf-8-sig") as file:  # Windows editors put a byte order mark in front
-            lines = [line.strip() for line in file.read().split("\n")]
+            text = file.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}): save it in that encoding") from error
     except OSError as error:
         raise UserError(f"{path}: {why_not(error)}") from error
+    if "\0" in text:  # which UTF-8 lets pass
+        raise UserError(f"{path}: it holds null characters: UTF-16? Save it as UTF-8")
+    lines = [line.strip() for line in text.split("\n")]
     if spec.enable_wildcard:
         return _Caption(name, "\n".join(filter(None, lines)), False)
     return _Caption(name, lines[0], any(lines[1:]))
