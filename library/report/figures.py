@@ -96,9 +96,10 @@ def log_ticks(values: Sequence[float]) -> list[float]:
     """Where a logarithmic axis has labels: Bokeh's own leaves most of an axis of less than two decades without any."""
     if not values:
         return []
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    low, high = math.log10(min(values)), math.log10(max(values))
     mantissas = (1.0,) if high - low > 4 else (1.0, 2.0, 5.0) if high - low > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-    return [float(f"{mantissa}e{exponent}") for exponent in range(low, high + 1) for mantissa in mantissas]
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    return [float(f"{mantissa}e{exponent}") for exponent in exponents for mantissa in mantissas]
 
 
 def _line(plot: Any, line: Line, key: Key, *, log: bool) -> None:
