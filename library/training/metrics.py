@@ -104,11 +104,21 @@ def planned_files(options: Options, saves: SavePlan) -> list[Path]:
 
 
 def new_files(plan: Plan, saves: SavePlan) -> list[Path]:
-    """Of these the ones that may not be there yet: a resumed run goes on with its own."""
+    """Of these the ones that may not be there yet: a resumed run goes on with its own, and what tells of a run that
+    ended before it saved anything may go."""
     files = planned_files(plan.options, saves)
-    if plan.resume is None:
+    if plan.resume is not None:
+        return [file for file in files if not belongs_to(file, session_id=plan.session_id)]
+    if saves.left_anything():
         return files
-    return [file for file in files if not belongs_to(file, session_id=plan.session_id)]
+    idle = [file for file in files if file.is_file() and _tells_of_a_run(file)]
+    if idle:
+        logger.info("replacing %s, of a run that saved nothing", ", ".join(map(str, idle)))
+    return [file for file in files if file not in idle]
+
+
+def _tells_of_a_run(path: Path) -> bool:
+    return bool(session_of_report(path) if path.name.endswith(REPORT_SUFFIX) else read_run(path))
 
 
 def belongs_to(path: Path, *, session_id: int) -> bool:

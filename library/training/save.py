@@ -29,6 +29,7 @@ PRECISIONS: dict[str | None, torch.dtype | None] = {
 }
 
 
+ENDINGS = ("safetensors", "ckpt", "pt")  # --save_model_as
 STATE_SUFFIX = "-state"
 _MOST_FILES = 1_000_000  # each is looked for before training
 _LONGEST_NAME = 200  # bytes; file systems take 255, and the longest thing that follows is a sample's time and seed
@@ -120,6 +121,13 @@ class SavePlan:
             return Due(path, epoch, old)
         remove_state = None if old_state is None else state_folder(old_state)
         return Due(path, epoch, old, state_folder(path), remove_state)
+
+    def left_anything(self) -> bool:
+        """Whether a network or a state of this name is there, written in whatever run."""
+        stem = re.escape(self.name) if self.name is not None else "(last|at|epoch)"
+        file = re.compile(rf"{stem}(-best|-step\d{{8,}}|-\d{{6,}})?\.({'|'.join(ENDINGS)})")
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return any(file.fullmatch(name) or is_state_name(name, self.name) for name in names)
 
     def steps_that_save(self) -> list[int]:
         """After which steps something is written."""

@@ -15,17 +15,17 @@ import logging
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from library.config.options import Options, option_groups
+from library.config.options import Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
 from library.training import atomic
 from library.training.save import is_state_name
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.dataset_config import DatasetSpec, SubsetSpec
     from library.data.prepare import Prepared
     from library.training.loop import Run
     from library.training.plan import Plan
@@ -196,10 +196,7 @@ def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
     """Of the data sets' settings, and of each image's name, size in pixels and bytes, caption, repeats and place."""
     digest = hashlib.sha256()
     for spec in datasets:
-        settings = asdict(spec)
-        for subset in settings["subsets"]:
-            for place in _PLACES:
-                subset.pop(place, None)
+        settings = _settings(spec) | {"subsets": [_settings(subset) for subset in spec.subsets]}
         digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
     for sample, placement in zip(prepared.samples, prepared.placements, strict=True):
         facts = (sample.key, sample.caption, sample.size, sample.repeats, sample.path.stat().st_size, str(placement))
@@ -208,6 +205,15 @@ def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
         for sample, placement in zip(prepared.validation.samples, prepared.validation.placements, strict=True):
             digest.update(json.dumps((sample.key, sample.caption, str(placement))).encode())
     return digest.hexdigest()
+
+
+def _settings(spec: DatasetSpec | SubsetSpec) -> dict[str, Any]:
+    """Without those that are as by default: a later version's new ones leave the hash as it is."""
+    return {
+        field.name: value
+        for field in fields(spec)
+        if (value := getattr(spec, field.name)) != field.default and field.name not in (*_PLACES, "subsets")
+    }
 
 
 def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> None:
@@ -251,10 +257,13 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Options by name. What an earlier version did not know yet had its default; what is gone counts if it was set."""
+    declared = declared_options()
+    then = {name: json.loads(json.dumps(declared[name].default, default=str)) for name in now} | dict(before)
     return [
-        f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{name}: {_shown(then[name])} then, {_shown(now.get(name))} now"
+        for name in sorted(then)
+        if then[name] != now.get(name) and (name in now or then[name])
     ]
 
 

@@ -171,6 +171,30 @@ def test_a_file_that_is_there_stops_the_run_but_not_its_own(train, tmp_path, cap
     assert [line["step"] for line in steps_of(tmp_path)] == [3, 4]
 
 
+def test_what_a_run_left_that_saved_nothing_is_replaced(train, tmp_path, capsys) -> None:
+    """Killed before its first save, or diverged in its first step: the same command works again."""
+    path = tmp_path / "out" / "test-metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"run":{"session_id":7}}\n{"step":1,"loss":0.5}\n')
+    path.with_name("test-report.html").write_text('<meta name="session" content="7">')
+    words = ("--report", "--max_train_steps", "1", "--network_dim", "1")
+    for saved in ("test-best.safetensors", "test-000002.ckpt"):
+        path.with_name(saved).touch()
+        assert train(*words) == 2
+        assert "the run would replace" in capsys.readouterr().err
+        path.with_name(saved).unlink()
+    path.with_name("test-step00000002-state").mkdir()
+    assert train(*words) == 2
+    path.with_name("test-step00000002-state").rmdir()
+    path.with_name("test-big.safetensors").touch()  # another run's
+    assert train(*words) == 0
+    assert (
+        f"replacing {path}, {path.with_name('test-report.html')}, of a run that saved nothing"
+        in capsys.readouterr().err
+    )
+    assert '"session_id":7,' not in path.read_text()
+
+
 def test_a_dry_run_says_where_the_file_will_be_and_writes_none(train, tmp_path, capsys) -> None:
     assert train("--dry_run") == 0
     assert "test-metrics.jsonl" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -213,6 +214,49 @@ def test_a_changed_caption_is_another_run(
     caption.write_text("something else", encoding="utf-8")
     assert train("--resume", str(saved / "test-step00000002-state")) == 2
     assert "the data:" in capsys.readouterr().err
+
+
+def test_a_state_of_an_earlier_version_goes_on(train: Train, tmp_path: Path) -> None:
+    """It knows nothing of options, and of a data set's keys, that are newer."""
+    assert train("--save_state_on_train_end") == 0
+    file = tmp_path / "out" / "test-state" / state.FACTS
+    facts = json.loads(file.read_text())
+    for name in ("ip_noise_gamma", "max_grad_norm", "weighting_scheme", "base_weights"):
+        del facts["configuration"][name]
+    facts["configuration"] |= {"gone": False, "gone_too": None}
+    file.write_text(json.dumps(facts))
+    assert train("--resume", "latest", "--max_train_steps", "5") == 0
+    assert train("--resume", str(file.parent), "--max_train_steps", "5", "--max_grad_norm", "2") == 2
+    file.write_text(json.dumps(facts | {"configuration": facts["configuration"] | {"gone": 0.5}}))
+    assert train("--resume", str(file.parent), "--max_train_steps", "5") == 2
+
+
+def test_a_new_key_of_data_sets_leaves_their_hash(image_folder: Path) -> None:
+    from library.config.dataset_config import DatasetSpec, SubsetSpec, load_datasets
+    from library.config.parser import parse
+    from library.data.prepare import Prepared
+
+    words = ("--pretrained_model_name_or_path", "x", "--output_dir", "out", "--train_data_dir", str(image_folder))
+    specs = load_datasets(parse([*words, "--caption_extension", ".txt", "--resolution", "64"]))
+    later = [
+        dataclasses.make_dataclass(
+            "Later", [("new", int, dataclasses.field(default=3, kw_only=True))], bases=(kind,), frozen=True
+        )
+        for kind in (DatasetSpec, SubsetSpec)
+    ]
+
+    def as_later(spec: Any, kind: Any, **more: Any) -> Any:
+        return kind(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)} | more)
+
+    newer = tuple(
+        as_later(spec, later[0], subsets=tuple(as_later(sub, later[1]) for sub in spec.subsets)) for spec in specs
+    )
+    nothing = Prepared.__new__(Prepared)
+    for name in ("samples", "placements", "validation"):
+        object.__setattr__(nothing, name, None if name == "validation" else ())
+    assert state.data_hash(newer, nothing) == state.data_hash(specs, nothing)
+    changed = as_later(newer[0], later[0], new=4)
+    assert state.data_hash((changed,), nothing) != state.data_hash(specs, nothing)
 
 
 def test_harmless_changes_are_listed(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
