@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.family import AdapterTargets
+from library.progress import bar
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max  # what is larger would become NaN
@@ -28,20 +29,20 @@ def hold_in_float8(targets: Iterable[AdapterTargets]) -> int:
     To be done before adapters are attached and after others are merged in. Raises UserError for a weight that is too
     large for the format, before that layer is changed.
     """
-    count = 0
-    for target in targets:
-        for path, layer in target.root.named_modules():
-            if target.linear.fullmatch(path) or target.conv.fullmatch(path):
-                assert isinstance(layer, nn.Linear | nn.Conv2d), f"{path}: neither Linear nor Conv2d"
-                weight = layer.weight.detach()
-                if not weight.abs().amax() <= _LARGEST:  # NaN as well
-                    raise UserError(
-                        f"--fp8_base: {target.prefix} {path} has weights beyond {_LARGEST:g}, which 8 bits cannot hold"
-                    )
-                layer.weight = nn.Parameter(weight.to(FLOAT8), requires_grad=False)
-                layer.forward = partial(_forward, layer)
-                count += 1
-    return count
+    layers = [
+        (f"{target.prefix} {path}", layer)
+        for target in targets
+        for path, layer in target.root.named_modules()
+        if target.linear.fullmatch(path) or target.conv.fullmatch(path)
+    ]
+    for name, layer in bar(layers, desc="weights to 8 bits", unit="layer"):
+        assert isinstance(layer, nn.Linear | nn.Conv2d), f"{name}: neither Linear nor Conv2d"
+        least, most = layer.weight.detach().aminmax()
+        if not (least >= -_LARGEST and most <= _LARGEST):  # NaN as well
+            raise UserError(f"--fp8_base: {name} has weights beyond {_LARGEST:g}, which 8 bits cannot hold")
+        layer.weight = nn.Parameter(layer.weight.detach().to(FLOAT8), requires_grad=False)
+        layer.forward = partial(_forward, layer)
+    return len(layers)
 
 
 def _forward(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
