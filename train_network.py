@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from library import log
+from library import log, processes
 from library.config import parser
 from library.errors import UserError
 
@@ -28,8 +28,15 @@ def _main(argv: list[str] | None, family: str | None) -> int:
 
         return run(options, family=family)
     except UserError as error:
+        processes.let_the_first_speak()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not processes.is_of_a_lost_one(error):
+            raise
+        processes.let_the_first_speak()
+        print(f"error: {processes.LOST}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before training, or for the second time: there is nothing to save
         print("stopped", file=sys.stderr)
         return 130

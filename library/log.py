@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import logging.handlers
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from library import processes
 from library.errors import UserError, why_not
 
 _OURS = ("library", "networks")
@@ -28,7 +28,7 @@ def configure(*, level: str | None = None, file: str | None = None) -> None:
     """
     held = list(logging.getLogger().handlers)
     target: logging.Handler = _AboveTheBar()
-    if file is not None and _first():
+    if file is not None and processes.is_first():
         try:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             target = _File(file, mode="w", encoding="utf-8")
@@ -64,14 +64,14 @@ def lasting_streams() -> Iterator[None]:
 
 
 def _install(handler: logging.Handler, *, level: int = logging.INFO) -> None:
-    quiet = logging.ERROR if not _first() else logging.WARNING
+    quiet = logging.ERROR if not processes.is_first() else logging.WARNING
     if handler.formatter is None:
         handler.setFormatter(_Plain())
     logging.basicConfig(level=max(quiet, level), handlers=[handler], force=True)
     # At import it reports a missing optional kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for package in _OURS:
-        logging.getLogger(package).setLevel(level if _first() else max(level, logging.ERROR))
+        logging.getLogger(package).setLevel(level if processes.is_first() else max(level, logging.ERROR))
 
 
 def _release(handlers: list[logging.Handler], target: logging.Handler) -> None:
@@ -82,10 +82,6 @@ def _release(handlers: list[logging.Handler], target: logging.Handler) -> None:
                 if logging.getLogger(record.name).isEnabledFor(record.levelno):
                     target.handle(record)
             handler.buffer.clear()
-
-
-def _first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 class _Plain(logging.Formatter):

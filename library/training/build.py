@@ -25,7 +25,7 @@ from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule, rehearse
 from library.optimizers.weight_decay_choice import DecayChoice
-from library.training import disk, loop, metrics, sample, save, shard, state, trackers, validation, zero
+from library.training import disk, loop, metrics, sample, save, shard, state, together, trackers, validation, zero
 from library.training.divergence import Guard
 from library.training.ema import Ema
 from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
@@ -70,6 +70,7 @@ def build(plan: Plan) -> Built:
     per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
     saves = _save_plan(plan, accelerator, batches_per_step=per_step)
     now = state.facts_of(plan, total_steps=saves.total_steps, batches_per_step=per_step)
+    together.refuse_different(accelerator, now)
     decay = weight_decay_choice.resolve(
         options.weight_decay, plan.choice, total_steps=saves.total_steps, images=plan.prepared.train_images
     )

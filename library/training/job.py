@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from library import processes
 from library.config.options import Options
 from library.config.settings import places_of
 from library.errors import UserError
@@ -23,6 +24,8 @@ def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
     with _naming_places(options):
         plan = make_plan(options, only_family=family)
+    if (options.run.debug_dataset or options.guidance.recommend) and not processes.is_first():
+        return 0  # one sheet is enough, and two would be written to one file
     if options.run.debug_dataset:
         from library.training import contact_sheet
 
@@ -34,7 +37,7 @@ def run(options: Options, *, family: str | None = None) -> int:
         recommend.report(plan)
         return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
-    from library.training import dry_run, find_lr, loop, monitor, trackers
+    from library.training import divergence, dry_run, find_lr, loop, monitor
     from library.training.build import build
 
     with _naming_places(options):
@@ -54,10 +57,11 @@ def run(options: Options, *, family: str | None = None) -> int:
         built.samples(0)
     try:
         stopped_by = loop.train(built.run)
-    except UserError:
+    except UserError as error:
         _conclude(built, stopped_by="an error", conclusion="")
+        if isinstance(error, divergence.Ended):
+            _leave(built, together=True)
         raise
-    trackers.end(built.run.accelerator)
     history = built.run.history
     conclusion = (history and history.conclusion(best_file=built.saves.best_file.name)) or ""
     if conclusion:
@@ -65,6 +69,7 @@ def run(options: Options, *, family: str | None = None) -> int:
     if built.run.accelerator.is_main_process and stopped_by is None:
         _draw(built)
     _conclude(built, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
+    _leave(built, together=stopped_by is not None)
     return 0 if stopped_by is None else 128 + stopped_by
 
 
@@ -75,6 +80,17 @@ def _naming_places(options: Options) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{error}{places_of(str(error), options.given)}") from error
+
+
+def _leave(built: Built, *, together: bool) -> None:
+    """Close the logs, and leave the other processes: `together` where this one ends with another code than 0, for a
+    launcher then ends all of them, and the first may still be writing files."""
+    from library.training import trackers
+
+    trackers.end(built.run.accelerator)
+    if together:
+        built.run.accelerator.wait_for_everyone()
+    built.run.accelerator.state.destroy_process_group()
 
 
 def _conclude(built: Built, *, stopped_by: str, conclusion: str) -> None:

@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 
 from library import rng
 from library.data.plan import of_rank, split_into_steps
-from library.errors import UserError
 from library.optimizers.create import effective_rates
 from library.progress import progress
 from library.training import divergence, trackers
@@ -99,7 +98,7 @@ class Run:
 def train(run: Run) -> signal.Signals | None:
     """Train to the end (None), also an early one, or until Ctrl-C, SIGTERM or SIGHUP, after the step that is running.
 
-    UserError if the run diverges and may not go on; what it was before that step is saved then.
+    `divergence.Ended` if the run diverges and may not go on; what it was before that step is saved then.
     """
     quiet = not run.accelerator.is_main_process
     with (
@@ -116,7 +115,7 @@ def train(run: Run) -> signal.Signals | None:
             except divergence.Diverged as problem:
                 if not run.guard.roll_back(run, problem):
                     run.monitor.diverged(problem.step, str(problem))
-                    raise UserError(_end(run, problem)) from None
+                    raise divergence.Ended(_end(run, problem)) from None
                 run.monitor.go_back(run.done, why=str(problem))
                 bar.n = run.done
                 bar.refresh()
@@ -286,14 +285,16 @@ def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes, in one message. A missing gradient counts as zero."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.reshape(-1).float() for g in gradients]), reduction="mean")
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    """Replace each gradient by its mean over the processes, in one message. A missing gradient counts as zero, but
+    what has none in any of them stays without: the optimizer leaves it alone, as it does with one process."""
+    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in parameters]
+    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
+    *means, presence = accelerator.reduce(torch.cat([*flat, present]), reduction="mean").split(
+        [*map(len, flat), len(present)]
+    )
+    for parameter, mean, found in zip(parameters, means, presence.tolist(), strict=True):
+        if found:
+            parameter.grad = mean.view_as(parameter).to(parameter)
 
 
 def _report(run: Run, item: StepBatches, bar: Any) -> None:

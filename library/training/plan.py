@@ -19,6 +19,7 @@ from library.data.captions import refuse_text_cache_of_changing_captions, warn_o
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
+from library.training import together
 from library.training.sample_prompts import SampleTimes, plan_samples
 from library.training.state import State
 from library.training.state import find as find_state
@@ -85,11 +86,11 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     seed = options.training.seed
     if seed is None and resume is not None:
         seed = resume.facts.seed
-    if seed is None:
-        seed = random.SystemRandom().randrange(2**32)
-        logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
 
     # torch loads from here on
+    if seed is None:
+        seed = together.agreed(random.SystemRandom().randrange(2**32))
+        logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
     from library.data.prepare import prepare
     from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer

@@ -131,7 +131,8 @@ def tell(accelerator: Accelerator, values: dict[str, float], *, step: int) -> No
 def end(accelerator: Accelerator) -> None:
     """Close the logs."""
     try:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     except OSError as error:
         logger.warning("the logs lack their end: %s", why_not(error, verb="write to"))
 

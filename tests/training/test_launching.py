@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +12,110 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from library import processes
+from library.training import job, loop
+
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 Train = Callable[..., int]
+
+
+def launch(what: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Two processes on the CPU, as the README says; `what` happens to them in the third step."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "configs" / "accelerate" / "multi_gpu.yaml")]
+    words = ["--pretrained_model_name_or_path", str(ROOT / "quickstart" / "base"), "--resolution", "64", "--seed", "1"]
+    words += ["--train_data_dir", str(folder / "data"), "--caption_extension", ".txt", "--train_batch_size", "1"]
+    words += ["--output_dir", str(folder / "out"), "--output_name", "test", "--network_dim", "4", "--no-loss_plot"]
+    words += ["--max_train_steps", "6", "--learning_rate", "1e-3", "--max_data_loader_n_workers", "0", *more]
+    return subprocess.run(
+        [*command, str(ROOT / "tests" / "training" / "launched.py"), what, *words],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_a_signal_to_all_processes_costs_nothing(image_folder: Path, tmp_path: Path) -> None:
+    """The launcher ends all as soon as one has ended: the others must wait until the first has saved."""
+    done = launch("signals", tmp_path)
+    assert done.returncode == 1  # of the launcher, whatever its processes end with
+    assert "process 1 of 2 ends with 130" in done.stdout
+    assert (tmp_path / "out" / "test-step00000003-state" / "state.pt").is_file(), done.stderr
+    assert (tmp_path / "out" / "test-report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other_with_a_sentence(image_folder: Path, tmp_path: Path) -> None:
+    done = launch("killed", tmp_path, "--save_every_n_steps", "2", "--save_state")
+    assert done.returncode == 1
+    assert done.stderr.count("error: another process of this run has ended, and this one cannot go on") == 1
+    assert "[rank" not in done.stderr  # no traceback of ours
+    assert (tmp_path / "out" / "test-step00000002-state" / "state.pt").is_file()
+
+
+def test_what_all_processes_find_is_said_by_the_first(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends the second one while it waits; without a launcher both are heard."""
+    said: list[str] = []
+
+    def wait(seconds: float) -> None:
+        assert seconds >= 2
+        said.append(capsys.readouterr().err)
+
+    monkeypatch.setattr(processes.time, "sleep", wait)
+    monkeypatch.setenv("RANK", "1")
+    assert train("--network_dim", "many") == 2
+    assert said == [""]
+    assert "--network_dim" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "world", "code"),
+    [
+        ("[/build/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer.", "2", 1),
+        ("[/build/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer.", "1", None),
+        ("mat1 and mat2 shapes cannot be multiplied", "2", None),
+    ],
+)
+def test_the_loss_of_another_process_is_told_apart_from_faults(
+    message: str,
+    world: str,
+    code: int | None,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(job, "run", fails)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    if code is None:
+        with pytest.raises(RuntimeError, match=r"mat1|gloo"):
+            train()
+        return
+    assert train() == code
+    assert "error: another process of this run has ended" in capsys.readouterr().err
+
+
+def test_the_environment_does_not_divide_the_losses(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's launcher sets this variable for DeepSpeed, and accelerate divides by it of itself."""
+    seen = []
+    step = loop.optimizer_step
+
+    def watched(run: loop.Run, item: loop.StepBatches) -> float:
+        seen.append(run.accelerator.gradient_accumulation_steps)
+        return step(run, item)
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert train("--max_train_steps", "1") == 0
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -21,7 +21,8 @@ from library.training import state
 ROOT = Path(__file__).parent.parent.parent
 IMAGES = ROOT / "quickstart" / "images" / "train"
 
-LONG = ("--max_train_steps", "8", "--lr_scheduler", "cosine", "--shuffle_caption", "--flip_aug")
+# With clip_skip the last layer of the text encoder is not used, so its LoRA has no gradient.
+LONG = ("--max_train_steps", "8", "--lr_scheduler", "cosine", "--shuffle_caption", "--flip_aug", "--clip_skip", "2")
 # Four images trained and one held back: three batches an epoch, so one process has nothing to do in every second step.
 UNEVEN = ("--max_train_steps", "5", "--train_batch_size", "3", "--validation_split", "0.2", "--gradient_checkpointing")
 ADAM8 = ("--optimizer_type", "CustomAdamW", "--network_dim", "64")
@@ -53,6 +54,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
             shutil.copy(image, folder / target)
             shutil.copy(image.with_suffix(".txt"), folder / target)
     end = "--save_state_on_train_end"
+    seedless = words(folder, "seedless", "--max_train_steps", "5")
+    del seedless[(seed := seedless.index("--seed")) : seed + 2]
     table = {
         "sum": words(folder, "sum", *LONG, end, "--save_every_n_steps", "3", "--save_state"),
         "whole": words(folder, "whole", *LONG, *ADAM8, end),
@@ -62,6 +65,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
         "nan": words(folder, "nan", *LONG, "@nan=2"),
         "copied": words(folder, "copied", *UNEVEN),
         "shared": words(folder, "shared", *UNEVEN, "@fsdp=1"),
+        "seedless": seedless,
+        "different": words(folder, "different", "--max_train_steps", "5", "@second=--noise_offset=0.1"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
     }
     (folder / "runs.json").write_text(json.dumps(table))
@@ -106,6 +111,12 @@ def test_the_same_lora_as_one_process_with_accumulation(runs: Any, tmp_path: Pat
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
     schedules = [final_state(folder, name)["schedule"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))]
     assert schedules[0]["last_epoch"] == schedules[1]["last_epoch"] == 8
+    trained = [
+        final_state(folder, name)["optimizer"]["state"].keys()
+        for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))
+    ]
+    assert trained[0] == trained[1]
+    assert len(trained[0]) < len(one)
 
 
 def test_nothing_is_seen_twice(runs: Any) -> None:
@@ -156,6 +167,18 @@ def test_a_unet_that_is_shared_out_trains_the_same_lora(runs: Any) -> None:
         re.findall(r"validation after 5 steps: ([\d.]+)", runs(name)[0]["error"]) for name in ("copied", "shared")
     ]
     assert validated[0] == validated[1] != []
+
+
+def test_a_seed_that_is_not_given_is_the_same_for_both(runs: Any) -> None:
+    assert [run["code"] for run in runs("seedless")] == [0, 0]
+    first, second = ([key for _, keys in run["seen"] for key in keys] for run in runs("seedless"))
+    assert len({*first, *second}) == len(first) + len(second) == 10  # each image of the epoch once
+
+
+def test_processes_that_would_train_different_things(runs: Any) -> None:
+    for rank, run in enumerate(runs("different")):
+        assert run["code"] == 2
+        assert f"processes {rank} and {1 - rank} are not to train the same: noise_offset differ" in run["error"]
 
 
 def test_too_few_images_for_the_processes(runs: Any) -> None:

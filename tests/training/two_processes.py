@@ -2,7 +2,8 @@
 
 `torchrun … two_processes.py FOLDER` reads `FOLDER/runs.json`, {name: words}, and writes `FOLDER/NAME.RANK.json`. Words
 that begin with "@" are not the command line's: "@stop=3" sends SIGINT to the second process in that step, "@nan=2"
-makes the loss of its batch NaN, "@fsdp=1" and "@deepspeed=1" ask for those as accelerate's launcher does.
+makes the loss of its batch NaN, "@second=WORD" is a word for that process only, "@fsdp=1" and "@deepspeed=1" ask for
+those as accelerate's launcher does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 
+from library import processes  # noqa: E402
 from library.training import loop, save  # noqa: E402
 from train_network import main  # noqa: E402
 
@@ -32,7 +34,10 @@ SHARING = ("fsdp", "deepspeed")
 
 def observed(words: list[str]) -> dict[str, Any]:
     """Run it; the exit code, the error, each batch that was seen as (step, keys), and what this process wrote."""
-    asked = dict(word[1:].split("=") for word in words if word.startswith("@"))
+    asked = dict(word[1:].split("=", 1) for word in words if word.startswith("@"))
+    given = [word for word in words if not word.startswith("@")]
+    if RANK == 1 and "second" in asked:
+        given.append(asked["second"])
     seen: list[tuple[int, list[str]]] = []
     written: list[str] = []
     world: list[int] = []
@@ -64,9 +69,10 @@ def observed(words: list[str]) -> dict[str, Any]:
         mock.patch.object(save.os, "replace", watched_replace),
         mock.patch.dict(os.environ, {f"ACCELERATE_USE_{kind.upper()}": "true" for kind in asked if kind in SHARING}),
         mock.patch.object(PartialState, "destroy_process_group"),  # for the next run
+        mock.patch.object(processes, "_PATIENCE", 0.0),  # no launcher ends this one
         contextlib.redirect_stderr(errors),
     ):
-        code = main([word for word in words if not word.startswith("@")])
+        code = main(given)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the next run may read what the first process has written
     AcceleratorState._reset_state(reset_partial_state=False)
