@@ -171,12 +171,6 @@ def test_a_file_that_is_there_stops_the_run_but_not_its_own(train, tmp_path, cap
     assert [line["step"] for line in steps_of(tmp_path)] == [3, 4]
 
 
-def test_a_dry_run_says_where_the_file_will_be_and_writes_none(train, tmp_path, capsys) -> None:
-    assert train("--dry_run") == 0
-    assert "test-metrics.jsonl" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
 def test_trackers_show_it_too(train, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
