@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file
 
 from library.models.stable_diffusion import StableDiffusion
 from library.training.estimate import human_bytes
 from tests.conftest import BASE, ROOT
+from tests.training.written import same, weights
 
 UNCACHED = ("--no-cache_latents", "--network_train_unet_only", "--train_batch_size", "1")
 MEMORY = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only", "--train_batch_size", "1")
@@ -62,14 +61,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(StableDiffusion, "load_vae", vae)
     monkeypatch.setattr(StableDiffusion, "load_text_encoders", text_encoders)
     return count
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_with_without_and_from_the_cache_train_the_same(train, tmp_path, calls):

@@ -8,19 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from library.training.step import condition_of
-
-
-def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
-
-
-def metadata(folder: Path, name: str = "test") -> dict[str, str]:
-    with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:
-        return file.metadata()
+from tests.training.written import metadata, weights
 
 
 @pytest.fixture

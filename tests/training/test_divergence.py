@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from library.training import divergence, loop, metrics, state
 from library.training.step import BatchLoss
+from tests.training.written import weights
 
 Train = Callable[..., int]
 
@@ -35,10 +35,6 @@ def break_at(monkeypatch: pytest.MonkeyPatch, *calls: int, of: str = "loss") -> 
         return found._replace(loss=found.loss * wrong, per_sample=found.per_sample * wrong)
 
     monkeypatch.setattr(loop, "batch_loss", broken)
-
-
-def weights(tmp_path: Path, name: str = "test") -> dict[str, torch.Tensor]:
-    return load_file(tmp_path / "out" / f"{name}.safetensors")
 
 
 def final_state(tmp_path: Path) -> dict[str, Any]:

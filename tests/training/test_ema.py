@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from library.training import loop
 from library.training.ema import Ema, weights_for
+from tests.training.written import weights
 
 Train = Callable[..., int]
 EVERY = frozenset(("validate", "sample", "save"))
@@ -26,8 +26,8 @@ def test_the_closed_form(dtype: torch.dtype) -> None:
     series = [torch.randn(3, 5, generator=generator).to(dtype) for _ in range(31)]
     parameter = nn.Parameter(series[0].clone())
     ema = Ema([parameter], decay=0.6, purposes=EVERY)
-    for weights in series[1:]:
-        parameter.data.copy_(weights)
+    for values in series[1:]:
+        parameter.data.copy_(values)
         ema.update()
     decays = [min(0.6, (1 + n) / (10 + n)) for n in range(30)]
     assert decays[0] == 0.1
@@ -60,10 +60,6 @@ def test_the_weights_come_back_bit_by_bit() -> None:
         raise KeyError
     assert torch.equal(parameter, before)
     assert parameter.requires_grad
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
 
 
 def test_a_file_holds_the_average_of_the_weights_of_each_step(

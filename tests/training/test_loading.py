@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tests.conftest import BASE
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
+from tests.training.written import weights
 
 
 def as_peft_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:

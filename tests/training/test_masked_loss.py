@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from library.config.parser import parse
 from library.training import loop
@@ -19,14 +18,7 @@ from library.training.build import build
 from library.training.plan import make_plan
 from library.training.step import batch_loss
 from tests.conftest import BASE
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+from tests.training.written import same, weights
 
 
 @pytest.fixture

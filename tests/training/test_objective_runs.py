@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.conftest import BASE, ROOT
+from tests.training.written import metadata
 
 V_AND_MORE = (
     *("--zero_terminal_snr", "--scale_v_pred_loss_like_noise_pred", "--debiased_estimation_loss"),
@@ -25,11 +25,6 @@ V_AND_MORE = (
     *("--weighting_scheme", "logit_normal", "--logit_mean", "0.5", "--logit_std", "1.5"),
     *("--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=2", "gamma=0.5"),
 )
-
-
-def metadata(folder: Path, name: str = "test") -> dict[str, str]:
-    with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:
-        return file.metadata()
 
 
 def test_a_file_says_what_was_minimised(train, tmp_path):

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from library.optimizers import OPTIMIZERS
-
-
-def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
-
-
-def metadata(folder: Path, name: str = "test") -> dict[str, str]:
-    with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:
-        return file.metadata()
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+from tests.training.written import metadata, same, weights
 
 
 def test_a_lora_comes_out(train, tmp_path):

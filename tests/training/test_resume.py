@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from library.training import loop, state
 from tests.conftest import copy_images, forget_accelerator, run_training
+from tests.training.written import same, weights
 
 Train = Callable[..., int]
 
@@ -36,14 +36,6 @@ def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved(four_steps: Path, tmp_path: Path) -> Path:
     """The same, for one test alone, in the place where `train` writes."""
     return shutil.copytree(four_steps, tmp_path / "out")
-
-
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

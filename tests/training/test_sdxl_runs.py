@@ -18,6 +18,7 @@ from library.models.float8 import hold_in_float8
 from library.models.stable_diffusion_xl import StableDiffusionXL
 from tests.conftest import BASE, ROOT
 from tests.tiny_sdxl import TEXTS
+from tests.training.written import same, weights
 
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
 
@@ -26,14 +27,6 @@ CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
 def train_sdxl(train: Callable[..., int], tiny_sdxl: Path) -> Callable[..., int]:
     """As `train`, with the tiny SDXL."""
     return lambda *words: train("--pretrained_model_name_or_path", str(tiny_sdxl), *words)
-
-
-def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_lora_comes_out_that_is_kohyas(train_sdxl, tmp_path):

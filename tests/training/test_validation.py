@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from benchmarks.fixed_noise_loss import fixed_noise_loss, mean_squares
 from library.config.validation import ValidationOptions, check_validation
@@ -19,22 +17,10 @@ from library.training import loop, state
 from library.training.fixed_noise import image_losses, middles
 from tests.conftest import BASE, IMAGES
 from tests.training.test_resume import stop_after
+from tests.training.written import metadata, same, weights
 
 Train = Callable[..., int]
 SPLIT = ("--validation_split", "0.34")  # two of six
-
-
-def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
-    return load_file(folder / "out" / f"{name}.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def metadata(folder: Path, name: str = "test") -> dict[str, str]:
-    with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:
-        return dict(file.metadata())
 
 
 def measured(folder: Path, name: str = "test") -> list[tuple[int, float, dict[int, float]]]:
