@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from library.config import source
 from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.errors import UserError
@@ -28,17 +24,17 @@ from library.optimizers.weight_decay_choice import DecayChoice
 from library.training import disk, loop, metrics, sample, save, shard, state, together, trackers, validation, zero
 from library.training.divergence import Guard
 from library.training.ema import Ema
-from library.training.encode import DTYPES, load_and_encode, trains_text, vae_dtype
+from library.training.encode import load_and_encode, trains_text, vae_dtype
 from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
 from library.training.meter import Meter
+from library.training.network import make_network
 from library.training.objective import make_objective
 from library.training.plan import Plan
 from library.training.saver import Saver
 from networks.merge import BaseWeights
 from networks.network import AdapterNetwork
-from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
-from networks.weights import read_weights
+from networks.protocol import optimizer_groups, step_hook, without
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +54,94 @@ class Built:
     samples: Callable[[int], None]  # draw what is due after so many steps
 
 
+@dataclass(frozen=True)
+class Course:
+    """What is settled before any weights are loaded: how long the run is, and what it writes after which steps."""
+
+    plan: Plan  # its choice of the optimizer with the numbers that follow from the length
+    accelerator: Accelerator
+    saves: save.SavePlan
+    facts: state.Facts
+    schedule: ScheduleChoice | None
+    decay: DecayChoice | None
+
+
 def build(plan: Plan) -> Built:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
+    objective = make_objective(plan.options.objective, plan.family)
+    course = _course(plan)
+    plan, options, accelerator, saves = course.plan, plan.options, course.accelerator, course.saves
+    data = TrainingData(
+        plan.prepared,
+        seed=plan.seed,
+        prior_loss_weight=options.data.prior_loss_weight,
+        batches_per_step=course.facts.batches_per_step,
+        total_steps=saves.total_steps,
+    )
+
+    base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
+    prompts = sample.EncodedPrompts(plan.family, _drawn_prompts(plan))
+    held_out = validation.data_of(plan)
+    load_and_encode(
+        plan.family,
+        data,
+        options,
+        accelerator,
+        base_weights,
+        prompts,
+        validation=held_out,
+        cache=not options.run.dry_run,
+    )
+    network = make_network(plan, accelerator)
+    shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(plan.family.unet, accelerator)
+    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
+        with without(network):  # refused now, where it cannot be switched off, and not in the first step
+            pass
+    groups, optimizer = _optimizer(plan, network)
+    # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
+    lr_schedule = None if course.schedule is None else create_schedule(course.schedule, optimizer)
+    run = loop.Run(
+        accelerator=accelerator,
+        family=plan.family,
+        network=network,
+        parameters=[parameter for group in groups for parameter in group["params"]],
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        schedule=lr_schedule,
+        data=data,
+        objective=objective,
+        loader=data.loader(
+            workers=options.data.max_data_loader_n_workers,
+            world_size=accelerator.num_processes,
+            persistent=options.data.persistent_data_loader_workers,
+        ),
+        seed=plan.seed,
+        total_steps=saves.total_steps,
+        accumulation=options.training.gradient_accumulation_steps,
+        train_text=trains_text(options),
+        max_grad_norm=options.optimizer.max_grad_norm,
+        scale_weight_norms=options.network.scale_weight_norms,
+        schedule_free=plan.choice.schedule_free,
+        observe=weight_decay_choice.attach(course.decay, optimizer),
+        on_step=step_hook(network),
+        save=_nothing,
+        save_now=_nothing,
+        guard=Guard(
+            action=options.divergence.on_divergence,
+            limit=options.divergence.divergence_limit,
+            keeps_after=lambda step: bool(saves.due(step)),
+        ),
+    )
+    _equip(run, course, optimizer, held_out, shares=shares)
+    samples = _write_as_planned(run, course, prompts)
+    return Built(run, plan, saves, groups, course.schedule, course.decay, base_weights, prompts, samples)
+
+
+def _course(plan: Plan) -> Course:
+    """Raises UserError for whatever does not go together, or is in the way."""
     options = plan.options
     shard.refuse_what_cannot_be(options)
     if zero.is_asked_for():
         zero.refuse_what_cannot_be(options, plan.choice, plan.network_arguments)
-    objective = make_objective(options.objective, plan.family)
     accelerator = _accelerator(plan)
     _refuse_idle_processes(accelerator.num_processes, plan.prepared.batches_per_epoch)
     per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
@@ -86,32 +163,12 @@ def build(plan: Plan) -> Built:
             of_length=_curves_of_length(plan, schedule, decay, given=given),
             anyway=options.run.resume_anyway,
         )
-    data = TrainingData(
-        plan.prepared,
-        seed=plan.seed,
-        prior_loss_weight=options.data.prior_loss_weight,
-        batches_per_step=per_step,
-        total_steps=saves.total_steps,
-    )
+    return Course(plan, accelerator, saves, now, schedule, decay)
 
-    base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
-    prompts = sample.EncodedPrompts(plan.family, _drawn_prompts(plan))
-    held_out = validation.data_of(plan)
-    load_and_encode(
-        plan.family,
-        data,
-        options,
-        accelerator,
-        base_weights,
-        prompts,
-        validation=held_out,
-        cache=not options.run.dry_run,
-    )
-    network = _network(plan, accelerator)
-    shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(plan.family.unet, accelerator)
-    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
-        with without(network):  # refused now, where it cannot be switched off, and not in the first step
-            pass
+
+def _optimizer(plan: Plan, network: Any) -> tuple[ParameterGroups, torch.optim.Optimizer]:
+    """The network's parameters in groups, each with its rate, and the optimizer of them."""
+    options, choice = plan.options, plan.choice
     groups = optimizer_groups(
         network,
         text_encoder_lr=options.optimizer.text_encoder_lr,
@@ -125,84 +182,59 @@ def build(plan: Plan) -> Built:
     groups = [{**group, "lr": own["lr"]} for group, own in zip(groups, optimizer.param_groups, strict=True)]
     if options.precision.full_fp16:
         _refuse_vanishing_eps(choice, optimizer)
-    # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
-    lr_schedule = None if schedule is None else create_schedule(schedule, optimizer)
-    run = loop.Run(
-        accelerator=accelerator,
-        family=plan.family,
-        network=network,
-        parameters=[parameter for group in groups for parameter in group["params"]],
-        optimizer=accelerator.prepare_optimizer(optimizer),
-        schedule=lr_schedule,
-        data=data,
-        objective=objective,
-        loader=data.loader(
-            workers=options.data.max_data_loader_n_workers,
-            world_size=accelerator.num_processes,
-            persistent=options.data.persistent_data_loader_workers,
-        ),
-        seed=plan.seed,
-        total_steps=saves.total_steps,
-        accumulation=options.training.gradient_accumulation_steps,
-        train_text=trains_text(options),
-        max_grad_norm=options.optimizer.max_grad_norm,
-        scale_weight_norms=options.network.scale_weight_norms,
-        schedule_free=choice.schedule_free,
-        observe=weight_decay_choice.attach(decay, optimizer),
-        on_step=step_hook(network),
-        save=_nothing,
-        save_now=_nothing,
-        guard=Guard(
-            action=options.divergence.on_divergence,
-            limit=options.divergence.divergence_limit,
-            keeps_after=lambda step: bool(saves.due(step)),
-        ),
-    )
+    return groups, optimizer
+
+
+def _equip(
+    run: loop.Run, course: Course, optimizer: torch.optim.Optimizer, held_out: TrainingData | None, *, shares: bool
+) -> None:
+    """Give the run what not every run has, then put it where its state was. `shares`: the UNet is shared out."""
+    plan, options, accelerator, saves = course.plan, course.plan.options, course.accelerator, course.saves
     if zero.is_asked_for() and not options.run.dry_run:
         run.zero = zero.share_out(
-            network,
-            optimizer,
-            accelerator,
-            accumulation=run.accumulation,
-            max_grad_norm=run.max_grad_norm,
+            run.network, optimizer, accelerator, accumulation=run.accumulation, max_grad_norm=run.max_grad_norm
         )
         run.optimizer = run.zero or run.optimizer
     if shares or run.zero is not None:
-        run.spare = next(data.batches([data.plan(0)[accelerator.process_index]], epoch=0, loader=run.loader))
+        run.spare = next(run.data.batches([run.data.plan(0)[accelerator.process_index]], epoch=0, loader=run.loader))
     if options.ema.ema_decay is not None:
         run.ema = Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
     if options.monitoring.monitoring:
-        ours = network if isinstance(network, AdapterNetwork) else None
-        run.meter = Meter(run.parameters, ours, accelerator, timesteps=len(objective.alphas_cumprod))
+        ours = run.network if isinstance(run.network, AdapterNetwork) else None
+        run.meter = Meter(run.parameters, ours, accelerator, timesteps=len(run.objective.alphas_cumprod))
     if held_out is not None:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
         state.load(plan.resume, run)
         if run.history is not None:
             validation.tell_of_best(run.history, saves.best_file)
+
+
+def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedPrompts) -> Callable[[int], None]:
+    """Have the run write its files, states and samples. Returns what draws the samples after so many steps."""
+    plan, options, accelerator, saves = course.plan, course.plan.options, course.accelerator, course.saves
+    samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and options.trains:
-        tensors = network.state_dict()
+        tensors = run.network.state_dict()
         disk.refuse_full_disk(
             saves,
             after_step=run.done,
             of_file=disk.file_bytes(tensors, options.output.save_precision),
             of_state=disk.file_bytes(tensors, None),  # at least: the optimizer's part is not known before a step
         )
-    samples: Callable[[int], None] = _nothing
-    if accelerator.is_main_process and options.trains:
-        samples = _sampling(plan, saves, accelerator, network, prompts) or samples
+        samples = _sampling(plan, saves, accelerator, run.network, prompts) or samples
         saver = Saver(
             saves=saves,
             run=run,
-            facts=now,
+            facts=course.facts,
             precision=options.output.save_precision,
-            metadata=run_metadata(plan, saves, data, world_size=accelerator.num_processes, decay=decay),
+            metadata=run_metadata(plan, saves, run.data, world_size=accelerator.num_processes, decay=course.decay),
             samples=samples,
         )
         run.save, run.save_now, run.save_best, run.save_last = saver.due, saver.now, saver.best, saver.last
     if run.zero is not None:
         zero.gather_before_saving(run, run.zero, saves)
-    return Built(run, plan, saves, groups, schedule, decay, base_weights, prompts, samples)
+    return samples
 
 
 def _curves_of_length(
@@ -330,65 +362,6 @@ def _sampling(
         since=plan.started_at,
         steps_per_epoch=saves.steps_per_epoch,
     )
-
-
-def _network(plan: Plan, accelerator: Accelerator) -> Any:
-    """The adapter network, on the model, in its precision, with its starting weights."""
-    options, family = plan.options, plan.family
-    wanted = options.network
-    module = importlib.import_module(wanted.network_module)
-    creator = getattr(module, plan.network_creator)
-    ours = {"targets": family.adapter_targets(), "seed": plan.seed}
-    arguments = plan.network_arguments | {
-        name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
-    }
-    text_encoders, unet = family.third_party_text_encoders(), family.third_party_unet()
-    start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
-    with _refusals(wanted.network_module):
-        if wanted.dim_from_weights:
-            # the tensors as well: whatever names the file has, these are kohya's
-            file = wanted.network_weights
-            network, _ = creator(1.0, file, family.vae, text_encoders, unet, weights_sd=start, **arguments)
-        else:
-            network = creator(
-                1.0,
-                wanted.network_dim,
-                wanted.network_alpha,
-                family.vae,
-                text_encoders,
-                unet,
-                neuron_dropout=wanted.network_dropout,
-                **arguments,
-            )
-    if wanted.scale_weight_norms:
-        check_max_norm(network)
-    trains_unet = not wanted.network_train_text_encoder_only
-    network.apply_to(text_encoders, unet, trains_text(options), trains_unet)
-    if start is not None:
-        assert wanted.network_weights is not None
-        load_weights(network, wanted.network_weights, start)
-    if options.precision.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    full = options.precision.full_fp16 or options.precision.full_bf16
-    network.to(accelerator.device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
-    network.prepare_grad_etc(text_encoders, unet)
-    return network
-
-
-@contextmanager
-def _refusals(module: str) -> Iterator[None]:
-    """Third-party modules refuse settings in many ways, and know no UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        if source.is_ours(module):
-            raise
-        hint = ""
-        if "duplicated lora name" in str(error):
-            hint = ". In LyCORIS 4.1 the default preset names some layers twice: --network_args preset=attn-mlp"
-        raise UserError(f"--network_module {module} refuses these settings: {error!r}{hint}") from error
 
 
 def _refuse_vanishing_eps(choice: OptimizerChoice, optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,78 @@
+"""The adapter network of a run: made by our module or a third party's, on the model, with its starting weights."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from library.config import source
+from library.errors import UserError
+from library.training.encode import DTYPES, trains_text
+from library.training.plan import Plan
+from networks.protocol import check_max_norm, load_weights
+from networks.weights import read_weights
+
+
+def make_network(plan: Plan, accelerator: Accelerator) -> Any:
+    """Attached to the loaded parts of the model, in its precision, on its device. Raises UserError."""
+    options, family = plan.options, plan.family
+    wanted = options.network
+    module = importlib.import_module(wanted.network_module)
+    creator = getattr(module, plan.network_creator)
+    ours = {"targets": family.adapter_targets(), "seed": plan.seed}
+    arguments = plan.network_arguments | {
+        name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
+    }
+    text_encoders, unet = family.third_party_text_encoders(), family.third_party_unet()
+    start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
+    with _refusals(wanted.network_module):
+        if wanted.dim_from_weights:
+            # the tensors as well: whatever names the file has, these are kohya's
+            file = wanted.network_weights
+            network, _ = creator(1.0, file, family.vae, text_encoders, unet, weights_sd=start, **arguments)
+        else:
+            network = creator(
+                1.0,
+                wanted.network_dim,
+                wanted.network_alpha,
+                family.vae,
+                text_encoders,
+                unet,
+                neuron_dropout=wanted.network_dropout,
+                **arguments,
+            )
+    if wanted.scale_weight_norms:
+        check_max_norm(network)
+    trains_unet = not wanted.network_train_text_encoder_only
+    network.apply_to(text_encoders, unet, trains_text(options), trains_unet)
+    if start is not None:
+        assert wanted.network_weights is not None
+        load_weights(network, wanted.network_weights, start)
+    if options.precision.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    full = options.precision.full_fp16 or options.precision.full_bf16
+    network.to(accelerator.device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
+    network.prepare_grad_etc(text_encoders, unet)
+    return network
+
+
+@contextmanager
+def _refusals(module: str) -> Iterator[None]:
+    """Third-party modules refuse settings in many ways, and know no UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        if source.is_ours(module):
+            raise
+        hint = ""
+        if "duplicated lora name" in str(error):
+            hint = ". In LyCORIS 4.1 the default preset names some layers twice: --network_args preset=attn-mlp"
+        raise UserError(f"--network_module {module} refuses these settings: {error!r}{hint}") from error
