@@ -19,12 +19,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-COMMANDS = [
-    shlex.split(line.replace(" \\\n", " "), comments=True)
-    for block in blocks("sh")
-    for line in re.split(r"(?<!\\)\n", block)
-    if "train_network.py" in line
-]
+def words_of(command: str) -> tuple[str, ...]:
+    """What stands behind train_network.py, whoever launches it."""
+    words = shlex.split(command.replace(" \\\n", " "), comments=True)
+    return tuple(words[next(i for i, word in enumerate(words) if word.endswith("train_network.py")) + 1 :])
+
+
+COMMANDS = list(
+    dict.fromkeys(
+        tuple(word for word in words_of(line) if word != "--overwrite")
+        for block in blocks("sh")
+        for line in re.split(r"(?<!\\)\n", block)
+        if "train_network.py" in line
+    )
+)
 
 
 @pytest.fixture
@@ -50,18 +58,13 @@ def models(tiny_sdxl: Path) -> dict[str, str]:
     return {"models/sd15.safetensors": str(BASE), "models/sdxl.safetensors": str(tiny_sdxl)}
 
 
-def arguments(command: list[str], models: dict[str, str]) -> list[str]:
-    words = command[command.index(next(word for word in command if word.endswith("train_network.py"))) + 1 :]
-    return [models.get(word, word) for word in words]
-
-
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[-6:]))
 def test_every_command_trains(workplace, models, command):
     from train_network import main
 
     small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--overwrite", "--no-enable_bucket"]
-    size = [] if "configs/quickstart.toml" in command else ["--resolution", "64"]
-    words = arguments(command, models)
+    size = ["--compare_steps", "2"] if "configs/quickstart.toml" in command else ["--resolution", "64"]
+    words = [models.get(word, word) for word in command]
     if "--resume" in words:
         place = words.index("--resume")
         assert main([*words[:place], *words[place + 2 :], *small, *size]) == 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.training import loop
 
@@ -20,19 +21,28 @@ def resident() -> float:
     return pages * 4096 / MIB
 
 
+def reference() -> float:
+    """CPU seconds of something that is always the same: they grow where neighbours use the same core."""
+    product = weights = torch.eye(256)
+    began = time.process_time()
+    for _ in range(20):
+        product = torch.relu(product @ weights)
+    return time.process_time() - began
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(("steps", "settled"), [(200, 100), pytest.param(2000, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("steps", "settled"), [(150, 75), pytest.param(2000, 200, marks=pytest.mark.slow)])
 def test_memory_and_time_stay(
     steps: int, settled: int, train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory: list[float] = []
-    seconds: list[float] = []
+    costs: list[float] = []
     one_step = loop.optimizer_step
 
     def watched(run: loop.Run, item: loop.StepBatches) -> float:
         began = time.process_time()
         loss = one_step(run, item)
-        seconds.append(time.process_time() - began)
+        costs.append((time.process_time() - began) / reference())
         memory.append(resident())
         return loss
 
@@ -42,23 +52,10 @@ def test_memory_and_time_stay(
     every = "25"
     words = (
         *("--max_train_steps", str(steps), "--optimizer_type", "CustomAdamW", "--network_dim", "32"),
-        *(
-            "--use_adopt_stability",
-            "--use_tam",
-            "--use_grams",
-            "--no-use_cautious",
-            "--use_orthogonal_grad",
-            "--use_alora",
-        ),
-        *(
-            "--no-cache_latents",
-            "--shuffle_caption",
-            "--flip_aug",
-            "--ema_decay",
-            "0.99",
-            "--on_divergence",
-            "rollback",
-        ),
+        *("--use_adopt_stability", "--use_tam", "--use_grams", "--no-use_cautious"),
+        *("--use_orthogonal_grad", "--use_alora"),
+        *("--no-cache_latents", "--shuffle_caption", "--flip_aug", "--ema_decay", "0.99"),
+        *("--on_divergence", "rollback"),
         *("--validation_split", "0.2", "--validate_every_n_steps", every, "--early_stopping_patience", "100"),
         *("--sample_prompts", str(prompts), "--sample_every_n_steps", every, "--logging_dir", str(tmp_path / "logs")),
         *("--save_every_n_steps", every, "--save_state", "--save_last_n_steps", "1", "--lr_scheduler", "cosine"),
@@ -68,9 +65,9 @@ def test_memory_and_time_stay(
     assert len(memory) == steps
     grown = max(memory[settled:]) - max(memory[settled // 2 : settled])
     third = steps // 3
-    early, late = statistics.median(seconds[5:third]), statistics.median(seconds[-third:])
+    early, late = statistics.median(costs[5:third]), statistics.median(costs[-third:])
     print(
-        f"{steps} steps: {grown:.1f} MiB more after step {settled}; {early:.4f} s of CPU a step, {late:.4f} at the end"
+        f"{steps} steps: {grown:.1f} MiB more after step {settled}; a step costs {late / early:.2f} times the first ones"
     )
     assert grown <= 20
-    assert late <= 1.25 * early  # CPU seconds, of the median step
+    assert late <= 1.25 * early  # of the median step, in units of `reference`
