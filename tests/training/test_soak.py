@@ -66,8 +66,6 @@ def test_memory_and_time_stay(
     grown = max(memory[settled:]) - max(memory[settled // 2 : settled])
     third = steps // 3
     early, late = statistics.median(costs[5:third]), statistics.median(costs[-third:])
-    print(
-        f"{steps} steps: {grown:.1f} MiB more after step {settled}; a step costs {late / early:.2f} times the first ones"
-    )
+    print(f"{steps} steps: {grown:.1f} MiB more after step {settled}; at the end {late / early:.2f} times the time")
     assert grown <= 20
     assert late <= 1.25 * early  # of the median step, in units of `reference`
