@@ -162,17 +162,17 @@ def test_logged_options_are_plain_and_private():
 
 def test_logs_on_a_full_disk_cost_the_curves_and_not_the_run(caplog):
     class Full:
-        trackers = ["tensorboard"]  # noqa: RUF012
-
         def log(self, values, step):
             raise OSError(28, "No space left on device")
 
-        def end_training(self):
+        def finish(self):
             raise OSError(28, "No space left on device")
 
     accelerator = Full()
+    accelerator.trackers = [Full()]
     for step in (3, 4):
         trackers.tell(accelerator, {"loss/current": 1.0}, step=step)
+    accelerator.trackers = [Full()]
     trackers.end(accelerator)
     assert caplog.messages == [
         "the logs end before step 3, training goes on: No space left on device",
