@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from library.config import source
 from library.config.options import Options
@@ -233,6 +233,7 @@ def _accelerator(plan: Plan) -> Accelerator:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 log_with=list(plan.trackers.names) or None,
                 project_dir=plan.trackers.folder,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=together.patience(options.run.ddp_timeout))],
             )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
