@@ -20,7 +20,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from library.config import source
 from library.config.options import Options
 from library.data.dataset import TrainingData
-from library.errors import UserError
+from library.errors import CommonError, UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule, rehearse
@@ -244,7 +244,7 @@ def _accelerator(plan: Plan) -> Accelerator:
 
 def _refuse_idle_processes(processes: int, batches: int) -> None:
     if batches < processes:
-        raise UserError(
+        raise CommonError(
             f"{processes} processes, and an epoch has only {batches} batches: some would never get one. Start fewer, "
             "lower --train_batch_size, or give more images or repeats"
         )
