@@ -7,7 +7,7 @@ import sys
 
 from library import log, processes
 from library.config import parser
-from library.errors import UserError
+from library.errors import CommonError, UserError
 
 
 def main(argv: list[str] | None = None, *, family: str | None = None) -> int:
@@ -27,6 +27,10 @@ def _main(argv: list[str] | None, family: str | None) -> int:
         from library.training.job import run  # the rest of the program loads only if the options are good
 
         return run(options, family=family)
+    except CommonError as error:
+        if processes.is_first():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
     except UserError as error:
         processes.let_the_first_speak()
         print(f"error: {error}", file=sys.stderr)
@@ -38,7 +42,8 @@ def _main(argv: list[str] | None, family: str | None) -> int:
         print(f"error: {processes.LOST}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before training, or for the second time: there is nothing to save
-        print("stopped", file=sys.stderr)
+        if processes.is_first():
+            print("stopped", file=sys.stderr)
         return 130
     finally:
         log.give_up_waiting()

@@ -17,6 +17,10 @@ class UserError(ValueError):
     """
 
 
+class CommonError(UserError):
+    """What all processes of a run raise at the same point: it is told by the first, and no other has to wait for it."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` for the nearest of `known`, or an empty string if none is near."""
     lowered = {name.lower(): name for name in known}

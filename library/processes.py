@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-_PATIENCE = 3.0  # seconds
+_PATIENCE = 5.0  # seconds
 LOST = (
     "another process of this run has ended, and this one cannot go on without it. What it said stands above, or on its "
     "own machine; --resume latest goes on from the last state that was saved"

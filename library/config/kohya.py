@@ -103,7 +103,6 @@ NOT_YET: dict[str, Row] = {
     "torch_compile": flag(),
     "dynamo_backend": value("inductor", "no", only_with="torch_compile"),
     # several devices
-    "ddp_timeout": value(None, 0),
     "deepspeed": flag(hint="here: accelerate launch --config_file configs/accelerate/deepspeed_zero2.yaml"),
     "fp16_master_weights_and_gradients": flag(only_with="deepspeed"),
     "offload_optimizer_device": value(only_with="deepspeed"),

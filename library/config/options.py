@@ -325,6 +325,12 @@ class RunOptions:
         None, help="go on from a state: its folder, or latest for the newest of --output_name in --output_dir"
     )
     resume_anyway: bool = option(False, help="resume even if options or data are not those of the state (ours)")
+    ddp_timeout: int | None = option(
+        None,
+        minimum=1,
+        zero_is_unset=True,
+        help="minutes that processes wait for each other (default: 10 on GPUs, else 30)",
+    )
     output_config: bool = option(False, help="write the given options to --config_file instead of training")
     debug_dataset: bool = option(
         False, help="draw what the network will see, images and captions, into NAME-dataset.png instead of training"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from library.config.options import Options
 from library.data.dataset import TrainingData
-from library.errors import UserError
+from library.errors import CommonError, UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule, rehearse
@@ -265,6 +265,7 @@ def _accelerator(plan: Plan) -> Accelerator:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 log_with=list(plan.trackers.names) or None,
                 project_dir=plan.trackers.folder,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=together.patience(options.run.ddp_timeout))],
             )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
@@ -275,7 +276,7 @@ def _accelerator(plan: Plan) -> Accelerator:
 
 def _refuse_idle_processes(processes: int, batches: int) -> None:
     if batches < processes:
-        raise UserError(
+        raise CommonError(
             f"{processes} processes, and an epoch has only {batches} batches: some would never get one. Start fewer, "
             "lower --train_batch_size, or give more images or repeats"
         )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.errors import UserError
 from library.training import state
 
 if TYPE_CHECKING:
@@ -32,10 +31,6 @@ class Diverged(Exception):
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"step {step}: {what}")
         self.step = step
-
-
-class Ended(UserError):
-    """A run has ended because it diverged: all its processes raise this after the same step."""
 
 
 @dataclass

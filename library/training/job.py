@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from library import processes
 from library.config.options import Options
 from library.config.settings import places_of
-from library.errors import UserError
+from library.errors import CommonError, UserError
 from library.training.plan import make_plan
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(options: Options, *, family: str | None = None) -> int:
         recommend.report(plan)
         return 0
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
-    from library.training import divergence, dry_run, find_lr, loop, monitor
+    from library.training import dry_run, find_lr, loop, monitor
     from library.training.build import build
 
     with _naming_places(options):
@@ -59,7 +59,7 @@ def run(options: Options, *, family: str | None = None) -> int:
         stopped_by = loop.train(built.run)
     except UserError as error:
         _conclude(built, stopped_by="an error", conclusion="")
-        if isinstance(error, divergence.Ended):
+        if isinstance(error, CommonError):
             _leave(built, together=True)
         raise
     history = built.run.history
@@ -79,7 +79,7 @@ def _naming_places(options: Options) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}{places_of(str(error), options.given)}") from error
+        raise type(error)(f"{error}{places_of(str(error), options.given)}") from error
 
 
 def _leave(built: Built, *, together: bool) -> None:

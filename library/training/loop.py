@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 from library import rng
 from library.data.plan import of_rank, split_into_steps
+from library.errors import CommonError
 from library.optimizers.create import effective_rates
 from library.progress import progress
 from library.training import divergence, trackers
@@ -98,7 +99,7 @@ class Run:
 def train(run: Run) -> signal.Signals | None:
     """Train to the end (None), also an early one, or until Ctrl-C, SIGTERM or SIGHUP, after the step that is running.
 
-    `divergence.Ended` if the run diverges and may not go on; what it was before that step is saved then.
+    CommonError if the run diverges and may not go on; what it was before that step is saved then.
     """
     quiet = not run.accelerator.is_main_process
     with (
@@ -115,7 +116,7 @@ def train(run: Run) -> signal.Signals | None:
             except divergence.Diverged as problem:
                 if not run.guard.roll_back(run, problem):
                     run.monitor.diverged(problem.step, str(problem))
-                    raise divergence.Ended(_end(run, problem)) from None
+                    raise CommonError(_end(run, problem)) from None
                 run.monitor.go_back(run.done, why=str(problem))
                 bar.n = run.done
                 bar.refresh()

@@ -89,7 +89,9 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
     # torch loads from here on
     if seed is None:
-        seed = together.agreed(random.SystemRandom().randrange(2**32))
+        seed = together.agreed(
+            random.SystemRandom().randrange(2**32), timeout=together.patience(options.run.ddp_timeout)
+        )
         logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
     from library.data.prepare import prepare
     from library.optimizers import weight_decay_choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from library import processes
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def agreed(value: T) -> T:
-    """The first process's value in all of them, which this joins to a group if they are not one yet."""
+def patience(minutes: int | None) -> timedelta | None:
+    """--ddp_timeout: how long a process waits for the others; None leaves it to torch."""
+    return None if minutes is None else timedelta(minutes=minutes)
+
+
+def agreed(value: T, *, timeout: timedelta | None) -> T:
+    """The first process's value in all of them, which this joins to a group."""
     if not processes.are_several():
         return value
     from accelerate import PartialState
@@ -25,7 +31,8 @@ def agreed(value: T) -> T:
     from library.training import shard
 
     with shard.without_accelerates_own():
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        settings = {} if timeout is None else {"timeout": timeout}
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **settings)
         (first,) = broadcast_object_list([value])
     return first  # type: ignore[no-any-return]
 

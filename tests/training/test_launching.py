@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import InitProcessGroupKwargs
 
 from library import processes
-from library.training import job, loop
+from library.training import build, job, loop
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -74,6 +77,12 @@ def test_what_all_processes_find_is_said_by_the_first(
     assert "--network_dim" in capsys.readouterr().err
 
 
+def test_one_process_draws_the_contact_sheet(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert train("--debug_dataset") == 0
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("message", "world", "code"),
     [
@@ -105,7 +114,7 @@ def test_the_loss_of_another_process_is_told_apart_from_faults(
 
 def test_the_environment_does_not_divide_the_losses(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate's launcher sets this variable for DeepSpeed, and accelerate divides by it of itself."""
-    seen = []
+    seen: list[int] = []
     step = loop.optimizer_step
 
     def watched(run: loop.Run, item: loop.StepBatches) -> float:
@@ -116,6 +125,20 @@ def test_the_environment_does_not_divide_the_losses(train: Train, monkeypatch: p
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert train("--max_train_steps", "1") == 0
     assert seen == [1]
+
+
+def test_how_long_processes_wait_for_each_other(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that draws many samples keeps the others waiting, ten minutes at most with NCCL's default."""
+    seen = []
+
+    class Watched(Accelerator):
+        def __init__(self, *, kwargs_handlers: list[InitProcessGroupKwargs], **more: object) -> None:
+            seen.extend(handler.timeout for handler in kwargs_handlers)
+            super().__init__(kwargs_handlers=kwargs_handlers, **more)
+
+    monkeypatch.setattr(build, "Accelerator", Watched)
+    assert train("--dry_run", "--ddp_timeout", "45") == 0
+    assert seen == [timedelta(minutes=45)]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
