@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.errors import UserError
 
@@ -36,12 +36,8 @@ class Blocks:
 SD = Blocks(12, 1, 12, ends=0)  # 1.x and 2.x; nothing in block 0 is adapted
 SDXL = Blocks(9, 3, 9, ends=1)  # 0 embeddings, 1 … 9 down, 10 … 12 middle, 13 … 21 up, 22 output
 
-BY_BLOCK = frozenset(
-    (
-        *("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"),
-        *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),
-    )
-)
+_RANKS_BY_BLOCK = frozenset(("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"))
+BY_BLOCK = _RANKS_BY_BLOCK | {"down_lr_weight", "mid_lr_weight", "up_lr_weight"}
 """Settings of a network that have a number for each block: only its layers tell how many these are."""
 
 # The names in files tell which it is: those of SDXL are the original layout's.
@@ -117,6 +113,12 @@ def ranks(
     if not any(of_dims):
         raise UserError(f"{names[0]}: every block has rank 0, so nothing is adapted")
     return Ranks(rank, alpha, tuple(zip(of_dims, of_alphas, strict=True)))
+
+
+def refuse_wrong_counts(settings: Mapping[str, Any], blocks: Blocks) -> None:
+    """Raises UserError where ranks or alphas by block are not one number for each of these blocks."""
+    for name in sorted(settings.keys() & _RANKS_BY_BLOCK):
+        _numbers(name, settings[name], float, blocks)
 
 
 def _numbers(name: str, text: str, read: Callable[[str], Value], blocks: Blocks) -> tuple[Value, ...]:

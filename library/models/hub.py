@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from library.errors import UserError, nearest_path
+from library.models.base_model import few
 from library.models.folder import choose_weights, shards_of
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,15 @@ def fetch(name: str) -> Path:
     not_here = f"{name}: no such file or folder{nearest_path(Path(name))}"
     try:
         files = [file.rfilename for file in HfApi().model_info(name, timeout=_TIMEOUT).siblings or []]
-        return Path(snapshot_download(name, allow_patterns=wanted(files)))
+        if not (chosen := wanted(files)):
+            single = [file for file in files if file.endswith((".safetensors", ".ckpt"))]
+            raise UserError(
+                f"{name}: the hub has no diffusers folder of that name, but {few(single or files) or 'nothing'}; "
+                "fetch a file with `hf download` and give its path"
+            )
+        return Path(snapshot_download(name, allow_patterns=chosen))
+    except UserError:
+        raise
     except GatedRepoError:
         raise UserError(f"{name}: the hub wants you to accept its terms and to log in (`hf auth login`)") from None
     except RepositoryNotFoundError:
@@ -43,11 +52,14 @@ def wanted(files: list[str]) -> list[str]:
     """Of a repository's files, those that are needed: one set of weights a part, not all precisions and formats."""
     chosen = [file for file in files if file == "model_index.json" or file.startswith(("scheduler/", "tokenizer/"))]
     for part in _PARTS:
-        inside = [file[len(part) + 1 :] for file in files if file.startswith(f"{part}/")]
-        weights = choose_weights(inside)
-        if weights is None:
-            continue
-        chosen += [f"{part}/config.json", f"{part}/{weights}"]
-        if weights.endswith(".json"):
-            chosen += [f"{part}/{shard}" for shard in shards_of(weights, inside)]
-    return chosen
+        chosen += _of_part(f"{part}/", files)
+    return chosen or _of_part("", files)  # a VAE has a repository of its own
+
+
+def _of_part(folder: str, files: list[str]) -> list[str]:
+    inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
+    weights = choose_weights(inside)
+    if weights is None or "config.json" not in inside:
+        return []
+    shards = shards_of(weights, inside) if weights.endswith(".json") else []
+    return [f"{folder}{name}" for name in ("config.json", weights, *shards)]

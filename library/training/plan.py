@@ -129,7 +129,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
-    _rehearse_network(options, creator, arguments)
+    _rehearse_network(options, family, creator, arguments)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,
@@ -158,14 +158,19 @@ def _warn_of_unused_rates(options: Options) -> None:
             logger.warning("--%s has no effect: --%s leaves that part out", option, only)
 
 
-def _rehearse_network(options: Options, creator: str, arguments: dict[str, Any]) -> None:
+def _rehearse_network(options: Options, family: ModelFamily, creator: str, arguments: dict[str, Any]) -> None:
     """Make our own network on no layer at all: it refuses what its settings cannot be before any model is loaded."""
     wanted = options.network
     if creator != "create_network" or not source.is_ours(wanted.network_module):
         return
     create = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
-    from networks.blocks import BY_BLOCK
+    from networks.blocks import BY_BLOCK, SD, SDXL, refuse_wrong_counts
 
+    refuse_wrong_counts(arguments, SDXL if family.name == "sdxl" else SD)
+    encoders = family.third_party_text_encoders()
+    rates, count = options.optimizer.text_encoder_lr or (), len(encoders) if isinstance(encoders, list) else 1
+    if 1 < len(rates) != count and not options.network.network_train_unet_only:
+        raise UserError(f"--text_encoder_lr: {len(rates)} rates for {count} text encoder{'s' * (count > 1)}")
     known = {name: value for name, value in arguments.items() if name not in BY_BLOCK}
     if len(known) < len(arguments):
         known.pop("block_lr_zero_threshold", None)  # it needs one of those

@@ -37,18 +37,38 @@ def test_only_one_set_of_weights_is_fetched() -> None:
     ]
 
 
+def test_a_vae_has_a_repository_of_its_own() -> None:
+    files = [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.safetensors",
+        "sdxl.safetensors",
+    ]
+    assert wanted(files) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_repository_of_single_files_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = _Hub(monkeypatch, error=None, cached=tmp_path)
+    hub.files = ["README.md", "noob-xl.safetensors"]
+    with pytest.raises(
+        UserError, match=r"someone/model: the hub has no diffusers folder .*noob-xl\.safetensors; fetch"
+    ):
+        locate("someone/model")
+
+
 class _Hub:
     """What the two functions of huggingface_hub do when asked, and what they were asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, error: Exception | None, cached: Path | None) -> None:
-        self.error, self.cached, self.patterns = error, cached, None
+        self.error, self.cached, self.patterns, self.files = error, cached, None, _FILES
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda _api, _name, **_rest: self.info())
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
 
     def info(self) -> Any:
         if self.error:
             raise self.error
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in _FILES])
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.files])
 
     def download(self, _name: str, *, allow_patterns: Any = None, local_files_only: bool = False) -> str:
         if self.cached is None:

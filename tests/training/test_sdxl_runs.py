@@ -204,6 +204,20 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_sdxl, tmp_
     assert same(weights(tmp_path, "whole"), weights(tmp_path, "part"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--network_args", "block_dims=" + ",".join(["4"] * 25)), "block_dims: 25 numbers for this model's 23 blocks"),
+        (("--network_args", "conv_block_alphas=4,4"), "conv_block_alphas: 2 numbers for this model's 23 blocks"),
+        (("--text_encoder_lr", "1e-4", "1e-5", "1e-6"), "--text_encoder_lr: 3 rates for 2 text encoders"),
+    ],
+)
+def test_what_does_not_fit_the_family_is_told_before_images_are_encoded(train_sdxl, capsys, monkeypatch, words, said):
+    monkeypatch.setattr(StableDiffusionXL, "load_vae", None)
+    assert train_sdxl(*words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_dry_run_counts_eight_bits(train_sdxl, capsys):
     def weights_in_bits(*words):
         assert train_sdxl("--dry_run", "--mixed_precision", "bf16", *CACHED, *words) == 0
