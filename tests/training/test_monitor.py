@@ -172,8 +172,13 @@ def test_a_file_that_is_there_stops_the_run_but_not_its_own(train, tmp_path, cap
 
 
 def test_a_dry_run_says_where_the_file_will_be_and_writes_none(train, tmp_path, capsys) -> None:
-    assert train("--dry_run") == 0
-    assert "test-metrics.jsonl" in capsys.readouterr().out
+    assert train("--dry_run", "--report") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for what, name in (
+        ("what each step does", "test-metrics.jsonl"),
+        ("the whole run on one page", "test-report.html"),
+    ):
+        assert f"{what}: {tmp_path / 'out' / name}" in said
     assert not (tmp_path / "out").exists()
 
 
