@@ -26,7 +26,9 @@ class GuidanceOptions:
     )
     find_lr_start: float = option(_START, minimum=0, help="the rate that --find_lr begins with (ours)")
     find_lr_end: float = option(_END, minimum=0, help="the rate at which --find_lr ends at the latest (ours)")
-    find_lr_steps: int = option(_STEPS, minimum=20, help="the rates that --find_lr tries, one step each (ours)")
+    find_lr_steps: int = option(
+        _STEPS, minimum=20, maximum=10_000, help="the rates that --find_lr tries, one step each (ours)"
+    )
 
     def __post_init__(self) -> None:
         defaults = {"find_lr_start": _START, "find_lr_end": _END, "find_lr_steps": _STEPS}

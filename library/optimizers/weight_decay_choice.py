@@ -59,7 +59,10 @@ class DecayChoice:
         """The last step with the weight decay as configured; with the adaptive curve the last one at the earliest."""
         if self.curve.schedule == "multi_stage":
             return max(0, next((start - 1 for start, ratio in self.curve.stages if ratio != 1), 0))
-        return Plateau(**self.flat).earliest if self.curve.schedule == "adaptive" else self.curve.transition_steps
+        if self.curve.schedule == "adaptive":
+            plateau = Plateau(**self.flat)
+            return max(plateau.earliest, plateau.window - 1)
+        return self.curve.transition_steps
 
     def changes(self, total_steps: int) -> bool:
         """Whether the weight decay is another at some step of a run of this length; the adaptive curve's may be."""
@@ -234,7 +237,7 @@ def weight_decay_of(choice: OptimizerChoice) -> Any:
 
 def _words(options: WeightDecayOptions) -> dict[str, Any]:
     """--wd_flat as arguments of `Plateau`."""
-    arguments, _ = registry.bind(_PLATEAU, options.wd_flat, where="--wd_flat")
+    arguments, _ = registry.bind(_PLATEAU, options.wd_flat, where="--wd_flat", called="--wd_schedule adaptive")
     return arguments
 
 

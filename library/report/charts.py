@@ -71,7 +71,9 @@ def charts(story: Story) -> Iterator[Chart]:
     yield Chart("Loss by timestep", note, [Line(line.label, _mean(line.curve)) for line in _group(story, "timesteps")])
     note = "In effect, for each group of parameters."
     yield _of_groups("Learning rate", note, _group(story, "rates"))
-    yield _of_groups("Weight decay", "In effect, after its curve.", _group(story, "weight_decay"))
+    decays = _group(story, "weight_decay")
+    if any(any(line.curve.values) for line in decays):
+        yield _of_groups("Weight decay", "In effect, after its curve.", decays)
     norm = curves.get("gradient_norm", empty)
     lines = [Line("each step", norm, faint=True), Line("moving mean", _mean(norm))]
     yield Chart("Gradient norm", "Of all gradients together, before clipping.", lines, log=True)

@@ -19,9 +19,23 @@ from library.data.dataset import TrainingData
 from library.errors import CommonError, UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
-from library.optimizers.schedules import ScheduleChoice, choose_schedule, create_schedule, rehearse
+from library.optimizers.schedules import ScheduleChoice, create_schedule
 from library.optimizers.weight_decay_choice import DecayChoice
-from library.training import disk, loop, metrics, sample, save, shard, state, together, trackers, validation, zero
+from library.training import (
+    curves,
+    disk,
+    loop,
+    metrics,
+    resumed_settings,
+    sample,
+    save,
+    shard,
+    state,
+    together,
+    trackers,
+    validation,
+    zero,
+)
 from library.training.divergence import Guard
 from library.training.ema import Ema
 from library.training.encode import load_and_encode, trains_text, vae_dtype
@@ -153,14 +167,14 @@ def _course(plan: Plan) -> Course:
     )
     given, choice = plan.choice, weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
     plan = replace(plan, choice=choice)  # with the numbers of this run
-    schedule = _schedule(options, choice, total_steps=saves.total_steps)
+    schedule = curves.schedule_of(options, choice, total_steps=saves.total_steps)
     if choice.schedule_free and options.ema.ema_decay is not None:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if plan.resume is not None:
         state.refuse_other_run(
             plan.resume,
             now=now,
-            of_length=_curves_of_length(plan, schedule, decay, given=given),
+            of_length=curves.of_length(plan, schedule, decay, given=given),
             anyway=options.run.resume_anyway,
         )
     return Course(plan, accelerator, saves, now, schedule, decay)
@@ -205,7 +219,8 @@ def _equip(
     if held_out is not None:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
-        state.load(plan.resume, run)
+        settings = resumed_settings.of(run.optimizer) if options.run.resume_anyway else None
+        state.load(plan.resume, run, settings=settings)
         if run.history is not None:
             validation.tell_of_best(run.history, saves.best_file)
 
@@ -235,24 +250,6 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
     if run.zero is not None:
         zero.gather_before_saving(run, run.zero, saves)
     return samples
-
-
-def _curves_of_length(
-    plan: Plan, schedule: ScheduleChoice | None, decay: DecayChoice | None, *, given: OptimizerChoice
-) -> list[str]:
-    """The curves that are not those of the resumed state if that was of a run of another length. `given`: the choice
-    without the weight decay's numbers, which follow from the length."""
-    options, resume = plan.options, plan.resume
-    assert resume is not None
-    curves = []
-    if schedule is not None and schedule.depends_on_length(options.schedule):
-        curves.append("learning rate")
-    then = weight_decay_choice.decide(
-        options.weight_decay, given, total_steps=resume.facts.total_steps, images=plan.prepared.train_images
-    )
-    if decay is not None and then is not None and decay.curve != then.curve:
-        curves.append("weight decay")
-    return curves
 
 
 def _accelerator(plan: Plan) -> Accelerator:
@@ -373,27 +370,6 @@ def _refuse_vanishing_eps(choice: OptimizerChoice, optimizer: torch.optim.Optimi
             f"--full_fp16 with {choice.name}: its eps of {eps:g} is 0 in fp16, and the weights become NaN. Give "
             "--optimizer_args eps=1e-4, an 8-bit optimizer (they compute in fp32), or --full_bf16 instead."
         )
-
-
-def _schedule(options: Options, choice: OptimizerChoice, *, total_steps: int) -> ScheduleChoice | None:
-    wanted = options.schedule
-    named_adafactor = wanted.lr_scheduler == "adafactor" and not wanted.lr_scheduler_type
-    if named_adafactor and not choice.relative_step:
-        raise UserError(
-            "--lr_scheduler adafactor is the schedule that --optimizer_type Adafactor makes itself with "
-            f"relative_step=True; this run's optimizer is {choice.name}{' without it' * choice.is_adafactor}"
-        )
-    if choice.schedule_free or choice.relative_step:
-        asked = wanted.lr_scheduler != "constant" and not named_adafactor
-        if asked or wanted.lr_scheduler_type or wanted.lr_warmup_steps:
-            reason = "needs no schedule" if choice.schedule_free else "makes its own schedule (relative_step)"
-            logger.warning(
-                "%s %s: --lr_scheduler, --lr_scheduler_type and --lr_warmup_steps have no effect.", choice.name, reason
-            )
-        return None
-    chosen, rates = choose_schedule(wanted, total_steps=total_steps), options.optimizer
-    rehearse(chosen, rate=max(rates.learning_rate, rates.unet_lr or 0.0, *(rates.text_encoder_lr or ())))
-    return chosen
 
 
 def _nothing(step: int) -> None:

@@ -299,7 +299,7 @@ def _files(built: Built) -> Iterator[str]:
     if drawn:
         yield from _paths(_count(len(drawn), "picture"), drawn)
     for path in metrics.planned_files(built.plan.options, saves):
-        what = "the whole run on one page" if path == metrics.report_path(path) else "what each step does"
+        what = "the whole run on one page" if path.name.endswith(metrics.REPORT_SUFFIX) else "what each step does"
         yield from _paths(what, [path])
 
 

@@ -13,9 +13,9 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -135,17 +135,14 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
                 group["lr"] = given["lr"] * rate / reference
             try:
                 loop.optimizer_step(trial, item)
+                loss = measure(trial, batches)
             except divergence.Diverged:
-                broken = True
-                break
-            loss = measure(trial, batches)
-            if not math.isfinite(loss):
-                broken = True
-                break
-            losses.append(loss)
-            lowest = min(lowest, loss)
-            if loss > BROKEN * lowest:
-                broken = True
+                loss = math.nan
+            if math.isfinite(loss):
+                losses.append(loss)
+                lowest = min(lowest, loss)
+            broken = not loss <= BROKEN * lowest  # also of what is no number
+            if broken:
                 break
         bar.close()
     return Sweep(list(rates[: len(losses)]), losses, before, broken)
@@ -208,6 +205,7 @@ def report(built: Built, found: Found) -> None:
         f"loss         {found.sweep.before:.4f} before; lowest at {said.lowest_at:.1e}: {said.lowest:.4f} "
         f"({said.fall:.0%} less; smoothed, the same images and noise each time)",
         f"suggestion   {' '.join(rate_options(built.plan.options, said.rate / found.reference))}",
+        *_other_rates(built.plan.network_arguments, said.rate / found.reference),
         f"why          at {said.rate:.1e} the loss falls fastest: {why}",
         f"             (the other rule, a tenth of the rate at the lowest loss, says {said.tenth:.1e})",
         f"written      {plot}, {numbers}",
@@ -219,6 +217,12 @@ def report(built: Built, found: Found) -> None:
         logger.warning("the loss hardly falls at any rate (%.1f %%): the suggestion rests on little", 100 * said.fall)
     if not said.turned:
         logger.warning("the loss still falls at the last rate, %.1e: look further, with --find_lr_end", last)
+
+
+def _other_rates(network_arguments: Mapping[str, Any], factor: float) -> Iterator[str]:
+    """What else has a rate of its own, which grew with the others."""
+    if network_arguments.get("network_reg_lrs"):
+        yield f"             and {factor:.2g} times each rate in network_reg_lrs"
 
 
 def rate_options(options: Options, factor: float) -> list[str]:

@@ -86,7 +86,7 @@ class Monitor:
                 "delta_norms": [metrics.rounded(norm) for norm in measured.delta_norms],
             }
         self._write(step, line)
-        self._say(step, self._look(line))
+        self._say(step, self._look(step, line))
         return self._for_trackers(norm, decays, measured)
 
     def validation(self, step: int, losses: Mapping[str, float], *, loss: float) -> None:
@@ -122,7 +122,7 @@ class Monitor:
         if self._file is not None:
             self._file.write(step, values)
 
-    def _look(self, line: Mapping[str, Any]) -> list[Sign]:
+    def _look(self, step: int, line: Mapping[str, Any]) -> list[Sign]:
         """What the rules find in a step's line."""
         signs = self._watch.step(
             loss=_number(line["loss"]),
@@ -131,7 +131,8 @@ class Monitor:
         )
         if "update_ratio" in line:
             rate = max(line["rates"].values(), default=0.0)
-            signs += self._watch.measured(update_ratio=_number(line["update_ratio"]), rate=rate)
+            ratio, losses = _number(line["update_ratio"]), line["loss_by_timestep"]
+            signs += self._watch.measured(step, update_ratio=ratio, rate=rate, loss_by_timestep=losses)
         return signs
 
     def _say(self, step: int, signs: list[Sign]) -> None:
@@ -145,7 +146,7 @@ class Monitor:
         said, seconds = set(), 0.0
         for line in file.kept():
             if "loss" in line:
-                self._look(line)
+                self._look(line["step"], line)
                 seconds = line["seconds"]
             elif "validation" in line:
                 self._watch.validated(line["step"], _number(line["validation"]["loss"]), self._run.losses.curve())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from library.config.options import Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
-from library.training import atomic
+from library.training import atomic, resumed_settings
 from library.training.save import is_state_name
 
 if TYPE_CHECKING:
@@ -288,8 +288,9 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
     logger.info("saved %s", folder)
 
 
-def load(state: State, run: Run) -> None:
-    """Put the run where the state was. Raises UserError if the file is damaged or of another network or optimizer."""
+def load(state: State, run: Run, *, settings: resumed_settings.Settings | None) -> None:
+    """Put the run where the state was; with `settings` of its own for the optimizer. Raises UserError if the file is
+    damaged or of another network or optimizer."""
     import torch
 
     file = state.folder / TENSORS
@@ -302,6 +303,8 @@ def load(state: State, run: Run) -> None:
     if not isinstance(count, int) or count < 0:
         raise UserError(f"--resume {file}: damaged: its 'divergences' is {_shown(str(count)[:50])}")
     run.guard.count = count
+    if settings is not None and tensors.get("optimizer") is not None:
+        resumed_settings.put(settings, tensors)
     put(run, tensors, f"--resume {file}")
     run.done = state.facts.step
     logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)

@@ -15,11 +15,15 @@ from typing import NamedTuple
 from library.optimizers.weight_decay import VANISHED
 
 Series = Sequence[tuple[float, float]]  # (step, value)
+ByTimestep = Sequence[float | None]  # a mean loss for each range of timesteps, None where there was no sample
 
 SIDE = 200  # steps before and after the weight decay begins to fall that are compared
 GROUP = 10  # steps that one mean is over
 USUAL, RECENT = 50, 10  # gradient norms that are compared
 MEASUREMENTS = 10  # of the update that must agree
+STRETCH = 10  # steps, at least, that losses by timestep are means over
+FIRST, LAST = 3, 5  # of these stretches that are compared
+RANGES = 3  # of the timesteps, at least, that must be known on both sides
 WORSE = 3  # validations in a row
 
 
@@ -45,6 +49,11 @@ FLAT_UPDATES = Sign(
     "each step changes almost nothing: to the end of the run the weights would move by less than 5 %. The learning "
     "rate is probably too low: try ten times as much. With a weight decay that falls, let it fall faster: "
     "--wd_decay_factor 0.6 to 0.65",
+)
+COLLAPSE = Sign(
+    "collapse",
+    "the loss has risen to several times what it was, whatever the timestep: what the model could do is being lost. "
+    "The learning rate is probably too high: begin again with a tenth of it, or let --find_lr look for one",
 )
 OVERFITTING = Sign(
     "overfitting",
@@ -107,6 +116,21 @@ def is_flat(ratios: Sequence[float], rates: Sequence[float], *, peak: float, ste
     return statistics.median(ratios) * steps < least
 
 
+def collapses(first: Sequence[ByTimestep], last: Sequence[ByTimestep], *, ratio: float = 5.0) -> bool:
+    """Whether the loss is far above what it was at first: the geometric mean, over the ranges of timesteps, of the
+    median of `last` over the lowest of `first` is more than `ratio`. `first`, `last`: one a stretch of the run.
+
+    Range by range, because a network that predicts nothing any more has a loss of about 1 everywhere: that is thrice
+    the usual at low timesteps, and a hundred times at high ones.
+    """
+    rises = []
+    for early, late in zip(zip(*first, strict=True), zip(*last, strict=True), strict=True):
+        before, now = ([loss for loss in losses if loss is not None and loss > 0] for losses in (early, late))
+        if before and now:
+            rises.append(math.log(statistics.median(now) / min(before)))
+    return len(rises) >= RANGES and statistics.fmean(rises) > math.log(ratio)
+
+
 def overfits(training: Series, validation: Series, *, worse: float = 0.02) -> bool:
     """Whether the validation loss rises while the training loss falls.
 
@@ -141,6 +165,10 @@ class Watch:
         self._ratios: deque[float] = deque(maxlen=MEASUREMENTS)
         self._rates: deque[float] = deque(maxlen=MEASUREMENTS)
         self._peak = 0.0
+        self._stretch: list[ByTimestep] = []  # that has begun
+        self._stretch_began = 0
+        self._first: list[ByTimestep] = []
+        self._last: deque[ByTimestep] = deque(maxlen=LAST)
         self._validation: deque[tuple[float, float]] = deque(maxlen=200)
 
     def step(self, *, loss: float, gradient_norm: float | None, weight_decay: float | None) -> list[Sign]:
@@ -160,18 +188,34 @@ class Watch:
             (WEIGHT_DECAY_GONE, self._decays is not None and 0 <= self._decays[1] < VANISHED < self._decays[0]),
         )
 
-    def measured(self, *, update_ratio: float, rate: float) -> list[Sign]:
-        """The size of a step's update, and the highest learning rate in it; the signs that are new."""
+    def measured(self, step: int, *, update_ratio: float, rate: float, loss_by_timestep: ByTimestep) -> list[Sign]:
+        """The size of a step's update, the highest learning rate in it, and the losses since the measurement before;
+        the signs that are new."""
         self._ratios.append(update_ratio)
         self._rates.append(rate)
         self._peak = max(self._peak, rate)
         flat = is_flat(list(self._ratios), list(self._rates), peak=self._peak, steps=self._total_steps)
-        return self._new((FLAT_UPDATES, flat))
+        self._lengthen(step, loss_by_timestep)
+        collapsed = len(self._last) == LAST and collapses(self._first, list(self._last))
+        return self._new((FLAT_UPDATES, flat), (COLLAPSE, collapsed))
 
     def validated(self, step: int, loss: float, training: Series) -> list[Sign]:
         """A validation loss, and the training losses so far; the signs that are new."""
         self._validation.append((step, loss))
         return self._new((OVERFITTING, overfits(training, list(self._validation))))
+
+    def _lengthen(self, step: int, loss_by_timestep: ByTimestep) -> None:
+        """Add to the stretch that has begun; if it is long enough, keep its means and begin another."""
+        self._stretch.append(loss_by_timestep)
+        if step - self._stretch_began < STRETCH:
+            return
+        known = ([loss for loss in losses if loss is not None] for losses in zip(*self._stretch, strict=True))
+        means = [statistics.fmean(losses) if losses else None for losses in known]
+        if len(self._first) < FIRST:
+            self._first.append(means)
+        else:
+            self._last.append(means)
+        self._stretch, self._stretch_began = [], step
 
     def _fall(self, weight_decay: float | None) -> None:
         """Notice the first step with less weight decay than the first had."""

@@ -286,6 +286,14 @@ def test_a_chart_of_many_groups_shows_some(tmp_path):
     assert (labels[0], labels[-1]) == ("unet_block00", "unet_block25")
 
 
+def test_a_weight_decay_of_nothing_has_no_chart(tmp_path):
+    for decay, shown in ((0.0, False), (0.01, True)):
+        file = MetricsFile(tmp_path / f"{decay}-metrics.jsonl", {"session_id": 5, "total_steps": 3}, done=0)
+        file.write(1, {"loss": 1.0, "weight_decay": {"all": decay}})
+        titles = [chart.title for chart in charts.charts(read_story(tmp_path / f"{decay}-metrics.jsonl"))]
+        assert ("Weight decay" in titles) is shown
+
+
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [

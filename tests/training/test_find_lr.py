@@ -112,6 +112,12 @@ def test_it_ends_where_the_loss_breaks(image_folder: Path, tmp_path: Path) -> No
     assert all(parameter.isfinite().all() for parameter in built.run.parameters)
 
 
+def test_rates_by_pattern_are_part_of_the_suggestion() -> None:
+    said = list(find_lr._other_rates({"network_reg_lrs": ".*attn2.*=1e-4"}, 12.345))
+    assert said == ["             and 12 times each rate in network_reg_lrs"]
+    assert not list(find_lr._other_rates({"conv_dim": 4}, 12.345))
+
+
 def test_the_command(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert train("--max_train_steps", "1") == 0
@@ -168,6 +174,7 @@ def test_optimizers_with_a_rate_of_their_own(
         (("--find_lr_steps", "50"), "--find_lr_steps has no effect without --find_lr"),
         (("--find_lr", "--find_lr_start", "2"), "--find_lr_start 2 must be above 0, and --find_lr_end 10 at least ten"),
         (("--find_lr", "--find_lr_steps", "5"), "--find_lr_steps: must be at least 20, not 5"),
+        (("--find_lr", "--find_lr_steps", "1e9"), "--find_lr_steps: must be at most 10000, not 1e9"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

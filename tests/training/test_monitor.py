@@ -196,8 +196,13 @@ def test_what_a_run_left_that_saved_nothing_is_replaced(train, tmp_path, capsys)
 
 
 def test_a_dry_run_says_where_the_file_will_be_and_writes_none(train, tmp_path, capsys) -> None:
-    assert train("--dry_run") == 0
-    assert "test-metrics.jsonl" in capsys.readouterr().out
+    assert train("--dry_run", "--report") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for what, name in (
+        ("what each step does", "test-metrics.jsonl"),
+        ("the whole run on one page", "test-report.html"),
+    ):
+        assert f"{what}: {tmp_path / 'out' / name}" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -199,6 +199,26 @@ def test_a_longer_run_must_not_change_the_curve_of_the_weight_decay(
     assert (line in capsys.readouterr().err) is changed
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "CustomAdamW"])
+def test_resume_anyway_takes_the_new_settings(optimizer: str, train: Train, tmp_path: Path) -> None:
+    """Rates, and a weight decay with its curve: what the state's optimizer had is not what was asked for."""
+    words = ("--optimizer_type", optimizer, "--lr_scheduler", "linear", "--max_train_steps", "8")
+    old = ("--wd_transition_steps", "2", "--dynamic_weight_decay")
+    assert train(*words, *old, "--save_every_n_steps", "4", "--save_state") == 0
+    state = str(tmp_path / "out" / "test-step00000004-state")
+    more = ("--learning_rate", "1e-4", "--unet_lr", "4e-4", "--optimizer_args", "weight_decay=0.5")
+    new = ("--dynamic_weight_decay", "--wd_transition_steps", "4", "--wd_decay_factor", "0.5")
+    assert train(*words, *more, *new, "--resume", state, "--resume_anyway", "--output_name", "anyway") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "anyway-metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "rates" in line}
+    assert sorted(steps) == [5, 6, 7, 8]
+    for step, line in steps.items():
+        left = (8 - (step - 1)) / 8
+        assert line["rates"]["unet"] == pytest.approx(4e-4 * left)
+        assert line["rates"]["text_encoder"] == pytest.approx(1e-4 * left)
+        assert line["weight_decay"]["all"] == pytest.approx(0.5 * 0.5 ** ((step - 4) / 4))
+
+
 def test_a_changed_caption_is_another_run(
     saved: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

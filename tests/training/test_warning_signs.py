@@ -8,7 +8,7 @@ import random
 import pytest
 
 from library.training import warning_signs as signs
-from library.training.warning_signs import Watch, explodes, is_flat, oscillates, overfits
+from library.training.warning_signs import Watch, collapses, explodes, is_flat, oscillates, overfits
 
 
 def diffusion_losses(count: int, *, seed: int = 0, level: float = 0.12) -> list[float]:
@@ -115,6 +115,38 @@ def test_where_the_training_loss_rises_as_well_it_is_something_else():
     assert not overfits(rising, validations(0.20, 0.18, 0.17, 0.175, 0.178, 0.181))
 
 
+# -- a network that forgets
+
+
+USUAL = [0.25, 0.12, 0.07, 0.03, 0.008]  # from the lowest timesteps to the highest
+
+
+def test_a_loss_that_rises_whatever_the_timestep():
+    assert collapses([USUAL] * 3, [[1.0] * 5] * 5)
+    assert collapses([USUAL, [None] * 5, [1.0] * 5], [[1.0, None, 1.0, None, 1.0]] * 5)  # the lowest counts
+    assert not collapses([USUAL] * 3, [USUAL] * 5)
+    assert not collapses([USUAL] * 3, [[1.0, 0.5, 0.07, 0.03, 0.008]] * 5)  # not everywhere
+    assert not collapses([USUAL] * 3, [USUAL] * 3 + [[1.0] * 5] * 2)  # for a while
+    assert not collapses([[0.25, 0.12, None, None, None]] * 3, [[9.0] * 5] * 5)  # too little is known of before
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_it_is_said_once_and_soon_however_often_is_measured(every):
+    draw = random.Random(every)
+    for broken in (False, True):
+        watch, seen, samples = Watch(total_steps=10**9), [], [[] for _ in USUAL]
+        for step in range(1, 1201):  # one image a step
+            place, noise = draw.randrange(5), draw.lognormvariate(-0.32, 0.8)
+            samples[place].append(noise if broken and step > 12 else USUAL[place] * noise)
+            if step % every == 0 or step == 1:
+                means = [sum(losses) / len(losses) if losses else None for losses in samples]
+                found = watch.measured(step, update_ratio=1e-2, rate=1e-4, loss_by_timestep=means)
+                seen += [(step, sign) for sign in found]
+                samples = [[] for _ in USUAL]
+        assert [sign for _, sign in seen] == [signs.COLLAPSE] * broken
+        assert all(step <= 100 for step, _ in seen)
+
+
 # -- over a run
 
 
@@ -124,7 +156,7 @@ def watched(watch: Watch, losses: list[float], norms: list[float], decays: list[
         new = watch.step(loss=loss, gradient_norm=norm, weight_decay=decay)
         found += [(step, sign.name) for sign in new]
         if step % 10 == 0:
-            assert watch.measured(update_ratio=2e-3, rate=1e-4) == []
+            assert watch.measured(step, update_ratio=2e-3, rate=1e-4, loss_by_timestep=[0.1] * 5) == []
     return found
 
 
@@ -159,7 +191,8 @@ def test_a_weight_decay_that_vanishes():
 
 def test_flat_updates_and_overfitting_are_said_once():
     watch = Watch(total_steps=1000)
-    found = [watch.measured(update_ratio=1e-7, rate=1e-6) for _ in range(30)]
+    small = {"update_ratio": 1e-7, "rate": 1e-6, "loss_by_timestep": [0.1] * 5}
+    found = [watch.measured(10 * i, **small) for i in range(30)]
     assert [sign for new in found for sign in new] == [signs.FLAT_UPDATES]
     assert found[9] == [signs.FLAT_UPDATES]
     found = [watch.validated(*item, FALLING) for item in validations(0.2, 0.17, 0.18, 0.19, 0.2, 0.21)]
