@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import sys
@@ -307,13 +308,13 @@ def _paths(what: str, paths: Sequence[Path]) -> Iterator[str]:
     yield _line("", f"{what}:")
     shown: list[Path | None] = [*paths] if len(paths) <= 6 else [*paths[:3], None, *paths[-2:]]
     for path in shown:
-        there = " (exists: --overwrite replaces it)" if path is not None and path.exists() else ""
+        there = " (exists: --overwrite replaces it)" if path is not None and os.path.exists(path) else ""
         yield _line("", f"  {path}{there}" if path is not None else f"  … {len(paths) - 5} more …")
 
 
 def _existing(folder: Path) -> Path:
     """The folder, or that above it which is there: the one will lie on the other's disk."""
-    return folder if folder.exists() else _existing(folder.absolute().parent)
+    return folder if os.path.exists(folder) else _existing(folder.absolute().parent)
 
 
 def _caches(built: Built) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -239,7 +240,7 @@ def data_url(thumbnail: str) -> str:
     if thumbnail.startswith("data:"):
         return thumbnail
     path = Path(thumbnail)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"metadata_thumbnail: {thumbnail} is neither a file nor a data URL")
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -111,7 +111,7 @@ def new_files(plan: Plan, saves: SavePlan) -> list[Path]:
         return [file for file in files if not belongs_to(file, session_id=plan.session_id)]
     if saves.left_anything():
         return files
-    idle = [file for file in files if file.is_file() and _tells_of_a_run(file)]
+    idle = [file for file in files if os.path.isfile(file) and _tells_of_a_run(file)]
     if idle:
         logger.info("replacing %s, of a run that saved nothing", ", ".join(map(str, idle)))
     return [file for file in files if file not in idle]
@@ -123,7 +123,7 @@ def _tells_of_a_run(path: Path) -> bool:
 
 def belongs_to(path: Path, *, session_id: int) -> bool:
     """Whether this tells of this run, begun in this process or in one that it goes on from."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return False
     if path.name.endswith(REPORT_SUFFIX):
         return session_of_report(path) == str(session_id)
@@ -146,7 +146,7 @@ def read_run(path: Path) -> Line:
 
 def lines(path: Path) -> Iterator[Line]:
     """Every line that is whole, one at a time."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     with path.open("rb") as file:
         for text in file:

@@ -64,16 +64,8 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     only_family: the one that the base model must be of, as in `library.models.FAMILIES`.
     """
     datasets = load_datasets(options)
-    check_masks(datasets, masked_loss=options.data.masked_loss)
-    check_validation(datasets, options.validation)
-    if options.data.cache_latents:
-        refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)
-    if options.data.cache_text_encoder_outputs:
-        refuse_text_cache_of_changing_captions(datasets, option=options.data.text_cache_option)
-    warn_of_captions_options(datasets)
+    _check_data_options(options, datasets)
     _warn_of_unused_rates(options)
-    if options.data.skip_cache_check and not options.data.caches_to_disk:
-        logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
     creator, arguments = _network_arguments(options)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
@@ -156,6 +148,19 @@ def _warn_of_unused_rates(options: Options) -> None:
     ):
         if rate and getattr(network, only):
             logger.warning("--%s has no effect: --%s leaves that part out", option, only)
+
+
+def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
+    """What the data sets and the options about them ask for together, before any file is looked at."""
+    check_masks(datasets, masked_loss=options.data.masked_loss)
+    check_validation(datasets, options.validation)
+    if options.data.cache_latents:
+        refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)
+    if options.data.cache_text_encoder_outputs:
+        refuse_text_cache_of_changing_captions(datasets, option=options.data.text_cache_option)
+    warn_of_captions_options(datasets)
+    if options.data.skip_cache_check and not options.data.caches_to_disk:
+        logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
 
 
 def _rehearse_network(options: Options, family: ModelFamily, creator: str, arguments: dict[str, Any]) -> None:

@@ -201,6 +201,8 @@ def test_a_thumbnail_becomes_a_data_url(tmp_path):
     assert md.data_url("data:image/png;base64,AA==") == "data:image/png;base64,AA=="
     with pytest.raises(UserError, match=r"metadata_thumbnail: .*none.png is neither a file nor a data URL"):
         md.data_url(str(tmp_path / "none.png"))
+    with pytest.raises(UserError, match="is neither a file nor a data URL"):
+        md.data_url("iVBORw0KGgo" * 40)  # an image as text, too long for a file's name
 
 
 # -- the base model
