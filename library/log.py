@@ -54,7 +54,7 @@ def lasting_streams() -> Iterator[None]:
     Ctrl-C reaches every program of `train_network.py … | tee log`, a terminal is closed, the disk of `2> log` is full.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)
     try:
         yield
     finally:

@@ -173,7 +173,7 @@ class AdapterNetwork(nn.Module):
 
     @property
     def adapters(self) -> Iterator[AdapterModule]:
-        return iter(self.children())  # type: ignore[arg-type]
+        return iter(self.children())
 
     def sections(self) -> dict[str, list[AdapterModule]]:
         """The adapters of each section of the model, text encoders first as kohya has them."""

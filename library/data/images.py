@@ -17,7 +17,7 @@ from library.data.views import View
 from library.errors import UserError
 
 with contextlib.suppress(ImportError):
-    import pillow_jxl  # type: ignore[import-not-found]  # noqa: F401  it registers JPEG XL with Pillow
+    import pillow_jxl  # noqa: F401  it registers JPEG XL with Pillow
 
 # Pillow only warns between one and two times its limit; `open_image` refuses both, with a message of its own.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -20,7 +20,7 @@ Pixels = tuple[Tensor, "Tensor | None"]
 class _Pixels(Dataset[Pixels]):
     """Its index is the batch's own description: workers hold no data, whether forked or spawned."""
 
-    def __getitem__(self, views: Views) -> Pixels:  # type: ignore[override]
+    def __getitem__(self, views: Views) -> Pixels:
         loaded = [load_view(view) for view in views]
         pixels = torch.stack([pixels for pixels, _ in loaded])
         if not any(view.masked for view in views):

@@ -65,7 +65,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return gradient @ weight.to(gradient.dtype), None, None
 
@@ -80,7 +80,7 @@ class _Conv2d(torch.autograd.Function):
         return F.conv2d(x, weight.to(x.dtype), bias, *shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         weight = weight.to(gradient.dtype)
         return torch.nn.grad.conv2d_input(ctx.size, weight, gradient, *ctx.shape), None, None, None

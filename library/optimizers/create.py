@@ -185,7 +185,7 @@ def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
         rate = group["lr"]
         if rate is None:  # Adafactor with relative steps
             state = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), None)
-            rate = optimizer._get_lr(group, state) if state else 0.0  # type: ignore[attr-defined]
+            rate = optimizer._get_lr(group, state) if state else 0.0
         rates[str(group.get("name", f"group{index}"))] = float(rate) * float(group.get("d", 1.0))
     return rates
 

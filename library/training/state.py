@@ -189,7 +189,7 @@ def configuration(options: Options, *, harmless: bool = False) -> dict[str, Any]
         for name, value in asdict(getattr(options, group)).items()
         if (group in _FREE_GROUPS or name in _FREE) == harmless and name not in _UNSAID
     }
-    return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(values, default=str))
 
 
 def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:

@@ -34,7 +34,7 @@ def agreed(value: T, *, timeout: timedelta | None) -> T:
         settings = {} if timeout is None else {"timeout": timeout}
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **settings)
         (first,) = broadcast_object_list([value])
-    return first  # type: ignore[no-any-return]
+    return first
 
 
 def refuse_different(accelerator: Accelerator, facts: Facts) -> None:

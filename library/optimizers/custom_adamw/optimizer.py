@@ -191,7 +191,7 @@ class CustomAdamW(Optimizer):
     # The step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. `closure` computes the loss anew, with gradients enabled; its value is returned."""
         loss = None
         if closure is not None:
