@@ -7,8 +7,8 @@ import time
 
 _PATIENCE = 5.0  # seconds
 LOST = (
-    "another process of this run has ended, and this one cannot go on without it. What it said stands above, or on its "
-    "own machine; --resume latest goes on from the last state that was saved"
+    "another process of this run has ended, or has not answered for longer than --ddp_timeout, and this one cannot go "
+    "on without it. What it said stands above, or on its own machine; --resume latest goes on from the last state"
 )
 
 

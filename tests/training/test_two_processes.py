@@ -147,6 +147,23 @@ def test_resume_gives_the_same_bits(runs: Any) -> None:
     assert torch.equal(states[0]["losses"], states[1]["losses"])
 
 
+def test_one_process_goes_on_from_the_state_of_two(runs: Any) -> None:
+    """With accumulation, so that a step has the same batches; anything else is refused."""
+    from train_network import main
+
+    out = runs.folder / "out"
+    shutil.copytree(out / "sum-step00000003-state", out / "single-step00000003-state")
+    single = words(runs.folder, "single", *LONG, "--resume", "latest", "--save_state_on_train_end")
+    assert main([*single, "--gradient_accumulation_steps", "3"]) == 2
+    assert main([*single, "--gradient_accumulation_steps", "2"]) == 0
+    two, one = (load_file(out / f"{name}.safetensors") for name in ("sum", "single"))
+    for key, tensor in two.items():
+        torch.testing.assert_close(one[key], tensor, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        *(final_state(runs.folder, name)["losses"] for name in ("sum", "single")), rtol=1e-4, atol=0
+    )
+
+
 def test_the_loss_of_one_process_stops_both_and_names_its_images(runs: Any) -> None:
     assert [run["code"] for run in runs("nan")] == [2, 2]
     (of_second,) = (keys for step, keys in runs("nan")[1]["seen"] if step == 2)
