@@ -26,6 +26,7 @@ from library.config.fields import (
 from library.config.guidance import GuidanceOptions
 from library.config.monitoring import MonitoringOptions
 from library.config.objective import ObjectiveOptions
+from library.config.precision import PrecisionOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.config.schedule import ScheduleOptions
 from library.config.validation import ValidationOptions
@@ -58,40 +59,6 @@ class ModelOptions:
         False, help="read A1111's weights in captions: (word:1.2), (word) and [word]; \\( is a bracket"
     )
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionOptions:
-    """Precision and memory"""
-
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", help="the precision to compute in; no means fp32")
-    full_fp16: bool = option(False, help="keep all weights in fp16, the trained ones and their gradients, too")
-    full_bf16: bool = option(False, help="keep all weights in bf16, the trained ones and their gradients, too")
-    fp8_base: bool = option(
-        False, help="hold the frozen weights of the layers that can be adapted in 8 bits (float8_e4m3fn)"
-    )
-    fp8_base_unet: bool = option(False, help="the same of the UNet only")
-    gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
-
-    def __post_init__(self) -> None:
-        for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
-            if getattr(self, name) and self.mixed_precision != precision:
-                raise UserError(f"--{name} needs --mixed_precision {precision}, which is {self.mixed_precision}")
-        if self.holds_unet_in_float8 and self.mixed_precision == "no":
-            raise UserError(f"--{self.float8_option} needs --mixed_precision bf16 or fp16, to compute in")
-
-    @property
-    def float8_option(self) -> str:
-        """The option that asked for it, for messages."""
-        return "fp8_base" if self.fp8_base else "fp8_base_unet"
-
-    @property
-    def holds_unet_in_float8(self) -> bool:
-        return self.fp8_base or self.fp8_base_unet
-
-    @property
-    def holds_text_encoders_in_float8(self) -> bool:
-        return self.fp8_base and not self.fp8_base_unet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -266,6 +266,8 @@ def _accelerator(plan: Plan) -> Accelerator:
             )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
+    if options.precision.holds_unet_in_float8 and accelerator.device.type == "mps":
+        raise UserError(f"--{options.precision.float8_option}: Apple's GPUs have no floats of 8 bits; leave it out")
     if options.trains:
         trackers.start(accelerator, plan.trackers, options)
     return accelerator

@@ -143,6 +143,12 @@ def test_what_cannot_be_in_eight_bits(train_sdxl, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_apples_gpus_have_no_eight_bits(train_sdxl, capsys, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.device", torch.device("mps"))
+    assert train_sdxl("--fp8_base", "--mixed_precision", "bf16") == 2
+    assert "--fp8_base: Apple's GPUs have no floats of 8 bits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", ["sdxl_style", "sdxl_character", "sdxl_concept"])
 def test_presets_train(train_sdxl, tmp_path, preset):
     words = ("--preset", preset, "--no-enable_bucket", "--max_train_steps", "1")
