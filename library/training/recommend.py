@@ -15,6 +15,7 @@ from typing import Any
 from library.config.fields import declared
 from library.config.options import Options, option_groups
 from library.config.settings import COMMAND_LINE
+from library.errors import UserError
 from library.optimizers import auto_weight_decay
 from library.optimizers.weight_decay_choice import READ_BY, weight_decay_of
 from library.training.atomic import replacing
@@ -144,7 +145,10 @@ def _weight_decay(plan: Plan, *, steps: int) -> Iterator[Advice]:
 
 
 def report(plan: Plan) -> Path:
-    """Print the data, the model and a table, and write the settings as a config file beside where the LoRA would go."""
+    """Print the data, the model and a table, and write the settings as a config file beside where the LoRA would go.
+
+    UserError, after all is printed, if another text is there.
+    """
     advice, options = advise(plan), plan.options
     for line in _facts(plan):
         print(line)
@@ -156,9 +160,15 @@ def report(plan: Plan) -> Path:
         print(f"{item.option:<{width}}  {now:<10} {_shown(item.value):<10} {item.why}{given}")
     output = options.output
     path = Path(output.output_dir) / f"{output.output_name or 'last'}-recommended.toml"
+    text = snippet(plan, advice)
+    print(f"\n{text}")
+    if path.exists() and path.read_bytes() != text.encode() and not output.overwrite:  # it may have been edited
+        raise UserError(
+            f"{path} is there and says something else: --overwrite replaces it, or give another --output_name"
+        )
     with replacing(path) as beside:
-        beside.write_text(snippet(plan, advice), encoding="utf-8", newline="\n")
-    print(f"\n{snippet(plan, advice)}\nwritten: {path}")
+        beside.write_text(text, encoding="utf-8", newline="\n")
+    print(f"written: {path}")
     if options.run.config_file is None:
         print(f"to use it: the same command with --config_file {path} instead of --recommend")
     else:

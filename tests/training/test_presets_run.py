@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from library.config.presets import presets
+from library.errors import CommonError
 from tests.conftest import BASE
 
 
@@ -49,6 +50,16 @@ def test_what_a_preset_sets_is_named_where_it_does_not_fit(train: Any, capsys: p
     ):
         assert train("--preset", "origin", "--optimizer_type", *optimizer) == 2
         assert place in capsys.readouterr().err
+
+
+def test_an_error_of_all_processes_stays_one() -> None:
+    from library.config.parser import parse
+    from library.training.job import _naming_places
+
+    options = parse(["--preset", "aggressive", "--pretrained_model_name_or_path", "x", "--output_dir", "y"])
+    said = r"--wd_schedule is wrong\n  .*aggressive.toml: \[weight_decay\] wd_schedule$"
+    with pytest.raises(CommonError, match=said), _naming_places(options):
+        raise CommonError("--wd_schedule is wrong")
 
 
 def test_rates_by_layer_need_an_optimizer_that_takes_rates(train: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,18 @@ def test_it_loads_and_trains_nothing_and_its_file_trains(
     assert options.training.max_train_steps == found["max_train_steps"]
 
 
+def test_advice_that_was_edited_is_not_replaced(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out" / "test-recommended.toml"
+    for _ in range(2):  # the same advice may be written again
+        assert train("--recommend") == 0
+    path.write_text("network_dim = 7\n", encoding="utf-8")
+    assert train("--recommend") == 2
+    assert "test-recommended.toml is there and says something else" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "network_dim = 7\n"
+    assert train("--recommend", "--overwrite") == 0
+    assert "network_dim = 16" in path.read_text(encoding="utf-8")
+
+
 def test_with_a_config_file_it_says_where_to_put_them(
     tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
