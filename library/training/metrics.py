@@ -111,7 +111,7 @@ def new_files(plan: Plan, saves: SavePlan) -> list[Path]:
         return [file for file in files if not belongs_to(file, session_id=plan.session_id)]
     if saves.left_anything():
         return files
-    idle = [file for file in files if file.is_file() and _tells_of_a_run(file)]
+    idle = [file for file in files if os.path.isfile(file) and _tells_of_a_run(file)]
     if idle:
         logger.info("replacing %s, of a run that saved nothing", ", ".join(map(str, idle)))
     return [file for file in files if file not in idle]

@@ -126,7 +126,7 @@ class SavePlan:
         """Whether a network or a state of this name is there, written in whatever run."""
         stem = re.escape(self.name) if self.name is not None else "(last|at|epoch)"
         file = re.compile(rf"{stem}(-best|-step\d{{8,}}|-\d{{6,}})?\.({'|'.join(ENDINGS)})")
-        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return any(file.fullmatch(name) or is_state_name(name, self.name) for name in names)
 
     def steps_that_save(self) -> list[int]:
