@@ -96,6 +96,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.data.prepare import prepare
     from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
+    from library.training.rehearsal import rehearse
 
     _check_weights("network_weights", options.network.network_weights)
     _check_weights("base_weights", *options.network.base_weights)
@@ -130,6 +131,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
     _rehearse_network(options, family, creator, arguments)
+    rehearse(family, options, creator, arguments, resume=resume)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,

@@ -25,6 +25,8 @@ from library.training import atomic, resumed_settings
 from library.training.save import is_state_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from library.config.dataset_config import DatasetSpec, SubsetSpec
     from library.data.prepare import Prepared
     from library.training.loop import Run
@@ -288,9 +290,16 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
     logger.info("saved %s", folder)
 
 
-def load(state: State, run: Run, *, settings: resumed_settings.Settings | None) -> None:
-    """Put the run where the state was; with `settings` of its own for the optimizer. Raises UserError if the file is
-    damaged or of another network or optimizer."""
+def network_of(state: State) -> dict[str, Tensor]:
+    """The weights of its network."""
+    network = _tensors(state).get("network")
+    if not isinstance(network, dict):
+        raise UserError(f"--resume {state.folder / TENSORS}: damaged: it has no network")
+    return network
+
+
+def _tensors(state: State) -> dict[str, Any]:
+    """What `write` has stored. Raises UserError if the file is damaged."""
     import torch
 
     file = state.folder / TENSORS
@@ -299,6 +308,15 @@ def load(state: State, run: Run, *, settings: resumed_settings.Settings | None) 
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--resume {file}: damaged or not a state: {reason}") from None
+    if not isinstance(tensors, dict):
+        raise UserError(f"--resume {file}: damaged or not a state: it holds no table")
+    return tensors
+
+
+def load(state: State, run: Run, *, settings: resumed_settings.Settings | None) -> None:
+    """Put the run where the state was; with `settings` of its own for the optimizer. Raises UserError if the file is
+    damaged or of another network or optimizer."""
+    file, tensors = state.folder / TENSORS, _tensors(state)
     count = tensors.get("divergences", 0)
     if not isinstance(count, int) or count < 0:
         raise UserError(f"--resume {file}: damaged: its 'divergences' is {_shown(str(count)[:50])}")

@@ -81,7 +81,11 @@ FLAGS = [
     flags("--network_args", "conv_dim=4", "conv_dim=8"),
     flags("--network_args", "conv_dim=0"),
     flags("--network_args", "rank_dropout=2"),
-    flags("--network_args", "down_lr_weight=fast", needs_model=True),  # how many blocks there are
+    flags("--network_args", "down_lr_weight=fast"),
+    flags("--network_args", "block_dims=4,4"),
+    flags("--network_args", "network_reg_lrs=no_such_layer=1"),
+    flags("--text_encoder_lr", "1e-4", "1e-4", "1e-4"),
+    flags("--learning_rate", "0"),
     flags("--network_args", "network_reg_lrs=(=1"),
     flags("--lr_scheduler", "cosine", "--lr_warmup_steps", "100"),
     flags("--lr_warmup_steps", "150%"),
