@@ -14,14 +14,14 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from library.config.options import Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
-from library.training import atomic, resumed_settings
+from library.training import atomic
 from library.training.save import is_state_name
 
 if TYPE_CHECKING:
@@ -218,9 +218,10 @@ def _settings(spec: DatasetSpec | SubsetSpec) -> dict[str, Any]:
     }
 
 
-def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> None:
+def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> frozenset[str]:
     """UserError if what is to be trained is not what the state was trained on; with `anyway` a warning.
 
+    Returns the options that are others, by name; beside them "seed", "batches per step", "data" and "length".
     `of_length`: the curves that are others if the run has another length.
     """
     before = state.facts
@@ -230,43 +231,43 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
             "nothing is left to train. Raise --max_train_steps or --max_train_epochs"
         )
     if before.harmless and (harmless := _changes(before.harmless, now.harmless)):
-        logger.info("--resume: changed since then, which does no harm:\n  %s", "\n  ".join(harmless))
+        logger.info("--resume: changed since then, which does no harm:\n  %s", "\n  ".join(harmless.values()))
     changed = _changes(before.configuration, now.configuration)
     if before.seed != now.seed:
-        changed.append(f"seed: {before.seed} then, {now.seed} now")
+        changed["seed"] = f"seed: {before.seed} then, {now.seed} now"
     if before.batches_per_step != now.batches_per_step:
-        changed.append(
+        changed["batches per step"] = (
             f"batches per step (processes × gradient_accumulation_steps): {before.batches_per_step} then, "
             f"{now.batches_per_step} now"
         )
     if before.data != now.data:
-        changed.append("the data: images, captions or the data set's settings are not those of then")
+        changed["data"] = "the data: images, captions or the data set's settings are not those of then"
     if before.total_steps != now.total_steps:
         line = f"length: {before.total_steps} steps then, {now.total_steps} now"
         if of_length:
-            changed.append(f"{line}, which changes the curve of the {' and of the '.join(of_length)}")
+            changed["length"] = f"{line}, which changes the curve of the {' and of the '.join(of_length)}"
         else:
             logger.info("--resume: %s", line)
-    if not changed:
-        return
-    lines = "\n  ".join(changed)
-    if not anyway:
+    lines = "\n  ".join(changed.values())
+    if changed and not anyway:
         raise UserError(
             f"--resume {state.folder}: the run would not go on as it began:\n  {lines}\n"
             "Put it back, or say --resume_anyway"
         )
-    logger.warning("--resume_anyway, although the run does not go on as it began:\n  %s", lines)
+    if changed:
+        logger.warning("--resume_anyway, although the run does not go on as it began:\n  %s", lines)
+    return frozenset(changed)
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Options by name. What an earlier version did not know yet had its default; what is gone counts if it was set."""
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each option, by name. What an earlier version did not know yet had its default; what is gone counts if it was set."""
     declared = declared_options()
     then = {name: json.loads(json.dumps(declared[name].default, default=str)) for name in now} | dict(before)
-    return [
-        f"{name}: {_shown(then[name])} then, {_shown(now.get(name))} now"
+    return {
+        name: f"{name}: {_shown(then[name])} then, {_shown(now.get(name))} now"
         for name in sorted(then)
         if then[name] != now.get(name) and (name in now or then[name])
-    ]
+    }
 
 
 def _shown(value: Any) -> str:
@@ -313,17 +314,22 @@ def _tensors(state: State) -> dict[str, Any]:
     return tensors
 
 
-def load(state: State, run: Run, *, settings: resumed_settings.Settings | None) -> None:
-    """Put the run where the state was; with `settings` of its own for the optimizer. Raises UserError if the file is
-    damaged or of another network or optimizer."""
+def load(state: State, run: Run, *, changed: Collection[str] = ()) -> None:
+    """Put the run where the state was. Raises UserError if the file is damaged or of another network or optimizer.
+
+    `changed`: what is not as it was, as `refuse_other_run` returns it: the rates and other settings are this run's then.
+    """
     file, tensors = state.folder / TENSORS, _tensors(state)
     count = tensors.get("divergences", 0)
     if not isinstance(count, int) or count < 0:
         raise UserError(f"--resume {file}: damaged: its 'divergences' is {_shown(str(count)[:50])}")
     run.guard.count = count
-    if settings is not None and tensors.get("optimizer") is not None:
-        resumed_settings.put(settings, tensors)
-    put(run, tensors, f"--resume {file}")
+    if changed:
+        from library.training import adopt
+
+        adopt.put(run, tensors, f"--resume {file}", changed=changed, step=state.facts.step)
+    else:
+        put(run, tensors, f"--resume {file}")
     run.done = state.facts.step
     logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)
 
@@ -334,10 +340,12 @@ def tensors_of(run: Run) -> dict[str, Any]:
     return parts | run.losses.state_dict()
 
 
-def put(run: Run, tensors: dict[str, Any], where: str) -> None:
-    """Put the run where it was when it had these `tensors_of` it. `UserError`, beginning with `where`, if they do not
-    fit."""
+def put(run: Run, tensors: dict[str, Any], where: str, *, without: Collection[str] = ()) -> None:
+    """Put the run, but for some parts, where it was when it had these `tensors_of` it. `UserError`, beginning with
+    `where`, if they do not fit."""
     for name, part in _parts(run).items():
+        if name in without:
+            continue
         saved = tensors.get(name)
         if name in ("network", "optimizer") and saved is None:
             raise UserError(f"{where}: damaged: it has no {name}")

@@ -1,0 +1,65 @@
+"""Going on from a state with other settings: what was learnt is the state's, what is asked for is this run's."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.training import state
+
+if TYPE_CHECKING:
+    from library.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+_KINDS = frozenset(
+    {"optimizer_type", "use_8bit_adam", "use_lion_optimizer", "optim_bits"}
+)  # other numbers in its state
+_OURS = ("lr", "initial_lr", "name", "param_names", "lora_scale", "lora_plus_ratio")  # of groups, from any network
+
+Settings = list[dict[str, Any]]
+
+
+def put(run: Run, tensors: dict[str, Any], where: str, *, changed: Collection[str], step: int) -> None:
+    """As `state.put` for tensors of step `step`, with this run's rates and settings. An optimizer of another kind begins
+    anew. `changed`: what is not as it was, as `state.refuse_other_run` returns it."""
+    if run.schedule is not None:
+        stood = tensors.get("schedule")
+        advance(run.schedule, stood["last_epoch"] if isinstance(stood, dict) else step)
+    optimizer = run.optimizer.optimizer  # accelerate's wrapper is around it
+    settings = settings_of(optimizer)
+    without = {"schedule"}
+    if not _KINDS.isdisjoint(changed):
+        without.add("optimizer")
+        logger.warning("--resume_anyway: the optimizer is another one: what it had learnt of the gradients is lost")
+    if "network_alpha" in changed:
+        logger.warning("--network_alpha has no effect: the network of the state has its own")
+    state.put(run, tensors, where, without=without)
+    put_back(optimizer, settings)
+
+
+def advance(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
+    """Take a new schedule to where it stands after so many steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no step of the optimizer comes before each of these
+        for _ in range(steps):
+            schedule.step()
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> Settings:
+    """What its groups were made with, by the optimizer's own signature; not what it has counted or found since."""
+    names = {*inspect.signature(type(optimizer)).parameters, *_OURS}
+    return [{name: value for name, value in group.items() if name in names} for group in optimizer.param_groups]
+
+
+def put_back(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    """Give the groups these settings, after a state with others was loaded."""
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+        if "initial_weight_decay" in group and "weight_decay" in own:  # what a curve of the weight decay begins with
+            group["initial_weight_decay"] = own["weight_decay"]
