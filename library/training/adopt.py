@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_KINDS = frozenset(
-    {"optimizer_type", "use_8bit_adam", "use_lion_optimizer", "optim_bits"}
-)  # other numbers in its state
+# What makes the state of the optimizer another one
+_KINDS = frozenset({"optimizer_type", "use_8bit_adam", "use_lion_optimizer", "optim_bits"})
 _OURS = ("lr", "initial_lr", "name", "param_names", "lora_scale", "lora_plus_ratio")  # of groups, from any network
 
 Settings = list[dict[str, Any]]
 
 
 def put(run: Run, tensors: dict[str, Any], where: str, *, changed: Collection[str], step: int) -> None:
-    """As `state.put` for tensors of step `step`, with this run's rates and settings. An optimizer of another kind begins
-    anew. `changed`: what is not as it was, as `state.refuse_other_run` returns it."""
+    """As `state.put` for tensors of step `step`, with this run's rates and settings.
+
+    `changed`: what is not as it was, as `state.refuse_other_run` returns it. An optimizer of another kind begins anew.
+    """
     if run.schedule is not None:
         stood = tensors.get("schedule")
         advance(run.schedule, stood["last_epoch"] if isinstance(stood, dict) else step)
@@ -53,7 +54,7 @@ def advance(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
 
 def settings_of(optimizer: torch.optim.Optimizer) -> Settings:
     """What its groups were made with, by the optimizer's own signature; not what it has counted or found since."""
-    names = {*inspect.signature(type(optimizer)).parameters, *_OURS}
+    names = {*inspect.signature(type(optimizer)).parameters, *_OURS} - {"params"}
     return [{name: value for name, value in group.items() if name in names} for group in optimizer.param_groups]
 
 

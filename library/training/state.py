@@ -260,7 +260,10 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """A line for each option, by name. What an earlier version did not know yet had its default; what is gone counts if it was set."""
+    """A line for each option, by name.
+
+    What an earlier version did not know yet had its default; what is gone counts if it was set.
+    """
     declared = declared_options()
     then = {name: json.loads(json.dumps(declared[name].default, default=str)) for name in now} | dict(before)
     return {
@@ -317,7 +320,7 @@ def _tensors(state: State) -> dict[str, Any]:
 def load(state: State, run: Run, *, changed: Collection[str] = ()) -> None:
     """Put the run where the state was. Raises UserError if the file is damaged or of another network or optimizer.
 
-    `changed`: what is not as it was, as `refuse_other_run` returns it: the rates and other settings are this run's then.
+    `changed`: what is not as it was, as `refuse_other_run` returns it; rates and other settings are this run's then.
     """
     file, tensors = state.folder / TENSORS, _tensors(state)
     count = tensors.get("divergences", 0)
