@@ -221,8 +221,6 @@ def _equip(
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
         state.load(plan.resume, run, changed=course.changed)
-        if run.history is not None:
-            validation.tell_of_best(run.history, saves.best_file)
 
 
 def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedPrompts) -> Callable[[int], None]:
@@ -247,6 +245,8 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
             samples=samples,
         )
         run.save, run.save_now, run.save_best, run.save_last = saver.due, saver.now, saver.best, saver.last
+        if plan.resume is not None:
+            validation.go_on_with_best(run, saves.best_file)
     if run.zero is not None:
         zero.gather_before_saving(run, run.zero, saves)
     return samples
