@@ -188,6 +188,8 @@ def create_network(
         blocks=numbering,
         names=("block_dims", "block_alphas"),
     )
+    if conv_alpha is not None and conv_alpha < 0:
+        raise UserError(f"conv_alpha: {conv_alpha:g} is below 0")
     conv_ranks = blocks.ranks(
         0 if conv_dim is None else _rank("conv_dim", conv_dim),
         1.0 if conv_alpha is None else conv_alpha,

@@ -170,6 +170,11 @@ def _course(plan: Plan) -> Course:
     schedule = curves.schedule_of(options, choice, total_steps=saves.total_steps)
     if choice.schedule_free and options.ema.ema_decay is not None:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
+    if choice.relative_step and options.divergence.on_divergence == "rollback":
+        raise UserError(
+            "--on_divergence rollback: it halves the rates, and Adafactor with relative_step makes its own: give "
+            "--optimizer_args relative_step=False, or --on_divergence skip"
+        )
     changed: frozenset[str] = frozenset()
     if plan.resume is not None:
         changed = state.refuse_other_run(

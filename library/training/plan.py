@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
 from library.config.options import Options
 from library.config.validation import check_validation, is_validated
@@ -66,6 +67,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     datasets = load_datasets(options)
     check_masks(datasets, masked_loss=options.data.masked_loss)
     check_validation(datasets, options.validation)
+    warn_of_idle_options(options)
     if options.data.cache_latents:
         refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)
     if options.data.cache_text_encoder_outputs:
