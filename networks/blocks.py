@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from library.errors import UserError
 
@@ -113,12 +113,6 @@ def ranks(
     if not any(of_dims):
         raise UserError(f"{names[0]}: every block has rank 0, so nothing is adapted")
     return Ranks(rank, alpha, tuple(zip(of_dims, of_alphas, strict=True)))
-
-
-def refuse_wrong_counts(settings: Mapping[str, Any], blocks: Blocks) -> None:
-    """Raises UserError where ranks or alphas by block are not one number for each of these blocks."""
-    for name in sorted(settings.keys() & _RANKS_BY_BLOCK):
-        _numbers(name, settings[name], float, blocks)
 
 
 def _numbers(name: str, text: str, read: Callable[[str], Value], blocks: Blocks) -> tuple[Value, ...]:

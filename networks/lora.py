@@ -44,6 +44,7 @@ class LoRA(AdapterModule):
         """`seed`: draw the initial weights by (seed, name), whatever other layers there are; None: torch's stream."""
         super().__init__(site, rank=rank, alpha=alpha)
         layer = site.module
+        device = "meta" if layer.weight.is_meta else "cpu"  # an outline, which is not trained, costs nothing
         self.project_down: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.project_up: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.rank_axis = -1
@@ -54,17 +55,20 @@ class LoRA(AdapterModule):
                     f"{site.name}: grouped or wrapped-around convolutions are not supported by networks.lora"
                 )
             shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-            self.lora_down = skip_init(nn.Conv2d, layer.in_channels, rank, layer.kernel_size, bias=False, **shape)
-            self.lora_up = skip_init(nn.Conv2d, rank, layer.out_channels, 1, bias=False)
+            self.lora_down = skip_init(
+                nn.Conv2d, layer.in_channels, rank, layer.kernel_size, bias=False, device=device, **shape
+            )
+            self.lora_up = skip_init(nn.Conv2d, rank, layer.out_channels, 1, bias=False, device=device)
             self.project_down = functools.partial(F.conv2d, **shape)
             self.project_up = F.conv2d
             self.rank_axis = 1
         else:
-            self.lora_down = skip_init(nn.Linear, layer.in_features, rank, bias=False)
-            self.lora_up = skip_init(nn.Linear, rank, layer.out_features, bias=False)
-        generator = None if seed is None else torch_generator(seed, site.name, "lora_down")
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.lora_up.weight)
+            self.lora_down = skip_init(nn.Linear, layer.in_features, rank, bias=False, device=device)
+            self.lora_up = skip_init(nn.Linear, rank, layer.out_features, bias=False, device=device)
+        if device != "meta":
+            generator = None if seed is None else torch_generator(seed, site.name, "lora_down")
+            nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(self.lora_up.weight)
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.drops = bool(dropout or rank_dropout or module_dropout)
 
@@ -184,6 +188,8 @@ def create_network(
         blocks=numbering,
         names=("block_dims", "block_alphas"),
     )
+    if conv_alpha is not None and conv_alpha < 0:
+        raise UserError(f"conv_alpha: {conv_alpha:g} is below 0")
     conv_ranks = blocks.ranks(
         0 if conv_dim is None else _rank("conv_dim", conv_dim),
         1.0 if conv_alpha is None else conv_alpha,

@@ -55,6 +55,20 @@ class BaseWeights:
                 digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest() if self._files else ""
 
+    def check(self, targets: Sequence[AdapterTargets]) -> None:
+        """`UserError` for a file that does not fit these layers, of all parts, which may be on the meta device."""
+        prefixes = tuple(f"{target.prefix}_" for target in targets)
+        for file in self._files:
+            source = f"--base_weights {file.name}"
+            tensors = {key: tensor for key, tensor in file.tensors.items() if key.startswith(prefixes)}
+            if not tensors:
+                raise _nothing_fits(file, sorted(by_module(file.tensors)))
+            network, _ = create_network_from_weights(
+                file.multiplier, source, None, None, None, weights_sd=tensors, targets=targets
+            )
+            if other := network.compare_tensors(tensors)[0].mismatched:
+                raise UserError(f"{source}: {len(other)} layers are not those of this model:{some_names(other)}")
+
     def merge_into(self, targets: Sequence[AdapterTargets]) -> None:
         """Add multiplier * alpha / rank * up @ down to every layer of these parts that a file names.
 
@@ -79,10 +93,14 @@ class BaseWeights:
             modules = by_module(file.tensors).keys()
             left = sorted(modules - file.merged)
             if not file.merged:
-                raise UserError(f"--base_weights {file.name}: none of its modules is in this model:{some_names(left)}")
+                raise _nothing_fits(file, left)
             logger.info(
                 "merged into the base: %s, %d of %d modules, times %g",
                 *(file.name, len(file.merged), len(modules), file.multiplier),
             )
             if left:
                 logger.warning("%s: %d modules are not in this model:%s", file.name, len(left), some_names(left))
+
+
+def _nothing_fits(file: _File, modules: Sequence[str]) -> UserError:
+    return UserError(f"--base_weights {file.name}: none of its modules is in this model:{some_names(modules)}")

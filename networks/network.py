@@ -341,14 +341,7 @@ class AdapterNetwork(nn.Module):
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
         """Load tensors in kohya's names, from `source`. `UserError` if none fits or a layer has another shape."""
-        modules = by_module(in_names_of((adapter.site for adapter in self.adapters), tensors))
-        for adapter in self.adapters:
-            own = modules.get(adapter.site.name)
-            if own is not None:
-                # old files have no alpha: it is the rank; some programs write it as a list of one
-                alpha = own.get("alpha", torch.tensor(float(adapter.rank)))
-                own["alpha"] = alpha.reshape(()) if alpha.numel() == 1 else alpha
-        report = compare(self.state_dict(), _flat(modules))
+        report, modules = self.compare_tensors(tensors)
         check_loaded(report, source)
         changed = 0
         for name in report.matched:
@@ -360,6 +353,17 @@ class AdapterNetwork(nn.Module):
         if changed:
             logger.warning("%s: alpha differs from the one given in %d modules: the file's is used", source, changed)
         return report
+
+    def compare_tensors(self, tensors: Mapping[str, Tensor]) -> tuple[LoadReport, dict[str, dict[str, Tensor]]]:
+        """How tensors in kohya's names fit, and what each adapter's `load_state_dict` takes."""
+        modules = by_module(in_names_of((adapter.site for adapter in self.adapters), tensors))
+        for adapter in self.adapters:
+            own = modules.get(adapter.site.name)
+            if own is not None:
+                # old files have no alpha: it is the rank; some programs write it as a list of one
+                alpha = own.get("alpha", torch.tensor(float(adapter.rank)))
+                own["alpha"] = alpha.reshape(()) if alpha.numel() == 1 else alpha
+        return compare(self.state_dict(), _flat(modules)), modules
 
 
 def _flat(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -58,6 +58,8 @@ def check_adapter_file(file: str | Path) -> None:
     for name, entry in entries.items():
         if not entry.count:
             raise UserError(f"{path}: {name} has the shape {list(entry.shape)}: it holds nothing")
+        if "float" not in entry.dtype and not name.endswith("alpha"):
+            raise UserError(f"{path}: {name} holds {entry.dtype}, which are no weights")
     for module, own in by_module(entries).items() if naming == "kohya" else ():
         halves = {"lora_down.weight", "lora_up.weight"}
         if len(found := halves & own.keys()) == 1:

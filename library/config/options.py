@@ -73,7 +73,7 @@ class NetworkOptions:
         ),
         help="the module that makes it: networks.lora, lycoris.kohya, ...",
     )
-    network_dim: int | None = option(None, minimum=1, help="its rank (default: 4)")
+    network_dim: int | None = option(None, minimum=1, maximum=16384, help="its rank (default: 4)")
     network_alpha: float = option(1.0, minimum=0, help="its output is scaled by alpha / rank; 0 means alpha = rank")
     network_dropout: float | None = option(
         None, minimum=0, maximum=1, help="share of its rank's values that are dropped in each training step"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +54,11 @@ class ModelFamily(Protocol):
     @property
     def alphas_cumprod(self) -> Tensor:
         """The noise schedule: what is left of the signal's variance at each of 1000 timesteps, in float64."""
+        ...
+
+    def outlined(self) -> AbstractContextManager[None]:
+        """A context in which UNet and text encoders are there without their weights, on the meta device, so that
+        adapters and files can be held against them. UserError where a part's weights do not fit its configuration."""
         ...
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None: ...

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,19 @@ def load_part(
     return module.to(device).eval()  # `to` for buffers: the parameters are there
 
 
+def outline(source: Part, new: Callable[[Mapping[str, Any]], nn.Module]) -> nn.Module:
+    """The part's module without its weights, which are only held against the table of the file. Raises UserError."""
+    from library.models.weights import check_fit
+
+    try:
+        module = new(source.config)
+    except Exception as error:  # diffusers and transformers refuse configurations in all ways that there are
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{source.where}: no model can be made of this configuration: {reason}") from error
+    check_fit(module, source.entries(), source.where)
+    return module
+
+
 @dataclass(frozen=True)
 class LatentSpace:
     """What a VAE encodes to: latents of `channels`, each cell `factor` pixels wide, shifted and scaled for the UNet.
@@ -89,11 +104,15 @@ def latent_space(base: BaseModel, *, default_scaling: float) -> LatentSpace:
             f"{base.parts['vae'].where}: scales each channel by itself (latents_mean, latents_std), as no Stable "
             "Diffusion 1.x, 2.x or XL model that is supported does"
         )
+    scale, shift = config.get("scaling_factor") or default_scaling, config.get("shift_factor") or 0.0
+    for name, value in (("scaling_factor", scale), ("shift_factor", shift)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{base.parts['vae'].where}: its {name} is {value!r}, which is no number")
     return LatentSpace(
         channels=int(latents),
         factor=2 ** (len(config["block_out_channels"]) - 1),
-        scaling=float(config.get("scaling_factor") or default_scaling),
-        shift=float(config.get("shift_factor") or 0.0),
+        scaling=float(scale),
+        shift=float(shift),
         overflows_fp16=bool(config.get("force_upcast", False)),
     )
 
@@ -201,6 +220,25 @@ class LatentDiffusion:
         from library.models.modules import read_tokenizer
 
         return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
+
+    def _encoders(self) -> list[tuple[Part, Callable[[Mapping[str, Any]], nn.Module]]]:
+        """The text encoders, and what makes a module of each."""
+        raise NotImplementedError
+
+    @contextmanager
+    def outlined(self) -> Iterator[None]:
+        from library.models.modules import new_unet, new_vae
+
+        outline(self._base.parts["vae"], new_vae)
+        self.unet = outline(self._base.parts["unet"], new_unet)
+        self.text_encoders = [outline(part, new) for part, new in self._encoders()]
+        try:
+            yield
+        finally:
+            self.unet, self.text_encoders = None, []
+
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.text_encoders = [load_part(part, new, dtype, device) for part, new in self._encoders()]
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
         from library.models.modules import new_vae

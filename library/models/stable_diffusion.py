@@ -7,11 +7,11 @@ its configuration of 23 layers has built in) and in Linear layers around the att
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.models.base_model import BaseModel
+from library.models.base_model import BaseModel, Part
 from library.models.detect import is_v2
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
@@ -22,12 +22,10 @@ from library.models.latent_diffusion import (
     UNET_LINEAR,
     LatentDiffusion,
     check_counts,
-    load_part,
     prediction_type,
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from library.models.family import ModelFamily
@@ -84,10 +82,10 @@ class StableDiffusion(LatentDiffusion):
         if clip_skip is not None and not 1 <= clip_skip <= self._layers:
             raise UserError(f"--clip_skip {clip_skip}: must be 1 … {self._layers}, the layers of this text encoder")
 
-    def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None:
+    def _encoders(self) -> list[tuple[Part, Callable[[Mapping[str, Any]], nn.Module]]]:
         from library.models.modules import new_text_encoder
 
-        self.text_encoders = [load_part(self._base.parts["text_encoder"], new_text_encoder, dtype, device)]
+        return [(self._base.parts["text_encoder"], new_text_encoder)]
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, part_fingerprint

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.models.base_model import BaseModel
+from library.models.base_model import BaseModel, Part
 from library.models.checkpoint import original_unet_name
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
@@ -23,7 +23,6 @@ from library.models.latent_diffusion import (
     UNET_LINEAR,
     LatentDiffusion,
     check_counts,
-    load_part,
     prediction_type,
 )
 
@@ -83,11 +82,11 @@ class StableDiffusionXL(LatentDiffusion):
             weighted_captions=weighted_captions,
         )
 
-    def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None:
+    def _encoders(self) -> list[tuple[Part, Callable[[Mapping[str, Any]], nn.Module]]]:
         from library.models.modules import new_projected_text_encoder, new_text_encoder
 
         kinds = zip(_PARTS, (new_text_encoder, new_projected_text_encoder), strict=True)
-        self.text_encoders = [load_part(self._base.parts[part], new, dtype, device) for part, new in kinds]
+        return [(self._base.parts[part], new) for part, new in kinds]
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, part_fingerprint

@@ -41,7 +41,7 @@ def fill(
     and a Linear of the same weights count as the same shape, because files differ in which they hold.
     """
     parameters = dict(module.named_parameters())
-    _check(parameters, entries, where)
+    check_fit(module, entries, where)
     device = torch.device(device)
     with _Reader() as reader, _one_thread():
         for name in sorted(parameters, key=lambda name: (str(entries[name].file), entries[name].offset)):
@@ -52,7 +52,9 @@ def fill(
         assert not tensor.is_meta, f"{where}: the buffer {name} has no content"
 
 
-def _check(parameters: Mapping[str, nn.Parameter], entries: Mapping[str, TensorEntry], where: str) -> None:
+def check_fit(module: nn.Module, entries: Mapping[str, TensorEntry], where: str) -> None:
+    """UserError unless `entries` have the names and shapes of the module's parameters, as in `fill`."""
+    parameters = dict(module.named_parameters())
     missing = [name for name in parameters if name not in entries]
     unknown = [name for name in entries if name not in parameters]
     if missing or unknown:

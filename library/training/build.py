@@ -26,7 +26,6 @@ from library.training import (
     disk,
     loop,
     metrics,
-    resumed_settings,
     sample,
     save,
     shard,
@@ -78,6 +77,7 @@ class Course:
     facts: state.Facts
     schedule: ScheduleChoice | None
     decay: DecayChoice | None
+    changed: frozenset[str]  # since the state that the run goes on from, as of `state.refuse_other_run`
 
 
 def build(plan: Plan) -> Built:
@@ -170,14 +170,20 @@ def _course(plan: Plan) -> Course:
     schedule = curves.schedule_of(options, choice, total_steps=saves.total_steps)
     if choice.schedule_free and options.ema.ema_decay is not None:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
+    if choice.relative_step and options.divergence.on_divergence == "rollback":
+        raise UserError(
+            "--on_divergence rollback: it halves the rates, and Adafactor with relative_step makes its own: give "
+            "--optimizer_args relative_step=False, or --on_divergence skip"
+        )
+    changed: frozenset[str] = frozenset()
     if plan.resume is not None:
-        state.refuse_other_run(
+        changed = state.refuse_other_run(
             plan.resume,
             now=now,
             of_length=curves.of_length(plan, schedule, decay, given=given),
             anyway=options.run.resume_anyway,
         )
-    return Course(plan, accelerator, saves, now, schedule, decay)
+    return Course(plan, accelerator, saves, now, schedule, decay, changed)
 
 
 def _optimizer(plan: Plan, network: Any) -> tuple[ParameterGroups, torch.optim.Optimizer]:
@@ -219,10 +225,7 @@ def _equip(
     if held_out is not None:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
-        settings = resumed_settings.of(run.optimizer) if options.run.resume_anyway else None
-        state.load(plan.resume, run, settings=settings)
-        if run.history is not None:
-            validation.tell_of_best(run.history, saves.best_file)
+        state.load(plan.resume, run, changed=course.changed)
 
 
 def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedPrompts) -> Callable[[int], None]:
@@ -247,6 +250,8 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
             samples=samples,
         )
         run.save, run.save_now, run.save_best, run.save_last = saver.due, saver.now, saver.best, saver.last
+        if plan.resume is not None:
+            validation.go_on_with_best(run, saves.best_file)
     if run.zero is not None:
         zero.gather_before_saving(run, run.zero, saves)
     return samples

@@ -95,7 +95,7 @@ def is_finite(parameters: Iterable[Tensor]) -> bool:
 def lower_rates(run: Run, factor: float) -> None:
     """Multiply the rate of every group, now and in all that the schedule has still to come."""
     for group in run.optimizer.param_groups:
-        for name in ("lr", "initial_lr"):
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are OneCycleLR's
             if name in group:
                 group[name] = group[name] * factor
     bases = getattr(run.schedule, "base_lrs", None)

@@ -39,6 +39,7 @@ def run(options: Options, *, family: str | None = None) -> int:
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
     from library.training import dry_run, find_lr, loop, monitor
     from library.training.build import build
+    from library.training.validation import is_best
 
     with _naming_places(options):
         if options.guidance.find_lr:
@@ -63,11 +64,16 @@ def run(options: Options, *, family: str | None = None) -> int:
             _leave(built, together=True)
         raise
     history = built.run.history
-    conclusion = (history and history.conclusion(best_file=built.saves.best_file.name)) or ""
+    best_file = built.saves.best_file
+    kept = best_file.name if history is not None and is_best(history.best, best_file) else ""
+    conclusion = (history and history.conclusion(best_file=kept)) or ""
     if conclusion:
         logger.info("%s", conclusion)
     if built.run.accelerator.is_main_process and stopped_by is None:
-        _draw(built)
+        try:
+            _draw(built)
+        except UserError as error:  # what was trained is saved
+            logger.error("%s", error)
     _conclude(built, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
     _leave(built, together=stopped_by is not None)
     return 0 if stopped_by is None else 128 + stopped_by

@@ -206,13 +206,24 @@ class RunMetadata:
 
 def belongs_to(file: Path, *, session_id: int) -> bool:
     """Whether a file was written by this run, in this process or in an earlier one that it goes on from."""
+    return _said_by(file).get("ss_session_id") == str(session_id)
+
+
+def step_of(file: Path) -> int | None:
+    """After which step a file was written; None if it does not say."""
+    text = _said_by(file).get("ss_steps", "")
+    return int(text) if text.isdecimal() else None
+
+
+def _said_by(file: Path) -> dict[str, str]:
+    """A safetensors file's metadata; empty for what is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as tensors:
-            return (tensors.metadata() or {}).get("ss_session_id") == str(session_id)
+            return tensors.metadata() or {}
     except (OSError, SafetensorError):
-        return False
+        return {}
 
 
 def facts_metadata(facts: RunFacts) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
 from library.config.options import Options
 from library.config.validation import check_validation, is_validated
@@ -88,6 +89,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.data.prepare import prepare
     from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
+    from library.training.rehearsal import rehearse
 
     _check_weights("network_weights", options.network.network_weights)
     _check_weights("base_weights", *options.network.base_weights)
@@ -121,7 +123,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
-    _rehearse_network(options, family, creator, arguments)
+    rehearse(family, options, creator, arguments, resume=resume)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,
@@ -154,6 +156,7 @@ def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> 
     """What the data sets and the options about them ask for together, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
     check_validation(datasets, options.validation)
+    warn_of_idle_options(options)
     if options.data.cache_latents:
         refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)
     if options.data.cache_text_encoder_outputs:
@@ -161,35 +164,6 @@ def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> 
     warn_of_captions_options(datasets)
     if options.data.skip_cache_check and not options.data.caches_to_disk:
         logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
-
-
-def _rehearse_network(options: Options, family: ModelFamily, creator: str, arguments: dict[str, Any]) -> None:
-    """Make our own network on no layer at all: it refuses what its settings cannot be before any model is loaded."""
-    wanted = options.network
-    if creator != "create_network" or not source.is_ours(wanted.network_module):
-        return
-    create = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
-    from networks.blocks import BY_BLOCK, SD, SDXL, refuse_wrong_counts
-
-    refuse_wrong_counts(arguments, SDXL if family.name == "sdxl" else SD)
-    encoders = family.third_party_text_encoders()
-    rates, count = options.optimizer.text_encoder_lr or (), len(encoders) if isinstance(encoders, list) else 1
-    if 1 < len(rates) != count and not options.network.network_train_unet_only:
-        raise UserError(f"--text_encoder_lr: {len(rates)} rates for {count} text encoder{'s' * (count > 1)}")
-    known = {name: value for name, value in arguments.items() if name not in BY_BLOCK}
-    if len(known) < len(arguments):
-        known.pop("block_lr_zero_threshold", None)  # it needs one of those
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it will say again what it warns of
-    try:
-        create(
-            *(1.0, wanted.network_dim, wanted.network_alpha, None, None, None),
-            **(known | {"neuron_dropout": wanted.network_dropout, "targets": ()}),
-        )
-    except UserError as error:
-        raise UserError(f"--network_module {wanted.network_module}: {error}") from None
-    finally:
-        logging.disable(level)
 
 
 def _refuse_missing_weights(option: str, *files: str | None) -> None:

@@ -1,33 +1,70 @@
-"""What --resume_anyway changes: a state holds the settings of the groups of parameters (rate, weight decay, betas …) as
-they were, and torch takes these; a run that is to go on otherwise must put in its own.
-"""
+"""Going on from a state with other settings: what was learnt is the state's, what is asked for is this run's."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-Settings = Sequence[dict[str, Any]]  # one for each group of parameters
+import torch
+
+if TYPE_CHECKING:
+    from library.training.loop import Run
+
+logger = logging.getLogger(__name__)
+
+# What makes the state of the optimizer another one
+_KINDS = frozenset({"optimizer_type", "use_8bit_adam", "use_lion_optimizer", "optim_bits"})
+_OURS = ("lr", "initial_lr", "name", "param_names", "lora_scale", "lora_plus_ratio")  # of groups, from any network
+
+Settings = list[dict[str, Any]]
 
 
-def of(optimizer: Any) -> Settings:
-    """Those of an optimizer that has just been made. What else is in its groups is what it counts, and stays the
-    state's. `optimizer`: accelerate's wrapper."""
-    names = {*inspect.signature(type(optimizer.optimizer).__init__).parameters, "initial_lr"} - {"params"}
-    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+@contextmanager
+def kept(run: Run, tensors: Mapping[str, Any], *, changed: Collection[str], step: int) -> Iterator[Collection[str]]:
+    """A context to put the `tensors` of a state of step `step` in place, after which rates and settings are the run's.
+
+    `changed`: what is not as it was, as `state.refuse_other_run` returns it; nothing is kept if that is nothing.
+    Yields the parts of the state to leave out: an optimizer of another kind begins anew.
+    """
+    if not changed:
+        yield ()
+        return
+    if run.schedule is not None:
+        stood = tensors.get("schedule")
+        advance(run.schedule, stood["last_epoch"] if isinstance(stood, dict) else step)
+    optimizer = run.optimizer.optimizer  # accelerate's wrapper is around it
+    settings = settings_of(optimizer)
+    if "network_alpha" in changed:
+        logger.warning("--network_alpha has no effect: the network of the state has its own")
+    if _KINDS.isdisjoint(changed):
+        yield ("schedule",)
+    else:
+        logger.warning("--resume_anyway: the optimizer is another one: what it had learnt of the gradients is lost")
+        yield ("schedule", "optimizer")
+    put_back(optimizer, settings)
 
 
-def put(settings: Settings, tensors: dict[str, Any]) -> None:
-    """Into the `tensors` of a state. The rate stays where it is on its schedule, of another height."""
-    groups = tensors["optimizer"]["param_groups"]
-    for group, own in zip(groups, settings, strict=False):  # of another number: refused when they are loaded
-        rate, then = group.get("lr"), group.get("initial_lr", group.get("lr"))
+def advance(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
+    """Take a new schedule to where it stands after so many steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no step of the optimizer comes before each of these
+        for _ in range(steps):
+            schedule.step()
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> Settings:
+    """What its groups were made with, by the optimizer's own signature; not what it has counted or found since."""
+    names = {*inspect.signature(type(optimizer)).parameters, *_OURS} - {"params"}
+    return [{name: value for name, value in group.items() if name in names} for group in optimizer.param_groups]
+
+
+def put_back(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    """Give the groups these settings, after a state with others was loaded."""
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
-        if rate is not None and then:
-            group["lr"] = rate * own.get("initial_lr", own["lr"]) / then
-        if "initial_weight_decay" in group:  # of a weight decay that falls
+        if "initial_weight_decay" in group and "weight_decay" in own:  # what a curve of the weight decay begins with
             group["initial_weight_decay"] = own["weight_decay"]
-    schedule = tensors.get("schedule") or {}
-    if "base_lrs" in schedule:
-        schedule["base_lrs"] = [group["initial_lr"] for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +49,21 @@ class Saver:
         try:
             self._network(self.saves.best_file, step=step, epoch=self._epoch(step), purpose="validate")
         except UserError as error:
-            self._put_up_with(error, ends=False)  # the last file is still to come
+            self._put_up_with(error)
 
     def _write(self, files: Iterable[save.Due], step: int, *, ends: bool) -> None:
+        failure = None
         for due in files:
+            last = ends and due.path == self.saves.last_file
             try:
-                self._network(due.path, step=step, epoch=due.epoch)
+                self._network(due.path, step=step, epoch=due.epoch, last=last)
                 if due.state is not None:
                     state.write(due.state, self.run, self.facts, step)
             except UserError as error:
-                self._put_up_with(error, ends=ends)
+                if last:
+                    failure = error
+                else:
+                    self._put_up_with(error)
                 continue  # nothing goes while what should replace it is not there
             if due.remove is not None:
                 atomic.remove(due.remove)
@@ -65,13 +71,17 @@ class Saver:
                 state.remove(due.remove_state)
         if ends and self._unwritten:
             logger.warning("%d times a file or state could not be written; see above", self._unwritten)
-        with ema.weights_for(self.run.ema, "sample"):
-            self.samples(step)
+        if failure is not None:
+            raise failure
+        try:
+            with ema.weights_for(self.run.ema, "sample"):
+                self.samples(step)
+        except UserError as error:
+            self._put_up_with(error)
 
-    def _put_up_with(self, error: UserError, *, ends: bool) -> None:
-        """Raise it where the run cannot go on, or would end without what it was for."""
-        broken = isinstance(error, save.BrokenWeightsError) and self.run.guard.action == "stop"
-        if broken or ends:
+    def _put_up_with(self, error: UserError) -> None:
+        """Raise it where the run cannot go on."""
+        if isinstance(error, save.BrokenWeightsError) and self.run.guard.action == "stop":
             raise error
         self._unwritten += 1
         logger.error("%s. Training goes on, and the next file is tried when it is due", error)
@@ -79,13 +89,26 @@ class Saver:
     def now(self, step: int) -> None:
         """Write the network and the state as they are after `step` steps, for a run that ends early."""
         path = self.saves.step_file(step)
-        self._network(path, step=step, epoch=self._epoch(step))
+        self._network(path, step=step, epoch=self._epoch(step), last=True)
         state.write(save.state_folder(path), self.run, self.facts, step)
 
     def _epoch(self, step: int) -> int:
         return (step - 1) // self.saves.steps_per_epoch
 
-    def _network(self, path: Path, *, step: int, epoch: int, purpose: str = "save") -> None:
+    def _network(self, path: Path, *, step: int, epoch: int, purpose: str = "save", last: bool = False) -> None:
+        """`last`: there will be no other try, so what cannot be written to `path` goes where there is room."""
         metadata = self.metadata.at(steps=step, epoch=epoch)
         with ema.weights_for(self.run.ema, purpose):
-            save.save_network(self.run.network, path, precision=self.precision, metadata=metadata)
+            try:
+                save.save_network(self.run.network, path, precision=self.precision, metadata=metadata)
+            except save.BrokenWeightsError:
+                raise
+            except UserError as error:
+                if not last:
+                    raise
+                elsewhere = Path(tempfile.mkdtemp(prefix="lora-")) / path.name
+                try:
+                    save.save_network(self.run.network, elsewhere, precision=self.precision, metadata=metadata)
+                except UserError:
+                    raise error from None
+                raise UserError(f"{error}. The network is in {elsewhere} instead: move it to a safe place") from None

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
@@ -25,6 +25,8 @@ from library.training import atomic, resumed_settings
 from library.training.save import is_state_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from library.config.dataset_config import DatasetSpec, SubsetSpec
     from library.data.prepare import Prepared
     from library.training.loop import Run
@@ -216,9 +218,10 @@ def _settings(spec: DatasetSpec | SubsetSpec) -> dict[str, Any]:
     }
 
 
-def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> None:
+def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> frozenset[str]:
     """UserError if what is to be trained is not what the state was trained on; with `anyway` a warning.
 
+    Returns the options that are others, by name; beside them "seed", "batches per step", "data" and "length".
     `of_length`: the curves that are others if the run has another length.
     """
     before = state.facts
@@ -228,43 +231,46 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
             "nothing is left to train. Raise --max_train_steps or --max_train_epochs"
         )
     if before.harmless and (harmless := _changes(before.harmless, now.harmless)):
-        logger.info("--resume: changed since then, which does no harm:\n  %s", "\n  ".join(harmless))
+        logger.info("--resume: changed since then, which does no harm:\n  %s", "\n  ".join(harmless.values()))
     changed = _changes(before.configuration, now.configuration)
     if before.seed != now.seed:
-        changed.append(f"seed: {before.seed} then, {now.seed} now")
+        changed["seed"] = f"seed: {before.seed} then, {now.seed} now"
     if before.batches_per_step != now.batches_per_step:
-        changed.append(
+        changed["batches per step"] = (
             f"batches per step (processes × gradient_accumulation_steps): {before.batches_per_step} then, "
             f"{now.batches_per_step} now"
         )
     if before.data != now.data:
-        changed.append("the data: images, captions or the data set's settings are not those of then")
+        changed["data"] = "the data: images, captions or the data set's settings are not those of then"
     if before.total_steps != now.total_steps:
         line = f"length: {before.total_steps} steps then, {now.total_steps} now"
         if of_length:
-            changed.append(f"{line}, which changes the curve of the {' and of the '.join(of_length)}")
+            changed["length"] = f"{line}, which changes the curve of the {' and of the '.join(of_length)}"
         else:
             logger.info("--resume: %s", line)
-    if not changed:
-        return
-    lines = "\n  ".join(changed)
-    if not anyway:
+    lines = "\n  ".join(changed.values())
+    if changed and not anyway:
         raise UserError(
             f"--resume {state.folder}: the run would not go on as it began:\n  {lines}\n"
             "Put it back, or say --resume_anyway"
         )
-    logger.warning("--resume_anyway, although the run does not go on as it began:\n  %s", lines)
+    if changed:
+        logger.warning("--resume_anyway, although the run does not go on as it began:\n  %s", lines)
+    return frozenset(changed)
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Options by name. What an earlier version did not know yet had its default; what is gone counts if it was set."""
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each option, by name.
+
+    What an earlier version did not know yet had its default; what is gone counts if it was set.
+    """
     declared = declared_options()
     then = {name: json.loads(json.dumps(declared[name].default, default=str)) for name in now} | dict(before)
-    return [
-        f"{name}: {_shown(then[name])} then, {_shown(now.get(name))} now"
+    return {
+        name: f"{name}: {_shown(then[name])} then, {_shown(now.get(name))} now"
         for name in sorted(then)
         if then[name] != now.get(name) and (name in now or then[name])
-    ]
+    }
 
 
 def _shown(value: Any) -> str:
@@ -288,9 +294,16 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
     logger.info("saved %s", folder)
 
 
-def load(state: State, run: Run, *, settings: resumed_settings.Settings | None) -> None:
-    """Put the run where the state was; with `settings` of its own for the optimizer. Raises UserError if the file is
-    damaged or of another network or optimizer."""
+def network_of(state: State) -> dict[str, Tensor]:
+    """The weights of its network."""
+    network = _tensors(state).get("network")
+    if not isinstance(network, dict):
+        raise UserError(f"--resume {state.folder / TENSORS}: damaged: it has no network")
+    return network
+
+
+def _tensors(state: State) -> dict[str, Any]:
+    """What `write` has stored. Raises UserError if the file is damaged."""
     import torch
 
     file = state.folder / TENSORS
@@ -299,13 +312,23 @@ def load(state: State, run: Run, *, settings: resumed_settings.Settings | None) 
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--resume {file}: damaged or not a state: {reason}") from None
+    if not isinstance(tensors, dict):
+        raise UserError(f"--resume {file}: damaged or not a state: it holds no table")
+    return tensors
+
+
+def load(state: State, run: Run, *, changed: Collection[str] = ()) -> None:
+    """Put the run where the state was. Raises UserError if the file is damaged or of another network or optimizer.
+
+    `changed`: what is not as it was, as `refuse_other_run` returns it; rates and other settings are this run's then.
+    """
+    file, tensors = state.folder / TENSORS, _tensors(state)
     count = tensors.get("divergences", 0)
     if not isinstance(count, int) or count < 0:
         raise UserError(f"--resume {file}: damaged: its 'divergences' is {_shown(str(count)[:50])}")
     run.guard.count = count
-    if settings is not None and tensors.get("optimizer") is not None:
-        resumed_settings.put(settings, tensors)
-    put(run, tensors, f"--resume {file}")
+    with resumed_settings.kept(run, tensors, changed=changed, step=state.facts.step) as without:
+        put(run, tensors, f"--resume {file}", without=without)
     run.done = state.facts.step
     logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)
 
@@ -316,10 +339,12 @@ def tensors_of(run: Run) -> dict[str, Any]:
     return parts | run.losses.state_dict()
 
 
-def put(run: Run, tensors: dict[str, Any], where: str) -> None:
-    """Put the run where it was when it had these `tensors_of` it. `UserError`, beginning with `where`, if they do not
-    fit."""
+def put(run: Run, tensors: dict[str, Any], where: str, *, without: Collection[str] = ()) -> None:
+    """Put the run, but for some parts, where it was when it had these `tensors_of` it. `UserError`, beginning with
+    `where`, if they do not fit."""
     for name, part in _parts(run).items():
+        if name in without:
+            continue
         saved = tensors.get(name)
         if name in ("network", "optimizer") and saved is None:
             raise UserError(f"{where}: damaged: it has no {name}")

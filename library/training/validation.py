@@ -19,6 +19,7 @@ from library.data.plan import PlannedBatch
 from library.progress import bar
 from library.training import ema, trackers
 from library.training.fixed_noise import image_losses, middles
+from library.training.metadata import step_of
 from library.training.step import Objective, condition_of, sample_losses
 from library.training.validation_history import History, Validation
 
@@ -134,14 +135,29 @@ def attach(run: Run, data: TrainingData, options: Options, *, steps_per_epoch: i
     )
 
 
-def tell_of_best(history: History, file: Path) -> None:
-    """Say what is missing where a resumed run's best file is not beside it."""
-    best = history.best
-    if best is not None and not file.exists():
+def go_on_with_best(run: Run, file: Path) -> None:
+    """See to it that a resumed run's best file is that of the best validation so far, or say that it is not."""
+    best = run.history.best if run.history is not None else None
+    if best is None or is_best(best, file):
+        return
+    if best.step == run.done:
+        run.save_best(run.done)
+    elif file.exists():
+        logger.warning(
+            "%s is that of step %s, and the best until the state was step %d (%.4f), of which there is no file: it is "
+            "written when validation improves on that",
+            *(file, step_of(file), best.step, best.loss),
+        )
+    else:
         logger.warning(
             "%s is not there, the best so far (%.4f at step %d): it is written when validation improves on that",
             *(file, best.loss, best.step),
         )
+
+
+def is_best(best: Validation | None, file: Path) -> bool:
+    """Whether the file is there and, as far as it says, is of the best validation's step."""
+    return best is not None and file.is_file() and step_of(file) in (None, best.step)
 
 
 def measure(

@@ -63,7 +63,10 @@ class History:
         return newest.loss if newest is not None and newest.step == step else None
 
     def conclusion(self, *, best_file: str) -> str | None:
-        """What the user should know at the end, in a sentence or two; None if nothing was measured."""
+        """What the user should know at the end, in a sentence or two; None if nothing was measured.
+
+        `best_file`: that of the best validation; empty if it is not there.
+        """
         best = self.best
         if best is None:
             return None
@@ -79,10 +82,11 @@ class History:
             still = "it had hardly moved any more" if self.without_improvement else "training longer may still help"
             return f"validation was lowest at the end: {best.loss:.4f}{better}; {still}"
         worse = last.loss / best.loss - 1
+        use = f"{best_file} is the one to use" if best_file else "the best is not there as a file"
         how = f"made it {worse:.1%} worse" if worse >= 0.0005 else "did not improve it"
         return (
             f"validation was lowest at step {best.step} ({best.loss:.4f}){better}; the last {last.step - best.step} "
-            f"steps {how}: {best_file} is the one to use"
+            f"steps {how}: {use}"
         )
 
     def state_dict(self) -> dict[str, Any]:

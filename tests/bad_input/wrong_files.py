@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.bad_input.wrong import (
     IMAGES,
@@ -149,6 +149,17 @@ MODEL = [
         lambda base: changed_json(base / "scheduler" / "scheduler_config.json", prediction_type="sample"),
     ),
     broken_base(
+        "blocks of no known kind",
+        lambda base: changed_json(base / "unet" / "config.json", down_block_types=["Foo"] * 4),
+    ),
+    broken_base("a factor of text", lambda base: changed_json(base / "vae" / "config.json", scaling_factor="x")),
+    broken_base(
+        "another part's weights",
+        lambda base: shutil.copy(
+            base / "vae" / "diffusion_pytorch_model.safetensors", base / "unet" / "diffusion_pytorch_model.safetensors"
+        ),
+    ),
+    broken_base(
         "betas of text",
         lambda base: changed_json(base / "scheduler" / "scheduler_config.json", trained_betas=[0.1, "x"]),
     ),
@@ -185,13 +196,29 @@ LORA = [
         "--base_weights",
         "lora.safetensors",
     ),
-    lora("another rank", lambda: None, "--network_weights", "lora.safetensors", "--network_dim", "2", needs_model=True),
+    lora("another rank", lambda: None, "--network_weights", "lora.safetensors", "--network_dim", "2"),
+    lora("whole numbers", lambda: changed_lora(lambda _name, tensor: tensor.to(torch.int8))),
+    lora(
+        "of other layers",
+        lambda: save_file(
+            {f"lora_unet_x{name}": tensor for name, tensor in load_file("lora.safetensors").items()}, "lora.safetensors"
+        ),
+        "--base_weights",
+        "lora.safetensors",
+    ),
+    lora(
+        "of a wider model to merge",
+        lambda: changed_lora(
+            lambda name, tensor: tensor.repeat(1, 2) if name.endswith("k_proj.lora_down.weight") else tensor
+        ),
+        "--base_weights",
+        "lora.safetensors",
+    ),
     lora(
         "SDXL's",
         lambda: save_file(
             {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.zeros(4, 64)}, "lora.safetensors"
         ),
-        needs_model=True,
     ),
     lora("half of each pair", lambda: changed_lora(lambda name, tensor: None if "lora_up" in name else tensor)),
     lora(
@@ -207,7 +234,7 @@ LORA = [
         "lora.safetensors",
         "--dim_from_weights",
     ),
-    lora("NaN", lambda: changed_lora(lambda name, tensor: tensor * float("nan")), needs_model=True),
+    lora("NaN", lambda: changed_lora(lambda name, tensor: tensor * float("nan"))),
 ]
 
 STATE_FOLDER = Path("fox-state")  # which the test has put there
@@ -246,6 +273,7 @@ STATE = [
     state("at its end", lambda: None, "--max_train_steps", "2"),
     state("of another optimizer", lambda: None, "--optimizer_type", "SGD"),
     state("of another rank and seed", lambda: None, "--network_dim", "2", "--seed", "7"),
+    state("of another rank anyway", lambda: None, "--network_dim", "2", "--resume_anyway"),
     state("of other captions", lambda: write(IMAGES / "a.txt", "something else")),
     state(
         "of kohya's scripts",

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,3 +219,20 @@ def test_a_full_disk_costs_a_message_and_not_the_run(
         *("test-step00000004.safetensors", "test-step00000004-state", "test-step00000006.safetensors"),
         *("test-step00000006-state", "test.safetensors", "test-state", "test-metrics.jsonl"),
     }
+
+
+def test_rates_that_a_schedule_keeps_in_the_groups_are_lowered_too() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def rates(factor: float) -> list[float]:
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=9)
+        divergence.lower_rates(SimpleNamespace(optimizer=optimizer, schedule=schedule), factor)  # type: ignore[arg-type]
+        found = []
+        for _ in range(8):
+            optimizer.step()
+            schedule.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    assert rates(0.25) == pytest.approx([rate / 4 for rate in rates(1.0)])

@@ -228,6 +228,35 @@ def test_a_changed_caption_is_another_run(
     assert "the data:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "rates", "decay"),
+    [
+        (("--learning_rate", "2e-4"), [2e-4, 2e-4], 0.1),
+        (("--unet_lr", "5e-4"), [1e-3, 5e-4], 0.1),
+        (("--lr_scheduler", "linear", "--learning_rate", "1e-2"), [5e-3, 2.5e-3], 0.1),
+        (("--optimizer_args", "weight_decay=0.3", "eps=1e-6"), [1e-3, 1e-3], 0.3),
+        (("--optimizer_type", "AdamW8bit", "--network_dim", "64"), [1e-3, 1e-3], 0.1),
+        (("--optimizer_type", "Lion", "--lr_scheduler", "cosine"), [5e-4, 1.464466e-4], 0.1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_changed_settings_take_effect_anyway(
+    words: tuple[str, ...], rates: list[float], decay: float, train: Train, tmp_path: Path
+) -> None:
+    """Two steps of four are done; the rates are those of both parts, or of the last two steps."""
+    common = ("--network_dim", "64") if "--network_dim" in words else ()
+    begun = ("--optimizer_args", "weight_decay=0.1", *common, "--no-cache_latents")
+    assert train(*begun, "--save_every_n_steps", "2", "--save_state") == 0
+    resumed = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--resume_anyway")
+    assert train(*begun, *resumed, "--output_name", "more", *words) == 0
+    third, fourth = told(tmp_path, "more")
+    if "--lr_scheduler" in words:
+        assert [step["rates"]["unet"] for step in (third, fourth)] == pytest.approx(rates)
+    else:
+        assert [third["rates"]["text_encoder"], third["rates"]["unet"]] == pytest.approx(rates)
+    assert fourth["weight_decay"] == {"all": pytest.approx(decay)}
+
+
 def test_a_state_of_an_earlier_version_goes_on(train: Train, tmp_path: Path) -> None:
     """It knows nothing of options, and of a data set's keys, that are newer."""
     assert train("--save_state_on_train_end") == 0

@@ -250,6 +250,25 @@ def test_patience_goes_on_counting(
     assert [step for step, _, _ in measured(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
+def test_the_best_file_is_that_of_the_history_that_goes_on(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Back from step 4 to one before it, with other settings: the best of then is not what comes after any more."""
+    losses_of(monkeypatch, [1.0, 0.9, 0.8, 0.85, 0.7, 0.95, 0.99, 0.97])
+    words = (*SPLIT, "--validate_every_n_steps", "1", "--save_every_n_steps", "1", "--save_state")
+    assert train(*words) == 0
+    anyway = ("--resume_anyway", "--learning_rate", "5e-4")
+    for step, best in (("3", "4"), ("2", "2")):
+        capsys.readouterr()
+        assert train(*words, *anyway, "--resume", str(tmp_path / "out" / f"test-step0000000{step}-state")) == 0
+        said = capsys.readouterr().err
+        assert metadata(tmp_path, "test-best")["ss_steps"] == best
+        assert ("is that of step 4, and the best until the state was step 2 (0.8000)" in said) == (step == "3")
+        assert ("the best is not there as a file" in said) == (step == "3")
+        assert ("test-best.safetensors is the one to use" in said) == (step == "2")
+    assert same(weights(tmp_path, "test-best"), weights(tmp_path, "test-step00000002"))
+
+
 def test_the_weight_decay_waits_for_validation(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--wd_flat validation is told each validation once, before the next step."""
     told: list[float | None] = []

@@ -82,6 +82,9 @@ def test_the_conclusion(losses: tuple[float, ...], sentence: str | None) -> None
 
 
 def test_a_last_one_that_is_lowest_by_nothing_worth_it() -> None:
+    said = history(1.0, 0.8, 0.9).conclusion(best_file="")
+    assert said is not None
+    assert said.endswith("made it 12.5% worse: the best is not there as a file")
     said = history(1.0, 0.9, 0.899, threshold=0.01).conclusion(best_file="fox-best.safetensors")
     assert said == "validation was lowest at the end: 0.8990 (1.0000 before training); it had hardly moved any more"
 

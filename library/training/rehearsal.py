@@ -1,0 +1,86 @@
+"""The run's network on the outline of the model, to refuse what does not fit before any weight of the model is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.config import registry, source
+from library.errors import UserError
+from library.training.encode import trains_text
+from library.training.state import State, network_of
+from networks.merge import BaseWeights
+from networks.network import AdapterNetwork
+from networks.protocol import optimizer_groups
+from networks.weights import check_loaded, compare, read_weights, some_names
+
+if TYPE_CHECKING:
+    from library.config.options import Options
+    from library.models.family import ModelFamily
+
+
+def rehearse(
+    family: ModelFamily, options: Options, creator: str, arguments: dict[str, Any], *, resume: State | None
+) -> None:
+    """`UserError` where model, LoRA files, settings of the network, rates or a state's network do not fit together.
+
+    Networks of other packages cannot be made without weights: what they refuse comes when the model is loaded.
+    """
+    with family.outlined(), _quiet():
+        BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
+            family.adapter_targets()
+        )
+        if not source.is_ours(options.network.network_module):
+            return
+        network = _network(family, options, creator, arguments)
+        optimizer_groups(
+            network,
+            text_encoder_lr=options.optimizer.text_encoder_lr,
+            unet_lr=options.optimizer.unet_lr,
+            default_lr=options.optimizer.learning_rate,
+            layer_decay=options.optimizer.lr_layer_decay,
+        )
+        if resume is not None and options.run.resume_anyway:  # else the settings are compared, which says more
+            report = compare(network.state_dict(), network_of(resume))
+            if different := [*report.mismatched, *report.missing, *report.unexpected]:
+                raise UserError(f"--resume {resume.folder}: its network is not this run's:{some_names(different)}")
+
+
+def _network(family: ModelFamily, options: Options, creator: str, arguments: dict[str, Any]) -> AdapterNetwork:
+    """As the run's own, without content."""
+    wanted = options.network
+    create = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
+    given = arguments | {"targets": family.adapter_targets()}
+    file = wanted.network_weights
+    start = None if file is None else read_weights(file)
+    try:
+        if wanted.dim_from_weights:
+            network, _ = create(1.0, file, None, None, None, weights_sd=start, **given)
+        else:
+            network = create(
+                *(1.0, wanted.network_dim, wanted.network_alpha, None, None, None),
+                **(given | {"neuron_dropout": wanted.network_dropout}),
+            )
+    except UserError as error:
+        raise UserError(f"--network_module {wanted.network_module}: {error}") from None
+    assert isinstance(network, AdapterNetwork), "one of ours"
+    network.apply_to(None, None, trains_text(options), not wanted.network_train_text_encoder_only)
+    if start is not None:
+        check_loaded(network.compare_tensors(start)[0], f"--network_weights {file}")
+    return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing but errors is said: the run itself will say it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        logging.disable(level)
