@@ -7,6 +7,7 @@ range of what kohya's users write; rates are those of the presets; the weight de
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def report(plan: Plan) -> Path:
     path = Path(output.output_dir) / f"{output.output_name or 'last'}-recommended.toml"
     text = snippet(plan, advice)
     print(f"\n{text}")
-    if path.exists() and path.read_bytes() != text.encode() and not output.overwrite:  # it may have been edited
+    if os.path.isfile(path) and path.read_bytes() != text.encode() and not output.overwrite:  # it may have been edited
         raise UserError(
             f"{path} is there and says something else: --overwrite replaces it, or give another --output_name"
         )

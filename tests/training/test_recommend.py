@@ -129,6 +129,8 @@ def test_advice_that_was_edited_is_not_replaced(train: Any, tmp_path: Path, caps
     path = tmp_path / "out" / "test-recommended.toml"
     for _ in range(2):  # the same advice may be written again
         assert train("--recommend") == 0
+    assert train("--recommend", "--output_dir", "x" * 300) == 2
+    assert "xxx" in capsys.readouterr().err
     path.write_text("network_dim = 7\n", encoding="utf-8")
     assert train("--recommend") == 2
     assert "test-recommended.toml is there and says something else" in capsys.readouterr().err
