@@ -380,7 +380,7 @@ def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[f
     if len(rate) == 1:
         return [rate[0]] * count
     if count and len(rate) != count:
-        raise UserError(f"text_encoder_lr: {len(rate)} rates for {count} text encoder{'s' * (count > 1)}")
+        raise UserError(f"--text_encoder_lr: {len(rate)} rates for {count} text encoder{'s' * (count > 1)}")
     return list(rate)[:count]
 
 

@@ -146,6 +146,7 @@ def test_a_signal_saves_what_was_learnt(words, tmp_path, gone):
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )
     first = tmp_path / "out" / "at-step00000002.safetensors"
     try:
