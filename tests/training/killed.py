@@ -1,7 +1,7 @@
 """Kills a training again and again with SIGKILL, resumes it each time, and checks what lies there in between.
 
-`python killed.py FOLDER TRIES` trains on `FOLDER/data` into `FOLDER/out` until it has been killed so often, and prints
-what happened as JSON. A first short run imports everything, and every try is a fork, so a try takes seconds.
+`python killed.py FOLDER TRIES SEED` trains on `FOLDER/data` into `FOLDER/out` until it has been killed so often, and
+prints what happened as JSON. A first short run imports everything, and every try is a fork, so a try takes seconds.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def check(out: Path) -> int:
     return newest
 
 
-def torture(folder: Path, tries: int) -> dict[str, object]:
+def torture(folder: Path, tries: int, seed: int) -> dict[str, object]:
     """Kill `tries` times: of four, one at any moment since the start, one while it trains, two inside a save."""
-    out, draw = folder / "out", random.Random(tries)
+    out, draw = folder / "out", random.Random(seed)
     out.mkdir()
     main(words(folder, "--max_train_steps", "1", "--output_dir", str(folder / "first"), "--no-save_state"))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -119,5 +119,5 @@ def torture(folder: Path, tries: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report = torture(Path(sys.argv[1]), int(sys.argv[2]))
+    report = torture(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
     print(json.dumps(report))

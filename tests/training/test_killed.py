@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every try is a fork")
-@pytest.mark.parametrize(("tries", "inside_saves"), [(8, 3), pytest.param(50, 15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tries", "inside_saves", "seed"),
+    [(8, 3, 0), *(pytest.param(10, 3, seed, marks=pytest.mark.slow) for seed in range(1, 6))],  # of the slow ones 50
+)
 def test_nothing_is_lost(
-    tries: int, inside_saves: int, tmp_path: Path, image_folder: Path, train: Callable[..., int]
+    tries: int, inside_saves: int, seed: int, tmp_path: Path, image_folder: Path, train: Callable[..., int]
 ) -> None:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), str(tries)],
+        [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), str(tries), str(seed)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
