@@ -64,6 +64,17 @@ def lasting_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """A context for what is made for nothing: only errors are told, the rest when it is made in earnest."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
 def _install(handler: logging.Handler, *, level: int = logging.INFO) -> None:
     quiet = logging.ERROR if not processes.is_first() else logging.WARNING
     if handler.formatter is None:

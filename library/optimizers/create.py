@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from library import log
 from library.config import registry
 from library.errors import UserError, did_you_mean
 from library.optimizers import CUSTOM_ADAMW, OPTIMIZERS
@@ -81,12 +82,8 @@ def choose_optimizer(
 
 def _rehearse(choice: OptimizerChoice) -> None:
     """Make it for nothing: what it refuses is refused now. What it says of a stand-in's numbers would mislead."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    with log.errors_only():
         _new(choice, [torch.nn.Parameter(torch.zeros(2, 2))], rate=None if choice.relative_step else 1e-4)
-    finally:
-        logging.disable(level)
 
 
 def _refuse_no_optimizer(name: str, path: str) -> None:

@@ -41,13 +41,13 @@ from library.training.encode import load_and_encode, trains_text, vae_dtype
 from library.training.facts import run_metadata
 from library.training.metadata import belongs_to
 from library.training.meter import Meter
-from library.training.network import make_network
+from library.training.network import make_network, parameter_groups
 from library.training.objective import make_objective
 from library.training.plan import Plan
 from library.training.saver import Saver
 from networks.merge import BaseWeights
 from networks.network import AdapterNetwork
-from networks.protocol import optimizer_groups, step_hook, without
+from networks.protocol import step_hook, without
 
 logger = logging.getLogger(__name__)
 
@@ -189,13 +189,7 @@ def _course(plan: Plan) -> Course:
 def _optimizer(plan: Plan, network: Any) -> tuple[ParameterGroups, torch.optim.Optimizer]:
     """The network's parameters in groups, each with its rate, and the optimizer of them."""
     options, choice = plan.options, plan.choice
-    groups = optimizer_groups(
-        network,
-        text_encoder_lr=options.optimizer.text_encoder_lr,
-        unet_lr=options.optimizer.unet_lr,
-        default_lr=options.optimizer.learning_rate,
-        layer_decay=options.optimizer.lr_layer_decay,
-    )
+    groups = parameter_groups(network, options)
     optimizer = create_optimizer(
         choice, [dict(group) for group in groups], learning_rate=max(group["lr"] for group in groups)
     )

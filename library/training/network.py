@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor
 
 from library.config import source
+from library.config.options import NetworkOptions, Options
 from library.errors import UserError
 from library.training.encode import DTYPES, trains_text
-from library.training.plan import Plan
-from networks.protocol import check_max_norm, load_weights
+from networks.protocol import check_max_norm, load_weights, optimizer_groups
 from networks.weights import read_weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from library.optimizers.create import ParameterGroups
+    from library.training.plan import Plan
 
 
 def make_network(plan: Plan, accelerator: Accelerator) -> Any:
@@ -32,21 +38,7 @@ def make_network(plan: Plan, accelerator: Accelerator) -> Any:
     text_encoders, unet = family.third_party_text_encoders(), family.third_party_unet()
     start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
     with _refusals(wanted.network_module):
-        if wanted.dim_from_weights:
-            # the tensors as well: whatever names the file has, these are kohya's
-            file = wanted.network_weights
-            network, _ = creator(1.0, file, family.vae, text_encoders, unet, weights_sd=start, **arguments)
-        else:
-            network = creator(
-                1.0,
-                wanted.network_dim,
-                wanted.network_alpha,
-                family.vae,
-                text_encoders,
-                unet,
-                neuron_dropout=wanted.network_dropout,
-                **arguments,
-            )
+        network = create(creator, wanted, start, (family.vae, text_encoders, unet), arguments)
     if wanted.scale_weight_norms:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
@@ -60,6 +52,36 @@ def make_network(plan: Plan, accelerator: Accelerator) -> Any:
     network.to(accelerator.device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
     network.prepare_grad_etc(text_encoders, unet)
     return network
+
+
+def create(
+    creator: Callable[..., Any],
+    wanted: NetworkOptions,
+    start: Mapping[str, Tensor] | None,
+    model: tuple[Any, Any, Any],
+    arguments: Mapping[str, Any],
+) -> Any:
+    """What a module's `create_network` or `create_network_from_weights` returns, called as kohya's scripts call them.
+
+    `start`: the tensors of --network_weights; `model`: VAE, text encoders and UNet, which ours does not need.
+    """
+    if wanted.dim_from_weights:
+        # the tensors as well: whatever names the file has, these are kohya's
+        network, _ = creator(1.0, wanted.network_weights, *model, weights_sd=start, **arguments)
+        return network
+    own = {"neuron_dropout": wanted.network_dropout}
+    return creator(1.0, wanted.network_dim, wanted.network_alpha, *model, **own, **arguments)
+
+
+def parameter_groups(network: Any, options: Options) -> ParameterGroups:
+    """Its parameters with the rates that the options give them. Raises UserError."""
+    return optimizer_groups(
+        network,
+        text_encoder_lr=options.optimizer.text_encoder_lr,
+        unet_lr=options.optimizer.unet_lr,
+        default_lr=options.optimizer.learning_rate,
+        layer_decay=options.optimizer.lr_layer_decay,
+    )
 
 
 @contextmanager

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library import log
 from library.config import registry, source
 from library.errors import UserError
 from library.training.encode import trains_text
+from library.training.network import create, parameter_groups
 from library.training.state import State, network_of
 from networks.merge import BaseWeights
 from networks.network import AdapterNetwork
-from networks.protocol import optimizer_groups
 from networks.weights import check_loaded, compare, read_weights, some_names
 
 if TYPE_CHECKING:
@@ -30,20 +28,14 @@ def rehearse(
 
     Networks of other packages cannot be made without weights: what they refuse comes when the model is loaded.
     """
-    with family.outlined(), _quiet():
+    with family.outlined(), log.errors_only(), torch.no_grad():
         BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
             family.adapter_targets()
         )
         if not source.is_ours(options.network.network_module):
             return
         network = _network(family, options, creator, arguments)
-        optimizer_groups(
-            network,
-            text_encoder_lr=options.optimizer.text_encoder_lr,
-            unet_lr=options.optimizer.unet_lr,
-            default_lr=options.optimizer.learning_rate,
-            layer_decay=options.optimizer.lr_layer_decay,
-        )
+        parameter_groups(network, options)
         if resume is not None and options.run.resume_anyway:  # else the settings are compared, which says more
             report = compare(network.state_dict(), network_of(resume))
             if different := [*report.mismatched, *report.missing, *report.unexpected]:
@@ -53,18 +45,11 @@ def rehearse(
 def _network(family: ModelFamily, options: Options, creator: str, arguments: dict[str, Any]) -> AdapterNetwork:
     """As the run's own, without content."""
     wanted = options.network
-    create = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
-    given = arguments | {"targets": family.adapter_targets()}
+    function = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
     file = wanted.network_weights
     start = None if file is None else read_weights(file)
     try:
-        if wanted.dim_from_weights:
-            network, _ = create(1.0, file, None, None, None, weights_sd=start, **given)
-        else:
-            network = create(
-                *(1.0, wanted.network_dim, wanted.network_alpha, None, None, None),
-                **(given | {"neuron_dropout": wanted.network_dropout}),
-            )
+        network = create(function, wanted, start, (None, None, None), arguments | {"targets": family.adapter_targets()})
     except UserError as error:
         raise UserError(f"--network_module {wanted.network_module}: {error}") from None
     assert isinstance(network, AdapterNetwork), "one of ours"
@@ -72,15 +57,3 @@ def _network(family: ModelFamily, options: Options, creator: str, arguments: dic
     if start is not None:
         check_loaded(network.compare_tensors(start)[0], f"--network_weights {file}")
     return network
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing but errors is said: the run itself will say it."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        logging.disable(level)

@@ -31,6 +31,7 @@ PRECISIONS: dict[str | None, torch.dtype | None] = {
 
 ENDINGS = ("safetensors", "ckpt", "pt")  # --save_model_as
 STATE_SUFFIX = "-state"
+_MOMENT = r"-step\d{8,}|-\d{6,}"  # after which step, or epoch, a file was written
 _MOST_FILES = 1_000_000  # each is looked for before training
 _LONGEST_NAME = 200  # bytes; file systems take 255, and the longest thing that follows is a sample's time and seed
 
@@ -124,8 +125,7 @@ class SavePlan:
 
     def left_anything(self) -> bool:
         """Whether a network or a state of this name is there, written in whatever run."""
-        stem = re.escape(self.name) if self.name is not None else "(last|at|epoch)"
-        file = re.compile(rf"{stem}(-best|-step\d{{8,}}|-\d{{6,}})?\.({'|'.join(ENDINGS)})")
+        file = re.compile(rf"{_named(self.name)}(-best|{_MOMENT})?\.({'|'.join(ENDINGS)})")
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return any(file.fullmatch(name) or is_state_name(name, self.name) for name in names)
 
@@ -185,8 +185,12 @@ def state_folder(file: Path) -> Path:
 
 def is_state_name(folder: str, output_name: str | None) -> bool:
     """Whether a run of this --output_name names a state so: fox-big-state is not one of fox."""
-    name = re.escape(output_name) if output_name is not None else "(last|at|epoch)"
-    return re.fullmatch(rf"{name}(-step\d{{8,}}|-\d{{6,}})?{STATE_SUFFIX}", folder) is not None
+    return re.fullmatch(rf"{_named(output_name)}({_MOMENT})?{STATE_SUFFIX}", folder) is not None
+
+
+def _named(output_name: str | None) -> str:
+    """The pattern of how the names of a run's files begin."""
+    return re.escape(output_name) if output_name is not None else "(last|at|epoch)"
 
 
 def epochs_from_ratio(epochs: int, ratio: int) -> int:

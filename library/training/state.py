@@ -56,6 +56,8 @@ _UNSAID = frozenset(
     }
 )
 _PLACES = ("image_dir", "validation_dir", "origin")  # of a subset: where it is, not what it holds
+_MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)  # what is not of the right form
+_UNTRAINED = "meter"  # the part that is missing with --no-monitoring; no weight depends on it
 
 
 @dataclass(frozen=True)
@@ -364,10 +366,6 @@ def put(run: Run, tensors: dict[str, Any], where: str, *, without: Collection[st
         run.losses.load_state_dict(tensors)
     except _MISFITS as error:
         raise UserError(f"{where}: damaged: its losses are no lists of numbers ({error})") from None
-
-
-_MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)  # what is not of the right form
-_UNTRAINED = "meter"  # the part that is there with --no-monitoring or without it; no weight depends on it
 
 
 def _parts(run: Run) -> dict[str, Any]:

@@ -69,14 +69,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
         "different": words(folder, "different", "--max_train_steps", "5", "@second=--noise_offset=0.1"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
     }
+    return launch(folder, table, seconds=280)
+
+
+def launch(folder: Path, table: dict[str, list[str]], *, seconds: float, **environment: str) -> Any:
+    """Run each of these command lines in two processes. Returns a function from the name of one to what each process
+    did, with the `folder`."""
     (folder / "runs.json").write_text(json.dumps(table))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = subprocess.run(
         [*launcher, str(Path(__file__).with_name("two_processes.py")), str(folder)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

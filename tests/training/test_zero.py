@@ -6,11 +6,7 @@ Skipped where DeepSpeed is not installed; what is refused is tested anyway.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.training import state
-from tests.training.test_two_processes import IMAGES, words
+from tests.training.test_two_processes import IMAGES, launch, words
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install --no-deps deepspeed"
@@ -51,24 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "back": words(folder, "back", *LONG, *ROLLBACK, "@nan=4", ZERO),
         "plainly": words(folder, "plainly", *LONG, *ROLLBACK, "@nan=4"),
     }
-    (folder / "runs.json").write_text(json.dumps(table))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    more = {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("two_processes.py")), str(folder)],
-        env=os.environ | more,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-    def of(name: str) -> list[dict[str, Any]]:
-        return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
-
-    of.folder = folder  # type: ignore[attr-defined]
-    return of
+    return launch(folder, table, seconds=600, DS_ACCELERATOR="cpu")
 
 
 ROLLBACK = ("--on_divergence", "rollback", "--divergence_limit", "1", "--save_every_n_steps", "2", "--save_state")

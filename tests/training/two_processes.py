@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 
 from library import processes  # noqa: E402
-from library.training import loop, save  # noqa: E402
+from library.training import loop  # noqa: E402
 from train_network import main  # noqa: E402
 
 RANK = int(os.environ["RANK"])
@@ -66,7 +66,7 @@ def observed(words: list[str]) -> dict[str, Any]:
     with (
         mock.patch.object(loop, "optimizer_step", watched_step),
         mock.patch.object(loop, "backward", watched_backward),
-        mock.patch.object(save.os, "replace", watched_replace),
+        mock.patch.object(os, "replace", watched_replace),
         mock.patch.dict(os.environ, {f"ACCELERATE_USE_{kind.upper()}": "true" for kind in asked if kind in SHARING}),
         mock.patch.object(PartialState, "destroy_process_group"),  # for the next run
         mock.patch.object(processes, "_PATIENCE", 0.0),  # no launcher ends this one
