@@ -138,7 +138,7 @@ def split_words(words: Iterable[str], *, where: str) -> dict[str, str]:
         key = key.strip()
         if not equals or not key:
             raise UserError(f"{where}: '{word}' is not of the form name=value")
-        if second := re.search(r"\s(\w+)=", text):
+        if second := re.search(r"[^\s,]\s+(\w+)=", text):  # after a comma it is a list's next: network_reg_lrs=a=1, b=2
             raise UserError(f"{where}: '{word}' is one word: write {key}=… and {second[1]}=… as two")
         if found.setdefault(key, text.strip()) != text.strip():
             raise UserError(f"{where}: '{key}' is given twice: {found[key]} and {text.strip()}")

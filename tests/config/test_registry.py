@@ -12,7 +12,7 @@ import pytest
 
 from library.config import registry, source
 from library.config.annotations import describe, fit
-from library.config.registry import bind, load, load_path, parse_words, signature
+from library.config.registry import bind, load, load_path, parse_words, signature, split_words
 from library.errors import UserError
 from library.losses import LOSSES
 from library.optimizers import OPTIMIZERS
@@ -136,9 +136,15 @@ def test_what_the_caller_fills() -> None:
     assert bind("thirdparty.closed_target", ["rank=2"], given=("unet", "rank"), where="")[0] == {"rank": 2}
 
 
+def test_a_list_may_have_spaces_after_its_commas() -> None:
+    words = ["network_reg_lrs=attn2=1e-4, mlp=1e-5"]
+    assert split_words(words, where="") == {"network_reg_lrs": "attn2=1e-4, mlp=1e-5"}
+
+
 def test_mistakes_in_words() -> None:
     assert message("thirdparty.open_target", ["rank"]) == "--x_args: 'rank' is not of the form name=value"
     assert message("thirdparty.open_target", ["=8"]) == "--x_args: '=8' is not of the form name=value"
+    assert message("thirdparty.open_target", ["a=8 b=9"]) == "--x_args: 'a=8 b=9' is one word: write a=… and b=… as two"
     assert message("thirdparty.open_target", ["a=8", "a=9"]) == "--x_args: 'a' is given twice: 8 and 9"
 
 
