@@ -10,6 +10,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 COMPILER = Path(__file__).parent / "bin"  # a c++ whose code does not depend on the processor either
@@ -36,6 +37,9 @@ ENVIRONMENT = {
     "TZ": "UTC",
     "LC_ALL": "C.UTF-8",
 }
+
+
+_KEPT: list[Any] = []  # as long as the process lives
 
 
 def environment() -> dict[str, str]:
@@ -76,11 +80,11 @@ def prepare_torch() -> None:
     def into(x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         return out.resize_(x.shape).copy_(sqrt(x))
 
-    global _overrides  # lives as long as the process
-    _overrides = torch.library.Library("aten", "IMPL")
+    overrides = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _overrides.impl("sqrt", sqrt, "CPU")
-        _overrides.impl("sqrt_", lambda x: x.copy_(sqrt(x)), "CPU")
-        _overrides.impl("sqrt.out", into, "CPU")
-    torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # has only code for AVX2
+        overrides.impl("sqrt", sqrt, "CPU")
+        overrides.impl("sqrt_", lambda x: x.copy_(sqrt(x)), "CPU")
+        overrides.impl("sqrt.out", into, "CPU")
+    _KEPT.append(overrides)
+    torch.backends.nnpack.set_flags(False)  # it has code for AVX2 only

@@ -11,7 +11,9 @@ import hashlib
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,13 @@ Json = dict[str, Any]
 # Of ids, clocks and the machine, and what is hashed over them.
 MASKED = frozenset(
     (
-        *("ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date", "sshs_model_hash"),
+        *("ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date", "sshs_legacy_hash"),
         *("session_id", "started_at", "machine", "seconds", "memory"),
     )
 )
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
 DRAWN = ("-loss.png", "-find-lr.png")  # curves, whose pixels are matplotlib's
-PER_LINE, DIGITS = 20, 6
+PER_LINE, DIGITS = 20, 4
 FEW = 12  # keys in which the metadata of files of one run differ
 
 
@@ -121,11 +123,26 @@ def _parts(tensor: Any) -> tuple[str, list[int], bytes]:
 
 def _table(tensors: Mapping[str, tuple[str, list[int], bytes]], layouts: Layouts) -> Json:
     """Names, types and shapes in the file's order; one hash of all contents, and a short one of each."""
-    layout = layouts.add(f"{key} {kind} {list(shape)}" for key, (kind, shape, _) in tensors.items())
+    layout = layouts.add(_by_layer({key: f"{kind} {list(shape)}" for key, (kind, shape, _) in tensors.items()}))
     contents = [content for _, _, content in tensors.values()]
     each = [short(content, DIGITS) for content in contents]
     lines = [" ".join(each[at : at + PER_LINE]) for at in range(0, len(each), PER_LINE)]
     return {"layout": layout, "bits": {"all": short(b"".join(contents), 32), "each": lines}}
+
+
+def _by_layer(tensors: Mapping[str, str]) -> Iterator[str]:
+    """A line for each layer, which is a key up to its first dot, as long as a file has its tensors together."""
+    for layer, keys in groupby(tensors, key=lambda key: key.partition(".")[0]):
+        yield " | ".join([layer, *(f"{key.partition('.')[2]} {tensors[key]}" for key in keys)])
+
+
+def keys_of(layout: str) -> list[str]:
+    """The keys of a table, from the text of its layout."""
+    keys = []
+    for line in layout.splitlines():
+        layer, *parts = line.split(" | ")
+        keys += [".".join(filter(None, (layer, part.split(" ")[0]))) for part in parts]
+    return keys
 
 
 def _metadata(metadata: Mapping[str, str], places: Places) -> Json:
@@ -150,11 +167,12 @@ def _state(path: Path, places: Places, layouts: Layouts) -> Json:
 
     tree = torch.load(path, map_location="cpu", weights_only=True)
     leaves = list(_leaves(tree))
-    layout = layouts.add(f"{name} {_kind(leaf)}" for name, leaf in leaves)
+    kinds = Counter(f"{re.sub('[0-9]+', '*', name)} {_kind(leaf)}" for name, leaf in leaves)
+    layout = layouts.add(f"{kind}, {count} times" for kind, count in kinds.items())
     groups: dict[str, Any] = {}
     for name, leaf in leaves:
         group = "/".join(name.split("/")[:2]) if name.startswith(("optimizer", "schedule")) else name.split("/")[0]
-        groups.setdefault(group, hashlib.sha256()).update(_bytes(leaf))
+        groups.setdefault(group, hashlib.sha256()).update(_content(name, leaf))
     return {"layout": layout, "bits": {name: digest.hexdigest()[:12] for name, digest in groups.items()}}
 
 
@@ -172,13 +190,15 @@ def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _kind(leaf: Any) -> str:
     if hasattr(leaf, "shape"):
-        kind, shape, _ = _parts(leaf)
-        return f"{kind} {shape}"
-    return f"{type(leaf).__name__}" + (f" of {len(leaf)}" if isinstance(leaf, list | tuple) else "")
+        return f"{_parts(leaf)[0]} of {leaf.ndim} dimensions"
+    return type(leaf).__name__
 
 
-def _bytes(leaf: Any) -> bytes:
-    return _parts(leaf)[2] if hasattr(leaf, "shape") else repr(leaf).encode()
+def _content(name: str, leaf: Any) -> bytes:
+    if not hasattr(leaf, "shape"):
+        return f"{name} {leaf!r}".encode()
+    kind, shape, content = _parts(leaf)
+    return f"{name} {kind} {shape}".encode() + content
 
 
 # -- metrics, tables, pictures, text

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.yardstick import arithmetic
+from tests.yardstick import arithmetic, worker
 from tests.yardstick.bases import QUICKSTART
 from tests.yardstick.cases import Case
 from tests.yardstick.world import WORLDS
-
-LONGEST = 600  # seconds that a command may take
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Runner:
         return [self._command(case, command, bases, number) for number, command in enumerate(case.commands)]
 
     def canary(self) -> dict[str, str]:
-        """`arithmetic.canary` of this machine."""
+        """`canary.canary` of this machine."""
         file = self.folder / "canary.json"
         self._order(canary=str(file), stderr=str(self.folder / "canary.txt"))
         found: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
@@ -86,7 +84,8 @@ class Runner:
             out, err = map(str, streams)
             answer = self._order(module=module, words=words, folder=str(place), stdout=out, stderr=err)
             code, seconds = answer["code"], answer["seconds"]
-        return Finished(command, code, *(path.read_text(encoding="utf-8") for path in streams), seconds)
+        stdout, stderr = (path.read_text(encoding="utf-8") for path in streams)
+        return Finished(command, code, stdout, stderr, seconds)
 
     def _process(
         self, case: Case, module: str, words: list[str], place: Path, streams: list[Path]
@@ -103,7 +102,7 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                timeout=LONGEST,
+                timeout=worker.LONGEST,
                 check=False,
             )
         return done.returncode, time.monotonic() - began

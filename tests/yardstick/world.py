@@ -73,7 +73,7 @@ def several(folder: Path) -> None:
     images(folder / "drawings", first=10, count=3)
     images(folder / "others", first=20, count=3)
     small = _subset("drawings", resolution=48, batch_size=1, shuffle_caption=True, keep_tokens=1, flip_aug=True)
-    large = _subset("photos", resolution=64, batch_size=2, num_repeats=2, caption_prefix="photo of ")
+    large = _subset("photos", resolution=32, batch_size=2, num_repeats=2, caption_prefix="photo of ")
     large["subsets"] += _subset("others", is_reg=True, class_tokens="emoji")["subsets"]
     _dataset(folder, datasets=[large, small])
 
@@ -82,7 +82,7 @@ def preserved(folder: Path) -> None:
     """Two folders, of which one is to look as without the network."""
     images(folder / "own", count=4)
     images(folder / "kept", first=10, count=2)
-    data = _subset("own", resolution=64, batch_size=2)
+    data = _subset("own", resolution=32, batch_size=2)
     data["subsets"] += _subset("kept", custom_attributes={"diff_output_preservation": True})["subsets"]
     _dataset(folder, datasets=[data])
 
@@ -134,8 +134,8 @@ max_train_epochs = 2
 seed = 7
 max_data_loader_n_workers = 0
 [network]
-network_dim = 8
-network_args = ["conv_dim=4", "conv_alpha=1"]
+network_dim = 2
+network_dropout = 0.1
 [output]
 output_dir = "out"
 output_name = "from_file"
