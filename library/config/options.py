@@ -108,7 +108,10 @@ class OptimizerOptions:
     """Optimizer and learning rates"""
 
     optimizer_type: str = option("", help="AdamW (the default), AdamW8bit, Lion, Prodigy, ... or package.module.Class")
-    optimizer_args: tuple[str, ...] = option((), help="its settings: weight_decay=0.01 betas=0.9,0.99 ...")
+    optimizer_args: tuple[str, ...] = option((), help="its settings: betas=0.9,0.99 eps=1e-6 ...")
+    weight_decay: float | None = option(
+        None, minimum=0, help="the weight decay of any optimizer that has one (default: the optimizer's own) (ours)"
+    )
     use_8bit_adam: bool = option(False, help="the old way to say --optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option(False, help="the old way to say --optimizer_type Lion")
     learning_rate: float = option(2e-6, minimum=0, help="the learning rate where the next two say nothing")

@@ -50,12 +50,17 @@ class OptimizerChoice:
 
 
 def choose_optimizer(
-    name: str, words: Sequence[str], *, custom_adamw: Mapping[str, object] | None = None
+    name: str,
+    words: Sequence[str],
+    *,
+    weight_decay: float | None = None,
+    custom_adamw: Mapping[str, object] | None = None,
 ) -> OptimizerChoice:
     """Find the class and check the words against its signature.
 
-    `name` is one of `OPTIMIZERS` (any case), a class of `torch.optim`, or a dotted path. `custom_adamw`: CustomAdamW's
-    settings that were given as flags. Raises UserError, also if a flag and a word contradict each other.
+    `name` is one of `OPTIMIZERS` (any case), a class of `torch.optim`, or a dotted path. `weight_decay`, and
+    CustomAdamW's settings `custom_adamw`, were given as flags. Raises UserError, also if a flag and a word contradict
+    each other.
     """
     path = _path(name)
     _refuse_no_optimizer(name, path)
@@ -65,6 +70,9 @@ def choose_optimizer(
             flags = ", ".join(f"--{flag}" for flag in custom_adamw)
             raise UserError(f"{flags}: only CustomAdamW has this; --optimizer_type is {name}")
         words = _joined(words, custom_adamw)
+    if weight_decay is not None:
+        _refuse_no_weight_decay(name, path)
+        words = _joined(words, {"weight_decay": weight_decay})
     # wd_flat is no single word: --wd_flat gives it
     reserved = ("params", "lr", "wd_flat") if path == CUSTOM_ADAMW else ("params", "lr")
     arguments, unchecked = registry.bind(
@@ -91,6 +99,13 @@ def _refuse_no_optimizer(name: str, path: str) -> None:
         found = registry.load_path(path, where="--optimizer_type")
         if not (isinstance(found, type) and callable(getattr(found, "step", None))):
             raise UserError(f"--optimizer_type: {name} is no optimizer: a class with a step(), as those of torch.optim")
+
+
+def _refuse_no_weight_decay(name: str, path: str) -> None:
+    target = registry.signature(path, where="--optimizer_type")
+    if "weight_decay" not in target.parameters:
+        unchecked = "; --optimizer_args weight_decay=... hands it over unchecked" if target.takes_any else ""
+        raise UserError(f"--weight_decay: {name} has no weight_decay{unchecked}")
 
 
 def _joined(words: Sequence[str], flags: Mapping[str, object]) -> list[str]:

@@ -18,12 +18,13 @@ from library.errors import UserError
 from library.optimizers import CUSTOM_ADAMW, auto_weight_decay
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.plateau import Plateau
-from library.optimizers.weight_decay import WITH_AN_END, Curve, Stages, check
+from library.optimizers.weight_decay import VANISHED, WITH_AN_END, Curve, Stages, check
 from library.optimizers.weight_decay_hook import WeightDecayHook
 
 logger = logging.getLogger(__name__)
 
 _OWNER = "--dynamic_weight_decay"
+_FOREVER = 10**9  # steps, more than any run has
 _PLATEAU = "library.optimizers.plateau.Plateau"
 # Which curves read which option
 READ_BY = {
@@ -104,7 +105,7 @@ def check_options(
     if base == 0 and (asked or options.dynamic_weight_decay):
         raise UserError(
             f"{_OWNER}: the weight decay of {choice.name} is 0, which no curve changes: "
-            "--optimizer_args weight_decay=0.01, or --no-dynamic_weight_decay"
+            "--weight_decay 0.01, or --no-dynamic_weight_decay"
         )
     for name, value in given.items():
         said = choice.arguments.get(name)
@@ -130,6 +131,7 @@ def resolve(
 ) -> DecayChoice | None:
     """`decide`, and say in the log what was decided, with the rule behind each number."""
     decided = decide(options, choice, total_steps=total_steps, images=images)
+    _warn_of_vanishing(decided, weight_decay_of(choice), total_steps)
     if decided is None:
         return None
     _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
@@ -278,7 +280,7 @@ def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
     logger.info("weight decay: %s", ", ".join(parts))
     if not asked or decided.changes(total_steps):
         return
-    if decided.changes(10**9):
+    if decided.changes(_FOREVER):
         logger.warning(
             "the weight decay stays as it is in this run: it would change after step %d, and the run has %d steps",
             decided.held,
@@ -286,6 +288,26 @@ def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
         )
     else:
         logger.warning("the weight decay stays as it is: with these numbers its curve never falls")
+
+
+def _warn_of_vanishing(decided: DecayChoice | None, base: Any, total_steps: int) -> None:
+    """A weight decay, as configured or at the end of its curve, that is above 0 and too small to do anything."""
+    if not isinstance(base, int | float) or base <= 0:
+        return
+    if base < VANISHED:
+        logger.warning("the weight decay is %g, below %g: it regularises nothing", base, VANISHED)
+        return
+    if decided is None or base * decided.curve.lowest(_FOREVER) >= VANISHED:
+        return
+    within = base * decided.curve.lowest(total_steps) < VANISHED
+    logger.warning(
+        "the weight decay falls from %g to %.3g, %s: below %g it regularises nothing. Raise --weight_decay, or the share "
+        "that is kept, --wd_min_ratio",
+        base,
+        base * decided.curve.lowest(total_steps if within else _FOREVER),
+        f"within the {total_steps} steps of this run" if within else f"after the {total_steps} steps of this run",
+        VANISHED,
+    )
 
 
 def _stages_text(stages: Stages) -> str:

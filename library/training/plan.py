@@ -96,6 +96,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     choice = choose_optimizer(
         options.optimizer.optimizer_name,
         options.optimizer.optimizer_args,
+        weight_decay=options.optimizer.weight_decay,
         custom_adamw=options.custom_adamw.given(),
     )
     if options.optimizer.lr_layer_decay is not None and (choice.finds_its_rate or choice.relative_step):

@@ -37,12 +37,13 @@ class Sign(NamedTuple):
 OSCILLATION = Sign(
     "oscillation",
     "the loss swings more than before the weight decay began to fall. It may fall too steeply: --wd_decay_factor 0.75 "
-    "to 0.8",
+    "to 0.8, or begin 200 to 500 steps later: --wd_transition_steps",
 )
 EXPLODING_GRADIENTS = Sign(
     "exploding gradients",
     "the gradients are ten times as large as they were. The learning rate is probably too high: lower it first. With a "
-    "weight decay that falls, also keep more of it: --wd_min_ratio 0.15 to 0.2",
+    "weight decay that falls, also keep more of it (--wd_min_ratio 0.15 to 0.2) and begin 200 to 500 steps later "
+    "(--wd_transition_steps)",
 )
 FLAT_UPDATES = Sign(
     "flat updates",
@@ -59,8 +60,7 @@ OVERFITTING = Sign(
     "overfitting",
     "the validation loss rises while the training loss falls: the images are being learnt by heart. Use the file from "
     "where the validation loss was lowest; next time train fewer steps, with a lower --network_dim or with "
-    "--network_dropout 0.1. With a weight decay that falls, begin 200 to 500 steps later (--wd_transition_steps) and "
-    "keep more of it (--wd_min_ratio 0.15 to 0.2)",
+    "--network_dropout 0.1. With a weight decay that falls, keep more of it (--wd_min_ratio 0.15 to 0.2)",
 )
 WEIGHT_DECAY_GONE = Sign(
     "weight decay gone",
@@ -185,7 +185,7 @@ class Watch:
         return self._new(
             (OSCILLATION, full and oscillates(self._before, list(self._losses))),
             (EXPLODING_GRADIENTS, explodes(list(self._norms))),
-            (WEIGHT_DECAY_GONE, self._decays is not None and 0 <= self._decays[1] < VANISHED < self._decays[0]),
+            (WEIGHT_DECAY_GONE, self._decays is not None and 0 <= self._decays[1] < VANISHED <= self._decays[0]),
         )
 
     def measured(self, step: int, *, update_ratio: float, rate: float, loss_by_timestep: ByTimestep) -> list[Sign]:

@@ -73,6 +73,36 @@ def test_flags_of_custom_adamw():
         choose_optimizer("CustomAdamW", ["spd_lamda=0.1"])
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_weight_decay_is_an_option_of_every_optimizer_that_has_one(name):
+    """All that kohya's users know by name have one."""
+    choice = choose_optimizer(name, [], weight_decay=0.25)
+    optimizer = create_optimizer(choice, groups(), learning_rate=1e-2)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert "weight_decay" not in choose_optimizer(name, []).arguments
+
+
+def test_the_weight_decay_and_what_the_words_say_of_it():
+    assert choose_optimizer("AdamW", ["weight_decay=0.25"], weight_decay=0.25).arguments == {"weight_decay": 0.25}
+    assert choose_optimizer("SGD", ["weight_decay=0"], weight_decay=0.0).arguments == {"weight_decay": 0}
+    with pytest.raises(UserError, match=r"--weight_decay 0.1 contradicts --optimizer_args weight_decay=0.2"):
+        choose_optimizer("AdamW", ["weight_decay=0.2"], weight_decay=0.1)
+    with pytest.raises(UserError, match=r"--weight_decay: LBFGS has no weight_decay$"):
+        choose_optimizer("LBFGS", [], weight_decay=0.1)
+    with pytest.raises(UserError, match=r"--optimizer_args weight_decay=... hands it over unchecked"):
+        choose_optimizer(f"{__name__}.AnyName", [], weight_decay=0.1)
+
+
+class AnyName(torch.optim.Optimizer):
+    """Takes whatever it is given, and does nothing with it."""
+
+    def __init__(self, params, lr=1e-3, **rest):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        pass
+
+
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
