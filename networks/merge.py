@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from networks.base_weights import with_multipliers
 from networks.lora import create_network_from_weights
 from networks.weights import by_module, read_weights, some_names
 
@@ -36,8 +37,7 @@ class BaseWeights:
 
     def __init__(self, files: Sequence[str], multipliers: Sequence[float]) -> None:
         """Read the files. A file without a multiplier has 1. `UserError` for one that holds more than plain LoRA."""
-        factors = [*multipliers, *[1.0] * (len(files) - len(multipliers))]
-        self._files = [_File(name, factor, read_weights(name)) for name, factor in zip(files, factors, strict=True)]
+        self._files = [_File(*pair, read_weights(pair[0])) for pair in with_multipliers(files, multipliers)]
         for file in self._files:
             other = next((key for key in file.tensors if not key.endswith(_PAIR)), None)
             if other is not None:

@@ -26,6 +26,7 @@ from library.training.encode import latents_on_disk, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
 from library.training.step import condition_of, element_loss
 from library.training.validation import Validator
+from networks.base_weights import with_multipliers
 from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def report(built: Built, *, measure: bool) -> None:
 def summary(built: Built) -> Iterator[str]:
     """Model, network, data, length, rates and weight decay: what the options were understood to mean."""
     yield _line("model", _model(built))
+    if files := built.plan.options.network.base_weights:
+        pairs = with_multipliers(files, built.plan.options.network.base_weights_multiplier or ())
+        yield _line("", f"merged into it: {', '.join(f'{file} × {factor:g}' for file, factor in pairs)}")
     yield from _network(built)
     yield from _data(built)
     yield from _length(built)

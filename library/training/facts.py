@@ -13,6 +13,7 @@ from library.optimizers.weight_decay_choice import DecayChoice
 from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
 from library.training.plan import Plan
 from library.training.save import SavePlan
+from networks import base_weights
 
 
 def run_metadata(
@@ -41,6 +42,9 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     """What kohya has no keys for; written where it is used."""
     layer_decay, presets = plan.options.optimizer.lr_layer_decay, plan.options.guidance.preset
     ours: dict[str, object] = {"preset": ",".join(presets)} if presets else {}
+    if (network := plan.options.network).base_weights:
+        files = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
+        ours[base_weights.KEY.removeprefix("ss_")] = base_weights.to_text(files)
     if layer_decay is not None:
         ours["lr_layer_decay"] = layer_decay
     if (average := plan.options.ema).ema_decay is not None:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from library.errors import UserError
-from library.training.hashes import model_metadata
+from library.files.hashes import model_metadata
 
 MINIMUM_KEYS = (
     "ss_v2",

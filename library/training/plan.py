@@ -14,7 +14,7 @@ from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
-from library.config.options import Options
+from library.config.options import NetworkOptions, Options
 from library.config.validation import check_validation, is_validated
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
@@ -93,6 +93,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
     _check_weights("network_weights", options.network.network_weights)
     _check_weights("base_weights", *options.network.base_weights)
+    _warn_of_other_base(options.network)
     choice = choose_optimizer(
         options.optimizer.optimizer_name,
         options.optimizer.optimizer_args,
@@ -183,6 +184,24 @@ def _check_weights(option: str, *files: str | None) -> None:
                 check_adapter_file(file)
         except UserError as error:
             raise UserError(f"--{option} {error}") from None
+
+
+def _warn_of_other_base(network: NetworkOptions) -> None:
+    """A LoRA that was trained on top of others acts as it did then only if --base_weights merges them here, too."""
+    from networks import base_weights
+
+    given: list[base_weights.BaseFile] | None = None
+    for option, files in (("network_weights", (network.network_weights,)), ("base_weights", network.base_weights)):
+        for file in files:
+            if file is None or not (trained_on := base_weights.read(Path(file))):
+                continue
+            if given is None:
+                given = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
+            if lacking := [item for item in trained_on if not any(item.is_same(own) for own in given)]:
+                logger.warning(
+                    "--%s %s: was trained on top of %s, which --base_weights does not merge here: it acts differently",
+                    *(option, file, base_weights.in_words(lacking)),
+                )
 
 
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:

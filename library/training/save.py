@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.errors import UserError, nearest_path, why_not
 from library.training.atomic import replacing
-from library.training.hashes import UNKNOWN_HASHES, write_hashes
+from library.files.hashes import UNKNOWN_HASHES, write_hashes
 
 logger = logging.getLogger(__name__)
 

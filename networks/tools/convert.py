@@ -7,11 +7,20 @@ python -m networks.tools.convert lora-diffusers.safetensors lora.safetensors --t
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 from library import log
 from library.errors import UserError
+from library.files.hashes import UNKNOWN_HASHES, write_hashes
+from library.files.header import read_metadata
+from networks import base_weights
+
+logger = logging.getLogger(__name__)
+
+# The alphas of diffusers' names; a hash of the tensors as they lay in that file
+_OF_THE_OLD_FILE = ("lora_adapter_metadata", "modelspec.hash_sha256")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(source: Path, target: Path, *, to: str) -> None:
-    """Write `target`, which must not exist, with the tensors of `source` under other names and the same metadata."""
-    from safetensors import safe_open
+    """Write `target`, which must not exist, with the tensors of `source` under other names.
+
+    Its metadata are those of `source`, with the hashes of the new file.
+    """
     from safetensors.torch import save_file
 
     from networks.naming import to_diffusers
@@ -43,13 +54,13 @@ def convert(source: Path, target: Path, *, to: str) -> None:
     tensors = read_weights(source)  # in kohya's names, whatever the file has
     if to == "diffusers":
         tensors = to_diffusers(tensors, source=str(source))
-    metadata = None
-    if source.suffix == ".safetensors":
-        with safe_open(source, framework="pt") as file:
-            metadata = {key: text for key, text in (file.metadata() or {}).items() if key != "lora_adapter_metadata"}
+    metadata = {key: text for key, text in read_metadata(source).items() if key not in _OF_THE_OLD_FILE}
+    if trained_on := base_weights.read(source):
+        logger.warning("%s: acts as it was trained only on top of %s", source, base_weights.in_words(trained_on))
     beside = target.with_name(f".{target.name}.part")
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, metadata or None)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, metadata | UNKNOWN_HASHES)
+        write_hashes(beside)
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from library.errors import UserError
-from library.training import hashes
+from library.files import hashes
 from library.training import metadata as md
 
 FACTS = md.RunFacts(
