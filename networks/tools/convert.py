@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="the .safetensors to write")
     parser.add_argument("--to", choices=("diffusers", "kohya"), required=True, help="whose names to write")
     options = parser.parse_args(argv)
-    log.set_up()
+    log.configure()
     try:
         convert(options.source, options.target, to=options.to)
     except UserError as error:
