@@ -136,6 +136,10 @@ class LoRA(AdapterModule):
             norms |= zip(places, squares.sqrt().unbind(), strict=True)
         return [norms[index] * abs(adapter.scale) for index, adapter in enumerate(adapters)]
 
+    def is_zero(self) -> bool:
+        """Whether a factor is zero: `up` is in a new adapter. Two factors with a zero product count as something."""
+        return not (self.lora_up.weight.any() and self.lora_down.weight.any())
+
     def scale_weights(self, ratio: float) -> None:
         self.lora_down.weight.mul_(ratio**0.5)
         self.lora_up.weight.mul_(ratio**0.5)

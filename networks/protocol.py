@@ -117,6 +117,11 @@ def load_weights(network: Network, file: str, tensors: Mapping[str, Tensor]) -> 
     return report
 
 
+def file_tensors(network: Network) -> Mapping[str, Tensor]:
+    """What the network's file holds, as far as it can be told: others than ours may write something else."""
+    return network.file_tensors() if isinstance(network, AdapterNetwork) else network.state_dict()
+
+
 def step_hook(network: Network) -> Any:
     """The function to call as (text_encoder, unet) before each step: some third-party modules have one."""
     return getattr(network, "on_step_start", lambda text_encoder, unet: None)

@@ -47,7 +47,7 @@ from library.training.plan import Plan
 from library.training.saver import Saver
 from networks.merge import BaseWeights
 from networks.network import AdapterNetwork
-from networks.protocol import step_hook, without
+from networks.protocol import file_tensors, step_hook, without
 
 logger = logging.getLogger(__name__)
 
@@ -227,12 +227,11 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
     plan, options, accelerator, saves = course.plan, course.plan.options, course.accelerator, course.saves
     samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and options.trains:
-        tensors = run.network.state_dict()
         disk.refuse_full_disk(
             saves,
             after_step=run.done,
-            of_file=disk.file_bytes(tensors, options.output.save_precision),
-            of_state=disk.file_bytes(tensors, None),  # at least: the optimizer's part is not known before a step
+            of_file=disk.file_bytes(file_tensors(run.network), options.output.save_precision),
+            of_state=disk.file_bytes(run.network.state_dict(), None),  # at least: the optimizer's part is not known before a step
         )
         samples = _sampling(plan, saves, accelerator, run.network, prompts) or samples
         saver = Saver(

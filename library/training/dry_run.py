@@ -28,6 +28,7 @@ from library.training.step import condition_of, element_loss
 from library.training.validation import Validator
 from networks.base_weights import with_multipliers
 from networks.network import AdapterNetwork
+from networks.protocol import file_tensors
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -290,7 +291,7 @@ def _time(built: Built) -> str:
 def _files(built: Built) -> Iterator[str]:
     saves, run = built.saves, built.run
     tensors = run.network.state_dict()
-    of_file = disk.file_bytes(tensors, built.plan.options.output.save_precision)
+    of_file = disk.file_bytes(file_tensors(run.network), built.plan.options.output.save_precision)
     of_state = disk.file_bytes(tensors, None) + tensor_bytes(run.optimizer.optimizer.state)  # `_memory` has made it
     of_state += _average_bytes(built)
     files, states = saves.planned_files(after_step=run.done), saves.planned_states(after_step=run.done)
