@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from library.config.fields import MAX_SIDE, option, read_range, read_resolution
+from library.config.fields import MAX_SIDE, option, read_range, read_resolution, read_skipped_resolution
 from library.errors import UserError
 
 
@@ -28,6 +28,13 @@ class DataOptions:
     max_bucket_reso: int = option(1024, minimum=1, maximum=MAX_SIDE, help="the longest side of a bucket in pixels")
     bucket_reso_steps: int = option(
         64, minimum=1, maximum=MAX_SIDE, help="sides of buckets are multiples of this many pixels"
+    )
+    skip_image_resolution: tuple[int, int] | None = option(
+        None,
+        read=read_skipped_resolution,
+        joined_by=",",
+        help="leave out images whose area is at most that of this size, such as 512 or 512,768: in a data set's file, "
+        "for a data set of a higher resolution beside another one",
     )
     bucket_no_upscale: bool = option(False, help="never enlarge an image; its size decides about its bucket")
     caption_extension: str = option(

@@ -88,7 +88,8 @@ class SubsetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Folders that are batched together. `resolution` is (width, height) in pixels."""
+    """Folders that are batched together. `resolution` is (width, height) in pixels, as is `skip_image_resolution`:
+    images of at most that area are left out."""
 
     resolution: tuple[int, int]
     batch_size: int
@@ -97,6 +98,7 @@ class DatasetSpec:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
+    skip_image_resolution: tuple[int, int] | None = None
     subsets: tuple[SubsetSpec, ...]
 
 

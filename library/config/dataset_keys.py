@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from library.config import kohya
-from library.config.fields import UNSET, BadValue, convert, read_range, read_resolution
+from library.config.fields import UNSET, BadValue, Unset, convert, read_range, read_resolution, read_skipped_resolution
 from library.config.options import declared_options
 from library.errors import did_you_mean
 
@@ -67,8 +68,8 @@ def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, 
         return UNSET
     if key == "custom_attributes":
         return _attributes(value, place)
-    if key == "resolution":
-        return _resolution(value)
+    if key in ("resolution", "skip_image_resolution"):
+        return _resolution(value, read_resolution if key == "resolution" else read_skipped_resolution)
     return _range(value) if key == "face_crop_aug_range" else _in_type(key, value)
 
 
@@ -114,12 +115,12 @@ def _attributes(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def _resolution(value: Any) -> tuple[int, int]:
+def _resolution(value: Any, read: Callable[[str], tuple[int, int] | Unset]) -> tuple[int, int] | Unset:
     if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
         value = f"{value[0]},{value[1]}"
     if type(value) not in (int, str):
         raise BadValue(f"{_shown(value)} is neither a whole number of pixels nor [width, height]")
-    return read_resolution(str(value))
+    return read(str(value))
 
 
 def _range(value: Any) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from library.errors import did_you_mean
@@ -40,7 +40,7 @@ class Details:
     minimum: float | None = None
     maximum: float | None = None
     zero_is_unset: bool = False
-    not_yet: tuple[str, ...] = ()
+    not_yet: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     alone: str | None = None
     joined_by: str | None = None
@@ -54,7 +54,7 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     zero_is_unset: bool = False,
-    not_yet: tuple[str, ...] = (),
+    not_yet: Sequence[str] | Mapping[str, str] = (),
     aliases: tuple[str, ...] = (),
     alone: str | None = None,
     joined_by: str | None = None,
@@ -63,16 +63,16 @@ def option(
     """Declare an option as a dataclass field. Without a default it is required.
 
     `minimum`, `maximum`: inclusive bounds. `zero_is_unset`: 0 is a way to say "off". `not_yet`: kohya's values that
-    are not supported yet. `aliases`: other names for it. `alone`: the value that `--name` has without a word behind it.
-    `joined_by`: a TOML list is the same as its items joined by this. `read`: turns the word into the value, or raises
-    BadValue, where the annotation does not say how.
+    are not supported yet, with what to use instead where there is something. `aliases`: other names for it. `alone`:
+    the value that `--name` has without a word behind it. `joined_by`: a TOML list is the same as its items joined by
+    this. `read`: turns the word into the value, or raises BadValue, where the annotation does not say how.
     """
     details = Details(
         help=help,
         minimum=minimum,
         maximum=maximum,
         zero_is_unset=zero_is_unset,
-        not_yet=not_yet,
+        not_yet=not_yet if isinstance(not_yet, Mapping) else dict.fromkeys(not_yet, ""),
         aliases=aliases,
         alone=alone,
         joined_by=joined_by,
@@ -160,7 +160,8 @@ def _one(item: Declared, word: str) -> Any:
         return read_bool(word)
     if item.kind is str:
         if word in details.not_yet:
-            raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet")
+            hint = f" ({details.not_yet[word]})" if details.not_yet[word] else ""
+            raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet{hint}")
         return word
     number = read_int(word) if item.kind is int else read_float(word)
     if number == 0 and details.zero_is_unset:
@@ -228,6 +229,11 @@ def read_resolution(word: str) -> tuple[int, int]:
     if max(int(size) for size in sizes) > MAX_SIDE:
         raise BadValue(f"'{word}' is more than {MAX_SIDE} pixels")
     return int(sizes[0]), int(sizes[-1])
+
+
+def read_skipped_resolution(word: str) -> tuple[int, int] | Unset:
+    """The same, or 0 for none."""
+    return UNSET if word.strip() == "0" else read_resolution(word)
 
 
 def read_range(word: str) -> tuple[float, float]:

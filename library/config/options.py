@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_type_hints
 
-from library.config import source
+from library.config import kohya, source
 from library.config.data import DataOptions
 from library.config.divergence import DivergenceOptions
 from library.config.ema import EmaOptions
@@ -67,10 +67,7 @@ class NetworkOptions:
 
     network_module: str = option(
         "networks.lora",
-        not_yet=(
-            *("networks.dylora", "networks.lora_fa", "networks.oft", "networks.oft_flux", "networks.lora_flux"),
-            *("networks.lora_sd3", "networks.lora_lumina", "networks.lora_hunyuan_image", "networks.lora_anima"),
-        ),
+        not_yet=kohya.MODULES_NOT_YET,
         help="the module that makes it: networks.lora, lycoris.kohya, ...",
     )
     network_dim: int | None = option(None, minimum=1, maximum=16384, help="its rank (default: 4)")

@@ -135,7 +135,6 @@ class Curve(NamedTuple):  # not a dataclass: CustomAdamW makes one a step and gr
             max_progress=self.max_progress,
         )
 
-
     def lowest(self, steps: int) -> float:
         """The smallest factor within so many steps; of the adaptive curve if the loss is flat from the beginning."""
         starts = (start for start, _ in self.stages if start <= steps)

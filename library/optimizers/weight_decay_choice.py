@@ -301,8 +301,8 @@ def _warn_of_vanishing(decided: DecayChoice | None, base: Any, total_steps: int)
         return
     within = base * decided.curve.lowest(total_steps) < VANISHED
     logger.warning(
-        "the weight decay falls from %g to %.3g, %s: below %g it regularises nothing. Raise --weight_decay, or the share "
-        "that is kept, --wd_min_ratio",
+        "the weight decay falls from %g to %.3g, %s: below %g it regularises nothing. Raise --weight_decay, or the "
+        "share that is kept, --wd_min_ratio",
         base,
         base * decided.curve.lowest(total_steps if within else _FOREVER),
         f"within the {total_steps} steps of this run" if within else f"after the {total_steps} steps of this run",

@@ -231,7 +231,8 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
             saves,
             after_step=run.done,
             of_file=disk.file_bytes(file_tensors(run.network), options.output.save_precision),
-            of_state=disk.file_bytes(run.network.state_dict(), None),  # at least: the optimizer's part is not known before a step
+            # at least: the optimizer's part is not known before a step
+            of_state=disk.file_bytes(run.network.state_dict(), None),
         )
         samples = _sampling(plan, saves, accelerator, run.network, prompts) or samples
         saver = Saver(

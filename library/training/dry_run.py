@@ -116,6 +116,7 @@ def _data(built: Built) -> Iterator[str]:
     for summary in prepared.summaries:
         kind = "regularisation images" if summary.subset.is_reg else "images"
         held = f", {summary.held_out} held back" if summary.held_out else ""
+        held += f", {summary.too_small} too small and left out" if summary.too_small else ""
         yield _line(
             "images",
             f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}{held}; captions: "

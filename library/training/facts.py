@@ -170,6 +170,7 @@ def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
             subsets=_subsets([sample for sample, _, _ in members]),
             buckets=[(group.size, group.draws) for group in groups],
             mean_img_ar_error=sum(errors) / len(errors) if errors else 0.0,
+            skip_image_resolution=spec.skip_image_resolution,
             resize_interpolation=_of_all({subset.resize_interpolation for subset in spec.subsets}),
         )
 

@@ -137,6 +137,7 @@ class DatasetFacts:
     buckets: Sequence[tuple[tuple[int, int], int]] = ()  # (width, height), images
     mean_img_ar_error: float = 0.0  # mean |aspect ratio of image - of bucket|
     resize_interpolation: str | None = None
+    skip_image_resolution: tuple[int, int] | None = None  # written where it is set, by sd-scripts 0.11 always
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +302,8 @@ def dataset_metadata(
         "reg_dataset_dirs": json.dumps(_folders([subset for subset in dataset.subsets if subset.is_reg])),
         "bucket_info": json.dumps(_bucket_info(dataset)),
     }
+    if dataset.skip_image_resolution is not None:
+        single["skip_image_resolution"] = dataset.skip_image_resolution
     return {f"ss_{key}": str(value) for key, value in single.items()} | common
 
 
@@ -342,6 +345,7 @@ def _dataset(dataset: DatasetFacts) -> dict[str, object]:
         "tag_frequency": tag_frequency(dataset.subsets),
         "bucket_info": _bucket_info(dataset),
         "resize_interpolation": dataset.resize_interpolation,
+        **({} if (skipped := dataset.skip_image_resolution) is None else {"skip_image_resolution": skipped}),
         "subsets": [_subset(subset) for subset in dataset.subsets],
     }
 

@@ -6,11 +6,12 @@ import logging
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config import registry, source
+from library.config import kohya, registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
@@ -204,12 +205,22 @@ def _warn_of_other_base(network: NetworkOptions) -> None:
                 )
 
 
+def _refuse_kohyas_settings(words: Sequence[str]) -> None:
+    """UserError for settings that kohya's modules have and ours have not, with what to use instead."""
+    for name in registry.split_words(words, where="--network_args"):
+        if name in kohya.NETWORK_ARGS_NOT_YET:
+            hint = kohya.NETWORK_ARGS_NOT_YET[name]
+            raise UserError(f"--network_args: {name} is known to kohya's scripts, not supported here yet ({hint})")
+
+
 def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
     """The function of the network module that makes the network, and --network_args as its arguments."""
     creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
     if options.optimizer.lr_layer_decay is not None and not source.is_ours(options.network.network_module):
         raise UserError(f"--lr_layer_decay: {options.network.network_module} has no rates by layer; networks.lora has")
     registry.refuse_no_name(options.network.network_module, where="--network_module")
+    if source.is_ours(options.network.network_module):
+        _refuse_kohyas_settings(options.network.network_args)
     path = f"{options.network.network_module}.{creator}"
     arguments, unchecked = registry.bind(
         path,

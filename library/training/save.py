@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.errors import UserError, nearest_path, why_not
-from library.training.atomic import replacing
 from library.files.hashes import UNKNOWN_HASHES, write_hashes
+from library.training.atomic import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from library.training import save, state  # noqa: E402
 from library.files.hashes import safetensors_hashes  # noqa: E402
+from library.training import save, state  # noqa: E402
 from train_network import main  # noqa: E402
 
 STEPS = 100_000  # never reached
