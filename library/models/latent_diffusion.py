@@ -132,17 +132,20 @@ def token_limit(max_token_length: int | None) -> int:
 
 
 def prediction_type(base: BaseModel, *, says_v: bool) -> str:
-    """What the network predicts: as the model says itself, else as the user says, else noise."""
-    if base.prediction == "v_prediction":
-        if not says_v:
-            logger.info("%s predicts velocity, says %s", base.path, base.prediction_from)
+    """What the network predicts: v if the user says so, else as the model says itself, else noise.
+
+    Weights do not show it, and configurations are often wrong in converted folders: the flag goes before them.
+    """
+    if says_v:
+        if base.prediction == "epsilon":
+            logger.warning(
+                "--v_parameterization was given, but %s predicts noise, says %s; going by the flag",
+                *(base.path, base.prediction_from),
+            )
         return "v_prediction"
-    if base.prediction == "epsilon" and says_v:
-        message = f"--v_parameterization was given, but {base.path} predicts noise, says {base.prediction_from}"
-        if base.location.is_dir():
-            raise UserError(f'{message}; leave the flag out, or correct "prediction_type" in that file')
-        logger.warning("%s; going by the flag", message)
-    return "v_prediction" if says_v else "epsilon"
+    if base.prediction == "v_prediction":
+        logger.info("%s predicts velocity, says %s", base.path, base.prediction_from)
+    return base.prediction or "epsilon"
 
 
 def scheduler(base: BaseModel, prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def _prediction_type(base: BaseModel, *, v2: bool, says_v: bool) -> str:
             "Stable Diffusion 2, give --v_parameterization",
             base.path,
         )
-    if says_v and not v2 and base.prediction != "v_prediction":
+    if says_v and not v2 and base.prediction is None:
         logger.warning(
             "--v_parameterization with a Stable Diffusion 1.x model: is %s one that predicts velocity?", base.path
         )
