@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +89,30 @@ class LatentSpace:
             latents = vae.encode(pixels_BCHW.to(weight.device, weight.dtype)).latent_dist
         return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
 
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """The pixels of scaled latents, [B, 3, H, W] in about [-1, 1]; in the precision that the VAE was loaded in."""
+        import torch
 
-def latent_space(base: BaseModel, *, default_scaling: float) -> LatentSpace:
-    """From the VAE's configuration, which must fit the UNet's. `default_scaling`: where it is older than the field."""
+        weight = next(vae.parameters())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            latents = latents_BCHW.to(weight.device, weight.dtype) / self.scaling + self.shift
+            return vae.decode(latents, return_dict=False)[0]
+
+
+def with_scaling(base: BaseModel, *, default: float) -> BaseModel:
+    """`base` with the family's `default` where the VAE's configuration is older than its field scaling_factor.
+
+    diffusers would take Stable Diffusion 1's then, whatever the model.
+    """
+    part = base.parts.get("vae")
+    if part is None or part.config.get("scaling_factor"):
+        return base
+    scaled = replace(part, config={**part.config, "scaling_factor": default})
+    return replace(base, parts={**base.parts, "vae": scaled})
+
+
+def latent_space(base: BaseModel) -> LatentSpace:
+    """From the VAE's configuration, which must fit the UNet's and name the scale (see `with_scaling`)."""
     if "vae" not in base.parts:
         raise UserError(f"{base.path} holds no VAE; give one with --vae")
     config, unet = base.parts["vae"].config, base.parts["unet"].config
@@ -104,7 +125,7 @@ def latent_space(base: BaseModel, *, default_scaling: float) -> LatentSpace:
             f"{base.parts['vae'].where}: scales each channel by itself (latents_mean, latents_std), as no Stable "
             "Diffusion 1.x, 2.x or XL model that is supported does"
         )
-    scale, shift = config.get("scaling_factor") or default_scaling, config.get("shift_factor") or 0.0
+    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
     for name, value in (("scaling_factor", scale), ("shift_factor", shift)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{base.parts['vae'].where}: its {name} is {value!r}, which is no number")
@@ -197,11 +218,11 @@ class LatentDiffusion:
     ) -> None:
         """`base` has the VAE of `vae` already. `predicts`: "epsilon" or "v_prediction". default_scaling, default_cells:
         of the latents and of a side, where configurations are older than these fields. Raises UserError."""
-        self._base = base
+        self._base = base = with_scaling(base, default=default_scaling)
         self.path, self.vae_path = base.path, vae
         self.prediction_type = predicts
         self._scheduler = scheduler(base, predicts, zero_terminal_snr=zero_terminal_snr)
-        self._latents = latent_space(base, default_scaling=default_scaling)
+        self._latents = latent_space(base)
         self.latent_channels, self.vae_factor = self._latents.channels, self._latents.factor
         self.vae_overflows_fp16 = self._latents.overflows_fp16
         self.native_resolution = native_resolution(base, self.vae_factor, default=default_cells)
@@ -262,6 +283,10 @@ class LatentDiffusion:
     def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         assert self.vae is not None, "the VAE is not loaded"
         return self._latents.encode(self.vae, pixels_BCHW)
+
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        assert self.vae is not None, "the VAE is not loaded"
+        return self._latents.decode(self.vae, latents_BCHW)
 
     def vae_fingerprint(self) -> str:
         from library.models.fingerprint import part_fingerprint

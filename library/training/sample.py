@@ -80,6 +80,7 @@ def check_sampler(sampler: str) -> None:
 
 
 def render(
+    family: ModelFamily,
     pipeline: Any,
     encode: Callable[[str, str], dict[str, Tensor]],
     item: SamplePrompt,
@@ -88,7 +89,7 @@ def render(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Image:
-    """Draw one image with the network as it stands; `pipeline` is the family's. All randomness is the generator's."""
+    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's."""
     own = pipeline.scheduler
     pipeline.scheduler = new_scheduler(item.sample_sampler or sampler, own.config)
     with torch.no_grad():
@@ -105,8 +106,7 @@ def render(
                 ).images
         finally:
             pipeline.scheduler = own  # another sampler's lacks some of what the model's says
-        vae = pipeline.vae  # it may be in another precision than the rest
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        pixels = family.decode_latents(latents)
     return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
 
@@ -153,7 +153,13 @@ class Sampling:
             if item.seed is not None:
                 generator = torch.Generator().manual_seed(item.seed)
             image = render(
-                pipeline, self.encode, item, sampler=self.times.sampler, generator=generator, autocast=self.autocast
+                self.family,
+                pipeline,
+                self.encode,
+                item,
+                sampler=self.times.sampler,
+                generator=generator,
+                autocast=self.autocast,
             )
             with replacing(self.folder / sample_files.file_name(self.name, moment, number, item.seed)) as beside:
                 image.save(beside, format="PNG")
@@ -188,6 +194,7 @@ def draw(
     width, height = size
     return [
         render(
+            family,
             pipeline,
             encode,
             SamplePrompt(prompt=prompt, width=width, height=height, sample_steps=steps, scale=COMPARE_SCALE),

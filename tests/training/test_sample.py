@@ -76,7 +76,7 @@ def picture(family, sampler: str, *, steps: int = 6, seed: int = 3) -> torch.Ten
     pipeline = family.sampling_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     state = torch.get_rng_state()
-    image = render(pipeline, encode, item, sampler=sampler, generator=torch.Generator().manual_seed(seed))
+    image = render(family, pipeline, encode, item, sampler=sampler, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(torch.get_rng_state(), state)
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"  # the next one starts from the model's own
     return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).float()
