@@ -40,6 +40,7 @@ DIFFERS: Mapping[str, str] = {
     "log_config": "keys and paths are left out, as in kohya; the other files that options name, too",
     "log_tracker_config": "only [tensorboard] and [wandb]; --wandb_run_name goes before the file's name",
     "max_data_loader_n_workers": "an upper bound: no more are started than there is work for",
+    "network_args": f"an unknown name is an error; not supported yet: {', '.join(kohya.NETWORK_ARGS_NOT_YET)}",
     "network_module": "networks.lora by default",
     "network_weights": "reads diffusers' and PEFT's names, too; nothing matched and other shapes are errors",
     "output_name": "files that exist stop the run, unless --overwrite is given",
