@@ -82,7 +82,7 @@ class NetworkOptions:
     network_train_unet_only: bool = option(False, help="train the UNet's part only")
     network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
     network_weights: str | None = option(
-        None, help="a LoRA file to start from, in the naming of kohya, diffusers or PEFT"
+        None, help="a LoRA file to start from, in the naming of kohya, diffusers, PEFT, OneTrainer or ComfyUI"
     )
     dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
     base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base model before training")

@@ -90,9 +90,12 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
     from library.training.rehearsal import rehearse
+    from networks import merge
 
-    _check_weights("network_weights", options.network.network_weights)
-    _check_weights("base_weights", *options.network.base_weights)
+    module = options.network.network_module
+    trains = f"is trained by {module}" if source.is_ours(module) else ""
+    _check_weights("network_weights", options.network.network_weights, purpose=trains)
+    _check_weights("base_weights", *options.network.base_weights, purpose=merge.PURPOSE)
     choice = choose_optimizer(
         options.optimizer.optimizer_name,
         options.optimizer.optimizer_args,
@@ -172,14 +175,14 @@ def _refuse_missing_weights(option: str, *files: str | None) -> None:
             raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
 
 
-def _check_weights(option: str, *files: str | None) -> None:
-    """What a file's header tells of it, which is read before the models."""
+def _check_weights(option: str, *files: str | None, purpose: str) -> None:
+    """What a file's header tells of it, which is read before the models. `purpose`: see `check_adapter_file`."""
     from networks.weights import check_adapter_file
 
     for file in files:
         try:
             if file is not None:
-                check_adapter_file(file)
+                check_adapter_file(file, purpose=purpose)
         except UserError as error:
             raise UserError(f"--{option} {error}") from None
 

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="the .safetensors to write")
     parser.add_argument("--to", choices=("diffusers", "kohya"), required=True, help="whose names to write")
     options = parser.parse_args(argv)
-    log.set_up()
+    log.configure()
     try:
         convert(options.source, options.target, to=options.to)
     except UserError as error:
@@ -40,7 +40,8 @@ def convert(source: Path, target: Path, *, to: str) -> None:
 
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it")
-    tensors = read_weights(source)  # in kohya's names, whatever the file has
+    # in kohya's names, whatever the file has; only those have a way to name embeddings beside a LoRA
+    tensors = read_weights(source, purpose="is renamed", keep_embeddings=to == "kohya")
     if to == "diffusers":
         tensors = to_diffusers(tensors, source=str(source))
     metadata = None

@@ -176,6 +176,7 @@ def lora(
 
 
 HALF = {"lora_unet_x.lora_down.weight": {"dtype": "F32", "shape": [4, 64], "data_offsets": [0, 1024]}}
+DORA = {"lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale": torch.ones(1, 64)}
 LORA = [
     lora("empty", lambda: write("lora.safetensors", b"")),
     lora("cut off", lambda: raw_safetensors("lora.safetensors", HALF, bytes(100))),
@@ -195,6 +196,11 @@ LORA = [
         lambda: save_file({"lora_unet_a.hada_w1_a": torch.zeros(4, 4)}, "lora.safetensors"),
         "--base_weights",
         "lora.safetensors",
+    ),
+    lora(
+        "DoRA, with its ranks",
+        lambda: save_file(load_file("lora.safetensors") | DORA, "lora.safetensors"),
+        *("--network_weights", "lora.safetensors", "--dim_from_weights"),
     ),
     lora("another rank", lambda: None, "--network_weights", "lora.safetensors", "--network_dim", "2"),
     lora("whole numbers", lambda: changed_lora(lambda _name, tensor: tensor.to(torch.int8))),
