@@ -21,6 +21,7 @@ from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
 from library.training import together
+from library.training.metadata import check_user_metadata
 from library.training.sample_prompts import SampleTimes, plan_samples
 from library.training.state import State
 from library.training.state import find as find_state
@@ -68,6 +69,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     _check_data_options(options, datasets)
     _warn_of_unused_rates(options)
     creator, arguments = _network_arguments(options)
+    check_user_metadata(options.output)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
     trackers = plan_trackers(options)
