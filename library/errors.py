@@ -32,6 +32,8 @@ def nearest_path(path: Path) -> str:
     """A hint for a path that cannot be used: what hinders it, or the nearest name to its first part that is missing."""
     if path.parts[:1] and path.parts[0].startswith("~"):
         return f"; '{path.parts[0]}' is not replaced by a home folder here: write it in full"
+    if path.name.endswith('"'):
+        return "; it ends with a quote: before it stands a backslash, which on Windows makes it a letter"
     hindrance = _hindrance(path)
     if hindrance:
         return f"; {hindrance}"

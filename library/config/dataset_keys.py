@@ -12,7 +12,15 @@ import math
 from typing import Any
 
 from library.config import kohya
-from library.config.fields import UNSET, BadValue, convert, read_range, read_resolution
+from library.config.fields import (
+    UNSET,
+    BadValue,
+    ControlCharacters,
+    convert,
+    read_range,
+    read_resolution,
+    refuse_control_characters,
+)
 from library.config.options import declared_options
 from library.errors import did_you_mean
 
@@ -93,6 +101,11 @@ def _in_type(key: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:  # not isinstance: true is an int in Python
         raise BadValue(f"{_shown(value)} is not {_KINDS[kind]}")
+    if isinstance(value, str) and not (key == "class_tokens" or (option and option.details.free_text)):
+        try:
+            refuse_control_characters(value)
+        except ControlCharacters as error:
+            raise BadValue(f"{error}; {ControlCharacters.in_a_file}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise BadValue(f"{_shown(value)} is not a number")
     # 0 repeats is how kohya's users switch a subset off

@@ -25,6 +25,12 @@ class BadValue(Exception):
     """A value that does not fit its option; the message says why, the caller adds where it stood."""
 
 
+class ControlCharacters(BadValue):
+    """A path or name with a tab or the like in it: in a file that is what a backslash has become."""
+
+    in_a_file = "in double quotes \\t is a tab and \\n a line break: write paths with /, in TOML also in single quotes"
+
+
 class Unset:
     """The type of `UNSET`: what a user gives to say nothing, such as `vae = ""`; the default holds."""
 
@@ -45,6 +51,7 @@ class Details:
     alone: str | None = None
     joined_by: str | None = None
     read: Callable[[str], Any] | None = None
+    free_text: bool = False
 
 
 def option(
@@ -59,13 +66,15 @@ def option(
     alone: str | None = None,
     joined_by: str | None = None,
     read: Callable[[str], Any] | None = None,
+    free_text: bool = False,
 ) -> Any:
     """Declare an option as a dataclass field. Without a default it is required.
 
     `minimum`, `maximum`: inclusive bounds. `zero_is_unset`: 0 is a way to say "off". `not_yet`: kohya's values that
     are not supported yet. `aliases`: other names for it. `alone`: the value that `--name` has without a word behind it.
     `joined_by`: a TOML list is the same as its items joined by this. `read`: turns the word into the value, or raises
-    BadValue, where the annotation does not say how.
+    BadValue, where the annotation does not say how. `free_text`: prose, in which anything may stand; other text is
+    a path or a name, and holds no control characters.
     """
     details = Details(
         help=help,
@@ -77,6 +86,7 @@ def option(
         alone=alone,
         joined_by=joined_by,
         read=read,
+        free_text=free_text,
     )
     return dataclasses.field(default=default, metadata={"option": details})
 
@@ -161,6 +171,8 @@ def _one(item: Declared, word: str) -> Any:
     if item.kind is str:
         if word in details.not_yet:
             raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet")
+        if not details.free_text:
+            refuse_control_characters(word)
         return word
     number = read_int(word) if item.kind is int else read_float(word)
     if number == 0 and details.zero_is_unset:
@@ -170,6 +182,24 @@ def _one(item: Declared, word: str) -> Any:
     if details.maximum is not None and number > details.maximum:
         raise BadValue(f"must be at most {details.maximum:g}, not {word}")
     return number
+
+
+_CONTROL = {
+    "\t": "a tab", "\n": "a line break", "\r": "a carriage return", "\b": "a backspace", "\f": "a form feed",
+    "\0": "a null character",
+}  # fmt: skip
+
+
+def control_characters(word: str) -> list[str]:
+    """Those in `word`, each once: of "D:\\train", in a file, the tab that its \\t is read as."""
+    return list(dict.fromkeys(letter for letter in word if ord(letter) < 32 or ord(letter) == 127))
+
+
+def refuse_control_characters(word: str) -> None:
+    """Raises ControlCharacters if there are any in `word`."""
+    if found := control_characters(word):
+        named = " and ".join(_CONTROL.get(letter, f"the character {letter!r}") for letter in found)
+        raise ControlCharacters(f"{word!r} holds {named}, which no name or path should")
 
 
 def _choice(item: Declared, word: str) -> str:

@@ -219,21 +219,27 @@ class OutputOptions:
         None, minimum=1, zero_is_unset=True, help="keep the states of the last n steps (default: as for the files)"
     )
     no_metadata: bool = option(False, help="write no metadata into the file")
-    training_comment: str | None = option(None, help="a comment for the metadata")
-    metadata_title: str | None = option(None, help="title for the metadata (default: the output name)")
-    metadata_author: str | None = option(None, help="author for the metadata")
-    metadata_description: str | None = option(None, help="description for the metadata")
-    metadata_license: str | None = option(None, help="licence for the metadata")
-    metadata_tags: str | None = option(None, help="tags for the metadata, separated by commas")
-    metadata_usage_hint: str | None = option(None, help="usage hint for the metadata")
-    metadata_trigger_phrase: str | None = option(None, help="trigger phrase for the metadata")
+    training_comment: str | None = option(None, help="a comment for the metadata", free_text=True)
+    metadata_title: str | None = option(None, help="title for the metadata (default: the output name)", free_text=True)
+    metadata_author: str | None = option(None, help="author for the metadata", free_text=True)
+    metadata_description: str | None = option(None, help="description for the metadata", free_text=True)
+    metadata_license: str | None = option(None, help="licence for the metadata", free_text=True)
+    metadata_tags: str | None = option(None, help="tags for the metadata, separated by commas", free_text=True)
+    metadata_usage_hint: str | None = option(None, help="usage hint for the metadata", free_text=True)
+    metadata_trigger_phrase: str | None = option(None, help="trigger phrase for the metadata", free_text=True)
     metadata_thumbnail: str | None = option(None, help="thumbnail for the metadata, as a data URL")
-    metadata_merged_from: str | None = option(None, help="models that it was merged from, for the metadata")
-    metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata")
-    metadata_is_negative_embedding: str | None = option(None, help="whether it is a negative embedding, for metadata")
+    metadata_merged_from: str | None = option(
+        None, help="models that it was merged from, for the metadata", free_text=True
+    )
+    metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata", free_text=True)
+    metadata_is_negative_embedding: str | None = option(
+        None, help="whether it is a negative embedding, for metadata", free_text=True
+    )
     loss_plot: bool = option(True, help="draw the loss into a PNG beside the LoRA (ours)")
     compare_prompts: tuple[str, ...] = option(
-        (), help="after training draw each of these prompts without and with the LoRA, in one grid (ours)"
+        (),
+        help="after training draw each of these prompts without and with the LoRA, in one grid (ours)",
+        free_text=True,
     )
     compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts (ours)")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config import kohya, presets
-from library.config.fields import UNSET, BadValue, Declared, convert, declared
+from library.config.fields import UNSET, BadValue, ControlCharacters, Declared, convert, declared
 from library.config.options import Options, declared_options, option_groups
 from library.config.settings import Setting, from_toml, from_words, places_of
 from library.config.toml_file import write_toml
@@ -124,7 +124,8 @@ def _read(settings: Iterable[Setting]) -> _Reading:
         try:
             value = convert(options[name], setting.words)
         except BadValue as error:
-            reading.problems.append(f"{setting.place}: {error}")
+            escaped = isinstance(error, ControlCharacters) and not setting.from_command_line
+            reading.problems.append(f"{setting.place}: {error}" + f"; {ControlCharacters.in_a_file}" * escaped)
             continue
         if value is not UNSET:
             reading.values[name] = value
@@ -170,7 +171,7 @@ def _config_path(reading: _Reading) -> Path | None:
 
 def _options(reading: _Reading) -> Options:
     missing = [
-        f"--{name} is required: {item.details.help}"
+        f"--{name} is required: {item.details.help}{_stands_in(name, reading)}"
         for name, item in declared_options().items()
         if item.required and name not in reading.values
     ]
@@ -184,6 +185,14 @@ def _options(reading: _Reading) -> Options:
         return Options(**groups, given=reading.places)
     except UserError as error:
         raise UserError(f"{error}{places_of(str(error), reading.places)}") from None
+
+
+def _stands_in(name: str, reading: _Reading) -> str:
+    """A hint where a missing option is in the text of another: a quote was forgotten."""
+    for other, value in reading.values.items():
+        if any(f"--{name}" in str(word) for word in (value if isinstance(value, tuple) else (value,))):
+            return f" (it stands in the value of --{other}: look at the quotes)"
+    return ""
 
 
 def _write_config(path: Path | None, reading: _Reading) -> None:

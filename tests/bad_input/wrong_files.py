@@ -79,6 +79,7 @@ CAPTION = [
     Wrong("JSON 100000 deep", IN_JSON, lambda: write("m.json", '{"a":' * 100_000)),
     Wrong("a number in JSON", IN_JSON, lambda: write("m.json", ENTRY % 3)),
     Wrong("an image that is not there", IN_JSON, lambda: write("m.json", '{"c.png": {}}')),
+    Wrong("an image's backslash", IN_JSON, lambda: write("m.json", '{"D:\\train\\c.png": {}}'.replace("\\c", "\\\\c"))),
     Wrong("an image's name of 300", IN_JSON, lambda: write("m.json", f'{{"{"x" * 300}.png": {{}}}}')),
     Wrong("a megabyte in JSON", IN_JSON, lambda: write("m.json", ENTRY % f'"{"cat " * 250_000}"')),
 ]

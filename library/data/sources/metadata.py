@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.config.fields import ControlCharacters, control_characters
 from library.config.json_text import parse_json
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
@@ -108,8 +109,10 @@ def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[st
         else:
             missing.append(image)
     if missing:
-        listed = "".join(f"\n  {image}" for image in missing[:_SHOWN])
+        odd = {image for image in missing if control_characters(image)}
+        listed = "".join(f"\n  {repr(image) if image in odd else image}" for image in missing[:_SHOWN])
         listed += f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        listed += f"\n{ControlCharacters.in_a_file}" if odd else ""
         raise UserError(
             f"{spec.origin}: {len(missing)} of the {len(images)} images that {file} lists are not in {spec.image_dir} "
             f"(image_dir, or with --in_json --train_data_dir, says where they are):{listed}"
