@@ -24,6 +24,7 @@ from library.config.fields import UNSET, BadValue
 from library.config.image_folders import find_image_folders
 from library.config.json_text import parse_json
 from library.config.options import Options
+from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_text, read_toml
 from library.errors import UserError, did_you_mean, nearest_path
 
@@ -217,10 +218,13 @@ class _DatasetFile:
                 f"{_place(self.options, 'dataset_config')}: no such file: {self.path}{nearest_path(self.path)}"
             )
         if self.path.suffix.lower() == ".toml":
-            return read_toml(self.path)
+            content: Any = read_toml(self.path)
+            refuse_other_file(content, self.path, "dataset_config")
+            return content
         if self.path.suffix.lower() != ".json":
             raise UserError(f"{self.path}: a data set is described by a .toml or a .json file")
         content = parse_json(read_text(self.path), str(self.path))
+        refuse_other_file(content, self.path, "dataset_config")
         if not isinstance(content, dict):
             raise UserError(f"{self.path}: holds no object with 'general' and 'datasets'")
         return content

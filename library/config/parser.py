@@ -166,6 +166,11 @@ def _config_path(reading: _Reading) -> Path | None:
     name = reading.values.get("config_file")
     if name is None:
         return None
+    if not name.endswith(".toml") and os.path.isfile(name) and not os.path.exists(f"{name}.toml"):
+        raise UserError(
+            f"command line: --config_file {name}: a config file is TOML, and its name ends with .toml; what a GUI "
+            "saves for itself (JSON, YAML) has other names for many options: let it print the command, or write TOML"
+        )
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 

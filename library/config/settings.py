@@ -10,6 +10,7 @@ from typing import Any
 
 from library.config import kohya
 from library.config.options import declared_options
+from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
 from library.errors import UserError, is_utf8
 
@@ -86,7 +87,9 @@ def _refuse_swallowed(name: str, words: Iterable[str]) -> None:
 def from_toml(path: Path) -> list[Setting]:
     """The settings in a TOML file, whatever its sections are called. Raises UserError."""
     settings: dict[str, Setting] = {}
-    for section, content in read_toml(path).items():
+    table = read_toml(path)
+    refuse_other_file(table, path, "config_file")
+    for section, content in table.items():
         if isinstance(content, dict):
             found = [_setting(key, value, f"{path}: [{section}] {key}") for key, value in content.items()]
         else:

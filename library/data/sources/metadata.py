@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.config.fields import ControlCharacters, control_characters
 from library.config.json_text import parse_json
+from library.config.other_files import refuse_other_file
+from library.config.toml_file import read_toml
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
@@ -75,9 +77,13 @@ def _read(file: Path) -> Entries:
         raise UserError(f"{file}: not UTF-8 (byte {error.start}): save it in that encoding") from error
     except OSError as error:
         raise UserError(f"{file}: {why_not(error)}") from error
+    if file.suffix.lower() == ".toml":
+        refuse_other_file(read_toml(file), file, "in_json")
+        raise UserError(f"{file}: a list of images is a .json or a .jsonl file")
     if file.suffix.lower() == ".jsonl":
         return _read_lines(file, text)
     content = parse_json(text, str(file))
+    refuse_other_file(content, file, "in_json")
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise UserError(f'{file}: is not of the form {{"image": {{"caption": "…", "tags": "…"}}, …}}')
     return content
