@@ -25,6 +25,10 @@ class BadValue(Exception):
     """A value that does not fit its option; the message says why, the caller adds where it stood."""
 
 
+class OutOfRange(BadValue):
+    """A number beyond the bounds of its option. Where other options leave that one without effect, no one minds."""
+
+
 class ControlCharacters(BadValue):
     """A path or name with a tab or the like in it: in a file that is what a backslash has become."""
 
@@ -159,7 +163,10 @@ def convert(item: Declared, words: tuple[str, ...]) -> Any:
 def _one(item: Declared, word: str) -> Any:
     details = item.details
     if details.read is not None:
-        word = details.read(word)
+        try:
+            word = details.read(word)
+        except BadValue as error:
+            raise (OutOfRange(str(error)) if _is_number(word.removesuffix("%")) else error) from None
         if not item.choices:
             return word
     if details.alone is not None and is_truth(word):
@@ -178,9 +185,9 @@ def _one(item: Declared, word: str) -> Any:
     if number == 0 and details.zero_is_unset:
         return UNSET
     if details.minimum is not None and number < details.minimum:
-        raise BadValue(f"must be at least {details.minimum:g}, not {word}")
+        raise OutOfRange(f"must be at least {details.minimum:g}, not {word}")
     if details.maximum is not None and number > details.maximum:
-        raise BadValue(f"must be at most {details.maximum:g}, not {word}")
+        raise OutOfRange(f"must be at most {details.maximum:g}, not {word}")
     return number
 
 

@@ -61,6 +61,9 @@ class ModelOptions:
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
 
 
+_HIGHEST_RANK = 16384  # a slip of the finger is larger
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """Network (the LoRA)"""
@@ -73,7 +76,7 @@ class NetworkOptions:
         ),
         help="the module that makes it: networks.lora, lycoris.kohya, ...",
     )
-    network_dim: int | None = option(None, minimum=1, maximum=16384, help="its rank (default: 4)")
+    network_dim: int | None = option(None, minimum=1, help="its rank (default: 4)")
     network_alpha: float = option(1.0, minimum=0, help="its output is scaled by alpha / rank; 0 means alpha = rank")
     network_dropout: float | None = option(
         None, minimum=0, maximum=1, help="share of its rank's values that are dropped in each training step"
@@ -96,6 +99,9 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+        # LyCORIS' users write 100000 and more to have its matrices whole
+        if source.is_ours(self.network_module) and (self.network_dim or 0) > _HIGHEST_RANK:
+            raise UserError(f"--network_dim {self.network_dim}: at most {_HIGHEST_RANK}")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
         files, multipliers = len(self.base_weights), len(self.base_weights_multiplier or ())

@@ -64,8 +64,8 @@ def test_a_file_is_refused_where_it_does_not_belong(held: str, wanted: str) -> N
     "content",
     [
         {}, [], [1], "x", {"seed": "x", "sed": 1, "lerning_rate": 1}, {"general": {"resolution": 512}},
-        {"a": {"b": {}}},        {"prompt": "a cat", "seed": 1}, {"caption": "x"}, {"wandb": 1}, {"wandb": {}, "tensorbord": {}},
-        ["a cat", {"prompt": "a dog"}],
+        {"a": {"b": {}}}, {"prompt": "a cat", "seed": 1}, {"caption": "x"}, {"wandb": 1},
+        {"wandb": {}, "tensorbord": {}}, ["a cat", {"prompt": "a dog"}],
     ],
     ids=str,
 )  # fmt: skip
