@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
-from library.errors import UserError, is_utf8, nearest_path, why_not
+from library.errors import UserError, is_utf8, nearest_path, told_apart, why_not
+from library.paths import composed
 from library.progress import bar
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     pairs = bar(files.items(), desc="captions", total=len(files), disable=len(files) < 5000)
     captions = {name: _read_caption(spec, file) for name, file in pairs}
 
-    stems = Counter(Path(name).stem.lower() for name in folder.images)
+    stems = Counter(_key(Path(name).stem) for name in folder.images)
     missing = [name for name, caption in captions.items() if caption.file is None]
     empty = [caption.file for caption in captions.values() if caption.file and not caption.text]
     several = [caption.file for caption in captions.values() if caption.file and caption.more_lines]
-    shared = [name for name in folder.images if stems[Path(name).stem.lower()] > 1]
+    shared = [name for name in folder.images if stems[_key(Path(name).stem)] > 1]
     instead = f"their caption is '{spec.class_tokens}'" if spec.class_tokens else "their caption is empty"
     findings = (
         (missing, f"images have no {extension} file: {instead}{unread}"),
@@ -124,9 +125,9 @@ class _Folder:
             raise UserError(f"{spec.origin}: {self.path} holds no images ({extensions}){hint}")
         self._files = {entry.name for entry in entries} - set(self.images)
         self.other_images = sorted(name for name in self._files if Path(name).suffix.lower() in _OTHER_IMAGES)
-        self._by_lower: dict[str, list[str]] = {}
+        self._by_key: dict[str, list[str]] = {}
         for name in sorted(self._files):
-            self._by_lower.setdefault(name.lower(), []).append(name)
+            self._by_key.setdefault(_key(name), []).append(name)
 
     def caption_file(self, image: str, extension: str) -> str | None:
         """ "a.txt" for "a.png"; as in kohya also for "a_120_80_64_64.png", where a face detector has cut its box."""
@@ -138,13 +139,18 @@ class _Folder:
         return found
 
     def _find(self, name: str) -> str | None:
-        """The file of this name, or else of this name in other letter case: Windows and macOS see no difference."""
+        """The file of this name, or else of one that Windows or macOS see no difference to: in other letter case, or
+        with accents stored in another way."""
         if name in self._files:
             return name
-        near = self._by_lower.get(name.lower(), [])
+        near = self._by_key.get(_key(name), [])
         if len(near) > 1:
-            raise UserError(f"{self.path}: '{name}' could be {' or '.join(near)}: keep one of them")
+            raise UserError(f"{self.path}: '{name}' could be {' or '.join(told_apart(near))}: keep one of them")
         return near[0] if near else None
+
+
+def _key(name: str) -> str:
+    return composed(name).lower()
 
 
 def _visible(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:

@@ -20,7 +20,8 @@ from library.config.toml_file import read_toml
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
-from library.errors import UserError, nearest_path, why_not
+from library.errors import UserError, nearest_path, told_apart, why_not
+from library.paths import composed, on_disk
 from library.progress import bar
 
 if TYPE_CHECKING:
@@ -103,13 +104,15 @@ def _read_lines(file: Path, text: str) -> Entries:
 
 
 def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[str, Path]:
-    folders: dict[Path, dict[str, list[str]]] = {}
+    folders: dict[Path, dict[str, list[Path]]] = {}
     paths: dict[str, Path] = {}
     missing: list[str] = []
     for image in bar(images, desc="finding images", total=len(images), disable=len(images) < _MANY):
         path = spec.image_dir / image
         if path.suffix.lower() not in image_extensions():
             path = _with_extension(path, folders)
+        if not os.path.isfile(path):
+            path = on_disk(path)
         if os.path.isfile(path):
             paths[image] = path
         else:
@@ -132,17 +135,20 @@ def _name(spec: SubsetSpec, image: str) -> str:
     return path.relative_to(folder).as_posix() if path.is_absolute() and path.is_relative_to(folder) else image
 
 
-def _with_extension(path: Path, folders: dict[Path, dict[str, list[str]]]) -> Path:
+def _with_extension(path: Path, folders: dict[Path, dict[str, list[Path]]]) -> Path:
     """The image file that is called `path` without its extension; `path` itself if there is none."""
     if path.parent not in folders:
         stems = folders[path.parent] = {}
-        for found in sorted(path.parent.iterdir()) if os.path.isdir(path.parent) else ():
+        folder = on_disk(path.parent)
+        for found in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
             if found.suffix.lower() in image_extensions():
-                stems.setdefault(found.stem, []).append(found.name)
-    names = folders[path.parent].get(path.name, [])
-    if len(names) > 1:
-        raise UserError(f"{path}: could be {' or '.join(names)}: give the extension in the metadata file")
-    return path.with_name(names[0]) if names else path
+                stems.setdefault(composed(found.stem), []).append(found)
+    images = folders[path.parent].get(composed(path.name), [])
+    images = [image for image in images if image.stem == path.name] or images
+    if len(images) > 1:
+        names = " or ".join(told_apart([image.name for image in images]))
+        raise UserError(f"{path}: could be {names}: give the extension in the metadata file")
+    return images[0] if images else path
 
 
 def _caption(spec: SubsetSpec, place: str, entry: Mapping[str, Any]) -> str:
