@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_WHOLE_NUMBERS = (".alpha", ".on_input", ".bias_indices", ".bias_size")  # ends of names that may hold them
 _NAMES_SHOWN = 5  # of those that do not fit; --console_log_level DEBUG shows all
 
 
@@ -57,14 +58,9 @@ def read_weights(file: str | Path, *, purpose: str = "", keep_embeddings: bool =
         return tensors | embeddings
     config = _config_of(path)
     converted = to_kohya(tensors, config=config, source=str(path))
-    its_own = any(name.endswith(".alpha") for name in tensors)
-    alphas = (
-        "its own alphas"
-        if its_own
-        else "the alphas of its configuration"
-        if config
-        else "alpha = rank, since it has none"
-    )
+    alphas = "the alphas of its configuration" if config else "alpha = rank, since it has none"
+    if any(name.endswith(".alpha") for name in tensors):
+        alphas = "its own alphas"
     logger.info("%s: names in %s's style, read with %s", path, adapter.naming, alphas)
     return converted | embeddings
 
@@ -89,7 +85,7 @@ def check_adapter_file(file: str | Path, *, purpose: str = "") -> AdapterFile:
     for name, entry in index.entries.items():
         if not entry.count:
             raise UserError(f"{path}: {name} has the shape {list(entry.shape)}: it holds nothing")
-        if "float" not in entry.dtype and name.endswith((".lora_down.weight", ".lora_up.weight")):
+        if "float" not in entry.dtype and not name.endswith(_WHOLE_NUMBERS):
             raise UserError(f"{path}: {name} holds {entry.dtype}, which are no weights")
     for module, own in by_module(index.entries).items() if adapter.naming == "kohya" else ():
         halves = {"lora_down.weight", "lora_up.weight"}

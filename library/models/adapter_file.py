@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Naming = Literal["kohya", "diffusers", "PEFT", "OneTrainer", "ComfyUI"]
 
@@ -22,24 +22,31 @@ _BUNDLE = "bundle_emb."  # a textual inversion embedding that is shipped in a Lo
 _LORA_ENDS = (
     r"lora_(?:down|up)\.weight|lora_[AB](?:\.\w+)?(?:\.weight)?|(?:lora|lora_linear_layer)\.(?:down|up)\.weight"
 )
-# kind → (title, the ends of its tensors' names, LyCORIS' arguments for it). Of the kinds whose tensors a layer has, the
-# first counts: a DoRA is a LoRA with a dora_scale.
-_KINDS: dict[str, tuple[str, str, str]] = {
-    "adalora": ("an AdaLoRA", r"lora_E(?:\.\w+)?", ""),
-    "bias": ("a LoRA with biases", r"lora_(?:B(?:\.\w+)?|up)\.bias|bias_(?:indices|values|size)", ""),
-    "tucker": ("a LoRA with Tucker cores (lora_mid)", r"lora_mid\.weight", "algo=lora use_tucker=True"),
-    "loha": ("a LoHa", r"hada_(?:w[12]_[ab]|t[12])", "algo=loha"),
-    "lokr": ("a LoKr", r"lokr_(?:w[12](?:_[ab])?|t[12])", "algo=lokr"),
-    "dora": ("a DoRA", r"dora_scale|lora_magnitude_vector(?:\.\w+)*", "algo=lora dora_wd=True"),
-    "boft": ("a BOFT", r"boft_[Rs](?:\.\w+)*", "algo=boft"),
-    "oft": ("an OFT", r"oft_(?:blocks|diag)|oft_R(?:\.\w+)*", "algo=diag-oft"),
-    "glora": ("a GLoRA", r"(?:a1|a2|b1|b2|bm)\.weight", "algo=glora"),
-    "ia3": ("an (IA)³", r"on_input|ia3_l(?:\.\w+)?", "algo=ia3"),
-    "full": ("a file of whole weight differences (diff)", r"diff|diff_b|set_weight|reshape_weight", "algo=full"),
-    "norm": ("a file of normalisation layers (w_norm)", r"[wb]_norm", "train_norm=True"),
-    "vera": ("a VeRA", r"vera_lambda_[bd](?:\.\w+)?", ""),
-    "tlora": ("a T-LoRA", r"[pq]_layer\.weight|lambda_layer", "algo=tlora"),
-    "lora": ("a LoRA", _LORA_ENDS, "algo=lora"),
+
+
+class _Kind(NamedTuple):
+    title: str
+    ends: str  # of its tensors' names, a regular expression
+    lycoris: str  # the arguments by which LyCORIS makes it; "" where it does not
+
+
+# Of the kinds whose tensors a layer has, the first counts: a DoRA is a LoRA with a dora_scale.
+_KINDS = {
+    "adalora": _Kind("an AdaLoRA", r"lora_E(?:\.\w+)?", ""),
+    "bias": _Kind("a LoRA with biases", r"lora_(?:B(?:\.\w+)?|up)\.bias|bias_(?:indices|values|size)", ""),
+    "tucker": _Kind("a LoRA with Tucker cores (lora_mid)", r"lora_mid\.weight", "algo=lora use_tucker=True"),
+    "loha": _Kind("a LoHa", r"hada_(?:w[12]_[ab]|t[12])", "algo=loha"),
+    "lokr": _Kind("a LoKr", r"lokr_(?:w[12](?:_[ab])?|t[12])", "algo=lokr"),
+    "dora": _Kind("a DoRA", r"dora_scale|lora_magnitude_vector(?:\.\w+)*", "algo=lora dora_wd=True"),
+    "boft": _Kind("a BOFT", r"boft_[Rs](?:\.\w+)*", "algo=boft"),
+    "oft": _Kind("an OFT", r"oft_(?:blocks|diag)|oft_R(?:\.\w+)*", "algo=diag-oft"),
+    "glora": _Kind("a GLoRA", r"(?:a1|a2|b1|b2|bm)\.weight", "algo=glora"),
+    "ia3": _Kind("an (IA)³", r"on_input|ia3_l(?:\.\w+)?", "algo=ia3"),
+    "full": _Kind("a file of whole weight differences (diff)", r"diff(?:_b)?|set_weight|reshape_weight", "algo=full"),
+    "norm": _Kind("a file of normalisation layers (w_norm)", r"[wb]_norm", "train_norm=True"),
+    "vera": _Kind("a VeRA", r"vera_lambda_[bd](?:\.\w+)?", ""),
+    "tlora": _Kind("a T-LoRA", r"[pq]_layer\.weight|lambda_layer", "algo=tlora"),
+    "lora": _Kind("a LoRA", _LORA_ENDS, "algo=lora"),
 }
 _ORDER = list(_KINDS)
 _SHORT = {"bias": "LoRA with bias", "tucker": "Tucker", "full": "diff", "norm": "norm", "ia3": "(IA)³"}
@@ -82,7 +89,7 @@ class AdapterFile:
         """For messages: "a LoHa", or what is in it where that is several things."""
         if len(self.layers) == 1 and not self.unknown:
             (kind,) = self.layers
-            return _KINDS[kind][0] + " with DoRA" * self.decomposed
+            return _KINDS[kind].title + " with DoRA" * self.decomposed
         parts = [f"{count} layers of {_short(kind)}" for kind, count in self.layers.items()]
         if self.unknown:
             parts.append(f"{len(self.unknown)} tensors of no known kind, such as {self.unknown[0]}")
@@ -171,7 +178,7 @@ def _made_by(metadata: Mapping[str, str]) -> str:
 
 def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bool) -> str:
     """What makes such a network, where LyCORIS can: its files have kohya's names."""
-    arguments = [_KINDS[kind][2] for kind in layers] + ["dora_wd=True"] * decomposed
+    arguments = [_KINDS[kind].lycoris for kind in layers] + ["dora_wd=True"] * decomposed
     algorithms = [words for words in arguments if words.startswith("algo=")]
     if naming != "kohya" or not all(arguments) or len(algorithms) > 1 or layers.keys() == {"lora"}:
         return ""
@@ -180,4 +187,4 @@ def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bo
 
 
 def _short(kind: str) -> str:
-    return _SHORT.get(kind) or _KINDS[kind][0].split(" ", 1)[1]
+    return _SHORT.get(kind) or _KINDS[kind].title.split(" ", 1)[1]
