@@ -252,7 +252,7 @@ def create_network_from_weights(
     """
     if weights_sd is None:
         assert file is not None, "neither a file nor weights"
-        weights_sd = read_weights(file)
+        weights_sd = read_weights(file, purpose="is trained by networks.lora")
     sites = find_sites(targets, conv=True)
     weights_sd = in_names_of(sites, weights_sd)
     modules = {name: tensors for name, tensors in by_module(weights_sd).items() if "lora_down.weight" in tensors}

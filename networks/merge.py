@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PAIR = (".lora_down.weight", ".lora_up.weight", ".alpha")
+PURPOSE = "is merged into the base"  # see networks.weights.check_adapter_file
 
 
 @dataclass
@@ -37,13 +37,13 @@ class BaseWeights:
 
     def __init__(self, files: Sequence[str], multipliers: Sequence[float]) -> None:
         """Read the files. A file without a multiplier has 1. `UserError` for one that holds more than plain LoRA."""
-        self._files = [_File(*pair, read_weights(pair[0])) for pair in with_multipliers(files, multipliers)]
-        for file in self._files:
-            other = next((key for key in file.tensors if not key.endswith(_PAIR)), None)
-            if other is not None:
-                raise UserError(
-                    f"--base_weights {file.name}: {other} is no part of a plain LoRA; only those are merged"
-                )
+        try:
+            self._files = [
+                _File(name, factor, read_weights(name, purpose=PURPOSE))
+                for name, factor in with_multipliers(files, multipliers)
+            ]
+        except UserError as error:
+            raise UserError(f"--base_weights {error}") from None
 
     def fingerprint(self) -> str:
         """What these files change, as text, for the names of caches; empty without files."""

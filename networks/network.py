@@ -352,7 +352,7 @@ class AdapterNetwork(nn.Module):
 
     def load_weights(self, file: str) -> LoadReport:
         """Load a file, whatever its naming; see `load_tensors`."""
-        return self.load_tensors(read_weights(file), file)
+        return self.load_tensors(read_weights(file, purpose="fits this network"), file)
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
         """Load tensors in kohya's names, from `source`. `UserError` if none fits or a layer has another shape."""

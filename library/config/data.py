@@ -40,18 +40,22 @@ class DataOptions:
     caption_extension: str = option(
         ".caption", aliases=("caption_extention",), help="ending of the caption files; most data sets have .txt"
     )
-    caption_separator: str = option(",", help="what stands between the parts of a caption")
+    caption_separator: str = option(",", help="what stands between the parts of a caption", free_text=True)
     shuffle_caption: bool = option(False, help="shuffle the parts of a caption each time")
     keep_tokens: int = option(0, minimum=0, help="so many parts at the front are never moved, held back or dropped")
     keep_tokens_separator: str = option(
-        "", help="what stands behind the parts to keep, such as |||, instead of a number; a second one keeps the end"
+        "",
+        help="what stands behind the parts to keep, such as |||, instead of a number; a second one keeps the end",
+        free_text=True,
     )
     secondary_separator: str | None = option(
-        None, help="what stands within a part, such as ;;;, and becomes --caption_separator at the end"
+        None,
+        help="what stands within a part, such as ;;;, and becomes --caption_separator at the end",
+        free_text=True,
     )
     enable_wildcard: bool = option(False, help="draw one of {a|b|c} in captions, and one line of those with several")
-    caption_prefix: str | None = option(None, help="text before every caption")
-    caption_suffix: str | None = option(None, help="text behind every caption")
+    caption_prefix: str | None = option(None, help="text before every caption", free_text=True)
+    caption_suffix: str | None = option(None, help="text behind every caption", free_text=True)
     caption_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of captions that are left empty")
     caption_dropout_every_n_epochs: int = option(0, minimum=0, help="leave all captions empty in each n-th epoch")
     caption_tag_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of parts that are left out")

@@ -13,7 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 from library.config import kohya
-from library.config.fields import UNSET, BadValue, Unset, convert, read_range, read_resolution, read_skipped_resolution
+from library.config.fields import (
+    UNSET,
+    BadValue,
+    ControlCharacters,
+    Unset,
+    convert,
+    read_range,
+    read_resolution,
+    read_skipped_resolution,
+    refuse_control_characters,
+)
 from library.config.options import declared_options
 from library.errors import did_you_mean
 
@@ -94,6 +104,11 @@ def _in_type(key: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:  # not isinstance: true is an int in Python
         raise BadValue(f"{_shown(value)} is not {_KINDS[kind]}")
+    if isinstance(value, str) and not (key == "class_tokens" or (option and option.details.free_text)):
+        try:
+            refuse_control_characters(value)
+        except ControlCharacters as error:
+            raise BadValue(f"{error}; {ControlCharacters.in_a_file}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise BadValue(f"{_shown(value)} is not a number")
     # 0 repeats is how kohya's users switch a subset off

@@ -25,6 +25,16 @@ class BadValue(Exception):
     """A value that does not fit its option; the message says why, the caller adds where it stood."""
 
 
+class OutOfRange(BadValue):
+    """A number beyond the bounds of its option. Where other options leave that one without effect, no one minds."""
+
+
+class ControlCharacters(BadValue):
+    """A path or name with a tab or the like in it: in a file that is what a backslash has become."""
+
+    in_a_file = "in double quotes \\t is a tab and \\n a line break: write paths with /, in TOML also in single quotes"
+
+
 class Unset:
     """The type of `UNSET`: what a user gives to say nothing, such as `vae = ""`; the default holds."""
 
@@ -45,6 +55,7 @@ class Details:
     alone: str | None = None
     joined_by: str | None = None
     read: Callable[[str], Any] | None = None
+    free_text: bool = False
 
 
 def option(
@@ -59,6 +70,7 @@ def option(
     alone: str | None = None,
     joined_by: str | None = None,
     read: Callable[[str], Any] | None = None,
+    free_text: bool = False,
 ) -> Any:
     """Declare an option as a dataclass field. Without a default it is required.
 
@@ -66,6 +78,7 @@ def option(
     are not supported yet, with what to use instead where there is something. `aliases`: other names for it. `alone`:
     the value that `--name` has without a word behind it. `joined_by`: a TOML list is the same as its items joined by
     this. `read`: turns the word into the value, or raises BadValue, where the annotation does not say how.
+    `free_text`: prose, in which anything may stand; other text is a path or a name, and holds no control characters.
     """
     details = Details(
         help=help,
@@ -77,6 +90,7 @@ def option(
         alone=alone,
         joined_by=joined_by,
         read=read,
+        free_text=free_text,
     )
     return dataclasses.field(default=default, metadata={"option": details})
 
@@ -149,7 +163,10 @@ def convert(item: Declared, words: tuple[str, ...]) -> Any:
 def _one(item: Declared, word: str) -> Any:
     details = item.details
     if details.read is not None:
-        word = details.read(word)
+        try:
+            word = details.read(word)
+        except BadValue as error:
+            raise (OutOfRange(str(error)) if _is_number(word.removesuffix("%")) else error) from None
         if not item.choices:
             return word
     if details.alone is not None and is_truth(word):
@@ -162,15 +179,35 @@ def _one(item: Declared, word: str) -> Any:
         if word in details.not_yet:
             hint = f" ({details.not_yet[word]})" if details.not_yet[word] else ""
             raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet{hint}")
+        if not details.free_text:
+            refuse_control_characters(word)
         return word
     number = read_int(word) if item.kind is int else read_float(word)
     if number == 0 and details.zero_is_unset:
         return UNSET
     if details.minimum is not None and number < details.minimum:
-        raise BadValue(f"must be at least {details.minimum:g}, not {word}")
+        raise OutOfRange(f"must be at least {details.minimum:g}, not {word}")
     if details.maximum is not None and number > details.maximum:
-        raise BadValue(f"must be at most {details.maximum:g}, not {word}")
+        raise OutOfRange(f"must be at most {details.maximum:g}, not {word}")
     return number
+
+
+_CONTROL = {
+    "\t": "a tab", "\n": "a line break", "\r": "a carriage return", "\b": "a backspace", "\f": "a form feed",
+    "\0": "a null character",
+}  # fmt: skip
+
+
+def control_characters(word: str) -> list[str]:
+    """Those in `word`, each once: of "D:\\train", in a file, the tab that its \\t is read as."""
+    return list(dict.fromkeys(letter for letter in word if ord(letter) < 32 or ord(letter) == 127))
+
+
+def refuse_control_characters(word: str) -> None:
+    """Raises ControlCharacters if there are any in `word`."""
+    if found := control_characters(word):
+        named = " and ".join(_CONTROL.get(letter, f"the character {letter!r}") for letter in found)
+        raise ControlCharacters(f"{word!r} holds {named}, which no name or path should")
 
 
 def _choice(item: Declared, word: str) -> str:

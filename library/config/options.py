@@ -61,6 +61,9 @@ class ModelOptions:
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
 
 
+_HIGHEST_RANK = 16384  # a slip of the finger is larger
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """Network (the LoRA)"""
@@ -70,7 +73,7 @@ class NetworkOptions:
         not_yet=kohya.MODULES_NOT_YET,
         help="the module that makes it: networks.lora, lycoris.kohya, ...",
     )
-    network_dim: int | None = option(None, minimum=1, maximum=16384, help="its rank (default: 4)")
+    network_dim: int | None = option(None, minimum=1, help="its rank (default: 4)")
     network_alpha: float = option(1.0, minimum=0, help="its output is scaled by alpha / rank; 0 means alpha = rank")
     network_dropout: float | None = option(
         None, minimum=0, maximum=1, help="share of its rank's values that are dropped in each training step"
@@ -79,7 +82,7 @@ class NetworkOptions:
     network_train_unet_only: bool = option(False, help="train the UNet's part only")
     network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
     network_weights: str | None = option(
-        None, help="a LoRA file to start from, in the naming of kohya, diffusers or PEFT"
+        None, help="a LoRA file to start from, in the naming of kohya, diffusers, PEFT, OneTrainer or ComfyUI"
     )
     dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
     base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base model before training")
@@ -93,6 +96,9 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+        # LyCORIS' users write 100000 and more to have its matrices whole
+        if source.is_ours(self.network_module) and (self.network_dim or 0) > _HIGHEST_RANK:
+            raise UserError(f"--network_dim {self.network_dim}: at most {_HIGHEST_RANK}")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
         files, multipliers = len(self.base_weights), len(self.base_weights_multiplier or ())
@@ -219,21 +225,27 @@ class OutputOptions:
         None, minimum=1, zero_is_unset=True, help="keep the states of the last n steps (default: as for the files)"
     )
     no_metadata: bool = option(False, help="write no metadata into the file")
-    training_comment: str | None = option(None, help="a comment for the metadata")
-    metadata_title: str | None = option(None, help="title for the metadata (default: the output name)")
-    metadata_author: str | None = option(None, help="author for the metadata")
-    metadata_description: str | None = option(None, help="description for the metadata")
-    metadata_license: str | None = option(None, help="licence for the metadata")
-    metadata_tags: str | None = option(None, help="tags for the metadata, separated by commas")
-    metadata_usage_hint: str | None = option(None, help="usage hint for the metadata")
-    metadata_trigger_phrase: str | None = option(None, help="trigger phrase for the metadata")
+    training_comment: str | None = option(None, help="a comment for the metadata", free_text=True)
+    metadata_title: str | None = option(None, help="title for the metadata (default: the output name)", free_text=True)
+    metadata_author: str | None = option(None, help="author for the metadata", free_text=True)
+    metadata_description: str | None = option(None, help="description for the metadata", free_text=True)
+    metadata_license: str | None = option(None, help="licence for the metadata", free_text=True)
+    metadata_tags: str | None = option(None, help="tags for the metadata, separated by commas", free_text=True)
+    metadata_usage_hint: str | None = option(None, help="usage hint for the metadata", free_text=True)
+    metadata_trigger_phrase: str | None = option(None, help="trigger phrase for the metadata", free_text=True)
     metadata_thumbnail: str | None = option(None, help="thumbnail for the metadata, as a data URL")
-    metadata_merged_from: str | None = option(None, help="models that it was merged from, for the metadata")
-    metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata")
-    metadata_is_negative_embedding: str | None = option(None, help="whether it is a negative embedding, for metadata")
+    metadata_merged_from: str | None = option(
+        None, help="models that it was merged from, for the metadata", free_text=True
+    )
+    metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata", free_text=True)
+    metadata_is_negative_embedding: str | None = option(
+        None, help="whether it is a negative embedding, for metadata", free_text=True
+    )
     loss_plot: bool = option(True, help="draw the loss into a PNG beside the LoRA (ours)")
     compare_prompts: tuple[str, ...] = option(
-        (), help="after training draw each of these prompts without and with the LoRA, in one grid (ours)"
+        (),
+        help="after training draw each of these prompts without and with the LoRA, in one grid (ours)",
+        free_text=True,
     )
     compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts (ours)")
 

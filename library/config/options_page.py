@@ -33,7 +33,8 @@ error with the nearest right one.
 # Where an option is kohya's and yet not quite the same
 DIFFERS: Mapping[str, str] = {
     "base_weights": "only plain LoRA files are merged, whatever --network_module is; what does not fit is reported",
-    "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops",
+    "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops; "
+    "with one that no captions have, such as .none, it goes on without them",
     "console_log_level": "other packages' messages appear from warnings on",
     "fp8_base": "biases, norms, embeddings, the first and the last layers keep their precision; networks.lora only",
     "full_fp16": "refused with an optimizer whose eps is 0 in fp16",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from library.config import registry
-from library.config.weight_decay import WeightDecayOptions
+from library.config.weight_decay import READ_BY, WeightDecayOptions
 from library.errors import UserError
 from library.optimizers import CUSTOM_ADAMW, auto_weight_decay
 from library.optimizers.create import OptimizerChoice
@@ -26,16 +26,6 @@ logger = logging.getLogger(__name__)
 _OWNER = "--dynamic_weight_decay"
 _FOREVER = 10**9  # steps, more than any run has
 _PLATEAU = "library.optimizers.plateau.Plateau"
-# Which curves read which option
-READ_BY = {
-    "wd_transition_steps": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
-    "wd_decay_factor": ("exponential", "adaptive"),
-    "wd_min_ratio": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
-    "wd_max_progress": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
-    "wd_stages": ("multi_stage",),
-    "wd_interpolate": ("multi_stage",),
-    "wd_flat": ("adaptive",),
-}
 
 
 @dataclass(frozen=True)

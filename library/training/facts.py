@@ -10,7 +10,7 @@ from library.data.captions import as_written
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
 from library.optimizers.weight_decay_choice import DecayChoice
-from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
+from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts, data_url
 from library.training.plan import Plan
 from library.training.save import SavePlan
 from networks import base_weights
@@ -223,7 +223,7 @@ def _model_spec(plan: Plan) -> ModelSpec:
         license=output.metadata_license,
         tags=output.metadata_tags,
         usage_hint=output.metadata_usage_hint,
-        thumbnail=output.metadata_thumbnail,
+        thumbnail=output.metadata_thumbnail and data_url(output.metadata_thumbnail),
         merged_from=output.metadata_merged_from,
         trigger_phrase=output.metadata_trigger_phrase,
         preprocessor=output.metadata_preprocessor,

@@ -22,6 +22,7 @@ from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models import open_family
 from library.training import together
+from library.training.metadata import check_user_metadata
 from library.training.sample_prompts import SampleTimes, plan_samples
 from library.training.state import State
 from library.training.state import find as find_state
@@ -69,6 +70,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     _check_data_options(options, datasets)
     _warn_of_unused_rates(options)
     creator, arguments = _network_arguments(options)
+    check_user_metadata(options.output)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
     trackers = plan_trackers(options)
@@ -91,9 +93,12 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
     from library.training.rehearsal import rehearse
+    from networks import merge
 
-    _check_weights("network_weights", options.network.network_weights)
-    _check_weights("base_weights", *options.network.base_weights)
+    module = options.network.network_module
+    trains = f"is trained by {module}" if source.is_ours(module) else ""
+    _check_weights("network_weights", options.network.network_weights, purpose=trains)
+    _check_weights("base_weights", *options.network.base_weights, purpose=merge.PURPOSE)
     _warn_of_other_base(options.network)
     choice = choose_optimizer(
         options.optimizer.optimizer_name,
@@ -175,14 +180,14 @@ def _refuse_missing_weights(option: str, *files: str | None) -> None:
             raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
 
 
-def _check_weights(option: str, *files: str | None) -> None:
-    """What a file's header tells of it, which is read before the models."""
+def _check_weights(option: str, *files: str | None, purpose: str) -> None:
+    """What a file's header tells of it, which is read before the models. `purpose`: see `check_adapter_file`."""
     from networks.weights import check_adapter_file
 
     for file in files:
         try:
             if file is not None:
-                check_adapter_file(file)
+                check_adapter_file(file, purpose=purpose)
         except UserError as error:
             raise UserError(f"--{option} {error}") from None
 

@@ -16,9 +16,10 @@ from typing import Any
 from library.config.fields import declared
 from library.config.options import Options, option_groups
 from library.config.settings import COMMAND_LINE
+from library.config.weight_decay import READ_BY
 from library.errors import UserError
 from library.optimizers import auto_weight_decay
-from library.optimizers.weight_decay_choice import READ_BY, weight_decay_of
+from library.optimizers.weight_decay_choice import weight_decay_of
 from library.training.atomic import replacing
 from library.training.lr_curve import two_digits
 from library.training.plan import Plan

@@ -51,7 +51,8 @@ def convert(source: Path, target: Path, *, to: str) -> None:
 
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it")
-    tensors = read_weights(source)  # in kohya's names, whatever the file has
+    # in kohya's names, whatever the file has; only those have a way to name embeddings beside a LoRA
+    tensors = read_weights(source, purpose="is renamed", keep_embeddings=to == "kohya")
     if to == "diffusers":
         tensors = to_diffusers(tensors, source=str(source))
     metadata = {key: text for key, text in read_metadata(source).items() if key not in _OF_THE_OLD_FILE}

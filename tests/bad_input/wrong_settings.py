@@ -30,6 +30,9 @@ CONFIG = [
     config("an unfinished string", 'output_name = """fox\n'),
     config("no infinity", "learning_rate = inf\n"),
     config("an unknown preset", 'preset = "sd15_charcter"\n'),
+    config("backslashes that are letters", 'output_dir = "C:\\base\\fox"\ntrain_data_dir = "D:\\train\\new"\n'),
+    config("backslashes that are none", 'train_data_dir = "D:\\images"\n'),
+    config("a backslash before the closing quote", 'train_data_dir = "D:\\images\\"\nseed = 1\n'),
     config("several at once", "[a]\nnetwork_dim = 'x'\nunet_lr = -1\nlearning_rat = 1\n"),
 ]
 
@@ -101,6 +104,9 @@ FLAGS = [
     flags("--lr_scheduler", "cosine", "--lr_warmup_steps", "100"),
     flags("--lr_warmup_steps", "150%"),
     flags("--lr_scheduler_type", "os.path"),
+    flags("--train_data_dir", 'd:\\images" --resolution=64 --output_dir=out'),
+    flags("--output_name=x --seed 1"),
+    flags("--training_comment", 'the first" --seed 1'),
 ]
 
 PATHS = [
@@ -119,6 +125,7 @@ PATHS = [
     flags("--output_name", ".."),
     Wrong("a null in the name", ("--output_name", "a\0b")),
     Wrong("two lines in the name", ("--output_name", "a\nb")),
+    Wrong("a tab in the folder", ("--output_dir", "a\tb")),
     flags("--output_dir", LONG),
     flags("--output_dir", "base/model_index.json"),
     flags("--output_dir", "~/loras"),
@@ -155,6 +162,8 @@ DATASETS = [
     dataset("a folder that is a file", '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "data.toml"\n'),
     dataset("a folder misspelt", '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "data/2_stlye"\n'),
     dataset("a folder's name with a null", '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a\\u0000b"\n'),
+    dataset("a folder in JSON", '{"datasets": [{"subsets": [{"image_dir": "D:\\new"}]}]}', file="data.json"),
+    dataset("a folder in JSON, no escape", '{"datasets": [{"subsets": [{"image_dir": "D:\\x"}]}]}', file="data.json"),
     dataset("a folder's name of 300", f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{LONG}"\n'),
     dataset("text for a number", f'{SUBSET}num_repeats = "3"\n'),
     dataset("no number", f"{SUBSET}caption_dropout_rate = nan\n"),

@@ -109,7 +109,7 @@ def run(tiny) -> torch.Tensor:
     return unet(torch.randn(1, 4, 16, 16, generator=generator), torch.tensor([500]), condition).sample
 
 
-@pytest.mark.parametrize("algo", ["lora", "loha"])
+@pytest.mark.parametrize("algo", ["lora", "loha", "ia3"])
 def test_lycoris_trains_like_our_own(tiny, algo, tmp_path: Path):
     base = run(tiny).detach()
     network = lycoris_network(tiny, algo)

@@ -186,7 +186,10 @@ def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
-    for key, said in (("lora_unet_x.hada_w1_a", "no part of a plain LoRA"), ("lora_te_x.alpha", "lora_te_x has no")):
+    for key, said in (
+        ("lora_unet_x.hada_w1_a", "is a LoHa, and only plain LoRA"),
+        ("lora_te_x.alpha", "no known kind, such as lora_te"),
+    ):
         save_file({key: torch.ones(2)}, source)
         assert convert.main([str(source), str(target), "--to", "diffusers"]) == 2
         assert said in capsys.readouterr().err
