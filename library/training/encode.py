@@ -141,7 +141,8 @@ def load_and_encode(
         family.unet.enable_gradient_checkpointing()
         if trains_text(options):
             for encoder in family.text_encoders:
-                encoder.activation_checkpointing_enable()
+                enable = getattr(encoder, "activation_checkpointing_enable", None)  # of transformers 5.23 and later
+                (enable or encoder.gradient_checkpointing_enable)()
                 encoder.train()
 
 
