@@ -229,5 +229,5 @@ def test_the_dry_run_and_what_is_held(on_gpu: Train, tmp_path: Path, capsys: pyt
 
 
 def test_the_rate_finder_runs(tmp_path: Path, on_gpu: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_training(tmp_path, "--find_lr", "--find_lr_steps", "8", "--mixed_precision", "bf16") == 0
+    assert run_training(tmp_path, "--find_lr", "--find_lr_steps", "20", "--mixed_precision", "bf16") == 0
     assert "suggestion" in capsys.readouterr().out
