@@ -17,7 +17,7 @@ test-full: .venv/ready-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-gpu:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu tests/gpu -rs
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu tests/gpu
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

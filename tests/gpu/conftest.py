@@ -28,10 +28,18 @@ REHEARSED = os.environ.get("GPU_TESTS") == "cpu"
 GPU = torch.device("cpu" if REHEARSED else "cuda")
 
 
+MISSING = not REHEARSED and not torch.cuda.is_available()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def a_gpu() -> None:
-    if not REHEARSED and not torch.cuda.is_available():
-        pytest.skip("there is no NVIDIA GPU that torch can use")
+    if MISSING:
+        pytest.skip("no GPU")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if MISSING:
+        terminalreporter.write_line("tests/gpu: skipped, there is no NVIDIA GPU that torch can use")
 
 
 @pytest.fixture
