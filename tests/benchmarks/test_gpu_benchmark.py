@@ -22,7 +22,8 @@ PARTS = [
 ]
 
 
-def benchmark(folder: Path, parts: str, module: str = "benchmarks.gpu", *words: str) -> str:
+def run(module: str, folder: Path, *words: str) -> str:
+    """What it prints; it must end well."""
     done = subprocess.run(
         [sys.executable, "-m", module, "--tiny", "--out", str(folder / "out"), *words],
         cwd=ROOT,
@@ -39,7 +40,7 @@ def benchmark(folder: Path, parts: str, module: str = "benchmarks.gpu", *words: 
 @pytest.mark.parametrize("parts", PARTS)
 def test_every_part_gives_its_rows(tmp_path: Path, parts: str) -> None:
     words = ("--work", str(tmp_path / "work"), "--parts", parts)
-    benchmark(tmp_path, parts, "benchmarks.gpu", *words)
+    run("benchmarks.gpu", tmp_path, *words)
     found = json.loads((tmp_path / "out" / "gpu.json").read_text(encoding="utf-8"))
     assert found["failed"] == {}
     assert set(found["parts"]) == set(parts.split(","))
@@ -52,14 +53,13 @@ def test_every_part_gives_its_rows(tmp_path: Path, parts: str) -> None:
             assert all(value > 0 for name, value in row.items() if name not in ("name", "data wait, %"))
     table = (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")
     assert all(f"| {row['name']} |" in table for rows in found["parts"].values() for row in rows)
-    benchmark(tmp_path, parts, "benchmarks.gpu", *words, "--seconds", "0")  # all are there: none is begun
+    run("benchmarks.gpu", tmp_path, *words, "--seconds", "0")  # all are there: none is begun
     assert json.loads((tmp_path / "out" / "gpu.json").read_text(encoding="utf-8")) == found
 
 
 def test_one_command_writes_all_into_one_folder(tmp_path: Path) -> None:
     """Of the benchmark nothing is begun, for its time is over."""
-    words = ("--seconds", "-1")
-    said = benchmark(tmp_path, "", "benchmarks.on_gpu", "benchmark", *words)
+    said = run("benchmarks.on_gpu", tmp_path, "benchmark", "--seconds", "-1")
     assert "benchmark.log: ended with 0" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.log", "environment.txt"]
     assert "torch" in (tmp_path / "out" / "environment.txt").read_text(encoding="utf-8")
