@@ -39,7 +39,7 @@ def run(module: str, folder: Path, *words: str) -> str:
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_every_part_gives_its_rows(tmp_path: Path, parts: str) -> None:
-    words = ("--work", str(tmp_path / "work"), "--parts", parts)
+    words = ("--work", str(tmp_path / "work"), "--parts", parts, "--seconds", "1e6")
     run("benchmarks.gpu", tmp_path, *words)
     found = json.loads((tmp_path / "out" / "gpu.json").read_text(encoding="utf-8"))
     assert found["failed"] == {}
