@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,17 @@ def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
     import torch
 
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def unscale_fp16(scaler: torch.amp.GradScaler) -> None:
+    """Have the scaler divide gradients in fp16 too. torch refuses that by default, for fp16 can then become 0; who asks
+    for --full_fp16 trades that for memory, as in kohya's scripts."""
+    unscale = scaler._unscale_grads_
+
+    def unscale_all(optimizer: Any, inverse: Any, found: Any, allow_fp16: bool) -> Any:
+        return unscale(optimizer, inverse, found, True)
+
+    scaler._unscale_grads_ = unscale_all
 
 
 def explained(error: BaseException) -> str | None:

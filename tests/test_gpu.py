@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from library import gpu
 from library.training import loop
-from library.training.build import unscale_fp16
 
 FULL = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of which 1.06 GiB is "
@@ -131,7 +130,7 @@ def test_gradients_in_fp16_are_unscaled() -> None:
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
         scaler.unscale_(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    unscale_fp16(scaler)
+    gpu.unscale_fp16(scaler)
     scaler.scale(torch.ones(()))
     scaler.unscale_(optimizer)
     assert weight.grad.tolist() == [0.25] * 4

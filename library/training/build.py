@@ -270,7 +270,7 @@ def _accelerator(plan: Plan) -> Accelerator:
     if options.precision.holds_unet_in_float8 and accelerator.device.type == "mps":
         raise UserError(f"--{options.precision.float8_option}: Apple's GPUs have no floats of 8 bits; leave it out")
     if options.precision.full_fp16 and accelerator.scaler is not None:
-        unscale_fp16(accelerator.scaler)
+        gpu.unscale_fp16(accelerator.scaler)
     if accelerator.device.type == "cuda":
         gpu.settle(deterministic=options.precision.deterministic, allow_tf32=options.precision.allow_tf32)
     else:
@@ -280,17 +280,6 @@ def _accelerator(plan: Plan) -> Accelerator:
     if options.trains:
         trackers.start(accelerator, plan.trackers, options)
     return accelerator
-
-
-def unscale_fp16(scaler: torch.amp.GradScaler) -> None:
-    """Have the scaler divide gradients in fp16 too. torch refuses that by default, for fp16 can then become 0; who asks
-    for --full_fp16 trades that for memory, as in kohya's scripts."""
-    unscale = scaler._unscale_grads_
-
-    def unscale_all(optimizer: Any, inverse: Any, found: Any, allow_fp16: bool) -> Any:
-        return unscale(optimizer, inverse, found, True)
-
-    scaler._unscale_grads_ = unscale_all
 
 
 def _refuse_idle_processes(processes: int, batches: int) -> None:
