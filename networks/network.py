@@ -264,7 +264,7 @@ class AdapterNetwork(nn.Module):
         Kohya's `scale_weight_norms`. The adapters stay where they lie: `device` is part of the protocol only.
         """
         adapters = list(self.adapters)
-        norms: list[float] = torch.stack([adapter.weight_norm() for adapter in adapters]).tolist()  # one sync
+        norms: list[float] = self.weight_norms().tolist()  # the host waits for the device once
         over = [(adapter, norm) for adapter, norm in zip(adapters, norms, strict=True) if norm > max_norm_value]
         for adapter, norm in over:
             adapter.scale_weights(max_norm_value / norm)

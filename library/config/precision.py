@@ -21,6 +21,12 @@ class PrecisionOptions:
     )
     fp8_base_unet: bool = option(False, help="the same of the UNet only")
     gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
+    deterministic: bool = option(
+        True, help="on an NVIDIA GPU, use only algorithms that give the same bits in every run (ours)"
+    )
+    allow_tf32: bool = option(
+        False, help="on an NVIDIA GPU, let fp32 be computed in TF32: faster, with three digits instead of seven (ours)"
+    )
 
     def __post_init__(self) -> None:
         for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):

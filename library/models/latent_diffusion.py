@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.gpu import to_device
 from library.models.base_model import ZERO_TERMINAL, BaseModel, Part
 from library.models.family import AdapterTargets
 
@@ -86,7 +87,7 @@ class LatentSpace:
 
         weight = next(vae.parameters())
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = vae.encode(pixels_BCHW.to(weight.device, weight.dtype)).latent_dist
+            latents = vae.encode(to_device(pixels_BCHW, weight.device).to(weight.dtype)).latent_dist
         return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
 
     def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:

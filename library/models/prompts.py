@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from library.gpu import to_device
 from library.models.prompt_weights import weighted_texts
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def ids_and_weights(
 
 def weigh(states_BLD: Tensor, weights_BL: Tensor | None) -> Tensor:
     """States times the weights of their words, where there are any."""
-    return states_BLD if weights_BL is None else states_BLD * weights_BL[:, :, None].to(states_BLD)
+    if weights_BL is None:
+        return states_BLD
+    return states_BLD * to_device(weights_BL[:, :, None], states_BLD.device).to(states_BLD)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, caption: str, *, weighted: bool) -> int:

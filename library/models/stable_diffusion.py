@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.gpu import to_device
 from library.models.base_model import BaseModel, Part
 from library.models.detect import is_v2
 from library.models.family import AdapterTargets
@@ -101,7 +102,7 @@ class StableDiffusion(LatentDiffusion):
         ids, weights = ids_and_weights(
             self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions
         )
-        ids = ids.to(encoder.embeddings.position_ids.device)
+        ids = to_device(ids, encoder.embeddings.position_ids.device)
         states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
         return {"hidden_states": weigh(states, weights)}
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from library import gpu
 from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.errors import CommonError, UserError
@@ -127,6 +128,7 @@ def build(plan: Plan) -> Built:
             workers=options.data.max_data_loader_n_workers,
             world_size=accelerator.num_processes,
             persistent=options.data.persistent_data_loader_workers,
+            pin=accelerator.device.type == "cuda",
         ),
         seed=plan.seed,
         total_steps=saves.total_steps,
@@ -267,6 +269,14 @@ def _accelerator(plan: Plan) -> Accelerator:
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
     if options.precision.holds_unet_in_float8 and accelerator.device.type == "mps":
         raise UserError(f"--{options.precision.float8_option}: Apple's GPUs have no floats of 8 bits; leave it out")
+    if options.precision.full_fp16 and accelerator.scaler is not None:
+        gpu.unscale_fp16(accelerator.scaler)
+    if accelerator.device.type == "cuda":
+        gpu.settle(deterministic=options.precision.deterministic, allow_tf32=options.precision.allow_tf32)
+    else:
+        for name in ("deterministic", "allow_tf32"):
+            if name in options.given:
+                logger.warning("%s: has no effect on %s", options.given[name], accelerator.device)
     if options.trains:
         trackers.start(accelerator, plan.trackers, options)
     return accelerator
@@ -354,6 +364,7 @@ def _sampling(
         encode=prompts,
         load_vae=lambda: plan.family.load_vae(vae_dtype(plan.family, plan.options), accelerator.device),
         autocast=accelerator.autocast,
+        device=accelerator.device,
         show=partial(trackers.log_image, accelerator),
         folder=saves.folder / "sample",
         name=saves.name,

@@ -208,7 +208,7 @@ def _memory(built: Built) -> Iterator[str]:
     parts += [] if data.cache_text_encoder_outputs else family.text_encoders
     parts += [] if data.cache_latents else [family.vae]
     weights = parameter_bytes(parts)
-    step = peak_of(lambda fake: _fake_step(built, fake))
+    step = peak_of(lambda fake: dummy_loss(built, fake).backward())
     run.optimizer.zero_grad(set_to_none=True)
     yield _line(
         "memory",
@@ -226,20 +226,22 @@ def _average_bytes(built: Built) -> int:
     return 0 if built.run.ema is None else sum(tensor.nbytes for tensor in built.run.ema.average)
 
 
-def _fake_step(built: Built, fake: Callable[[Tensor], Tensor]) -> None:
-    """The parts of a step that take memory; random draws, which need contents, are left out."""
+def dummy_loss(built: Built, fake: Callable[[Tensor], Tensor]) -> Tensor:
+    """The loss of a dummy batch on the run's device: the parts of a step that take memory. Random draws, which need
+    contents, are left out."""
     run, batch = built.run, synthetic_batch(built)
+    device = run.accelerator.device
     with run.accelerator.autocast():
         if batch.moments is not None:
-            latents = fake(batch.moments[0])
+            latents = fake(batch.moments[0]).to(device)
         else:
             assert batch.pixels is not None
             with torch.no_grad():
-                latents, _ = run.family.encode_images(fake(batch.pixels))
-        condition = condition_of(batch, run.family, run.accelerator.device, train_text=run.train_text)
+                latents, _ = run.family.encode_images(fake(batch.pixels).to(device))
+        condition = condition_of(batch, run.family, device, train_text=run.train_text)
         t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
         prediction = run.family.predict(latents, t, condition)
-        element_loss(run.objective, prediction.float(), latents, t).mean().backward()
+        return element_loss(run.objective, prediction.float(), latents, t).mean()
 
 
 def synthetic_batch(built: Built) -> Batch:

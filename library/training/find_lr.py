@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import UserError
+from library.gpu import kept_random_state, to_device
 from library.optimizers.create import OptimizerChoice, ParameterGroups
 from library.progress import progress
 from library.training import divergence, loop, lr_curve, state
@@ -157,7 +158,7 @@ def measured_batches(run: loop.Run) -> list[Batch]:
     for batch in run.data.batches(plan[:count], epoch=_EPOCH, loader=run.data.loader(workers=0)):
         if batch.pixels is not None:
             with torch.no_grad():
-                moments = run.family.encode_images(batch.pixels.to(run.accelerator.device))
+                moments = run.family.encode_images(to_device(batch.pixels, run.accelerator.device))
             batch = replace(batch, pixels=None, moments=moments)
         batches.append(batch)
     return batches
@@ -179,10 +180,9 @@ def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
 def _undone(run: loop.Run) -> Iterator[None]:
     """Whatever is trained within is forgotten."""
     kept = copy.deepcopy(state.tensors_of(run))
-    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
     training = run.network.training
     try:
-        with torch.random.fork_rng(devices):
+        with kept_random_state(run.accelerator.device):
             yield
     finally:
         run.optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.gpu import to_device
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -62,7 +64,7 @@ class Meter:
 
     def batch(self, per_sample_B: Tensor, t_B: Tensor) -> None:
         """The losses of a batch, detached, with their timesteps, which lie on the CPU."""
-        places = (t_B * BINS // self._timesteps).to(self._bins.device, non_blocking=True)
+        places = to_device(t_B * BINS // self._timesteps, self._bins.device)
         losses = per_sample_B.to(self._bins)
         counted = losses.isfinite()
         self._new.index_add_(1, places, torch.stack((losses.nan_to_num(0, 0, 0), counted.to(losses))))

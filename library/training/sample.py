@@ -17,6 +17,7 @@ from torch import Tensor
 from library import rng
 from library.config.samplers import SAMPLERS
 from library.errors import UserError
+from library.gpu import kept_random_state
 from library.progress import bar
 from library.training import sample_files
 from library.training.atomic import replacing
@@ -120,6 +121,7 @@ class Sampling:
     encode: Callable[[str, str], dict[str, Tensor]]
     load_vae: Callable[[], None]  # used if the VAE is not in memory, and given back then
     autocast: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
     show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
     folder: Path
     name: str | None  # --output_name
@@ -138,7 +140,7 @@ class Sampling:
         training = self.network.training
         self.network.eval()  # no dropout
         try:
-            with torch.random.fork_rng():  # whatever a third party's network draws
+            with kept_random_state(self.device):  # whatever a third party's network draws
                 self._draw(step, moment)
         finally:
             self.network.train(training)

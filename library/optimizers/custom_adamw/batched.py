@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.gpu import to_device
+
 from . import alora, codec, rounding
 from .options import Rates, Recipe
 from .stacks import Stack, Stored
@@ -135,8 +137,11 @@ def _contiguous_range(rows: Sequence[int]) -> slice | None:
 
 def _select(stored: Stored, rows: Sequence[int]) -> Stored:
     """The given rows: views of the buffers where they lie side by side (as a rule all), else copies."""
-    span = _contiguous_range(rows)
-    return Stored(*(None if buffer is None else buffer[span or _index(rows, buffer)] for buffer in stored))
+    return Stored(*(None if buffer is None else _rows(buffer, rows) for buffer in stored))
+
+
+def _rows(buffer: Tensor, rows: Sequence[int]) -> Tensor:
+    return buffer[_contiguous_range(rows) or _index(rows, buffer)]
 
 
 def _put(stored: Stored, rows: Sequence[int], new: Stored) -> None:
@@ -147,7 +152,7 @@ def _put(stored: Stored, rows: Sequence[int], new: Stored) -> None:
 
 
 def _index(rows: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(rows), device=like.device)
+    return to_device(torch.tensor(list(rows)), like.device)
 
 
 def _maps(stack: Stack) -> Maps:
@@ -158,4 +163,4 @@ def _maps(stack: Stack) -> Maps:
 def _ordinals(stack: Stack, rows: Sequence[int]) -> Tensor | None:
     if not stack.layout.recipe.stochastic_rounding or stack.layout.dtype != torch.bfloat16:
         return None
-    return torch.tensor([[stack.members[row].ordinal] for row in rows], device=stack.layout.device)
+    return _rows(stack.ordinals, rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,11 @@ class Stack:
     def bytes(self) -> int:
         """Of state, per-tensor scalars included."""
         return sum(buffer.nbytes for buffer in self.stored if buffer is not None)
+
+    @cached_property
+    def ordinals(self) -> Tensor:
+        """Of the members, int64 [k, 1] on their device."""
+        return torch.tensor([[member.ordinal] for member in self.members], device=self.layout.device)
 
 
 def build(layout: Layout, members: Sequence[Member], *, paged: bool) -> Stack:
