@@ -79,7 +79,7 @@ def test_it_gives_what_memory_gives(views: list[View]) -> None:
     wanted = [views[2], mirrored[0], views[2]]
     for cache in (first, again):
         for expected, found in zip(kept.get(wanted), cache.get(wanted), strict=True):
-            assert torch.equal(expected, found)
+            torch.testing.assert_close(expected, found)  # encoded in other batches
     assert again.get(mirrored[3:])[0].shape == (2, 3, 6, 4)
 
 

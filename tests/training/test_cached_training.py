@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -70,8 +71,9 @@ def test_with_without_and_from_the_cache_train_the_same(train, tmp_path, calls):
     assert used == (0, 0, 0, 0), "the second run loads neither VAE nor text encoder"
     one = weights(tmp_path, "none")
     assert any(tensor.abs().max() > 0 for key, tensor in one.items() if "lora_up" in key)
-    for name in ("memory", "first", "second"):
-        assert same(one, weights(tmp_path, name)), name
+    for name in ("memory", "first"):  # what is encoded while training lies elsewhere in memory
+        torch.testing.assert_close(weights(tmp_path, name), one, rtol=0, atol=2e-5)
+    assert same(weights(tmp_path, "first"), weights(tmp_path, "second"))
 
 
 def test_only_what_has_changed_is_encoded(train, tmp_path, image_folder, calls):

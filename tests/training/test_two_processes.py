@@ -190,7 +190,8 @@ def test_a_unet_that_is_shared_out_trains_the_same_lora(runs: Any) -> None:
     validated = [
         re.findall(r"validation after 5 steps: ([\d.]+)", runs(name)[0]["error"]) for name in ("copied", "shared")
     ]
-    assert validated[0] == validated[1] != []
+    assert len(validated[0]) == len(validated[1]) == 1
+    assert float(validated[0][0]) == pytest.approx(float(validated[1][0]), rel=1e-3)
 
 
 def test_a_seed_that_is_not_given_is_the_same_for_both(runs: Any) -> None:
@@ -211,7 +212,7 @@ def test_too_few_images_for_the_processes(runs: Any) -> None:
 
 
 def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, tmp_path: Path) -> None:
-    """The same network gives the same number to the bit; what training adds up in another order comes on top."""
+    """The same network measures the same but for the order of the sums; after training, for that of its gradients, too."""
     from train_network import main
 
     assert [run["code"] for run in runs("validated")] == [0, 0]
@@ -225,6 +226,7 @@ def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, t
         final_state(folder, name)["validation"]["validations"]
         for folder, name in ((tmp_path, "one"), (runs.folder, "validated"))
     )
-    assert one[0] == two[0]
+    assert one[0][1] == pytest.approx(two[0][1], rel=1e-6)
+    assert one[0][2] == pytest.approx(two[0][2], rel=1e-6)
     assert [step for step, _, _ in one] == [step for step, _, _ in two] == [0, 1, 2]
     assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-5)
