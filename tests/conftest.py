@@ -25,8 +25,18 @@ BASE_STYLE_IMAGES = ROOT / "tests" / "assets" / "noto"
 
 def pytest_collection_finish() -> None:
     """What the tests import stays to the end. Each collection of garbage would walk through all of it, more than a
-    million objects: a sixth of the time of a short training run."""
+    million objects: a sixth of the time of a short training run.
+
+    Some warnings torch gives once in a process: whichever test comes first would fail."""
     gc.freeze()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_warn_always(True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warnings_elsewhere(pytestconfig: pytest.Config) -> None:
+    """What is an error here is one in the processes that tests start."""
+    os.environ["PYTHONWARNINGS"] = ",".join(pytestconfig.getini("filterwarnings"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """How far apart two computations of one thing may be: two programs, two layouts in memory, two sizes of a batch.
 
-A library may sum a product of matrices in another order for each of these, and how it does depends on the CPU. Equal bits
-are asked for only where one program does the very same twice.
+A library may sum a product of matrices in another order for each of these, and how it does depends on the CPU. Equal
+bits are asked for only where one program does the very same twice.
 """
 
 from __future__ import annotations

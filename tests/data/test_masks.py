@@ -99,7 +99,8 @@ def masked_data(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) ->
     alpha, files, plain = (folder(name, a=(64, 64), b=(100, 50)) for name in ("alpha", "files", "plain"))
     masks = folder("masks", a=(64, 64), b=(100, 50))
     for stem in "ab":
-        size = Image.open(alpha / f"{stem}.png").size
+        with Image.open(alpha / f"{stem}.png") as image:
+            size = image.size
         Image.fromarray(noise(size[1], size[0], 4, seed=3)).save(alpha / f"{stem}.png")
     parts = (
         subset(image_dir=alpha, alpha_mask=True, flip_aug=True, num_repeats=3),

@@ -78,8 +78,8 @@ def test_the_modules_are_those_that_diffusers_and_transformers_load() -> None:
     from transformers import CLIPTextModel
 
     family = _load(_open())
-    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32)
     for found, expected in zip(_modules(family), (unet, vae, text), strict=True):
         assert type(found) is type(expected)

@@ -114,7 +114,7 @@ def test_diffusers_reads_the_same_from_the_file(tiny_sdxl: Path, tiny_file: Path
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_single_file(
-        str(tiny_file), config=str(tiny_sdxl), local_files_only=True, torch_dtype=torch.float32
+        str(tiny_file), config=str(tiny_sdxl), local_files_only=True, dtype=torch.float32
     )
     family = _load(_from_file(tiny_file))
     theirs = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
@@ -262,7 +262,7 @@ def test_the_pipeline_draws_what_diffusers_own_would(tiny_sdxl: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
     ours = _load(_open(tiny_sdxl)).sampling_pipeline()
-    theirs = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    theirs = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     theirs.scheduler = DDIMScheduler.from_config(ours.scheduler.config)
     images = []
     for pipeline in (ours, theirs):

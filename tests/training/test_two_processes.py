@@ -212,7 +212,7 @@ def test_too_few_images_for_the_processes(runs: Any) -> None:
 
 
 def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, tmp_path: Path) -> None:
-    """The same network measures the same but for the order of the sums; after training, for that of its gradients, too."""
+    """The same but for the order of sums: of the losses at first, after training of the gradients, too."""
     from train_network import main
 
     assert [run["code"] for run in runs("validated")] == [0, 0]

@@ -1,4 +1,4 @@
-"""With everything off: torch's AdamW, bit for bit; the kernel as its fused form; and bitsandbytes' AdamW8bit, closely."""
+"""With everything off: torch's AdamW bit for bit, in the kernel its fused form closely; bitsandbytes' AdamW8bit too."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_the_bits_of_torchs_adamw(weight_decay: float, betas: Any, dtype: torch.
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.5)])
 def test_the_kernel_rounds_as_torchs_fused_adamw(weight_decay: float, betas: Any) -> None:
-    """Two programs. torch's was compiled once for each kind of CPU: with AVX2 or AVX-512 it fuses the same products with
-    the same sums, but for the last n mod 16 numbers of a tensor, and on an older CPU none. Of 20 steps 3e-7 remains."""
+    """Two programs. torch's is compiled for several kinds of CPU: with AVX2 or AVX-512 it fuses the same products with
+    the same sums, but for the last n mod 16 numbers of a tensor, and on an older CPU none (9e-8 measured)."""
     common: dict[str, Any] = {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay}
     theirs = results(lambda named: torch.optim.AdamW([p for _, p in named], fused=True, **common), torch.float32)
     ours = results(
         lambda named: CustomAdamW(named, optim_bits=32, implementation="native", **common, **OFF), torch.float32
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-7)  # weights of up to 0.6: ten roundings of 3e-8
 
 
 @pytest.mark.parametrize("implementation", ["auto", "eager"])
