@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Several test processes share the cores, and the model is small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,7 +21,14 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "quickstart" / "base"
 IMAGES = ROOT / "quickstart" / "images"
+PATIENCE = 400  # seconds until another process counts as hanging: beside other work it may take twenty times as long
 BASE_STYLE_IMAGES = ROOT / "tests" / "assets" / "noto"
+
+
+# No clock and no chance decide a test.
+calm = settings(deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("tests", calm)
+settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:

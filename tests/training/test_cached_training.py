@@ -15,7 +15,7 @@ from PIL import Image
 
 from library.models.stable_diffusion import StableDiffusion
 from library.training.estimate import human_bytes
-from tests.conftest import BASE, ROOT
+from tests.conftest import BASE, PATIENCE, ROOT
 from tests.training.written import same, weights
 
 UNCACHED = ("--no-cache_latents", "--network_train_unet_only", "--train_batch_size", "1")
@@ -177,7 +177,7 @@ sys.exit(main(sys.argv[1:]))
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     counts = {path.name: len(path.read_text()) for path in marks.iterdir()}

@@ -118,6 +118,7 @@ def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
     file._file = Full(file._file)
     for step in (2, 3, 4):
         file.write(step, {"loss": 1.0})
+    file.close()
     (record,) = caplog.records
     assert "lines are missing from step 2 on, training goes on" in record.getMessage()
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 1, 4]

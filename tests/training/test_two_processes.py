@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.training import state
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 IMAGES = ROOT / "quickstart" / "images" / "train"
@@ -69,10 +70,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
         "different": words(folder, "different", "--max_train_steps", "5", "@second=--noise_offset=0.1"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
     }
-    return launch(folder, table, seconds=280)
+    return launch(folder, table)
 
 
-def launch(folder: Path, table: dict[str, list[str]], *, seconds: float, **environment: str) -> Any:
+def launch(folder: Path, table: dict[str, list[str]], **environment: str) -> Any:
     """Run each of these command lines in two processes. Returns a function from the name of one to what each process
     did, with the `folder`."""
     (folder / "runs.json").write_text(json.dumps(table))
@@ -82,7 +83,7 @@ def launch(folder: Path, table: dict[str, list[str]], *, seconds: float, **envir
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

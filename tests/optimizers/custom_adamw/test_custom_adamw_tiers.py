@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adamw_problems import OFF, ON, LoraRegression, bag, combinations, distance, flat, gradients, label, run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,7 +47,7 @@ def test_the_kernel_agrees_in_every_combination(part: int, bits: Any) -> None:
 
 
 @needs_kernel
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     out=st.integers(1, 90),
     rank=st.integers(1, 40),
