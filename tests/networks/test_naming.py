@@ -40,9 +40,10 @@ TEXT_LAYERS = ["q_proj", "out_proj", "fc1"]
 def peft_config(targets, *, rslora: bool = False):
     from peft import LoraConfig
 
+    ranks, alphas = ({k: v for k, v in p.items() if k in targets} for p in ({"to_q": 2}, {"to_q": 5, "q_proj": 1}))
     return LoraConfig(
         r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, init_lora_weights=False,
-        rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 5, "q_proj": 1},
+        rank_pattern=ranks, alpha_pattern=alphas,
     )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def test_a_file_of_diffusers_acts_as_there(tiny, tmp_path, metadata):
 
     from tests.conftest import BASE
 
-    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32).eval()
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", dtype=torch.float32).eval()
     text_encoder = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32).eval()
     network = attach(file, unet, text_encoder)
     assert network.module_counts().keys() == {"text_encoder", "unet"}

@@ -72,7 +72,7 @@ def test_diffusers_takes_every_tensor_and_gives_the_same_output(
     assert all(difference(with_adapter, without) > 0.02 for with_adapter, without in zip(expected, base, strict=True))
     assert all(torch.equal(now, before) for now, before in zip(sdxl_outputs(sdxl), base, strict=True))
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     for library in ("diffusers", "transformers", "peft"):
         monkeypatch.setattr(logging.getLogger(library), "propagate", True)
     with caplog.at_level(logging.WARNING):
@@ -117,7 +117,7 @@ def test_a_file_of_diffusers_own_acts_as_there(sdxl, tiny_sdxl, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     unet = ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut", "downsamplers.0.conv"]
     layers = {"unet": unet, "text_encoder": ["q_proj", "fc1"], "text_encoder_2": ["out_proj", "fc2"]}
     states = {}
@@ -177,7 +177,7 @@ def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
     assert (
         convert.main([str(tmp_path / "own.safetensors"), str(tmp_path / "there.safetensors"), "--to", "diffusers"]) == 0
     )
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     pipeline.load_lora_weights(str(tmp_path), weight_name="there.safetensors")
     sdxl.unet, sdxl.text_encoders = pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2]
     for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):

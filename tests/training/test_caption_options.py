@@ -93,8 +93,8 @@ def test_cached_weighted_text_is_the_same(train: Callable[..., int], captioned: 
     common = ("--network_train_unet_only", "--weighted_captions", "--train_batch_size", "1")
     assert train(*common, "--output_name", "fresh") == 0
     assert train(*common, "--output_name", "cached", "--cache_text_encoder_outputs") == 0
-    fresh, cached = weights(tmp_path, "fresh"), weights(tmp_path, "cached")
-    assert all(torch.equal(fresh[key], cached[key]) for key in fresh)
+    # captions are encoded in batches of another size
+    torch.testing.assert_close(weights(tmp_path, "cached"), weights(tmp_path, "fresh"), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,7 @@ def test_validation_losses_are_written_and_judged(train, tmp_path, monkeypatch) 
     watching._file = monitor.metrics.MetricsFile(tmp_path / "out" / "more-metrics.jsonl", {"session_id": 1}, done=0)
     watching.validation(2, {"t500": 0.25}, loss=0.2)
     watching.validation(2, {"t500": 0.25}, loss=math.nan)
+    watching._file.close()
     assert [line for line in lines(tmp_path / "out" / "more-metrics.jsonl") if "step" in line] == [
         {"step": 2, "validation": {"loss": 0.2, "t500": 0.25}},
         {"step": 2, "validation": {"loss": None, "t500": 0.25}},

@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "back": words(folder, "back", *LONG, *ROLLBACK, "@nan=4", ZERO),
         "plainly": words(folder, "plainly", *LONG, *ROLLBACK, "@nan=4"),
     }
-    return launch(folder, table, seconds=600, DS_ACCELERATOR="cpu")
+    return launch(folder, table, DS_ACCELERATOR="cpu")
 
 
 ROLLBACK = ("--on_divergence", "rollback", "--divergence_limit", "1", "--save_every_n_steps", "2", "--save_state")

@@ -29,7 +29,7 @@ class CustomAdamW(Optimizer):
     `lora_plus_ratio` (its rate has LoRA+'s ratio in it already, so that ALoRA's is not applied on top).
 
     lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; with everything off and 32 bits the results are its own,
-        bit for bit (the CPU kernel's: those of its `fused` form).
+        bit for bit. The CPU kernel rounds as torch's `fused` form does on a CPU with AVX2.
     optim_bits (all): 8 (block-wise, bitsandbytes' maps) or 32 for the two moments.
     min_8bit_size (all): parameters with fewer elements keep 32 bits.
     is_paged (all): moments in CUDA's unified memory.

@@ -349,4 +349,4 @@ class TestAccelerate:
                     optimizer.step()
         finally:
             dist.destroy_process_group()
-        assert torch.equal(module[0].weight, plain[0].weight)
+        torch.testing.assert_close(module[0].weight, plain[0].weight)  # gradients that lie elsewhere in memory
