@@ -129,7 +129,8 @@ def _refuse_another_kind(ours: Mapping[str, Tensor], file: str, tensors: Mapping
     kinds = [describe({name: tuple(tensor.shape) for name, tensor in table.items()}) for table in (ours, tensors)]
     network, theirs = kinds
     if network and theirs and theirs.layers and not network.layers.keys() & theirs.layers.keys():
-        advice = f". It goes with {theirs.made_by}" if theirs.made_by else ""
+        fitting = "--network_module networks.lora, or LyCORIS' algo=lora" if theirs.is_plain else theirs.made_by
+        advice = f". It goes with {fitting}" if fitting else ""
         raise UserError(f"--network_weights {file} is {theirs.title}, and the network here is {network.title}{advice}")
 
 
