@@ -127,6 +127,7 @@ def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_p
         times=SampleTimes(prompts=(item,), sampler="ddim", at_first=False, every_n_steps=2, every_n_epochs=None),
         family=family, network=network, encode=EncodedPrompts(family, []), folder=tmp_path, name=None, seed=1, since=0,
         load_vae=lambda: family.load_vae(torch.float32, "cpu"), autocast=torch.no_grad, show=show, steps_per_epoch=5,
+        device=torch.device("cpu"),
     )  # fmt: skip
     for step in range(4):
         sampling(step)
