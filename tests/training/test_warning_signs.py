@@ -10,7 +10,6 @@ import pytest
 from library.training import warning_signs as signs
 from library.training.warning_signs import Watch, collapses, explodes, is_flat, oscillates, overfits, stands_still
 
-
 MOVING = {"update_ratio": 2e-3, "rates": {"unet": 1e-4}, "moved": {"unet": 1.0}}  # a healthy measurement
 
 
