@@ -169,6 +169,7 @@ class Monitor:
         if measured is None:
             return values
         values |= {"norm/update_ratio": measured.update_ratio, "norm/weights": measured.weight_norm}
+        values |= {f"moved/{name}": share for name, share in measured.moved.items()}
         for name, loss in zip(self._bins, measured.loss_by_timestep, strict=True):
             if loss is not None:
                 values[f"loss/timestep_{name}"] = loss
