@@ -250,7 +250,7 @@ def test_weights_that_stand_still_are_seen(train, tmp_path, capsys) -> None:
     half = ("--mixed_precision", "fp16", "--full_fp16", "--optimizer_type", "SGD", "--learning_rate", "2e-5")
     assert train(*half, "--monitor_every_n_steps", "5", "--max_train_steps", "15") == 0
     assert "with gradients of the usual size no weight moves" in capsys.readouterr().err
-    told = lines(tmp_path / "out" / "test-metrics.jsonl")
+    told = list(lines(tmp_path / "out" / "test-metrics.jsonl"))
     moved = [line["moved"] for line in told if "moved" in line]
     assert len(moved) == 4
     assert all(share < 1e-3 for step in moved[1:] for share in step.values())  # but for the largest gradients
@@ -262,10 +262,8 @@ def test_weights_that_stand_still_are_seen(train, tmp_path, capsys) -> None:
 def test_what_moved_is_counted_by_group() -> None:
     from accelerate import Accelerator
 
-    groups = {
-        "unet": [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2)],
-        "text": [torch.nn.Parameter(torch.ones(5))],
-    }
+    first, second, text = (torch.nn.Parameter(torch.ones(size)) for size in (12, 12, 5))
+    groups = {"unet": [first, second], "text": [text]}
     meter = Meter(groups, None, Accelerator(cpu=True), timesteps=1000)
     meter.before()
     with torch.no_grad():
