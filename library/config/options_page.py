@@ -34,6 +34,7 @@ error with the nearest right one.
 DIFFERS: Mapping[str, str] = {
     "base_weights": "only plain LoRA files are merged, whatever --network_module is; what does not fit is reported",
     "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops",
+    "caption_separator": "joins shuffled tags and parts those that are counted, too; kohya's is a comma there",
     "console_log_level": "other packages' messages appear from warnings on",
     "fp8_base": "biases, norms, embeddings, the first and the last layers keep their precision; networks.lora only",
     "full_fp16": "refused with an optimizer that does not move or ends in NaN in fp16",
