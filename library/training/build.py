@@ -171,7 +171,7 @@ def _course(plan: Plan) -> Course:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if choice.relative_step and options.divergence.on_divergence == "rollback":
         raise UserError(
-            "--on_divergence rollback: it halves the rates, and with relative_step the optimizer makes its own: give "
+            f"--on_divergence rollback: it halves the rates, and {choice.name} with relative_step makes its own: give "
             "--optimizer_args relative_step=False, or --on_divergence skip"
         )
     changed: frozenset[str] = frozenset()
