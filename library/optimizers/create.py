@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -49,15 +48,23 @@ class OptimizerChoice:
         """What it saves, validates and draws with is an average of its own, apart from the weights that it trains."""
         return self.has_modes and small_lora.averages(self._on_dummies)
 
-    @property
+    @cached_property
     def schedule_free(self) -> bool:
         """Its average weighs each step by its rate, which takes the place of a learning-rate schedule."""
-        return self.averages and "weight_sum" in self._groups[0]
+        if not self.averages:
+            return False
+        lora = SmallLora({"unet": 1e-3})
+        with small_lora.quietly():
+            optimizer = self._on_dummies(lora.groups)
+            small_lora.train(optimizer, lora)
+        return "weight_sum" in optimizer.param_groups[0]
 
-    @property
+    @cached_property
     def finds_its_rate(self) -> bool:
         """D-Adaptation and Prodigy: the given rate is a factor, 1.0 as a rule, of a "d" that they find."""
-        return _has_found_d(_class(self.path), self._groups[0])
+        lora = SmallLora({"unet": None if self.takes_no_rate else 1e-3})
+        with small_lora.quietly():
+            return _has_found_d(_class(self.path), self._on_dummies(lora.groups).param_groups[0])
 
     @cached_property
     def has_a_rate_a_group(self) -> bool:
@@ -88,16 +95,6 @@ class OptimizerChoice:
 
     def _on_dummies(self, groups: ParameterGroups) -> torch.optim.Optimizer:
         return _new(self.in_plain_steps(), _understood(self, groups), rate=None if self.takes_no_rate else 1e-3)
-
-    @cached_property
-    def _groups(self) -> ParameterGroups:
-        """Those of one that has made a few steps on dummy parameters, or none if it cannot."""
-        lora = SmallLora({"unet": None if self.takes_no_rate else 1e-3})
-        with small_lora.quietly():
-            optimizer = self._on_dummies(lora.groups)
-            with contextlib.suppress(Exception):  # a step may fail, which is not found here
-                small_lora.train(optimizer, lora)
-        return optimizer.param_groups
 
 
 def choose_optimizer(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library import log
 from library.config import registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.idle import warn_of_idle_options
@@ -127,7 +128,8 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
     if kernels := rehearse(family, options, creator, arguments, resume=resume):
-        refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
+        with log.errors_only():  # what it warns of has been said
+            refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,

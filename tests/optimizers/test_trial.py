@@ -87,8 +87,8 @@ def test_what_cannot_train_is_refused_with_the_reason(name, words, precision, me
         ("AdamW", [], 1e-9, ""),
         ("AdamW", [], 1e-7, "full_bf16"),
         ("AdamWScheduleFree", ["warmup_steps=1000"], 1e-5, ""),
-        ("AdamWScheduleFree", ["warmup_steps=10000", "eps=1e-4"], 1e-4, "full_fp16"),  # moves at step 7
-        ("Adafactor", ["warmup_init=True"], 1e-4, "full_fp16"),  # begins with a rate of 1e-9
+        ("AdamWScheduleFree", ["warmup_steps=10000", "eps=1e-4"], 1e-4, "full_fp16"),  # moves at step 4
+        ("Adafactor", ["warmup_init=True"], 1e-4, "full_fp16"),  # with a rate of 1e-9 first, moves at step 8
         ("Prodigy", ["d0=1e-8"], 1.0, ""),
         ("SGD", [], 1e-6, ""),
         ("pytorch_optimizer.SPlus", [], 1e-3, ""),
