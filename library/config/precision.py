@@ -36,6 +36,11 @@ class PrecisionOptions:
             raise UserError(f"--{self.float8_option} needs --mixed_precision bf16 or fp16, to compute in")
 
     @property
+    def of_weights(self) -> str:
+        """The option that has the trained weights in 16 bits, "" for fp32."""
+        return "full_fp16" if self.full_fp16 else "full_bf16" if self.full_bf16 else ""
+
+    @property
     def float8_option(self) -> str:
         """The option that asked for it, for messages."""
         return "fp8_base" if self.fp8_base else "fp8_base_unet"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from library.config.validation import is_validated
 from library.data.buckets import Buckets, Placement
+from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
 from library.data.held_out import beside, held_out, split, tell
@@ -89,6 +90,7 @@ def prepare(
         summaries += _counted(of_dataset, measured, samples, to_train, balanced)
         train.append(balanced)
         validation.append(to_validate)
+    warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
     return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
 

@@ -297,8 +297,10 @@ class LatentDiffusion:
     def _reading(self) -> dict[str, Any]:
         """How captions become tokens: a part of `text_fingerprint`."""
         from library.models.fingerprint import folder_fingerprint
+        from library.models.prompts import CLEANING
 
         return {
+            "cleaning": CLEANING,
             "tokenizer": folder_fingerprint(self._base.tokenizer),
             "tokenizer options": dict(self._base.tokenizer_options),
             "tokens": self.token_limit,

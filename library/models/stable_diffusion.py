@@ -153,8 +153,10 @@ class StableDiffusion(LatentDiffusion):
         return TextModelView(self.text_encoders[0] if self.text_encoders else None)
 
     def third_party_unet(self) -> nn.Module | None:
-        """The UNet itself: kohya has diffusers' names for it."""
-        return self.unet
+        """The UNet with its own paths: kohya has diffusers' names for it."""
+        from library.models.kohya_view import PlainUNetView
+
+        return None if self.unet is None else PlainUNetView(self.unet)
 
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt_embeds": positive["hidden_states"], "negative_prompt_embeds": negative["hidden_states"]}

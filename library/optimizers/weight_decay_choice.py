@@ -15,7 +15,7 @@ import torch
 from library.config import registry
 from library.config.weight_decay import READ_BY, WeightDecayOptions
 from library.errors import UserError
-from library.optimizers import CUSTOM_ADAMW, auto_weight_decay
+from library.optimizers import auto_weight_decay
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.plateau import Plateau
 from library.optimizers.weight_decay import VANISHED, WITH_AN_END, Curve, Stages, check
@@ -169,7 +169,7 @@ def decide(
 
 def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: OptimizerChoice) -> OptimizerChoice:
     """CustomAdamW does it itself: its arguments with the numbers given or decided. Others stay as they are."""
-    if choice.path != CUSTOM_ADAMW:
+    if not choice.is_custom_adamw:
         return choice
     arguments: dict[str, Any] = {}
     if options.dynamic_weight_decay is not None:
@@ -195,18 +195,18 @@ def attach(decided: DecayChoice | None, optimizer: torch.optim.Optimizer) -> Any
 
 
 def _is_on(options: WeightDecayOptions, choice: OptimizerChoice) -> bool:
-    word = choice.arguments.get("dynamic_weight_decay") if choice.path == CUSTOM_ADAMW else None
+    word = choice.arguments.get("dynamic_weight_decay") if choice.is_custom_adamw else None
     flag = options.dynamic_weight_decay
     if flag is not None and word is not None and flag != word:
         raise UserError(f"{_OWNER} {flag} contradicts --optimizer_args dynamic_weight_decay={word}: give one of them")
-    if flag is None and choice.path == CUSTOM_ADAMW:
+    if flag is None and choice.is_custom_adamw:
         return bool(_defaults()["dynamic_weight_decay"] if word is None else word)
     return bool(flag)
 
 
 def _own(choice: OptimizerChoice) -> Curve:
     """The curve without any option: CustomAdamW's own with what --optimizer_args say, or the usual one."""
-    if choice.path != CUSTOM_ADAMW:
+    if not choice.is_custom_adamw:
         return Curve()
     settings = {**_defaults(), **choice.arguments}
     return Curve(**{name: settings[f"wd_{name}"] for name in Curve._fields})
@@ -220,11 +220,7 @@ def _defaults() -> dict[str, Any]:
 
 def weight_decay_of(choice: OptimizerChoice) -> Any:
     """The weight decay that the optimizer will have; None if it knows none."""
-    if "weight_decay" in choice.arguments:
-        return choice.arguments["weight_decay"]
-    target = registry.load_path(choice.path, where="--optimizer_type")
-    parameter = inspect.signature(target).parameters.get("weight_decay")
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return choice.setting("weight_decay")
 
 
 def _words(options: WeightDecayOptions) -> dict[str, Any]:

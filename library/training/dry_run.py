@@ -194,7 +194,7 @@ def _memory(built: Built) -> Iterator[str]:
     """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
     run, data = built.run, built.plan.options.data
     count = sum(parameter.numel() for parameter in run.parameters)
-    if built.plan.choice.schedule_free:
+    if built.plan.choice.has_modes:
         run.optimizer.optimizer.train()
     state = state_bytes(run.optimizer.optimizer)
     yield _line("optimizer", f"{human_bytes(state)} of state, {state / count:.2f} bytes a parameter")

@@ -192,6 +192,7 @@ def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
             img_count=len(own),
             num_repeats=own[0].subset.num_repeats,
             captions=[text for sample in own for text in as_written(sample.caption, sample.subset)],
+            caption_separator=own[0].subset.caption_separator,
             is_reg=own[0].subset.is_reg,
             class_tokens=own[0].subset.class_tokens,
             color_aug=own[0].subset.color_aug,

@@ -67,7 +67,7 @@ def refuse(choice: OptimizerChoice) -> None:
         reason = "finds its rate itself: leave --learning_rate at 1"
     elif choice.relative_step:
         reason = "derives its rate from the step: --optimizer_args relative_step=False lets you give one"
-    elif choice.schedule_free:
+    elif choice.averages:
         reason = (
             "averages its weights over all steps, so what it shows after a step is not that step's doing: "
             "look with --optimizer_type AdamW, and take that rate"
@@ -83,8 +83,6 @@ def find(built: Built) -> Found:
         raise UserError(
             "--find_lr: one process is enough, and what it finds holds for all: start it without a launcher"
         )
-    if any("d" in group for group in run.optimizer.param_groups):
-        raise UserError(f"--find_lr: {built.plan.choice.name} finds its rate itself (its groups have a 'd')")
     part, reference = _reference(built.plan.options)
     rates = geometric(guidance.find_lr_start, guidance.find_lr_end, guidance.find_lr_steps)
     tried = sweep(run, built.groups, reference=reference, rates=rates)

@@ -20,6 +20,7 @@ from library import gpu, rng
 from library.data.plan import of_rank, split_into_steps
 from library.errors import CommonError, UserError
 from library.optimizers.create import effective_rates
+from library.optimizers.small_lora import has_modes
 from library.progress import progress
 from library.training import divergence, trackers
 from library.training.loss_history import LossHistory
@@ -75,7 +76,6 @@ class Run:
     train_text: bool
     max_grad_norm: float
     scale_weight_norms: float | None
-    schedule_free: bool
     observe: Callable[[float, float | None, float | None], None] | None
     """Told the loss, the gradient's norm and, if it is new, the validation loss, before each step."""
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
@@ -339,13 +339,14 @@ def _report(run: Run, item: StepBatches, bar: Any) -> None:
 
 
 def _to_training(run: Run) -> None:
-    if run.schedule_free:
+    if has_modes(run.optimizer.optimizer):
         run.optimizer.optimizer.train()
 
 
 def _from_training(run: Run) -> None:
-    """Schedule-free optimizers keep the weights to save apart from those to train."""
-    if run.schedule_free:
+    """Optimizers that average the weights keep those to save apart from those to train. Before a first step they are
+    the same, and some have no average to show yet."""
+    if has_modes(run.optimizer.optimizer) and run.optimizer.optimizer.state:
         run.optimizer.optimizer.eval()
 
 

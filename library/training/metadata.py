@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.data.tags import stripped
 from library.errors import UserError, why_not
 from library.files.hashes import model_metadata
 
@@ -119,6 +120,7 @@ class SubsetFacts:
     img_count: int  # images, without repeats
     num_repeats: int
     captions: Sequence[str] = ()  # one per image, as trained before shuffling: for the tag frequencies
+    caption_separator: str = ","
     is_reg: bool = False
     class_tokens: str | None = None
     color_aug: bool = False
@@ -322,7 +324,7 @@ def _shortened(text: str) -> str:
 
 
 def tag_frequency(subsets: Sequence[SubsetFacts], *, most: int | None = None) -> dict[str, dict[str, int]]:
-    """How often each tag stands in the captions, by folder name. Tags lie between commas; case is ignored.
+    """How often each tag stands in the captions, by folder name. Tags lie between separators; case is ignored.
 
     `most`: keep so many of each folder, the most frequent ones.
     """
@@ -330,7 +332,7 @@ def tag_frequency(subsets: Sequence[SubsetFacts], *, most: int | None = None) ->
     for subset in subsets:
         counts = folders.setdefault(_name(subset), {})
         for caption in subset.captions:
-            for tag in filter(None, (word.strip().lower() for word in caption.split(","))):
+            for tag in filter(None, stripped(caption.lower(), subset.caption_separator.lower())):
                 counts[tag] = counts.get(tag, 0) + 1
     if most is None:
         return folders
@@ -419,7 +421,8 @@ def _dataset(dataset: DatasetFacts, most_tags: int | None) -> dict[str, object]:
 
 
 def _subset(subset: SubsetFacts) -> dict[str, object]:
-    values = {field.name: getattr(subset, field.name) for field in fields(subset) if field.name != "captions"}
+    values = {field.name: getattr(subset, field.name) for field in fields(subset)}
+    del values["captions"], values["caption_separator"]  # kohya's has neither
     unused = ("metadata_file",) if subset.metadata_file is None else ("class_tokens", "is_reg")
     values |= {"image_dir": subset.image_dir.name, "metadata_file": _name(subset)}
     return {name: value for name, value in values.items() if name not in unused}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library import log
 from library.config import kohya, registry, source
 from library.config.dataset_config import DatasetSpec, load_datasets
 from library.config.idle import warn_of_idle_options
@@ -92,6 +93,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.data.prepare import prepare
     from library.optimizers import weight_decay_choice
     from library.optimizers.create import choose_optimizer
+    from library.optimizers.trial import refuse_useless
     from library.training.rehearsal import rehearse
     from networks import merge
 
@@ -114,6 +116,8 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         clips_gradients=options.optimizer.max_grad_norm > 0,
         validates=is_validated(datasets),
     )
+    rates = _rates(options)
+    refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = open_family(
         options.model.pretrained_model_name_or_path,
         v2=options.model.v2,
@@ -131,7 +135,9 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
-    rehearse(family, options, creator, arguments, resume=resume)
+    if kernels := rehearse(family, options, creator, arguments, resume=resume):
+        with log.errors_only():  # what it warns of has been said
+            refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,
@@ -158,6 +164,18 @@ def _warn_of_unused_rates(options: Options) -> None:
     ):
         if rate and getattr(network, only):
             logger.warning("--%s has no effect: --%s leaves that part out", option, only)
+
+
+def _rates(options: Options) -> dict[str, float]:
+    """Of the parts that are trained, by name."""
+    network, wanted = options.network, options.optimizer
+    rates = {}
+    if not network.network_train_text_encoder_only:
+        rates["unet"] = wanted.learning_rate if wanted.unet_lr is None else wanted.unet_lr
+    if not network.network_train_unet_only:
+        of_text = wanted.text_encoder_lr or (wanted.learning_rate,)
+        rates |= {f"text_encoder_{number}": rate for number, rate in enumerate(of_text, 1)}
+    return rates
 
 
 def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:

@@ -228,6 +228,22 @@ def test_third_party_modules_see_kohyas_paths() -> None:
     assert torch.equal(view(ids).last_hidden_state, encoder(ids).last_hidden_state)
 
 
+def test_third_party_modules_see_the_unet_with_its_own_paths() -> None:
+    family = _load(_open())
+    unet, view = family.unet, family.third_party_unet()
+    assert unet is not None
+    named, shown = dict(unet.named_modules()), dict(view.named_modules())
+    assert named.keys() == shown.keys()
+    differing = [path for path in named if named[path] is not shown[path]]
+    assert differing == ["", "time_embedding"]
+    assert (view.dtype, view.config) == (unet.dtype, unet.config)
+    assert len(list(view.parameters())) == len(list(unet.parameters()))
+    with pytest.raises(AttributeError):
+        _ = view.no_such_thing
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 77, unet.config.cross_attention_dim)
+    assert torch.equal(view(*inputs).sample, unet(*inputs).sample)
+
+
 def test_lycoris_finds_its_targets_and_takes_effect() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
     family = _load(_open())

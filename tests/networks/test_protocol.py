@@ -91,7 +91,7 @@ def test_what_a_module_lacks_is_said():
 
 
 def lycoris_network(tiny, algo: str):
-    """LyCORIS 4.1's default preset, "full", takes an SD UNet's time embedding twice and stops; "attn-mlp" works."""
+    """On the layers that networks.lora has, too."""
     kohya = pytest.importorskip("lycoris.kohya")
     unet, text_encoder = tiny
     text_encoder = sd_family(unet, text_encoder).third_party_text_encoders()  # LyCORIS takes names from its paths

@@ -155,6 +155,14 @@ def test_json_about_the_data():
     assert plain["ss_bucket_info"] == "null"
 
 
+def test_tags_lie_between_the_separators_of_their_subset():
+    captions = ("Red Fox;night sky, stars; hill", "red fox; ;")
+    fox = replace(FOX, captions=captions, caption_separator=";")
+    metadata = run(datasets=(replace(DATASET, subsets=(fox, *DATASET.subsets[1:])),)).at(steps=1, epoch=0)
+    frequencies = json.loads(metadata["ss_tag_frequency"])["10_fox"]
+    assert frequencies == {"red fox": 2, "night sky, stars": 1, "hill": 1}
+
+
 def test_json_about_several_datasets():
     """A folder that is used twice has two entries; its tags count once. No path is published."""
     other = replace(DATASET, resolution=(256, 256), subsets=(replace(FOX, num_repeats=2),))
