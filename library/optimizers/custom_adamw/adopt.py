@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .technique import Buffer, Step, Technique, setting
+from .setting import setting
+from .technique import Buffer, Step, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +28,8 @@ class ADOPT(Technique):
     """Divides by the second moment of the step before, clips, then averages (ADOPT)."""
 
     use_adopt_stability: bool = setting(False, help="normalise by the previous second moment, clipped (ADOPT)")
-    adopt_eps: float = setting(1e-6, above=0, help="the least that it divides by")
-    adopt_clip: float = setting(0.25, minimum=0, help="its k-th update is bounded by k to this power")
+    adopt_eps: float = setting(1e-6, above=0, help="the least divisor of that normalisation")
+    adopt_clip: float = setting(0.25, minimum=0, help="its k-th update is clipped at k to this power")
 
     name = "ADOPT"
     papers = ("2411.02853",)

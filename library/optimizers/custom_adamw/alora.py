@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .technique import About, Step, Technique, setting
+from .setting import setting
+from .technique import Step, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ class ALoRA(Technique):
 
     use_alora: bool = setting(False, help="give lora_up a higher rate, less where the adapter has grown")
     alora_ratio: float = setting(2.0, above=0, help="how much higher, at the start")
-    alora_eta: float = setting(2.0, minimum=0, help="how soon it becomes less")
+    alora_eta: float = setting(2.0, minimum=0, help="how fast that rate falls as the adapter grows")
     lora_scale: float = setting(1.0, minimum=0, help="alpha / rank", of_group=True)
     lora_plus_ratio: float | None = setting(
         None, above=0, help="LoRA+'s ratio, which is in the group's rate already", of_group=True
@@ -36,9 +37,6 @@ class ALoRA(Technique):
     name = "ALoRA"
     papers = ("2410.09692", "2402.12354")
     reads_down = True
-
-    def applies(self, about: About) -> bool:
-        return about.paired and about.role == "up"
 
     def unmet(self, hint: str) -> str:
         return f"ALoRA needs LoRA pairs and found none ({hint}); it does nothing"

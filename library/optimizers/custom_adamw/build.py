@@ -77,5 +77,5 @@ def run(command: list[str]) -> str:
         raise Unavailable(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise Unavailable(f"{command[0]} failed: {lines[0]}")
+        raise Unavailable(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}")
     return done.stdout

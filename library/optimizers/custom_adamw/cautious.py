@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .technique import Step, Technique, setting
+from .setting import setting
+from .technique import Step, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ class Cautious(Technique):
     """Leaves alone what would move against the gradient, moves the rest further."""
 
     use_cautious: bool = setting(True, help="mask updates that disagree with the gradient")
-    cautious_min: float = setting(1e-3, above=0, maximum=1, help="the least mean of the mask that is made up for")
+    cautious_min: float = setting(1e-3, above=0, maximum=1, help="the least mean of that mask that is rescaled")
 
     name = "Cautious"
     papers = ("2411.16085",)

@@ -15,7 +15,8 @@ from library.errors import UserError
 from ..plateau import Plateau
 from ..weight_decay import Curve
 from ..weight_decay import check as check_curve
-from .technique import Technique, setting
+from .setting import setting
+from .technique import Technique
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from . import codec
 from .build import Unavailable as Unavailable
 from .build import shared_library
 from .options import Rates, Recipe
+from .setting import Setting
 from .stacks import Stack
-from .technique import Setting, Technique
+from .technique import Technique
 from .techniques import techniques
 
 SOURCES = Path(__file__).with_name("kernel")
@@ -63,7 +64,7 @@ def declarations() -> dict[str, str]:
     types = {ctypes.c_float: "float", ctypes.c_double: "double", ctypes.c_int32: "int32_t", ctypes.c_void_p: "float*"}
     lines = ["#pragma once", "#include <cstdint>"]
     for name, structure in (("Recipe", _Recipe), ("State", _State)):
-        fields = (f"  {types[kind]} {field};" for field, kind in structure._fields_)
+        fields = (f"  {types[field[1]]} {field[0]};" for field in structure._fields_)
         lines += [f"struct {name} {{", *fields, "};"]
     return {"declared.h": "\n".join(lines) + "\n"}
 

@@ -32,7 +32,7 @@ class CustomAdamW(Optimizer):
 
     `params`: parameters, named parameters (`model.named_parameters()`) or groups of either. LoRA pairs are found by
     name, across groups. A group may set any option below that is not marked (all), and `lora_scale` (alpha / rank) and
-    `lora_plus_ratio` (its rate has LoRA+'s ratio in it already, so that ALoRA's is not applied on top).
+    `lora_plus_ratio` (LoRA+'s ratio, which its rate has in it already).
 
     lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; with everything off and 32 bits the results are its own,
         bit for bit (the CPU kernel's: those of its `fused` form).

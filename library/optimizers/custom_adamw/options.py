@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 from library.errors import UserError
 
 from . import techniques
-from .technique import About, Setting, Technique
+from .setting import Setting
+from .technique import About, Technique
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,9 @@ def rates_of(group: Mapping[str, Any], step: int) -> Rates:
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise `UserError` for the first value of a group that cannot be used."""
     for name in ("lr", "eps", "weight_decay"):
-        Setting(name, float, 0.0, "", low=0, high=math.inf, range="0 or more", of_group=False).check(group[name])
+        Setting(name, float, None, minimum=0).check(group[name])
     betas = group["betas"]
     if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
         raise UserError(f"CustomAdamW: betas = {betas!r}; they must be two numbers from 0 to below 1")
-    rounding = group["stochastic_rounding"]
-    if not isinstance(rounding, bool):
-        raise UserError(f"CustomAdamW: stochastic_rounding = {rounding!r}; it must be True or False")
+    Setting("stochastic_rounding", bool, None).check(group["stochastic_rounding"])
     techniques.check(group)

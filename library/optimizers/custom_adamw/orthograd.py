@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .technique import About, Step, Technique, norm, setting
+from .setting import setting
+from .technique import About, Step, Technique, norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ class OrthoGrad(Technique):
 
     use_orthogonal_grad: bool = setting(False, help="take the part of the gradient orthogonal to the weights")
     orthograd_target: Literal["down", "up", "all"] = setting(
-        "down", help="of which half of a LoRA pair, or of all parameters; on lora_up it does harm"
+        "down", help="for lora_down, for lora_up (which harms it) or for all parameters"
     )
 
     name = "OrthoGrad"

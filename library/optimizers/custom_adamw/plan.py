@@ -220,4 +220,3 @@ def compiles(implementation: Implementation, device: str) -> bool:
 
         return device == "cuda" and has_triton()
     return implementation == "compiled"
-

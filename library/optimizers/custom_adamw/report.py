@@ -49,7 +49,7 @@ def _exclusions(groups: list[Group]) -> Iterator[str]:
     """Why a technique that is on is not used beside another."""
     for group in groups:
         for technique in switched_on(group):
-            yield from (reason for option, reason in technique.excludes.items() if group[option])
+            yield from (reason for option, reason in technique.excludes.items() if group.get(option))
 
 
 def _unmet(groups: list[Group], hint: str) -> list[str]:

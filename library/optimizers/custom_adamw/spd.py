@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .technique import About, Buffer, Step, Technique, norm, setting
+from .setting import setting
+from .technique import About, Buffer, Step, Technique, norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ class SPD(Technique):
     use_spd: bool = setting(True, help="use selective projection decay")
     spd_lambda: float = setting(0.06, minimum=0, maximum=1, help="strength of that decay")
     spd_anchor: Literal["zero", "initial"] = setting(
-        "zero", help="where it pulls: to zero, or to the initial weights, of which a copy is kept"
+        "zero", help="decay toward zero, or toward the initial weights (kept, one more copy)"
     )
 
     name = "SPD"

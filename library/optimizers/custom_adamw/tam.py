@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .technique import Buffer, Step, Technique, norm, setting
+from .setting import setting
+from .technique import Buffer, Step, Technique, norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ class TAM(Technique):
 
     use_tam: bool = setting(False, help="damp gradients that turn against the momentum")
     tam_beta: float = setting(0.9, minimum=0, below=1, help="memory of that damping")
-    tam_bias_correction: bool = setting(False, help="correct it for having begun at zero")
+    tam_bias_correction: bool = setting(False, help="correct that memory for its start at zero")
 
     name = "TAM"
     papers = ("2412.18790",)

@@ -18,105 +18,19 @@ step. The modules of techniques are read by `--help`, so they import torch only 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
-
-from library.errors import UserError, did_you_mean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 from .pairs import Role
+from .setting import Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
-
-SMALLEST = 1e-30  # "above 0" means at least this much: float32 still holds it
-
-
-@dataclass(frozen=True)
-class Setting:
-    """An option: a field of a technique, with its type. `low` and `high` are inclusive."""
-
-    name: str
-    hint: Any
-    default: Any
-    help: str
-    low: float
-    high: float
-    range: str  # in words
-    of_group: bool
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The values of a `Literal`."""
-        return get_args(self.hint) if get_origin(self.hint) is Literal else ()
-
-    @property
-    def annotation(self) -> str:
-        """Its type as text."""
-        return inspect.formatannotation(self.hint).replace("typing.", "")
-
-    @property
-    def shown(self) -> str:
-        """The default, for people."""
-        return ("on" if self.default else "off") if isinstance(self.default, bool) else str(self.default)
-
-    def check(self, value: object) -> None:
-        """Raise `UserError` for a value out of range. What is neither a switch nor a number nor a choice passes."""
-        kinds = {*get_args(self.hint), self.hint}
-        if value is None and NoneType in kinds:
-            return
-        if self.hint is bool:
-            fits, wanted = isinstance(value, bool), "True or False"
-        elif kinds & {int, float}:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            fits, wanted = number and self.low <= value <= self.high, f"a number, {self.range}"  # type: ignore[operator]
-        elif self.choices:
-            fits, wanted = value in self.choices, f"one of {', '.join(self.choices)}"
-            wanted += did_you_mean(str(value), self.choices)
-        else:
-            return
-        if not fits:
-            raise UserError(f"CustomAdamW: {self.name} = {value!r}; it must be {wanted}")
-
-
-def setting(
-    default: Any,
-    *,
-    help: str,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    of_group: bool = False,
-) -> Any:
-    """Declare a setting as a field: bool, a number, a `Literal` of texts; another type is for `Technique.check`.
-
-    `help`: what it is, in half a sentence. `minimum`, `maximum`: inclusive bounds; `above`, `below`: exclusive ones.
-    `of_group`: a fact about a parameter group, which the group says itself and the constructor does not take.
-    """
-    low = -math.inf if minimum is None else minimum
-    if above is not None:
-        low = math.nextafter(above, math.inf) if above else SMALLEST
-    high = math.inf if maximum is None else maximum
-    high = high if below is None else math.nextafter(below, -math.inf)
-    details = {"help": help, "low": low, "high": high, "range": _range(minimum, maximum, above, below)}
-    return dataclasses.field(default=default, metadata={"setting": {**details, "of_group": of_group}})
-
-
-def _range(minimum: float | None, maximum: float | None, above: float | None, below: float | None) -> str:
-    if minimum is not None and maximum is not None:
-        return f"between {minimum:g} and {maximum:g}"
-    if minimum is not None:
-        return f"{minimum:g} or more" if below is None else f"from {minimum:g} to below {below:g}"
-    parts = {"above": above, "at most": maximum, "below": below}
-    return ", ".join(f"{word} {bound:g}" for word, bound in parts.items() if bound is not None) or "any"
 
 
 class About(NamedTuple):
@@ -205,7 +119,7 @@ class Technique:
 
     def applies(self, about: About) -> bool:
         """Whether it acts on this parameter."""
-        return True
+        return about.paired or not self.reads_down
 
     def known_to_kernel(self) -> bool:
         """Whether the CPU kernel, if it has a header for the technique, can do it with these settings."""
@@ -228,7 +142,7 @@ class Technique:
     @lru_cache
     def settings(cls) -> tuple[Setting, ...]:
         """Its options; the first one is its switch."""
-        assert cls.__dict__.get("__dataclass_params__"), f"{cls.__qualname__} needs @dataclass(frozen=True)"
+        assert "__dataclass_params__" in vars(cls), f"{cls.__qualname__} needs @dataclass(frozen=True)"
         hints = get_type_hints(cls)
         return tuple(
             Setting(field.name, hints[field.name], field.default, **field.metadata["setting"])

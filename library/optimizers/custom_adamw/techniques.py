@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from library.errors import UserError, did_you_mean
 
-from .technique import STAGES, Setting, Technique
+from .setting import Setting
+from .technique import STAGES, Technique
 
 TECHNIQUES = {  # its switch: its class. In each stage of a step they come in this order
     "use_agr": "library.optimizers.custom_adamw.agr.AGR",

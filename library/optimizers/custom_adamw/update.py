@@ -27,8 +27,8 @@ def update(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """New weights, and what changes in the state.
 
-    `w`, `g` [k, n] and `state` in the moments' type: "exp_avg" m and "exp_avg_sq" v [k, n], and the techniques' buffers,
-    [k, 1] or [k, n]. `down` [k, r, in]: the lora_down of each row of lora_up, before the step.
+    `w`, `g` [k, n] and `state` in the moments' type: "exp_avg" m and "exp_avg_sq" v [k, n], and the techniques'
+    buffers, [k, 1] or [k, n]. `down` [k, r, in]: the lora_down of each row of lora_up, before the step.
     """
     on = recipe.techniques
     m, v = state["exp_avg"], state["exp_avg_sq"]
