@@ -38,7 +38,7 @@ def with_table(page: str) -> str:
 
 def stub() -> str:
     """The text of keywords.pyi."""
-    lines = (f"    {name}: {item.annotation}" for name, item in arguments().items())
+    lines = (f"    {name}: {item.annotation}".replace("'", '"') for name, item in arguments().items())
     return "\n".join(
         (
             "# Written by `python -m library.optimizers.custom_adamw.page` from the techniques' declarations",
