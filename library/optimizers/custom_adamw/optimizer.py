@@ -146,8 +146,11 @@ class CustomAdamW(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters]
         current = self._current_plan(parameters, grads)
-        current.step(self._items(current, grads))
-        self._warn_of_decay()
+        for group in self.param_groups:
+            group["step"] += 1
+        decays = [decayed_weight_decay(group, group["step"]) for group in self.param_groups]
+        current.step(self._items(current, grads, decays))
+        self._warn_of_decay(decays)
         return loss
 
     def observe(self, loss: float, gradient_norm: float | None = None, validation_loss: float | None = None) -> None:
@@ -170,12 +173,11 @@ class CustomAdamW(Optimizer):
                 self._told_tier = True
         return self._plan
 
-    def _items(self, current: plan.Plan, grads: list[Tensor | None]) -> list[plan.Item]:
-        """What has a gradient, with its rates; counts the groups' and the parameters' steps."""
+    def _items(self, current: plan.Plan, grads: list[Tensor | None], decays: list[float]) -> list[plan.Item]:
+        """What has a gradient, with its rates; counts the parameters' steps."""
         items = []
         everything = zip(grads, current.places, current.states, strict=True)
-        for group in self.param_groups:
-            group["step"] += 1
+        for group, decay in zip(self.param_groups, decays, strict=True):
             known: dict[int, Rates] = {}
             for grad, place, state in islice(everything, len(group["params"])):
                 if grad is None or place is None or state is None:
@@ -184,19 +186,21 @@ class CustomAdamW(Optimizer):
                     raise UserError("CustomAdamW: a gradient is sparse; use dense gradients (sparse=False)")
                 step = state["step"] = state["step"] + 1
                 if step not in known:
-                    known[step] = rates_of(group, step)
+                    known[step] = rates_of(group, step, decay)
                 items.append(plan.Item(place.stack, place.row, grad, known[step]))
         return items
 
-    def _warn_of_decay(self) -> None:
+    def _warn_of_decay(self, decays: list[float]) -> None:
         """Once: a weight decay that has vanished, or one that waits for losses nobody tells."""
         if self._warned_decay:
             return
-        for group in self.param_groups:
-            if group["weight_decay"] > 0 and decayed_weight_decay(group, group["step"]) < VANISHED:
-                logger.warning("CustomAdamW: the weight decay has fallen below 1e-8: nothing is regularised any more")
-                self._warned_decay = True
-                return
+        if any(
+            group["weight_decay"] > 0 and decay < VANISHED
+            for group, decay in zip(self.param_groups, decays, strict=True)
+        ):
+            logger.warning("CustomAdamW: the weight decay has fallen below 1e-8: nothing is regularised any more")
+            self._warned_decay = True
+            return
         adaptive = waiting(self.param_groups)
         if adaptive and adaptive[0]["step"] == self._plateau.earliest and "wd_seen" not in adaptive[0]:
             logger.warning("CustomAdamW: wd_schedule='adaptive' waits for losses: call optimizer.observe(loss)")

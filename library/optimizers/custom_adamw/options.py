@@ -67,7 +67,12 @@ class Recipes:
 
 def options_key(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Everything in a group that `Recipes` looks at."""
-    return (group["betas"], group["eps"], group["stochastic_rounding"], *techniques.key(group))
+    return (
+        group["betas"],
+        group["eps"],
+        group["stochastic_rounding"],
+        *(group[name] for name in techniques.for_tensors()),
+    )
 
 
 def decayed_weight_decay(group: Mapping[str, Any], step: int) -> float:
@@ -75,14 +80,14 @@ def decayed_weight_decay(group: Mapping[str, Any], step: int) -> float:
     return float(group["weight_decay"] * techniques.decay_factor(group, step))
 
 
-def rates_of(group: Mapping[str, Any], step: int) -> Rates:
+def rates_of(group: Mapping[str, Any], step: int, weight_decay: float) -> Rates:
     """The numbers for tensors of `group` at their own `step`; the same arithmetic as torch's AdamW, in double."""
     lr = float(group["lr"])
     beta1, beta2 = group["betas"]
     return Rates(
         step=float(step),
         lr=lr,
-        decay=1 - lr * decayed_weight_decay(group, group["step"]),
+        decay=1 - lr * weight_decay,
         step_size=lr / (1 - beta1**step),
         root_correction=(1 - beta2**step) ** 0.5,
     )

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -28,7 +29,7 @@ class Setting:
     below: float | None = None
     of_group: bool = False
 
-    @property
+    @cached_property
     def choices(self) -> tuple[str, ...]:
         """The values of a `Literal`."""
         return get_args(self.hint) if get_origin(self.hint) is Literal else ()
@@ -45,21 +46,24 @@ class Setting:
 
     def check(self, value: object) -> None:
         """Raise `UserError` for a value out of range. What is neither a switch nor a number nor a choice passes."""
-        kinds = {*get_args(self.hint), self.hint}
-        if value is None and NoneType in kinds:
+        if value is None and NoneType in self._kinds:
             return
         if self.hint is bool:
             fits, wanted = isinstance(value, bool), "True or False"
-        elif kinds & {int, float}:
+        elif self._kinds & {int, float}:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             fits, wanted = number and self._holds(value), f"a number{self._range}"  # type: ignore[arg-type]
         elif self.choices:
             fits, wanted = value in self.choices, f"one of {', '.join(self.choices)}"
-            wanted += did_you_mean(str(value), self.choices)
         else:
             return
         if not fits:
+            wanted += did_you_mean(str(value), self.choices)
             raise UserError(f"CustomAdamW: {self.name} = {value!r}; it must be {wanted}")
+
+    @cached_property
+    def _kinds(self) -> set[Any]:
+        return {*get_args(self.hint), self.hint}
 
     def _holds(self, value: float) -> bool:
         return (
@@ -70,7 +74,7 @@ class Setting:
             and not math.isnan(value)
         )
 
-    @property
+    @cached_property
     def _range(self) -> str:
         """The bounds in words, after a comma."""
         if self.minimum is not None and self.maximum is not None:

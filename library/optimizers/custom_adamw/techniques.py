@@ -13,14 +13,19 @@ from library.errors import UserError, did_you_mean
 from .setting import Setting
 from .technique import STAGES, Technique
 
-TECHNIQUES = {  # its switch: its class. In each stage of a step they come in this order
+TECHNIQUES = {  # its switch: its class. In each stage of a step (update.py) they come in this order
+    # the gradient
     "use_agr": "library.optimizers.custom_adamw.agr.AGR",
     "use_orthogonal_grad": "library.optimizers.custom_adamw.orthograd.OrthoGrad",
+    # what of it enters the momentum
     "use_adopt_stability": "library.optimizers.custom_adamw.adopt.ADOPT",
     "use_tam": "library.optimizers.custom_adamw.tam.TAM",
+    # the direction of the update
     "use_grams": "library.optimizers.custom_adamw.grams.Grams",
     "use_cautious": "library.optimizers.custom_adamw.cautious.Cautious",
+    # its size
     "use_alora": "library.optimizers.custom_adamw.alora.ALoRA",
+    # weight decay, and what the weights may not leave
     "dynamic_weight_decay": "library.optimizers.custom_adamw.dynamic_decay.DynamicWeightDecay",
     "use_spd": "library.optimizers.custom_adamw.spd.SPD",
 }
@@ -77,13 +82,15 @@ def with_arguments(constructor: Constructor) -> Constructor:
 
 
 @lru_cache
-def _of_recipe() -> tuple[str, ...]:
-    return tuple(item.name for kind in techniques() if kind.acts_at(*STAGES) for item in kind.settings())
+def acting_at(*stages: str) -> tuple[type[Technique], ...]:
+    """Those that act at one of these stages of a step."""
+    return tuple(kind for kind in techniques() if kind.acts_at(*stages))
 
 
-def key(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The settings of a group on which its tensors' steps depend."""
-    return tuple(group[name] for name in _of_recipe())
+@lru_cache
+def for_tensors() -> tuple[str, ...]:
+    """The settings on which the steps of a group's tensors depend."""
+    return tuple(item.name for kind in acting_at(*STAGES) for item in kind.settings())
 
 
 def switched_on(group: Mapping[str, Any]) -> list[Technique]:
@@ -98,16 +105,21 @@ def names_on(group: Mapping[str, Any]) -> list[str]:
 
 def acting(group: Mapping[str, Any]) -> list[Technique]:
     """What of it works on tensors, without what others exclude."""
-    on = switched_on(group)
+    on = [kind.of(group) for kind in acting_at(*STAGES) if group[kind.switch().name]]
     excluded = {option for technique in on for option in technique.excludes}
-    return [one for one in on if one.acts_at(*STAGES) and one.switch().name not in excluded]
+    return [technique for technique in on if technique.switch().name not in excluded]
+
+
+@lru_cache
+def _decaying() -> tuple[tuple[str, type[Technique]], ...]:
+    return tuple((kind.switch().name, kind) for kind in acting_at("decay_factor"))
 
 
 def decay_factor(group: Mapping[str, Any], step: int) -> float:
     """What a group's weight decay is multiplied by at its `step`-th step."""
     factor = 1.0
-    for kind in techniques():
-        if kind.acts_at("decay_factor") and group[kind.switch().name]:
+    for switch, kind in _decaying():
+        if group[switch]:
             factor *= kind.of(group).decay_factor(max(step, 1))
     return factor
 
