@@ -31,8 +31,6 @@ LARGEST = 2**22  # numbers in a tensor: one thread does all of it, with scratch 
 SMALLEST_SHARE = 2**15  # numbers that are worth starting a thread for
 SCRATCH_ARRAYS, LANES = 6, 16  # as in kernel/
 _KNOWN = [kind for kind in techniques() if kind.has_kernel()]
-
-
 _SETTINGS = [item for kind in _KNOWN for item in kind.settings()]
 
 
@@ -41,7 +39,7 @@ def _is_whole(item: Setting) -> bool:
     return item.hint is bool or bool(item.choices)
 
 
-# Structures that the techniques declare: kernel/ includes them from a header that is written when it is compiled
+# Structures that the techniques declare. kernel/ includes them from a header that is written when it is compiled
 
 
 class _Recipe(ctypes.Structure):
@@ -56,6 +54,8 @@ class _Recipe(ctypes.Structure):
 
 
 class _State(ctypes.Structure):
+    """Addresses of the buffers that techniques have with their usual settings; null where one is off."""
+
     _fields_ = [(buffer.name, ctypes.c_void_p) for kind in _KNOWN for buffer in kind().buffers()]
 
 

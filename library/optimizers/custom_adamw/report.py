@@ -70,17 +70,15 @@ def _unmet(groups: list[Group], hint: str) -> list[str]:
 def announce_tier(plan: Plan, settings: Settings) -> None:
     """What runs the step, and what a faster one lacks."""
     logger.info("CustomAdamW: the step runs as %s", " and ".join(plan.tiers) or "nothing: no parameter has a gradient")
-    if settings.implementation != "auto":
-        return
-    devices = {stack.layout.device.type for stack in plan.stacks if not stack.layout.native}
-    if "cpu" in devices:
+    wanted, devices = settings.implementation, {s.layout.device.type for s in plan.stacks if not s.layout.native}
+    if "cpu" in devices and wanted in ("auto", "native"):
         try:
             native.library()
         except native.Unavailable as reason:
             logger.warning("CustomAdamW: no CPU kernel (%s); the step is slower without it", reason)
         else:
             _announce_unknown(plan)
-    if "cuda" in devices and not plan.batched["cuda"].compiled:
+    if "cuda" in devices and wanted == "auto" and not plan.batched["cuda"].compiled:
         logger.warning("CustomAdamW: no Triton, so the step is not compiled; it is slower without it")
 
 
