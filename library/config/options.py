@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal, get_type_hints
 
 from library.config import kohya, source
+from library.config.custom_adamw import CustomAdamWOptions
 from library.config.data import DataOptions
 from library.config.divergence import DivergenceOptions
 from library.config.ema import EmaOptions
@@ -144,38 +145,6 @@ class OptimizerOptions:
         if self.use_8bit_adam:
             return "AdamW8bit"
         return "Lion" if self.use_lion_optimizer else self.optimizer_type or "AdamW"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CustomAdamWOptions:
-    """CustomAdamW's own settings (--optimizer_type CustomAdamW; each can stand in --optimizer_args as well)"""
-
-    optim_bits: int | None = option(None, help="bits of the optimizer's state, 8 or 32 (default: 8)")
-    min_8bit_size: int | None = option(None, minimum=0, help="smaller tensors keep 32 bits (default: 4096)")
-    is_paged: bool | None = option(None, help="keep the state in CUDA's paged memory (default: off)")
-    use_spd: bool | None = option(None, help="use selective projection decay (default: on)")
-    spd_lambda: float | None = option(None, minimum=0, maximum=1, help="strength of that decay (default: 0.06)")
-    use_cautious: bool | None = option(None, help="mask updates that disagree with the gradient (default: on)")
-    use_orthogonal_grad: bool | None = option(
-        None, help="take the part of the gradient orthogonal to lora_down (default: off)"
-    )
-    use_adopt_stability: bool | None = option(
-        None, help="normalise by the previous second moment, clipped (ADOPT) (default: off)"
-    )
-    use_grams: bool | None = option(
-        None, help="take the direction from the gradient, the size from the momentum (default: off)"
-    )
-    use_agr: bool | None = option(None, help="shrink the entries that dominate a gradient (default: on)")
-    use_tam: bool | None = option(None, help="damp gradients that turn against the momentum (default: off)")
-    tam_beta: float | None = option(None, minimum=0, maximum=1, help="memory of that damping (default: 0.9)")
-    use_alora: bool | None = option(
-        None, help="give lora_up a higher rate, less where the adapter has grown (default: off)"
-    )
-    alora_ratio: float | None = option(None, minimum=0, help="how much higher, at the start (default: 2.0)")
-
-    def given(self) -> dict[str, object]:
-        """What the user set, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

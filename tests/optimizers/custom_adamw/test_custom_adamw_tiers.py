@@ -228,14 +228,14 @@ class TestFallingBack:
     def test_a_cache_that_cannot_be_written(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("not a folder")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        assert isinstance(build.shared_library(native.SOURCES / "step.cpp"), ctypes.CDLL)
+        assert isinstance(build.shared_library(native.SOURCES / "step.cpp", native.declarations()), ctypes.CDLL)
 
     @needs_kernel
     def test_compiled_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        build.shared_library(native.SOURCES / "step.cpp")
+        build.shared_library(native.SOURCES / "step.cpp", native.declarations())
         monkeypatch.setattr(build, "compile_into", lambda *_: pytest.fail("compiled again"))
-        build.shared_library(native.SOURCES / "step.cpp")
+        build.shared_library(native.SOURCES / "step.cpp", native.declarations())
         assert [file.suffix for file in (tmp_path / "custom-adamw").iterdir()] == [".so"]
 
     def test_a_step_that_cannot_be_compiled(
