@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library import rng
 from library.config import source
 from library.config.options import NetworkOptions, Options
 from library.errors import UserError
@@ -43,6 +44,8 @@ def make_network(plan: Plan, accelerator: Accelerator) -> Any:
     }
     text_encoders, unet = family.third_party_text_encoders(), family.third_party_unet()
     start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
+    # A third party's initial weights come from torch's own stream, which every process begins anywhere.
+    torch.manual_seed(rng.key_of(plan.seed, "network") >> 1)
     with _refusals(wanted.network_module):
         network = create(creator, wanted, start, (family.vae, text_encoders, unet), arguments)
     if wanted.scale_weight_norms:

@@ -187,6 +187,10 @@ def test_lycoris_trains_by_kohyas_protocol(train, tmp_path):
     assert any("hada_w1_a" in key for key in tensors)
     assert metadata(tmp_path)["ss_network_module"] == "lycoris.kohya"
     assert json.loads(metadata(tmp_path)["ss_network_args"])["algo"] == "loha"
+    # its initial weights come from torch's stream, which must be the seed's, on every process
+    torch.manual_seed(5)
+    assert train(*words, "preset=attn-mlp", "--output_name", "again") == 0
+    assert same(tensors, weights(tmp_path, "again"))
 
 
 def test_lycoris_needs_no_other_words_than_in_kohyas_scripts(train, tmp_path, capsys):
