@@ -52,7 +52,7 @@ def refuse_useless(
     if verdict == "stands still" and judged(gradient=LARGE * GRADIENT) != "moves":
         raise UserError(
             f"{named}: no weight moves, so that nothing would be trained: in {PATIENCE} steps on a small LoRA every "
-            f"lora_up stays 0{_remedy(dtype)}"
+            f"lora_up stays 0{_remedy(dtype, 'a higher')}"
         )
     if verdict == "stands still":
         logger.warning(
@@ -121,10 +121,10 @@ def _why(choice: OptimizerChoice, dtype: torch.dtype) -> str:
             f": its eps of {eps:g} is 0 in fp16. Give --optimizer_args eps=1e-4, an 8-bit optimizer (they compute in "
             "fp32), or --full_bf16 instead"
         )
-    return _remedy(dtype)
+    return _remedy(dtype, "a lower")
 
 
-def _remedy(dtype: torch.dtype) -> str:
+def _remedy(dtype: torch.dtype, other: str) -> str:
     if dtype == torch.float16:
         return (
             ". The numbers that it keeps are too small for fp16: leave --full_fp16 out, so that the LoRA's weights "
@@ -132,4 +132,4 @@ def _remedy(dtype: torch.dtype) -> str:
         )
     if dtype == torch.bfloat16:
         return ". Leave --full_bf16 out, so that the LoRA's weights are trained in fp32"
-    return ". Its rate or its --optimizer_args are too large or too small, or it is not for LoRAs"
+    return f": {other} --learning_rate is the usual cure; or its --optimizer_args are wrong, or it is not for LoRAs"

@@ -22,8 +22,9 @@ def keep_types(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> No
         return
     for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for parameter, number in zip(group["params"], before["params"], strict=True):
-            state, kept = optimizer.state[parameter], saved["state"].get(number, {})
-            state.update({name: _typed(state[name], value) for name, value in kept.items()})
+            if kept := saved["state"].get(number):
+                state = optimizer.state[parameter]
+                state.update({name: _typed(state[name], value) for name, value in kept.items()})
 
 
 def _typed(loaded: Any, saved: Any) -> Any:
