@@ -249,7 +249,7 @@ def test_keywords_of_a_typed_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         name: source.read_signature(f"library_of_keywords.target.{name}", where="")
         for name in ("Target", "needs", "loose")
     }
-    annotations = {"first": "int", "a": "float", "b": "typing.Literal['x', 'y']"}
+    annotations = {"first": "int", "a": "float", "b": "Literal['x', 'y']"}
     assert found["Target"] == source.SourceSignature(annotations, frozenset({"first"}), takes_any=False)
     assert found["needs"] == source.SourceSignature({"c": "int"}, frozenset({"c"}), takes_any=False)
     assert found["loose"] == source.SourceSignature({}, frozenset(), takes_any=True)
