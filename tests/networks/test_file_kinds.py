@@ -178,7 +178,9 @@ class Model(nn.Module):
 
 
 # peft takes a bias of a LoRA, which has one axis, for a shard; its BOFT wants to compile a CUDA extension
-@pytest.mark.filterwarnings("ignore:Adapter 'default'. 1 LoRA tensor", "ignore:Failed to load the CUDA", "ignore:Setting boft_")
+@pytest.mark.filterwarnings(
+    "ignore:Adapter 'default'. 1 LoRA tensor", "ignore:Failed to load the CUDA", "ignore:Setting boft_"
+)
 @pytest.mark.parametrize(
     ("config", "settings", "kind"),
     [
