@@ -1,19 +1,23 @@
 # `make demo` trains a LoRA on what ships here; `make test` checks everything that fits in 20 minutes on two cores.
 # Both set up a virtual environment in .venv first. Windows and other ways without make: see README.md.
+# `make test-gpu` runs on an NVIDIA GPU, with the packages of .venv or, without one, those of python3: docs/gpu.md.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full test-gpu lint clean
 
 demo: .venv/ready
 	$(BIN)/python train_network.py --config_file configs/quickstart.toml --overwrite
 
 test: .venv/ready-test lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-full: .venv/ready-test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu tests/gpu
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from library import log, processes
+from library import gpu, log, processes
 from library.config import parser
 from library.errors import CommonError, UserError
 
@@ -36,6 +36,10 @@ def _main(argv: list[str] | None, family: str | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if reason := gpu.explained(error):
+            processes.let_the_first_speak()
+            print(f"error: {reason}", file=sys.stderr)
+            return 2
         if not processes.is_of_a_lost_one(error):
             raise
         processes.let_the_first_speak()

@@ -62,7 +62,7 @@ class BareLoop:
         torch.manual_seed(42)
         self.bf16 = bf16
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype)
+        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype)
         self.unet.requires_grad_(False).train()
         adapters = inject(self.unet, {"Transformer2DModel"}, rank=rank, alpha=rank / 2)
         self.text_encoder = None

@@ -131,7 +131,7 @@ def contenders() -> dict[str, Callable[[Named], Any]]:
 
 
 def everything_off() -> dict[str, bool]:
-    from library.optimizers.custom_adamw.options import TECHNIQUES
+    from library.optimizers.custom_adamw.techniques import TECHNIQUES
 
     return dict.fromkeys(TECHNIQUES, False)
 

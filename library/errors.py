@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -32,6 +33,8 @@ def nearest_path(path: Path) -> str:
     """A hint for a path that cannot be used: what hinders it, or the nearest name to its first part that is missing."""
     if path.parts[:1] and path.parts[0].startswith("~"):
         return f"; '{path.parts[0]}' is not replaced by a home folder here: write it in full"
+    if path.name.endswith('"'):
+        return "; it ends with a quote: before it stands a backslash, which on Windows makes it a letter"
     hindrance = _hindrance(path)
     if hindrance:
         return f"; {hindrance}"
@@ -39,13 +42,25 @@ def nearest_path(path: Path) -> str:
     while not os.path.exists(wrong.parent) and wrong.parent != wrong:
         wrong = wrong.parent
     try:
-        names = [entry.name for entry in wrong.parent.iterdir()]
+        names = {unicodedata.normalize("NFC", entry.name): entry.name for entry in wrong.parent.iterdir()}
     except OSError:
         return ""
-    near = difflib.get_close_matches(wrong.name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(unicodedata.normalize("NFC", wrong.name), names, n=1, cutoff=0.5)
     if near:
-        return f", did you mean '{wrong.parent / near[0]}'?"
+        name = names[near[0]]
+        alike = " It differs only in how accents are stored: copy it from there." * look_alike(name, wrong.name)
+        return f", did you mean '{wrong.parent / name}'?{alike}"
     return f"; there is no '{wrong}'" if wrong != path else ""
+
+
+def look_alike(*names: str) -> bool:
+    """Whether different names are the same but for the form of Unicode: "é" in one piece, or "e" and an accent."""
+    return len({unicodedata.normalize("NFC", name) for name in names}) < len(set(names))
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """The names for a message, with the codes of characters where some look alike."""
+    return [ascii(name) for name in names] if look_alike(*names) else list(names)
 
 
 def is_utf8(text: str) -> bool:

@@ -136,6 +136,10 @@ class LoRA(AdapterModule):
             norms |= zip(places, squares.sqrt().unbind(), strict=True)
         return [norms[index] * abs(adapter.scale) for index, adapter in enumerate(adapters)]
 
+    def is_zero(self) -> bool:
+        """Whether a factor is zero: `up` is in a new adapter. Two factors with a zero product count as something."""
+        return not (self.lora_up.weight.any() and self.lora_down.weight.any())
+
     def scale_weights(self, ratio: float) -> None:
         self.lora_down.weight.mul_(ratio**0.5)
         self.lora_up.weight.mul_(ratio**0.5)
@@ -248,7 +252,7 @@ def create_network_from_weights(
     """
     if weights_sd is None:
         assert file is not None, "neither a file nor weights"
-        weights_sd = read_weights(file)
+        weights_sd = read_weights(file, purpose="is trained by networks.lora")
     sites = find_sites(targets, conv=True)
     weights_sd = in_names_of(sites, weights_sd)
     modules = {name: tensors for name, tensors in by_module(weights_sd).items() if "lora_down.weight" in tensors}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from networks.base_weights import with_multipliers
 from networks.lora import create_network_from_weights
 from networks.weights import by_module, read_weights, some_names
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PAIR = (".lora_down.weight", ".lora_up.weight", ".alpha")
+PURPOSE = "is merged into the base"  # see networks.weights.check_adapter_file
 
 
 @dataclass
@@ -36,14 +37,13 @@ class BaseWeights:
 
     def __init__(self, files: Sequence[str], multipliers: Sequence[float]) -> None:
         """Read the files. A file without a multiplier has 1. `UserError` for one that holds more than plain LoRA."""
-        factors = [*multipliers, *[1.0] * (len(files) - len(multipliers))]
-        self._files = [_File(name, factor, read_weights(name)) for name, factor in zip(files, factors, strict=True)]
-        for file in self._files:
-            other = next((key for key in file.tensors if not key.endswith(_PAIR)), None)
-            if other is not None:
-                raise UserError(
-                    f"--base_weights {file.name}: {other} is no part of a plain LoRA; only those are merged"
-                )
+        try:
+            self._files = [
+                _File(name, factor, read_weights(name, purpose=PURPOSE))
+                for name, factor in with_multipliers(files, multipliers)
+            ]
+        except UserError as error:
+            raise UserError(f"--base_weights {error}") from None
 
     def fingerprint(self) -> str:
         """What these files change, as text, for the names of caches; empty without files."""

@@ -1,15 +1,18 @@
 """Other programs' names for the tensors of a LoRA, turned into kohya's, and back.
 
-Three ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Diffusion:
+Five ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Diffusion:
 
 * kohya: `lora_unet_down_blocks_0_….lora_down.weight`, `.lora_up.weight`, `.alpha`;
 * PEFT: `base_model.model.down_blocks.0.….lora_A.weight`, `.lora_B.weight`; alpha in `adapter_config.json` beside;
 * diffusers: `unet.….lora.down.weight`, or PEFT's ends behind `unet.`; older files name the attention's processor
-  (`….attn1.processor.to_q_lora.down.weight`). alpha, if any, in the file's metadata under `lora_adapter_metadata`.
+  (`….attn1.processor.to_q_lora.down.weight`). alpha, if any, in the file's metadata under `lora_adapter_metadata`;
+* OneTrainer: kohya's ends and alpha behind `lora_unet.`, `lora_te1.` and the path with its dots, or, as its newer files
+  have it, behind `unet.input_blocks.1.1.…`, `clip_l.`, `clip_g.`: the UNet's layers have their original names then;
+* ComfyUI: the original names behind `diffusion_model.` and `text_encoders.clip_l.transformer.`, mostly without alpha.
 
-Nothing here needs the model: names of Stable Diffusion's layers are the same in all three but for dots. Only SDXL's
-UNet is called by its original names in kohya's files. Where a file does not tell that it is for SDXL, that is settled
-when the model is known (`network.in_names_of`).
+Nothing here needs the model: names of Stable Diffusion's layers are the same in all of them but for dots, and the
+original names of a UNet's layers. SDXL's UNet has those in kohya's files as well. Where a file does not tell that it is
+for SDXL, that is settled when the model is known (`network.in_names_of`).
 """
 
 from __future__ import annotations
@@ -17,21 +20,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.config.json_text import parse_json
 from library.errors import UserError
+from library.models.adapter_file import KOHYA_PREFIXES
 from library.models.checkpoint import original_unet_name, unet_name
-
-Naming = Literal["kohya", "diffusers", "PEFT"]
-
-KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 
 # (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight"
 _ENDINGS = (
+    (re.compile(r"\.lora_down\.weight"), "lora_down.weight"),
+    (re.compile(r"\.lora_up\.weight"), "lora_up.weight"),
     (re.compile(r"\.lora_A(?:\.\w+)?\.weight"), "lora_down.weight"),
     (re.compile(r"\.lora_B(?:\.\w+)?\.weight"), "lora_up.weight"),
     (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight"), "lora_down.weight"),
@@ -39,7 +41,15 @@ _ENDINGS = (
     (re.compile(r"\.alpha"), "alpha"),
 )
 _WRAPPER = "base_model.model."
-_PARTS = ("unet", "text_encoder", "text_encoder_2")
+# How the names of a part's tensors begin, by the program that writes them
+_PARTS = {
+    "unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
+    "lora_unet.": "unet", "lora_te.": "text_encoder", "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2",
+    "clip_l.": "text_encoder", "clip_g.": "text_encoder_2", "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}  # fmt: skip
+_OF_SDXL = "lora_te1."  # a prefix that OneTrainer has for SDXL only
 _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
 _LAYERS_PER_BLOCK = 2  # of SDXL's UNet
 # The words of paths that have underscores of their own
@@ -49,6 +59,7 @@ _WORDS = re.compile(
     r"[a-z0-9]+"
 )
 _ONLY_SDXL = re.compile(r"\.transformer_blocks\.[1-9]")  # of the others, each attention has but one
+_PROJECTION = "text_projection"  # of SDXL's second text encoder, which OneTrainer adapts
 _TEXT_PATH = re.compile(r"(?:text_model\.)?(?:encoder|embeddings|final_layer_norm)\b.*")
 # the attention layers of a text encoder in the oldest files are called as a UNet's
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -56,27 +67,17 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 
 @dataclass(frozen=True)
 class _Place:
-    """The layer that a tensor belongs to: `part` of `_PARTS` and the path below it, without "text_model."."""
+    """The layer that a tensor belongs to: part "unet", "text_encoder" or "text_encoder_2" and the path below it, in
+    diffusers' names and without "text_model."."""
 
     part: str
     path: str
 
 
-def naming_of(tensors: Mapping[str, object]) -> Naming | None:
-    """Whose names these are; None if they are no LoRA's that is known."""
-    if any(key.startswith(KOHYA_PREFIXES) for key in tensors):
-        return "kohya"
-    if any(re.search(r"\.lora_[AB]\.", key) and not key.startswith(_PARTS) for key in tensors):
-        return "PEFT"
-    if any(ending.search(key) for key in tensors for ending, kind in _ENDINGS if kind != "alpha"):
-        return "diffusers"
-    return None
-
-
 def to_kohya(
     tensors: Mapping[str, Tensor], *, config: Mapping[str, Any] | None = None, source: str
 ) -> dict[str, Tensor]:
-    """The tensors of a diffusers or PEFT file under kohya's names, each layer with its alpha.
+    """The tensors of another program's file under kohya's names, each layer with its alpha.
 
     `config`: what stands beside the tensors about their scale: PEFT's adapter_config.json, or the content of diffusers'
     `lora_adapter_metadata`. Without one alpha is the rank, as both programs have it. Raises UserError for a tensor
@@ -88,6 +89,7 @@ def to_kohya(
         if found.setdefault(place, {}).setdefault(kind, tensor) is not tensor:
             raise UserError(f"{source}: two tensors for one layer's {kind}; the second is {key}")
     xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
+    xl = xl or any(key.startswith(_OF_SDXL) for key in tensors)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
         lacking = {"lora_down.weight", "lora_up.weight"} - own.keys()
@@ -102,8 +104,6 @@ def to_kohya(
 
 def _read(key: str, source: str) -> tuple[_Place, str]:
     """Which layer a tensor belongs to, and what it is there, in kohya's words."""
-    if "lora_magnitude_vector" in key:
-        raise UserError(f"{source}: {key} is a magnitude of DoRA, which networks.lora does not have")
     for ending, kind in _ENDINGS:
         match = ending.search(key)
         if match and match.end() == len(key):
@@ -112,8 +112,11 @@ def _read(key: str, source: str) -> tuple[_Place, str]:
 
 
 def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
-    part = next((part for part in _PARTS if path.startswith(f"{part}.")), None)
-    path = path.removeprefix(f"{part}.").removeprefix(_WRAPPER).replace(".processor.", ".")
+    prefix = next((prefix for prefix in _PARTS if path.startswith(prefix)), "")
+    part = _PARTS.get(prefix)
+    path = path.removeprefix(prefix).removeprefix(_WRAPPER).replace(".processor.", ".")
+    if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
+        path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
     if part is None:
         part = "unet" if _UNET_PATH.fullmatch(path) else "text_encoder" if _TEXT_PATH.fullmatch(path) else None
     if part is None:
@@ -122,8 +125,8 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
         if old and path.endswith(".to_out"):
             path += ".0"
         return _Place(part, path)
-    above, _, last = path.removeprefix("text_model.").rpartition(".")
-    return _Place(part, f"{above}.{_OLD_TEXT.get(last, last)}")
+    above, dot, last = path.removeprefix("text_model.").rpartition(".")
+    return _Place(part, f"{above}{dot}{_OLD_TEXT.get(last, last)}")
 
 
 def _kohya_name(place: _Place, *, xl: bool) -> str:
@@ -132,7 +135,8 @@ def _kohya_name(place: _Place, *, xl: bool) -> str:
         path = original_unet_name(place.path, layers_per_block=_LAYERS_PER_BLOCK) if xl and block else place.path
         return "lora_unet_" + path.replace(".", "_")
     number = {"text_encoder": "1" if xl else "", "text_encoder_2": "2"}[place.part]
-    return f"lora_te{number}_text_model_" + place.path.replace(".", "_")
+    above = "" if place.path == _PROJECTION else "text_model_"  # it lies beside the text model
+    return f"lora_te{number}_{above}" + place.path.replace(".", "_")
 
 
 def _alpha(config: Mapping[str, Any], place: _Place, rank: int, source: str) -> float:

@@ -142,6 +142,16 @@ class AdapterModule(nn.Module):
         """Multiply `delta_weight` by `ratio`, in place."""
         raise NotImplementedError
 
+    def stays_zero(self) -> bool:
+        """Whether it is not trained and adds nothing to its layer: it never will. Not known on the meta device."""
+        if any(parameter.requires_grad or parameter.is_meta for parameter in self.parameters()):
+            return False
+        return self.is_zero()
+
+    def is_zero(self) -> bool:
+        """Whether `delta_weight` is zero everywhere."""
+        return not bool(self.delta_weight().any())
+
 
 def _read_scale(module: AdapterModule, _: object) -> None:
     """A file's alpha is part of what it does: weights loaded with it act as they did when they were saved."""
@@ -254,7 +264,7 @@ class AdapterNetwork(nn.Module):
         Kohya's `scale_weight_norms`. The adapters stay where they lie: `device` is part of the protocol only.
         """
         adapters = list(self.adapters)
-        norms: list[float] = torch.stack([adapter.weight_norm() for adapter in adapters]).tolist()  # one sync
+        norms: list[float] = self.weight_norms().tolist()  # the host waits for the device once
         over = [(adapter, norm) for adapter, norm in zip(adapters, norms, strict=True) if norm > max_norm_value]
         for adapter, norm in over:
             adapter.scale_weights(max_norm_value / norm)
@@ -275,7 +285,8 @@ class AdapterNetwork(nn.Module):
         Each also tells "param_names" and "lora_scale" (alpha / rank), for optimizers that know of LoRA; adapters of
         another scale than the section's usual one form groups of their own.
 
-        A rate of None is `default_lr`. A rate of 0 freezes what it is for: that stays in effect and is saved as it is.
+        A rate of None is `default_lr`. A rate of 0 freezes what it is for: that stays in effect, and is saved as it is
+        unless it adds nothing.
         `text_encoder_lr` may be a list with one rate per text encoder; a list of one is for all.
         """
         sections = self.sections()
@@ -297,9 +308,7 @@ class AdapterNetwork(nn.Module):
             )
             for name, (rate, members) in parts.items():
                 if rate == 0:
-                    logger.warning("%s: learning rate 0, its %d adapters are not trained", name, len(members))
-                    for adapter in members:
-                        adapter.requires_grad_(False)
+                    rates.freeze(name, members)
                     continue
                 groups += _groups(name, members, rate, self.plus_ratios.get(adapters[0].site.part))
         if not groups:
@@ -324,20 +333,26 @@ class AdapterNetwork(nn.Module):
     # -- files
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write a file in kohya's names; `dtype` None keeps the dtype that was trained.
+        """Write a file in kohya's names, of `file_tensors`; `dtype` None keeps the dtype that was trained.
 
         Its ending decides: .safetensors, or else (.ckpt, .pt) a pickled table of tensors, which holds no metadata.
         """
-        tensors = {key: value.to("cpu", dtype or value.dtype).contiguous() for key, value in self.state_dict().items()}
+        kept = self.file_tensors()
+        tensors = {key: value.to("cpu", dtype or value.dtype).contiguous() for key, value in kept.items()}
         if file.endswith(".safetensors"):
             save_file(tensors, file, dict(metadata) if metadata else None)
         else:
             # clones: a tensor that shares its storage would bring all of it along
             torch.save({key: value.clone() for key, value in tensors.items()}, file)
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What a file holds: all adapters but those that are frozen at zero, which would only fill it."""
+        zero = {adapter.site.name for adapter in self.adapters if adapter.stays_zero()}
+        return {key: tensor for key, tensor in self.state_dict().items() if key.partition(".")[0] not in zero}
+
     def load_weights(self, file: str) -> LoadReport:
         """Load a file, whatever its naming; see `load_tensors`."""
-        return self.load_tensors(read_weights(file), file)
+        return self.load_tensors(read_weights(file, purpose="fits this network"), file)
 
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
         """Load tensors in kohya's names, from `source`. `UserError` if none fits or a layer has another shape."""

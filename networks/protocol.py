@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.models.adapter_file import describe
 from networks.network import AdapterNetwork
 from networks.weights import LoadReport, by_module, check_loaded, compare
 
@@ -98,6 +99,7 @@ def load_weights(network: Network, file: str, tensors: Mapping[str, Tensor]) -> 
     if isinstance(network, AdapterNetwork):
         return network.load_tensors(tensors, file)
     ours = network.state_dict()
+    _refuse_another_kind(ours, file, tensors)
     modules = by_module(tensors).keys()
     # what a file does not say stays as it is: old files have no alpha
     unsaid = {key: ours[key] for key in ours if key.endswith(".alpha") and key.partition(".")[0] in modules}
@@ -115,6 +117,21 @@ def load_weights(network: Network, file: str, tensors: Mapping[str, Tensor]) -> 
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, converted)
         network.load_weights(converted)
     return report
+
+
+def file_tensors(network: Network) -> Mapping[str, Tensor]:
+    """What the network's file holds, as far as it can be told: others than ours may write something else."""
+    return network.file_tensors() if isinstance(network, AdapterNetwork) else network.state_dict()
+
+
+def _refuse_another_kind(ours: Mapping[str, Tensor], file: str, tensors: Mapping[str, Tensor]) -> None:
+    """`UserError` where a file's layers are of none of the kinds that the network's are."""
+    kinds = [describe({name: tuple(tensor.shape) for name, tensor in table.items()}) for table in (ours, tensors)]
+    network, theirs = kinds
+    if network and theirs and theirs.layers and not network.layers.keys() & theirs.layers.keys():
+        fitting = "--network_module networks.lora, or LyCORIS' algo=lora" if theirs.is_plain else theirs.made_by
+        advice = f". It goes with {fitting}" if fitting else ""
+        raise UserError(f"--network_weights {file} is {theirs.title}, and the network here is {network.title}{advice}")
 
 
 def step_hook(network: Network) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError, did_you_mean
 from networks.blocks import SD, Blocks, block_of, depth_of
+from networks.weights import some_names
 
 if TYPE_CHECKING:
     from networks.network import AdapterModule, Site
@@ -148,3 +149,13 @@ def check_patterns(patterns: PatternRates, sites: Sequence[Site]) -> None:
             raise UserError(
                 f"network_reg_lrs: '{regex.pattern}' {why} of the {len(sites)} adapted layers, such as {sites[0].path}"
             )
+
+
+def freeze(group: str, adapters: Sequence[AdapterModule]) -> None:
+    """Leave these adapters as they are, and say which of them will not be in the file."""
+    for adapter in adapters:
+        adapter.requires_grad_(False)
+    logger.warning("%s: learning rate 0, its %d adapters are not trained", group, len(adapters))
+    if zero := [adapter.site.name for adapter in adapters if adapter.stays_zero()]:
+        logger.warning("%s: %d of these add nothing and are not in the file:%s", group, len(zero), some_names(zero))
+        logger.debug("%s: all of these:\n  %s", group, "\n  ".join(zero))

@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
+from library.models.adapter_file import AdapterFile, is_of_embedding
+from library.models.detect import kind_of_file
 from library.models.tensors import read_index
-from networks.naming import KOHYA_PREFIXES, Naming, naming_of, read_config, to_kohya
+from networks.naming import read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_WHOLE_NUMBERS = (".alpha", ".on_input", ".bias_indices", ".bias_size")  # ends of names that may hold them
 _NAMES_SHOWN = 5  # of those that do not fit; --console_log_level DEBUG shows all
 
 
@@ -33,49 +36,62 @@ class LoadReport:
     missing: tuple[str, ...]  # in the network, not in the file: they start fresh
     unexpected: tuple[str, ...]  # in the file, not in the network: they are not used
     mismatched: tuple[str, ...]  # in both, with other tensors or shapes; each says how they differ
+    only_ranks: bool = False  # whether all of these are low-rank pairs that differ in nothing but the rank
 
 
-def read_weights(file: str | Path) -> dict[str, Tensor]:
+def read_weights(file: str | Path, *, purpose: str = "", keep_embeddings: bool = False) -> dict[str, Tensor]:
     """The tensors of an adapter file in kohya's names, on the CPU, whatever names the file has.
 
-    `UserError` if it is no such file.
+    Embeddings beside them are left out with a warning, unless they are to be kept. `UserError` if it is no such file,
+    or, where a `purpose` is given, if it holds more than low-rank pairs; the purpose ends that sentence: "and only
+    plain LoRA {purpose}".
     """
-    path, tensors = Path(file), read_tensors(file)
-    naming = _naming(path, tensors)
-    if naming == "kohya":
-        return tensors
+    path = Path(file)
+    adapter, tensors = check_adapter_file(path, purpose=purpose), read_tensors(path)
+    embeddings = {name: tensor for name, tensor in tensors.items() if is_of_embedding(name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in embeddings}
+    if embeddings and not keep_embeddings:
+        words = ", ".join(adapter.embeddings)
+        logger.warning("%s: textual inversion embeddings beside the LoRA are left out: %s", path, words)
+        embeddings = {}
+    if adapter.naming == "kohya":
+        return tensors | embeddings
     config = _config_of(path)
     converted = to_kohya(tensors, config=config, source=str(path))
-    scaled = "with the alphas of its configuration" if config else "with alpha = rank, since it names none"
-    logger.info("%s: names in %s's style, read %s", path, naming, scaled)
-    return converted
+    alphas = "the alphas of its configuration" if config else "alpha = rank, since it has none"
+    if any(name.endswith(".alpha") for name in tensors):
+        alphas = "its own alphas"
+    logger.info("%s: names in %s's style, read with %s", path, adapter.naming, alphas)
+    return converted | embeddings
 
 
-def check_adapter_file(file: str | Path) -> None:
-    """`UserError` if it is no adapter file: all that its names and sizes tell, before any model is loaded."""
-    path, entries = Path(file), read_index(Path(file)).entries
-    naming = _naming(path, entries)
-    for name, entry in entries.items():
+def check_adapter_file(file: str | Path, *, purpose: str = "") -> AdapterFile:
+    """What an adapter file holds, by its header alone, before any model is loaded. Raises as `read_weights` does."""
+    path = Path(file)
+    index = read_index(path)
+    found = kind_of_file(index)
+    if found.adapter is None:
+        raise UserError(f"{path} is {found.title}, and no LoRA")
+    adapter = found.adapter
+    if purpose and not adapter.is_plain:
+        advice = f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by and "train" in purpose else ""
+        raise UserError(f"{path} is {adapter.title}, and only plain LoRA {purpose}{advice}")
+    if adapter.naming is None:
+        raise UserError(
+            f"{path} is {adapter.title}, whose names no known program writes, such as {min(index.entries)!r}"
+        )
+    if adapter.naming != "kohya" and not adapter.is_plain:
+        raise UserError(f"{path} is {adapter.title}: names in {adapter.naming}'s style are read in plain LoRA only")
+    for name, entry in index.entries.items():
         if not entry.count:
             raise UserError(f"{path}: {name} has the shape {list(entry.shape)}: it holds nothing")
-        if "float" not in entry.dtype and not name.endswith("alpha"):
+        if "float" not in entry.dtype and not name.endswith(_WHOLE_NUMBERS):
             raise UserError(f"{path}: {name} holds {entry.dtype}, which are no weights")
-    for module, own in by_module(entries).items() if naming == "kohya" else ():
+    for module, own in by_module(index.entries).items() if adapter.naming == "kohya" else ():
         halves = {"lora_down.weight", "lora_up.weight"}
-        if len(found := halves & own.keys()) == 1:
-            raise UserError(f"{path}: {module} has a {min(found)} and no {min(halves - found)}")
-
-
-def _naming(path: Path, tensors: Mapping[str, object]) -> Naming:
-    naming = naming_of(tensors)
-    if naming is None and not tensors:
-        raise UserError(f"{path}: holds no tensors")
-    if naming is None:
-        raise UserError(
-            f"{path}: is no LoRA: no name begins with {', '.join(KOHYA_PREFIXES)}, and none is in the way of diffusers "
-            f"or PEFT; the first is {min(tensors)!r}"
-        )
-    return naming
+        if len(present := halves & own.keys()) == 1:
+            raise UserError(f"{path}: {module} has a {min(present)} and no {min(halves - present)}")
+    return adapter
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
@@ -127,10 +143,12 @@ def compare(network: Mapping[str, Tensor], file: Mapping[str, Tensor]) -> LoadRe
     """Compare two state dicts, layer by layer: a layer matches if all its tensors do, in name and shape."""
     ours, theirs = by_module(network), by_module(file)
     matched, mismatched = [], []
+    only_ranks = True
     for name in sorted(ours.keys() & theirs.keys()):
         difference = _difference(ours[name], theirs[name])
         if difference:
             mismatched.append(f"{name}{difference}")
+            only_ranks &= _differ_in_rank(ours[name], theirs[name])
         else:
             matched.append(name)
     return LoadReport(
@@ -138,6 +156,7 @@ def compare(network: Mapping[str, Tensor], file: Mapping[str, Tensor]) -> LoadRe
         missing=tuple(sorted(ours.keys() - theirs.keys())),
         unexpected=tuple(sorted(theirs.keys() - ours.keys())),
         mismatched=tuple(mismatched),
+        only_ranks=bool(mismatched) and only_ranks,
     )
 
 
@@ -152,12 +171,33 @@ def _difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str
     return ""
 
 
+_RANK_AXES = {"lora_down.weight": 0, "lora_up.weight": 1}
+
+
+def _differ_in_rank(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether two layers are low-rank pairs of the same sizes."""
+
+    def sizes(layer: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        found = {key: list(tensor.shape) for key, tensor in layer.items()}
+        for key, axis in _RANK_AXES.items():
+            if len(found.get(key, ())) > axis:
+                found[key][axis] = 0
+        return found
+
+    return sizes(ours) == sizes(theirs) and _RANK_AXES.keys() <= ours.keys()
+
+
 def check_loaded(report: LoadReport, source: str) -> None:
     """Say how much of `source` fits. `UserError` if nothing does, or where a layer has other shapes than the file."""
     if report.mismatched:
         raise UserError(
-            f"{source}: {len(report.mismatched)} layers are made otherwise than here:{some_names(report.mismatched)}\n"
-            "Take the ranks from the file with --dim_from_weights, or give those that it has."
+            f"{source}: {len(report.mismatched)} layers have other ranks or tensors in this file than in the network:"
+            f"{some_names(report.mismatched)}\n"
+            + (
+                "Take the ranks from the file with --dim_from_weights, or give those that it has."
+                if report.only_ranks
+                else "It is for a model of other sizes, or was made with other settings of the network."
+            )
         )
     if not report.matched:
         raise UserError(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Several test processes share the cores, and the model is small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,13 +21,30 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "quickstart" / "base"
 IMAGES = ROOT / "quickstart" / "images"
+PATIENCE = 400  # seconds until another process counts as hanging: beside other work it may take twenty times as long
 BASE_STYLE_IMAGES = ROOT / "tests" / "assets" / "noto"
+
+
+# No clock and no chance decide a test.
+calm = settings(deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("tests", calm)
+settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:
     """What the tests import stays to the end. Each collection of garbage would walk through all of it, more than a
-    million objects: a sixth of the time of a short training run."""
+    million objects: a sixth of the time of a short training run.
+
+    Some warnings torch gives once in a process: whichever test comes first would fail."""
     gc.freeze()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_warn_always(True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warnings_elsewhere(pytestconfig: pytest.Config) -> None:
+    """What is an error here is one in the processes that tests start."""
+    os.environ["PYTHONWARNINGS"] = ",".join(pytestconfig.getini("filterwarnings"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 
 from library import log
 from library.errors import UserError
-from tests.conftest import BASE, ROOT
+from tests.conftest import BASE, PATIENCE, ROOT
 
 
 def run(tmp_path: Path, *words: str, stderr: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def run(tmp_path: Path, *words: str, stderr: Any = subprocess.PIPE) -> subproces
     command = [sys.executable, str(ROOT / "train_network.py"), "--pretrained_model_name_or_path", str(BASE)]
     command += ["--train_data_dir", str(tmp_path / "absent"), "--output_dir", "out", "--xformers", "--resolution", "64"]
     return subprocess.run(
-        [*command, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=120
+        [*command, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=PATIENCE
     )
 
 
@@ -72,7 +72,10 @@ def test_nobody_reads_the_help():
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(
-        [sys.executable, str(ROOT / "train_network.py"), "--help"], stdout=writer, stderr=subprocess.PIPE, timeout=60
+        [sys.executable, str(ROOT / "train_network.py"), "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE,
     )
     os.close(writer)
     assert (result.returncode, result.stderr) == (0, b"")

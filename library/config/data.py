@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from library.config.fields import MAX_SIDE, option, read_range, read_resolution
+from library.config.fields import MAX_SIDE, option, read_range, read_resolution, read_skipped_resolution
 from library.errors import UserError
 
 
@@ -29,22 +29,33 @@ class DataOptions:
     bucket_reso_steps: int = option(
         64, minimum=1, maximum=MAX_SIDE, help="sides of buckets are multiples of this many pixels"
     )
+    skip_image_resolution: tuple[int, int] | None = option(
+        None,
+        read=read_skipped_resolution,
+        joined_by=",",
+        help="leave out images whose area is at most that of this size, such as 512 or 512,768: in a data set's file, "
+        "for a data set of a higher resolution beside another one",
+    )
     bucket_no_upscale: bool = option(False, help="never enlarge an image; its size decides about its bucket")
     caption_extension: str = option(
         ".caption", aliases=("caption_extention",), help="ending of the caption files; most data sets have .txt"
     )
-    caption_separator: str = option(",", help="what stands between the parts of a caption")
+    caption_separator: str = option(",", help="what stands between the parts of a caption", free_text=True)
     shuffle_caption: bool = option(False, help="shuffle the parts of a caption each time")
     keep_tokens: int = option(0, minimum=0, help="so many parts at the front are never moved, held back or dropped")
     keep_tokens_separator: str = option(
-        "", help="what stands behind the parts to keep, such as |||, instead of a number; a second one keeps the end"
+        "",
+        help="what stands behind the parts to keep, such as |||, instead of a number; a second one keeps the end",
+        free_text=True,
     )
     secondary_separator: str | None = option(
-        None, help="what stands within a part, such as ;;;, and becomes --caption_separator at the end"
+        None,
+        help="what stands within a part, such as ;;;, and becomes --caption_separator at the end",
+        free_text=True,
     )
     enable_wildcard: bool = option(False, help="draw one of {a|b|c} in captions, and one line of those with several")
-    caption_prefix: str | None = option(None, help="text before every caption")
-    caption_suffix: str | None = option(None, help="text behind every caption")
+    caption_prefix: str | None = option(None, help="text before every caption", free_text=True)
+    caption_suffix: str | None = option(None, help="text behind every caption", free_text=True)
     caption_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of captions that are left empty")
     caption_dropout_every_n_epochs: int = option(0, minimum=0, help="leave all captions empty in each n-th epoch")
     caption_tag_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="share of parts that are left out")

@@ -24,8 +24,10 @@ from library.config.fields import UNSET, BadValue
 from library.config.image_folders import find_image_folders
 from library.config.json_text import parse_json
 from library.config.options import Options
+from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_text, read_toml
 from library.errors import UserError, did_you_mean, nearest_path
+from library.paths import on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,8 @@ class SubsetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Folders that are batched together. `resolution` is (width, height) in pixels."""
+    """Folders that are batched together. `resolution` is (width, height) in pixels, as is `skip_image_resolution`:
+    images of at most that area are left out."""
 
     resolution: tuple[int, int]
     batch_size: int
@@ -97,6 +100,7 @@ class DatasetSpec:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
+    skip_image_resolution: tuple[int, int] | None = None
     subsets: tuple[SubsetSpec, ...]
 
 
@@ -170,11 +174,14 @@ def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> 
     if directory is None:
         assert metadata_file is not None, "a subset has one of them"
         directory = str(metadata_file.parent)
+    if values["conditioning_data_dir"] is not None:
+        values["conditioning_data_dir"] = str(on_disk(Path(values["conditioning_data_dir"])))
+    validation_dir = own.get("validation_dir")
     return SubsetSpec(
-        image_dir=Path(directory),
-        metadata_file=metadata_file,
+        image_dir=on_disk(Path(directory)),
+        metadata_file=None if metadata_file is None else on_disk(metadata_file),
         is_reg=own.get("is_reg", False),
-        validation_dir=own.get("validation_dir"),
+        validation_dir=None if validation_dir is None else str(on_disk(Path(validation_dir))),
         diff_output_preservation=bool(attributes.get(PRESERVATION)),
         origin=origin,
         **values,
@@ -217,10 +224,13 @@ class _DatasetFile:
                 f"{_place(self.options, 'dataset_config')}: no such file: {self.path}{nearest_path(self.path)}"
             )
         if self.path.suffix.lower() == ".toml":
-            return read_toml(self.path)
+            content: Any = read_toml(self.path)
+            refuse_other_file(content, self.path, "dataset_config")
+            return content
         if self.path.suffix.lower() != ".json":
             raise UserError(f"{self.path}: a data set is described by a .toml or a .json file")
         content = parse_json(read_text(self.path), str(self.path))
+        refuse_other_file(content, self.path, "dataset_config")
         if not isinstance(content, dict):
             raise UserError(f"{self.path}: holds no object with 'general' and 'datasets'")
         return content

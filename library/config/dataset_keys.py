@@ -9,10 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from library.config import kohya
-from library.config.fields import UNSET, BadValue, convert, read_range, read_resolution
+from library.config.fields import (
+    UNSET,
+    BadValue,
+    ControlCharacters,
+    Unset,
+    convert,
+    read_range,
+    read_resolution,
+    read_skipped_resolution,
+    refuse_control_characters,
+)
 from library.config.options import declared_options
 from library.errors import did_you_mean
 
@@ -67,8 +78,8 @@ def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, 
         return UNSET
     if key == "custom_attributes":
         return _attributes(value, place)
-    if key == "resolution":
-        return _resolution(value)
+    if key in ("resolution", "skip_image_resolution"):
+        return _resolution(value, read_resolution if key == "resolution" else read_skipped_resolution)
     return _range(value) if key == "face_crop_aug_range" else _in_type(key, value)
 
 
@@ -93,6 +104,11 @@ def _in_type(key: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:  # not isinstance: true is an int in Python
         raise BadValue(f"{_shown(value)} is not {_KINDS[kind]}")
+    if isinstance(value, str) and not (key == "class_tokens" or (option and option.details.free_text)):
+        try:
+            refuse_control_characters(value)
+        except ControlCharacters as error:
+            raise BadValue(f"{error}; {ControlCharacters.in_a_file}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise BadValue(f"{_shown(value)} is not a number")
     # 0 repeats is how kohya's users switch a subset off
@@ -114,12 +130,12 @@ def _attributes(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def _resolution(value: Any) -> tuple[int, int]:
+def _resolution(value: Any, read: Callable[[str], tuple[int, int] | Unset]) -> tuple[int, int] | Unset:
     if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
         value = f"{value[0]},{value[1]}"
     if type(value) not in (int, str):
         raise BadValue(f"{_shown(value)} is neither a whole number of pixels nor [width, height]")
-    return read_resolution(str(value))
+    return read(str(value))
 
 
 def _range(value: Any) -> tuple[float, float]:

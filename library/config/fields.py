@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from library.errors import did_you_mean
@@ -23,6 +23,16 @@ MAX_SIDE = 16384  # pixels of an image to train on or to draw; a slip of the fin
 
 class BadValue(Exception):
     """A value that does not fit its option; the message says why, the caller adds where it stood."""
+
+
+class OutOfRange(BadValue):
+    """A number beyond the bounds of its option. Where other options leave that one without effect, no one minds."""
+
+
+class ControlCharacters(BadValue):
+    """A path or name with a tab or the like in it: in a file that is what a backslash has become."""
+
+    in_a_file = "in double quotes \\t is a tab and \\n a line break: write paths with /, in TOML also in single quotes"
 
 
 class Unset:
@@ -40,11 +50,12 @@ class Details:
     minimum: float | None = None
     maximum: float | None = None
     zero_is_unset: bool = False
-    not_yet: tuple[str, ...] = ()
+    not_yet: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     alone: str | None = None
     joined_by: str | None = None
     read: Callable[[str], Any] | None = None
+    free_text: bool = False
 
 
 def option(
@@ -54,29 +65,32 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     zero_is_unset: bool = False,
-    not_yet: tuple[str, ...] = (),
+    not_yet: Sequence[str] | Mapping[str, str] = (),
     aliases: tuple[str, ...] = (),
     alone: str | None = None,
     joined_by: str | None = None,
     read: Callable[[str], Any] | None = None,
+    free_text: bool = False,
 ) -> Any:
     """Declare an option as a dataclass field. Without a default it is required.
 
     `minimum`, `maximum`: inclusive bounds. `zero_is_unset`: 0 is a way to say "off". `not_yet`: kohya's values that
-    are not supported yet. `aliases`: other names for it. `alone`: the value that `--name` has without a word behind it.
-    `joined_by`: a TOML list is the same as its items joined by this. `read`: turns the word into the value, or raises
-    BadValue, where the annotation does not say how.
+    are not supported yet, with what to use instead where there is something. `aliases`: other names for it. `alone`:
+    the value that `--name` has without a word behind it. `joined_by`: a TOML list is the same as its items joined by
+    this. `read`: turns the word into the value, or raises BadValue, where the annotation does not say how.
+    `free_text`: prose, in which anything may stand; other text is a path or a name, and holds no control characters.
     """
     details = Details(
         help=help,
         minimum=minimum,
         maximum=maximum,
         zero_is_unset=zero_is_unset,
-        not_yet=not_yet,
+        not_yet=not_yet if isinstance(not_yet, Mapping) else dict.fromkeys(not_yet, ""),
         aliases=aliases,
         alone=alone,
         joined_by=joined_by,
         read=read,
+        free_text=free_text,
     )
     return dataclasses.field(default=default, metadata={"option": details})
 
@@ -149,7 +163,10 @@ def convert(item: Declared, words: tuple[str, ...]) -> Any:
 def _one(item: Declared, word: str) -> Any:
     details = item.details
     if details.read is not None:
-        word = details.read(word)
+        try:
+            word = details.read(word)
+        except BadValue as error:
+            raise (OutOfRange(str(error)) if _is_number(word.removesuffix("%")) else error) from None
         if not item.choices:
             return word
     if details.alone is not None and is_truth(word):
@@ -160,16 +177,37 @@ def _one(item: Declared, word: str) -> Any:
         return read_bool(word)
     if item.kind is str:
         if word in details.not_yet:
-            raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet")
+            hint = f" ({details.not_yet[word]})" if details.not_yet[word] else ""
+            raise BadValue(f"'{word}' is known to kohya's scripts, not supported here yet{hint}")
+        if not details.free_text:
+            refuse_control_characters(word)
         return word
     number = read_int(word) if item.kind is int else read_float(word)
     if number == 0 and details.zero_is_unset:
         return UNSET
     if details.minimum is not None and number < details.minimum:
-        raise BadValue(f"must be at least {details.minimum:g}, not {word}")
+        raise OutOfRange(f"must be at least {details.minimum:g}, not {word}")
     if details.maximum is not None and number > details.maximum:
-        raise BadValue(f"must be at most {details.maximum:g}, not {word}")
+        raise OutOfRange(f"must be at most {details.maximum:g}, not {word}")
     return number
+
+
+_CONTROL = {
+    "\t": "a tab", "\n": "a line break", "\r": "a carriage return", "\b": "a backspace", "\f": "a form feed",
+    "\0": "a null character",
+}  # fmt: skip
+
+
+def control_characters(word: str) -> list[str]:
+    """Those in `word`, each once: of "D:\\train", in a file, the tab that its \\t is read as."""
+    return list(dict.fromkeys(letter for letter in word if ord(letter) < 32 or ord(letter) == 127))
+
+
+def refuse_control_characters(word: str) -> None:
+    """Raises ControlCharacters if there are any in `word`."""
+    if found := control_characters(word):
+        named = " and ".join(_CONTROL.get(letter, f"the character {letter!r}") for letter in found)
+        raise ControlCharacters(f"{word!r} holds {named}, which no name or path should")
 
 
 def _choice(item: Declared, word: str) -> str:
@@ -228,6 +266,11 @@ def read_resolution(word: str) -> tuple[int, int]:
     if max(int(size) for size in sizes) > MAX_SIDE:
         raise BadValue(f"'{word}' is more than {MAX_SIDE} pixels")
     return int(sizes[0]), int(sizes[-1])
+
+
+def read_skipped_resolution(word: str) -> tuple[int, int] | Unset:
+    """The same, or 0 for none."""
+    return UNSET if word.strip() == "0" else read_resolution(word)
 
 
 def read_range(word: str) -> tuple[float, float]:

@@ -1,36 +1,76 @@
-"""Options that say nothing without others."""
+"""Options that do nothing beside the others: what they are about was not asked for."""
 
 from __future__ import annotations
 
 import logging
 
-from library.config.options import Options
+from library.config.options import Options, declared_options
 
 logger = logging.getLogger(__name__)
 
 
-def warn_of_idle_options(options: Options) -> None:
-    """A warning for each that was given without what it is about: files that do not come to be, states, a resume."""
-    output = options.output
+def idle(options: Options) -> dict[str, str]:
+    """Every option that does nothing beside the others, each with the words that follow "has no effect".
+
+    As far as the options alone tell: the keys of a dataset config, the model and the optimizer are not asked.
+    """
+    wanted = options.validation
+    elsewhere: dict[str, str] = {}  # what others warn of, who know more
+    if options.data.dataset_config is None:
+        if not wanted.validation_split:
+            for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+                elsewhere[name] = ": it matters only together with --validation_split"
+        if not options.data.token_warmup_step:
+            elsewhere["token_warmup_min"] = ": it matters only together with --token_warmup_step"
+        if options.data.enable_bucket:
+            elsewhere["face_crop_aug_range"] = " with --enable_bucket"
+    if wanted.early_stopping_patience is None:
+        elsewhere["early_stopping_threshold"] = " without --early_stopping_patience"
+    if options.samples.sample_prompts is None:
+        elsewhere["sample_every_n_steps"] = elsewhere["sample_every_n_epochs"] = " without --sample_prompts"
+    if options.network.network_train_unet_only:
+        elsewhere["text_encoder_lr"] = ": --network_train_unet_only leaves that part out"
+    if options.network.network_train_text_encoder_only:
+        elsewhere["unet_lr"] = ": --network_train_text_encoder_only leaves that part out"
+    groups = (options.schedule, options.objective, options.weight_decay)
+    return {name: why for group in groups for name, why in group.idle().items()} | elsewhere | _unsaid(options)
+
+
+def _unsaid(options: Options) -> dict[str, str]:
+    """Those of which nobody else warns."""
+    output, data, described = options.output, options.data, options.data.dataset_config is not None
     by_steps = bool(output.save_every_n_steps)
     by_epochs = bool(output.save_every_n_epochs or output.save_n_epoch_ratio)
-    for name, works, needs in (
-        ("save_last_n_steps", by_steps, "--save_every_n_steps"),
-        ("save_last_n_epochs", by_epochs, "--save_every_n_epochs"),
-        ("save_last_n_steps_state", by_steps and output.save_state, "--save_every_n_steps and --save_state"),
-        ("save_last_n_epochs_state", by_epochs and output.save_state, "--save_every_n_epochs and --save_state"),
-        ("divergence_limit", options.divergence.on_divergence != "stop", "--on_divergence skip or rollback"),
-        ("resume_anyway", options.run.resume is not None, "--resume"),
-    ):
-        if not works and _asked(options, name):
-            logger.warning("%s: has no effect without %s", options.given[name], needs)
-    if options.network.dim_from_weights and _asked(options, "network_dim"):
-        logger.warning(
-            "%s: has no effect with --dim_from_weights: the file has the ranks", options.given["network_dim"]
-        )
+    needs = {
+        "save_last_n_steps": (by_steps, "--save_every_n_steps"),
+        "save_last_n_epochs": (by_epochs, "--save_every_n_epochs"),
+        "save_last_n_steps_state": (by_steps and output.save_state, "--save_every_n_steps and --save_state"),
+        "save_last_n_epochs_state": (by_epochs and output.save_state, "--save_every_n_epochs and --save_state"),
+        "divergence_limit": (options.divergence.on_divergence != "stop", "--on_divergence skip or rollback"),
+        "resume_anyway": (options.run.resume is not None, "--resume"),
+        "compare_steps": (bool(output.compare_prompts), "--compare_prompts"),
+        "prior_loss_weight": (described or data.reg_data_dir is not None, "--reg_data_dir"),
+        "dataset_repeats": (described or data.in_json is not None, "--in_json or --dataset_config"),
+        "text_encoder_batch_size": (data.cache_text_encoder_outputs, "--cache_text_encoder_outputs"),
+    }
+    for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"):
+        needs[name] = described or data.enable_bucket, "--enable_bucket"
+    for name in vars(output):
+        if name.startswith("metadata_") or name == "training_comment":
+            needs[name] = output.save_model_as == "safetensors", "--save_model_as safetensors"
+    found = {name: f" without {others}" for name, (works, others) in needs.items() if not works}
+    if options.network.dim_from_weights:
+        found["network_dim"] = " with --dim_from_weights: the file has the ranks"
+        found["network_alpha"] = " with --dim_from_weights: the file has the alphas"
+    if options.training.max_train_epochs is not None:
+        found["max_train_steps"] = " with --max_train_epochs"
+    return found
 
 
-def _asked(options: Options, name: str) -> bool:
-    """Whether the user gave it a value that asks for something."""
-    group = next(group for group in vars(options).values() if hasattr(group, name))
-    return name in options.given and bool(getattr(group, name))
+def warn_of_idle_options(options: Options) -> None:
+    """A warning for each that was given a value other than its default: files that do not come to be, states, …"""
+    for name, why in _unsaid(options).items():
+        group = next(group for group in vars(options).values() if hasattr(group, name))
+        value = getattr(group, name)
+        if name in options.given and value and value != declared_options()[name].default:
+            logger.warning("%s: has no effect%s", options.given[name], why)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError, is_utf8, nearest_path, why_not
+from library.paths import on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def find_image_folders(directory: str, *, where: str) -> list[ImageFolder]:
 
     Others are left out with a warning. Raises UserError if none is left.
     """
-    root = Path(directory)
+    root = on_disk(Path(directory))
     if not os.path.isdir(root):
         raise UserError(f"{where}: no such folder: {root}{nearest_path(root)}")
     try:

@@ -13,7 +13,8 @@ def parse_json(text: str, place: str, *, first_line: int = 1) -> Any:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}, line {first_line + error.lineno - 1}: not valid JSON: {error.msg}") from None
+        hint = ": write paths with /, or each \\ twice" if "escape" in error.msg else ""
+        raise UserError(f"{place}, line {first_line + error.lineno - 1}: not valid JSON: {error.msg}{hint}") from None
     except RecursionError:
         raise UserError(f"{place}: lists or tables are nested too deeply in it") from None
     except ValueError:  # Python's limit on the length of whole numbers

@@ -91,17 +91,26 @@ WITHOUT_EFFECT: dict[str, Row] = {
     "ddp_gradient_as_bucket_view": flag(why="it only tunes the traffic between devices"),
     "ddp_static_graph": flag(why="it only tunes the traffic between devices"),
     "console_log_simple": flag(why="messages are plain lines in any case"),
+    "cuda_allow_tf32": flag(why="it only trades digits for speed: products of fp32 numbers keep all of theirs"),
+    "cuda_cudnn_benchmark": flag(why="it only tunes speed, and may choose other kernels in each run"),
 }
 
 NOT_YET: dict[str, Row] = {
     # data
     "dataset_class": value(),
+    "train_inpainting": flag(),
     # precision, memory, speed
     "blocks_to_swap": value(None, 0),
     "cpu_offload_checkpointing": flag(),
     "fused_backward_pass": flag(),
     "torch_compile": flag(),
     "dynamo_backend": value("inductor", "no", only_with="torch_compile"),
+    "compile": flag(),
+    "compile_backend": value("inductor", only_with="compile"),
+    "compile_cache_size_limit": value(None, 0, only_with="compile"),
+    "compile_dynamic": value(None, "auto", only_with="compile"),
+    "compile_fullgraph": flag(only_with="compile"),
+    "compile_mode": value("default", only_with="compile"),
     # several devices
     "deepspeed": flag(hint="here: accelerate launch --config_file configs/accelerate/deepspeed_zero2.yaml"),
     "fp16_master_weights_and_gradients": flag(only_with="deepspeed"),
@@ -135,7 +144,6 @@ GUI_EXTRAS: dict[str, Row] = {
     "noise_offset_type": value(why="the kind of noise follows from noise_offset and multires_noise_iterations"),
     "sdxl": flag(why=_FAMILY),
     "stop_text_encoder_training": value(None, 0),
-    "train_inpainting": flag(),
     # lora-scripts
     "batch_size": value(1, instead=("train_batch_size",)),
     "bucket_resolution_steps": value(64, instead=("bucket_reso_steps",)),
@@ -179,10 +187,30 @@ OTHER_SCRIPTS: dict[str, Row] = {
     ),
     **_of(
         "ControlNet",
-        cond_emb_dim=value(),
+        cond_emb_dim=value(None, 32),
         conditioning_data_dir=value(hint="for masks: a subset's key in --dataset_config, with --masked_loss"),
         control_net_lr=value(0.0001),
         controlnet_model_name_or_path=value(),
+        lllite_cond_dim=value(64),
+        lllite_cond_in_channels=value(3),
+        lllite_cond_resblocks=value(1),
+        lllite_dropout=value(),
+        lllite_mlp_dim=value(64),
+        lllite_multiplier=value(1.0),
+        lllite_target_layers=value("self_attn_q"),
+        lllite_use_aspp=flag(),
+    ),
+    **_of(
+        "LECO, which trains on prompts without images",
+        leco_denoise_guidance_scale=value(3.0),
+        max_denoising_steps=value(40),
+        prompts_file=value(hint="for samples: --sample_prompts"),
+    ),
+    **_of(
+        "SD3, FLUX, Lumina and Anima",
+        show_timesteps=value(),
+        show_timesteps_offset=value(None, 0, only_with="show_timesteps"),
+        show_timesteps_resolution=value(None, only_with="show_timesteps"),
     ),
     **_of(
         "SD3",
@@ -208,7 +236,7 @@ OTHER_SCRIPTS: dict[str, Row] = {
     **_of(
         "FLUX",
         ae=value(),
-        discrete_flow_shift=value(5.0, 3.0, 3.1582, 6.0),
+        discrete_flow_shift=value(5.0, 1.0, 3.0, 3.1582, 6.0),
         double_blocks_to_swap=value(),
         guidance_scale=value(3.5),
         model_prediction_type=value("raw"),
@@ -237,6 +265,7 @@ OTHER_SCRIPTS: dict[str, Row] = {
         llm_adapter_path=value(),
         mlp_lr=value(),
         mod_lr=value(),
+        qwen_image_vae_2d=flag(),
         qwen3=value(),
         qwen3_max_token_length=value(512),
         self_attn_lr=value(),
@@ -258,7 +287,7 @@ _TOOL_NAMES = """
     lora_weights mem_eff_load_save mem_eff_safe_open min_diff model model_id model_org model_tuned models
     negative_prompt new_conv_rank new_rank output_image_dir precision prompt ratios reverse save_to sd_model
     show_all_keys shuffle src src_path support_controlnet support_dreambooth support_dropout support_finetuning
-    t5xxl_save_to unit verbose working_device
+    svd_lowrank svd_lowrank_niter t5xxl_save_to unit verbose working_device
 """
 TOOLS = frozenset(_TOOL_NAMES.split())
 _TOOLS = "merging, extracting, resizing and converting"
@@ -269,6 +298,25 @@ _TOOL_HINTS = {
     "precision": "here: --mixed_precision or --save_precision",
     "shuffle": "here: --shuffle_caption",
     "unit": "here: --network_args unit=N",
+}
+
+
+# Network modules of kohya's that are not supported yet, and settings (--network_args) of networks.lora's relatives
+# there: what to use instead today.
+_BY_LYCORIS = "LyCORIS makes these files: --network_module lycoris.kohya --network_args algo={} preset=attn-mlp"
+MODULES_NOT_YET = {
+    "networks.loha": _BY_LYCORIS.format("loha"),
+    "networks.lokr": _BY_LYCORIS.format("lokr"),
+    **dict.fromkeys(("networks.dylora", "networks.lora_fa", "networks.oft", "networks.oft_flux"), ""),
+    **dict.fromkeys(("networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
+    **dict.fromkeys(("networks.lora_hunyuan_image", "networks.lora_anima"), ""),
+}
+_FREEZE = "network_reg_lrs=PATTERN=0 freezes layers, which are then not in the file"
+NETWORK_ARGS_NOT_YET = {
+    "exclude_patterns": _FREEZE,
+    "include_patterns": _FREEZE,
+    "network_reg_dims": "ranks by block of the UNet: block_dims",
+    "train_llm_adapter": "it is for Anima",
 }
 
 

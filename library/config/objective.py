@@ -72,8 +72,9 @@ class ObjectiveOptions:
     training_shift: float = option(1.0, minimum=0, help="above 1: timesteps with more noise, below: with less")
 
     def __post_init__(self) -> None:
+        idle = self.idle()
         for name in _ABOVE_ZERO:
-            if getattr(self, name) == 0:
+            if getattr(self, name) == 0 and name not in idle:
                 raise UserError(f"--{name} must be above 0")
         if self.adaptive_noise_scale is not None and self.noise_offset is None:
             raise UserError("--adaptive_noise_scale needs --noise_offset, which it adds to")
@@ -95,8 +96,8 @@ class ObjectiveOptions:
             return self.timestep_sampling
         return "uniform" if self.weighting_scheme == "none" else self.weighting_scheme
 
-    def without_effect(self) -> list[str]:
-        """What was changed from its default and, beside the other options, does nothing: one sentence each."""
+    def idle(self) -> dict[str, str]:
+        """The options that do nothing beside the others, each with the words that follow "has no effect"."""
         huber = self.loss_type in ("huber", "smooth_l1")
         scaled = huber and self.huber_schedule != "snr"
         matters = {
@@ -111,8 +112,15 @@ class ObjectiveOptions:
             "logit_std": (self.density == "logit_normal", "--weighting_scheme logit_normal"),
             "mode_scale": (self.density == "mode", "--weighting_scheme mode"),
         }
+        return {
+            name: f": it matters only together with {others}" for name, (used, others) in matters.items() if not used
+        }
+
+    def without_effect(self) -> list[str]:
+        """What was changed from its default and, beside the other options, does nothing: one sentence each."""
+        fields = type(self).__dataclass_fields__
         return [
-            f"--{name} {getattr(self, name)} has no effect: it matters only together with {others}"
-            for name, (used, others) in matters.items()
-            if not used and getattr(self, name) != type(self).__dataclass_fields__[name].default
+            f"--{name} {getattr(self, name)} has no effect{why}"
+            for name, why in self.idle().items()
+            if getattr(self, name) != fields[name].default
         ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_type_hints
 
-from library.config import source
+from library.config import kohya, source
+from library.config.custom_adamw import CustomAdamWOptions
 from library.config.data import DataOptions
 from library.config.divergence import DivergenceOptions
 from library.config.ema import EmaOptions
@@ -61,19 +62,19 @@ class ModelOptions:
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
 
 
+_HIGHEST_RANK = 16384  # a slip of the finger is larger
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """Network (the LoRA)"""
 
     network_module: str = option(
         "networks.lora",
-        not_yet=(
-            *("networks.dylora", "networks.lora_fa", "networks.oft", "networks.oft_flux", "networks.lora_flux"),
-            *("networks.lora_sd3", "networks.lora_lumina", "networks.lora_hunyuan_image", "networks.lora_anima"),
-        ),
+        not_yet=kohya.MODULES_NOT_YET,
         help="the module that makes it: networks.lora, lycoris.kohya, ...",
     )
-    network_dim: int | None = option(None, minimum=1, maximum=16384, help="its rank (default: 4)")
+    network_dim: int | None = option(None, minimum=1, help="its rank (default: 4)")
     network_alpha: float = option(1.0, minimum=0, help="its output is scaled by alpha / rank; 0 means alpha = rank")
     network_dropout: float | None = option(
         None, minimum=0, maximum=1, help="share of its rank's values that are dropped in each training step"
@@ -82,7 +83,7 @@ class NetworkOptions:
     network_train_unet_only: bool = option(False, help="train the UNet's part only")
     network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
     network_weights: str | None = option(
-        None, help="a LoRA file to start from, in the naming of kohya, diffusers or PEFT"
+        None, help="a LoRA file to start from, in the naming of kohya, diffusers, PEFT, OneTrainer or ComfyUI"
     )
     dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
     base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base model before training")
@@ -96,6 +97,9 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+        # LyCORIS' users write 100000 and more to have its matrices whole
+        if source.is_ours(self.network_module) and (self.network_dim or 0) > _HIGHEST_RANK:
+            raise UserError(f"--network_dim {self.network_dim}: at most {_HIGHEST_RANK}")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
         files, multipliers = len(self.base_weights), len(self.base_weights_multiplier or ())
@@ -108,7 +112,10 @@ class OptimizerOptions:
     """Optimizer and learning rates"""
 
     optimizer_type: str = option("", help="AdamW (the default), AdamW8bit, Lion, Prodigy, ... or package.module.Class")
-    optimizer_args: tuple[str, ...] = option((), help="its settings: weight_decay=0.01 betas=0.9,0.99 ...")
+    optimizer_args: tuple[str, ...] = option((), help="its settings: betas=0.9,0.99 eps=1e-6 ...")
+    weight_decay: float | None = option(
+        None, minimum=0, help="the weight decay of any optimizer that has one (default: the optimizer's own) (ours)"
+    )
     use_8bit_adam: bool = option(False, help="the old way to say --optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option(False, help="the old way to say --optimizer_type Lion")
     learning_rate: float = option(2e-6, minimum=0, help="the learning rate where the next two say nothing")
@@ -138,38 +145,6 @@ class OptimizerOptions:
         if self.use_8bit_adam:
             return "AdamW8bit"
         return "Lion" if self.use_lion_optimizer else self.optimizer_type or "AdamW"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CustomAdamWOptions:
-    """CustomAdamW's own settings (--optimizer_type CustomAdamW; each can stand in --optimizer_args as well)"""
-
-    optim_bits: int | None = option(None, help="bits of the optimizer's state, 8 or 32 (default: 8)")
-    min_8bit_size: int | None = option(None, minimum=0, help="smaller tensors keep 32 bits (default: 4096)")
-    is_paged: bool | None = option(None, help="keep the state in CUDA's paged memory (default: off)")
-    use_spd: bool | None = option(None, help="use selective projection decay (default: on)")
-    spd_lambda: float | None = option(None, minimum=0, maximum=1, help="strength of that decay (default: 0.06)")
-    use_cautious: bool | None = option(None, help="mask updates that disagree with the gradient (default: on)")
-    use_orthogonal_grad: bool | None = option(
-        None, help="take the part of the gradient orthogonal to lora_down (default: off)"
-    )
-    use_adopt_stability: bool | None = option(
-        None, help="normalise by the previous second moment, clipped (ADOPT) (default: off)"
-    )
-    use_grams: bool | None = option(
-        None, help="take the direction from the gradient, the size from the momentum (default: off)"
-    )
-    use_agr: bool | None = option(None, help="shrink the entries that dominate a gradient (default: on)")
-    use_tam: bool | None = option(None, help="damp gradients that turn against the momentum (default: off)")
-    tam_beta: float | None = option(None, minimum=0, maximum=1, help="memory of that damping (default: 0.9)")
-    use_alora: bool | None = option(
-        None, help="give lora_up a higher rate, less where the adapter has grown (default: off)"
-    )
-    alora_ratio: float | None = option(None, minimum=0, help="how much higher, at the start (default: 2.0)")
-
-    def given(self) -> dict[str, object]:
-        """What the user set, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,21 +194,27 @@ class OutputOptions:
         None, minimum=1, zero_is_unset=True, help="keep the states of the last n steps (default: as for the files)"
     )
     no_metadata: bool = option(False, help="write no metadata into the file")
-    training_comment: str | None = option(None, help="a comment for the metadata")
-    metadata_title: str | None = option(None, help="title for the metadata (default: the output name)")
-    metadata_author: str | None = option(None, help="author for the metadata")
-    metadata_description: str | None = option(None, help="description for the metadata")
-    metadata_license: str | None = option(None, help="licence for the metadata")
-    metadata_tags: str | None = option(None, help="tags for the metadata, separated by commas")
-    metadata_usage_hint: str | None = option(None, help="usage hint for the metadata")
-    metadata_trigger_phrase: str | None = option(None, help="trigger phrase for the metadata")
+    training_comment: str | None = option(None, help="a comment for the metadata", free_text=True)
+    metadata_title: str | None = option(None, help="title for the metadata (default: the output name)", free_text=True)
+    metadata_author: str | None = option(None, help="author for the metadata", free_text=True)
+    metadata_description: str | None = option(None, help="description for the metadata", free_text=True)
+    metadata_license: str | None = option(None, help="licence for the metadata", free_text=True)
+    metadata_tags: str | None = option(None, help="tags for the metadata, separated by commas", free_text=True)
+    metadata_usage_hint: str | None = option(None, help="usage hint for the metadata", free_text=True)
+    metadata_trigger_phrase: str | None = option(None, help="trigger phrase for the metadata", free_text=True)
     metadata_thumbnail: str | None = option(None, help="thumbnail for the metadata, as a data URL")
-    metadata_merged_from: str | None = option(None, help="models that it was merged from, for the metadata")
-    metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata")
-    metadata_is_negative_embedding: str | None = option(None, help="whether it is a negative embedding, for metadata")
+    metadata_merged_from: str | None = option(
+        None, help="models that it was merged from, for the metadata", free_text=True
+    )
+    metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata", free_text=True)
+    metadata_is_negative_embedding: str | None = option(
+        None, help="whether it is a negative embedding, for metadata", free_text=True
+    )
     loss_plot: bool = option(True, help="draw the loss into a PNG beside the LoRA (ours)")
     compare_prompts: tuple[str, ...] = option(
-        (), help="after training draw each of these prompts without and with the LoRA, in one grid (ours)"
+        (),
+        help="after training draw each of these prompts without and with the LoRA, in one grid (ours)",
+        free_text=True,
     )
     compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts (ours)")
 

@@ -33,13 +33,16 @@ error with the nearest right one.
 # Where an option is kohya's and yet not quite the same
 DIFFERS: Mapping[str, str] = {
     "base_weights": "only plain LoRA files are merged, whatever --network_module is; what does not fit is reported",
-    "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops",
+    "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops; "
+    "with one that no captions have, such as .none, it goes on without them",
+    "caption_separator": "joins shuffled tags and parts those that are counted, too; kohya's is a comma there",
     "console_log_level": "other packages' messages appear from warnings on",
     "fp8_base": "biases, norms, embeddings, the first and the last layers keep their precision; networks.lora only",
-    "full_fp16": "refused with an optimizer whose eps is 0 in fp16",
+    "full_fp16": "refused with an optimizer that does not move or ends in NaN in fp16",
     "log_config": "keys and paths are left out, as in kohya; the other files that options name, too",
     "log_tracker_config": "only [tensorboard] and [wandb]; --wandb_run_name goes before the file's name",
     "max_data_loader_n_workers": "an upper bound: no more are started than there is work for",
+    "network_args": f"an unknown name is an error; not supported yet: {', '.join(kohya.NETWORK_ARGS_NOT_YET)}",
     "network_module": "networks.lora by default",
     "network_weights": "reads diffusers' and PEFT's names, too; nothing matched and other shapes are errors",
     "output_name": "files that exist stop the run, unless --overwrite is given",

@@ -11,13 +11,14 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from library.config import kohya, presets
-from library.config.fields import UNSET, BadValue, Declared, convert, declared
+from library.config.fields import UNSET, BadValue, ControlCharacters, Declared, OutOfRange, convert, declared
+from library.config.idle import idle
 from library.config.options import Options, declared_options, option_groups
 from library.config.settings import Setting, from_toml, from_words, places_of
 from library.config.toml_file import write_toml
@@ -50,13 +51,16 @@ def parse(argv: list[str]) -> Options:
     if reading.values.get("output_config"):
         reading = _read(presets.layered(settings))
         reading.refuse()
+        _judge_out_of_range(reading, {})
         _write_config(config_path, reading)
         raise SystemExit(0)
     reading = _read(presets.layered([] if config_path is None else from_toml(config_path), settings))
     reading.refuse()
+    options = _options(reading)
+    _judge_out_of_range(reading, idle(options))
     for warning in reading.warnings:
         logger.warning("%s", warning)
-    return _options(reading)
+    return options
 
 
 def help_parser() -> argparse.ArgumentParser:
@@ -92,17 +96,21 @@ def _add_argument(section: argparse._ArgumentGroup, item: Declared) -> None:
 
 @dataclass
 class _Reading:
-    """What one pass over the settings found: values by option, the place of each, and what is to be said."""
+    """What one pass over the settings found: values by option, the place of each, and what is to be said.
+
+    out_of_range: by option, numbers that are wrong unless that option does nothing, with the place of each.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    out_of_range: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def refuse(self) -> None:
         """Raise UserError if anything is wrong."""
         if self.problems:
-            raise UserError("\n".join(self.problems))
+            raise UserError("\n".join([*self.problems, *map(": ".join, self.out_of_range.values())]))
 
 
 def _read(settings: Iterable[Setting]) -> _Reading:
@@ -121,10 +129,15 @@ def _read(settings: Iterable[Setting]) -> _Reading:
             continue
         reading.values.pop(name, None)
         reading.places.pop(name, None)
+        reading.out_of_range.pop(name, None)
         try:
             value = convert(options[name], setting.words)
+        except OutOfRange as error:
+            reading.out_of_range[name] = setting.place, str(error)
+            continue
         except BadValue as error:
-            reading.problems.append(f"{setting.place}: {error}")
+            escaped = isinstance(error, ControlCharacters) and not setting.from_command_line
+            reading.problems.append(f"{setting.place}: {error}" + f"; {ControlCharacters.in_a_file}" * escaped)
             continue
         if value is not UNSET:
             reading.values[name] = value
@@ -165,17 +178,22 @@ def _config_path(reading: _Reading) -> Path | None:
     name = reading.values.get("config_file")
     if name is None:
         return None
+    if not name.endswith(".toml") and os.path.isfile(name) and not os.path.exists(f"{name}.toml"):
+        raise UserError(
+            f"command line: --config_file {name}: a config file is TOML, and its name ends with .toml; what a GUI "
+            "saves for itself (JSON, YAML) has other names for many options: let it print the command, or write TOML"
+        )
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
 def _options(reading: _Reading) -> Options:
     missing = [
-        f"--{name} is required: {item.details.help}"
+        f"--{name} is required: {item.details.help}{_stands_in(name, reading)}"
         for name, item in declared_options().items()
         if item.required and name not in reading.values
     ]
     if missing:
-        raise UserError("\n".join(missing))
+        raise UserError("\n".join([*missing, *map(": ".join, reading.out_of_range.values())]))
     try:
         groups = {
             name: group(**{key: reading.values[key] for key in declared(group) if key in reading.values})
@@ -183,7 +201,28 @@ def _options(reading: _Reading) -> Options:
         }
         return Options(**groups, given=reading.places)
     except UserError as error:
-        raise UserError(f"{error}{places_of(str(error), reading.places)}") from None
+        told = [f"{error}{places_of(str(error), reading.places)}", *map(": ".join, reading.out_of_range.values())]
+        raise UserError("\n".join(told)) from None
+
+
+def _judge_out_of_range(reading: _Reading, idle: Mapping[str, str]) -> None:
+    """Raise UserError for numbers out of range. Those of options that do nothing get a warning: kohya's scripts never
+    look at them. `idle`: these, each with the words that follow "has no effect"."""
+    for name, (place, problem) in reading.out_of_range.items():
+        if name in idle:
+            reading.warnings.append(f"{place}: {problem}, but it has no effect{idle[name]}")
+        else:
+            reading.problems.append(f"{place}: {problem}")
+    if reading.problems:
+        raise UserError("\n".join(reading.problems))
+
+
+def _stands_in(name: str, reading: _Reading) -> str:
+    """A hint where a missing option is in the text of another: a quote was forgotten."""
+    for other, value in reading.values.items():
+        if any(f"--{name}" in str(word) for word in (value if isinstance(value, tuple) else (value,))):
+            return f" (it stands in the value of --{other}: look at the quotes)"
+    return ""
 
 
 def _write_config(path: Path | None, reading: _Reading) -> None:

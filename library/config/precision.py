@@ -21,6 +21,12 @@ class PrecisionOptions:
     )
     fp8_base_unet: bool = option(False, help="the same of the UNet only")
     gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
+    deterministic: bool = option(
+        True, help="on an NVIDIA GPU, use only algorithms that give the same bits in every run (ours)"
+    )
+    allow_tf32: bool = option(
+        False, help="on an NVIDIA GPU, let fp32 be computed in TF32: faster, with three digits instead of seven (ours)"
+    )
 
     def __post_init__(self) -> None:
         for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
@@ -28,6 +34,11 @@ class PrecisionOptions:
                 raise UserError(f"--{name} needs --mixed_precision {precision}, which is {self.mixed_precision}")
         if self.holds_unet_in_float8 and self.mixed_precision == "no":
             raise UserError(f"--{self.float8_option} needs --mixed_precision bf16 or fp16, to compute in")
+
+    @property
+    def of_weights(self) -> str:
+        """The option that has the trained weights in 16 bits, "" for fp32."""
+        return "full_fp16" if self.full_fp16 else "full_bf16" if self.full_bf16 else ""
 
     @property
     def float8_option(self) -> str:

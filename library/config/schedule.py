@@ -62,15 +62,27 @@ class ScheduleOptions:
         "gamma=0.999 (exponential), step_size=500 gamma=0.5 (step)",
     )
 
+    def idle(self) -> dict[str, str]:
+        """The options that the schedule does not read, each with the words that follow "has no effect"."""
+        return {
+            option: f" with {self._chosen}: it is for {', '.join(readers)}"
+            for option, readers in _READ_BY.items()
+            if self.lr_scheduler_type or self.lr_scheduler not in readers
+        }
+
+    @property
+    def _chosen(self) -> str:
+        custom = self.lr_scheduler_type
+        return f"--lr_scheduler_type {custom}" if custom else f"--lr_scheduler {self.lr_scheduler}"
+
     def without_effect(self) -> list[str]:
         """What was changed from its default and the schedule does not read: one sentence each."""
-        custom, fields = self.lr_scheduler_type, type(self).__dataclass_fields__
-        name = f"--lr_scheduler_type {custom}" if custom else f"--lr_scheduler {self.lr_scheduler}"
+        fields = type(self).__dataclass_fields__
         sentences = [
-            f"--{option} {getattr(self, option)} has no effect with {name}: it is for {', '.join(readers)}"
-            for option, readers in _READ_BY.items()
-            if getattr(self, option) != fields[option].default and (custom or self.lr_scheduler not in readers)
+            f"--{option} {getattr(self, option)} has no effect{why}"
+            for option, why in self.idle().items()
+            if getattr(self, option) != fields[option].default
         ]
-        if custom and self.lr_scheduler != "constant":
-            sentences.append(f"--lr_scheduler {self.lr_scheduler} has no effect: {name} is used")
+        if self.lr_scheduler_type and self.lr_scheduler != "constant":
+            sentences.append(f"--lr_scheduler {self.lr_scheduler} has no effect: {self._chosen} is used")
         return sentences

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.config import kohya
 from library.config.options import declared_options
+from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
 from library.errors import UserError, is_utf8
 
@@ -16,6 +18,8 @@ COMMAND_LINE = "command line"
 
 # "--name" or "--name=value". A value may begin with "-" or be a number such as -1e-4, never with "--" and a letter.
 _OPTION = re.compile(r"--(?P<name>[A-Za-z][\w.-]*)(?:=(?P<value>.*))?", re.DOTALL)
+_SWALLOWED = re.compile(r"\s--(?P<name>[A-Za-z]\w*)(?=[\s=]|$)")
+_SWALLOWED_BEHIND_A_QUOTE = re.compile(r"[\"']\s+--(?P<name>[A-Za-z]\w*)(?=[\s=]|$)")
 # Word processors and chat programs turn -- into a dash.
 _WITH_OTHER_DASHES = re.compile(r"[-‐‑‒–—―−]+(?P<name>[A-Za-z]\w*)(?:=.*)?", re.DOTALL)
 
@@ -58,13 +62,34 @@ def from_words(words: list[str]) -> list[Setting]:
             collected[-1][1].append(word)
         else:
             raise UserError(f"{COMMAND_LINE}: unexpected word '{word}': options begin with --")
+    for name, values in collected:
+        _refuse_swallowed(name, values)
     return [Setting(name, tuple(values), f"{COMMAND_LINE}: --{name}") for name, values in collected]
+
+
+def _refuse_swallowed(name: str, words: Iterable[str]) -> None:
+    """UserError for a word with further options in it: a quote is not closed where it should be.
+
+    On Windows a backslash before a closing quote makes it a letter: "--train_data_dir=d:\\images\\" --resolution=64 is
+    one word. In prose an option may be mentioned, but not behind a quote.
+    """
+    option = declared_options().get(name)
+    pattern = _SWALLOWED_BEHIND_A_QUOTE if option and option.details.free_text else _SWALLOWED
+    for word in words:
+        for match in pattern.finditer(word):
+            if match["name"] in declared_options() or match["name"] in kohya.rows():
+                raise UserError(
+                    f"{COMMAND_LINE}: --{name}: its value '{word}' has swallowed --{match['name']}: a quote is missing "
+                    'or one too many before it, or a backslash stands before the quote (on Windows \\" does not close)'
+                )
 
 
 def from_toml(path: Path) -> list[Setting]:
     """The settings in a TOML file, whatever its sections are called. Raises UserError."""
     settings: dict[str, Setting] = {}
-    for section, content in read_toml(path).items():
+    table = read_toml(path)
+    refuse_other_file(table, path, "config_file")
+    for section, content in table.items():
         if isinstance(content, dict):
             found = [_setting(key, value, f"{path}: [{section}] {key}") for key, value in content.items()]
         else:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import get_type_hints
 
 from library.errors import UserError, did_you_mean
 
@@ -55,7 +58,8 @@ def network_module_like(name: str) -> str:
 def read_signature(path: str, *, where: str) -> SourceSignature | None:
     """The signature of the function or class at "package.module.Name"; None if it is imported from a third party.
 
-    Raises UserError if there is nothing of that name.
+    `**options: Unpack[Keywords]` stands for the keys of the TypedDict `Keywords`. Its module is imported, so it should
+    import nothing heavy. Raises UserError if there is nothing of that name.
     """
     if not is_ours(path):
         return None
@@ -69,10 +73,10 @@ def read_signature(path: str, *, where: str) -> SourceSignature | None:
         names = [item.name for item in tree.body if isinstance(item, ast.FunctionDef | ast.ClassDef)]
         raise UserError(f"{where}: module '{module}' has no '{name}'{did_you_mean(name, names)}")
     if isinstance(node, ast.FunctionDef):
-        return _of_arguments(node.args, skip_first=False)
+        return _with_keywords(_of_arguments(node.args, skip_first=False), node.args, tree, module, file)
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return _of_arguments(item.args, skip_first=True)
+            return _with_keywords(_of_arguments(item.args, skip_first=True), item.args, tree, module, file)
     for base in node.bases:
         if isinstance(base, ast.Name) and _definition(tree, base.id) is not None:
             return read_signature(f"{module}.{base.id}", where=where)
@@ -118,3 +122,17 @@ def _of_arguments(arguments: ast.arguments, *, skip_first: bool) -> SourceSignat
         frozenset(a.arg for a in without_default),
         takes_any=arguments.kwarg is not None,
     )
+
+
+def _with_keywords(
+    found: SourceSignature, arguments: ast.arguments, tree: ast.Module, module: str, file: Path
+) -> SourceSignature:
+    """With the keys of a TypedDict in place of `**options: Unpack[TypedDict]`."""
+    annotation = arguments.kwarg.annotation if arguments.kwarg else None
+    if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Unpack"):
+        return found
+    name = ast.unparse(annotation.slice)
+    node = _definition(tree, name)
+    keywords = resolve_name(_import_target(node, name, module, file) if isinstance(node, ast.ImportFrom) else name)
+    hints = {key: inspect.formatannotation(hint) for key, hint in get_type_hints(keywords).items()}
+    return SourceSignature(found.parameters | hints, found.required | keywords.__required_keys__, takes_any=False)

@@ -77,6 +77,8 @@ def _explain(line: str, message: str) -> str:
     text = line.partition("=")[2].strip()
     if "escape" in message.lower():
         return "write paths with / or in single quotes: in double quotes \\ has a meaning of its own"
+    if re.search(r'[^\\]\\"\s*(?:#.*)?$', text):
+        return "a backslash before the closing quote makes it a letter: write paths with / or in single quotes"
     if "lowercase booleans" in message:
         return "write true and false in lower case"
     if line.startswith("{"):

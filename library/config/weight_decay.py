@@ -9,6 +9,16 @@ from typing import Literal
 
 from library.config.fields import BadValue, option, read_float, read_int
 
+# Which curves read which of these options
+READ_BY = {
+    "wd_transition_steps": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_decay_factor": ("exponential", "adaptive"),
+    "wd_min_ratio": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_max_progress": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_stages": ("multi_stage",),
+    "wd_interpolate": ("multi_stage",),
+    "wd_flat": ("adaptive",),
+}
 _SHARE = re.compile(r"\d+(\.\d*)?%|\.\d+%")
 
 
@@ -126,6 +136,19 @@ class WeightDecayOptions:
         ]
         | None
     ) = option(None, help="the task, and with it the domain, whose usual numbers auto takes")
+
+    def idle(self) -> dict[str, str]:
+        """The options that do nothing beside the others, as far as these tell, each with the words that follow "has no
+        effect": the optimizer may have a curve of its own."""
+        if self.dynamic_weight_decay is False:
+            return dict.fromkeys(READ_BY, " with --no-dynamic_weight_decay")
+        if self.wd_schedule is None:
+            return {}
+        return {
+            name: f" with --wd_schedule {self.wd_schedule}: it is for {', '.join(curves)}"
+            for name, curves in READ_BY.items()
+            if self.wd_schedule not in curves
+        }
 
     def given(self) -> dict[str, object]:
         """What the user set of the curve itself, by name."""

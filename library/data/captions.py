@@ -13,6 +13,7 @@ from library.errors import UserError
 
 if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec, SubsetSpec
+    from library.data.samples import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def caption_text(raw: str, spec: SubsetSpec, sight: Sight) -> str:
 
     In this order: the whole caption is dropped; one line is chosen, prefix and suffix are put around it, wildcards are
     filled in; tags are held back (warm-up), shuffled, dropped; the secondary separator is replaced. If anything is done
-    to tags, they are stripped and joined with ", "; otherwise the text keeps its spaces and separators.
+    to tags, they are stripped and joined with their separator and a space, where kohya's trainer has ", " whatever the
+    separator; otherwise the text keeps its spaces and separators.
     """
     if _is_dropped(spec, sight):
         return ""
@@ -115,7 +117,7 @@ def _rearranged(text: str, spec: SubsetSpec, sight: Sight) -> str:
         sight.draw("caption").shuffle(loose)
     if spec.caption_tag_dropout_rate:
         loose = tags.dropped_out(loose, spec.caption_tag_dropout_rate, sight.draw("tag dropout"))
-    return tags.Tags(front, loose, back).joined()
+    return tags.Tags(front, loose, back).joined(spec.caption_separator)
 
 
 def _with_second_separator(text: str, spec: SubsetSpec) -> str:
@@ -152,6 +154,23 @@ def _doubts(spec: SubsetSpec) -> Iterator[str]:
         yield f"{spec.origin}: token_warmup_min has no effect: it matters only together with token_warmup_step"
     if spec.caption_dropout_rate == 1 or spec.caption_dropout_every_n_epochs == 1:
         yield f"{spec.origin}: every caption is dropped: caption_dropout_rate or caption_dropout_every_n_epochs is 1"
+
+
+def warn_of_captions_without_tags(samples: Iterable[Sample]) -> None:
+    """Say where no caption has the separator that options about tags go by."""
+    found: dict[SubsetSpec, list[str]] = {}
+    for sample in samples:
+        if any(getattr(sample.subset, name) for name in _ON_TAGS):
+            found.setdefault(sample.subset, []).extend(as_written(sample.caption, sample.subset))
+    for spec, texts in found.items():
+        if not any(spec.caption_separator in text for text in texts):
+            idle = [name for name in ("shuffle_caption", "token_warmup_step") if getattr(spec, name)]
+            effects = [f"{' and '.join(idle)} change nothing"] * bool(idle)
+            effects += ["caption_tag_dropout_rate drops whole captions"] * bool(spec.caption_tag_dropout_rate)
+            logger.warning(
+                "%s: the caption_separator '%s' stands in no caption of %s: each is one tag, and %s",
+                *(spec.origin, spec.caption_separator, spec.source, ", ".join(effects)),
+            )
 
 
 def _subsets(datasets: Iterable[DatasetSpec]) -> Iterator[SubsetSpec]:

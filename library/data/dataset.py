@@ -161,10 +161,10 @@ class TrainingData:
                 self.caption_folders(), encode, batch_size=batch_size, disk=disk, used_too=others
             )
 
-    def loader(self, *, workers: int, world_size: int = 1, persistent: bool = False) -> PixelLoader:
+    def loader(self, *, workers: int, world_size: int = 1, persistent: bool = False, pin: bool = False) -> PixelLoader:
         """A loader with as many worker processes as there is work for: none where the latents are cached."""
         most_batches = 0 if self.latents is not None else -(-self.batches_per_epoch // world_size)
-        return PixelLoader(workers=workers, most_batches=most_batches, persistent=persistent)
+        return PixelLoader(workers=workers, most_batches=most_batches, persistent=persistent, pin=pin)
 
     def batches(self, plan: Sequence[PlannedBatch], *, epoch: int, loader: PixelLoader) -> Iterator[Batch]:
         """The planned batches that this process is to train, in order: a whole epoch's share or the rest of one."""

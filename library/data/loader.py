@@ -42,9 +42,10 @@ class PixelLoader:
     """Batches of views → batches of pixels, in order, the same for any number of workers.
 
     `workers` is the most that are wanted: no more than CPUs or `most_batches`, the batches of an epoch, are started.
+    `pin`: put what is loaded into pinned memory, from which a GPU reads by itself.
     """
 
-    def __init__(self, *, workers: int, most_batches: int, persistent: bool = False) -> None:
+    def __init__(self, *, workers: int, most_batches: int, persistent: bool = False, pin: bool = False) -> None:
         self.workers = min(workers, cpu_count(), most_batches)
         self._order = _Order()
         self._loader = DataLoader(
@@ -53,6 +54,7 @@ class PixelLoader:
             sampler=self._order,
             num_workers=self.workers,
             persistent_workers=persistent and self.workers > 0,
+            pin_memory=pin,
             generator=torch.Generator(),  # else each epoch would take a number from torch's global stream
         )
 

@@ -16,7 +16,8 @@ from library.cpus import thread_count
 from library.data.images import image_extensions, load_mask
 from library.data.samples import Sample, Size
 from library.data.views import View
-from library.errors import UserError, nearest_path
+from library.errors import UserError, nearest_path, told_apart
+from library.paths import composed
 from library.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -83,17 +84,20 @@ def find_masks(samples: Sequence[Sample]) -> list[Sample]:
     masks: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in image_extensions() and not path.name.startswith("."):
-            if path.stem in masks:
-                raise UserError(f"{place}: '{path.stem}' has two masks: {masks[path.stem].name} and {path.name}")
-            masks[path.stem] = path
-    missing = [sample.path.name for sample in samples if sample.path.stem not in masks]
+            stem = composed(path.stem)
+            if stem in masks:
+                two = " and ".join(told_apart([masks[stem].name, path.name]))
+                raise UserError(f"{place}: '{stem}' has two masks: {two}")
+            masks[stem] = path
+    stems = {sample.path: composed(sample.path.stem) for sample in samples}
+    missing = [path.name for path, stem in stems.items() if stem not in masks]
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
         raise UserError(f"{place}: {folder} has no image of the same name for {len(missing)} images: {shown}")
-    extra = sorted(masks.keys() - {sample.path.stem for sample in samples})
+    extra = sorted(masks.keys() - set(stems.values()))
     if extra:
         logger.warning("%s: %d masks belong to no image (such as %s)", folder, len(extra), masks[extra[0]].name)
-    return [replace(sample, mask=masks[sample.path.stem]) for sample in samples]
+    return [replace(sample, mask=masks[stems[sample.path]]) for sample in samples]
 
 
 def refuse_other_sizes(samples: Iterable[Sample], sizes: dict[Path, Size]) -> None:

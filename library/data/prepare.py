@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from library.config.validation import is_validated
 from library.data.buckets import Buckets, Placement
+from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
 from library.data.held_out import beside, held_out, split, tell
@@ -69,26 +70,27 @@ def prepare(
     measured, bad = check_images(paths, contents=True) if validates else check_images(paths)
     report_bad_images(bad, skip=skip_bad_images)
 
-    readable, readable_apart = (
-        [_readable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
+    usable, usable_apart = (
+        [_usable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
         for part in (scans, apart)
     )
     contents = {path: one.content for path, one in measured.items()}
-    chosen = held_out((sample for part in readable for sample in part), contents, seed=seed) if validates else set()
-    chosen |= {contents[sample.path] for part in readable_apart for sample in part}
+    chosen = held_out((sample for part in usable for sample in part), contents, seed=seed) if validates else set()
+    chosen |= {contents[sample.path] for part in usable_apart for sample in part}
     train: list[list[Sample]] = []
     validation: list[list[Sample]] = []
     summaries: list[SubsetSummary] = []
-    for spec, of_dataset, samples, others in zip(datasets, scans, readable, readable_apart, strict=True):
+    for spec, of_dataset, samples, others in zip(datasets, scans, usable, usable_apart, strict=True):
         to_train, to_validate = split(samples, others, contents, chosen)
         balanced = dreambooth.balance_regularisation(to_train)
         if not balanced:
-            raise UserError(f"{_origins(spec)}: no images to train{_why(samples, to_train)}")
+            raise UserError(f"{_origins(spec)}: no images to train{_why(spec, samples, to_train)}")
         if len(to_train) < len(samples):
             tell(samples, to_train, to_validate)
-        summaries += _counted(of_dataset, samples, to_train, balanced)
+        summaries += _counted(of_dataset, measured, samples, to_train, balanced)
         train.append(balanced)
         validation.append(to_validate)
+    warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
     return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
 
@@ -107,13 +109,38 @@ def _placed(datasets: Sequence[DatasetSpec], buckets: Sequence[Buckets], samples
     return Prepared(together, placements, groups, [])
 
 
-def _readable(scans: Sequence[Scan], measured: dict[Path, Measured], spec: DatasetSpec) -> list[Sample]:
-    return [sample for scan in scans for sample in _with_measures(scan.samples, measured, bucketed=spec.enable_bucket)]
+def _usable(scans: Sequence[Scan], measured: dict[Path, Measured], spec: DatasetSpec) -> list[Sample]:
+    """The samples of a data set whose images can be read and are large enough for it."""
+    found: list[Sample] = []
+    for scan in scans:
+        readable = _with_measures(scan.samples, measured, bucketed=spec.enable_bucket)
+        large = [sample for sample in readable if not _is_too_small(sample.size, spec)]
+        if len(large) < len(readable):
+            assert spec.skip_image_resolution is not None
+            width, height = spec.skip_image_resolution
+            small = next(sample for sample in readable if _is_too_small(sample.size, spec))
+            logger.info(
+                "%s: %d of %d images are no larger than %d × %d and left out, as skip_image_resolution says (such as "
+                "%s, %d × %d)",
+                *(small.subset.source, len(readable) - len(large), len(readable), width, height),
+                *(small.path.name, *small.size),
+            )
+        found += large
+    return found
 
 
-def _why(readable: Sequence[Sample], to_train: Sequence[Sample]) -> str:
+def _is_too_small(size: Size, spec: DatasetSpec) -> bool:
+    """Whether an image's area is at most that of skip_image_resolution, as in kohya."""
+    limit = spec.skip_image_resolution
+    return limit is not None and size[0] * size[1] <= limit[0] * limit[1]
+
+
+def _why(spec: DatasetSpec, usable: Sequence[Sample], to_train: Sequence[Sample]) -> str:
     """Why a data set has nothing to train."""
-    if any(sample.subset.learns for sample in readable) and len(to_train) < len(readable):
+    if not usable and spec.skip_image_resolution is not None:
+        width, height = spec.skip_image_resolution
+        return f": none is larger than the {width} × {height} of skip_image_resolution"
+    if any(sample.subset.learns for sample in usable) and len(to_train) < len(usable):
         return ": all of them are held back to validate on: a smaller validation_split leaves some"
     return ", or only regularisation images"
 
@@ -134,12 +161,14 @@ def _scan(subset: SubsetSpec, index: int) -> Scan:
     return scan._replace(samples=find_masks(scan.samples))
 
 
+def _is_readable(sample: Sample, measured: dict[Path, Measured]) -> bool:
+    return sample.path in measured and (sample.mask is None or sample.mask in measured)
+
+
 def _with_measures(samples: Sequence[Sample], measured: dict[Path, Measured], *, bucketed: bool) -> list[Sample]:
     """The readable samples of a subset with what their images tell: size and, where it is used, face."""
     readable = [
-        replace(sample, size=measured[sample.path].size)
-        for sample in samples
-        if sample.path in measured and (sample.mask is None or sample.mask in measured)
+        replace(sample, size=measured[sample.path].size) for sample in samples if _is_readable(sample, measured)
     ]
     refuse_other_sizes(readable, {path: one.size for path, one in measured.items()})
     if not readable:
@@ -202,10 +231,14 @@ def _group(
 
 
 def _counted(
-    scans: Sequence[Scan], readable: Sequence[Sample], to_train: Sequence[Sample], used: Sequence[Sample]
+    scans: Sequence[Scan],
+    measured: dict[Path, Measured],
+    usable: Sequence[Sample],
+    to_train: Sequence[Sample],
+    used: Sequence[Sample],
 ) -> Iterator[SubsetSummary]:
     """The summaries of a data set with what became of the images of each subset."""
-    are_readable = Counter(sample.subset for sample in readable)
+    are_usable = Counter(sample.subset for sample in usable)
     are_left = Counter(sample.subset for sample in to_train)
     are_used = Counter(sample.subset for sample in used)
     for found, summary in scans:
@@ -213,9 +246,15 @@ def _counted(
         unused = are_left[subset] - are_used[subset]
         if unused:
             logger.warning("%s: %d regularisation images are more than needed", subset.image_dir, unused)
-        bad = len(found) - are_readable[subset]
-        held = are_readable[subset] - are_left[subset]
-        yield replace(summary, images=are_used[subset], bad_images=bad, unused_reg_images=unused, held_out=held)
+        bad = sum(not _is_readable(sample, measured) for sample in found)
+        yield replace(
+            summary,
+            images=are_used[subset],
+            bad_images=bad,
+            too_small=len(found) - bad - are_usable[subset],
+            unused_reg_images=unused,
+            held_out=are_usable[subset] - are_left[subset],
+        )
 
 
 def _origins(spec: DatasetSpec) -> str:

@@ -56,6 +56,7 @@ class SubsetSummary:
     subset: SubsetSpec
     images: int
     bad_images: int = 0
+    too_small: int = 0  # for the data set's skip_image_resolution
     unused_reg_images: int = 0
     held_out: int = 0
     captions_found: int = 0

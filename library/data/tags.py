@@ -18,9 +18,10 @@ class Tags(NamedTuple):
     loose: list[str]
     back: list[str]
 
-    def joined(self) -> str:
-        """The tags with ", " between them, whatever their separator was."""
-        return ", ".join([*self.front, *self.loose, *self.back])
+    def joined(self, separator: str) -> str:
+        """The tags with the separator and a space between them: ", " for ",", as in kohya, and "; " for ";"."""
+        between = separator if separator[-1:].isspace() else f"{separator} "
+        return between.join([*self.front, *self.loose, *self.back])
 
 
 def split(text: str, spec: SubsetSpec) -> Tags:
@@ -33,13 +34,14 @@ def split(text: str, spec: SubsetSpec) -> Tags:
     if mark and mark in text:
         front, rest = text.split(mark, 1)
         loose, _, back = rest.partition(mark)
-        return Tags(*([tag for tag in _stripped(part, spec) if tag] for part in (front, loose, back)))
-    tags = _stripped(text.strip(), spec)
+        return Tags(*(list(filter(None, stripped(part, spec.caption_separator))) for part in (front, loose, back)))
+    tags = stripped(text.strip(), spec.caption_separator)
     return Tags(tags[: spec.keep_tokens], tags[spec.keep_tokens :], [])
 
 
-def _stripped(text: str, spec: SubsetSpec) -> list[str]:
-    return [tag.strip() for tag in text.split(spec.caption_separator)]
+def stripped(text: str, separator: str) -> list[str]:
+    """What lies between separators, without the spaces around it; it may be empty."""
+    return [tag.strip() for tag in text.split(separator)]
 
 
 def warmup_length(spec: SubsetSpec, total_steps: int) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from library.gpu import to_device
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -17,7 +19,7 @@ def signal_and_noise_rates(alphas_cumprod: Tensor, t_B: Tensor, like: Tensor) ->
     The square roots are taken in the table's own precision: 1 - a_t loses its digits in low precision near t = 0.
     """
     a = alphas_cumprod[t_B.to(alphas_cumprod.device)].view(-1, 1, 1, 1)
-    return a.sqrt().to(like), (1 - a).sqrt().to(like)
+    return to_device(a.sqrt().to(like.dtype), like.device), to_device((1 - a).sqrt().to(like.dtype), like.device)
 
 
 def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alphas_cumprod: Tensor) -> Tensor:

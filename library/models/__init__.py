@@ -36,11 +36,9 @@ def open_family(
     from library.config.registry import load_path
     from library.errors import UserError
     from library.models.base_model import open_base_model
-    from library.models.detect import NOT_A_BASE, TITLES
+    from library.models.detect import TITLES
 
     base = open_base_model(path)
-    if base.kind not in FAMILIES:
-        raise UserError(f"{path} is {NOT_A_BASE[base.kind]}")
     if only is not None and base.kind != only:
         raise UserError(f"{path} is {TITLES[base.kind]}, where {TITLES[only]} is wanted; train_network.py takes both")
     for name, part in base.parts.items():

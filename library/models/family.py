@@ -75,6 +75,10 @@ class ModelFamily(Protocol):
         """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1]."""
         ...
 
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        """The pixels of latents that are scaled as those of `encode_images`, [B, 3, H, W] in about [-1, 1]."""
+        ...
+
     def vae_fingerprint(self) -> str:
         """A hash of all that `encode_images` depends on but the precision; reads the VAE's weights once."""
         ...

@@ -23,8 +23,10 @@ FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max  # what is larger would become NaN
 
 
-def hold_in_float8(targets: Iterable[AdapterTargets]) -> int:
+def hold_in_float8(targets: Iterable[AdapterTargets], device: torch.device | None = None) -> int:
     """Round the weights of every layer that `targets` name, and let these compute from them. Returns their number.
+
+    `device`: where each weight is rounded, and stays; None: where it is.
 
     To be done before adapters are attached and after others are merged in. Raises UserError for a weight that is too
     large for the format, before that layer is changed.
@@ -37,10 +39,11 @@ def hold_in_float8(targets: Iterable[AdapterTargets]) -> int:
     ]
     for name, layer in bar(layers, desc="weights to 8 bits", unit="layer"):
         assert isinstance(layer, nn.Linear | nn.Conv2d), f"{name}: neither Linear nor Conv2d"
-        least, most = layer.weight.detach().aminmax()
+        weight = layer.weight.detach().to(device or layer.weight.device)
+        least, most = weight.aminmax()
         if not (least >= -_LARGEST and most <= _LARGEST):  # NaN as well
             raise UserError(f"--fp8_base: {name} has weights beyond {_LARGEST:g}, which 8 bits cannot hold")
-        layer.weight = nn.Parameter(layer.weight.detach().to(FLOAT8), requires_grad=False)
+        layer.weight = nn.Parameter(weight.to(FLOAT8), requires_grad=False)
         layer.forward = partial(_forward, layer)
     return len(layers)
 

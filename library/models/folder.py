@@ -11,7 +11,7 @@ from typing import Any
 from library.errors import UserError, nearest_path
 from library.models.base_model import ASSETS, BaseModel, Part, few, read_json
 from library.models.checkpoint import TEXT_PREFIXES, text_entries_of, vae_entries
-from library.models.detect import is_v2, kind_of_folder
+from library.models.detect import TITLES, FileKind, is_v2, kind_of_folder, not_a_base
 from library.models.tensors import TensorEntry, read_index
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def open_folder(path: str, folder: Path) -> BaseModel:
     if kind is None:
         raise UserError(f"{path}: no diffusers folder of a Stable Diffusion model; {_contents(folder, pipeline)}")
     if kind not in TEXT_PREFIXES:
-        return BaseModel(kind, path, folder, {}, {}, folder, {}, None, "")
+        raise UserError(f"{path} is {not_a_base(FileKind(kind, TITLES[kind]))}")
     assert unet is not None
     _require(unet, folder / "unet", cross_attention_dim=int, block_out_channels=list)
     parts = {"unet": Part(unet, _where("UNet", folder / "unet"), lambda: _entries(folder / "unet"))}

@@ -30,6 +30,38 @@ class TextModelView(nn.Module):
         return self.text_model(*args, **kwargs)
 
 
+class PlainUNetView(nn.Module):
+    """Shows a diffusers UNet with its paths, but its time embedding as a module of no class in particular.
+
+    LyCORIS 4 chooses the time embedding by its class (for other models) and its layers by their names as well, and
+    stops because they are there twice. By their names alone they are chosen once, as by LyCORIS 3.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        for name, child in unet.named_children():
+            if name == "time_embedding":
+                plain = nn.Module()
+                for layer, module in child.named_children():
+                    plain.add_module(layer, module)
+                child = plain
+            self.add_module(name, child)
+        self.__dict__["_unet"] = unet  # no child: its modules would have a second path
+
+    def __getattr__(self, name: str) -> Any:
+        """The UNet's configuration, type and whatever else a network module asks for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_unet" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_unet"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The UNet's answer."""
+        return self._unet(*args, **kwargs)
+
+
 class OriginalUNetView(nn.Module):
     """Shows the layers of a diffusers UNet under their names in the original layout, as kohya's own SDXL UNet has them.
 

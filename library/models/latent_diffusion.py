@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.gpu import to_device
 from library.models.base_model import ZERO_TERMINAL, BaseModel, Part
 from library.models.family import AdapterTargets
 
@@ -86,12 +87,33 @@ class LatentSpace:
 
         weight = next(vae.parameters())
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = vae.encode(pixels_BCHW.to(weight.device, weight.dtype)).latent_dist
+            latents = vae.encode(to_device(pixels_BCHW, weight.device).to(weight.dtype)).latent_dist
         return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
 
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """The pixels of scaled latents, [B, 3, H, W] in about [-1, 1]; in the precision that the VAE was loaded in."""
+        import torch
 
-def latent_space(base: BaseModel, *, default_scaling: float) -> LatentSpace:
-    """From the VAE's configuration, which must fit the UNet's. `default_scaling`: where it is older than the field."""
+        weight = next(vae.parameters())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            latents = latents_BCHW.to(weight.device, weight.dtype) / self.scaling + self.shift
+            return vae.decode(latents, return_dict=False)[0]
+
+
+def with_scaling(base: BaseModel, *, default: float) -> BaseModel:
+    """`base` with the family's `default` where the VAE's configuration is older than its field scaling_factor.
+
+    diffusers would take Stable Diffusion 1's then, whatever the model.
+    """
+    part = base.parts.get("vae")
+    if part is None or part.config.get("scaling_factor"):
+        return base
+    scaled = replace(part, config={**part.config, "scaling_factor": default})
+    return replace(base, parts={**base.parts, "vae": scaled})
+
+
+def latent_space(base: BaseModel) -> LatentSpace:
+    """From the VAE's configuration, which must fit the UNet's and name the scale (see `with_scaling`)."""
     if "vae" not in base.parts:
         raise UserError(f"{base.path} holds no VAE; give one with --vae")
     config, unet = base.parts["vae"].config, base.parts["unet"].config
@@ -104,7 +126,7 @@ def latent_space(base: BaseModel, *, default_scaling: float) -> LatentSpace:
             f"{base.parts['vae'].where}: scales each channel by itself (latents_mean, latents_std), as no Stable "
             "Diffusion 1.x, 2.x or XL model that is supported does"
         )
-    scale, shift = config.get("scaling_factor") or default_scaling, config.get("shift_factor") or 0.0
+    scale, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
     for name, value in (("scaling_factor", scale), ("shift_factor", shift)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{base.parts['vae'].where}: its {name} is {value!r}, which is no number")
@@ -132,17 +154,20 @@ def token_limit(max_token_length: int | None) -> int:
 
 
 def prediction_type(base: BaseModel, *, says_v: bool) -> str:
-    """What the network predicts: as the model says itself, else as the user says, else noise."""
-    if base.prediction == "v_prediction":
-        if not says_v:
-            logger.info("%s predicts velocity, says %s", base.path, base.prediction_from)
+    """What the network predicts: v if the user says so, else as the model says itself, else noise.
+
+    Weights do not show it, and configurations are often wrong in converted folders: the flag goes before them.
+    """
+    if says_v:
+        if base.prediction == "epsilon":
+            logger.warning(
+                "--v_parameterization was given, but %s predicts noise, says %s; going by the flag",
+                *(base.path, base.prediction_from),
+            )
         return "v_prediction"
-    if base.prediction == "epsilon" and says_v:
-        message = f"--v_parameterization was given, but {base.path} predicts noise, says {base.prediction_from}"
-        if base.location.is_dir():
-            raise UserError(f'{message}; leave the flag out, or correct "prediction_type" in that file')
-        logger.warning("%s; going by the flag", message)
-    return "v_prediction" if says_v else "epsilon"
+    if base.prediction == "v_prediction":
+        logger.info("%s predicts velocity, says %s", base.path, base.prediction_from)
+    return base.prediction or "epsilon"
 
 
 def scheduler(base: BaseModel, prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:
@@ -194,11 +219,11 @@ class LatentDiffusion:
     ) -> None:
         """`base` has the VAE of `vae` already. `predicts`: "epsilon" or "v_prediction". default_scaling, default_cells:
         of the latents and of a side, where configurations are older than these fields. Raises UserError."""
-        self._base = base
+        self._base = base = with_scaling(base, default=default_scaling)
         self.path, self.vae_path = base.path, vae
         self.prediction_type = predicts
         self._scheduler = scheduler(base, predicts, zero_terminal_snr=zero_terminal_snr)
-        self._latents = latent_space(base, default_scaling=default_scaling)
+        self._latents = latent_space(base)
         self.latent_channels, self.vae_factor = self._latents.channels, self._latents.factor
         self.vae_overflows_fp16 = self._latents.overflows_fp16
         self.native_resolution = native_resolution(base, self.vae_factor, default=default_cells)
@@ -260,6 +285,10 @@ class LatentDiffusion:
         assert self.vae is not None, "the VAE is not loaded"
         return self._latents.encode(self.vae, pixels_BCHW)
 
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        assert self.vae is not None, "the VAE is not loaded"
+        return self._latents.decode(self.vae, latents_BCHW)
+
     def vae_fingerprint(self) -> str:
         from library.models.fingerprint import part_fingerprint
 
@@ -268,8 +297,10 @@ class LatentDiffusion:
     def _reading(self) -> dict[str, Any]:
         """How captions become tokens: a part of `text_fingerprint`."""
         from library.models.fingerprint import folder_fingerprint
+        from library.models.prompts import CLEANING
 
         return {
+            "cleaning": CLEANING,
             "tokenizer": folder_fingerprint(self._base.tokenizer),
             "tokenizer options": dict(self._base.tokenizer_options),
             "tokens": self.token_limit,

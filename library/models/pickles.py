@@ -172,12 +172,32 @@ def read_pickle_index(path: Path) -> WeightsIndex:
         logger.info("%s names foreign classes or functions, left unexecuted: %s", path, _few(foreign))
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     tensors = {k: v for k, v in weights.items() if type(v) is _Tensor} if isinstance(weights, dict) else {}
+    tensors = tensors or _of_the_web_ui(content)
     if not tensors:
         others = f", but objects of {_few(foreign)}" if foreign else ""
         raise UserError(f"{path}: holds no table of weights{others}")
     size = path.stat().st_size
     entries = {str(name): _entry(path, str(name), tensor, positions, size) for name, tensor in tensors.items()}
     return WeightsIndex(path, entries, {})
+
+
+def _of_the_web_ui(content: Any) -> dict[str, _Tensor]:
+    """The tensors of A1111's embeddings, {"string_to_param": {"*": tensor}}, and hypernetworks, {width: (layers, …)}.
+
+    Nothing here uses them; they are there to be recognised."""
+    if not isinstance(content, dict):
+        return {}
+    tables = [("string_to_param", content.get("string_to_param"))]
+    for width, halves in content.items():
+        if type(width) is int and isinstance(halves, tuple):
+            tables += [(f"{width}.{number}", half) for number, half in enumerate(halves)]
+    return {
+        f"{name}.{key}": tensor
+        for name, table in tables
+        if isinstance(table, dict)
+        for key, tensor in table.items()
+        if type(tensor) is _Tensor
+    }
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[str], int], set[str]]:

@@ -4,6 +4,9 @@ CLIP reads 77 tokens, the first of which is BOS and one of which is EOS. A longe
 with its own BOS and end, encoded separately; the states are put one after another with one BOS in front and one end
 behind. This is what kohya's sd-scripts do (library/strategy_base.py and strategy_sd.py), and what LoRAs that were
 trained on 150 or 225 tokens expect. Weighted captions multiply the states of their tokens, as there.
+
+Before that a caption is cleaned by ftfy, as the texts were that CLIP was trained on, and as kohya's scripts and A1111
+clean it.
 """
 
 from __future__ import annotations
@@ -11,21 +14,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import ftfy
 import torch
 from torch import Tensor, nn
 
+from library.gpu import to_device
 from library.models.prompt_weights import weighted_texts
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 CHUNK = 75  # tokens of a caption that fit between BOS and EOS
+CLEANING = f"ftfy {ftfy.__version__}, lower case"
+"""What `cleaned` does, for fingerprints: another version of ftfy may give other tokens."""
+
+
+def cleaned(text: str) -> str:
+    """The text as CLIP knows texts: “a” is "a", a full-width comma a comma, &amp; an &, and mojibake is repaired.
+
+    It is put into lower case here, since the tokenizer's own lower case is letter by letter: a Σ that ends a word is ς.
+    """
+    return ftfy.fix_text(text).lower()
 
 
 def content_tokens(tokenizer: CLIPTokenizer, caption: str) -> list[int]:
-    """The caption's tokens without BOS and EOS, however many there are."""
+    """The caption's tokens without BOS and EOS, however many there are: those of transformers 4's CLIPTokenizer with
+    ftfy, which kohya's scripts use."""
     # verbose=False: a caption longer than the model reads is expected here, and reported by whoever counts
-    return tokenizer(caption, truncation=False, padding=False, verbose=False).input_ids[1:-1]
+    return tokenizer(cleaned(caption), truncation=False, padding=False, verbose=False).input_ids[1:-1]
 
 
 def chunked_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int, pad: int | None = None) -> Tensor:
@@ -72,7 +88,9 @@ def ids_and_weights(
 
 def weigh(states_BLD: Tensor, weights_BL: Tensor | None) -> Tensor:
     """States times the weights of their words, where there are any."""
-    return states_BLD if weights_BL is None else states_BLD * weights_BL[:, :, None].to(states_BLD)
+    if weights_BL is None:
+        return states_BLD
+    return states_BLD * to_device(weights_BL[:, :, None], states_BLD.device).to(states_BLD)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, caption: str, *, weighted: bool) -> int:

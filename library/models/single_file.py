@@ -19,7 +19,7 @@ from library.models.checkpoint import (
     unet_entries,
     vae_entries,
 )
-from library.models.detect import is_vae, kind_of_file
+from library.models.detect import is_vae, kind_of_file, not_a_base
 from library.models.tensors import WeightsIndex, read_index
 
 logger = logging.getLogger(__name__)
@@ -38,15 +38,16 @@ _V_PREDICTION_MARK, _ZERO_TERMINAL_MARK = "v_pred", "ztsnr"
 
 
 def open_file(path: str, location: Path, *, config: Mapping[str, Any] | None = None) -> BaseModel:
-    """Recognise a checkpoint from its names and shapes.
+    """Recognise a checkpoint from its names and shapes. UserError says what another file is.
 
     `config`, in the form of assets/sd1.json, takes the place of the shipped ones: for architectures of other sizes,
     whose number of attention heads no file tells.
     """
     index = read_index(location)
-    kind = kind_of_file(index)
-    if kind not in TEXT_PREFIXES:
-        return BaseModel(kind, path, location, {}, {}, location, {}, None, "")
+    found = kind_of_file(index)
+    if found.kind not in TEXT_PREFIXES:
+        raise UserError(f"{path} is {not_a_base(found)}")
+    kind = found.kind
     config = config or read_json(ASSETS / f"{_asset(index, kind)}.json")
     _mention_leftovers(index, kind)
     layers_per_block = config["unet"]["layers_per_block"]
@@ -82,7 +83,7 @@ def vae_part_of_file(path: Path, config: Mapping[str, Any]) -> Part:
     """The VAE in a file of its own, or in a whole checkpoint."""
     index = read_index(path)
     if not is_vae(index):
-        raise UserError(f"{path}: holds no VAE, but {few(index.entries, 3) or 'nothing'}")
+        raise UserError(f"{path} is {kind_of_file(index).title}, and holds no VAE")
     return Part(config, f"the VAE in {path}", lambda: vae_entries(index.entries))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.gpu import to_device
 from library.models.base_model import BaseModel, Part
 from library.models.detect import is_v2
 from library.models.family import AdapterTargets
@@ -101,7 +102,7 @@ class StableDiffusion(LatentDiffusion):
         ids, weights = ids_and_weights(
             self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions
         )
-        ids = ids.to(encoder.embeddings.position_ids.device)
+        ids = to_device(ids, encoder.embeddings.position_ids.device)
         states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
         return {"hidden_states": weigh(states, weights)}
 
@@ -152,8 +153,10 @@ class StableDiffusion(LatentDiffusion):
         return TextModelView(self.text_encoders[0] if self.text_encoders else None)
 
     def third_party_unet(self) -> nn.Module | None:
-        """The UNet itself: kohya has diffusers' names for it."""
-        return self.unet
+        """The UNet with its own paths: kohya has diffusers' names for it."""
+        from library.models.kohya_view import PlainUNetView
+
+        return None if self.unet is None else PlainUNetView(self.unet)
 
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt_embeds": positive["hidden_states"], "negative_prompt_embeds": negative["hidden_states"]}
@@ -205,7 +208,7 @@ def _prediction_type(base: BaseModel, *, v2: bool, says_v: bool) -> str:
             "Stable Diffusion 2, give --v_parameterization",
             base.path,
         )
-    if says_v and not v2 and base.prediction != "v_prediction":
+    if says_v and not v2 and base.prediction is None:
         logger.warning(
             "--v_parameterization with a Stable Diffusion 1.x model: is %s one that predicts velocity?", base.path
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.gpu import to_device
 from library.models.base_model import BaseModel, Part
 from library.models.checkpoint import original_unet_name
 from library.models.family import AdapterTargets
@@ -108,7 +109,7 @@ class StableDiffusionXL(LatentDiffusion):
                 self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions, pad=pad
             )
             layers = self._base.parts[part].config["num_hidden_layers"]
-            of_encoder, pooled = encode_penultimate(encoder, ids.to(_device_of(encoder)), layers=layers)
+            of_encoder, pooled = encode_penultimate(encoder, to_device(ids, _device_of(encoder)), layers=layers)
             states.append(weigh(of_encoder, weights))
         assert pooled is not None, "the second text encoder has a projection"
         return {"hidden_states": torch.cat(states, dim=2), "pooled": pooled}
@@ -128,7 +129,7 @@ class StableDiffusionXL(LatentDiffusion):
         rows = [
             [*size[::-1], *crop[::-1], *target_size[::-1]] for size, crop in zip(original_sizes, crops, strict=True)
         ]
-        return {**texts, "time_ids": torch.tensor(rows, device=texts["pooled"].device)}
+        return {**texts, "time_ids": to_device(torch.tensor(rows), texts["pooled"].device)}
 
     def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Noise or velocity, as `prediction_type` says, [B, C, h, w]; t in 0 … 999."""

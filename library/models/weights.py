@@ -6,7 +6,7 @@ in one of two ways, neither of which needs more memory than the finished module 
 * on the CPU in the file's own element type, it is a private mapping of its part of the file. Nothing is copied, what is
   never used is never read, and several processes share the pages. The file may be deleted meanwhile, not overwritten.
 * otherwise it is allocated as wanted and the file is read through the buffer. Read, not mapped: the pages of a mapping
-  count as the process's memory, beside the converted weights.
+  count as the process's memory, beside the converted weights. A GPU reads the buffer by itself and changes the type.
 """
 
 from __future__ import annotations
@@ -122,15 +122,17 @@ class _Reader:
         return self._converted(file, entry, source, torch.empty(entry.count, dtype=dtype, device=device))
 
     def _converted(self, file: BinaryIO, entry: TensorEntry, source: torch.dtype, target: torch.Tensor) -> torch.Tensor:
+        on_gpu = target.device.type == "cuda"
         if not len(self._buffer):
-            self._buffer = torch.empty(_BUFFER, dtype=torch.uint8)
+            self._buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=on_gpu)
         file.seek(entry.offset)
         step = _BUFFER // ITEM_SIZE[entry.dtype]
         for start in range(0, entry.count, step):
             count = min(step, entry.count - start)
             piece = self._buffer[: count * ITEM_SIZE[entry.dtype]]
             _read_bytes(file, piece, entry.file)
-            target[start : start + count].copy_(piece.view(source))
+            moved = piece.to(target.device) if on_gpu else piece  # else the CPU would convert, in one thread
+            target[start : start + count].copy_(moved.view(source))
         return target
 
     @staticmethod

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
-from library import log
-from library.config import registry
+from library.config import registry, source
 from library.errors import UserError, did_you_mean
-from library.optimizers import CUSTOM_ADAMW, OPTIMIZERS
+from library.optimizers import OPTIMIZERS, small_lora
 from library.optimizers.custom_adamw.options import decayed_weight_decay
+from library.optimizers.small_lora import SmallLora
 
 logger = logging.getLogger(__name__)
 
@@ -22,68 +24,119 @@ ParameterGroups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """An optimizer whose class is importable and whose arguments fit it; nothing is allocated yet."""
+    """An optimizer whose class is importable and whose arguments fit it.
+
+    What it is like is asked of the class, or of one made for dummy parameters, whatever its name and package.
+    """
 
     name: str
     path: str
     arguments: dict[str, Any]
 
     @property
+    def is_custom_adamw(self) -> bool:
+        """Ours, by whatever path, or a class that is made of it."""
+        return _is_custom_adamw(self.path)
+
+    @property
+    def has_modes(self) -> bool:
+        """Its `train()` and `eval()` must be called around training."""
+        return small_lora.has_modes(_class(self.path))
+
+    @cached_property
+    def averages(self) -> bool:
+        """What it saves, validates and draws with is an average of its own, apart from the weights that it trains."""
+        return self.has_modes and small_lora.averages(self._on_dummies)
+
+    @cached_property
     def schedule_free(self) -> bool:
-        """Its `train()` and `eval()` must be called around training, and it takes no learning-rate schedule."""
-        return self.path.startswith("schedulefree.")
+        """Its average weighs each step by its rate, which takes the place of a learning-rate schedule."""
+        if not self.averages:
+            return False
+        lora = SmallLora({"unet": 1e-3})
+        with small_lora.quietly():
+            optimizer = self._on_dummies(lora.groups)
+            small_lora.train(optimizer, lora)
+        return "weight_sum" in optimizer.param_groups[0]
 
-    @property
+    @cached_property
     def finds_its_rate(self) -> bool:
-        """D-Adaptation and Prodigy: the given rate is a factor, 1.0 as a rule, and one for all groups."""
-        return self.path.startswith(("dadaptation.", "prodigyopt."))
+        """D-Adaptation and Prodigy: the given rate is a factor, 1.0 as a rule, of a "d" that they find."""
+        lora = SmallLora({"unet": None if self.takes_no_rate else 1e-3})
+        with small_lora.quietly():
+            return _has_found_d(_class(self.path), self._on_dummies(lora.groups).param_groups[0])
 
-    @property
-    def is_adafactor(self) -> bool:
-        """transformers' Adafactor, or another of that name."""
-        return self.path.endswith(".Adafactor")
+    @cached_property
+    def has_a_rate_a_group(self) -> bool:
+        """False if one rate is taken for all parts, as most of those that find it do."""
+        return not self.finds_its_rate or small_lora.has_a_rate_a_group(self._on_dummies)
 
     @property
     def relative_step(self) -> bool:
         """Adafactor in the mode that derives its rate from the step (kohya's default for it)."""
-        return self.is_adafactor and bool(self.arguments.get("relative_step"))
+        return bool(self.setting("relative_step"))
+
+    @property
+    def takes_no_rate(self) -> bool:
+        """With relative steps transformers' Adafactor insists on having no rate at all; others leave theirs unused."""
+        return self.relative_step and _signature(self.path)["lr"].default is None
+
+    def setting(self, name: str) -> Any:
+        """An argument as given, or its default; None if there is no such argument."""
+        parameter = _signature(self.path).get(name)
+        default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+        return self.arguments.get(name, default)
+
+    def in_plain_steps(self) -> OptimizerChoice:
+        """The same without what takes time to set up: CustomAdamW then compiles nothing."""
+        if not self.is_custom_adamw:
+            return self
+        return replace(self, arguments={**self.arguments, "implementation": "eager", "is_paged": False})
+
+    def _on_dummies(self, groups: ParameterGroups) -> torch.optim.Optimizer:
+        return _new(self.in_plain_steps(), _understood(self, groups), rate=None if self.takes_no_rate else 1e-3)
 
 
 def choose_optimizer(
-    name: str, words: Sequence[str], *, custom_adamw: Mapping[str, object] | None = None
+    name: str,
+    words: Sequence[str],
+    *,
+    weight_decay: float | None = None,
+    custom_adamw: Mapping[str, object] | None = None,
 ) -> OptimizerChoice:
     """Find the class and check the words against its signature.
 
-    `name` is one of `OPTIMIZERS` (any case), a class of `torch.optim`, or a dotted path. `custom_adamw`: CustomAdamW's
-    settings that were given as flags. Raises UserError, also if a flag and a word contradict each other.
+    `name` is one of `OPTIMIZERS` (any case), a class of `torch.optim`, or a dotted path. `weight_decay`, and
+    CustomAdamW's settings `custom_adamw`, were given as flags. Raises UserError, also if a flag and a word contradict
+    each other.
     """
     path = _path(name)
     _refuse_no_optimizer(name, path)
     defaults = _defaults(path, name)
+    ours = _is_custom_adamw(path)
     if custom_adamw:
-        if path != CUSTOM_ADAMW:
+        if not ours:
             flags = ", ".join(f"--{flag}" for flag in custom_adamw)
             raise UserError(f"{flags}: only CustomAdamW has this; --optimizer_type is {name}")
         words = _joined(words, custom_adamw)
+    if weight_decay is not None:
+        _refuse_no_weight_decay(name, path)
+        words = _joined(words, {"weight_decay": weight_decay})
     # wd_flat is no single word: --wd_flat gives it
-    reserved = ("params", "lr", "wd_flat") if path == CUSTOM_ADAMW else ("params", "lr")
+    reserved = ("params", "lr", "wd_flat") if ours else ("params", "lr")
     arguments, unchecked = registry.bind(
         path, words, given=defaults, reserved=reserved, where="--optimizer_args", named_by="--optimizer_type"
     )
     if unchecked:
         logger.warning("--optimizer_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked))
     arguments = {**defaults, **arguments}
-    if path.endswith(".Adafactor") and arguments.get("warmup_init") and not arguments["relative_step"]:
-        raise UserError("--optimizer_args: Adafactor's warmup_init=True needs relative_step=True")
     choice = OptimizerChoice(name, path, arguments)
-    _rehearse(choice)
+    if choice.setting("warmup_init") and choice.setting("relative_step") is False:
+        raise UserError(f"--optimizer_args: {name}'s warmup_init=True needs relative_step=True")
+    with small_lora.quietly():  # what it refuses is refused now; what it says of dummy parameters would mislead
+        rate = None if choice.takes_no_rate else 1e-4
+        _new(choice, _understood(choice, SmallLora({"unet": rate}).groups), rate=rate)
     return choice
-
-
-def _rehearse(choice: OptimizerChoice) -> None:
-    """Make it for nothing: what it refuses is refused now. What it says of a stand-in's numbers would mislead."""
-    with log.errors_only():
-        _new(choice, [torch.nn.Parameter(torch.zeros(2, 2))], rate=None if choice.relative_step else 1e-4)
 
 
 def _refuse_no_optimizer(name: str, path: str) -> None:
@@ -91,6 +144,13 @@ def _refuse_no_optimizer(name: str, path: str) -> None:
         found = registry.load_path(path, where="--optimizer_type")
         if not (isinstance(found, type) and callable(getattr(found, "step", None))):
             raise UserError(f"--optimizer_type: {name} is no optimizer: a class with a step(), as those of torch.optim")
+
+
+def _refuse_no_weight_decay(name: str, path: str) -> None:
+    target = registry.signature(path, where="--optimizer_type")
+    if "weight_decay" not in target.parameters:
+        unchecked = "; --optimizer_args weight_decay=... hands it over unchecked" if target.takes_any else ""
+        raise UserError(f"--weight_decay: {name} has no weight_decay{unchecked}")
 
 
 def _joined(words: Sequence[str], flags: Mapping[str, object]) -> list[str]:
@@ -120,9 +180,23 @@ def _defaults(path: str, name: str) -> dict[str, Any]:
     """What kohya sets where the user says nothing."""
     if name.lower().startswith("sgdnesterov"):
         return {"momentum": 0.9, "nesterov": True}
-    if path.endswith(".Adafactor"):
+    if name.lower() == "adafactor":
         return {"relative_step": True}
     return {}
+
+
+def _class(path: str) -> Any:
+    return registry.load_path(path, where="--optimizer_type")
+
+
+def _signature(path: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_class(path)).parameters
+
+
+def _is_custom_adamw(path: str) -> bool:
+    from library.optimizers.custom_adamw import CustomAdamW
+
+    return issubclass(_class(path), CustomAdamW)
 
 
 def create_optimizer(
@@ -133,8 +207,7 @@ def create_optimizer(
     `learning_rate`: of groups without one; and what schedules that end at a certain rate compare that rate with, so it
     should be the highest of the groups' own.
     """
-    if choice.path != CUSTOM_ADAMW:  # what only it understands
-        groups = [{k: v for k, v in group.items() if k not in ("param_names", "lora_scale")} for group in groups]
+    groups = _understood(choice, groups)
     rates = {group.get("lr", learning_rate) for group in groups}
     rate: float | None = learning_rate
     if choice.finds_its_rate:
@@ -144,7 +217,7 @@ def create_optimizer(
                 choice.name,
                 max(rates),
             )
-        if len(rates - {0.0}) > 1:  # the packages refuse it, at the first step
+        if len(rates - {0.0}) > 1 and not choice.has_a_rate_a_group:
             first = next(group["lr"] for group in groups if group.get("lr"))
             logger.warning(
                 "%s uses one rate for all parts: of %s the first part's, %g, is taken for all.",
@@ -154,45 +227,75 @@ def create_optimizer(
             )
             groups = [{**group, "lr": first if group.get("lr", learning_rate) else 0.0} for group in groups]
     if choice.relative_step:
-        # With relative steps Adafactor insists on having no rate at all.
         logger.warning(
-            "Adafactor with relative_step=True derives its own rate: --learning_rate, --unet_lr and "
-            "--text_encoder_lr have no effect. To use them: --optimizer_args relative_step=False."
+            "%s with relative_step=True derives its own rate: --learning_rate, --unet_lr and "
+            "--text_encoder_lr have no effect. To use them: --optimizer_args relative_step=False.",
+            choice.name,
         )
+    if choice.takes_no_rate:
         groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
         rate = None
     return _new(choice, groups, rate=rate)
 
 
-def _new(
-    choice: OptimizerChoice, parameters: ParameterGroups | list[torch.nn.Parameter], *, rate: float | None
-) -> torch.optim.Optimizer:
-    optimizer_class = registry.load_path(choice.path, where="--optimizer_type")
+def _understood(choice: OptimizerChoice, groups: ParameterGroups) -> ParameterGroups:
+    """The groups without what only CustomAdamW understands, if it is another."""
+    if choice.is_custom_adamw:
+        return groups
+    return [{k: v for k, v in group.items() if k not in ("param_names", "lora_scale")} for group in groups]
+
+
+def _new(choice: OptimizerChoice, groups: ParameterGroups, *, rate: float | None) -> torch.optim.Optimizer:
     try:
-        optimizer: torch.optim.Optimizer = optimizer_class(parameters, lr=rate, **choice.arguments)
-    except (TypeError, ValueError) as error:
+        optimizer: torch.optim.Optimizer = _class(choice.path)(groups, lr=rate, **choice.arguments)
+    except UserError:
+        raise
+    except Exception as error:  # others' code, which refuses in its own ways
+        if source.is_ours(choice.path) and not isinstance(error, TypeError | ValueError):
+            raise
         raise UserError(f"--optimizer_type {choice.name} does not take these settings: {error}") from error
     return optimizer
+
+
+@lru_cache
+def _arguments_of(optimizer_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(optimizer_class).parameters)
+
+
+def _has_found_d(optimizer_class: type, group: Mapping[str, Any]) -> bool:
+    """Whether a group has a "d" that is the optimizer's own: torch's Adafactor calls one of its arguments so."""
+    return "d" in group and "d" not in _arguments_of(optimizer_class)
 
 
 def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rate in force per group, by the group's name; with D-Adaptation and Prodigy, d times the rate."""
     rates = {}
     for index, group in enumerate(optimizer.param_groups):
-        rate = group["lr"]
-        if rate is None:  # Adafactor with relative steps
-            state = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), None)
-            rate = optimizer._get_lr(group, state) if state else 0.0
-        rates[str(group.get("name", f"group{index}"))] = float(rate) * float(group.get("d", 1.0))
+        rate = _relative_rate(optimizer, group) if group.get("relative_step") else group["lr"]
+        factor = float(group["d"]) if _has_found_d(type(optimizer), group) else 1.0
+        rates[str(group.get("name", f"group{index}"))] = float(rate) * factor
     return rates
+
+
+def _relative_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    """Adafactor's own rate in the last step: transformers' has it scaled by the size of a parameter, the first."""
+    state: Mapping[str, Any] = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), {})
+    step = state.get("step") or group.get("step")
+    if not step:
+        return 0.0
+    if hasattr(optimizer, "_get_lr"):
+        return float(optimizer._get_lr(group, state))
+    return min(1e-6 * step if group.get("warmup_init") else 1e-2, step**-0.5)  # Shazeer & Stern 2018, section 8
 
 
 def effective_weight_decays(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The weight decay of the last step per group, by the group's name; empty for an optimizer without one."""
+    from library.optimizers.custom_adamw import CustomAdamW
+
     decays = {}
     for index, group in enumerate(optimizer.param_groups):
         if "weight_decay" in group:
-            own = "wd_schedule" in group  # CustomAdamW keeps the one it began with, and follows its curve in each step
+            own = isinstance(optimizer, CustomAdamW)  # keeps the one it began with, and follows its curve in each step
             decay = decayed_weight_decay(group, group["step"]) if own else float(group["weight_decay"])
             decays[str(group.get("name", f"group{index}"))] = decay
     return decays

@@ -135,6 +135,11 @@ class Curve(NamedTuple):  # not a dataclass: CustomAdamW makes one a step and gr
             max_progress=self.max_progress,
         )
 
+    def lowest(self, steps: int) -> float:
+        """The smallest factor within so many steps; of the adaptive curve if the loss is flat from the beginning."""
+        starts = (start for start, _ in self.stages if start <= steps)
+        return min(self.factor(step, flat_since=0) for step in (steps, *starts))
+
 
 def check(curve: Curve, *, owner: str) -> None:
     """Raise `UserError`, in `owner`'s name, for numbers that do not go together. Ranges are checked before."""

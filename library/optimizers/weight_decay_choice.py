@@ -13,28 +13,19 @@ from typing import Any
 import torch
 
 from library.config import registry
-from library.config.weight_decay import WeightDecayOptions
+from library.config.weight_decay import READ_BY, WeightDecayOptions
 from library.errors import UserError
-from library.optimizers import CUSTOM_ADAMW, auto_weight_decay
+from library.optimizers import auto_weight_decay
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.plateau import Plateau
-from library.optimizers.weight_decay import WITH_AN_END, Curve, Stages, check
+from library.optimizers.weight_decay import VANISHED, WITH_AN_END, Curve, Stages, check
 from library.optimizers.weight_decay_hook import WeightDecayHook
 
 logger = logging.getLogger(__name__)
 
 _OWNER = "--dynamic_weight_decay"
+_FOREVER = 10**9  # steps, more than any run has
 _PLATEAU = "library.optimizers.plateau.Plateau"
-# Which curves read which option
-READ_BY = {
-    "wd_transition_steps": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
-    "wd_decay_factor": ("exponential", "adaptive"),
-    "wd_min_ratio": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
-    "wd_max_progress": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
-    "wd_stages": ("multi_stage",),
-    "wd_interpolate": ("multi_stage",),
-    "wd_flat": ("adaptive",),
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +95,7 @@ def check_options(
     if base == 0 and (asked or options.dynamic_weight_decay):
         raise UserError(
             f"{_OWNER}: the weight decay of {choice.name} is 0, which no curve changes: "
-            "--optimizer_args weight_decay=0.01, or --no-dynamic_weight_decay"
+            "--weight_decay 0.01, or --no-dynamic_weight_decay"
         )
     for name, value in given.items():
         said = choice.arguments.get(name)
@@ -130,6 +121,7 @@ def resolve(
 ) -> DecayChoice | None:
     """`decide`, and say in the log what was decided, with the rule behind each number."""
     decided = decide(options, choice, total_steps=total_steps, images=images)
+    _warn_of_vanishing(decided, weight_decay_of(choice), total_steps)
     if decided is None:
         return None
     _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
@@ -177,7 +169,7 @@ def decide(
 
 def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: OptimizerChoice) -> OptimizerChoice:
     """CustomAdamW does it itself: its arguments with the numbers given or decided. Others stay as they are."""
-    if choice.path != CUSTOM_ADAMW:
+    if not choice.is_custom_adamw:
         return choice
     arguments: dict[str, Any] = {}
     if options.dynamic_weight_decay is not None:
@@ -203,18 +195,18 @@ def attach(decided: DecayChoice | None, optimizer: torch.optim.Optimizer) -> Any
 
 
 def _is_on(options: WeightDecayOptions, choice: OptimizerChoice) -> bool:
-    word = choice.arguments.get("dynamic_weight_decay") if choice.path == CUSTOM_ADAMW else None
+    word = choice.arguments.get("dynamic_weight_decay") if choice.is_custom_adamw else None
     flag = options.dynamic_weight_decay
     if flag is not None and word is not None and flag != word:
         raise UserError(f"{_OWNER} {flag} contradicts --optimizer_args dynamic_weight_decay={word}: give one of them")
-    if flag is None and choice.path == CUSTOM_ADAMW:
+    if flag is None and choice.is_custom_adamw:
         return bool(_defaults()["dynamic_weight_decay"] if word is None else word)
     return bool(flag)
 
 
 def _own(choice: OptimizerChoice) -> Curve:
     """The curve without any option: CustomAdamW's own with what --optimizer_args say, or the usual one."""
-    if choice.path != CUSTOM_ADAMW:
+    if not choice.is_custom_adamw:
         return Curve()
     settings = {**_defaults(), **choice.arguments}
     return Curve(**{name: settings[f"wd_{name}"] for name in Curve._fields})
@@ -228,11 +220,7 @@ def _defaults() -> dict[str, Any]:
 
 def weight_decay_of(choice: OptimizerChoice) -> Any:
     """The weight decay that the optimizer will have; None if it knows none."""
-    if "weight_decay" in choice.arguments:
-        return choice.arguments["weight_decay"]
-    target = registry.load_path(choice.path, where="--optimizer_type")
-    parameter = inspect.signature(target).parameters.get("weight_decay")
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return choice.setting("weight_decay")
 
 
 def _words(options: WeightDecayOptions) -> dict[str, Any]:
@@ -278,7 +266,7 @@ def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
     logger.info("weight decay: %s", ", ".join(parts))
     if not asked or decided.changes(total_steps):
         return
-    if decided.changes(10**9):
+    if decided.changes(_FOREVER):
         logger.warning(
             "the weight decay stays as it is in this run: it would change after step %d, and the run has %d steps",
             decided.held,
@@ -286,6 +274,26 @@ def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
         )
     else:
         logger.warning("the weight decay stays as it is: with these numbers its curve never falls")
+
+
+def _warn_of_vanishing(decided: DecayChoice | None, base: Any, total_steps: int) -> None:
+    """A weight decay, as configured or at the end of its curve, that is above 0 and too small to do anything."""
+    if not isinstance(base, int | float) or base <= 0:
+        return
+    if base < VANISHED:
+        logger.warning("the weight decay is %g, below %g: it regularises nothing", base, VANISHED)
+        return
+    if decided is None or base * decided.curve.lowest(_FOREVER) >= VANISHED:
+        return
+    within = base * decided.curve.lowest(total_steps) < VANISHED
+    logger.warning(
+        "the weight decay falls from %g to %.3g, %s: below %g it regularises nothing. Raise --weight_decay, or the "
+        "share that is kept, --wd_min_ratio",
+        base,
+        base * decided.curve.lowest(total_steps if within else _FOREVER),
+        f"within the {total_steps} steps of this run" if within else f"after the {total_steps} steps of this run",
+        VANISHED,
+    )
 
 
 def _stages_text(stages: Stages) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, nearest_path
+from library.files.hashes import sha256
+from library.files.header import read_metadata
 from library.training import sample_files
-from library.training.hashes import sha256
 from library.training.metrics import SUFFIX, lines
 from library.training.sample_files import Sample
+from networks import base_weights
+from networks.base_weights import in_words
 
 MOST_POINTS = 1500  # of a curve
 
@@ -70,6 +72,7 @@ class SavedFile:
     sha256: str
     model_hash: str  # as A1111 shows it; empty for pickled files
     step: str
+    base_weights: str  # the LoRA files that it was trained on top of, as their names × multipliers
 
 
 def find_metrics(where: Path) -> list[Path]:
@@ -161,24 +164,13 @@ def saved_files(story: Story) -> list[SavedFile]:
     pickled = re.compile(rf"{name}(-step\d{{8,}}|-\d{{6,}}|-[a-z]+)?\.(ckpt|pt)")
     found = []
     for path in filter(Path.is_file, story.path.parent.iterdir()):
-        about = _metadata(path) if path.suffix == ".safetensors" else {}
+        about = read_metadata(path) if path.suffix == ".safetensors" else {}
         session = about.get("ss_session_id", "")
         if session == str(story.run.get("session_id")) or (pickled.fullmatch(path.name) and _since(path, story)):
             hashes = (sha256(path), about.get("sshs_model_hash", ""), about.get("ss_steps", ""))
-            found.append((path.stat().st_mtime, SavedFile(path, path.stat().st_size, *hashes)))
+            base = in_words(base_weights.read(path)) if about else ""
+            found.append((path.stat().st_mtime, SavedFile(path, path.stat().st_size, *hashes, base)))
     return [file for _, file in sorted(found, key=lambda item: item[0])]
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """Of a safetensors file; without importing what would read its tensors."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(size, 100_000_000)))
-        except ValueError:
-            return {}
-    about = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    return about if isinstance(about, dict) else {}
 
 
 def _since(path: Path, story: Story) -> bool:

@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from library import gpu
 from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.errors import CommonError, UserError
 from library.optimizers import weight_decay_choice
-from library.optimizers.create import OptimizerChoice, ParameterGroups, create_optimizer
+from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, create_schedule
 from library.optimizers.weight_decay_choice import DecayChoice
 from library.training import (
@@ -47,7 +48,7 @@ from library.training.plan import Plan
 from library.training.saver import Saver
 from networks.merge import BaseWeights
 from networks.network import AdapterNetwork
-from networks.protocol import step_hook, without
+from networks.protocol import file_tensors, step_hook, without
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def build(plan: Plan) -> Built:
             workers=options.data.max_data_loader_n_workers,
             world_size=accelerator.num_processes,
             persistent=options.data.persistent_data_loader_workers,
+            pin=accelerator.device.type == "cuda",
         ),
         seed=plan.seed,
         total_steps=saves.total_steps,
@@ -134,7 +136,6 @@ def build(plan: Plan) -> Built:
         train_text=trains_text(options),
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_weight_norms=options.network.scale_weight_norms,
-        schedule_free=plan.choice.schedule_free,
         observe=weight_decay_choice.attach(course.decay, optimizer),
         on_step=step_hook(network),
         save=_nothing,
@@ -145,7 +146,7 @@ def build(plan: Plan) -> Built:
             keeps_after=lambda step: bool(saves.due(step)),
         ),
     )
-    _equip(run, course, optimizer, held_out, shares=shares)
+    _equip(run, course, groups, optimizer, held_out, shares=shares)
     samples = _write_as_planned(run, course, prompts)
     return Built(run, plan, saves, groups, course.schedule, course.decay, base_weights, prompts, samples)
 
@@ -168,11 +169,11 @@ def _course(plan: Plan) -> Course:
     given, choice = plan.choice, weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
     plan = replace(plan, choice=choice)  # with the numbers of this run
     schedule = curves.schedule_of(options, choice, total_steps=saves.total_steps)
-    if choice.schedule_free and options.ema.ema_decay is not None:
+    if choice.averages and options.ema.ema_decay is not None:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if choice.relative_step and options.divergence.on_divergence == "rollback":
         raise UserError(
-            "--on_divergence rollback: it halves the rates, and Adafactor with relative_step makes its own: give "
+            f"--on_divergence rollback: it halves the rates, and {choice.name} with relative_step makes its own: give "
             "--optimizer_args relative_step=False, or --on_divergence skip"
         )
     changed: frozenset[str] = frozenset()
@@ -194,13 +195,17 @@ def _optimizer(plan: Plan, network: Any) -> tuple[ParameterGroups, torch.optim.O
         choice, [dict(group) for group in groups], learning_rate=max(group["lr"] for group in groups)
     )
     groups = [{**group, "lr": own["lr"]} for group, own in zip(groups, optimizer.param_groups, strict=True)]
-    if options.precision.full_fp16:
-        _refuse_vanishing_eps(choice, optimizer)
     return groups, optimizer
 
 
 def _equip(
-    run: loop.Run, course: Course, optimizer: torch.optim.Optimizer, held_out: TrainingData | None, *, shares: bool
+    run: loop.Run,
+    course: Course,
+    groups: ParameterGroups,
+    optimizer: torch.optim.Optimizer,
+    held_out: TrainingData | None,
+    *,
+    shares: bool,
 ) -> None:
     """Give the run what not every run has, then put it where its state was. `shares`: the UNet is shared out."""
     plan, options, accelerator, saves = course.plan, course.plan.options, course.accelerator, course.saves
@@ -215,7 +220,8 @@ def _equip(
         run.ema = Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
     if options.monitoring.monitoring:
         ours = run.network if isinstance(run.network, AdapterNetwork) else None
-        run.meter = Meter(run.parameters, ours, accelerator, timesteps=len(run.objective.alphas_cumprod))
+        by_name = {group["name"]: group["params"] for group in groups}
+        run.meter = Meter(by_name, ours, accelerator, timesteps=len(run.objective.alphas_cumprod))
     if held_out is not None:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
@@ -227,12 +233,12 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
     plan, options, accelerator, saves = course.plan, course.plan.options, course.accelerator, course.saves
     samples: Callable[[int], None] = _nothing
     if accelerator.is_main_process and options.trains:
-        tensors = run.network.state_dict()
         disk.refuse_full_disk(
             saves,
             after_step=run.done,
-            of_file=disk.file_bytes(tensors, options.output.save_precision),
-            of_state=disk.file_bytes(tensors, None),  # at least: the optimizer's part is not known before a step
+            of_file=disk.file_bytes(file_tensors(run.network), options.output.save_precision),
+            # at least: the optimizer's part is not known before a step
+            of_state=disk.file_bytes(run.network.state_dict(), None),
         )
         samples = _sampling(plan, saves, accelerator, run.network, prompts) or samples
         saver = Saver(
@@ -267,6 +273,14 @@ def _accelerator(plan: Plan) -> Accelerator:
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
     if options.precision.holds_unet_in_float8 and accelerator.device.type == "mps":
         raise UserError(f"--{options.precision.float8_option}: Apple's GPUs have no floats of 8 bits; leave it out")
+    if options.precision.full_fp16 and accelerator.scaler is not None:
+        gpu.unscale_fp16(accelerator.scaler)
+    if accelerator.device.type == "cuda":
+        gpu.settle(deterministic=options.precision.deterministic, allow_tf32=options.precision.allow_tf32)
+    else:
+        for name in ("deterministic", "allow_tf32"):
+            if name in options.given:
+                logger.warning("%s: has no effect on %s", options.given[name], accelerator.device)
     if options.trains:
         trackers.start(accelerator, plan.trackers, options)
     return accelerator
@@ -354,6 +368,7 @@ def _sampling(
         encode=prompts,
         load_vae=lambda: plan.family.load_vae(vae_dtype(plan.family, plan.options), accelerator.device),
         autocast=accelerator.autocast,
+        device=accelerator.device,
         show=partial(trackers.log_image, accelerator),
         folder=saves.folder / "sample",
         name=saves.name,
@@ -361,16 +376,6 @@ def _sampling(
         since=plan.started_at,
         steps_per_epoch=saves.steps_per_epoch,
     )
-
-
-def _refuse_vanishing_eps(choice: OptimizerChoice, optimizer: torch.optim.Optimizer) -> None:
-    """torch's own optimizers compute in the parameters' type, where an eps of 1e-8 is 0: 0 / 0 at the first step."""
-    eps = optimizer.defaults.get("eps")
-    if choice.path.startswith("torch.optim.") and eps and torch.tensor(eps, dtype=torch.float16) == 0:
-        raise UserError(
-            f"--full_fp16 with {choice.name}: its eps of {eps:g} is 0 in fp16, and the weights become NaN. Give "
-            "--optimizer_args eps=1e-4, an 8-bit optimizer (they compute in fp32), or --full_bf16 instead."
-        )
 
 
 def _nothing(step: int) -> None:

@@ -20,9 +20,10 @@ def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) 
     wanted = options.schedule
     named_adafactor = wanted.lr_scheduler == "adafactor" and not wanted.lr_scheduler_type
     if named_adafactor and not choice.relative_step:
+        off = choice.setting("relative_step") is False
         raise UserError(
             "--lr_scheduler adafactor is the schedule that --optimizer_type Adafactor makes itself with "
-            f"relative_step=True; this run's optimizer is {choice.name}{' without it' * choice.is_adafactor}"
+            f"relative_step=True; this run's optimizer is {choice.name}{' without it' * off}"
         )
     if choice.schedule_free or choice.relative_step:
         asked = wanted.lr_scheduler != "constant" and not named_adafactor

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from library.training import state
 
 if TYPE_CHECKING:
@@ -89,7 +91,8 @@ class Guard:
 
 def is_finite(parameters: Iterable[Tensor]) -> bool:
     """Whether no weight is NaN or infinite."""
-    return all(bool(parameter.isfinite().all()) for parameter in parameters)
+    found = [parameter.isfinite().all() for parameter in parameters]
+    return not found or bool(torch.stack(found).all())
 
 
 def lower_rates(run: Run, factor: float) -> None:

@@ -26,7 +26,9 @@ from library.training.encode import latents_on_disk, texts_on_disk
 from library.training.estimate import human_bytes, human_time, parameter_bytes, peak_of
 from library.training.step import condition_of, element_loss
 from library.training.validation import Validator
+from networks.base_weights import with_multipliers
 from networks.network import AdapterNetwork
+from networks.protocol import file_tensors
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -53,6 +55,9 @@ def report(built: Built, *, measure: bool) -> None:
 def summary(built: Built) -> Iterator[str]:
     """Model, network, data, length, rates and weight decay: what the options were understood to mean."""
     yield _line("model", _model(built))
+    if files := built.plan.options.network.base_weights:
+        pairs = with_multipliers(files, built.plan.options.network.base_weights_multiplier or ())
+        yield _line("", f"merged into it: {', '.join(f'{file} × {factor:g}' for file, factor in pairs)}")
     yield from _network(built)
     yield from _data(built)
     yield from _length(built)
@@ -111,6 +116,7 @@ def _data(built: Built) -> Iterator[str]:
     for summary in prepared.summaries:
         kind = "regularisation images" if summary.subset.is_reg else "images"
         held = f", {summary.held_out} held back" if summary.held_out else ""
+        held += f", {summary.too_small} too small and left out" if summary.too_small else ""
         yield _line(
             "images",
             f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}{held}; captions: "
@@ -188,7 +194,7 @@ def _memory(built: Built) -> Iterator[str]:
     """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
     run, data = built.run, built.plan.options.data
     count = sum(parameter.numel() for parameter in run.parameters)
-    if built.plan.choice.schedule_free:
+    if built.plan.choice.has_modes:
         run.optimizer.optimizer.train()
     state = state_bytes(run.optimizer.optimizer)
     yield _line("optimizer", f"{human_bytes(state)} of state, {state / count:.2f} bytes a parameter")
@@ -202,7 +208,7 @@ def _memory(built: Built) -> Iterator[str]:
     parts += [] if data.cache_text_encoder_outputs else family.text_encoders
     parts += [] if data.cache_latents else [family.vae]
     weights = parameter_bytes(parts)
-    step = peak_of(lambda fake: _fake_step(built, fake))
+    step = peak_of(lambda fake: dummy_loss(built, fake).backward())
     run.optimizer.zero_grad(set_to_none=True)
     yield _line(
         "memory",
@@ -220,20 +226,22 @@ def _average_bytes(built: Built) -> int:
     return 0 if built.run.ema is None else sum(tensor.nbytes for tensor in built.run.ema.average)
 
 
-def _fake_step(built: Built, fake: Callable[[Tensor], Tensor]) -> None:
-    """The parts of a step that take memory; random draws, which need contents, are left out."""
+def dummy_loss(built: Built, fake: Callable[[Tensor], Tensor]) -> Tensor:
+    """The loss of a dummy batch on the run's device: the parts of a step that take memory. Random draws, which need
+    contents, are left out."""
     run, batch = built.run, synthetic_batch(built)
+    device = run.accelerator.device
     with run.accelerator.autocast():
         if batch.moments is not None:
-            latents = fake(batch.moments[0])
+            latents = fake(batch.moments[0]).to(device)
         else:
             assert batch.pixels is not None
             with torch.no_grad():
-                latents, _ = run.family.encode_images(fake(batch.pixels))
-        condition = condition_of(batch, run.family, run.accelerator.device, train_text=run.train_text)
+                latents, _ = run.family.encode_images(fake(batch.pixels).to(device))
+        condition = condition_of(batch, run.family, device, train_text=run.train_text)
         t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
         prediction = run.family.predict(latents, t, condition)
-        element_loss(run.objective, prediction.float(), latents, t).mean().backward()
+        return element_loss(run.objective, prediction.float(), latents, t).mean()
 
 
 def synthetic_batch(built: Built) -> Batch:
@@ -286,7 +294,7 @@ def _time(built: Built) -> str:
 def _files(built: Built) -> Iterator[str]:
     saves, run = built.saves, built.run
     tensors = run.network.state_dict()
-    of_file = disk.file_bytes(tensors, built.plan.options.output.save_precision)
+    of_file = disk.file_bytes(file_tensors(run.network), built.plan.options.output.save_precision)
     of_state = disk.file_bytes(tensors, None) + tensor_bytes(run.optimizer.optimizer.state)  # `_memory` has made it
     of_state += _average_bytes(built)
     files, states = saves.planned_files(after_step=run.done), saves.planned_states(after_step=run.done)

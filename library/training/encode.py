@@ -35,7 +35,8 @@ def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelera
     """How --cache_latents_to_disk keeps latents; None without it."""
     if not options.data.cache_latents_to_disk:
         return None
-    return _disk(f"VAE {family.vae_fingerprint()} in {vae_dtype(family, options)}", options, accelerator)
+    encoder = f"VAE {family.vae_fingerprint()} in {_precision(vae_dtype(family, options), options)}"
+    return _disk(encoder, options, accelerator)
 
 
 def texts_on_disk(
@@ -45,8 +46,12 @@ def texts_on_disk(
     if not options.data.cache_text_encoder_outputs_to_disk:
         return None
     dtype = DTYPES[options.precision.mixed_precision]
-    encoders = f"text encoders {family.text_fingerprint()}{base_weights.fingerprint()} in {dtype}"
+    encoders = f"text encoders {family.text_fingerprint()}{base_weights.fingerprint()} in {_precision(dtype, options)}"
     return _disk(encoders, options, accelerator)
+
+
+def _precision(dtype: torch.dtype, options: Options) -> str:
+    return f"{dtype} with TF32" if options.precision.allow_tf32 and dtype == torch.float32 else f"{dtype}"
 
 
 def _disk(encoder: str, options: Options, accelerator: Accelerator) -> Disk:
@@ -127,7 +132,7 @@ def load_and_encode(
     base_weights.merge_into(of_unet)
     base_weights.report()
     if in_float8:
-        hold_in_float8(of_unet)
+        hold_in_float8(of_unet, device)
         of_unet[0].root.to(device)
     # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
     assert family.unet is not None
@@ -136,7 +141,8 @@ def load_and_encode(
         family.unet.enable_gradient_checkpointing()
         if trains_text(options):
             for encoder in family.text_encoders:
-                encoder.activation_checkpointing_enable()
+                enable = getattr(encoder, "activation_checkpointing_enable", None)  # of transformers 5.23 and later
+                (enable or encoder.gradient_checkpointing_enable)()
                 encoder.train()
 
 

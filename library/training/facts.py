@@ -10,9 +10,10 @@ from library.data.captions import as_written
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
 from library.optimizers.weight_decay_choice import DecayChoice
-from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts
+from library.training.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts, data_url
 from library.training.plan import Plan
 from library.training.save import SavePlan
+from networks import base_weights
 
 
 def run_metadata(
@@ -41,6 +42,9 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     """What kohya has no keys for; written where it is used."""
     layer_decay, presets = plan.options.optimizer.lr_layer_decay, plan.options.guidance.preset
     ours: dict[str, object] = {"preset": ",".join(presets)} if presets else {}
+    if (network := plan.options.network).base_weights:
+        files = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
+        ours[base_weights.KEY.removeprefix("ss_")] = base_weights.to_text(files)
     if layer_decay is not None:
         ours["lr_layer_decay"] = layer_decay
     if (average := plan.options.ema).ema_decay is not None:
@@ -166,6 +170,7 @@ def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
             subsets=_subsets([sample for sample, _, _ in members]),
             buckets=[(group.size, group.draws) for group in groups],
             mean_img_ar_error=sum(errors) / len(errors) if errors else 0.0,
+            skip_image_resolution=spec.skip_image_resolution,
             resize_interpolation=_of_all({subset.resize_interpolation for subset in spec.subsets}),
         )
 
@@ -187,6 +192,7 @@ def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
             img_count=len(own),
             num_repeats=own[0].subset.num_repeats,
             captions=[text for sample in own for text in as_written(sample.caption, sample.subset)],
+            caption_separator=own[0].subset.caption_separator,
             is_reg=own[0].subset.is_reg,
             class_tokens=own[0].subset.class_tokens,
             color_aug=own[0].subset.color_aug,
@@ -218,7 +224,7 @@ def _model_spec(plan: Plan) -> ModelSpec:
         license=output.metadata_license,
         tags=output.metadata_tags,
         usage_hint=output.metadata_usage_hint,
-        thumbnail=output.metadata_thumbnail,
+        thumbnail=output.metadata_thumbnail and data_url(output.metadata_thumbnail),
         merged_from=output.metadata_merged_from,
         trigger_phrase=output.metadata_trigger_phrase,
         preprocessor=output.metadata_preprocessor,

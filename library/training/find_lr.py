@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import UserError
+from library.gpu import kept_random_state, to_device
 from library.optimizers.create import OptimizerChoice, ParameterGroups
 from library.progress import progress
 from library.training import divergence, loop, lr_curve, state
@@ -66,7 +67,7 @@ def refuse(choice: OptimizerChoice) -> None:
         reason = "finds its rate itself: leave --learning_rate at 1"
     elif choice.relative_step:
         reason = "derives its rate from the step: --optimizer_args relative_step=False lets you give one"
-    elif choice.schedule_free:
+    elif choice.averages:
         reason = (
             "averages its weights over all steps, so what it shows after a step is not that step's doing: "
             "look with --optimizer_type AdamW, and take that rate"
@@ -82,8 +83,6 @@ def find(built: Built) -> Found:
         raise UserError(
             "--find_lr: one process is enough, and what it finds holds for all: start it without a launcher"
         )
-    if any("d" in group for group in run.optimizer.param_groups):
-        raise UserError(f"--find_lr: {built.plan.choice.name} finds its rate itself (its groups have a 'd')")
     part, reference = _reference(built.plan.options)
     rates = geometric(guidance.find_lr_start, guidance.find_lr_end, guidance.find_lr_steps)
     tried = sweep(run, built.groups, reference=reference, rates=rates)
@@ -157,7 +156,7 @@ def measured_batches(run: loop.Run) -> list[Batch]:
     for batch in run.data.batches(plan[:count], epoch=_EPOCH, loader=run.data.loader(workers=0)):
         if batch.pixels is not None:
             with torch.no_grad():
-                moments = run.family.encode_images(batch.pixels.to(run.accelerator.device))
+                moments = run.family.encode_images(to_device(batch.pixels, run.accelerator.device))
             batch = replace(batch, pixels=None, moments=moments)
         batches.append(batch)
     return batches
@@ -179,10 +178,9 @@ def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
 def _undone(run: loop.Run) -> Iterator[None]:
     """Whatever is trained within is forgotten."""
     kept = copy.deepcopy(state.tensors_of(run))
-    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
     training = run.network.training
     try:
-        with torch.random.fork_rng(devices):
+        with kept_random_state(run.accelerator.device):
             yield
     finally:
         run.optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from library import rng
 from library.diffusion import ddpm
+from library.gpu import to_device
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -40,8 +41,8 @@ def image_losses(
     """
     shape, device = latents_BCHW.shape[1:], latents_BCHW.device
     noise = torch.stack([torch.randn(shape, generator=rng.torch_generator(seed, key, t, "validation")) for key in keys])
-    noise, t_B = noise.to(device), torch.full((len(keys),), t)
+    noise, t_B = to_device(noise, device), torch.full((len(keys),), t)
     noisy = ddpm.add_noise(latents_BCHW, noise, t_B, family.alphas_cumprod)
     target = ddpm.prediction_target(family.prediction_type, latents_BCHW, noise, t_B, family.alphas_cumprod)
-    prediction = family.predict(noisy, t_B.to(device), condition)
+    prediction = family.predict(noisy, to_device(t_B, device), condition)
     return loss(prediction.float(), target.float(), t_B)

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from library import rng
+from library import gpu, rng
 from library.data.plan import of_rank, split_into_steps
-from library.errors import CommonError
+from library.errors import CommonError, UserError
 from library.optimizers.create import effective_rates
+from library.optimizers.small_lora import has_modes
 from library.progress import progress
 from library.training import divergence, trackers
 from library.training.loss_history import LossHistory
-from library.training.step import BatchLoss, Objective, batch_loss
+from library.training.step import BatchLoss, Objective, batch_loss, refuse_broken_latents
 from library.training.unwatched import Unwatched
 from networks.protocol import without
 
@@ -75,7 +76,6 @@ class Run:
     train_text: bool
     max_grad_norm: float
     scale_weight_norms: float | None
-    schedule_free: bool
     observe: Callable[[float, float | None, float | None], None] | None
     """Told the loss, the gradient's norm and, if it is new, the validation loss, before each step."""
     on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
@@ -99,7 +99,8 @@ class Run:
 def train(run: Run) -> signal.Signals | None:
     """Train to the end (None), also an early one, or until Ctrl-C, SIGTERM or SIGHUP, after the step that is running.
 
-    CommonError if the run diverges and may not go on; what it was before that step is saved then.
+    CommonError if the run diverges and may not go on, UserError if the GPU's memory is too small; what it was before
+    that step is saved then.
     """
     quiet = not run.accelerator.is_main_process
     with (
@@ -116,10 +117,16 @@ def train(run: Run) -> signal.Signals | None:
             except divergence.Diverged as problem:
                 if not run.guard.roll_back(run, problem):
                     run.monitor.diverged(problem.step, str(problem))
-                    raise CommonError(_end(run, problem)) from None
+                    raise CommonError(f"{problem}. {_end(run, problem.step)}. {run.guard.ending()}") from None
                 run.monitor.go_back(run.done, why=str(problem))
                 bar.n = run.done
                 bar.refresh()
+            except _OutOfMemory as problem:
+                kept = ""
+                if run.accelerator.num_processes == 1:  # else the others wait in this step, and saving may need them
+                    run.optimizer.zero_grad(set_to_none=True)
+                    kept = f"{_end(run, problem.step)}. "
+                raise UserError(f"{problem}. {kept}{gpu.LESS_MEMORY}") from None
 
 
 def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
@@ -157,18 +164,24 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
     return None
 
 
-def _end(run: Run, problem: divergence.Diverged) -> str:
-    """Save the run as it was before the step that went wrong, and say why it ends."""
-    done = problem.step - 1
+class _OutOfMemory(Exception):
+    """A step needs more memory than the GPU has. The weights are as they were before it."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        super().__init__(f"step {step}: the GPU's memory is too small: {gpu.memory_of(error)}")
+        self.step = step
+
+
+def _end(run: Run, step: int) -> str:
+    """Save the run as it was before this step, which went wrong; a sentence about that."""
+    done = step - 1
     _from_training(run)
     if not divergence.is_finite(run.parameters):
-        kept = "The weights are no finite numbers either, so nothing was written: earlier files are as they were"
-    elif done == run.done:
-        kept = "Nothing was trained " + (f"since step {done}" if done else "yet") + ", and nothing is written"
-    else:
-        run.save_now(done)
-        kept = f"What was trained until step {done} is saved"
-    return f"{problem}. {kept}. {run.guard.ending()}"
+        return "The weights are no finite numbers either, so nothing was written: earlier files are as they were"
+    if done == run.done:
+        return "Nothing was trained " + (f"since step {done}" if done else "yet") + ", and nothing is written"
+    run.save_now(done)
+    return f"What was trained until step {done} is saved"
 
 
 def step_batches(run: Run) -> Iterator[StepBatches]:
@@ -196,25 +209,23 @@ def step_batches(run: Run) -> Iterator[StepBatches]:
 def optimizer_step(run: Run, item: StepBatches) -> float:
     """One optimizer step over all processes; the mean loss of its batches, before the step.
 
-    `Diverged` if that loss or its gradient is no finite number: nothing has been changed then.
+    `Diverged` if that loss or its gradient is no finite number, `_OutOfMemory` if the GPU has too little: nothing has
+    been changed then.
     """
     accelerator = run.accelerator
     # Processes average their gradients below, so each weighs its batches as if all were its own.
     weight = accelerator.num_processes / item.count
-    losses = []
-    for batch in item.batches:
-        if batch is None:
-            if run.spare is not None:
-                backward(run, run.spare, weight=0.0)
-            continue
-        run.on_step(None, run.family.unet)
-        losses.append(backward(run, batch, weight=weight))
+    try:
+        losses = _backward_all(run, item, weight=weight)
+    except torch.OutOfMemoryError as error:
+        raise _OutOfMemory(item.step, error) from None
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
     if accelerator.num_processes > 1:
         if run.zero is None:
             average_gradients(accelerator, run.parameters)
         total = accelerator.reduce(total, reduction="mean")
-    loss, norm = float(total), clip_gradients(run)
+    # The one time in a step that the host waits for the device, which has been given all of the step until here.
+    loss, norm = torch.stack((total.float(), clip_gradients(run).to(total.device).float())).tolist()
     if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
         raise _diverged(run, item, losses)
     if run.observe is not None and math.isfinite(norm):
@@ -231,15 +242,28 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
     return loss
 
 
-def clip_gradients(run: Run) -> float:
-    """Clip to --max_grad_norm, if there is one; the norm of all gradients before that."""
+def _backward_all(run: Run, item: StepBatches, *, weight: float) -> list[torch.Tensor]:
+    """The gradients of all batches that this process has in a step; their weighted losses."""
+    losses = []
+    for batch in item.batches:
+        if batch is None:
+            if run.spare is not None:
+                backward(run, run.spare, weight=0.0)
+            continue
+        run.on_step(None, run.family.unet)
+        losses.append(backward(run, batch, weight=weight))
+    return losses
+
+
+def clip_gradients(run: Run) -> torch.Tensor:
+    """Clip to --max_grad_norm, if there is one; the norm of all gradients before that, a 0-d tensor."""
     if run.zero is not None:
-        return run.zero.norm()  # its step clips
+        return torch.tensor(run.zero.norm())  # its step clips
     if run.max_grad_norm:
-        return float(run.accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm))
+        return run.accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
     run.accelerator.unscale_gradients(run.optimizer)
     gradients = [parameter.grad for parameter in run.parameters if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def _only_scaled_too_far(run: Run) -> bool:
@@ -256,6 +280,8 @@ def _diverged(run: Run, item: StepBatches, losses: list[torch.Tensor]) -> diverg
         for loss, batch in zip(losses, batches, strict=True)
     ]
     of_all = gather_object(mine) if run.accelerator.num_processes > 1 else mine
+    for batch in batches:
+        refuse_broken_latents(batch, run.family, run.accelerator.device)
     return divergence.named(item.step, [loss for loss, _ in of_all], [images for _, images in of_all])
 
 
@@ -313,13 +339,14 @@ def _report(run: Run, item: StepBatches, bar: Any) -> None:
 
 
 def _to_training(run: Run) -> None:
-    if run.schedule_free:
+    if has_modes(run.optimizer.optimizer):
         run.optimizer.optimizer.train()
 
 
 def _from_training(run: Run) -> None:
-    """Schedule-free optimizers keep the weights to save apart from those to train."""
-    if run.schedule_free:
+    """Optimizers that average the weights keep those to save apart from those to train. Before a first step they are
+    the same, and some have no average to show yet."""
+    if has_modes(run.optimizer.optimizer) and run.optimizer.optimizer.state:
         run.optimizer.optimizer.eval()
 
 

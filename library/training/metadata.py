@@ -8,17 +8,31 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import mimetypes
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from library.errors import UserError
-from library.training.hashes import model_metadata
+from library.data.tags import stripped
+from library.errors import UserError, why_not
+from library.files.hashes import model_metadata
+
+if TYPE_CHECKING:
+    from library.config.options import OutputOptions
+
+logger = logging.getLogger(__name__)
+
+# Bytes. Readers of safetensors take headers of 100 MB at most; the names of the tensors stand there as well.
+MOST_METADATA = 90_000_000
+_LONGEST_SHOWN = 200  # characters of a value in a message
+_TAGS_KEPT = (None, 10_000, 1_000, 100, 0)  # of each folder's table, until all fits; None: all
 
 MINIMUM_KEYS = (
     "ss_v2",
@@ -106,6 +120,7 @@ class SubsetFacts:
     img_count: int  # images, without repeats
     num_repeats: int
     captions: Sequence[str] = ()  # one per image, as trained before shuffling: for the tag frequencies
+    caption_separator: str = ","
     is_reg: bool = False
     class_tokens: str | None = None
     color_aug: bool = False
@@ -137,6 +152,7 @@ class DatasetFacts:
     buckets: Sequence[tuple[tuple[int, int], int]] = ()  # (width, height), images
     mean_img_ar_error: float = 0.0  # mean |aspect ratio of image - of bucket|
     resize_interpolation: str | None = None
+    skip_image_resolution: tuple[int, int] | None = None  # written where it is set, by sd-scripts 0.11 always
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +170,7 @@ class ModelSpec:
     license: str | None = None
     tags: str | None = None
     usage_hint: str | None = None
-    thumbnail: str | None = None  # a data URL or an image file
+    thumbnail: str | None = None  # a data URL
     merged_from: str | None = None
     trigger_phrase: str | None = None
     preprocessor: str | None = None
@@ -192,10 +208,28 @@ class RunMetadata:
             return {key: metadata[key] for key in MINIMUM_KEYS if key in metadata}
         metadata |= {f"ss_{name}": str(value) for name, value in (self.timestep_distribution or {}).items()}
         metadata |= {f"ss_{name}": str(value) for name, value in (self.ours or {}).items()}
-        metadata |= dataset_metadata(
-            self.datasets, from_dataset_config=self.from_dataset_config, total_batch_size=self.total_batch_size
-        )
-        return metadata | model_metadata("sd_model", self.model) | (model_metadata("vae", self.vae) if self.vae else {})
+        metadata |= model_metadata("sd_model", self.model) | (model_metadata("vae", self.vae) if self.vae else {})
+        room = MOST_METADATA - size_of(metadata) - size_of(spec_metadata(self.spec, now=0))
+        return metadata | self._datasets_within(room)
+
+    def _datasets_within(self, room: int) -> dict[str, str]:
+        """The keys about data in at most `room` bytes: long captions without commas make tables of a hundred MB."""
+        found: dict[str, str] = {}
+        for most in _TAGS_KEPT:
+            found = dataset_metadata(
+                self.datasets,
+                from_dataset_config=self.from_dataset_config,
+                total_batch_size=self.total_batch_size,
+                most_tags=most,
+            )
+            if size_of(found) <= room:
+                break
+        if most is not None:
+            logger.warning(
+                "the tables of tags are too large for the metadata of a file: ss_tag_frequency has %s",
+                f"the {most} most frequent tags of each folder" if most else "none of them",
+            )
+        return found
 
     def at(self, *, steps: int, epoch: int, now: float | None = None) -> dict[str, str]:
         """For a file saved after `steps` steps in `epoch`, at Unix time `now` (None: the clock's)."""
@@ -241,8 +275,6 @@ def spec_metadata(spec: ModelSpec, *, now: float) -> dict[str, str]:
     values["date"] = datetime.fromtimestamp(int(now)).isoformat()
     if spec.timestep_range is not None:
         values["timestep_range"] = f"{spec.timestep_range[0]},{spec.timestep_range[1]}"
-    if spec.thumbnail is not None:
-        values["thumbnail"] = data_url(spec.thumbnail)
     return {f"modelspec.{key}": str(value) for key, value in values.items() if value is not None}
 
 
@@ -252,36 +284,75 @@ def data_url(thumbnail: str) -> str:
         return thumbnail
     path = Path(thumbnail)
     if not os.path.isfile(path):
-        raise UserError(f"metadata_thumbnail: {thumbnail} is neither a file nor a data URL")
+        raise UserError(f"--metadata_thumbnail: {_shortened(thumbnail)} is neither a file nor a data URL")
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--metadata_thumbnail {thumbnail}: cannot be read: {why_not(error)}") from error
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def check_user_metadata(output: OutputOptions) -> None:
+    """UserError for what the user wants to stand in the metadata and no file can hold, before anything is trained."""
+    if output.save_model_as != "safetensors":
+        return
+    given = {name: text for name, text in vars(output).items() if name.startswith("metadata_") and text}
+    if output.training_comment:
+        given["training_comment"] = output.training_comment
+    if "metadata_thumbnail" in given:
+        given["metadata_thumbnail"] = data_url(given["metadata_thumbnail"])
+    sizes = {name: size_of({name: text}) for name, text in given.items()}
+    if sum(sizes.values()) > MOST_METADATA:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise UserError(
+            f"--{largest}: {sizes[largest] / 1e6:.0f} MB in the file's metadata, which holds {MOST_METADATA / 1e6:.0f} "
+            "MB at most: give a smaller one"
+        )
+
+
+def size_of(metadata: Mapping[str, str]) -> int:
+    """Bytes in the header of a safetensors file: keys and values as JSON, in UTF-8, with a colon or a comma each."""
+    return sum(len(json.dumps(text, ensure_ascii=False).encode()) + 1 for item in metadata.items() for text in item)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 # -- datasets
 
 
-def tag_frequency(subsets: Sequence[SubsetFacts]) -> dict[str, dict[str, int]]:
-    """How often each tag stands in the captions, by folder name. Tags lie between commas; case is ignored."""
+def tag_frequency(subsets: Sequence[SubsetFacts], *, most: int | None = None) -> dict[str, dict[str, int]]:
+    """How often each tag stands in the captions, by folder name. Tags lie between separators; case is ignored.
+
+    `most`: keep so many of each folder, the most frequent ones.
+    """
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:
         counts = folders.setdefault(_name(subset), {})
         for caption in subset.captions:
-            for tag in filter(None, (word.strip().lower() for word in caption.split(","))):
+            for tag in filter(None, stripped(caption.lower(), subset.caption_separator.lower())):
                 counts[tag] = counts.get(tag, 0) + 1
-    return folders
+    if most is None:
+        return folders
+    return {name: dict(Counter(counts).most_common(most)) for name, counts in folders.items()}
 
 
 def dataset_metadata(
-    datasets: Sequence[DatasetFacts], *, from_dataset_config: bool, total_batch_size: int
+    datasets: Sequence[DatasetFacts], *, from_dataset_config: bool, total_batch_size: int, most_tags: int | None = None
 ) -> dict[str, str]:
-    """The keys about data: `ss_datasets` for a dataset config, single keys for `--train_data_dir`."""
+    """The keys about data: `ss_datasets` for a dataset config, single keys for `--train_data_dir`.
+
+    `most_tags`: see `tag_frequency`.
+    """
     frequencies: dict[str, dict[str, int]] = {}
     for dataset in datasets:
-        frequencies = tag_frequency(dataset.subsets) | frequencies  # a folder used twice counts once
+        frequencies = tag_frequency(dataset.subsets, most=most_tags) | frequencies  # a folder used twice counts once
     train = [subset for dataset in datasets for subset in dataset.subsets if not subset.is_reg]
     common = {"ss_tag_frequency": json.dumps(frequencies), "ss_dataset_dirs": json.dumps(_folders(train))}
     if from_dataset_config:
-        return {"ss_datasets": json.dumps([_dataset(dataset) for dataset in datasets])} | common
+        return {"ss_datasets": json.dumps([_dataset(dataset, most_tags) for dataset in datasets])} | common
     assert len(datasets) == 1, "--train_data_dir makes one dataset"
     (dataset,) = datasets
     first = dataset.subsets[0]  # all subsets have the same settings here
@@ -301,6 +372,8 @@ def dataset_metadata(
         "reg_dataset_dirs": json.dumps(_folders([subset for subset in dataset.subsets if subset.is_reg])),
         "bucket_info": json.dumps(_bucket_info(dataset)),
     }
+    if dataset.skip_image_resolution is not None:
+        single["skip_image_resolution"] = dataset.skip_image_resolution
     return {f"ss_{key}": str(value) for key, value in single.items()} | common
 
 
@@ -329,7 +402,7 @@ def _bucket_info(dataset: DatasetFacts) -> dict[str, object] | None:
     }
 
 
-def _dataset(dataset: DatasetFacts) -> dict[str, object]:
+def _dataset(dataset: DatasetFacts, most_tags: int | None) -> dict[str, object]:
     return {
         "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
         "batch_size_per_device": dataset.batch_size,
@@ -339,15 +412,17 @@ def _dataset(dataset: DatasetFacts) -> dict[str, object]:
         "enable_bucket": dataset.enable_bucket,
         "min_bucket_reso": dataset.min_bucket_reso,
         "max_bucket_reso": dataset.max_bucket_reso,
-        "tag_frequency": tag_frequency(dataset.subsets),
+        "tag_frequency": tag_frequency(dataset.subsets, most=most_tags),
         "bucket_info": _bucket_info(dataset),
         "resize_interpolation": dataset.resize_interpolation,
+        **({} if (skipped := dataset.skip_image_resolution) is None else {"skip_image_resolution": skipped}),
         "subsets": [_subset(subset) for subset in dataset.subsets],
     }
 
 
 def _subset(subset: SubsetFacts) -> dict[str, object]:
-    values = {field.name: getattr(subset, field.name) for field in fields(subset) if field.name != "captions"}
+    values = {field.name: getattr(subset, field.name) for field in fields(subset)}
+    del values["captions"], values["caption_separator"]  # kohya's has neither
     unused = ("metadata_file",) if subset.metadata_file is None else ("class_tokens", "is_reg")
     values |= {"image_dir": subset.image_dir.name, "metadata_file": _name(subset)}
     return {name: value for name, value in values.items() if name not in unused}

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.gpu import to_device
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -35,6 +37,7 @@ class Measured:
 
     update_ratio: float  # |what the step changed| / |weights|
     weight_norm: float
+    moved: dict[str, float]  # share of the weights that are other numbers after the step, by group of parameters
     loss_by_timestep: list[float | None]
     delta_norms: list[float]
 
@@ -47,14 +50,17 @@ class Meter:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        groups: Mapping[str, Sequence[nn.Parameter]],
         network: AdapterNetwork | None,
         accelerator: Accelerator,
         *,
         timesteps: int,
     ) -> None:
-        """`network` None: its deltas cannot be told. `timesteps`: of the noise schedule, 1000 as a rule."""
-        self._parameters = list(parameters)
+        """`groups`: the trained parameters by the names of their groups. `network` None: its deltas cannot be told.
+        `timesteps`: of the noise schedule, 1000 as a rule."""
+        self._parameters = [parameter for group in groups.values() for parameter in group]
+        self._members = {name: len(group) for name, group in groups.items()}
+        self._sizes = {name: sum(parameter.numel() for parameter in group) for name, group in groups.items()}
         self._network, self._accelerator, self._timesteps = network, accelerator, timesteps
         self._before: list[Tensor] | None = None
         self._bins = torch.zeros(2, BINS, device=accelerator.device)  # sums, counts
@@ -62,7 +68,7 @@ class Meter:
 
     def batch(self, per_sample_B: Tensor, t_B: Tensor) -> None:
         """The losses of a batch, detached, with their timesteps, which lie on the CPU."""
-        places = (t_B * BINS // self._timesteps).to(self._bins.device, non_blocking=True)
+        places = to_device(t_B * BINS // self._timesteps, self._bins.device)
         losses = per_sample_B.to(self._bins)
         counted = losses.isfinite()
         self._new.index_add_(1, places, torch.stack((losses.nan_to_num(0, 0, 0), counted.to(losses))))
@@ -94,18 +100,26 @@ class Meter:
         parts = [
             torch.stack([_norm(self._before), _norm(self._parameters)]),
             self._bins.flatten(),
+            self._changed(self._before),
             *([] if self._network is None else [self._network.weight_norms()]),
         ]
         self._bins = torch.zeros_like(self._bins)
         numbers: list[float] = torch.cat(parts).tolist()  # the one time that the host waits for the device
         update, weights = numbers[:2]
         sums, counts = numbers[2 : 2 + BINS], numbers[2 + BINS : 2 + 2 * BINS]
+        changed, delta_norms = numbers[2 + 2 * BINS :][: len(self._sizes)], numbers[2 + 2 * BINS + len(self._sizes) :]
         return Measured(
             update_ratio=update / weights if weights else 0.0,
             weight_norm=weights,
+            moved={name: count / self._sizes[name] for name, count in zip(self._sizes, changed, strict=True)},
             loss_by_timestep=[total / count if count else None for total, count in zip(sums, counts, strict=True)],
-            delta_norms=numbers[2 + 2 * BINS :],
+            delta_norms=delta_norms,
         )
+
+    def _changed(self, differences: Sequence[Tensor]) -> Tensor:
+        """How many weights of each group have changed, [groups]."""
+        counts = torch.stack([torch.count_nonzero(difference) for difference in differences])
+        return torch.stack([part.sum() for part in counts.split(list(self._members.values()))]).float()
 
     def state_dict(self) -> dict[str, Any]:
         """Of the steps since the last measured one."""

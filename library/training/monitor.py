@@ -55,8 +55,8 @@ class Monitor:
             self._meter.before()
 
     def after_step(self, step: int) -> None:
-        """The weights are new."""
-        if self._is_due(step):
+        """The weights are new, unless the step was left out because fp16 losses were scaled too far."""
+        if self._is_due(step) and not self._run.optimizer.step_was_skipped:
             self._measured = self._meter.after()
 
     def report(
@@ -82,6 +82,7 @@ class Monitor:
             line |= {
                 "update_ratio": measured.update_ratio,
                 "weight_norm": measured.weight_norm,
+                "moved": {name: metrics.rounded(share) for name, share in measured.moved.items()},
                 "loss_by_timestep": measured.loss_by_timestep,
                 "delta_norms": [metrics.rounded(norm) for norm in measured.delta_norms],
             }
@@ -130,9 +131,13 @@ class Monitor:
             weight_decay=max(line["weight_decay"].values(), default=None),
         )
         if "update_ratio" in line:
-            rate = max(line["rates"].values(), default=0.0)
-            ratio, losses = _number(line["update_ratio"]), line["loss_by_timestep"]
-            signs += self._watch.measured(step, update_ratio=ratio, rate=rate, loss_by_timestep=losses)
+            signs += self._watch.measured(
+                step,
+                update_ratio=_number(line["update_ratio"]),
+                rates=line["rates"],
+                moved=line.get("moved", {}),  # files of earlier versions have none
+                loss_by_timestep=line["loss_by_timestep"],
+            )
         return signs
 
     def _say(self, step: int, signs: list[Sign]) -> None:
@@ -164,6 +169,7 @@ class Monitor:
         if measured is None:
             return values
         values |= {"norm/update_ratio": measured.update_ratio, "norm/weights": measured.weight_norm}
+        values |= {f"moved/{name}": share for name, share in measured.moved.items()}
         for name, loss in zip(self._bins, measured.loss_by_timestep, strict=True):
             if loss is not None:
                 values[f"loss/timestep_{name}"] = loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,18 @@ from library.config.options import NetworkOptions, Options
 from library.errors import UserError
 from library.training.encode import DTYPES, trains_text
 from networks.protocol import check_max_norm, load_weights, optimizer_groups
-from networks.weights import read_weights
+from networks.weights import by_module, read_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.optimizers.create import ParameterGroups
     from library.training.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+# LyCORIS's and kohya's arguments that are about convolutions larger than 1 × 1 alone
+_OF_CONVOLUTIONS = ("conv_dim", "conv_alpha", "use_tucker", "use_cp", "use_conv_cp")
 
 
 def make_network(plan: Plan, accelerator: Accelerator) -> Any:
@@ -46,6 +52,7 @@ def make_network(plan: Plan, accelerator: Accelerator) -> Any:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
     network.apply_to(text_encoders, unet, trains_text(options), trains_unet)
+    _warn_of_idle_convolutions(network, plan.network_arguments, unet, wanted.network_module)
     if start is not None:
         assert wanted.network_weights is not None
         load_weights(network, wanted.network_weights, start)
@@ -97,7 +104,22 @@ def _refusals(module: str) -> Iterator[None]:
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         if source.is_ours(module):
             raise
-        hint = ""
-        if "duplicated lora name" in str(error):
-            hint = ". In LyCORIS 4.1 the default preset names some layers twice: --network_args preset=attn-mlp"
-        raise UserError(f"--network_module {module} refuses these settings: {error!r}{hint}") from error
+        raise UserError(f"--network_module {module} refuses these settings: {error!r}") from error
+
+
+def _warn_of_idle_convolutions(network: Any, arguments: Mapping[str, Any], unet: Any, module: str) -> None:
+    """Say which settings of convolutions have no effect, because another's module has left these layers out."""
+    given = [name for name in _OF_CONVOLUTIONS if arguments.get(name) not in (None, "", "0", "False")]
+    if source.is_ours(module) or not given or unet is None:
+        return
+    adapted = by_module(network.state_dict()).keys()
+    large = {
+        f"lora_unet_{path}".replace(".", "_")
+        for path, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Conv2d) and max(layer.kernel_size) > 1
+    }
+    if adapted and not adapted & large:
+        logger.warning(
+            "--network_args: %s without effect: this network has no convolution larger than 1 × 1%s",
+            *(", ".join(given), f" (preset={arguments['preset']})" if "preset" in arguments else ""),
+        )

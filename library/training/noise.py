@@ -12,6 +12,7 @@ from torch import Tensor
 from library.diffusion.input_perturbation import perturb
 from library.diffusion.multires_noise import add_resolutions
 from library.diffusion.noise_offset import adaptive_strength, add_offset
+from library.gpu import to_device
 from library.training.draws import generator, stacked_normal, stacked_shares
 
 if TYPE_CHECKING:
@@ -37,12 +38,14 @@ def draw_noise(noise: Noise, latents_BCHW: Tensor, seed: int, draws: Sequence[Dr
     They differ by the perturbation only.
     """
     device, shape = latents_BCHW.device, latents_BCHW.shape[1:]
-    eps = stacked_normal(shape, seed, draws, "noise").to(device)
+    eps = to_device(stacked_normal(shape, seed, draws, "noise"), device)
     if noise.offset:
-        strength = _strength(noise.offset, noise.offset_random, seed, draws, "noise_offset_strength").to(device)
+        strength = _strength(noise.offset, noise.offset_random, seed, draws, "noise_offset_strength")
+        strength = to_device(strength, device)
         if noise.adaptive_scale:
             strength = adaptive_strength(strength, latents_BCHW, scale=noise.adaptive_scale)
-        eps = add_offset(eps, stacked_normal((shape[0], 1, 1), seed, draws, "noise_offset").to(device), strength)
+        moved = to_device(stacked_normal((shape[0], 1, 1), seed, draws, "noise_offset"), device)
+        eps = add_offset(eps, moved, strength)
     if noise.resolutions:
         eps = torch.stack(
             [
@@ -52,13 +55,14 @@ def draw_noise(noise: Noise, latents_BCHW: Tensor, seed: int, draws: Sequence[Dr
                     discount=noise.discount,
                     generator=generator(seed, draw, "multires_noise"),
                 )
-                for one, draw in zip(eps.cpu(), draws, strict=True)
+                for one, draw in zip(eps, draws, strict=True)
             ]
-        ).to(device)
+        )
     if not noise.perturbation:
         return eps, eps
-    gamma = _strength(noise.perturbation, noise.perturbation_random, seed, draws, "ip_noise_strength").to(device)
-    return eps, perturb(eps, stacked_normal(shape, seed, draws, "ip_noise").to(device), gamma)
+    gamma = _strength(noise.perturbation, noise.perturbation_random, seed, draws, "ip_noise_strength")
+    added = to_device(stacked_normal(shape, seed, draws, "ip_noise"), device)
+    return eps, perturb(eps, added, to_device(gamma, device))
 
 
 def _strength(most: float, random: bool, seed: int, draws: Sequence[Draw], purpose: str) -> Tensor:

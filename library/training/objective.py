@@ -28,6 +28,12 @@ def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
     """
     for sentence in options.without_effect():
         logger.warning("%s", sentence)
+    if options.noise_offset and family.prediction_type == "v_prediction":
+        logger.warning(
+            "--noise_offset %g: %s predicts v, and users report that the offset ruins LoRAs of such models; it is for "
+            "those that predict noise. --noise_offset 0 leaves it out",
+            *(options.noise_offset, family.path),
+        )
     return Objective(
         prediction_type=family.prediction_type,
         alphas_cumprod=family.alphas_cumprod,

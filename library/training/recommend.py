@@ -16,9 +16,10 @@ from typing import Any
 from library.config.fields import declared
 from library.config.options import Options, option_groups
 from library.config.settings import COMMAND_LINE
+from library.config.weight_decay import READ_BY
 from library.errors import UserError
 from library.optimizers import auto_weight_decay
-from library.optimizers.weight_decay_choice import READ_BY, weight_decay_of
+from library.optimizers.weight_decay_choice import weight_decay_of
 from library.training.atomic import replacing
 from library.training.lr_curve import two_digits
 from library.training.plan import Plan
@@ -109,9 +110,10 @@ def _rates(plan: Plan) -> Iterator[Advice]:
         if unet:
             yield Advice(name, 1.0, f"{choice.name} finds the rate; this is a factor on it")
         if text:
-            yield Advice("text_encoder_lr", 1.0, "a factor on the rate that it finds, which is one for all parts")
+            of = "" if choice.has_a_rate_a_group else ", which is one for all parts"
+            yield Advice("text_encoder_lr", 1.0, f"a factor on the rate that it finds{of}")
     elif not choice.relative_step:
-        small, lion = plan.family.native_resolution < 256, "lion" in choice.name.lower()
+        small, lion = plan.family.native_resolution < 256, "lion" in choice.name.rpartition(".")[2].lower()
         usual = "ten times the usual, since the base is small" if small else "usual for a LoRA of Stable Diffusion"
         rate = (1e-3 if small else 1e-4) * (0.3 if lion else 1)
         if lion:

@@ -23,23 +23,25 @@ if TYPE_CHECKING:
 
 def rehearse(
     family: ModelFamily, options: Options, creator: str, arguments: dict[str, Any], *, resume: State | None
-) -> None:
+) -> frozenset[int]:
     """`UserError` where model, LoRA files, settings of the network, rates or a state's network do not fit together.
 
-    Networks of other packages cannot be made without weights: what they refuse comes when the model is loaded.
+    Returns the sizes of the kernels that the network trains. Networks of other packages cannot be made without
+    weights: what they refuse comes when the model is loaded.
     """
     with family.outlined(), log.errors_only(), torch.no_grad():
         BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
             family.adapter_targets()
         )
         if not source.is_ours(options.network.network_module):
-            return
+            return frozenset()
         network = _network(family, options, creator, arguments)
         parameter_groups(network, options)
         if resume is not None and options.run.resume_anyway:  # else the settings are compared, which says more
             report = compare(network.state_dict(), network_of(resume))
             if different := [*report.mismatched, *report.missing, *report.unexpected]:
                 raise UserError(f"--resume {resume.folder}: its network is not this run's:{some_names(different)}")
+        return frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4)
 
 
 def _network(family: ModelFamily, options: Options, creator: str, arguments: dict[str, Any]) -> AdapterNetwork:

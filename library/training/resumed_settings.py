@@ -51,7 +51,8 @@ def kept(run: Run, tensors: Mapping[str, Any], *, changed: Collection[str], step
 def advance(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
     """Take a new schedule to where it stands after so many steps."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that no step of the optimizer comes before each of these
+        # no step of the optimizer comes before each of these
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`")
         for _ in range(steps):
             schedule.step()
 

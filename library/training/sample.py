@@ -17,6 +17,7 @@ from torch import Tensor
 from library import rng
 from library.config.samplers import SAMPLERS
 from library.errors import UserError
+from library.gpu import kept_random_state
 from library.progress import bar
 from library.training import sample_files
 from library.training.atomic import replacing
@@ -80,6 +81,7 @@ def check_sampler(sampler: str) -> None:
 
 
 def render(
+    family: ModelFamily,
     pipeline: Any,
     encode: Callable[[str, str], dict[str, Tensor]],
     item: SamplePrompt,
@@ -88,7 +90,7 @@ def render(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Image:
-    """Draw one image with the network as it stands; `pipeline` is the family's. All randomness is the generator's."""
+    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's."""
     own = pipeline.scheduler
     pipeline.scheduler = new_scheduler(item.sample_sampler or sampler, own.config)
     with torch.no_grad():
@@ -105,8 +107,7 @@ def render(
                 ).images
         finally:
             pipeline.scheduler = own  # another sampler's lacks some of what the model's says
-        vae = pipeline.vae  # it may be in another precision than the rest
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        pixels = family.decode_latents(latents)
     return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
 
@@ -120,6 +121,7 @@ class Sampling:
     encode: Callable[[str, str], dict[str, Tensor]]
     load_vae: Callable[[], None]  # used if the VAE is not in memory, and given back then
     autocast: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
     show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
     folder: Path
     name: str | None  # --output_name
@@ -138,7 +140,7 @@ class Sampling:
         training = self.network.training
         self.network.eval()  # no dropout
         try:
-            with torch.random.fork_rng():  # whatever a third party's network draws
+            with kept_random_state(self.device):  # whatever a third party's network draws
                 self._draw(step, moment)
         finally:
             self.network.train(training)
@@ -153,7 +155,13 @@ class Sampling:
             if item.seed is not None:
                 generator = torch.Generator().manual_seed(item.seed)
             image = render(
-                pipeline, self.encode, item, sampler=self.times.sampler, generator=generator, autocast=self.autocast
+                self.family,
+                pipeline,
+                self.encode,
+                item,
+                sampler=self.times.sampler,
+                generator=generator,
+                autocast=self.autocast,
             )
             with replacing(self.folder / sample_files.file_name(self.name, moment, number, item.seed)) as beside:
                 image.save(beside, format="PNG")
@@ -188,6 +196,7 @@ def draw(
     width, height = size
     return [
         render(
+            family,
             pipeline,
             encode,
             SamplePrompt(prompt=prompt, width=width, height=height, sample_steps=steps, scale=COMPARE_SCALE),

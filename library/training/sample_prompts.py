@@ -14,6 +14,7 @@ from typing import Any
 from library.config.fields import MAX_SIDE, BadValue, read_float, read_int
 from library.config.json_text import parse_json
 from library.config.options import SampleOptions
+from library.config.other_files import refuse_other_file
 from library.config.samplers import read_sampler
 from library.config.toml_file import read_text, read_toml
 from library.errors import UserError, did_you_mean, nearest_path
@@ -121,7 +122,9 @@ def _of_line(line: str, where: str) -> SamplePrompt:
 
 def _of_toml(path: Path) -> list[SamplePrompt]:
     """[prompt] with what all have in common, and a [[prompt.subset]] each."""
-    common = read_toml(path).get("prompt")
+    content = read_toml(path)
+    refuse_other_file(content, path, "sample_prompts")
+    common = content.get("prompt")
     common = common if isinstance(common, dict) else {}
     subsets = common.get("subset")
     if not isinstance(subsets, list) or not all(isinstance(own, dict) for own in subsets):
@@ -133,6 +136,7 @@ def _of_toml(path: Path) -> list[SamplePrompt]:
 def _of_json(path: Path) -> list[SamplePrompt]:
     """A list of tables, or of lines as in .txt."""
     rows = parse_json(read_text(path), str(path))
+    refuse_other_file(rows, path, "sample_prompts")
     if not isinstance(rows, list) or not all(isinstance(row, dict | str) for row in rows):
         raise UserError(f"{path}: is not a list of prompts")
     places = [(f"{path}, prompt {n}", row) for n, row in enumerate(rows, 1)]

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.errors import UserError, nearest_path, why_not
+from library.files.hashes import UNKNOWN_HASHES, write_hashes
 from library.training.atomic import replacing
-from library.training.hashes import UNKNOWN_HASHES, write_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,14 @@ def prepare_folder(folder: Path) -> None:
 
 
 class BrokenWeightsError(UserError):
-    """Weights that are not finite numbers: they were not written."""
+    """Weights that are not finite numbers, or would not be in the file's precision: they were not written.
+
+    only_in_file: whether those that are trained are finite, so that a state of them is worth something.
+    """
+
+    def __init__(self, message: str, *, only_in_file: bool = False) -> None:
+        super().__init__(message)
+        self.only_in_file = only_in_file
 
 
 class Savable(Protocol):
@@ -262,10 +269,11 @@ def check_finite(file: Path, name: str, precision: str | None) -> None:
         if not tensor.is_floating_point() or tensor.isfinite().all():
             continue
         advice = "training has diverged: lower the learning rate, or start from an earlier file"
-        if precision == "fp16" and not tensor.isnan().any():
+        overflows = precision == "fp16" and not bool(tensor.isnan().any())
+        if overflows:
             advice = "values beyond 65504 do not fit into fp16: use --save_precision bf16 or float"
         kind = "NaN" if tensor.isnan().any() else "infinity"
-        raise BrokenWeightsError(f"{name}: not written: {key} holds {kind}; {advice}")
+        raise BrokenWeightsError(f"{name}: not written: {key} holds {kind}; {advice}", only_in_file=overflows)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

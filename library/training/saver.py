@@ -55,19 +55,18 @@ class Saver:
         failure = None
         for due in files:
             last = ends and due.path == self.saves.last_file
-            try:
-                self._network(due.path, step=step, epoch=due.epoch, last=last)
-                if due.state is not None:
-                    state.write(due.state, self.run, self.facts, step)
-            except UserError as error:
-                if last:
+            of_network, of_state = self._both(due.path, due.state, step=step, epoch=due.epoch, last=last)
+            for error in dict.fromkeys(filter(None, (of_network, of_state))):
+                if not last:
+                    self._put_up_with(error)
+                elif failure is None:
                     failure = error
                 else:
-                    self._put_up_with(error)
-                continue  # nothing goes while what should replace it is not there
-            if due.remove is not None:
+                    logger.error("%s", error)
+            # nothing goes while what should replace it is not there
+            if due.remove is not None and of_network is None:
                 atomic.remove(due.remove)
-            if due.remove_state is not None:
+            if due.remove_state is not None and of_state is None:
                 state.remove(due.remove_state)
         if ends and self._unwritten:
             logger.warning("%d times a file or state could not be written; see above", self._unwritten)
@@ -89,8 +88,28 @@ class Saver:
     def now(self, step: int) -> None:
         """Write the network and the state as they are after `step` steps, for a run that ends early."""
         path = self.saves.step_file(step)
-        self._network(path, step=step, epoch=self._epoch(step), last=True)
-        state.write(save.state_folder(path), self.run, self.facts, step)
+        errors = self._both(path, save.state_folder(path), step=step, epoch=self._epoch(step), last=True)
+        for error in filter(None, errors):
+            raise error
+
+    def _both(
+        self, path: Path, folder: Path | None, *, step: int, epoch: int, last: bool
+    ) -> tuple[UserError | None, UserError | None]:
+        """Write the network to `path` and the state to `folder`, each whatever becomes of the other. Returns what went
+        wrong with each. Weights that are no numbers any more are in neither."""
+        of_network: UserError | None = None
+        try:
+            self._network(path, step=step, epoch=epoch, last=last)
+        except UserError as error:
+            of_network = error
+        broken = isinstance(of_network, save.BrokenWeightsError) and not of_network.only_in_file
+        if folder is None or broken:
+            return of_network, of_network if broken and folder is not None else None
+        try:
+            state.write(folder, self.run, self.facts, step)
+        except UserError as error:
+            return of_network, error
+        return of_network, None
 
     def _epoch(self, step: int) -> int:
         return (step - 1) // self.saves.steps_per_epoch

@@ -68,17 +68,22 @@ def shard(unet: nn.Module, accelerator: Accelerator) -> bool:
 
     Every process must then run the UNet as often as the others. False if there is only one.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     if accelerator.num_processes == 1:
         logger.warning("FSDP with one process: there is nobody to share the weights with")
         return False
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
+    share_out(unet, accelerator)
+    logger.info("the UNet's weights, %.0f MB, are shared out over %d processes", whole / 1e6, accelerator.num_processes)
+    return True
+
+
+def share_out(unet: nn.Module, accelerator: Accelerator) -> None:
+    """Over all processes, also where that is one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     parts: Any = unet
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
     for block in (*parts.down_blocks, parts.mid_block, *parts.up_blocks):
         fully_shard(block, mesh=mesh)
     fully_shard(unet, mesh=mesh)
-    logger.info("the UNet's weights, %.0f MB, are shared out over %d processes", whole / 1e6, accelerator.num_processes)
-    return True

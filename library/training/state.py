@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from library.config.options import Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
-from library.training import atomic, resumed_settings
+from library.training import atomic, optimizer_state, resumed_settings
 from library.training.save import is_state_name
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _FREE = frozenset(
     {
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
         *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "text_encoder_batch_size"),
-        *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights"),
+        *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights", "deterministic"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
         *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
         *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
@@ -356,16 +356,22 @@ def put(run: Run, tensors: dict[str, Any], where: str, *, without: Collection[st
             has, lacks = ("run", "state") if saved is None else ("state", "run")
             logger.warning("--resume: the %s has no %s, the %s has one", lacks, name, has)
             continue
-        if part is None:
+        if part is None or saved is None:
             continue
         try:
             part.load_state_dict(saved)
+            if name == "optimizer" and run.zero is None and _same_types(run.network.state_dict(), tensors["network"]):
+                optimizer_state.keep_types(run.optimizer.optimizer, saved)
         except _MISFITS as error:
             raise UserError(f"{where}: its {name} does not fit this run's: {error}") from None
     try:
         run.losses.load_state_dict(tensors)
     except _MISFITS as error:
         raise UserError(f"{where}: damaged: its losses are no lists of numbers ({error})") from None
+
+
+def _same_types(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return all(ours[name].dtype == tensor.dtype for name, tensor in theirs.items() if name in ours)
 
 
 def _parts(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.data.cache import refuse_non_finite
 from library.diffusion import ddpm
+from library.gpu import to_device
 from library.training.draws import stacked_normal, stacked_timesteps
 from library.training.noise import Noise, draw_noise
 
@@ -55,16 +56,28 @@ def latents_of(batch: Batch, family: ModelFamily, seed: int, device: torch.devic
     else:
         assert batch.pixels is not None
         with torch.no_grad():
-            mean, std = family.encode_images(batch.pixels.to(device))
-        refuse_non_finite([str(draw.sample.path) for draw in batch.samples], mean, std)
-    noise = stacked_normal(mean.shape[1:], seed, batch.samples, "vae").to(device)
-    return mean.to(device, torch.float32) + std.to(device, torch.float32) * noise
+            mean, std = family.encode_images(to_device(batch.pixels, device))
+    noise = to_device(stacked_normal(mean.shape[1:], seed, batch.samples, "vae"), device)
+    return to_device(mean, device).float() + to_device(std, device).float() * noise
+
+
+def refuse_broken_latents(batch: Batch, family: ModelFamily, device: torch.device) -> None:
+    """UserError if the VAE gives no finite latents for the images of this batch.
+
+    For a batch whose loss is not finite either: looking at every batch would let the GPU wait for the host. Latents in
+    a cache were checked when they were encoded.
+    """
+    if batch.pixels is None:
+        return
+    with torch.no_grad():
+        mean, std = family.encode_images(to_device(batch.pixels, device))
+    refuse_non_finite([str(draw.sample.path) for draw in batch.samples], mean, std)
 
 
 def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, train_text: bool) -> dict[str, Tensor]:
     """What the UNet is conditioned on: the text from the cache, or encoded now, and what the images were like."""
     if batch.condition is not None:
-        texts = {name: value.to(device) for name, value in batch.condition.items()}
+        texts = {name: to_device(value, device) for name, value in batch.condition.items()}
     else:
         with torch.set_grad_enabled(train_text):
             texts = family.encode_prompts(batch.captions)
@@ -78,7 +91,8 @@ def element_loss(objective: Objective, prediction_BCHW: Tensor, target_BCHW: Ten
     if objective.thresholds is None:
         return objective.loss(prediction_BCHW, target_BCHW)
     thresholds = objective.thresholds[t_B.to(objective.thresholds.device)].view(-1, 1, 1, 1)
-    return objective.loss(prediction_BCHW, target_BCHW, thresholds.to(prediction_BCHW))
+    thresholds = to_device(thresholds, prediction_BCHW.device).to(prediction_BCHW)
+    return objective.loss(prediction_BCHW, target_BCHW, thresholds)
 
 
 def sample_losses(
@@ -90,7 +104,8 @@ def sample_losses(
     if masks is not None:
         # what is masked counts as zero and stays in the mean, as in kohya: a small part weighs less than a whole image
         size = per_element.shape[2:]
-        per_element = per_element * torch.nn.functional.interpolate(masks.to(per_element), size=size, mode="area")
+        masks = to_device(masks, per_element.device).to(per_element)
+        per_element = per_element * torch.nn.functional.interpolate(masks, size=size, mode="area")
     return per_element.mean(dim=(1, 2, 3))
 
 
@@ -116,17 +131,19 @@ def batch_loss(
     target = ddpm.prediction_target(objective.prediction_type, latents, noise, t, objective.alphas_cumprod)
 
     condition = condition_of(batch, family, device, train_text=train_text)
-    prediction = family.predict(noisy, t.to(device), condition)
+    t_there = to_device(t, device)
+    prediction = family.predict(noisy, t_there, condition)
     preserved = [i for i, draw in enumerate(batch.samples) if draw.sample.subset.diff_output_preservation]
     if preserved:
-        of_preserved = {name: value[preserved] for name, value in condition.items()}
-        target = target.clone()  # it can be the noise itself
+        rows = to_device(torch.tensor(preserved), device)
+        of_preserved = {name: value[rows] for name, value in condition.items()}
         with torch.no_grad(), without():
-            target[preserved] = family.predict(noisy[preserved], t[preserved].to(device), of_preserved).to(target)
+            unchanged = family.predict(noisy[rows], t_there[rows], of_preserved)
+        target = target.index_copy(0, rows, unchanged.to(target))
 
     per_sample = sample_losses(objective, prediction, target, t, batch.masks)
-    weights = batch.loss_weights.to(device)
+    weights = to_device(batch.loss_weights, device)
     if objective.weights is not None:
-        weights = weights * objective.weights[t].to(weights)
+        weights = weights * to_device(objective.weights[t], device).to(weights)
     per_sample = per_sample * weights
     return BatchLoss(per_sample.mean(), per_sample, t)

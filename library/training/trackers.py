@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.options import LoggingOptions, Options, option_groups
+from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
 from library.errors import UserError, did_you_mean, why_not
 
@@ -74,7 +75,9 @@ def _settings(wanted: LoggingOptions, names: tuple[str, ...]) -> dict[str, dict[
     settings: dict[str, dict[str, Any]] = {name: {} for name in names}
     if wanted.log_tracker_config is not None:
         path = Path(wanted.log_tracker_config)
-        for name, table in read_toml(path).items():
+        content = read_toml(path)
+        refuse_other_file(content, path, "log_tracker_config")
+        for name, table in content.items():
             if name not in ("tensorboard", "wandb") or not isinstance(table, dict):
                 near = did_you_mean(name, ("tensorboard", "wandb"))
                 raise UserError(f"{path}: {name}: not a table [tensorboard] or [wandb]{near}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
+from library.gpu import kept_random_state, to_device
 from library.progress import bar
 from library.training import ema, trackers
 from library.training.fixed_noise import image_losses, middles
@@ -172,26 +173,33 @@ def measure(
     # All run the UNet equally often, whose weights may be shared out: who has nothing left repeats the last batch.
     each = math.ceil(len(batches) / world)
     mine = [(number, batches[number]) for i in range(each) for number in [min(i * world + rank, len(batches) - 1)]]
-    found: dict[tuple[int, int], list[float]] = {}
+    device = run.accelerator.device
+    queued: dict[tuple[int, int], Tensor] = {}
     training = run.network.training
     run.network.eval()  # no dropout
     try:
-        with torch.no_grad(), torch.random.fork_rng(), ema.weights_for(run.ema, "validate"), run.accelerator.autocast():
+        with (
+            torch.no_grad(),
+            kept_random_state(device),
+            ema.weights_for(run.ema, "validate"),
+            run.accelerator.autocast(),
+        ):
             loaded = data.batches([planned for _, planned in mine], epoch=0, loader=run.loader)
             for (number, _), batch in zip(
                 mine, bar(loaded, desc="validation", total=len(mine), disable=rank > 0), strict=True
             ):
                 assert batch.moments is not None, "validation's latents are always kept"
-                latents = batch.moments[0].to(run.accelerator.device, torch.float32)
-                condition = condition_of(batch, run.family, run.accelerator.device, train_text=False)
+                latents = to_device(batch.moments[0], device).float()
+                condition = condition_of(batch, run.family, device, train_text=False)
                 keys = [draw.sample.key for draw in batch.samples]
                 loss = partial(_loss, run.objective, batch.masks)
                 for t in timesteps:
                     losses = image_losses(run.family, latents, condition, t, keys=keys, seed=data.seed, loss=loss)
-                    found[number, t] = losses.tolist()
+                    queued[number, t] = losses
     finally:
         run.network.train(training)
-    gathered = sorted(dict(gather_object(list(found.items()))).items())
+    found = [(place, losses.tolist()) for place, losses in queued.items()]  # read once all of it is queued
+    gathered = sorted(dict(gather_object(found)).items())
     by_timestep = {t: [loss for (_, at), losses in gathered if at == t for loss in losses] for t in timesteps}
     return {t: math.fsum(losses) / len(losses) for t, losses in by_timestep.items()}
 
@@ -199,4 +207,4 @@ def measure(
 def _loss(objective: Objective, masks: Tensor | None, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
     """What training minimises, per image: its loss and the weights of its timesteps, so that the two compare."""
     losses = sample_losses(objective, prediction, target, t, masks)
-    return losses if objective.weights is None else losses * objective.weights[t].to(losses)
+    return losses if objective.weights is None else losses * to_device(objective.weights[t], losses.device).to(losses)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from library.optimizers.weight_decay import VANISHED
@@ -25,6 +25,8 @@ STRETCH = 10  # steps, at least, that losses by timestep are means over
 FIRST, LAST = 3, 5  # of these stretches that are compared
 RANGES = 3  # of the timesteps, at least, that must be known on both sides
 WORSE = 3  # validations in a row
+STILL = 3  # measurements in a row, over 10 steps at least, in which next to no weight changes
+MOVING = 1e-3  # share of a group's weights that changes with each step, at least; 0.33 in bf16, 1 in fp32 are usual
 
 
 class Sign(NamedTuple):
@@ -37,18 +39,25 @@ class Sign(NamedTuple):
 OSCILLATION = Sign(
     "oscillation",
     "the loss swings more than before the weight decay began to fall. It may fall too steeply: --wd_decay_factor 0.75 "
-    "to 0.8",
+    "to 0.8, or begin 200 to 500 steps later: --wd_transition_steps",
 )
 EXPLODING_GRADIENTS = Sign(
     "exploding gradients",
     "the gradients are ten times as large as they were. The learning rate is probably too high: lower it first. With a "
-    "weight decay that falls, also keep more of it: --wd_min_ratio 0.15 to 0.2",
+    "weight decay that falls, also keep more of it (--wd_min_ratio 0.15 to 0.2) and begin 200 to 500 steps later "
+    "(--wd_transition_steps)",
 )
 FLAT_UPDATES = Sign(
     "flat updates",
     "each step changes almost nothing: to the end of the run the weights would move by less than 5 %. The learning "
     "rate is probably too low: try ten times as much. With a weight decay that falls, let it fall faster: "
     "--wd_decay_factor 0.6 to 0.65",
+)
+STANDSTILL = Sign(
+    "weights stand still",
+    "the steps change no weight of {}, or fewer than one of 1,000, though the learning rate is not 0: nothing is "
+    "learnt there. What a step adds is too small for the type of the weights: leave --full_fp16 or --full_bf16 out, so "
+    "that they are kept in fp32, or raise the learning rate; or no gradient arrives there",
 )
 COLLAPSE = Sign(
     "collapse",
@@ -59,8 +68,7 @@ OVERFITTING = Sign(
     "overfitting",
     "the validation loss rises while the training loss falls: the images are being learnt by heart. Use the file from "
     "where the validation loss was lowest; next time train fewer steps, with a lower --network_dim or with "
-    "--network_dropout 0.1. With a weight decay that falls, begin 200 to 500 steps later (--wd_transition_steps) and "
-    "keep more of it (--wd_min_ratio 0.15 to 0.2)",
+    "--network_dropout 0.1. With a weight decay that falls, keep more of it (--wd_min_ratio 0.15 to 0.2)",
 )
 WEIGHT_DECAY_GONE = Sign(
     "weight decay gone",
@@ -116,6 +124,19 @@ def is_flat(ratios: Sequence[float], rates: Sequence[float], *, peak: float, ste
     return statistics.median(ratios) * steps < least
 
 
+def stands_still(steps: Sequence[int], shares: Sequence[float], rates: Sequence[float], *, peak: float) -> bool:
+    """Whether next to no weight of a group has changed in the last `STILL` steps that were measured.
+
+    `shares`: of the weights that were other numbers afterwards; `rates`: the group's learning rate in each; `peak`: the
+    highest so far. Where the rate is below half its peak, standing still is what was asked for. Ten steps must lie
+    between them, because some optimizers do nothing in their first ones.
+    """
+    steps, shares, rates = steps[-STILL:], shares[-STILL:], rates[-STILL:]
+    if len(steps) < STILL or steps[-1] - steps[0] < 10:
+        return False
+    return max(shares) < MOVING and min(rates) > 0 and min(rates) >= peak / 2
+
+
 def collapses(first: Sequence[ByTimestep], last: Sequence[ByTimestep], *, ratio: float = 5.0) -> bool:
     """Whether the loss is far above what it was at first: the geometric mean, over the ranges of timesteps, of the
     median of `last` over the lowest of `first` is more than `ratio`. `first`, `last`: one a stretch of the run.
@@ -151,6 +172,22 @@ def overfits(training: Series, validation: Series, *, worse: float = 0.02) -> bo
 # -- over a run
 
 
+class _Moved:
+    """The last measurements of a group of parameters."""
+
+    def __init__(self) -> None:
+        self._last: deque[tuple[int, float, float]] = deque(maxlen=STILL)
+        self._peak = 0.0
+
+    def add(self, step: int, share: float, rate: float) -> None:
+        self._last.append((step, share, rate))
+        self._peak = max(self._peak, rate)
+
+    def stands_still(self) -> bool:
+        steps, shares, rates = zip(*self._last, strict=True)
+        return stands_still(steps, shares, rates, peak=self._peak)
+
+
 class Watch:
     """Keeps what the rules look at, in constant memory, and finds each sign once."""
 
@@ -165,6 +202,7 @@ class Watch:
         self._ratios: deque[float] = deque(maxlen=MEASUREMENTS)
         self._rates: deque[float] = deque(maxlen=MEASUREMENTS)
         self._peak = 0.0
+        self._moved: dict[str, _Moved] = {}
         self._stretch: list[ByTimestep] = []  # that has begun
         self._stretch_began = 0
         self._first: list[ByTimestep] = []
@@ -185,19 +223,39 @@ class Watch:
         return self._new(
             (OSCILLATION, full and oscillates(self._before, list(self._losses))),
             (EXPLODING_GRADIENTS, explodes(list(self._norms))),
-            (WEIGHT_DECAY_GONE, self._decays is not None and 0 <= self._decays[1] < VANISHED < self._decays[0]),
+            (WEIGHT_DECAY_GONE, self._decays is not None and 0 <= self._decays[1] < VANISHED <= self._decays[0]),
         )
 
-    def measured(self, step: int, *, update_ratio: float, rate: float, loss_by_timestep: ByTimestep) -> list[Sign]:
-        """The size of a step's update, the highest learning rate in it, and the losses since the measurement before;
-        the signs that are new."""
+    def measured(
+        self,
+        step: int,
+        *,
+        update_ratio: float,
+        rates: Mapping[str, float],
+        moved: Mapping[str, float],
+        loss_by_timestep: ByTimestep,
+    ) -> list[Sign]:
+        """The size of a step's update, by groups of parameters the learning rates in it and the shares of weights that
+        it changed, and the losses since the measurement before; the signs that are new."""
+        rate = max(rates.values(), default=0.0)
         self._ratios.append(update_ratio)
         self._rates.append(rate)
         self._peak = max(self._peak, rate)
         flat = is_flat(list(self._ratios), list(self._rates), peak=self._peak, steps=self._total_steps)
         self._lengthen(step, loss_by_timestep)
         collapsed = len(self._last) == LAST and collapses(self._first, list(self._last))
-        return self._new((FLAT_UPDATES, flat), (COLLAPSE, collapsed))
+        still = self._still(step, rates, moved)
+        found = self._new(
+            (Sign(STANDSTILL.name, STANDSTILL.text.format(" and ".join(still))), bool(still)), (COLLAPSE, collapsed)
+        )
+        # its advice is for weights that can move
+        return found + self._new((FLAT_UPDATES, flat and STANDSTILL.name not in self.found))
+
+    def _still(self, step: int, rates: Mapping[str, float], moved: Mapping[str, float]) -> list[str]:
+        """The groups that stand still."""
+        for name, share in moved.items():
+            self._moved.setdefault(name, _Moved()).add(step, share, rates.get(name, 0.0))
+        return [name for name, group in self._moved.items() if group.stands_still()]
 
     def validated(self, step: int, loss: float, training: Series) -> list[Sign]:
         """A validation loss, and the training losses so far; the signs that are new."""

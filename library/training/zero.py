@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.config import registry
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = ("torch.optim.AdamW", "torch.optim.Adam")
+OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam)
 """Those whose state is a number for each weight, so that they may be given any part of all weights as one vector."""
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"
@@ -59,8 +60,9 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
                 f"accelerate's deepspeed_config: {key}: {asked}: only {allowed[0]} is possible; "
                 "configs/accelerate/deepspeed_zero2.yaml has it"
             )
+    shared = registry.load_path(choice.path, where="--optimizer_type") in OPTIMIZERS
     for option, value, why in (
-        ("optimizer_type", choice.name if choice.path not in OPTIMIZERS else None, "AdamW and Adam can be shared out"),
+        ("optimizer_type", None if shared else choice.name, "AdamW and Adam can be shared out"),
         ("network_module", options.network.network_module, "networks.lora only"),
         ("network_args module_dropout", network_arguments.get("module_dropout"), "all processes must train the same"),
         ("mixed_precision", options.precision.mixed_precision, "bf16 and no only"),

@@ -7,11 +7,20 @@ python -m networks.tools.convert lora-diffusers.safetensors lora.safetensors --t
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 from library import log
 from library.errors import UserError
+from library.files.hashes import UNKNOWN_HASHES, write_hashes
+from library.files.header import read_metadata
+from networks import base_weights
+
+logger = logging.getLogger(__name__)
+
+# The alphas of diffusers' names; a hash of the tensors as they lay in that file
+_OF_THE_OLD_FILE = ("lora_adapter_metadata", "modelspec.hash_sha256")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="the .safetensors to write")
     parser.add_argument("--to", choices=("diffusers", "kohya"), required=True, help="whose names to write")
     options = parser.parse_args(argv)
-    log.set_up()
+    log.configure()
     try:
         convert(options.source, options.target, to=options.to)
     except UserError as error:
@@ -31,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(source: Path, target: Path, *, to: str) -> None:
-    """Write `target`, which must not exist, with the tensors of `source` under other names and the same metadata."""
-    from safetensors import safe_open
+    """Write `target`, which must not exist, with the tensors of `source` under other names.
+
+    Its metadata are those of `source`, with the hashes of the new file.
+    """
     from safetensors.torch import save_file
 
     from networks.naming import to_diffusers
@@ -40,16 +51,17 @@ def convert(source: Path, target: Path, *, to: str) -> None:
 
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it")
-    tensors = read_weights(source)  # in kohya's names, whatever the file has
+    # in kohya's names, whatever the file has; only those have a way to name embeddings beside a LoRA
+    tensors = read_weights(source, purpose="is renamed", keep_embeddings=to == "kohya")
     if to == "diffusers":
         tensors = to_diffusers(tensors, source=str(source))
-    metadata = None
-    if source.suffix == ".safetensors":
-        with safe_open(source, framework="pt") as file:
-            metadata = {key: text for key, text in (file.metadata() or {}).items() if key != "lora_adapter_metadata"}
+    metadata = {key: text for key, text in read_metadata(source).items() if key not in _OF_THE_OLD_FILE}
+    if trained_on := base_weights.read(source):
+        logger.warning("%s: acts as it was trained only on top of %s", source, base_weights.in_words(trained_on))
     beside = target.with_name(f".{target.name}.part")
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, metadata or None)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, metadata | UNKNOWN_HASHES)
+        write_hashes(beside)
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.bad_input import harm
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 
 LIMIT = 150  # MiB that the whole table may add to the process's largest size
 
@@ -26,7 +26,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obj
     harm.prepare(folder)
     done = subprocess.run(
         [sys.executable, "-m", "tests.bad_input.harm", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(folder.rglob("executed")) == [], "something in a file was run"

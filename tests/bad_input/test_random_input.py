@@ -19,9 +19,7 @@ from library.config.options import Options, declared_options
 from library.config.parser import parse
 from library.errors import UserError
 
-BOUNDED = settings(
-    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+BOUNDED = settings(max_examples=300, suppress_health_check=list(HealthCheck))
 REQUIRED = ("--pretrained_model_name_or_path", "base", "--output_dir", "out")
 IMAGES = ("--train_data_dir", "data", "--resolution", "64")
 

@@ -79,6 +79,7 @@ CAPTION = [
     Wrong("JSON 100000 deep", IN_JSON, lambda: write("m.json", '{"a":' * 100_000)),
     Wrong("a number in JSON", IN_JSON, lambda: write("m.json", ENTRY % 3)),
     Wrong("an image that is not there", IN_JSON, lambda: write("m.json", '{"c.png": {}}')),
+    Wrong("an image's backslash", IN_JSON, lambda: write("m.json", '{"D:\\train\\c.png": {}}'.replace("\\c", "\\\\c"))),
     Wrong("an image's name of 300", IN_JSON, lambda: write("m.json", f'{{"{"x" * 300}.png": {{}}}}')),
     Wrong("a megabyte in JSON", IN_JSON, lambda: write("m.json", ENTRY % f'"{"cat " * 250_000}"')),
 ]
@@ -176,6 +177,7 @@ def lora(
 
 
 HALF = {"lora_unet_x.lora_down.weight": {"dtype": "F32", "shape": [4, 64], "data_offsets": [0, 1024]}}
+DORA = {"lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale": torch.ones(1, 64)}
 LORA = [
     lora("empty", lambda: write("lora.safetensors", b"")),
     lora("cut off", lambda: raw_safetensors("lora.safetensors", HALF, bytes(100))),
@@ -195,6 +197,11 @@ LORA = [
         lambda: save_file({"lora_unet_a.hada_w1_a": torch.zeros(4, 4)}, "lora.safetensors"),
         "--base_weights",
         "lora.safetensors",
+    ),
+    lora(
+        "DoRA, with its ranks",
+        lambda: save_file(load_file("lora.safetensors") | DORA, "lora.safetensors"),
+        *("--network_weights", "lora.safetensors", "--dim_from_weights"),
     ),
     lora("another rank", lambda: None, "--network_weights", "lora.safetensors", "--network_dim", "2"),
     lora("whole numbers", lambda: changed_lora(lambda _name, tensor: tensor.to(torch.int8))),

@@ -56,6 +56,25 @@ def load(folder: Path, options: Parse, text: str, *words: str) -> tuple[DatasetS
     return load_datasets(options("--dataset_config", "data.toml", *words))
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "size"),
+    [
+        ("", (), None),
+        ("skip_image_resolution = 256", (), (256, 256)),
+        ("skip_image_resolution = [256, 128]", (), (256, 128)),
+        ('skip_image_resolution = "256,128"', (), (256, 128)),
+        ("skip_image_resolution = 0", (), None),
+        ("", ("--skip_image_resolution", "256,128"), (256, 128)),
+    ],
+)
+def test_the_size_of_images_to_leave_out(
+    text: str, words: tuple[str, ...], size: tuple[int, int] | None, folder: Path, options: Parse
+) -> None:
+    content = f"[[datasets]]\nresolution = 512\n{text}\n[[datasets.subsets]]\nimage_dir = 'images/a'\n"
+    (spec,) = load(folder, options, content, *words)
+    assert spec.skip_image_resolution == size
+
+
 def test_levels(folder: Path, options: Parse) -> None:
     words = ["--flip_aug", "--caption_prefix", "art,", "--train_batch_size", "8", "--dataset_repeats", "7"]
     first, second = load(folder, options, SMALL, *words, "--bucket_reso_steps", "32")

@@ -35,9 +35,9 @@ OWN_DEFAULTS = {
 # Options that kohya does not have
 OURS = {
     *("cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"),
-    *("lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
+    *("weight_decay", "lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),
-    *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for"),
+    *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for", "deterministic", "allow_tf32"),
 }
 
 
@@ -60,6 +60,12 @@ def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
     of_groups = {name for group in titled for name in declared(group)}
     assert {name for name in OPTIONS if name not in KOHYA} == OURS | of_groups
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS
+
+
+def test_a_module_that_is_not_supported_yet_names_what_is(options: Callable[..., Options]) -> None:
+    said = r"'networks.lokr' is known to kohya's scripts, not supported here yet \(LyCORIS makes these files: "
+    with pytest.raises(UserError, match=said):
+        options("--network_module", "networks.lokr")
 
 
 def test_the_flags_of_custom_adamw_are_its_own_arguments() -> None:
@@ -138,12 +144,23 @@ NEUTRAL_WORDS = [
     "--model_train_type sd-lora",
     "--lr_restart_cycles 1",
     "--discrete_flow_shift 3.0",
+    # what GUIs for sd-scripts 0.11 always write
+    "--compile false",
+    "--compile_backend inductor",
+    "--compile_mode default",
+    "--compile_dynamic auto",
+    "--show_timesteps=",
+    "--skip_image_resolution 0",
 ]
 WARNED_WORDS = {
     "--sdpa": "command line: --sdpa: has no effect: attention always uses PyTorch's scaled_dot_product_attention",
     "--sample_sampler dpmpp_2m": "sample_sampler dpmpp_2m: that is dpmsolver++ here",
     "--epoch 8 --max_train_epochs 8": "command line: --epoch = 8: has no effect: kohya's scripts do not read it, but "
     "max_train_epochs or max_train_steps",
+    "--compile_mode max-autotune": "command line: --compile_mode = max-autotune: has no effect: it matters only "
+    "together with compile",
+    "--cuda_allow_tf32": "command line: --cuda_allow_tf32: has no effect: it only trades digits for speed: products of "
+    "fp32 numbers keep all of theirs",
     "--sdxl true": "command line: --sdxl = true: has no effect: the model family is found from the weights",
 }
 REFUSED_WORDS = [
@@ -156,6 +173,11 @@ REFUSED_WORDS = [
     "--model_train_type flux-lora",
     "--noise_offset",
     "--conditioning_data_dir masks",
+    "--compile",
+    "--show_timesteps console",
+    "--prompts_file prompts.toml",
+    "--network_module networks.lokr",
+    "--skip_image_resolution -1",
 ]
 
 

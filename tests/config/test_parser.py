@@ -157,6 +157,29 @@ def test_optimizer_name(words: list[str], name: str, options: Parse) -> None:
     assert options("--optimizer_type", "Prodigy").optimizer.optimizer_name == "Prodigy"
 
 
+def test_prose_may_mention_options_and_hold_line_breaks(options: Parse) -> None:
+    comment = "as last week, but\n\tstill with --network_dim 8"
+    assert options("--training_comment", comment).output.training_comment == comment
+    prompt = "a cat --w 512 --h 512 --d 1"
+    assert options("--compare_prompts", prompt).output.compare_prompts == (prompt,)
+    assert options("--caption_separator", "\n").data.caption_separator == "\n"
+    assert options("--caption_prefix", "a --nothing --d").data.caption_prefix == "a --nothing --d"
+
+
+@pytest.mark.parametrize("name", ["vae", "logging_dir", "resume", "network_args", "base_weights", "cache_dir"])
+def test_every_path_and_name_is_without_control_characters(name: str, folder: Path) -> None:
+    (folder / "x.toml").write_text(f'{name} = "D:\\temp"\n')
+    with pytest.raises(UserError, match=rf"^x\.toml: {name}: 'D:\\temp' holds a tab, .*; in double quotes"):
+        parse([*REQUIRED, "--config_file=x.toml"])
+    with pytest.raises(UserError, match=rf"^command line: --{name}: 'D:\\temp' holds a tab, which no name or path sh"):
+        parse([*REQUIRED, f"--{name}=D:\temp"])
+
+
+def test_a_missing_option_in_the_text_of_another_is_found() -> None:
+    with pytest.raises(UserError, match=r"--output_dir is required: .* in the value of --training_comment: look at"):
+        parse(["--pretrained_model_name_or_path", "x", "--training_comment=first --output_dir=out"])
+
+
 @given(st.floats(min_value=0, allow_nan=False, allow_infinity=False), st.integers(1, 10**9), st.text(min_size=1))
 def test_values_survive_the_command_line(rate: float, steps: int, comment: str) -> None:
     """What a program writes with repr() is read back as it was, whatever the text."""

@@ -19,7 +19,7 @@ from library.config.fields import convert
 from library.config.options import Options, declared_options
 from library.config.parser import parse
 from library.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 
 Parse = Callable[..., Options]
 ALL = presets.presets()
@@ -199,14 +199,14 @@ def test_presets_are_found_where_the_program_is_installed(tmp_path: Path) -> Non
     for name in ("pyproject.toml", "README.md", "LICENSE", "train_network.py", "quickstart/LICENSES.md"):
         shutil.copy(ROOT / name, source / name)
     build = "from setuptools import build_meta; build_meta.build_wheel('../dist')"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=PATIENCE)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(site)
     shutil.rmtree(source)
     command = [sys.executable, "-c", "import train_network, sys; sys.exit(train_network.main())", "--list_presets"]
     done = subprocess.run(
-        command, cwd=site, capture_output=True, text=True, timeout=120, check=False, env={"PYTHONPATH": str(site)}
+        command, cwd=site, capture_output=True, text=True, timeout=PATIENCE, check=False, env={"PYTHONPATH": str(site)}
     )
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ALL)

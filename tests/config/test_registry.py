@@ -225,6 +225,38 @@ def test_source_follows_imports_and_bases(tmp_path: Path, monkeypatch: pytest.Mo
     assert bare == source.SourceSignature({}, frozenset(), takes_any=False)
 
 
+def test_keywords_of_a_typed_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`**options: Unpack[Keywords]` stands for the keys of Keywords, which may be made at run time."""
+    package = tmp_path / "library_of_keywords"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "keywords.py").write_text(
+        "from typing import Literal, TypedDict\n"
+        "Keywords = TypedDict('Keywords', {'a': float, 'b': Literal['x', 'y']}, total=False)\n"
+        "class Needed(TypedDict):\n    c: int\n",
+        encoding="utf-8",
+    )
+    (package / "target.py").write_text(
+        "from .keywords import Keywords, Needed\n"
+        "class Target:\n    def __init__(self, first: int, **options: Unpack[Keywords]): ...\n"
+        "def needs(**options: Unpack[Needed]): ...\n"
+        "def loose(**options: int): ...\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(source, "_PACKAGES", ("library_of_keywords",))
+    found = {
+        name: source.read_signature(f"library_of_keywords.target.{name}", where="")
+        for name in ("Target", "needs", "loose")
+    }
+    annotations = {"first": "int", "a": "float", "b": "Literal['x', 'y']"}
+    assert found["Target"] == source.SourceSignature(annotations, frozenset({"first"}), takes_any=False)
+    assert found["needs"] == source.SourceSignature({"c": "int"}, frozenset({"c"}), takes_any=False)
+    assert found["loose"] == source.SourceSignature({}, frozenset(), takes_any=True)
+    assert fit("x", "x", annotations["b"]) == ("x",)
+    assert describe(annotations["b"]) == "one of x, y"
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_registered_optimizer_can_be_bound(name: str) -> None:
     pytest.importorskip(OPTIMIZERS[name].partition(".")[0])

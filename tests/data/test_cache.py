@@ -49,8 +49,8 @@ def test_each_view_once_in_batches_of_one_size(views: list[View]) -> None:
     assert mean.dtype == torch.float16
     with torch.no_grad():
         expected_mean, expected_std = encoder(torch.stack([load_pixels(v) for v in (views[2], mirrored[0], views[2])]))
-    assert torch.equal(mean, expected_mean)
-    assert torch.equal(std, expected_std)
+    torch.testing.assert_close(mean, expected_mean)  # encoded in other batches
+    torch.testing.assert_close(std, expected_std)
     assert cache.get(views[3:])[0].shape == (2, 3, 6, 4)
 
 

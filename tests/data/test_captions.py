@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,9 @@ from library.data.captions import (
     is_static,
     refuse_text_cache_of_changing_captions,
     warn_of_captions_options,
+    warn_of_captions_without_tags,
 )
+from library.data.samples import Sample
 from library.errors import UserError
 from library.rng import python_random
 
@@ -71,7 +74,22 @@ def drawn(raw: str, spec: SubsetSpec, repeat: int, *, seed: int = 1, epoch: int 
         ({"shuffle_caption": True, "keep_tokens": 1, "caption_prefix": "p,"}, "a, b, c", "p, c, b, a"),
         ({"shuffle_caption": True, "caption_suffix": ", s"}, "a, b", "s, b, a"),
         ({"shuffle_caption": True, "caption_suffix": "s"}, "a, b", "b s, a"),
-        ({"shuffle_caption": True, "caption_separator": "|"}, "a, b | c", "c, a, b"),
+        ({"shuffle_caption": True, "caption_separator": "|"}, "a, b | c", "c| a, b"),
+        ({"shuffle_caption": True, "caption_separator": " | "}, "a, b | c", "c | a, b"),
+        ({"shuffle_caption": True, "caption_separator": " "}, "a b  c", "c  b a"),
+        ({"shuffle_caption": True, "caption_separator": ", "}, "a, b,c", "b,c, a"),
+        (
+            {"shuffle_caption": True, "caption_separator": ";"},
+            "red fox;night sky, stars;hill",
+            "hill; night sky, stars; red fox",
+        ),
+        ({"caption_separator": ";"}, "red fox;night sky, stars;hill", "red fox;night sky, stars;hill"),
+        ({"token_warmup_step": 1, "caption_separator": ";", "keep_tokens": 1}, "a;b,c;d", "a; b,c"),
+        (
+            {"shuffle_caption": True, "caption_separator": ";", "keep_tokens_separator": "|||"},
+            "a;b ||| c;d,e",
+            "a; b; d,e; c",
+        ),
         ({"shuffle_caption": True}, "a,,b", "b, , a"),
         ({"shuffle_caption": True}, "", ""),
         ({}, "first\nsecond", "first"),
@@ -86,7 +104,7 @@ def drawn(raw: str, spec: SubsetSpec, repeat: int, *, seed: int = 1, epoch: int 
         # a group of tags
         ({"secondary_separator": ";;;"}, "a;;;b, c", "a,b, c"),
         ({"secondary_separator": ";;;", "shuffle_caption": True}, "a;;;b, c", "c, a,b"),
-        ({"secondary_separator": ";;;", "shuffle_caption": True, "caption_separator": "|"}, "a;;;b|c", "c, a|b"),
+        ({"secondary_separator": ";;;", "shuffle_caption": True, "caption_separator": "|"}, "a;;;b|c", "c| a|b"),
         ({"secondary_separator": ";", "shuffle_caption": True, "keep_tokens": 1}, "x;y, a, b;c", "x,y, b,c, a"),
         # wildcards
         ({}, "{a|b}, {{c}}", "{a|b}, {{c}}"),
@@ -263,3 +281,22 @@ def test_options_that_will_disappoint(
         "data.toml, subset 1: token_warmup_min has no effect: it matters only together with token_warmup_step",
         "data.toml, subset 1: every caption is dropped: caption_dropout_rate or caption_dropout_every_n_epochs is 1",
     ]
+
+
+def test_dropped_tags_leave_the_separator(subset: MakeSubset) -> None:
+    spec = subset(caption_tag_dropout_rate=0.5, caption_separator=";")
+    assert caption("a;b,c;d;e", spec, chances=[0.9, 0.6, 0.1, 0.7]) == "a; b,c; e"
+
+
+def test_captions_without_the_separator_are_told(subset: MakeSubset, caplog: pytest.LogCaptureFixture) -> None:
+    def told(*captions: str, **changes: object) -> str:
+        caplog.clear()
+        spec = subset(caption_separator=";", **changes)
+        warn_of_captions_without_tags(Sample(Path("a.png"), "a", text, spec, (64, 64), 1) for text in captions)
+        return caplog.text
+
+    assert told("a, b", "c") == ""  # nothing is done to tags
+    assert told("a, b", "c;d", shuffle_caption=True) == ""
+    assert "the caption_separator ';' stands in no caption of" in told("a, b", "c", shuffle_caption=True)
+    assert "each is one tag, and shuffle_caption change nothing" in caplog.text
+    assert "caption_tag_dropout_rate drops whole captions" in told("a, b", caption_tag_dropout_rate=0.1)

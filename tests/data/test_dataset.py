@@ -152,7 +152,7 @@ def test_cached_equals_uncached(prepared: Prepared) -> None:
         assert a.pixels is not None
         assert b.moments is not None
         for mean, expected in zip(b.moments, encode(a.pixels), strict=True):
-            assert torch.equal(mean, expected)
+            torch.testing.assert_close(mean, expected)  # encoded in other batches
 
 
 def test_cached_text(subset: MakeSubset, dataset: MakeDataset, train_images: Path) -> None:

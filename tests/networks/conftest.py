@@ -79,6 +79,6 @@ def tiny() -> tuple[Any, Any]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", dtype=torch.float32)
     text_encoder = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32)
     return unet.requires_grad_(False).eval(), text_encoder.requires_grad_(False).eval()

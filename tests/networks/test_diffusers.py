@@ -20,7 +20,7 @@ def pipeline():
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(
-        BASE, torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
+        BASE, dtype=torch.float32, safety_checker=None, feature_extractor=None
     )
 
 

@@ -251,7 +251,20 @@ def test_a_rate_of_zero_freezes_the_part_and_says_so(both, caplog):
     assert [group["name"] for group in groups] == ["unet"]
     assert "text_encoder: learning rate 0, its 18 adapters are not trained" in caplog.text
     assert len(both.get_trainable_params()) == 2 * 120
-    assert both.module_counts() == {"text_encoder": 18, "unet": 120}  # still in the file
+    assert both.module_counts() == {"text_encoder": 18, "unet": 120}  # still in effect
+    assert "text_encoder: 18 of these add nothing and are not in the file:\n  lora_te_text_model_enc" in caplog.text
+    assert {key.split("_")[1] for key in both.file_tensors()} == {"unet"}
+
+
+def test_a_frozen_part_that_adds_something_stays_in_the_file(both, caplog):
+    """Loaded from a file, it is a part of what the LoRA does."""
+    first, *others = [adapter for adapter in both.adapters if adapter.site.part == "text_encoder"]
+    torch.nn.init.ones_(first.lora_up.weight)
+    both.prepare_optimizer_params(0.0, 1e-4, 1e-3)
+    assert "text_encoder: 17 of these add nothing and are not in the file" in caplog.text
+    kept = {key.partition(".")[0] for key in both.file_tensors() if key.startswith("lora_te")}
+    assert kept == {first.site.name}
+    assert others[0].site.name in {key.partition(".")[0] for key in both.state_dict()}  # a run's state has all
 
 
 def test_rates_of_zero_everywhere_are_an_error(both):

@@ -84,7 +84,10 @@ def test_a_merge_that_would_be_wrong_is_refused(tiny, tmp_path, caplog):
     before = outputs(*tiny)
     name = next(key for key in tensors if key.startswith("lora_unet")).partition(".")[0]
     save_file(tensors | {f"{name}.dora_scale": torch.ones(3)}, path)
-    with pytest.raises(UserError, match=r"--base_weights .*dora_scale is no part of a plain LoRA"):
+    with pytest.raises(
+        UserError,
+        match=r"--base_weights .* of 137 layers of LoRA and 1 layers of DoRA, and only plain LoRA is merged",
+    ):
         merge(tiny, [path], [])
     save_file(tensors | {f"{name}.lora_up.weight": torch.ones(3, 4)}, path)
     with pytest.raises(UserError, match=rf"{name}.lora_up.weight: \[3, 4\] in the file, \["):

@@ -91,7 +91,7 @@ def test_what_a_module_lacks_is_said():
 
 
 def lycoris_network(tiny, algo: str):
-    """LyCORIS 4.1's default preset, "full", takes an SD UNet's time embedding twice and stops; "attn-mlp" works."""
+    """On the layers that networks.lora has, too."""
     kohya = pytest.importorskip("lycoris.kohya")
     unet, text_encoder = tiny
     text_encoder = sd_family(unet, text_encoder).third_party_text_encoders()  # LyCORIS takes names from its paths
@@ -109,7 +109,7 @@ def run(tiny) -> torch.Tensor:
     return unet(torch.randn(1, 4, 16, 16, generator=generator), torch.tensor([500]), condition).sample
 
 
-@pytest.mark.parametrize("algo", ["lora", "loha"])
+@pytest.mark.parametrize("algo", ["lora", "loha", "ia3"])
 def test_lycoris_trains_like_our_own(tiny, algo, tmp_path: Path):
     base = run(tiny).detach()
     network = lycoris_network(tiny, algo)

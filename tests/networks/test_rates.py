@@ -240,6 +240,16 @@ class TestBlockWeights:
         frozen = {name for name, parameter in made.named_parameters() if not parameter.requires_grad}
         assert frozen == {name for name, _ in made.named_parameters() if "_down_blocks_" in name}
         assert "unet_block1: learning rate 0, its" in caplog.text
+        frozen_blocks = {key for key in weights if "_down_blocks_" in key}
+        assert made.file_tensors().keys() == weights.keys() - frozen_blocks  # they add nothing
+        made.load_state_dict({key: torch.ones_like(tensor) for key, tensor in weights.items()})
+        assert made.file_tensors().keys() == weights.keys()
+
+    def test_from_an_outline_nothing_is_left_out(self, targets: Any) -> None:
+        """What the weights are is not known there."""
+        made = network(targets, network_reg_lrs=".*attn2.*=0").to("meta")
+        rates_of(made)
+        assert made.file_tensors().keys() == made.state_dict().keys()
 
 
 class TestLayerDecay:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import difference, randomize, sd_targets, sdxl_outputs
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.files.hashes import safetensors_hashes
+from library.files.header import read_metadata
 from networks.lora import create_network, create_network_from_weights
 from networks.merge import BaseWeights
 from networks.tools import convert
@@ -70,7 +72,7 @@ def test_diffusers_takes_every_tensor_and_gives_the_same_output(
     assert all(difference(with_adapter, without) > 0.02 for with_adapter, without in zip(expected, base, strict=True))
     assert all(torch.equal(now, before) for now, before in zip(sdxl_outputs(sdxl), base, strict=True))
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     for library in ("diffusers", "transformers", "peft"):
         monkeypatch.setattr(logging.getLogger(library), "propagate", True)
     with caplog.at_level(logging.WARNING):
@@ -115,7 +117,7 @@ def test_a_file_of_diffusers_own_acts_as_there(sdxl, tiny_sdxl, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     unet = ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut", "downsamplers.0.conv"]
     layers = {"unet": unet, "text_encoder": ["q_proj", "fc1"], "text_encoder_2": ["out_proj", "fc2"]}
     states = {}
@@ -136,13 +138,16 @@ def test_a_file_of_diffusers_own_acts_as_there(sdxl, tiny_sdxl, tmp_path):
         assert difference(actual, wanted) < BOUND
 
 
+OF_THE_OLD_FILE = {"sshs_model_hash": "0x12", "sshs_legacy_hash": "34", "modelspec.hash_sha256": "0x56"}
+
+
 def test_there_and_back(sdxl, tiny, tmp_path):
     """kohya → diffusers → kohya, at every kind of layer of SDXL and of Stable Diffusion 1.x; by the command as well."""
     for targets, name in ((sdxl.adapter_targets(), "xl"), (sd_targets(*tiny), "sd")):
         network = create_network(1.0, 4, 2.0, None, None, None, targets=targets, conv_dim=2)
         randomize(network)
         own, there, back = (tmp_path / f"{name}-{which}.safetensors" for which in ("own", "there", "back"))
-        network.save_weights(str(own), torch.float16, {"ss_network_module": "networks.lora", "ss_steps": "7"})
+        network.save_weights(str(own), torch.float16, {"ss_steps": "7", **OF_THE_OLD_FILE})
         assert convert.main([str(own), str(there), "--to", "diffusers"]) == 0
         assert convert.main([str(there), str(back), "--to", "kohya"]) == 0
         before, after = load_file(own), load_file(back)
@@ -155,8 +160,14 @@ def test_there_and_back(sdxl, tiny, tmp_path):
             if key.endswith(".alpha"):
                 tensor = tensor * 2
             assert torch.equal(after[key], tensor), key
-        with safe_open(back, framework="pt") as file:
-            assert file.metadata()["ss_steps"] == "7"
+        for file in (there, back):
+            metadata = read_metadata(file)
+            assert metadata.keys() == {"ss_steps", "sshs_model_hash", "sshs_legacy_hash"}
+            assert metadata["ss_steps"] == "7"
+            content = file.read_bytes()
+            data = content[8 + int.from_bytes(content[:8], "little") :]
+            assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+            assert metadata == {"ss_steps": "7", **safetensors_hashes(file)}
 
 
 def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
@@ -166,7 +177,7 @@ def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
     assert (
         convert.main([str(tmp_path / "own.safetensors"), str(tmp_path / "there.safetensors"), "--to", "diffusers"]) == 0
     )
-    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     pipeline.load_lora_weights(str(tmp_path), weight_name="there.safetensors")
     sdxl.unet, sdxl.text_encoders = pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2]
     for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):
@@ -175,7 +186,10 @@ def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
-    for key, said in (("lora_unet_x.hada_w1_a", "no part of a plain LoRA"), ("lora_te_x.alpha", "lora_te_x has no")):
+    for key, said in (
+        ("lora_unet_x.hada_w1_a", "is a LoHa, and only plain LoRA"),
+        ("lora_te_x.alpha", "no known kind, such as lora_te"),
+    ):
         save_file({key: torch.ones(2)}, source)
         assert convert.main([str(source), str(target), "--to", "diffusers"]) == 2
         assert said in capsys.readouterr().err

@@ -92,7 +92,7 @@ numbers = st.builds(
 ratios = st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 1)), min_size=1, unique_by=lambda pair: pair[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(curve=numbers, step=st.integers(1, 100_000), flat_since=st.integers(0, 5000))
 def test_curves_hold_then_fall_and_never_rise(curve: Curve, step: int, flat_since: int) -> None:
     now, then = (curve.factor(s, flat_since=flat_since) for s in (step, step + 1))
@@ -103,7 +103,7 @@ def test_curves_hold_then_fall_and_never_rise(curve: Curve, step: int, flat_sinc
         assert now == 1.0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(curve=numbers, step=st.integers(1, 100_000), flat_since=st.integers(0, 5000))
 def test_curves_are_continuous(curve: Curve, step: int, flat_since: int) -> None:
     """No jump is larger than the steepest place of the curve allows; where it holds and where it ends included."""
@@ -113,14 +113,14 @@ def test_curves_are_continuous(curve: Curve, step: int, flat_since: int) -> None
     assert now - then <= steepest / span + 1e-12
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(curve=numbers.filter(lambda curve: curve.schedule != "adaptive"))
 def test_curves_end_at_the_least_ratio_or_the_cap(curve: Curve) -> None:
     cap = curve.decay_factor**curve.max_progress if curve.schedule == "exponential" else 0.0
     assert curve.factor(10**9) == pytest.approx(max(curve.min_ratio, cap))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(stages=ratios, step=st.integers(1, 6000))
 def test_interpolated_stages_are_continuous_and_between_their_neighbours(stages: Any, step: int) -> None:
     stages = sorted(stages)

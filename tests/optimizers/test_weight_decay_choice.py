@@ -52,13 +52,13 @@ def test_the_flag_alone_is_the_usual_curve() -> None:
 
 
 def test_numbers_are_taken_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
-    words = (*ON, "--wd_transition_steps", "40", "--wd_decay_factor", "0.5", "--wd_min_ratio", "0")
+    words = (*ON, "--wd_transition_steps", "40", "--wd_decay_factor", "0.5", "--wd_min_ratio", "0.01")
     with caplog.at_level(logging.INFO):
         decided = decide(*words, "--wd_max_progress", "inf")
-    assert decided.curve == Curve(transition_steps=40, decay_factor=0.5, min_ratio=0.0, max_progress=float("inf"))
+    assert decided.curve == Curve(transition_steps=40, decay_factor=0.5, min_ratio=0.01, max_progress=float("inf"))
     assert [record.getMessage() for record in caplog.records] == [
         "weight decay: wd_schedule exponential (default), wd_transition_steps 40 (given), wd_decay_factor 0.5 (given), "
-        "wd_min_ratio 0 (given), wd_max_progress inf (given)"
+        "wd_min_ratio 0.01 (given), wd_max_progress inf (given)"
     ]
 
 
@@ -105,6 +105,35 @@ def test_a_run_that_ends_before_the_curve_begins_is_told(caplog: pytest.LogCaptu
     caplog.clear()
     decide(optimizer=choice("CustomAdamW", "dynamic_weight_decay=True"), total_steps=400)
     assert "it would change" not in caplog.text  # nobody asked
+
+
+STAGES = ("--wd_schedule", "multi_stage", "--wd_stages", "0:1,100:1e-7,200:0.5")
+
+
+@pytest.mark.parametrize(
+    ("base", "words", "total_steps", "said"),
+    [
+        (1e-8, ON, 5000, "falls from 1e-08 to 4.9e-09, within the 5000 steps of this run"),
+        (1e-8, ON, 500, "falls from 1e-08 to 4.9e-09, after the 500 steps of this run"),
+        (1e-7, (*ON, "--wd_max_progress", "inf", "--wd_min_ratio", "0.01"), 5000, "from 1e-07 to 1e-09, after"),
+        (1e-7, (*ON, "--wd_max_progress", "inf", "--wd_min_ratio", "0.01"), 9000, "from 1e-07 to 5.76e-09, within"),
+        (3e-8, ON, 5000, ""),  # 1.47e-8 at the end: the cap on the progress keeps it above the least ratio
+        (0.09, (*ON, *STAGES), 5000, "falls from 0.09 to 9e-09, within"),
+        (0.09, (*ON, *STAGES), 50, "falls from 0.09 to 9e-09, after"),
+        (1e-8, (*ON, "--wd_schedule", "adaptive"), 5000, "falls from 1e-08 to 4.9e-09"),
+        (1e-9, (), 100, "is 1e-09, below 1e-08"),
+        (1e-8, (), 100, ""),
+        (0.0, (), 100, ""),
+    ],
+)
+def test_a_weight_decay_too_small_to_do_anything_is_told_before_training(
+    base: float, words: tuple[str, ...], total_steps: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = options(*words)
+    resolve(given, choose_optimizer("AdamW", [], weight_decay=base), total_steps=total_steps, images=20)
+    told = [text for record in caplog.records if "regularises nothing" in (text := record.getMessage())]
+    assert len(told) == bool(said), told
+    assert said in "".join(told)
 
 
 def test_custom_adamw_gets_numbers_and_keeps_its_own(caplog: pytest.LogCaptureFixture) -> None:
@@ -164,7 +193,7 @@ def refused(*words: str, name: str = "AdamW", arguments: tuple[str, ...] = (), c
     [
         (("--wd_schedule", "cosine"), {}, "--wd_schedule needs --dynamic_weight_decay with AdamW"),
         (ON, {"name": "LBFGS"}, "LBFGS has no weight_decay that could change"),
-        (ON, {"name": "Lion"}, "the weight decay of Lion is 0, which no curve changes: --optimizer_args weight_decay="),
+        (ON, {"name": "Lion"}, "the weight decay of Lion is 0, which no curve changes: --weight_decay 0.01"),
         (ON, {"arguments": ("weight_decay=0",)}, "the weight decay of AdamW is 0"),
         (("--wd_min_ratio", "0.2"), {"name": "CustomAdamW", "arguments": ("weight_decay=0",)}, "of CustomAdamW is 0"),
         (("--task", "general"), {}, "--task needs --dynamic_weight_decay with AdamW"),

@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -22,6 +24,7 @@ from library.report.images import data_url
 from library.report.read import MOST_POINTS, Curve, block_of, find_metrics, read_story
 from library.training import run_header
 from library.training.metrics import MetricsFile, lines, session_of_report
+from tests.conftest import PATIENCE
 
 EVIL = "<img src=x onerror=\"console.error('caption ran')\"></script><script>console.error('caption ran')</script>&amp;"
 NAME = "fox & <i>"
@@ -147,7 +150,7 @@ def test_a_browser_without_network_opens_it_without_an_error(finished, tmp_path)
             ],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
             check=False,
         )
         said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -195,27 +198,36 @@ def test_a_run_that_was_stopped_has_one_and_goes_on(train, tmp_path, monkeypatch
     assert "all 6 steps are done" in Page(path.read_text(encoding="utf-8")).text
 
 
+def write_metrics(path: Path, run: dict[str, Any], *lines: tuple[int, dict[str, Any]]) -> None:
+    with closing(MetricsFile(path, run, done=0)) as file:
+        for step, values in lines:
+            file.write(step, values)
+
+
 def test_somebody_elses_file_is_not_replaced(train, tmp_path, capsys):
     path = tmp_path / "out" / "test-report.html"
     path.parent.mkdir()
     path.write_text("<p>mine")
     assert train("--report") == 2
     assert "test-report.html" in capsys.readouterr().err
-    MetricsFile(tmp_path / "out" / "test-metrics.jsonl", {"session_id": 1}, done=0).write(1, {"loss": 1.0})
+    write_metrics(tmp_path / "out" / "test-metrics.jsonl", {"session_id": 1}, (1, {"loss": 1.0}))
     assert report([str(tmp_path / "out")]) == 2
     assert "is no report of a run" in capsys.readouterr().err
     assert path.read_text() == "<p>mine"
 
 
 def test_warnings_stand_in_it_with_their_advice(tmp_path):
-    file = MetricsFile(tmp_path / "fox-metrics.jsonl", {"session_id": 5, "name": "fox", "total_steps": 3}, done=0)
-    file.write(1, {"loss": None, "rates": {"unet</script>": 1e-4}, "gradient_norm": 1.0})
-    file.write(2, {"warning": {"sign": "divergence", "text": f"the loss is NaN, of {EVIL}"}})
-    file.write(2, {"validation": {"loss": 0.5, "t100": 0.4}})
     end = {"stopped_by": "", "conclusion": "validation was lowest at step 1", "memory": {"of the process": 2**30}}
-    file.write(2, {"end": {**end, "stopped_by": "SIGINT"}})
-    file.write(2, {"loss": 0.3})
-    file.write(2, {"end": end})
+    write_metrics(
+        tmp_path / "fox-metrics.jsonl",
+        {"session_id": 5, "name": "fox", "total_steps": 3},
+        (1, {"loss": None, "rates": {"unet</script>": 1e-4}, "gradient_norm": 1.0}),
+        (2, {"warning": {"sign": "divergence", "text": f"the loss is NaN, of {EVIL}"}}),
+        (2, {"validation": {"loss": 0.5, "t100": 0.4}}),
+        (2, {"end": {**end, "stopped_by": "SIGINT"}}),
+        (2, {"loss": 0.3}),
+        (2, {"end": end}),
+    )
     found = Page(page.write(tmp_path / "fox-metrics.jsonl").read_text(encoding="utf-8"))
     assert "Step 2, divergence." in found.texts
     assert f"The loss is NaN, of {EVIL}." in found.texts
@@ -230,13 +242,13 @@ def test_images_that_are_held_back_and_captions_that_are_missing(tmp_path):
     subset = {"source": "cats", "regularisation": False, "images": 7, "repeats": 3, "captions": 6}
     run = {"session_id": 5, "name": "fox", "total_steps": 1, "buckets": []}
     path = tmp_path / "fox-metrics.jsonl"
-    MetricsFile(path, {**run, "subsets": [{**subset, "held_out": 2, "captions_missing": 3}]}, done=0).write(1, {})
+    write_metrics(path, {**run, "subsets": [{**subset, "held_out": 2, "captions_missing": 3}]}, (1, {}))
     texts = [text for text in Page(page.render(read_story(path))).texts if text]
     heads = ["images from", "images", "held back to validate", "repeats", "captions found", "missing"]
     start = texts.index("images from")
     assert texts[start : start + 12] == [*heads, "cats", "7", "2", "3", "6", "3"]
     path.unlink()
-    MetricsFile(path, {**run, "subsets": [subset]}, done=0).write(1, {})  # as earlier versions wrote it
+    write_metrics(path, {**run, "subsets": [subset]}, (1, {}))  # as earlier versions wrote it
     assert "held back to validate" not in Page(page.render(read_story(path))).texts
 
 
@@ -276,8 +288,10 @@ def test_a_long_run_has_curves_of_a_few_points():
 
 
 def test_a_chart_of_many_groups_shows_some(tmp_path):
-    file = MetricsFile(tmp_path / "fox-metrics.jsonl", {"session_id": 5, "total_steps": 3}, done=0)
-    file.write(1, {"loss": 1.0, "rates": {f"unet_block{n:02d}": 1e-4 * 0.9**n for n in range(26)}})
+    many = {f"unet_block{n:02d}": 1e-4 * 0.9**n for n in range(26)}
+    write_metrics(
+        tmp_path / "fox-metrics.jsonl", {"session_id": 5, "total_steps": 3}, (1, {"loss": 1.0, "rates": many})
+    )
     story = read_story(tmp_path / "fox-metrics.jsonl")
     (rates,) = [chart for chart in charts.charts(story) if chart.title == "Learning rate"]
     labels = [line.label for line in rates.lines]
@@ -288,9 +302,10 @@ def test_a_chart_of_many_groups_shows_some(tmp_path):
 
 def test_a_weight_decay_of_nothing_has_no_chart(tmp_path):
     for decay, shown in ((0.0, False), (0.01, True)):
-        file = MetricsFile(tmp_path / f"{decay}-metrics.jsonl", {"session_id": 5, "total_steps": 3}, done=0)
-        file.write(1, {"loss": 1.0, "weight_decay": {"all": decay}})
-        titles = [chart.title for chart in charts.charts(read_story(tmp_path / f"{decay}-metrics.jsonl"))]
+        path = tmp_path / f"{decay}-metrics.jsonl"
+        values = {"loss": 1.0, "weight_decay": {"all": decay}}
+        write_metrics(path, {"session_id": 5, "total_steps": 3}, (1, values))
+        titles = [chart.title for chart in charts.charts(read_story(path))]
         assert ("Weight decay" in titles) is shown
 
 

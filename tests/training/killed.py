@@ -21,8 +21,9 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
+from library.files.hashes import safetensors_hashes  # noqa: E402
 from library.training import save, state  # noqa: E402
-from library.training.hashes import safetensors_hashes  # noqa: E402
+from tests.conftest import PATIENCE  # noqa: E402
 from train_network import main  # noqa: E402
 
 STEPS = 100_000  # never reached
@@ -62,7 +63,7 @@ def unfinished(out: Path) -> list[str]:
 
 def kill(child: int, out: Path, *, inside_a_save: bool) -> bool:
     """Kill it, at the next sign of a save if that is asked for; whether it was saving."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while inside_a_save and not unfinished(out) and time.monotonic() < deadline:
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
@@ -71,8 +72,8 @@ def kill(child: int, out: Path, *, inside_a_save: bool) -> bool:
 
 
 def wait_for_a_step(out: Path) -> None:
-    """Until the child has trained and saved something, or for a minute."""
-    before, deadline = newest_state(out), time.monotonic() + 60
+    """Until the child has trained and saved something, however slow the machine is."""
+    before, deadline = newest_state(out), time.monotonic() + PATIENCE
     while newest_state(out) == before and time.monotonic() < deadline:
         time.sleep(0.01)
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from library.models.stable_diffusion import StableDiffusion
 from library.training.estimate import human_bytes
-from tests.conftest import BASE, ROOT
-from tests.training.written import same, weights
+from tests.conftest import BASE, PATIENCE, ROOT
+from tests.training.written import ROUNDED, distance, same, weights
 
 UNCACHED = ("--no-cache_latents", "--network_train_unet_only", "--train_batch_size", "1")
 MEMORY = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only", "--train_batch_size", "1")
@@ -70,8 +70,9 @@ def test_with_without_and_from_the_cache_train_the_same(train, tmp_path, calls):
     assert used == (0, 0, 0, 0), "the second run loads neither VAE nor text encoder"
     one = weights(tmp_path, "none")
     assert any(tensor.abs().max() > 0 for key, tensor in one.items() if "lora_up" in key)
-    for name in ("memory", "first", "second"):
-        assert same(one, weights(tmp_path, name)), name
+    for name in ("memory", "first"):  # what is encoded while training lies elsewhere in memory
+        assert distance(weights(tmp_path, name), one) < ROUNDED
+    assert same(weights(tmp_path, "first"), weights(tmp_path, "second"))
 
 
 def test_only_what_has_changed_is_encoded(train, tmp_path, image_folder, calls):
@@ -175,7 +176,7 @@ sys.exit(main(sys.argv[1:]))
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     counts = {path.name: len(path.read_text()) for path in marks.iterdir()}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import BASE, ROOT, copy_images
+from tests.conftest import BASE, PATIENCE, ROOT, copy_images
 from train_network import main
 
 
@@ -97,7 +97,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("mistakes")
     copy_images(folder / "data" / "2_style")
     code = TRY.format(mistakes=list(MISTAKES), words=words_for(folder))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return dict(zip(MISTAKES, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -113,7 +113,7 @@ def test_a_mistake_ends_fast_with_its_place_and_the_nearest_right_name(ends, mis
 
 def test_a_mistake_ends_the_process(words):
     """What the shell sees: exit code 2, and the message without a traceback."""
-    done = subprocess.run(command(*words, "--lr_scheduler", "cosin"), cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run(command(*words, "--lr_scheduler", "cosin"), cwd=ROOT, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert done.stderr.endswith(b"did you mean 'cosine'?\n")
     assert b"Traceback" not in done.stderr
@@ -150,7 +150,7 @@ def test_a_signal_saves_what_was_learnt(words, tmp_path, gone):
     )
     first = tmp_path / "out" / "at-step00000002.safetensors"
     try:
-        deadline = time.monotonic() + 200  # the machine may be busy with other tests
+        deadline = time.monotonic() + PATIENCE
         while not first.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if gone:
@@ -158,12 +158,12 @@ def test_a_signal_saves_what_was_learnt(words, tmp_path, gone):
             process.send_signal(signal.SIGHUP)
             time.sleep(0.05)
             process.send_signal(signal.SIGHUP)
-            assert process.wait(timeout=80) == 129
+            assert process.wait(timeout=PATIENCE) == 129
         else:
             process.send_signal(signal.SIGINT)
             time.sleep(0.05)
             process.send_signal(signal.SIGINT)  # launchers pass on what the terminal has sent to all
-            _, messages = process.communicate(timeout=80)
+            _, messages = process.communicate(timeout=PATIENCE)
             assert process.returncode == 130, messages
             assert "stopping after this step" in messages
             assert "Traceback" not in messages
@@ -184,7 +184,11 @@ def test_it_runs_from_another_folder_and_under_spawn(words, tmp_path):
     script.write_text("if __name__ == '__main__':\n    " + code.replace("; ", "\n    ") + "\n")
     arguments = [*words, "--max_train_steps", "2", "--max_data_loader_n_workers", "1", "--no-loss_plot", "--no-report"]
     result = subprocess.run(
-        [sys.executable, str(script), str(ROOT), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=180
+        [sys.executable, str(script), str(ROOT), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "last.safetensors").exists()

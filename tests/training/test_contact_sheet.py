@@ -94,6 +94,6 @@ def test_names_lose_their_middle():
 def test_many_images_make_a_sheet_of_some(train, tmp_path, image_folder):
     (image_folder / "2_style").rename(image_folder / "50_style")
     assert train("--debug_dataset") == 0
-    width, height = Image.open(tmp_path / "out" / "test-dataset.png").size
-    assert width < 2000
-    assert height < 2200
+    with Image.open(tmp_path / "out" / "test-dataset.png") as image:
+        assert image.width < 2000
+        assert image.height < 2200

@@ -24,7 +24,6 @@ def test_nothing_is_lost(
 ) -> None:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), str(tries), str(seed)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from library import processes
 from library.training import build, job, loop
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -37,7 +38,7 @@ def launch(what: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         check=False,
     )
 

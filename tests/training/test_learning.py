@@ -20,7 +20,7 @@ from tests.conftest import BASE, BASE_STYLE_IMAGES, IMAGES, ROOT
 
 def held_out() -> tuple[torch.Tensor, list[str]]:
     """Latents (the means) and captions of images in the new style that no training sees."""
-    vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", dtype=torch.float32)
     paths = sorted((IMAGES / "report").glob("*.png"))[:30]
     pixels = torch.stack(
         [

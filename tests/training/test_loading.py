@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.files.header import read_metadata
+from networks import base_weights
+from networks.tools import convert
 from tests.conftest import BASE
 from tests.training.written import weights
 
@@ -50,12 +55,13 @@ LOHA = ["--network_module", "lycoris.kohya", "--network_args", "preset=attn-mlp"
 def test_a_file_that_does_not_fit_stops_the_run(train, tmp_path, capsys):
     assert train("--output_name", "first", "--max_train_steps", "1") == 0
     start = ("--network_weights", str(tmp_path / "out" / "first.safetensors"))
-    for words, said in ((["--network_dim", "8"], r"in the file, \[8, "), (LOHA, "the file has no hada_w1_a")):
+    for words, said in (
+        (["--network_dim", "8"], r"lora_te_text_model_encoder_layers_0.* in the file, \[8, (?s:.*)--dim_from_weights"),
+        (LOHA, r"first\.safetensors is a LoRA, and the network here is a LoHa\. It goes with .* algo=lora"),
+    ):
         capsys.readouterr()
         assert train("--output_name", "second", *start, *words) == 2
-        message = capsys.readouterr().err
-        assert "--dim_from_weights" in message
-        assert re.search(f"lora_te_text_model_encoder_layers_0.*{said}", message)
+        assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "out" / "second.safetensors").exists()
 
 
@@ -86,6 +92,56 @@ def test_a_merged_base_is_trained_on(train, tmp_path, cached):
     for key in (key for key in plain if key.endswith("lora_up.weight")):
         assert not torch.equal(plain[key], merged[key])
         torch.testing.assert_close(plain[key], undone[key], rtol=0, atol=1e-6)
+
+
+def test_a_file_says_which_loras_its_base_was_merged_with(train, tmp_path, capsys):
+    """Metadata, dry run, report and the tools; a run that starts from it without them is warned."""
+    assert train("--output_name", "style") == 0
+    assert train("--output_name", "face", "--save_model_as", "ckpt") == 0
+    style, face = tmp_path / "out" / "style.safetensors", tmp_path / "out" / "face.ckpt"
+    base = ("--base_weights", str(style), str(face), "--base_weights_multiplier", "0.7")
+    capsys.readouterr()
+    assert train("--output_name", "top", "--report", *base) == 0
+    assert f"merged into it: {style} × 0.7, {face} × 1" in capsys.readouterr().err
+    top = tmp_path / "out" / "top.safetensors"
+    told = "style.safetensors × 0.7, face.ckpt × 1"
+    assert json.loads(read_metadata(top)["ss_base_weights"]) == [
+        {
+            "name": "style.safetensors",
+            "multiplier": 0.7,
+            "sha256": hashlib.sha256(style.read_bytes()).hexdigest(),
+            "sshs_model_hash": read_metadata(style)["sshs_model_hash"],
+        },
+        {
+            "name": "face.ckpt",
+            "multiplier": 1.0,
+            "sha256": hashlib.sha256(face.read_bytes()).hexdigest(),
+            "sshs_model_hash": None,
+        },
+    ]
+    assert "ss_base_weights" not in read_metadata(style)
+    assert f"on top of {told}" in (tmp_path / "out" / "top-report.html").read_text(encoding="utf-8")
+
+    converted = tmp_path / "out" / "converted.safetensors"
+    assert convert.main([str(top), str(converted), "--to", "diffusers"]) == 0
+    assert f"acts as it was trained only on top of {told}" in capsys.readouterr().err
+    assert read_metadata(converted)["ss_base_weights"] == read_metadata(top)["ss_base_weights"]
+
+    start = ("--output_name", "further", "--network_weights", str(top), "--dry_run")
+    assert train(*start, *base) == 0
+    assert "was trained on top of" not in capsys.readouterr().err
+    assert train(*start, *base[:2], "--base_weights_multiplier", "0.5") == 0
+    lacking = f"--network_weights {top}: was trained on top of {told}, which --base_weights does not merge here"
+    assert lacking in capsys.readouterr().err
+    assert train("--output_name", "further", "--base_weights", str(top), *base[1:3], "--dry_run") == 0
+    lacking = f"--base_weights {top}: was trained on top of style.safetensors × 0.7, which --base_weights does not"
+    assert lacking in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["no JSON", "3", "[3]", '[{"name": "x"}]', '[{"name": "x", "multiplier": "y"}]'])
+def test_a_record_of_another_program_is_none(tmp_path, text):
+    save_file({"lora_unet_x.alpha": torch.ones(1)}, tmp_path / "x.safetensors", {base_weights.KEY: text})
+    assert base_weights.read(tmp_path / "x.safetensors") == []
 
 
 def test_base_weights_that_are_not_there_are_found_early(train, tmp_path, capsys):

@@ -18,7 +18,7 @@ from library.training.build import build
 from library.training.plan import make_plan
 from library.training.step import batch_loss
 from tests.conftest import BASE
-from tests.training.written import same, weights
+from tests.training.written import ROUNDED, distance, same, weights
 
 
 @pytest.fixture
@@ -83,9 +83,8 @@ def test_alpha_masks_and_mask_files_train_alike_cached_or_not(train, tmp_path, a
     assert train(*common, "alpha", "--dataset_config", str(alpha)) == 0
     assert train(*common, "fresh", "--dataset_config", str(alpha), "--no-cache_latents") == 0
     assert same(weights(tmp_path, "alpha"), weights(tmp_path, "files"))
-    cached, fresh = weights(tmp_path, "alpha"), weights(tmp_path, "fresh")
-    for key in cached:  # the batch that goes through the VAE has another size
-        torch.testing.assert_close(cached[key], fresh[key], rtol=0, atol=2e-5)
+    # the batch that goes through the VAE has another size
+    assert distance(weights(tmp_path, "alpha"), weights(tmp_path, "fresh")) < ROUNDED
 
 
 def test_what_is_wholly_masked_teaches_nothing(train, tmp_path, image_folder):

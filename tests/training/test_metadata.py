@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from library.errors import UserError
-from library.training import hashes
+from library.files import hashes
 from library.training import metadata as md
 
 FACTS = md.RunFacts(
@@ -155,6 +155,14 @@ def test_json_about_the_data():
     assert plain["ss_bucket_info"] == "null"
 
 
+def test_tags_lie_between_the_separators_of_their_subset():
+    captions = ("Red Fox;night sky, stars; hill", "red fox; ;")
+    fox = replace(FOX, captions=captions, caption_separator=";")
+    metadata = run(datasets=(replace(DATASET, subsets=(fox, *DATASET.subsets[1:])),)).at(steps=1, epoch=0)
+    frequencies = json.loads(metadata["ss_tag_frequency"])["10_fox"]
+    assert frequencies == {"red fox": 2, "night sky, stars": 1, "hill": 1}
+
+
 def test_json_about_several_datasets():
     """A folder that is used twice has two entries; its tags count once. No path is published."""
     other = replace(DATASET, resolution=(256, 256), subsets=(replace(FOX, num_repeats=2),))
@@ -199,10 +207,44 @@ def test_a_thumbnail_becomes_a_data_url(tmp_path):
     image.write_bytes(b"\x89PNG")
     assert md.data_url(str(image)) == "data:image/png;base64,iVBORw=="
     assert md.data_url("data:image/png;base64,AA==") == "data:image/png;base64,AA=="
-    with pytest.raises(UserError, match=r"metadata_thumbnail: .*none.png is neither a file nor a data URL"):
+    with pytest.raises(UserError, match=r"--metadata_thumbnail: .*none.png is neither a file nor a data URL"):
         md.data_url(str(tmp_path / "none.png"))
     with pytest.raises(UserError, match="is neither a file nor a data URL"):
         md.data_url("iVBORw0KGgo" * 40)  # an image as text, too long for a file's name
+
+
+# -- more than a file's header holds
+
+
+LONG = replace(FOX, captions=tuple(f"{number} 狐が走る " * 40 for number in range(500)) + ("a fox",) * 3)
+
+
+@pytest.mark.parametrize("from_config", [False, True])
+def test_tables_of_tags_are_cut_to_what_a_header_holds(monkeypatch, tmp_path, caplog, from_config):
+    datasets = (replace(DATASET, subsets=(LONG, REG)),)
+    whole = run(datasets=datasets, from_dataset_config=from_config).at(steps=1, epoch=0)
+    assert len(json.loads(whole["ss_tag_frequency"])["10_fox"]) == 501
+    assert not caplog.text
+    for room, kept in ((md.size_of(whole) - 100, 100), (60_000, 0)):
+        caplog.clear()
+        monkeypatch.setattr(md, "MOST_METADATA", room)
+        metadata = run(datasets=datasets, from_dataset_config=from_config).at(steps=1, epoch=0)
+        assert md.size_of(metadata) < room + 200  # the time, the step
+        frequencies = json.loads(metadata["ss_tag_frequency"])["10_fox"]
+        assert len(frequencies) == kept
+        assert next(iter(frequencies), "a fox") == "a fox"  # the most frequent one
+        if from_config:
+            assert json.loads(metadata["ss_datasets"])[0]["tag_frequency"]["10_fox"] == frequencies
+        said = f"the {kept} most frequent tags of each folder" if kept else "none of them"
+        assert f"ss_tag_frequency has {said}" in caplog.text
+        assert whole.keys() == metadata.keys()
+
+
+def test_the_size_is_that_in_the_file(tmp_path):
+    for metadata in (METADATA, run(datasets=(replace(DATASET, subsets=(LONG,)),)).at(steps=1, epoch=0)):
+        safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors", metadata)
+        header = int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little")
+        assert 0 < header - md.size_of(metadata) < 100  # the tensor
 
 
 # -- the base model
@@ -224,6 +266,14 @@ def test_folders_and_hub_ids_have_a_name_only(tmp_path):
     (tmp_path / "my-base").mkdir()
     assert hashes.model_metadata("sd_model", f"{tmp_path}/my-base/") == {"ss_sd_model_name": "my-base"}
     assert hashes.model_metadata("sd_model", "someone/base") == {"ss_sd_model_name": "someone/base"}
+
+
+def test_a_base_model_that_cannot_be_read_any_more_has_a_name_only(tmp_path, monkeypatch, caplog):
+    model = tmp_path / "base.safetensors"
+    model.write_bytes(b"x")
+    monkeypatch.setattr(hashes, "old_hash", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert run(model=str(model)).at(steps=1, epoch=0)["ss_sd_model_name"] == "base.safetensors"
+    assert "base.safetensors: no hash of it in the metadata: Input/output error" in caplog.text
 
 
 def test_the_base_model_is_hashed_once_and_only_when_a_file_is_saved(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ def test_a_line_for_each_write_behind_what_describes_the_run(tmp_path):
     assert not path.parent.exists()  # a run that does not get to a step leaves nothing
     file.write(1, {"loss": 0.123456789, "rates": {"unet": 1e-4}, "name": 'a "b"\n', "norms": (1.0, float("nan"))})
     file.write(1, {"warning": {"sign": "x"}})
+    file.close()
     assert read_run(path) == {"format": 1, **RUN}
     assert [line for line in lines(path) if "step" in line] == [
         {"step": 1, "loss": 0.1234568, "rates": {"unet": 1e-4}, "name": 'a "b"\n', "norms": [1.0, None]},
@@ -83,11 +84,11 @@ def test_a_killed_process_leaves_whole_lines(tmp_path):
                 print("go", flush=True)
     """
     path = tmp_path / "fox-metrics.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), str(path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", textwrap.dedent(program), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
     text = path.read_text()
     assert text.endswith("\n")
     found = [json.loads(line) for line in text.splitlines()]
@@ -118,6 +119,7 @@ def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
     file._file = Full(file._file)
     for step in (2, 3, 4):
         file.write(step, {"loss": 1.0})
+    file.close()
     (record,) = caplog.records
     assert "lines are missing from step 2 on, training goes on" in record.getMessage()
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 1, 4]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from library.config.parser import parse
 from library.errors import UserError
 from library.training import loop, monitor
-from library.training.meter import BINS
+from library.training.meter import BINS, Meter
 from library.training.metrics import lines
 from tests.conftest import BASE, ROOT
 from tests.training.test_resume import stop_after
@@ -244,6 +244,35 @@ def test_warnings_are_said_written_and_not_said_again(train, tmp_path, monkeypat
         assert [(line["step"], line["warning"]["sign"]) for line in warnings] == [(2, "flat updates")]
 
 
+def test_weights_that_stand_still_are_seen(train, tmp_path, capsys) -> None:
+    """The step that SGD makes here is less than half the smallest number of fp16; with thirty times larger gradients it
+    would not be, so that it is not refused."""
+    half = ("--mixed_precision", "fp16", "--full_fp16", "--optimizer_type", "SGD", "--learning_rate", "2e-5")
+    assert train(*half, "--monitor_every_n_steps", "5", "--max_train_steps", "15") == 0
+    assert capsys.readouterr().err.count("with gradients of the usual size no weight moves") == 1
+    told = list(lines(tmp_path / "out" / "test-metrics.jsonl"))
+    moved = [line["moved"] for line in told if "moved" in line]
+    assert len(moved) == 4
+    assert all(share < 1e-3 for step in moved[1:] for share in step.values())  # but for the largest gradients
+    (warning,) = (line for line in told if "warning" in line)
+    assert (warning["step"], warning["warning"]["sign"]) == (15, "weights stand still")
+    assert "no weight of text_encoder and unet" in warning["warning"]["text"]
+
+
+def test_what_moved_is_counted_by_group() -> None:
+    from accelerate import Accelerator
+
+    first, second, text = (torch.nn.Parameter(torch.ones(size)) for size in (12, 12, 5))
+    groups = {"unet": [first, second], "text": [text]}
+    meter = Meter(groups, None, Accelerator(cpu=True), timesteps=1000)
+    meter.before()
+    with torch.no_grad():
+        second[:3] += 1
+        first[0] += 1e-9  # is lost
+        text[2:] = math.nan
+    assert meter.after().moved == {"unet": 3 / 24, "text": 3 / 5}
+
+
 def test_validation_losses_are_written_and_judged(train, tmp_path, monkeypatch) -> None:
     runs = []
     attach = monitor.attach
@@ -259,6 +288,7 @@ def test_validation_losses_are_written_and_judged(train, tmp_path, monkeypatch) 
     watching._file = monitor.metrics.MetricsFile(tmp_path / "out" / "more-metrics.jsonl", {"session_id": 1}, done=0)
     watching.validation(2, {"t500": 0.25}, loss=0.2)
     watching.validation(2, {"t500": 0.25}, loss=math.nan)
+    watching._file.close()
     assert [line for line in lines(tmp_path / "out" / "more-metrics.jsonl") if "step" in line] == [
         {"step": 2, "validation": {"loss": 0.2, "t500": 0.25}},
         {"step": 2, "validation": {"loss": None, "t500": 0.25}},

@@ -347,6 +347,6 @@ def test_the_draws_of_a_sample_do_not_depend_on_its_neighbours():
     for i, draw in enumerate(batch.samples):
         alone = draw_noise(noise, batch.moments[0][i : i + 1], SEED, [draw])
         for ours, its in zip(together, alone, strict=True):
-            torch.testing.assert_close(ours[i], its[0], rtol=0, atol=0)
+            torch.testing.assert_close(ours[i], its[0])  # the same draws; sums over another batch
     other = draw_noise(noise, batch.moments[0], SEED + 1, batch.samples)
     assert not torch.equal(together[0], other[0])

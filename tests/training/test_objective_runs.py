@@ -72,6 +72,21 @@ def test_adafactor_is_the_schedule_of_that_optimizer(train, tmp_path, caplog, ca
         assert "--lr_scheduler adafactor is the schedule that --optimizer_type Adafactor" in capsys.readouterr().err
 
 
+def test_a_flag_goes_before_a_folders_configuration(train, tmp_path, capsys):
+    """Converted folders carry wrong ones; the noise offset is for models that predict noise."""
+    words = ("--v_parameterization", "--zero_terminal_snr", "--noise_offset", "0.05")
+    assert train(*words, "--max_train_steps", "2") == 0
+    assert metadata(tmp_path)["modelspec.prediction_type"] == "v"
+    assert metadata(tmp_path)["ss_zero_terminal_snr"] == "True"
+    said = capsys.readouterr().err
+    file = BASE / "scheduler" / "scheduler_config.json"
+    assert f"--v_parameterization was given, but {BASE} predicts noise, says {file}; going by the flag" in said
+    assert said.count("predicts v, and users report that the offset ruins LoRAs") == 1
+    assert train("--noise_offset", "0.05", "--dry_run") == 0
+    assert train("--v_parameterization", "--noise_offset", "0", "--dry_run") == 0
+    assert "the offset ruins" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -66,7 +66,7 @@ def loss(*preserved: bool, base: Base | None = None) -> float:
     found = batch_loss(
         batch, base, objective, seed=1, device=torch.device("cpu"), train_text=False, without=base.without
     )  # type: ignore[arg-type]
-    return float(found.loss)
+    return found.loss.item()
 
 
 def test_only_the_targets_of_those_samples_change() -> None:

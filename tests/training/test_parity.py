@@ -54,9 +54,9 @@ def test_the_vae_is_given_back_once_the_latents_are_cached(first_step):
 
 
 def plain_loss_and_gradients(run, batch):
-    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", dtype=torch.float32)
     text_encoder = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32)
-    vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae", dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     scheduler = DDPMScheduler.from_pretrained(BASE, subfolder="scheduler")
     for model in (unet, text_encoder, vae):

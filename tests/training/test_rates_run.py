@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+
+from tests.training.written import weights
 
 BLOCKS = ("--network_args", "down_lr_weight=zeros", "mid_lr_weight=0.5", "network_reg_lrs=.*attn2.*=2e-3")
 
@@ -19,6 +22,28 @@ def test_the_file_has_what_was_trained_and_says_how(train: Any, tmp_path: Path) 
         assert not any("_down_blocks_" in key for key in file.keys())  # noqa: SIM118 - no dict
         ups = [file.get_tensor(key) for key in file.keys() if key.endswith("lora_up.weight")]  # noqa: SIM118
     assert all(up.any() for up in ups)
+
+
+def test_layers_with_a_rate_of_zero_are_not_in_the_file(train: Any, tmp_path: Path, capsys: Any) -> None:
+    """Unless they came from a file with something in them. A resumed run writes what an unbroken one does."""
+    frozen = ("--network_args", "network_reg_lrs=.*attn2.*=0")
+    assert train(*frozen, "--output_name", "whole", "--save_every_n_steps", "2", "--save_state") == 0
+    assert "unet_reg_lr_0: 40 of these add nothing and are not in the file:\n" in capsys.readouterr().err
+    whole = weights(tmp_path, "whole")
+    assert whole
+    assert not any("attn2" in key for key in whole)
+    assert all(tensor.any() for key, tensor in whole.items())
+    state = ("--resume", str(tmp_path / "out" / "whole-step00000002-state"))
+    assert train(*frozen, "--output_name", "resumed", *state) == 0
+    assert weights(tmp_path, "resumed").keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in weights(tmp_path, "resumed").items())
+
+    assert train("--output_name", "all", "--max_train_steps", "1") == 0
+    start = ("--network_weights", str(tmp_path / "out" / "all.safetensors"))
+    assert train(*frozen, *start, "--output_name", "further") == 0
+    before, after = weights(tmp_path, "all"), weights(tmp_path, "further")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) == ("attn2" in key) for key in after if key.endswith("up.weight"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from library.optimizers import OPTIMIZERS
-from tests.training.written import metadata, same, weights
+from tests.conftest import ROOT
+from tests.training.written import ROUNDED, distance, metadata, same, weights
 
 
 def test_a_lora_comes_out(train, tmp_path):
@@ -39,9 +40,7 @@ def test_what_is_cached_changes_nothing(train, tmp_path):
     common = ("--network_train_unet_only", "--max_train_steps", "2")
     assert train(*common, "--output_name", "cached", "--cache_text_encoder_outputs") == 0
     assert train(*common, "--output_name", "fresh", "--no-cache_latents") == 0
-    cached, fresh = weights(tmp_path, "cached"), weights(tmp_path, "fresh")
-    for key in cached:
-        torch.testing.assert_close(cached[key], fresh[key], rtol=0, atol=2e-5)
+    assert distance(weights(tmp_path, "cached"), weights(tmp_path, "fresh")) < ROUNDED
 
 
 def test_workers_change_nothing(train, tmp_path):
@@ -66,9 +65,7 @@ def test_accumulation_is_a_larger_batch_in_pieces(train, tmp_path):
 def test_gradient_checkpointing_changes_memory_only(train, tmp_path):
     assert train("--output_name", "plain", "--max_train_steps", "2") == 0
     assert train("--output_name", "checkpointed", "--max_train_steps", "2", "--gradient_checkpointing") == 0
-    plain, checkpointed = weights(tmp_path, "plain"), weights(tmp_path, "checkpointed")
-    for key in plain:
-        torch.testing.assert_close(plain[key], checkpointed[key], rtol=0, atol=1e-6)
+    assert distance(weights(tmp_path, "checkpointed"), weights(tmp_path, "plain")) < ROUNDED
 
 
 @pytest.mark.parametrize(
@@ -192,10 +189,31 @@ def test_lycoris_trains_by_kohyas_protocol(train, tmp_path):
     assert same(tensors, weights(tmp_path, "again"))
 
 
+def test_lycoris_needs_no_other_words_than_in_kohyas_scripts(train, tmp_path, capsys):
+    """Its default preset, with LyCORIS 4.1.3, has the layers that LyCORIS 3.4.0 has (tests/networks/golden, which that
+    version made on this model), among them the time embedding, which 4.1 finds twice; and every one of them learns."""
+    words = ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "conv_dim=4", "conv_alpha=1")
+    assert train(*words, "--network_dim", "8") == 0
+    tensors = weights(tmp_path)
+    golden = json.loads((ROOT / "tests" / "networks" / "golden" / "lycoris_3.4_full.json").read_text())
+    downs = {key.partition(".")[0]: list(t.shape) for key, t in tensors.items() if key.endswith("lora_down.weight")}
+    assert downs == golden
+    assert len(golden) == 200
+    assert all(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
+    assert "without effect" not in capsys.readouterr().err
+
+
+def test_settings_of_convolutions_that_a_preset_leaves_out_are_told(train, capsys):
+    words = ("--network_module", "lycoris.kohya", "--max_train_steps", "1", "--network_args", "algo=loha", "conv_dim=2")
+    assert train(*words, "conv_alpha=1", "use_tucker=True", "preset=attn-mlp") == 0
+    said = capsys.readouterr().err
+    assert "--network_args: conv_dim, conv_alpha, use_tucker without effect" in said
+    assert "no convolution larger than 1 × 1 (preset=attn-mlp)" in said
+
+
 def test_what_a_third_party_refuses_is_the_users_to_mend(train, capsys):
-    """LyCORIS 4.1.3's default preset clashes with SD 1.x in itself."""
-    assert train("--network_module", "lycoris.kohya", "--network_args", "algo=lora") == 2
-    assert "preset=attn-mlp" in capsys.readouterr().err
+    assert train("--network_module", "lycoris.kohya", "--network_args", "algo=lorra") == 2
+    assert "--network_module lycoris.kohya refuses these settings: KeyError('lorra')" in capsys.readouterr().err
 
 
 def test_tensorboard_has_correct_names(train, tmp_path):

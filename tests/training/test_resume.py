@@ -63,8 +63,12 @@ LONG = ("--max_train_steps", "7", "--lr_scheduler", "cosine", "--lr_warmup_steps
         ("--optimizer_type", "CustomAdamW", "--network_dim", "64"),
         ("--optimizer_type", "CustomAdamW", "--optim_bits", "32", "--use_grams", "--no-use_cautious"),
         ("--optimizer_type", "AdamWScheduleFree", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
+        ("--optimizer_type", "pytorch_optimizer.ScheduleFreeAdamW", "--lr_scheduler", "constant"),
+        ("--optimizer_type", "pytorch_optimizer.SPlus"),
+        ("--optimizer_type", "prodigyplus.ProdigyPlusScheduleFree", "--learning_rate", "1"),
         ("--optimizer_type", "Prodigy", "--learning_rate", "1"),
         ("--mixed_precision", "bf16", "--full_bf16"),
+        ("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor"),  # keeps fp32
         ("--shuffle_caption", "--flip_aug", "--network_dropout", "0.2"),
         ("--gradient_accumulation_steps", "2", "--max_train_steps", "5"),
         ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug"),
@@ -206,7 +210,7 @@ def test_resume_anyway_takes_the_new_settings(optimizer: str, train: Train, tmp_
     old = ("--wd_transition_steps", "2", "--dynamic_weight_decay")
     assert train(*words, *old, "--save_every_n_steps", "4", "--save_state") == 0
     state = str(tmp_path / "out" / "test-step00000004-state")
-    more = ("--learning_rate", "1e-4", "--unet_lr", "4e-4", "--optimizer_args", "weight_decay=0.5")
+    more = ("--learning_rate", "1e-4", "--unet_lr", "4e-4", "--weight_decay", "0.5")
     new = ("--dynamic_weight_decay", "--wd_transition_steps", "4", "--wd_decay_factor", "0.5")
     assert train(*words, *more, *new, "--resume", state, "--resume_anyway", "--output_name", "anyway") == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "anyway-metrics.jsonl").read_text().splitlines()]
@@ -234,7 +238,7 @@ def test_a_changed_caption_is_another_run(
         (("--learning_rate", "2e-4"), [2e-4, 2e-4], 0.1),
         (("--unet_lr", "5e-4"), [1e-3, 5e-4], 0.1),
         (("--lr_scheduler", "linear", "--learning_rate", "1e-2"), [5e-3, 2.5e-3], 0.1),
-        (("--optimizer_args", "weight_decay=0.3", "eps=1e-6"), [1e-3, 1e-3], 0.3),
+        (("--weight_decay", "0.3", "--optimizer_args", "eps=1e-6"), [1e-3, 1e-3], 0.3),
         (("--optimizer_type", "AdamW8bit", "--network_dim", "64"), [1e-3, 1e-3], 0.1),
         (("--optimizer_type", "Lion", "--lr_scheduler", "cosine"), [5e-4, 1.464466e-4], 0.1),
     ],
@@ -245,7 +249,7 @@ def test_changed_settings_take_effect_anyway(
 ) -> None:
     """Two steps of four are done; the rates are those of both parts, or of the last two steps."""
     common = ("--network_dim", "64") if "--network_dim" in words else ()
-    begun = ("--optimizer_args", "weight_decay=0.1", *common, "--no-cache_latents")
+    begun = ("--weight_decay", "0.1", *common, "--no-cache_latents")
     assert train(*begun, "--save_every_n_steps", "2", "--save_state") == 0
     resumed = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--resume_anyway")
     assert train(*begun, *resumed, "--output_name", "more", *words) == 0

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from library.errors import UserError
-from library.training import sample, save
+from library.training import metadata, sample, save
 from tests.training.test_resume import stop_after
 
 Train = Callable[..., int]
@@ -66,3 +66,71 @@ def test_samples_that_cannot_be_written_cost_no_run(
     assert "_000002_00_" in said
     assert "test-compare.png: not written: the disk is full" in said
     assert (tmp_path / "out" / "test.safetensors").is_file()
+
+
+def test_the_state_is_written_where_the_network_cannot_be(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save_network(_network: Any, path: Path, **_settings: Any) -> None:
+        raise UserError(f"{path}: not written: some reason")
+
+    monkeypatch.setattr(save, "save_network", save_network)
+    assert train("--save_every_n_steps", "2", "--save_state", "--save_last_n_steps", "1", "--max_train_steps", "6") == 2
+    said = capsys.readouterr().err
+    assert said.count("Training goes on") == 3
+    assert said.count("error: ") == 4
+    assert said.rstrip().endswith("test.safetensors: not written: some reason")
+    # the states replace each other, although no network does
+    assert sorted(path.name for path in (tmp_path / "out").glob("*state")) == ["test-state", "test-step00000006-state"]
+    monkeypatch.undo()
+    assert train("--resume", str(tmp_path / "out" / "test-state"), "--max_train_steps", "7", "--overwrite") == 0
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["at its end", "by Ctrl-C"])
+def test_a_network_beyond_fp16_has_a_state(
+    stopped: bool, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check_finite(_file: Path, name: str, _precision: str | None) -> None:
+        raise save.BrokenWeightsError(f"{name}: values beyond 65504", only_in_file=True)
+
+    monkeypatch.setattr(save, "check_finite", check_finite)
+    if stopped:
+        stop_after(monkeypatch, 3)
+    assert train("--save_state_on_train_end", "--save_precision", "fp16") == 2
+    assert "values beyond 65504" in capsys.readouterr().err
+    name = "test-step00000003-state" if stopped else "test-state"
+    assert [path.name for path in (tmp_path / "out").glob("*state")] == [name]
+
+
+def test_weights_that_are_no_numbers_are_in_no_state(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check_finite(_file: Path, name: str, _precision: str | None) -> None:
+        raise save.BrokenWeightsError(f"{name}: holds NaN")
+
+    monkeypatch.setattr(save, "check_finite", check_finite)
+    assert train("--save_state_on_train_end") == 2
+    assert capsys.readouterr().err.count("holds NaN") == 1
+    assert not list((tmp_path / "out").glob("*state"))
+
+
+# -- metadata larger than a file's header may be
+
+
+def test_a_thumbnail_that_is_not_there_or_too_large_is_refused_before_training(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metadata, "MOST_METADATA", 3000)
+    image = tmp_path / "thumbnail.png"
+    image.write_bytes(bytes(3000))
+    for value, said in (
+        ("nowhere.png", "error: --metadata_thumbnail: nowhere.png is neither a file nor a data URL"),
+        (str(image), "error: --metadata_thumbnail: 0 MB in the file's metadata, which holds 0 MB at most"),
+        ("data:image/png;base64," + "A" * 4000, "error: --metadata_thumbnail: 0 MB in the file's metadata"),
+    ):
+        assert train("--metadata_thumbnail", value, "--metadata_title", "x" * 100) == 2
+        assert said in capsys.readouterr().err
+    assert train("--training_comment", "狐" * 1500) == 2
+    assert "error: --training_comment: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert train("--metadata_thumbnail", "nowhere.png", "--save_model_as", "ckpt", "--dry_run") == 0

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from library.models.float8 import hold_in_float8
 from library.models.stable_diffusion_xl import StableDiffusionXL
 from tests.conftest import BASE, ROOT
 from tests.tiny_sdxl import TEXTS
-from tests.training.written import same, weights
+from tests.training.written import ROUNDED, distance, same, weights
 
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
 
@@ -57,9 +58,8 @@ def test_what_is_cached_changes_nothing(train_sdxl, tmp_path):
         assert train_sdxl(*common, "--output_name", name, *words) == 0
     found = {name: weights(tmp_path, name) for name in caches}
     assert same(found["disk"], found["again"])
-    for key, tensor in found["memory"].items():
-        for other in ("disk", "fresh"):
-            torch.testing.assert_close(tensor, found[other][key], rtol=0, atol=2e-5)
+    for other in ("disk", "fresh"):
+        assert distance(found[other], found["memory"]) < ROUNDED
     (entry, *_) = (tmp_path / "data" / "2_style" / ".lora_cache" / "texts").glob("*.safetensors")
     assert {name: tuple(t.shape) for name, t in load_file(entry).items()} == {
         "hidden_states": (152, 72),
@@ -125,8 +125,8 @@ def test_eight_bits_are_as_if_the_model_had_been_rounded(train_sdxl, tiny_sdxl, 
     common = ("--mixed_precision", "bf16", "--gradient_checkpointing", *cached)
     assert train_sdxl(*common, "--output_name", "own", "--fp8_base") == 0
     assert train_sdxl(*common, "--output_name", "rounded", "--pretrained_model_name_or_path", str(rounded)) == 0
-    own, expected = weights(tmp_path, "own"), weights(tmp_path, "rounded")
-    assert same(own, expected)
+    # another path of a gradient may round a bf16 to its neighbour, 0.4 % away; without rounded weights it is 40 %
+    assert distance(weights(tmp_path, "own"), weights(tmp_path, "rounded")) < 0.05
     with safe_open(tmp_path / "out" / "own.safetensors", framework="pt") as file:
         assert (file.metadata()["ss_fp8_base"], file.metadata()["ss_fp8_base_unet"]) == ("True", "False")
 
@@ -196,8 +196,8 @@ def test_samples_and_comparisons_are_drawn(train_sdxl, tmp_path):
     compare = ("--compare_prompts", "emoji of cat", "--compare_steps", "2")
     assert train_sdxl(*common, *CACHED, *compare, "--mixed_precision", "bf16") == 0
     assert train_sdxl(*common, "--output_name", "both", "--max_token_length", "150", "--mixed_precision", "bf16") == 0
-    sizes = [Image.open(path).size for path in sorted((tmp_path / "out" / "sample").glob("*_000002_*.png"))]
-    assert sizes == [(64, 64), (96, 64)] * 2
+    pictures = sorted((tmp_path / "out" / "sample").glob("*_000002_*.png"))
+    assert [np.asarray(Image.open(path)).shape[:2] for path in pictures] == [(64, 64), (64, 96)] * 2
     assert (tmp_path / "out" / "test-compare.png").exists()
 
 

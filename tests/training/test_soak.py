@@ -31,9 +31,11 @@ def reference() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(("steps", "settled"), [(150, 75), pytest.param(2000, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("steps", "settled", "every"), [(90, 45, "15"), pytest.param(2000, 200, "25", marks=pytest.mark.slow)]
+)
 def test_memory_and_time_stay(
-    steps: int, settled: int, train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    steps: int, settled: int, every: str, train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory: list[float] = []
     costs: list[float] = []
@@ -49,7 +51,6 @@ def test_memory_and_time_stay(
     monkeypatch.setattr(loop, "optimizer_step", watched)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("emoji of a cat --s 2 --w 64 --h 64\n", encoding="utf-8")
-    every = "25"
     words = (
         *("--max_train_steps", str(steps), "--optimizer_type", "CustomAdamW", "--network_dim", "32"),
         *("--use_adopt_stability", "--use_tam", "--use_grams", "--no-use_cautious"),

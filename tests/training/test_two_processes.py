@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from library.training import state
+from tests.conftest import PATIENCE
+from tests.training.written import ROUNDED, distance
 
 ROOT = Path(__file__).parent.parent.parent
 IMAGES = ROOT / "quickstart" / "images" / "train"
@@ -69,10 +71,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
         "different": words(folder, "different", "--max_train_steps", "5", "@second=--noise_offset=0.1"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
     }
-    return launch(folder, table, seconds=280)
+    return launch(folder, table)
 
 
-def launch(folder: Path, table: dict[str, list[str]], *, seconds: float, **environment: str) -> Any:
+def launch(folder: Path, table: dict[str, list[str]], **environment: str) -> Any:
     """Run each of these command lines in two processes. Returns a function from the name of one to what each process
     did, with the `folder`."""
     (folder / "runs.json").write_text(json.dumps(table))
@@ -82,7 +84,7 @@ def launch(folder: Path, table: dict[str, list[str]], *, seconds: float, **envir
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -109,10 +111,7 @@ def test_the_same_lora_as_one_process_with_accumulation(runs: Any, tmp_path: Pat
     assert main(single) == 0
     one = load_file(tmp_path / "out" / "one.safetensors")
     two = load_file(runs.folder / "out" / "sum.safetensors")
-    assert one.keys() == two.keys()
-    distance = sum(float((one[key] - two[key]).square().sum()) for key in one) ** 0.5
-    moved = sum(float(one[key].square().sum()) for key in one if "lora_up" in key) ** 0.5
-    assert distance < 1e-3 * moved
+    assert distance(one, two) < ROUNDED
     losses = [final_state(folder, name)["losses"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
     schedules = [final_state(folder, name)["schedule"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))]
@@ -163,8 +162,7 @@ def test_one_process_goes_on_from_the_state_of_two(runs: Any) -> None:
     assert main([*single, "--gradient_accumulation_steps", "3"]) == 2
     assert main([*single, "--gradient_accumulation_steps", "2"]) == 0
     two, one = (load_file(out / f"{name}.safetensors") for name in ("sum", "single"))
-    for key, tensor in two.items():
-        torch.testing.assert_close(one[key], tensor, rtol=1e-3, atol=1e-5)
+    assert distance(one, two) < ROUNDED
     torch.testing.assert_close(
         *(final_state(runs.folder, name)["losses"] for name in ("sum", "single")), rtol=1e-4, atol=0
     )
@@ -185,12 +183,12 @@ def test_a_unet_that_is_shared_out_trains_the_same_lora(runs: Any) -> None:
     assert [run["code"] for run in runs("copied") + runs("shared")] == [0] * 4
     assert "are shared out over 2 processes" in runs("shared")[0]["error"]
     copied, shared = (load_file(runs.folder / "out" / f"{name}.safetensors") for name in ("copied", "shared"))
-    for key, tensor in copied.items():
-        torch.testing.assert_close(shared[key], tensor, rtol=1e-3, atol=1e-5)
+    assert distance(shared, copied) < ROUNDED
     validated = [
         re.findall(r"validation after 5 steps: ([\d.]+)", runs(name)[0]["error"]) for name in ("copied", "shared")
     ]
-    assert validated[0] == validated[1] != []
+    assert len(validated[0]) == len(validated[1]) == 1
+    assert float(validated[0][0]) == pytest.approx(float(validated[1][0]), rel=1e-3)
 
 
 def test_a_seed_that_is_not_given_is_the_same_for_both(runs: Any) -> None:
@@ -211,7 +209,7 @@ def test_too_few_images_for_the_processes(runs: Any) -> None:
 
 
 def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, tmp_path: Path) -> None:
-    """The same network gives the same number to the bit; what training adds up in another order comes on top."""
+    """The same but for the order of sums: of the losses at first, after training of the gradients, too."""
     from train_network import main
 
     assert [run["code"] for run in runs("validated")] == [0, 0]
@@ -225,6 +223,7 @@ def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, t
         final_state(folder, name)["validation"]["validations"]
         for folder, name in ((tmp_path, "one"), (runs.folder, "validated"))
     )
-    assert one[0] == two[0]
+    assert one[0][1] == pytest.approx(two[0][1], rel=1e-6)
+    assert one[0][2] == pytest.approx(two[0][2], rel=1e-6)
     assert [step for step, _, _ in one] == [step for step, _, _ in two] == [0, 1, 2]
     assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-5)

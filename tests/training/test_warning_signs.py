@@ -8,7 +8,9 @@ import random
 import pytest
 
 from library.training import warning_signs as signs
-from library.training.warning_signs import Watch, collapses, explodes, is_flat, oscillates, overfits
+from library.training.warning_signs import Watch, collapses, explodes, is_flat, oscillates, overfits, stands_still
+
+MOVING = {"update_ratio": 2e-3, "rates": {"unet": 1e-4}, "moved": {"unet": 1.0}}  # a healthy measurement
 
 
 def diffusion_losses(count: int, *, seed: int = 0, level: float = 0.12) -> list[float]:
@@ -83,6 +85,40 @@ def test_updates_that_get_nowhere():
     assert is_flat([5e-3, 1.0] + [1e-6] * 10, [1e-4] * 12, peak=1e-4, steps=1000)  # they were larger once
 
 
+# -- weights that stand still
+
+
+def test_weights_that_stand_still():
+    assert stands_still([1, 10, 20], [0.0, 0.0, 0.0], [1.0] * 3, peak=1.0)
+    assert stands_still([10, 20, 30], [9e-4, 0.0, 2e-4], [1e-4] * 3, peak=1e-4)
+    assert stands_still([1, 10, 20, 30], [1.0, 0.0, 0.0, 0.0], [1.0] * 4, peak=1.0)  # they moved once
+
+
+@pytest.mark.parametrize(
+    ("steps", "shares", "rates", "peak"),
+    [
+        ([10, 20], [0.0] * 2, [1.0] * 2, 1.0),  # too early to say
+        ([1, 2, 3], [0.0] * 3, [1.0] * 3, 1.0),  # the silent first steps of RAdamScheduleFree
+        ([10, 20, 30], [0.0, 0.0, 0.33], [1.0] * 3, 1.0),  # bf16
+        ([1, 10, 20], [0.0] * 3, [0.0, 0.5, 1.0], 1.0),  # a warm-up's first step has no rate
+        ([10, 20, 30], [0.0] * 3, [0.0] * 3, 0.0),  # a part that is not to be trained
+        ([80, 90, 100], [0.0] * 3, [0.6, 0.5, 0.4], 1.0),  # the end of a cosine, in bf16
+    ],
+)
+def test_weights_that_do_not(steps, shares, rates, peak):
+    assert not stands_still(steps, shares, rates, peak=peak)
+
+
+def test_a_part_that_stands_still_is_named_once_and_not_called_flat():
+    watch, rates = Watch(total_steps=1000), {"unet": 1.0, "text_encoder": 0.0, "text_encoder_2": 1.0}
+    moved = {"unet": 0.0, "text_encoder": 0.0, "text_encoder_2": 0.9}
+    steps = [1, *range(10, 210, 10)]
+    measured = {"update_ratio": 1e-9, "rates": rates, "moved": moved, "loss_by_timestep": [0.1] * 5}
+    found = [(step, sign) for step in steps for sign in watch.measured(step, **measured)]
+    assert [(step, sign.name) for step, sign in found] == [(20, "weights stand still")]
+    assert "no weight of unet, or fewer" in found[0][1].text
+
+
 # -- overfitting
 
 FALLING = [(float(step), 0.2 - 0.0001 * step) for step in range(1, 1001)]
@@ -140,7 +176,7 @@ def test_it_is_said_once_and_soon_however_often_is_measured(every):
             samples[place].append(noise if broken and step > 12 else USUAL[place] * noise)
             if step % every == 0 or step == 1:
                 means = [sum(losses) / len(losses) if losses else None for losses in samples]
-                found = watch.measured(step, update_ratio=1e-2, rate=1e-4, loss_by_timestep=means)
+                found = watch.measured(step, **MOVING, loss_by_timestep=means)
                 seen += [(step, sign) for sign in found]
                 samples = [[] for _ in USUAL]
         assert [sign for _, sign in seen] == [signs.COLLAPSE] * broken
@@ -156,7 +192,7 @@ def watched(watch: Watch, losses: list[float], norms: list[float], decays: list[
         new = watch.step(loss=loss, gradient_norm=norm, weight_decay=decay)
         found += [(step, sign.name) for sign in new]
         if step % 10 == 0:
-            assert watch.measured(step, update_ratio=2e-3, rate=1e-4, loss_by_timestep=[0.1] * 5) == []
+            assert watch.measured(step, **MOVING, loss_by_timestep=[0.1] * 5) == []
     return found
 
 
@@ -191,7 +227,7 @@ def test_a_weight_decay_that_vanishes():
 
 def test_flat_updates_and_overfitting_are_said_once():
     watch = Watch(total_steps=1000)
-    small = {"update_ratio": 1e-7, "rate": 1e-6, "loss_by_timestep": [0.1] * 5}
+    small = {"update_ratio": 1e-7, "rates": {"unet": 1e-6}, "moved": {"unet": 1.0}, "loss_by_timestep": [0.1] * 5}
     found = [watch.measured(10 * i, **small) for i in range(30)]
     assert [sign for new in found for sign in new] == [signs.FLAT_UPDATES]
     assert found[9] == [signs.FLAT_UPDATES]

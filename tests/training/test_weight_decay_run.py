@@ -51,7 +51,7 @@ def decays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_run_follows_the_curve_and_its_file_says_so(
     optimizer: str, train: Any, tmp_path: Path, decays: Any
 ) -> None:
-    words = ("--optimizer_type", optimizer, "--optimizer_args", "weight_decay=0.5", *CURVE, "--wd_min_ratio", "auto")
+    words = ("--optimizer_type", optimizer, "--weight_decay", "0.5", *CURVE, "--wd_min_ratio", "auto")
     assert train(*words) == 0
     assert decays == pytest.approx([0.5, 0.5 * (1 - 0.8 / 3), 0.5 * (1 - 1.6 / 3), 0.1])
     assert metadata(tmp_path) == {
@@ -61,6 +61,8 @@ def test_the_run_follows_the_curve_and_its_file_says_so(
         "ss_wd_min_ratio": "0.2",
         "ss_wd_max_progress": "3.0",
     }
+    with safe_open(tmp_path / "out" / "test.safetensors", "pt") as file:
+        assert "(weight_decay=0.5" in file.metadata()["ss_optimizer"]
 
 
 def test_adaptive_sees_the_losses_of_the_run(train: Any, decays: Any) -> None:

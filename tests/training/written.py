@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+ROUNDED = 1e-3  # of `distance`: two sizes of a batch, or orders of a sum, in a few steps of fp32 (1.3e-4 seen)
+
 
 def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
     """The tensors of the file of that --output_name."""
@@ -18,6 +20,16 @@ def metadata(folder: Path, name: str = "test") -> dict[str, str]:
     """What its header says."""
     with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:
         return dict(file.metadata())
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Between two trained LoRAs, relative to how far lora_up has moved from its zeros.
+
+    Adam divides each gradient by its own size, so that what rounding does to a number that hardly learns may be as
+    large as a step: no bound holds for each number by itself."""
+    assert a.keys() == b.keys()
+    apart = sum(float((a[key] - b[key]).double().square().sum()) for key in b)
+    return (apart / sum(float(b[key].double().square().sum()) for key in b if "lora_up" in key)) ** 0.5
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

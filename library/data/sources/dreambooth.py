@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
-from library.errors import UserError, is_utf8, nearest_path, why_not
+from library.errors import UserError, is_utf8, nearest_path, told_apart, why_not
+from library.paths import composed
 from library.progress import bar
 
 if TYPE_CHECKING:
     from library.config.dataset_config import SubsetSpec
 
 _USUAL_EXTENSIONS = (".txt", ".caption")  # of caption files
+_KNOWN_EXTENSIONS = (*_USUAL_EXTENSIONS, ".captions", ".cap", ".tag", ".tags", ".json")  # that captioning tools write
 _OTHER_IMAGES = frozenset((".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", ".avif", ".jxl", ".jp2"))
 
 
@@ -35,25 +38,24 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     """The samples of a subset, sorted by file name and not yet measured. Sub-folders are not searched, as in kohya.
 
     An image without a caption file takes `class_tokens` as its caption. With `enable_wildcard` all lines of a caption
-    are kept that are not empty, otherwise the first. Raises UserError where the folder is missing
-    or holds no images, or where captions lie there under another extension than the one asked for.
+    are kept that are not empty, otherwise the first. Raises UserError where the folder is missing or holds no images,
+    or where captions lie there under another extension than the one asked for, if that can be an oversight.
     """
     folder = _Folder(spec)
     extension = "." + spec.caption_extension.lstrip(".")
     files = {name: folder.caption_file(name, extension) for name in folder.images}
-    if not any(files.values()):
-        _refuse_other_extension(spec, extension, folder)
+    unread = "" if any(files.values()) else _captions_not_read(spec, extension, folder)
     pairs = bar(files.items(), desc="captions", total=len(files), disable=len(files) < 5000)
     captions = {name: _read_caption(spec, file) for name, file in pairs}
 
-    stems = Counter(Path(name).stem.lower() for name in folder.images)
+    stems = Counter(_key(Path(name).stem) for name in folder.images)
     missing = [name for name, caption in captions.items() if caption.file is None]
     empty = [caption.file for caption in captions.values() if caption.file and not caption.text]
     several = [caption.file for caption in captions.values() if caption.file and caption.more_lines]
-    shared = [name for name in folder.images if stems[Path(name).stem.lower()] > 1]
+    shared = [name for name in folder.images if stems[_key(Path(name).stem)] > 1]
     instead = f"their caption is '{spec.class_tokens}'" if spec.class_tokens else "their caption is empty"
     findings = (
-        (missing, f"images have no {extension} file: {instead}"),
+        (missing, f"images have no {extension} file: {instead}{unread}"),
         (empty, "caption files are empty, or their first line is"),
         (several, "caption files have more than one line: only the first is used"),
         (shared, "images share their name, and so their caption file, with another image"),
@@ -123,9 +125,9 @@ class _Folder:
             raise UserError(f"{spec.origin}: {self.path} holds no images ({extensions}){hint}")
         self._files = {entry.name for entry in entries} - set(self.images)
         self.other_images = sorted(name for name in self._files if Path(name).suffix.lower() in _OTHER_IMAGES)
-        self._by_lower: dict[str, list[str]] = {}
+        self._by_key: dict[str, list[str]] = {}
         for name in sorted(self._files):
-            self._by_lower.setdefault(name.lower(), []).append(name)
+            self._by_key.setdefault(_key(name), []).append(name)
 
     def caption_file(self, image: str, extension: str) -> str | None:
         """ "a.txt" for "a.png"; as in kohya also for "a_120_80_64_64.png", where a face detector has cut its box."""
@@ -137,13 +139,18 @@ class _Folder:
         return found
 
     def _find(self, name: str) -> str | None:
-        """The file of this name, or else of this name in other letter case: Windows and macOS see no difference."""
+        """The file of this name, or else of one that Windows or macOS see no difference to: in other letter case, or
+        with accents stored in another way."""
         if name in self._files:
             return name
-        near = self._by_lower.get(name.lower(), [])
+        near = self._by_key.get(_key(name), [])
         if len(near) > 1:
-            raise UserError(f"{self.path}: '{name}' could be {' or '.join(near)}: keep one of them")
+            raise UserError(f"{self.path}: '{name}' could be {' or '.join(told_apart(near))}: keep one of them")
         return near[0] if near else None
+
+
+def _key(name: str) -> str:
+    return composed(name).lower()
 
 
 def _visible(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
@@ -178,13 +185,30 @@ def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
     return _Caption(name, lines[0], any(lines[1:]))
 
 
-def _refuse_other_extension(spec: SubsetSpec, extension: str, folder: _Folder) -> None:
-    """Kohya's default is .caption while nearly all captions are .txt: months have been trained without captions."""
+def _captions_not_read(spec: SubsetSpec, extension: str, folder: _Folder) -> str:
+    """What lies beside the images under another extension than the one asked for, to go on with; "" for nothing.
+
+    Kohya's default is .caption while nearly all captions are .txt: months have been trained without captions. So an
+    extension that captions can have, or nearly so, is an error. One that none can have is meant: there is no other way
+    to have the folder's name as the caption of images that lie beside captions.
+    """
     for other in _USUAL_EXTENSIONS:
         beside = sum(folder.caption_file(image, other) is not None for image in folder.images)
-        if beside:
+        if beside and _like_a_captions(extension):
             raise UserError(
                 f"{spec.origin}: {spec.image_dir}: none of {len(folder.images)} images has a {extension} file, "
                 f"but {beside} have a {other} file: give --caption_extension {other} "
-                f'(in a dataset config caption_extension = "{other}")'
+                f'(in a dataset config caption_extension = "{other}"), or .none to train without them'
             )
+        if beside:
+            return f"; {beside} {other} files lie beside them and are not read"
+    return ""
+
+
+def _like_a_captions(extension: str) -> bool:
+    """Whether caption files have this extension, or one that differs by a slip of the finger."""
+    word = extension.lower()[1:]
+    return any(
+        word[:1] == known[1] and abs(len(word) + 1 - len(known)) <= 1 and difflib.get_close_matches(word, [known[1:]])
+        for known in _KNOWN_EXTENSIONS
+    )

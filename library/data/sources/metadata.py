@@ -13,11 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.config.fields import ControlCharacters, control_characters
 from library.config.json_text import parse_json
+from library.config.other_files import refuse_other_file
+from library.config.toml_file import read_toml
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
-from library.errors import UserError, nearest_path, why_not
+from library.errors import UserError, nearest_path, told_apart, why_not
+from library.paths import composed, on_disk
 from library.progress import bar
 
 if TYPE_CHECKING:
@@ -74,9 +78,13 @@ def _read(file: Path) -> Entries:
         raise UserError(f"{file}: not UTF-8 (byte {error.start}): save it in that encoding") from error
     except OSError as error:
         raise UserError(f"{file}: {why_not(error)}") from error
+    if file.suffix.lower() == ".toml":
+        refuse_other_file(read_toml(file), file, "in_json")
+        raise UserError(f"{file}: a list of images is a .json or a .jsonl file")
     if file.suffix.lower() == ".jsonl":
         return _read_lines(file, text)
     content = parse_json(text, str(file))
+    refuse_other_file(content, file, "in_json")
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise UserError(f'{file}: is not of the form {{"image": {{"caption": "…", "tags": "…"}}, …}}')
     return content
@@ -96,20 +104,24 @@ def _read_lines(file: Path, text: str) -> Entries:
 
 
 def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[str, Path]:
-    folders: dict[Path, dict[str, list[str]]] = {}
+    folders: dict[Path, dict[str, list[Path]]] = {}
     paths: dict[str, Path] = {}
     missing: list[str] = []
     for image in bar(images, desc="finding images", total=len(images), disable=len(images) < _MANY):
         path = spec.image_dir / image
         if path.suffix.lower() not in image_extensions():
             path = _with_extension(path, folders)
+        if not os.path.isfile(path):
+            path = on_disk(path)
         if os.path.isfile(path):
             paths[image] = path
         else:
             missing.append(image)
     if missing:
-        listed = "".join(f"\n  {image}" for image in missing[:_SHOWN])
+        odd = {image for image in missing if control_characters(image)}
+        listed = "".join(f"\n  {repr(image) if image in odd else image}" for image in missing[:_SHOWN])
         listed += f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        listed += f"\n{ControlCharacters.in_a_file}" if odd else ""
         raise UserError(
             f"{spec.origin}: {len(missing)} of the {len(images)} images that {file} lists are not in {spec.image_dir} "
             f"(image_dir, or with --in_json --train_data_dir, says where they are):{listed}"
@@ -123,17 +135,20 @@ def _name(spec: SubsetSpec, image: str) -> str:
     return path.relative_to(folder).as_posix() if path.is_absolute() and path.is_relative_to(folder) else image
 
 
-def _with_extension(path: Path, folders: dict[Path, dict[str, list[str]]]) -> Path:
+def _with_extension(path: Path, folders: dict[Path, dict[str, list[Path]]]) -> Path:
     """The image file that is called `path` without its extension; `path` itself if there is none."""
     if path.parent not in folders:
         stems = folders[path.parent] = {}
-        for found in sorted(path.parent.iterdir()) if os.path.isdir(path.parent) else ():
+        folder = on_disk(path.parent)
+        for found in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
             if found.suffix.lower() in image_extensions():
-                stems.setdefault(found.stem, []).append(found.name)
-    names = folders[path.parent].get(path.name, [])
-    if len(names) > 1:
-        raise UserError(f"{path}: could be {' or '.join(names)}: give the extension in the metadata file")
-    return path.with_name(names[0]) if names else path
+                stems.setdefault(composed(found.stem), []).append(found)
+    images = folders[path.parent].get(composed(path.name), [])
+    images = [image for image in images if image.stem == path.name] or images
+    if len(images) > 1:
+        names = " or ".join(told_apart([image.name for image in images]))
+        raise UserError(f"{path}: could be {names}: give the extension in the metadata file")
+    return images[0] if images else path
 
 
 def _caption(spec: SubsetSpec, place: str, entry: Mapping[str, Any]) -> str:

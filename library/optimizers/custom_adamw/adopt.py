@@ -12,7 +12,50 @@ exactly zero at the first step of a LoRA (lora_up = 0); seeding with it would le
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .setting import setting
+from .technique import Buffer, Step, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ADOPT(Technique):
+    """Divides by the second moment of the step before, clips, then averages (ADOPT)."""
+
+    use_adopt_stability: bool = setting(False, help="normalise by the previous second moment, clipped (ADOPT)")
+    adopt_eps: float = setting(1e-6, above=0, help="the least divisor of that normalisation")
+    adopt_clip: float = setting(0.25, minimum=0, help="its k-th update is clipped at k to this power")
+
+    name = "ADOPT"
+    papers = ("2411.02853",)
+    normalizes = True
+
+    def buffers(self) -> tuple[Buffer, ...]:
+        return (Buffer("adopt_k", start=_updates_so_far),)
+
+    def entering(self, x: Tensor, step: Step) -> Tensor:
+        k = step.before["adopt_k"]
+        step.updates = k.clamp(min=1)
+        return normalize(x, step.before["exp_avg_sq"], k, eps=self.adopt_eps, clip=self.adopt_clip)
+
+    def settle(self, w: Tensor, step: Step) -> Tensor:
+        """Rows whose second moment is not seeded yet stand still, and their v becomes g^2 (0 while g is 0)."""
+        before, after, g = step.before, step.after, step.grad
+        seeded = is_seeded(before["adopt_k"])
+        step.after = {key: new.where(seeded, before[key]) for key, new in after.items() if key != "exp_avg_sq"}
+        step.after["exp_avg_sq"] = after["exp_avg_sq"].where(seeded, g * g)
+        step.after["adopt_k"] = count(before["adopt_k"], g)
+        return w.where(seeded, step.weight)
+
+
+def _updates_so_far(parameter: Tensor, state: Mapping[str, Any]) -> float:
+    """Moments of an AdamW without ADOPT: v has been seeded long ago."""
+    return float(state["step"]) if "exp_avg" in state else 0.0
 
 
 def normalize(grad: Tensor, exp_avg_sq: Tensor, k: Tensor, *, eps: float, clip: float) -> Tensor:

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .setting import setting
+from .technique import About, Step, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AGR(Technique):
+    """Shrinks the entries that dominate their tensor's gradient."""
+
+    use_agr: bool = setting(True, help="shrink the entries that dominate a gradient")
+
+    name = "AGR"
+    papers = ("2407.16944",)
+
+    def applies(self, about: About) -> bool:
+        return about.numel > 1  # alone, a number is all of its gradient: AGR would never let it move
+
+    def gradient(self, g: Tensor, step: Step) -> Tensor:
+        return regularize(g)
 
 
 def alpha(grad: Tensor) -> Tensor:

@@ -12,7 +12,47 @@ gradient, so the factor is put on the step, normalised to `ratio` at zero. Weigh
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .setting import setting
+from .technique import Step, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ALoRA(Technique):
+    """Moves lora_up faster than lora_down, a row the less the more it has grown."""
+
+    use_alora: bool = setting(False, help="give lora_up a higher rate, less where the adapter has grown")
+    alora_ratio: float = setting(2.0, above=0, help="how much higher, at the start")
+    alora_eta: float = setting(2.0, minimum=0, help="how fast that rate falls as the adapter grows")
+    lora_scale: float = setting(1.0, minimum=0, help="alpha / rank", of_group=True)
+    lora_plus_ratio: float | None = setting(
+        None, above=0, help="LoRA+'s ratio, which is in the group's rate already", of_group=True
+    )
+
+    name = "ALoRA"
+    papers = ("2410.09692", "2402.12354")
+    reads_down = True
+
+    def unmet(self, hint: str) -> str:
+        return f"ALoRA needs LoRA pairs and found none ({hint}); it does nothing"
+
+    def remark(self) -> str:
+        with_ratio = "groups with a LoRA+ ratio keep it; alora_ratio is not multiplied on top"
+        return with_ratio if self.lora_plus_ratio is not None else ""
+
+    def size(self, u: Tensor, step: Step) -> Tensor:
+        assert step.down is not None
+        rank = step.down.shape[1]
+        # in a group with LoRA+ the row-wise part stays, the ratio must not come twice
+        ratio = self.alora_ratio if self.lora_plus_ratio is None else 1.0
+        up = step.weight.unflatten(-1, (-1, rank))
+        factors = row_factors(up, step.down, ratio=ratio, eta=self.alora_eta, scale=self.lora_scale)
+        return (factors.unsqueeze(-1) * u.unflatten(-1, (-1, rank))).flatten(1)
 
 
 def row_norms(up: Tensor, down: Tensor) -> Tensor:

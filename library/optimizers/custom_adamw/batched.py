@@ -6,17 +6,19 @@ Nothing is read back to the host. With a compiler the update, the 8-bit codec in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import alora, codec, rounding
+from library.gpu import to_device
+
+from . import codec, rounding
 from .options import Rates, Recipe
-from .stacks import Stack, Stored
-from .update import Moments, update
+from .stacks import MOMENTS, Stack
+from .update import update
 
 logger = logging.getLogger(__name__)
 
@@ -28,39 +30,34 @@ Maps = tuple[codec.Map, codec.Map]
 def advance(
     w: Tensor,
     g: Tensor,
-    stored: Stored,
+    stored: Mapping[str, Tensor],
     *,
     recipe: Recipe,
     rates: Rates,
-    factor: Tensor | None,
+    down: Tensor | None,
     maps: Maps | None,
     ordinals: Tensor | None,
-) -> tuple[Tensor, Stored]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """New weights [k, n] in their own type, and the new rows of the buffers that change."""
-    if maps is None:
-        m, v = stored.exp_avg, stored.exp_avg_sq
-    else:
-        assert stored.exp_avg_absmax is not None
-        assert stored.exp_avg_sq_absmax is not None
-        m = codec.decode(stored.exp_avg, stored.exp_avg_absmax, maps[0])
-        v = codec.decode(stored.exp_avg_sq, stored.exp_avg_sq_absmax, maps[1])
-    anchor = None if stored.spd_anchor is None else stored.spd_anchor.to(m.dtype)
-    moments = Moments(m, v, stored.adopt_k, stored.tam_s)
-    new, after = update(w.to(m.dtype), g.to(m.dtype), moments, recipe=recipe, rates=rates, anchor=anchor, factor=factor)
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    state = dict(stored)
+    if maps is not None:
+        for key, table in zip(MOMENTS, maps, strict=True):
+            state[key] = codec.decode(state[key], state.pop(f"{key}_absmax"), table)
+    state = {key: value.to(dtype) for key, value in state.items()}
+    new, after = update(w.to(dtype), g.to(dtype), state, recipe=recipe, rates=rates, down=down)
     new = new.to(w.dtype) if ordinals is None else rounding.to_bfloat16(new, ordinals=ordinals, step=rates.step)
-    kept = Stored(after.exp_avg, after.exp_avg_sq, None, None, after.adopt_k, after.tam_s, spd_anchor=None)
-    if maps is None:
-        return new, kept
-    codes, peaks = codec.encode(after.exp_avg, maps[0])
-    codes_sq, peaks_sq = codec.encode(after.exp_avg_sq, maps[1], floor=True)
-    return new, kept._replace(exp_avg=codes, exp_avg_absmax=peaks, exp_avg_sq=codes_sq, exp_avg_sq_absmax=peaks_sq)
+    if maps is not None:
+        for key, table in zip(MOMENTS, maps, strict=True):
+            after[key], after[f"{key}_absmax"] = codec.encode(after[key], table, floor=not table.signed)
+    return new, after
 
 
 class Batched:
     """Runs `advance`, compiled or not."""
 
     def __init__(self, *, compiled: bool) -> None:
-        self._advance: Callable[..., tuple[Tensor, Stored]] = advance
+        self._advance: Callable[..., tuple[Tensor, dict[str, Tensor]]] = advance
         self.compiled = compiled
         if compiled:
             # dynamic: one form serves all shapes, where one for each would exceed torch's limit and then run uncompiled
@@ -81,7 +78,7 @@ class Batched:
         arguments: dict[str, Any] = {
             "recipe": stack.layout.recipe,
             "rates": self._arguments(rates, stack),
-            "factor": row_factors(stack, weights, rows) if stack.layout.recipe.alora else None,
+            "down": _downs(stack, rows) if stack.layout.recipe.reads_down else None,
             "maps": _maps(stack) if stack.layout.eight_bit else None,
             "ordinals": _ordinals(stack, rows),
         }
@@ -89,7 +86,9 @@ class Batched:
         torch._foreach_copy_(weights, [row.view_as(weight) for row, weight in zip(new, weights, strict=True)])
         _put(stack.stored, rows, kept)
 
-    def _call(self, w: Tensor, g: Tensor, stored: Stored, **arguments: Any) -> tuple[Tensor, Stored]:
+    def _call(
+        self, w: Tensor, g: Tensor, stored: Mapping[str, Tensor], **arguments: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.compiled:
             try:
                 with torch._dynamo.config.patch(recompile_limit=VARIANTS):
@@ -115,14 +114,10 @@ def tier(*, compiled: bool) -> Batched:
     return Batched(compiled=compiled)
 
 
-def row_factors(stack: Stack, ups: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """ALoRA's factors [k, n] for a stack of lora_up weights, from their partners as they are before this step."""
-    recipe, dtype = stack.layout.recipe, stack.layout.moment_dtype
-    downs = [stack.members[row].down for row in rows]
-    down = torch.stack([partner.detach().flatten(1) for partner in downs if partner is not None]).to(dtype)
-    up = torch.stack([weight.flatten(1) for weight in ups]).to(dtype)
-    factors = alora.row_factors(up, down, ratio=recipe.alora_ratio, eta=recipe.alora_eta, scale=recipe.lora_scale)
-    return factors.repeat_interleave(up.shape[-1], dim=-1)
+def _downs(stack: Stack, rows: Sequence[int]) -> Tensor:
+    """The partners [k, r, in] of a stack of lora_up weights, as they are before this step."""
+    downs = (stack.members[row].down for row in rows)
+    return torch.stack([down.detach().flatten(1) for down in downs if down is not None]).to(stack.layout.moment_dtype)
 
 
 def _gather(tensors: Sequence[Tensor]) -> Tensor:
@@ -133,21 +128,23 @@ def _contiguous_range(rows: Sequence[int]) -> slice | None:
     return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else None
 
 
-def _select(stored: Stored, rows: Sequence[int]) -> Stored:
+def _select(stored: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
     """The given rows: views of the buffers where they lie side by side (as a rule all), else copies."""
-    span = _contiguous_range(rows)
-    return Stored(*(None if buffer is None else buffer[span or _index(rows, buffer)] for buffer in stored))
+    return {key: _rows(buffer, rows) for key, buffer in stored.items()}
 
 
-def _put(stored: Stored, rows: Sequence[int], new: Stored) -> None:
+def _rows(buffer: Tensor, rows: Sequence[int]) -> Tensor:
+    return buffer[_contiguous_range(rows) or _index(rows, buffer)]
+
+
+def _put(stored: Mapping[str, Tensor], rows: Sequence[int], new: Mapping[str, Tensor]) -> None:
     span = _contiguous_range(rows)
-    for buffer, values in zip(stored, new, strict=True):
-        if buffer is not None and values is not None:
-            buffer[span or _index(rows, buffer)] = values
+    for key, values in new.items():
+        stored[key][span or _index(rows, values)] = values
 
 
 def _index(rows: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(rows), device=like.device)
+    return to_device(torch.tensor(list(rows)), like.device)
 
 
 def _maps(stack: Stack) -> Maps:
@@ -158,4 +155,4 @@ def _maps(stack: Stack) -> Maps:
 def _ordinals(stack: Stack, rows: Sequence[int]) -> Tensor | None:
     if not stack.layout.recipe.stochastic_rounding or stack.layout.dtype != torch.bfloat16:
         return None
-    return torch.tensor([[stack.members[row].ordinal] for row in rows], device=stack.layout.device)
+    return _rows(stack.ordinals, rows)

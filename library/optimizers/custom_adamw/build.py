@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,10 @@ class Unavailable(Exception):
     """Why there is no compiled library here, in one line."""
 
 
-def shared_library(source: Path) -> ctypes.CDLL:
+def shared_library(source: Path, headers: Mapping[str, str] | None = None) -> ctypes.CDLL:
     """The loaded library, compiled first if this machine has not done so yet; `source` includes only what lies beside
-    it. Raises `Unavailable`."""
+    it, and `headers`, names to texts. Raises `Unavailable`."""
+    headers = headers or {}
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if sys.platform == "win32" or compiler is None:
         raise Unavailable("no C++ compiler (c++, g++, clang++) found")
@@ -35,13 +36,13 @@ def shared_library(source: Path) -> ctypes.CDLL:
     if "__FMA__" not in macros and "__ARM_FEATURE_FMA" not in macros:
         raise Unavailable("this CPU has no fused multiply-add")
     sources = (file.read_text(encoding="utf-8") for file in sorted(source.parent.iterdir()) if file.is_file())
-    text = "\n".join((*sources, compiler, *FLAGS, *FLOATS, macros))
+    text = "\n".join((*sources, *headers.values(), compiler, *FLAGS, *FLOATS, macros))
     name = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
     trouble: OSError | None = None
     for folder in folders():
         try:
             if not (folder / name).exists():
-                compile_into(folder / name, source, compiler)
+                compile_into(folder / name, source, compiler, headers)
             return ctypes.CDLL(str(folder / name))
         except OSError as error:
             trouble = error
@@ -55,13 +56,15 @@ def folders() -> Iterator[Path]:
     yield Path(tempfile.mkdtemp(prefix="custom-adamw-"))
 
 
-def compile_into(file: Path, source: Path, compiler: str) -> None:
+def compile_into(file: Path, source: Path, compiler: str, headers: Mapping[str, str]) -> None:
     """Built beside its place and renamed: other processes see a whole file or none."""
     began = time.monotonic()
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         built = Path(folder) / file.name
-        run([compiler, *FLAGS, *FLOATS, str(source), "-o", str(built)])
+        for name, text in headers.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        run([compiler, *FLAGS, *FLOATS, "-I", folder, str(source), "-o", str(built)])
         os.replace(built, file)
     logger.info("CustomAdamW: compiled its CPU kernel in %.1f s into %s", time.monotonic() - began, file.parent)
 
@@ -74,5 +77,5 @@ def run(command: list[str]) -> str:
         raise Unavailable(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise Unavailable(f"{command[0]} failed: {lines[0]}")
+        raise Unavailable(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}")
     return done.stdout

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .setting import setting
+from .technique import Step, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cautious(Technique):
+    """Leaves alone what would move against the gradient, moves the rest further."""
+
+    use_cautious: bool = setting(True, help="mask updates that disagree with the gradient")
+    cautious_min: float = setting(1e-3, above=0, maximum=1, help="the least mean of that mask that is rescaled")
+
+    name = "Cautious"
+    papers = ("2411.16085",)
+
+    def direction(self, u: Tensor, step: Step) -> Tensor:
+        return mask(u, step.grad, least=self.cautious_min)
 
 
 def agreement(update: Tensor, grad: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.gpu import to_device
+
 BLOCK = 256
 DECADES = 7
 
@@ -44,7 +46,8 @@ def dynamic_map(*, signed: bool, device: torch.device | None = None) -> Map:
     positive = torch.cat(decades)
     values = torch.cat([positive, torch.tensor([0.0, 1.0]), *([-positive] if signed else [])]).sort().values
     tens = torch.tensor([10.0 ** (DECADES - 1 - decade) for decade in range(DECADES)])
-    return Map(values.to(device), ends.mean(0).to(device), tens.to(device), signed)
+    values, thresholds, tens = (to_device(table, device or table.device) for table in (values, ends.mean(0), tens))
+    return Map(values, thresholds, tens, signed)
 
 
 def places(decade: int, *, signed: bool) -> int:

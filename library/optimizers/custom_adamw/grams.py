@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .setting import setting
+from .technique import Step, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grams(Technique):
+    """Takes the direction from the gradient and the size from the momentum."""
+
+    use_grams: bool = setting(False, help="take the direction from the gradient, the size from the momentum")
+
+    name = "Grams"
+    papers = ("2412.17107",)
+    excludes: ClassVar = {
+        "use_cautious": "Grams leaves nothing for Cautious to mask; with both on, Grams is used alone"
+    }
+
+    def direction(self, u: Tensor, step: Step) -> Tensor:
+        return redirect(u, step.grad)
 
 
 def redirect(update: Tensor, grad: Tensor) -> Tensor:

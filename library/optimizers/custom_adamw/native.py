@@ -7,9 +7,11 @@ that it depends on no version of torch and compiles in two seconds.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +21,55 @@ from . import codec
 from .build import Unavailable as Unavailable
 from .build import shared_library
 from .options import Rates, Recipe
+from .setting import Setting
 from .stacks import Stack
+from .technique import Technique
+from .techniques import techniques
 
 SOURCES = Path(__file__).with_name("kernel")
 LARGEST = 2**22  # numbers in a tensor: one thread does all of it, with scratch arrays of its size
 SMALLEST_SHARE = 2**15  # numbers that are worth starting a thread for
 SCRATCH_ARRAYS, LANES = 6, 16  # as in kernel/
-_DIRECTIONS = {"": 0, "grams": 1, "cautious": 2}
+_KNOWN = [kind for kind in techniques() if kind.has_kernel()]
+_SETTINGS = [item for kind in _KNOWN for item in kind.settings()]
 
 
-# The structures of kernel/common.h, field by field.
+def _is_whole(item: Setting) -> bool:
+    """A switch, or the place of a choice; all other settings are doubles."""
+    return item.hint is bool or bool(item.choices)
+
+
+# Structures that the techniques declare. kernel/ includes them from a header that is written when it is compiled
 
 
 class _Recipe(ctypes.Structure):
+    """Settings of techniques that are off are 0. By type, so that there is no padding."""
+
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("agr", "orthograd", "adopt", "tam", "tam_bias_correction")),
-        *((name, ctypes.c_int32) for name in ("direction", "alora", "spd", "stochastic_rounding")),
-        *((name, ctypes.c_float) for name in ("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "adopt_eps")),
-        *((name, ctypes.c_float) for name in ("cautious_min", "spd_lambda")),
-        *((name, ctypes.c_double) for name in ("adopt_clip", "tam_beta", "alora_ratio", "alora_eta", "lora_scale")),
+        ("stochastic_rounding", ctypes.c_int32),
+        *((item.name, ctypes.c_int32) for item in _SETTINGS if _is_whole(item)),
+        *((name, ctypes.c_float) for name in ("one_minus_beta1", "beta2", "one_minus_beta2", "eps")),
+        *((item.name, ctypes.c_double) for item in _SETTINGS if not _is_whole(item)),
     ]
+
+
+class _State(ctypes.Structure):
+    """Addresses of the buffers that techniques have with their usual settings; null where one is off."""
+
+    _fields_ = [(buffer.name, ctypes.c_void_p) for kind in _KNOWN for buffer in kind().buffers()]
+
+
+def declarations() -> dict[str, str]:
+    """The header that the kernel includes, by its name."""
+    types = {ctypes.c_float: "float", ctypes.c_double: "double", ctypes.c_int32: "int32_t", ctypes.c_void_p: "float*"}
+    lines = ["#pragma once", "#include <cstdint>"]
+    for name, structure in (("Recipe", _Recipe), ("State", _State)):
+        fields = (f"  {types[field[1]]} {field[0]};" for field in structure._fields_)
+        lines += [f"struct {name} {{", *fields, "};"]
+    return {"declared.h": "\n".join(lines) + "\n"}
+
+
+# The structures of kernel/common.h, field by field
 
 
 class _Rates(ctypes.Structure):
@@ -50,7 +81,8 @@ class _Rates(ctypes.Structure):
 
 class _Tensor(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("w", "m", "v", "m_peak", "v_peak", "k", "s", "down")),
+        *((name, ctypes.c_void_p) for name in ("w", "m", "v", "m_peak", "v_peak", "down")),
+        ("state", _State),
         *((name, ctypes.c_int64) for name in ("n", "rank", "down_columns")),
         *((name, ctypes.c_int32) for name in ("bfloat16", "eight_bit", "recipe")),
         ("ordinal", ctypes.c_uint32),
@@ -82,7 +114,7 @@ def library() -> ctypes.CDLL:
 @lru_cache
 def _load() -> ctypes.CDLL | Unavailable:
     try:
-        loaded = shared_library(SOURCES / "step.cpp")
+        loaded = shared_library(SOURCES / "step.cpp", declarations())
     except Unavailable as reason:
         return reason
     sizes = (ctypes.c_int64 * 5)()
@@ -100,8 +132,13 @@ def suits(parameter: Tensor, recipe: Recipe) -> bool:
         and parameter.dtype in (torch.float32, torch.bfloat16)
         and parameter.is_contiguous()
         and 0 < parameter.numel() <= LARGEST
-        and not (recipe.spd and recipe.spd_anchor == "initial")
+        and all(map(knows, recipe.techniques))
     )
+
+
+def knows(technique: Technique) -> bool:
+    """Whether the kernel can do this technique, with its settings."""
+    return technique.has_kernel() and technique.known_to_kernel()
 
 
 class Native:
@@ -189,25 +226,42 @@ def _room(stack: Stack) -> int:
 
 
 def _flatten(recipe: Recipe) -> _Recipe:
-    values = {field[0]: getattr(recipe, field[0]) for field in _Recipe._fields_ if hasattr(recipe, field[0])}
-    values["direction"] = _DIRECTIONS[recipe.direction]
-    return _Recipe(one_minus_beta1=1 - recipe.beta1, one_minus_beta2=1 - recipe.beta2, **values)
+    values = {
+        item.name: _number(item, getattr(technique, item.name))
+        for technique in recipe.techniques
+        for item in technique.settings()
+    }
+    return _Recipe(
+        one_minus_beta1=1 - recipe.beta1,
+        beta2=recipe.beta2,
+        one_minus_beta2=1 - recipe.beta2,
+        eps=recipe.eps,
+        stochastic_rounding=recipe.stochastic_rounding,
+        **values,
+    )
+
+
+def _number(item: Setting, value: Any) -> float:
+    """A setting for the kernel: of a `Literal` the place, NaN for None."""
+    if item.choices:
+        return item.choices.index(value)
+    return math.nan if value is None else value
 
 
 def _describe(stack: Stack, row: int, recipe: int) -> _Tensor:
-    def address(buffer: Tensor | None) -> int | None:
-        return None if buffer is None else buffer[row].data_ptr()
-
     member, stored = stack.members[row], stack.stored
+
+    def address(key: str) -> int | None:
+        return stored[key][row].data_ptr() if key in stored else None
+
     return _Tensor(
         w=member.parameter.data_ptr(),
         down=None if member.down is None else member.down.data_ptr(),
-        m=address(stored.exp_avg),
-        v=address(stored.exp_avg_sq),
-        m_peak=address(stored.exp_avg_absmax),
-        v_peak=address(stored.exp_avg_sq_absmax),
-        k=address(stored.adopt_k),
-        s=address(stored.tam_s),
+        m=address("exp_avg"),
+        v=address("exp_avg_sq"),
+        m_peak=address("exp_avg_absmax"),
+        v_peak=address("exp_avg_sq_absmax"),
+        state=_State(*(address(field[0]) for field in _State._fields_)),
         n=stack.layout.n,
         rank=stack.layout.rank,
         down_columns=stack.layout.down_size // max(stack.layout.rank, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,46 +14,43 @@ from torch.optim import Optimizer
 from library.errors import UserError
 
 from ..weight_decay import VANISHED
-from . import checkpoint, plan, report, sharding
-from .options import Rates, Schedule, check_group, decayed_weight_decay, options_key, rates_of
+from . import checkpoint, plan, report, sharding, techniques
+from .dynamic_decay import plateau, waiting
+from .options import Rates, check_group, decayed_weight_decay, options_key, rates_of
 from .paged import runtime as paging_runtime
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import Keywords
 
 logger = logging.getLogger(__name__)
 
 
 class CustomAdamW(Optimizer):
-    """AdamW with SPD, Cautious, OrthoGrad, ADOPT, Grams, AGR, TAM, ALoRA and a weight decay that falls with the steps.
+    """AdamW with published techniques, each with a switch, a weight decay that falls with the steps, and 8-bit state.
 
     `params`: parameters, named parameters (`model.named_parameters()`) or groups of either. LoRA pairs are found by
     name, across groups. A group may set any option below that is not marked (all), and `lora_scale` (alpha / rank) and
-    `lora_plus_ratio` (its rate has LoRA+'s ratio in it already, so that ALoRA's is not applied on top).
+    `lora_plus_ratio` (LoRA+'s ratio, which its rate has in it already).
 
     lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; with everything off and 32 bits the results are its own,
-        bit for bit (the CPU kernel's: those of its `fused` form).
+        bit for bit. The CPU kernel rounds as torch's `fused` form does on a CPU with AVX2.
     optim_bits (all): 8 (block-wise, bitsandbytes' maps) or 32 for the two moments.
     min_8bit_size (all): parameters with fewer elements keep 32 bits.
     is_paged (all): moments in CUDA's unified memory.
-    use_spd, spd_lambda in [0, 1], spd_anchor: selective decay toward "zero" or toward the "initial" weights (kept, one
-        more copy). lambda is not multiplied by the rate.
-    use_cautious, cautious_min: masks what disagrees with the gradient; the least mean of the mask that is rescaled.
-    use_orthogonal_grad, orthograd_target: projects gradients of "down", "up" or "all" parameters. On lora_up it does
-        harm: lora_up starts at zero and has to grow along itself.
-    use_adopt_stability, adopt_eps, adopt_clip: normalises by the previous second moment, floor, bound k ** clip.
-    use_grams: the gradient's direction, the momentum's size. Excludes Cautious.
-    use_agr: shrinks the dominating entries of a gradient.
-    use_tam, tam_beta, tam_bias_correction: damps gradients that turn against the momentum.
-    use_alora, alora_ratio, alora_eta: lora_up moves `ratio` times faster, less where a row of the adapter has grown.
-    dynamic_weight_decay, wd_...: constant for wd_transition_steps, then falling by the curve wd_schedule
-        (library/optimizers/weight_decay.py); wd_stages, wd_interpolate: for "multi_stage", pairs of (step, ratio);
-        wd_flat (all): for "adaptive", which must be told the losses: what counts as flat
-        (library/optimizers/plateau.py).
     stochastic_rounding: for bfloat16 parameters, keyed by parameter and step.
+    wd_flat (all): for wd_schedule "adaptive", which must be told the losses: what counts as flat
+        (library/optimizers/plateau.py).
     implementation (all): "auto" takes the CPU kernel, the compiled or the plain step, whichever is there.
     percentile_clipping, block_wise, amsgrad: for old command lines only.
 
-    Raises `UserError` for a value out of range, sparse gradients and sharded parameters.
+    The techniques' options: see `__init__`, docs/optimizer.md, and the file of each technique.
+
+    Raises `UserError` for an unknown argument, a value out of range, sparse gradients and sharded parameters.
     """
 
+    @techniques.with_arguments
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -65,78 +62,25 @@ class CustomAdamW(Optimizer):
         optim_bits: Literal[8, 32] = 8,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
-        use_spd: bool = True,
-        spd_lambda: float = 0.06,
-        spd_anchor: Literal["zero", "initial"] = "zero",
-        use_cautious: bool = True,
-        cautious_min: float = 1e-3,
-        use_orthogonal_grad: bool = False,
-        orthograd_target: Literal["down", "up", "all"] = "down",
-        use_adopt_stability: bool = False,
-        adopt_eps: float = 1e-6,
-        adopt_clip: float = 0.25,
-        use_grams: bool = False,
-        use_agr: bool = True,
-        use_tam: bool = False,
-        tam_beta: float = 0.9,
-        tam_bias_correction: bool = False,
-        use_alora: bool = False,
-        alora_ratio: float = 2.0,
-        alora_eta: float = 2.0,
-        dynamic_weight_decay: bool = True,
-        wd_transition_steps: int = 1000,
-        wd_decay_factor: float = 0.7,
-        wd_min_ratio: float = 0.1,
-        wd_max_progress: float = 2.0,
-        wd_schedule: Schedule = "exponential",
-        wd_stages: tuple[tuple[int, float], ...] = (),
-        wd_interpolate: bool = False,
-        wd_flat: Mapping[str, float] | None = None,
         stochastic_rounding: bool = False,
+        wd_flat: Mapping[str, float] | None = None,
         implementation: plan.Implementation = "auto",
         percentile_clipping: int | None = None,
         block_wise: bool | None = None,
         amsgrad: bool = False,
+        **of_techniques: Unpack[Keywords],
     ) -> None:
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
             "eps": eps,
             "weight_decay": weight_decay,
-            "use_spd": use_spd,
-            "spd_lambda": spd_lambda,
-            "spd_anchor": spd_anchor,
-            "use_cautious": use_cautious,
-            "cautious_min": cautious_min,
-            "use_orthogonal_grad": use_orthogonal_grad,
-            "orthograd_target": orthograd_target,
-            "use_adopt_stability": use_adopt_stability,
-            "adopt_eps": adopt_eps,
-            "adopt_clip": adopt_clip,
-            "use_grams": use_grams,
-            "use_agr": use_agr,
-            "use_tam": use_tam,
-            "tam_beta": tam_beta,
-            "tam_bias_correction": tam_bias_correction,
-            "use_alora": use_alora,
-            "alora_ratio": alora_ratio,
-            "alora_eta": alora_eta,
-            "lora_scale": 1.0,
-            "lora_plus_ratio": None,
-            "dynamic_weight_decay": dynamic_weight_decay,
-            "wd_transition_steps": wd_transition_steps,
-            "wd_decay_factor": wd_decay_factor,
-            "wd_min_ratio": wd_min_ratio,
-            "wd_max_progress": wd_max_progress,
-            "wd_schedule": wd_schedule,
-            "wd_stages": wd_stages,
-            "wd_interpolate": wd_interpolate,
-            "wd_flat_since": None,
             "stochastic_rounding": stochastic_rounding,
+            **techniques.defaults(of_techniques),
             "step": 0,
         }
         self._settings = plan.check_settings(optim_bits, min_8bit_size, is_paged, implementation)
-        self._plateau = plan.plateau(wd_flat)
+        self._plateau = plateau(wd_flat)
         self._shapes: list[sharding.Shapes] = []
         self._forget()
         self._warned_decay = self._told_tier = False
@@ -154,7 +98,7 @@ class CustomAdamW(Optimizer):
         try:
             check_group(group)
             for name, parameter, _ in plan.named_parameters([group]):
-                sharding.refuse(parameter, name or "a parameter", plan.techniques_of(group))
+                sharding.refuse(parameter, name or "a parameter", techniques.names_on(group))
                 if parameter.is_complex():
                     raise UserError(f"CustomAdamW: {name or 'a parameter'} is complex; only real numbers are supported")
         except UserError:
@@ -197,31 +141,30 @@ class CustomAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if loss is not None and self._adaptive():
+            if loss is not None and waiting(self.param_groups):
                 self.observe(float(loss))
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters]
         current = self._current_plan(parameters, grads)
-        current.step(self._items(current, grads))
-        self._warn_of_decay()
+        for group in self.param_groups:
+            group["step"] += 1
+        decays = [decayed_weight_decay(group, group["step"]) for group in self.param_groups]
+        current.step(self._items(current, grads, decays))
+        self._warn_of_decay(decays)
         return loss
 
     def observe(self, loss: float, gradient_norm: float | None = None, validation_loss: float | None = None) -> None:
         """Tell an "adaptive" weight decay how training goes, before each step; a step with a closure does it itself."""
-        if adaptive := self._adaptive():
+        if adaptive := waiting(self.param_groups):
             self._plateau.tell(
                 adaptive, counter="step", loss=loss, gradient_norm=gradient_norm, validation_loss=validation_loss
             )
-
-    def _adaptive(self) -> list[dict[str, Any]]:
-        """The groups whose weight decay waits for the loss to become flat."""
-        return [g for g in self.param_groups if g["dynamic_weight_decay"] and g["wd_schedule"] == "adaptive"]
 
     def _current_plan(self, parameters: list[Tensor], grads: list[Tensor | None]) -> plan.Plan:
         """The plan, made anew if a parameter, its state or an option has changed since the last step."""
         options = [options_key(group) for group in self.param_groups]
         if self._plan is None or options != self._planned or not self._plan.covers(parameters, grads, self.state):
-            on = sorted({name for group in self.param_groups for name in plan.techniques_of(group)})
+            on = sorted({name for group in self.param_groups for name in techniques.names_on(group)})
             sharding.refuse_changed(self.param_groups, self._shapes, on)
             self._plan = plan.make(self.param_groups, self.state, self._settings)
             self._planned = options
@@ -230,12 +173,11 @@ class CustomAdamW(Optimizer):
                 self._told_tier = True
         return self._plan
 
-    def _items(self, current: plan.Plan, grads: list[Tensor | None]) -> list[plan.Item]:
-        """What has a gradient, with its rates; counts the groups' and the parameters' steps."""
+    def _items(self, current: plan.Plan, grads: list[Tensor | None], decays: list[float]) -> list[plan.Item]:
+        """What has a gradient, with its rates; counts the parameters' steps."""
         items = []
         everything = zip(grads, current.places, current.states, strict=True)
-        for group in self.param_groups:
-            group["step"] += 1
+        for group, decay in zip(self.param_groups, decays, strict=True):
             known: dict[int, Rates] = {}
             for grad, place, state in islice(everything, len(group["params"])):
                 if grad is None or place is None or state is None:
@@ -244,21 +186,23 @@ class CustomAdamW(Optimizer):
                     raise UserError("CustomAdamW: a gradient is sparse; use dense gradients (sparse=False)")
                 step = state["step"] = state["step"] + 1
                 if step not in known:
-                    known[step] = rates_of(group, step)
+                    known[step] = rates_of(group, step, decay)
                 items.append(plan.Item(place.stack, place.row, grad, known[step]))
         return items
 
-    def _warn_of_decay(self) -> None:
+    def _warn_of_decay(self, decays: list[float]) -> None:
         """Once: a weight decay that has vanished, or one that waits for losses nobody tells."""
         if self._warned_decay:
             return
-        for group in self.param_groups:
-            if group["weight_decay"] > 0 and decayed_weight_decay(group, group["step"]) < VANISHED:
-                logger.warning("CustomAdamW: the weight decay has fallen below 1e-8: nothing is regularised any more")
-                self._warned_decay = True
-                return
-        waiting = self._adaptive()
-        if waiting and waiting[0]["step"] == self._plateau.earliest and "wd_seen" not in waiting[0]:
+        if any(
+            group["weight_decay"] > 0 and decay < VANISHED
+            for group, decay in zip(self.param_groups, decays, strict=True)
+        ):
+            logger.warning("CustomAdamW: the weight decay has fallen below 1e-8: nothing is regularised any more")
+            self._warned_decay = True
+            return
+        adaptive = waiting(self.param_groups)
+        if adaptive and adaptive[0]["step"] == self._plateau.earliest and "wd_seen" not in adaptive[0]:
             logger.warning("CustomAdamW: wd_schedule='adaptive' waits for losses: call optimizer.observe(loss)")
 
     # Information

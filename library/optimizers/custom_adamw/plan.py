@@ -14,13 +14,14 @@ from torch import Tensor
 
 from library.errors import UserError, did_you_mean
 
-from ..plateau import Plateau
 from . import batched as batching
 from . import native, sharding
 from .batched import Batched
-from .options import TECHNIQUES, Rates, Recipe, recipe_of
+from .options import Rates, Recipe, Recipes
 from .pairs import find_pairs, role_of
 from .stacks import Layout, Member, Stack, State, build
+from .technique import About
+from .techniques import names_on
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,12 @@ class Plan:
             if not self.stacks[item.stack].layout.native:
                 batches[item.stack, item.rates].append(item)
         for (number, rates), batch in batches.items():
-            if self.stacks[number].layout.recipe.alora:
+            if self.stacks[number].layout.recipe.reads_down:
                 self._step_batch(number, rates, batch)
         if ours and self.native is not None:
             self.native.step(ours)
         for (number, rates), batch in batches.items():
-            if not self.stacks[number].layout.recipe.alora:
+            if not self.stacks[number].layout.recipe.reads_down:
                 self._step_batch(number, rates, batch)
 
     def _step_batch(self, number: int, rates: Rates, batch: list[Item]) -> None:
@@ -126,14 +127,6 @@ def check_settings(optim_bits: Any, min_8bit_size: int, is_paged: bool, implemen
     return Settings(optim_bits, min_8bit_size, is_paged, implementation)
 
 
-def plateau(settings: Mapping[str, Any] | None) -> Plateau:
-    """What counts as a flat loss. Raises `UserError`."""
-    try:
-        return Plateau(**(settings or {}))
-    except TypeError as error:
-        raise UserError(f"CustomAdamW: wd_flat = {settings!r}: {error}") from error
-
-
 def eight_bit(parameter: Tensor, settings: Settings) -> bool:
     """Whether a parameter's moments are kept in 8 bits."""
     large = parameter.numel() >= settings.min_8bit_size
@@ -157,15 +150,18 @@ def make(groups: list[Group], state: Mapping[Tensor, State], settings: Settings)
     """Stacks for all parameters that have a gradient or a state."""
     pairs = find_pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
     numbers = {id(group): number for number, group in enumerate(groups)}
+    recipes = [Recipes(group) for group in groups]
     members: defaultdict[Layout, list[Member]] = defaultdict(list)
     for ordinal, (name, parameter, group) in enumerate(named_parameters(groups)):
         if parameter.numel() == 0 or (parameter.grad is None and parameter not in state):
             continue
-        sharding.refuse(parameter, name or f"parameter {ordinal}", techniques_of(group))
-        down = pairs.get(id(parameter))
-        recipe = recipe_of(group, role=role_of(name), paired=down is not None, numel=parameter.numel())
-        layout = _layout(numbers[id(group)], parameter, recipe, down if recipe.alora else None, settings)
-        members[layout].append(Member(parameter, state[parameter], ordinal, down if recipe.alora else None))
+        sharding.refuse(parameter, name or f"parameter {ordinal}", names_on(group))
+        number, down = numbers[id(group)], pairs.get(id(parameter))
+        recipe = recipes[number].of(About(role_of(name), paired=down is not None, numel=parameter.numel()))
+        down = down if recipe.reads_down else None
+        members[_layout(number, parameter, recipe, down, settings)].append(
+            Member(parameter, state[parameter], ordinal, down)
+        )
     stacks = [build(layout, rows, paged=settings.is_paged) for layout, rows in members.items()]
     kernel_stacks = {number: stack for number, stack in enumerate(stacks) if stack.layout.native}
     kernel = native.Native(kernel_stacks) if kernel_stacks else None
@@ -224,8 +220,3 @@ def compiles(implementation: Implementation, device: str) -> bool:
 
         return device == "cuda" and has_triton()
     return implementation == "compiled"
-
-
-def techniques_of(group: Group) -> list[str]:
-    """The names of what a group has on."""
-    return [name for option, name in TECHNIQUES.items() if group[option]]

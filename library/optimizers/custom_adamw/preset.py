@@ -24,5 +24,6 @@ def preset_arguments(*names: str) -> dict[str, Any]:
     flags = {name: values[name] for name in declared(CustomAdamWOptions) if name in values}
     curve = {name: values[name] for name in declared(WeightDecayOptions) if name in values}
     words = values.get("optimizer_args", ())
-    arguments = {**choose_optimizer(CUSTOM_ADAMW, words, custom_adamw=flags).arguments, **curve}
+    chosen = choose_optimizer(CUSTOM_ADAMW, words, weight_decay=values.get("weight_decay"), custom_adamw=flags)
+    arguments = {**chosen.arguments, **curve}
     return arguments | ({"lr": values["learning_rate"]} if "learning_rate" in values else {})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from . import native
 from .options import decayed_weight_decay
 from .pairs import find_pairs, role_of
-from .plan import Group, Plan, Settings, named_parameters, techniques_of
+from .plan import Group, Plan, Settings, named_parameters
+from .technique import About
+from .techniques import names_on, switched_on
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ def _numbers(groups: list[Group]) -> int:
 
 def announce(groups: list[Group], settings: Settings) -> None:
     """The start-up summary, and what the choice of options means for the techniques."""
-    on = sorted({name for group in groups for name in techniques_of(group)})
+    on = sorted({name for group in groups for name in names_on(group)})
     tensors = sum(len(group["params"]) for group in groups)
     logger.info(
         "CustomAdamW: %d-bit state, %d tensors with %s numbers, %d LoRA pairs; on: %s",
@@ -33,39 +36,62 @@ def announce(groups: list[Group], settings: Settings) -> None:
         _pairs(groups),
         ", ".join(on) or "nothing (plain AdamW)",
     )
-    if any(group["use_grams"] and group["use_cautious"] for group in groups):
-        logger.warning("CustomAdamW: Grams leaves nothing for Cautious to mask; with both on, Grams is used alone")
     named = all(group.get("param_names") for group in groups)
     hint = "no parameter is named like one" if named else "names are missing: pass model.named_parameters()"
-    if any(group["use_alora"] for group in groups) and _pairs(groups) == 0:
-        logger.warning("CustomAdamW: ALoRA needs LoRA pairs and found none (%s); it does nothing", hint)
-    for target in ("down", "up"):
-        wanting = [g for g in groups if g["use_orthogonal_grad"] and g["orthograd_target"] == target]
-        roles = [role_of(name) for name, _, _ in named_parameters(wanting)]
-        if wanting and target not in roles:
-            logger.warning(
-                "CustomAdamW: OrthoGrad is on for lora_%s only and found none (%s); it does nothing. "
-                "orthograd_target='all' applies it to every parameter",
-                target,
-                hint,
-            )
-    if any(group["use_alora"] and group["lora_plus_ratio"] is not None for group in groups):
-        logger.info("CustomAdamW: groups with a LoRA+ ratio keep it; alora_ratio is not multiplied on top")
+    for message in dict.fromkeys((*_exclusions(groups), *_unmet(groups, hint))):
+        logger.warning("CustomAdamW: %s", message)
+    for remark in dict.fromkeys(technique.remark() for group in groups for technique in switched_on(group)):
+        if remark:
+            logger.info("CustomAdamW: %s", remark)
+
+
+def _exclusions(groups: list[Group]) -> Iterator[str]:
+    """Why a technique that is on is not used beside another."""
+    for group in groups:
+        for technique in switched_on(group):
+            yield from (reason for option, reason in technique.excludes.items() if group.get(option))
+
+
+def _unmet(groups: list[Group], hint: str) -> list[str]:
+    """Complaints of techniques that are on and apply to no parameter."""
+    paired = find_pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
+    met: dict[str, bool] = {}
+    for group in groups:
+        for technique in switched_on(group):
+            if complaint := technique.unmet(hint):
+                applies = any(
+                    technique.applies(About(role_of(name), id(parameter) in paired, parameter.numel()))
+                    for name, parameter, _ in named_parameters([group])
+                )
+                met[complaint] = met.get(complaint, False) or applies
+    return [complaint for complaint, applies in met.items() if not applies]
 
 
 def announce_tier(plan: Plan, settings: Settings) -> None:
     """What runs the step, and what a faster one lacks."""
     logger.info("CustomAdamW: the step runs as %s", " and ".join(plan.tiers) or "nothing: no parameter has a gradient")
-    if settings.implementation != "auto":
-        return
-    devices = {stack.layout.device.type for stack in plan.stacks if not stack.layout.native}
-    if "cpu" in devices:
+    wanted, devices = settings.implementation, {s.layout.device.type for s in plan.stacks if not s.layout.native}
+    if "cpu" in devices and wanted in ("auto", "native"):
         try:
             native.library()
         except native.Unavailable as reason:
             logger.warning("CustomAdamW: no CPU kernel (%s); the step is slower without it", reason)
-    if "cuda" in devices and not plan.batched["cuda"].compiled:
+        else:
+            _announce_unknown(plan)
+    if "cuda" in devices and wanted == "auto" and not plan.batched["cuda"].compiled:
         logger.warning("CustomAdamW: no Triton, so the step is not compiled; it is slower without it")
+
+
+def _announce_unknown(plan: Plan) -> None:
+    """Which techniques keep parameters out of the CPU kernel."""
+    recipes = [stack.layout.recipe for stack in plan.stacks if stack.layout.device.type == "cpu"]
+    unknown = sorted({one.name for recipe in recipes for one in recipe.techniques if not native.knows(one)})
+    if unknown:
+        logger.warning(
+            "CustomAdamW: the CPU kernel does not know %s with these settings; parameters with it take the plain step, "
+            "which is slower",
+            ", ".join(unknown),
+        )
 
 
 def describe(groups: list[Group], plan: Plan | None, settings: Settings) -> dict[str, Any]:
@@ -73,7 +99,7 @@ def describe(groups: list[Group], plan: Plan | None, settings: Settings) -> dict
     numbers = _numbers(groups)
     size = sum(stack.bytes for stack in plan.stacks) if plan else 0
     return {
-        "techniques": sorted({name for group in groups for name in techniques_of(group)}),
+        "techniques": sorted({name for group in groups for name in names_on(group)}),
         "optim_bits": settings.optim_bits,
         "steps": max((group["step"] for group in groups), default=0),
         "parameters": numbers,
@@ -91,7 +117,7 @@ def represent(groups: list[Group], settings: Settings) -> str:
     lines = [f"CustomAdamW({settings.optim_bits}-bit, {_numbers(groups):,} numbers, {_pairs(groups)} LoRA pairs)"]
     for index, group in enumerate(groups):
         name = group.get("name", index)
-        on = ", ".join(techniques_of(group)) or "plain AdamW"
+        on = ", ".join(names_on(group)) or "plain AdamW"
         lines.append(
             f"  group {name}: {len(group['params'])} tensors, lr {group['lr']:g}, betas {group['betas']}, "
             f"weight decay {group['weight_decay']:g}; {on}"

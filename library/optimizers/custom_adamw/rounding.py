@@ -21,7 +21,8 @@ def mix(x: Tensor) -> Tensor:
 
 def to_bfloat16(x: Tensor, *, ordinals: Tensor, step: Tensor | float) -> Tensor:
     """float32 [k, n] → bfloat16: up with the probability of the dropped bits. `ordinals` int64 [k, 1] name the rows."""
-    steps = torch.as_tensor(step, device=x.device).long()
+    # on the host, from where it mixes with tensors of any device; a number put on a GPU would have to be copied there
+    steps = step.long() if isinstance(step, Tensor) else int(step)
     rows = mix((mix(ordinals & _MASK) + steps) & _MASK)
     places = torch.arange(x.shape[-1], device=x.device)
     noise = mix((rows + places * 0x9E3779B9) & _MASK) >> 16

@@ -6,8 +6,41 @@ adapters w0 = 0, and since <g_A, A> = <g_B, B> = <G, BA> both halves of a LoRA p
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .setting import setting
+from .technique import About, Buffer, Step, Technique, norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SPD(Technique):
+    """Pulls a tensor back toward zero, where the loss pulls that way too and only by what the step added."""
+
+    use_spd: bool = setting(True, help="use selective projection decay")
+    spd_lambda: float = setting(0.06, minimum=0, maximum=1, help="strength of that decay")
+    spd_anchor: Literal["zero", "initial"] = setting(
+        "zero", help="decay toward zero, or toward the initial weights (kept, one more copy)"
+    )
+
+    name = "SPD"
+    papers = ("2411.01713",)
+
+    def applies(self, about: About) -> bool:
+        return self.spd_lambda > 0
+
+    def buffers(self) -> tuple[Buffer, ...]:
+        anchor = Buffer("spd_anchor", per="number", as_weights=True, start=lambda parameter, _: parameter.detach())
+        return (anchor,) if self.spd_anchor == "initial" else ()
+
+    def known_to_kernel(self) -> bool:
+        return self.spd_anchor == "zero"
+
+    def project(self, w: Tensor, step: Step) -> Tensor:
+        return project(w, step.weight, step.raw, step.before.get("spd_anchor"), strength=self.spd_lambda)
 
 
 def condition(grad: Tensor, deviation: Tensor) -> Tensor:
@@ -17,8 +50,8 @@ def condition(grad: Tensor, deviation: Tensor) -> Tensor:
 
 def deviation_ratio(new: Tensor, old: Tensor) -> Tensor:
     """r = clip((||w~ - w0|| - ||w_{t-1} - w0||) / ||w~ - w0||, 0, 1) [k, 1]: which share of the radius is new."""
-    new_radius = torch.linalg.vector_norm(new, dim=-1, keepdim=True)
-    old_radius = torch.linalg.vector_norm(old, dim=-1, keepdim=True)
+    new_radius = norm(new)
+    old_radius = norm(old)
     return ((new_radius - old_radius) / new_radius.where(new_radius > 0, 1)).clamp(0, 1)
 
 

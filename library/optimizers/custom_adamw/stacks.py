@@ -7,8 +7,9 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,20 +18,10 @@ from torch import Tensor
 from . import codec
 from .options import Recipe
 from .paged import zeros
+from .technique import Buffer
 
 State = dict[str, Any]
-
-
-class Stored(NamedTuple):
-    """Buffers whose names are the keys in `optimizer.state[p]`; k rows each. None: not kept for this recipe."""
-
-    exp_avg: Tensor  # [k, n] in the moments' type, or uint8 codes
-    exp_avg_sq: Tensor
-    exp_avg_absmax: Tensor | None  # [k, blocks] with 8 bits
-    exp_avg_sq_absmax: Tensor | None
-    adopt_k: Tensor | None  # [k, 1]
-    tam_s: Tensor | None  # [k, 1]
-    spd_anchor: Tensor | None  # [k, n] in the parameters' type
+MOMENTS = ("exp_avg", "exp_avg_sq")  # m, signed, and v, which is not
 
 
 class Member(NamedTuple):
@@ -48,7 +39,7 @@ class Layout(NamedTuple):
     group: int
     recipe: Recipe
     n: int  # numbers in each parameter
-    rank: int  # columns of a lora_up that ALoRA scales, else 0
+    rank: int  # columns of a lora_up whose step reads its partner, else 0
     down_size: int  # numbers in its partner, else 0
     dtype: torch.dtype
     device: torch.device
@@ -63,74 +54,70 @@ class Layout(NamedTuple):
 
 @dataclass(eq=False)
 class Stack:
-    """Parameters of one layout as rows."""
+    """Parameters of one layout as rows of buffers, whose names are the keys in `optimizer.state[p]`: the moments
+    [k, n], with 8 bits as codes with maxima [k, blocks], and the techniques' own [k, n] or [k, 1]."""
 
     layout: Layout
     members: list[Member]
-    stored: Stored
+    stored: dict[str, Tensor]
 
     @property
     def bytes(self) -> int:
         """Of state, per-tensor scalars included."""
-        return sum(buffer.nbytes for buffer in self.stored if buffer is not None)
+        return sum(buffer.nbytes for buffer in self.stored.values())
+
+    @cached_property
+    def ordinals(self) -> Tensor:
+        """Of the members, int64 [k, 1] on their device."""
+        return torch.tensor([[member.ordinal] for member in self.members], device=self.layout.device)
 
 
 def build(layout: Layout, members: Sequence[Member], *, paged: bool) -> Stack:
     """Buffers for these members, filled from their present states, which become views of them."""
-    stored = _allocate(layout, len(members), paged=paged)
+    own = [buffer for technique in layout.recipe.techniques for buffer in technique.buffers()]
+    stored = _allocate(layout, own, len(members), paged=paged)
+    scalar = {buffer.name for buffer in own if buffer.per == "tensor"}
     for row, member in enumerate(members):
-        views = _views(member, stored, row)
-        _fill(member, views)
+        views = {key: _view(buffer[row], member, key, scalar) for key, buffer in stored.items()}
+        _fill(member, views, own)
         member.state.update(views)
         member.state.setdefault("step", 0)
     return Stack(layout, list(members), stored)
 
 
-def _allocate(layout: Layout, k: int, *, paged: bool) -> Stored:
-    n, recipe, dtype = layout.n, layout.recipe, layout.moment_dtype
-
-    def room(width: int, dtype: torch.dtype, wanted: bool = True) -> Any:
-        return zeros((k, width), dtype=dtype, device=layout.device, paged=paged) if wanted else None
-
-    moment = torch.uint8 if layout.eight_bit else dtype
-    return Stored(
-        exp_avg=room(n, moment),
-        exp_avg_sq=room(n, moment),
-        exp_avg_absmax=room(codec.blocks(n), torch.float32, layout.eight_bit),
-        exp_avg_sq_absmax=room(codec.blocks(n), torch.float32, layout.eight_bit),
-        adopt_k=room(1, dtype, recipe.adopt),
-        tam_s=room(1, dtype, recipe.tam),
-        spd_anchor=room(n, layout.dtype, recipe.spd and recipe.spd_anchor == "initial"),
-    )
-
-
-def _views(member: Member, stored: Stored, row: int) -> State:
-    shaped = {"exp_avg", "exp_avg_sq", "spd_anchor"}
-    scalar = {"adopt_k", "tam_s"}
+def _allocate(layout: Layout, own: Sequence[Buffer], k: int, *, paged: bool) -> dict[str, Tensor]:
+    n, dtype = layout.n, layout.moment_dtype
+    rows = dict.fromkeys(MOMENTS, (n, torch.uint8 if layout.eight_bit else dtype))
+    if layout.eight_bit:
+        rows |= {f"{key}_absmax": (codec.blocks(n), torch.float32) for key in MOMENTS}
+    for buffer in own:
+        rows[buffer.name] = (n if buffer.per == "number" else 1, layout.dtype if buffer.as_weights else dtype)
     return {
-        key: buffer[row].view(member.parameter.shape if key in shaped else () if key in scalar else (-1,))
-        for key, buffer in stored._asdict().items()
-        if buffer is not None
+        key: zeros((k, width), dtype=kind, device=layout.device, paged=paged) for key, (width, kind) in rows.items()
     }
 
 
-def _fill(member: Member, views: State) -> None:
+def _view(row: Tensor, member: Member, key: str, scalar: Collection[str]) -> Tensor:
+    """A row in its parameter's shape or as a scalar; the maxima stay a row."""
+    if key.endswith("_absmax"):
+        return row
+    return row.view(()) if key in scalar else row.view(member.parameter.shape)
+
+
+def _fill(member: Member, views: State, own: Sequence[Buffer]) -> None:
     """Copy what a member's state holds into its new rows; what it lacks starts as at the first step."""
     state = member.state
-    known = "exp_avg" in state
-    for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+    for key, signed in zip(MOMENTS, (True, False), strict=True):
         peaks = f"{key}_absmax"
-        if known:
+        if key in state:
             _convert(state[key], state.get(peaks), views[key], views.get(peaks), signed=signed)
         if peaks not in views:
             state.pop(peaks, None)
-    for key in ("adopt_k", "tam_s"):
-        if key in views and key in state:
-            views[key].copy_(state[key])
-    if "adopt_k" in views and "adopt_k" not in state and known:
-        views["adopt_k"].fill_(state["step"])  # moments of an AdamW without ADOPT: v has been seeded long ago
-    if "spd_anchor" in views:
-        views["spd_anchor"].copy_(state.get("spd_anchor", member.parameter.detach()))
+    for buffer in own:
+        if buffer.name in state:
+            views[buffer.name].copy_(state[buffer.name])
+        elif buffer.start is not None:
+            views[buffer.name].copy_(torch.as_tensor(buffer.start(member.parameter, state)))
 
 
 def _convert(old: Tensor, old_peaks: Tensor | None, new: Tensor, new_peaks: Tensor | None, *, signed: bool) -> None:

@@ -9,17 +9,43 @@ d = 1 is AdamW. With ADOPT, its normalised gradient takes the place of g.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .setting import setting
+from .technique import Buffer, Step, Technique, norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class TAM(Technique):
+    """Damps gradients that turn against the momentum."""
+
+    use_tam: bool = setting(False, help="damp gradients that turn against the momentum")
+    tam_beta: float = setting(0.9, minimum=0, below=1, help="memory of that damping")
+    tam_bias_correction: bool = setting(False, help="correct that memory for its start at zero")
+
+    name = "TAM"
+    papers = ("2412.18790",)
+
+    def buffers(self) -> tuple[Buffer, ...]:
+        return (Buffer("tam_s"),)
+
+    def entering(self, x: Tensor, step: Step) -> Tensor:
+        s = smooth(step.before["tam_s"], alignment(step.before["exp_avg"], x), self.tam_beta)
+        step.after["tam_s"] = s
+        d = damping(unbias(s, self.tam_beta, step.updates) if self.tam_bias_correction else s)
+        return (EPS + d) * x
 
 
 def alignment(exp_avg: Tensor, grad: Tensor) -> Tensor:
     """S [k, 1], the cosine of the previous momentum and the gradient for rows [k, n]; 0 where either is zero."""
     dot = (exp_avg * grad).sum(-1, keepdim=True)
-    lengths = torch.linalg.vector_norm(exp_avg, dim=-1, keepdim=True)
-    lengths = lengths * torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+    lengths = norm(exp_avg) * norm(grad)
     return dot / lengths.where(lengths > 0, 1)
 
 

@@ -2,93 +2,64 @@
 
 This is the specification. A single parameter is a matrix with one row; the batched tier gives it all parameters of a
 shape at once; the native kernel (kernel/) walks through the same list. With everything off it is AdamW: the same
-operations in the same order as torch's, and the same bits.
+operations in the same order as torch's, and the same bits. Which technique acts where, its file says: those that
+`techniques.py` lists come in that order.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import adopt, agr, cautious, grams, orthograd, spd, tam
 from .options import Rates, Recipe
-
-
-class Moments(NamedTuple):
-    """What a step reads and writes besides the weights; n numbers or one for each of k tensors."""
-
-    exp_avg: Tensor  # m [k, n]
-    exp_avg_sq: Tensor  # v [k, n]
-    adopt_k: Tensor | None = None  # [k, 1], updates since v was seeded
-    tam_s: Tensor | None = None  # [k, 1], smoothed alignment
+from .technique import Step
 
 
 def update(
     w: Tensor,
     g: Tensor,
-    moments: Moments,
+    state: Mapping[str, Tensor],
     *,
     recipe: Recipe,
     rates: Rates,
-    anchor: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> tuple[Tensor, Moments]:
-    """New weights and moments. `w`, `g` [k, n] in the moments' type; `anchor` [k, n] for SPD (None: zero);
-    `factor` [k, n] or broadcastable: ALoRA's row factors."""
-    m, v, k, s = moments
-    # 0  the untouched gradient and weights, for SPD
-    raw, start = g, w
-    # 1  AGR
-    if recipe.agr:
-        g = agr.regularize(g)
-    # 2  perpGrad, after AGR: the other way round AGR would spoil the right angle
-    if recipe.orthograd:
-        g = orthograd.project(w, g)
-    # 3  ADOPT normalises by the previous second moment
-    normalized = g
-    if recipe.adopt:
-        assert k is not None
-        normalized = adopt.normalize(g, v, k, eps=recipe.adopt_eps, clip=recipe.adopt_clip)
-    # 4  TAM damps what enters the momentum, by its alignment with the previous momentum
-    entering = normalized
-    if recipe.tam:
-        assert s is not None
-        s = tam.smooth(s, tam.alignment(m, normalized), recipe.tam_beta)
-        t = rates.step if k is None else k.clamp(min=1)
-        d = tam.damping(tam.unbias(s, recipe.tam_beta, t) if recipe.tam_bias_correction else s)
-        entering = (tam.EPS + d) * normalized
-    # 5  first moment
-    m = m.lerp(entering, 1 - recipe.beta1)
-    # 6, 7  second moment and update. The update carries the learning rate: all that follows is proportional to it,
-    # and AdamW multiplies in this order
+    down: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """New weights, and what changes in the state.
+
+    `w`, `g` [k, n] and `state` in the moments' type: "exp_avg" m and "exp_avg_sq" v [k, n], and the techniques'
+    buffers, [k, 1] or [k, n]. `down` [k, r, in]: the lora_down of each row of lora_up, before the step.
+    """
+    on = recipe.techniques
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    step = Step(weight=w, raw=g, grad=g, before=state, after={}, updates=rates.step, down=down)
+    # 1  the gradient
+    for technique in on:
+        g = technique.gradient(g, step)
+    step.grad = g
+    # 2  what of it enters the momentum
+    x = g
+    for technique in on:
+        x = technique.entering(x, step)
+    # 3  first and second moment
+    m = m.lerp(x, 1 - recipe.beta1)
     v = (v * recipe.beta2).addcmul(g, g, value=1 - recipe.beta2)
-    u = rates.lr * m if recipe.adopt else rates.step_size * m / (v.sqrt() / rates.root_correction + recipe.eps)
-    # 8  Grams or Cautious, against the gradient after 1 and 2
-    if recipe.direction == "grams":
-        u = grams.redirect(u, g)
-    elif recipe.direction == "cautious":
-        u = cautious.mask(u, g, least=recipe.cautious_min)
-    # 9  ALoRA
-    if factor is not None:
-        u = factor * u
-    # 10  decoupled weight decay, with the plain rate
+    # 4  the update. It carries the learning rate: all that follows is proportional to it, and AdamW multiplies in this
+    # order
+    u = rates.lr * m if recipe.normalized else rates.step_size * m / (v.sqrt() / rates.root_correction + recipe.eps)
+    # 5  its direction, against the gradient after 1
+    for technique in on:
+        u = technique.direction(u, step)
+    # 6  its size
+    for technique in on:
+        u = technique.size(u, step)
+    # 7  decoupled weight decay, with the plain rate, and the step itself
     w = w * rates.decay - u
-    # 11  SPD
-    if recipe.spd:
-        w = spd.project(w, start, raw, anchor, strength=recipe.spd_lambda)
-    after = Moments(m, v, k, s)
-    return _seed(start, w, g, moments, after) if recipe.adopt else (w, after)
-
-
-def _seed(start: Tensor, w: Tensor, g: Tensor, before: Moments, after: Moments) -> tuple[Tensor, Moments]:
-    """ADOPT: rows whose second moment is not seeded yet stand still, and their v becomes g^2 (0 while g is 0)."""
-    assert before.adopt_k is not None
-    seeded = adopt.is_seeded(before.adopt_k)
-    s = after.tam_s
-    return w.where(seeded, start), Moments(
-        exp_avg=after.exp_avg.where(seeded, before.exp_avg),
-        exp_avg_sq=after.exp_avg_sq.where(seeded, g * g),
-        adopt_k=adopt.count(before.adopt_k, g),
-        tam_s=None if s is None else s.where(seeded, before.tam_s),
-    )
+    # 8  what the weights may not leave
+    for technique in on:
+        w = technique.project(w, step)
+    # 9  the last word
+    step.after |= {"exp_avg": m, "exp_avg_sq": v}
+    for technique in on:
+        w = technique.settle(w, step)
+    return w, step.after

@@ -14,7 +14,10 @@ from library.optimizers.custom_adamw import codec
 class TestMap:
     def test_is_bitsandbytes_own(self, signed: bool) -> None:
         functional = pytest.importorskip("bitsandbytes.functional")
-        assert torch.equal(codec.dynamic_map(signed=signed).values, functional.create_dynamic_map(signed=signed))
+        ours, theirs = codec.dynamic_map(signed=signed).values, functional.create_dynamic_map(signed=signed)
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-6, atol=0
+        )  # a few roundings of 6e-8; neighbours are 1e-2 apart
 
     def test_every_entry_finds_itself(self, signed: bool) -> None:
         table = codec.dynamic_map(signed=signed)

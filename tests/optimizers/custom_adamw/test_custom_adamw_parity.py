@@ -1,4 +1,4 @@
-"""With everything off: torch's AdamW, bit for bit; and bitsandbytes' AdamW8bit, closely."""
+"""With everything off: torch's AdamW bit for bit, in the kernel its fused form closely; bitsandbytes' AdamW8bit too."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def results(make: Any, dtype: torch.dtype, steps: int = 20) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_the_bits_of_torchs_adamw(weight_decay: float, betas: Any, dtype: torch.dtype, foreach: bool) -> None:
+    """The same operations of torch in the same order, each number by itself: what the CPU is does not matter."""
     common: dict[str, Any] = {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay}
     theirs = results(lambda named: torch.optim.AdamW([p for _, p in named], foreach=foreach, **common), dtype)
     ours = results(lambda named: CustomAdamW(named, optim_bits=32, implementation="eager", **common, **OFF), dtype)
@@ -51,17 +52,15 @@ def test_the_bits_of_torchs_adamw(weight_decay: float, betas: Any, dtype: torch.
 @NEEDS_KERNEL
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.5)])
-def test_the_kernel_has_the_bits_of_torchs_fused_adamw(weight_decay: float, betas: Any) -> None:
+def test_the_kernel_rounds_as_torchs_fused_adamw(weight_decay: float, betas: Any) -> None:
+    """Two programs. torch's is compiled for several kinds of CPU: with AVX2 or AVX-512 it fuses the same products with
+    the same sums, but for the last n mod 16 numbers of a tensor, and on an older CPU none (9e-8 measured)."""
     common: dict[str, Any] = {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay}
     theirs = results(lambda named: torch.optim.AdamW([p for _, p in named], fused=True, **common), torch.float32)
     ours = results(
         lambda named: CustomAdamW(named, optim_bits=32, implementation="native", **common, **OFF), torch.float32
     )
-    # torch does the last n mod 16 numbers of a tensor in a scalar loop that rounds once more or less in v
-    whole = torch.cat([torch.arange(p.numel()) < p.numel() // 16 * 16 for _, p in bag()])
-    assert whole.sum() > 5000
-    assert torch.equal(ours[whole], theirs[whole])
-    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-7)  # weights of up to 0.6: ten roundings of 3e-8
 
 
 @pytest.mark.parametrize("implementation", ["auto", "eager"])

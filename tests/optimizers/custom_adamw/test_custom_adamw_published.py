@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +29,7 @@ def follow(make: Callable[[Named], Any], gradient_size: float = 1e-2) -> Named:
     optimizer = make(named)
     for step in range(1, STEPS + 1):
         gradients(named, step, size=gradient_size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            optimizer.step()
+        optimizer.step()
     return named
 
 
@@ -171,10 +168,9 @@ def test_alora_is_a_rate_for_each_row() -> None:
     torch.optim.AdamW([p for _, p in plain], lr=1e-3, weight_decay=0.0).step()
     moved = [(p.detach() - old) for (_, p), old in zip(named, before, strict=True)]
     usual = [(p.detach() - old) for (_, p), old in zip(plain, before, strict=True)]
-    assert torch.equal(moved[0], usual[0])
-    assert torch.equal(moved[2], usual[2])
     rows = [2.0 / math.sqrt(1 + 4.0 * 0.25 * float(row.norm())) for row in before[1] @ before[0]]
-    assert torch.allclose(moved[1], usual[1] * torch.tensor(rows, dtype=torch.float64)[:, None], rtol=1e-12, atol=0)
+    usual[1] *= torch.tensor(rows, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(moved, usual, rtol=1e-12, atol=0)
 
 
 class TestLoraPlus:
@@ -187,7 +183,7 @@ class TestLoraPlus:
         for _, parameter in named:
             parameter.grad = torch.ones_like(parameter)  # Adam's first step then has the size of the rate
         optimizer.step()
-        moved = {name: float((parameter - before[name]).abs().mean()) for name, parameter in named}
+        moved = {name: float((parameter.detach() - before[name]).abs().mean()) for name, parameter in named}
         return moved["net.0.lora_up.weight"] / moved["net.0.lora_down.weight"]
 
     def halves(self) -> tuple[Named, Named]:

@@ -281,7 +281,7 @@ class TestBetweenSteps:
         optimizer.param_groups[0]["lr"] = 0.0
         problem.train(optimizer, 1)
         assert optimizer._plan is not None
-        assert not optimizer._plan.stacks[0].layout.recipe.tam
+        assert "TAM" not in [technique.name for technique in optimizer._plan.stacks[0].layout.recipe.techniques]
         assert (problem.weights() - before).norm() < 1e-6  # SPD and decay have no rate to act with
 
     @pytest.mark.parametrize("implementation", ["auto", "eager"])
@@ -349,4 +349,4 @@ class TestAccelerate:
                     optimizer.step()
         finally:
             dist.destroy_process_group()
-        assert torch.equal(module[0].weight, plain[0].weight)
+        torch.testing.assert_close(module[0].weight, plain[0].weight)  # gradients that lie elsewhere in memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -64,7 +64,6 @@ class TestOrthoGrad:
         g = given[0]
         assert torch.allclose(orthograd.project(torch.zeros_like(g), g), g, rtol=1e-12)
 
-    @settings(deadline=None)
     @given(rows(dtype=torch.float32), st.sampled_from([-1.5, 1e-3, 1.0, 200.0]))
     def test_parallel_becomes_zero(self, given: tuple[Tensor, Tensor], factor: float) -> None:
         w = given[0]

@@ -1,4 +1,4 @@
-// alora.py: the Gram trick; one factor for each row of lora_up.
+// alora.py: the Gram trick; one factor for each row of lora_up
 #pragma once
 #include "common.h"
 
@@ -70,7 +70,8 @@ inline void row_factors(const Tensor& t, const Recipe& r, const float* up, const
     }
     for (int64_t k = 0; k < 4 && row + k < rows; ++k) f[row + k] = total(squares[k]);
   }
-  const float scale = float(r.alora_eta * r.alora_eta * r.lora_scale), ratio = float(r.alora_ratio);
+  const float scale = float(r.alora_eta * r.alora_eta * r.lora_scale);
+  const float ratio = std::isnan(r.lora_plus_ratio) ? float(r.alora_ratio) : 1.0f;  // NaN: the group has none
   SIMD for (int64_t row = 0; row < rows; ++row) {
     const float norm = std::sqrt(f[row] > 0 ? f[row] : 0.0f);
     f[row] = ratio / std::sqrt(1 + scale * norm);

@@ -1,10 +1,13 @@
-// What the parts of the kernel share: the structures that native.py fills in, and how loops are vectorised.
+// What the parts of the kernel share: the structures that native.py fills in, how loops are vectorised, and sums. The
+// structures Recipe and State follow from what the techniques declare; native.py writes declared.h when it compiles.
 #pragma once
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "declared.h"
 
 #define SIMD_TEXT(...) #__VA_ARGS__
 #define SIMD _Pragma("omp simd")
@@ -14,14 +17,6 @@
 constexpr int BLOCK = 256;  // values that share a maximum in 8 bits; also what a pass works on at a time, in L1
 constexpr int SCRATCH_ARRAYS = 6;
 
-enum Direction : int32_t { PLAIN = 0, GRAMS = 1, CAUTIOUS = 2 };
-
-struct Recipe {  // options.Recipe
-  int32_t agr, orthograd, adopt, tam, tam_bias_correction, direction, alora, spd, stochastic_rounding;
-  float one_minus_beta1, beta2, one_minus_beta2, eps, adopt_eps, cautious_min, spd_lambda;
-  double adopt_clip, tam_beta, alora_ratio, alora_eta, lora_scale;
-};
-
 struct Rates {  // options.Rates
   double step;
   float lr, decay, step_size, root_correction;
@@ -29,8 +24,9 @@ struct Rates {  // options.Rates
 
 struct Tensor {
   void *w, *m, *v;  // moments: float, or uint8 codes with one maximum a block in m_peak, v_peak
-  float *m_peak, *v_peak, *k, *s;
-  const void* down;  // lora_up's partner, for its row factors
+  float *m_peak, *v_peak;
+  const void* down;  // lora_up's partner, where a technique reads it
+  State state;       // null: not kept
   int64_t n, rank, down_columns;
   int32_t bfloat16, eight_bit, recipe;
   uint32_t ordinal;
@@ -57,3 +53,29 @@ struct Call {
 struct Scratch {
   float *w, *g, *x, *m, *v, *f;
 };
+
+inline double dot(const float* a, const float* b, int64_t n) {
+  double sum = 0;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min<int64_t>(at + BLOCK, n);
+    float part = 0;
+    SIMD_SUM(part) for (int64_t i = at; i < end; ++i) part += a[i] * b[i];
+    sum += part;
+  }
+  return sum;
+}
+
+// sum |g| and <w, g> of the whole tensor
+inline void survey(const float* w, const float* g, int64_t n, double* sizes, double* pull) {
+  *sizes = *pull = 0;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min<int64_t>(at + BLOCK, n);
+    float size = 0, part = 0;
+    SIMD_SUM(size, part) for (int64_t i = at; i < end; ++i) {
+      size += std::fabs(g[i]);
+      part += g[i] * w[i];
+    }
+    *sizes += size;
+    *pull += part;
+  }
+}

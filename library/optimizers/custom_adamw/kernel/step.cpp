@@ -1,57 +1,43 @@
 // One step of CustomAdamW on the CPU: the list in update.py, a tensor at a time, so that every pass over a tensor finds
 // it in the core's own cache. Compiled at first use by native.py; plain C++17, no library. No multiplication is fused
-// with an addition unless std::fma says so: with everything off the result has the bits of torch's fused AdamW.
+// with an addition unless std::fma says so: with everything off it rounds as torch's fused AdamW does on a CPU with AVX2.
 #include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#include "adopt.h"
+#include "agr.h"
 #include "alora.h"
+#include "cautious.h"
 #include "common.h"
+#include "grams.h"
+#include "orthograd.h"
+#include "spd.h"
 #include "storage.h"
-#include "techniques.h"
+#include "tam.h"
 
 namespace {
 
-// ADOPT's first call: v becomes g^2 and nothing moves; a gradient of zeros leaves even that to a later one
-void seed(const Tensor& t, const Call& call, const float* g, float* v) {
-  if (!any(g, t.n)) return;
-  for (int64_t at = 0; at < t.n; at += BLOCK) {
-    const int c = int(std::min<int64_t>(BLOCK, t.n - at));
-    SIMD for (int i = 0; i < c; ++i) v[at + i] = g[at + i] * g[at + i];
-    if (t.eight_bit) encode_block<false>(v + at, c, call, static_cast<uint8_t*>(t.v) + at, t.v_peak + at / BLOCK);
-  }
-  *t.k = 1;
-}
-
-// steps 6 to 10 for one block; `squares`: of the weights before and after
+// second moment, update, direction, size, and the step itself for one block; `squares`: of the weights before and after
 void finish_block(float* w, const float* g, const float* m, float* v, const float* f, int c, const Recipe& r,
                   const Rates& q, float mask_scale, double* squares) {
   float u[BLOCK];
-  // 6, 7  second moment and update
+  // 3, 4
   SIMD for (int i = 0; i < c; ++i) v[i] = std::fma(r.one_minus_beta2 * g[i], g[i], v[i] * r.beta2);
-  if (r.adopt) {
+  if (r.use_adopt_stability) {
     SIMD for (int i = 0; i < c; ++i) u[i] = q.lr * m[i];
   } else {
     SIMD for (int i = 0; i < c; ++i) u[i] = (q.step_size * m[i]) / (std::sqrt(v[i]) / q.root_correction + r.eps);
   }
-  // 8  Grams or Cautious
-  if (r.direction == GRAMS) {
-    SIMD for (int i = 0; i < c; ++i) {
-      const float sign = g[i] > 0 ? 1.0f : (g[i] < 0 ? -1.0f : 0.0f);
-      u[i] = sign * std::fabs(u[i]);
-    }
-  } else if (r.direction == CAUTIOUS) {
-    SIMD for (int i = 0; i < c; ++i) {
-      const bool agree = ((u[i] > 0) & (g[i] > 0)) | ((u[i] < 0) & (g[i] < 0));
-      u[i] = u[i] * (agree ? mask_scale : 0.0f);  // a product: what is not a number stays visible
-    }
-  }
-  // 9  ALoRA
+  // 5
+  if (r.use_grams) redirect(u, g, c);
+  if (r.use_cautious) mask(u, g, c, mask_scale);
+  // 6
   if (f != nullptr) {
     SIMD for (int i = 0; i < c; ++i) u[i] *= f[i];
   }
-  // 10  weight decay and step
+  // 7
   float before = 0, after = 0;
   SIMD_SUM(before, after) for (int i = 0; i < c; ++i) {
     before += w[i] * w[i];
@@ -69,7 +55,7 @@ void step_tensor(const Call& call, int32_t which, const Scratch& s) {
   const int64_t n = t.n;
   float* w = const_cast<float*>(floats(t.w, t.bfloat16, n, s.w));
   const float* g = floats(call.grads[which], t.bfloat16, n, s.x);
-  if (r.alora) {
+  if (r.use_alora) {
     gram_matrix(floats(t.down, t.bfloat16, t.rank * t.down_columns, s.g), t.rank, t.down_columns, s.v);
     row_factors(t, r, w, s.v, s.f);
   }
@@ -78,40 +64,40 @@ void step_tensor(const Call& call, int32_t which, const Scratch& s) {
     decode(static_cast<uint8_t*>(t.m), t.m_peak, call.signed_map, n, m);
     decode(static_cast<uint8_t*>(t.v), t.v_peak, call.unsigned_map, n, v);
   }
-  // 0  what SPD asks of the untouched gradient, 1  AGR, 2  perpGrad
+  // 1  the gradient
   double sizes = 0, pull = 0;
-  if (r.agr || r.spd) survey(w, g, n, &sizes, &pull);
-  if (r.agr) regularize(g, n, sizes, s.g), g = s.g;
-  if (r.orthograd) project(w, g, n, s.g == g ? s.x : s.g), g = s.g == g ? s.x : s.g;
-  // 3  ADOPT, 4  TAM
-  if (r.adopt && !(*t.k > 0)) return seed(t, call, g, v);
-  const float bound = r.adopt ? float(std::pow(double(*t.k), r.adopt_clip)) : 0.0f;
+  if (r.use_agr || r.use_spd) survey(w, g, n, &sizes, &pull);
+  if (r.use_agr) regularize(g, n, sizes, s.g), g = s.g;
+  if (r.use_orthogonal_grad) project(w, g, n, s.g == g ? s.x : s.g), g = s.g == g ? s.x : s.g;
+  // 2  what of it enters the momentum
+  if (r.use_adopt_stability && !(*t.state.adopt_k > 0)) return seed(t, call, g, v);
+  const float bound = r.use_adopt_stability ? float(std::pow(double(*t.state.adopt_k), r.adopt_clip)) : 0.0f;
   float* const room = g == s.x ? s.g : s.x;
-  const float* x = r.adopt ? room : g;
+  const float* x = r.use_adopt_stability ? room : g;
   double sums[3] = {0, 0, 0};
-  for (int64_t at = 0; at < n && (r.adopt || r.tam); at += BLOCK) {
+  for (int64_t at = 0; at < n && (r.use_adopt_stability || r.use_tam); at += BLOCK) {
     const int c = int(std::min<int64_t>(BLOCK, n - at));
-    if (r.adopt) normalize(g + at, v + at, c, r.adopt_eps, bound, room + at);
-    if (r.tam) align(m + at, x + at, c, sums);
+    if (r.use_adopt_stability) normalize(g + at, v + at, c, float(r.adopt_eps), bound, room + at);
+    if (r.use_tam) align(m + at, x + at, c, sums);
   }
-  const float entering = r.tam ? torque(t, r, q, sums) : 1.0f;
-  // 5  first moment
+  const float entering = r.use_tam ? torque(t, r, q, sums) : 1.0f;
+  // 3  first moment
   const float mask_scale = first_moment(m, x, g, t, r, entering);
-  // 6 to 10
+  // 3 to 7, block by block
   double squares[2] = {0, 0};
   float factors[BLOCK];
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int c = int(std::min<int64_t>(BLOCK, n - at));
-    if (r.alora) spread(s.f, t.rank, at, c, factors);
-    finish_block(w + at, g + at, m + at, v + at, r.alora ? factors : nullptr, c, r, q, mask_scale, squares);
+    if (r.use_alora) spread(s.f, t.rank, at, c, factors);
+    finish_block(w + at, g + at, m + at, v + at, r.use_alora ? factors : nullptr, c, r, q, mask_scale, squares);
     if (t.eight_bit) {
       encode_block<true>(m + at, c, call, static_cast<uint8_t*>(t.m) + at, t.m_peak + at / BLOCK);
       encode_block<false>(v + at, c, call, static_cast<uint8_t*>(t.v) + at, t.v_peak + at / BLOCK);
     }
   }
-  if (r.adopt) *t.k += 1;
-  // 11  SPD
-  if (r.spd) decay_selectively(w, n, r, pull, squares);
+  if (r.use_adopt_stability) *t.state.adopt_k += 1;
+  // 8  what the weights may not leave
+  if (r.use_spd) decay_selectively(w, n, r, pull, squares);
   if (t.bfloat16)
     store_bfloat16(w, static_cast<uint16_t*>(t.w), n, r.stochastic_rounding, t.ordinal, uint32_t(q.step));
 }

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 
+from library.errors import why_not
 from library.progress import bar
+
+logger = logging.getLogger(__name__)
 
 
 def model_metadata(part: str, given: str) -> dict[str, str]:
@@ -17,11 +21,12 @@ def model_metadata(part: str, given: str) -> dict[str, str]:
         return {f"ss_{part}_name": given}
     if path.is_dir():
         return {f"ss_{part}_name": path.resolve().name}
-    return {
-        f"ss_{part}_hash": old_hash(path),
-        f"ss_new_{part}_hash": sha256(path),
-        f"ss_{part}_name": path.name,
-    }
+    named = {f"ss_{part}_name": path.name}
+    try:
+        return {f"ss_{part}_hash": old_hash(path), f"ss_new_{part}_hash": sha256(path), **named}
+    except OSError as error:  # a drive that is gone by now: no reason to lose what was trained
+        logger.warning("%s: no hash of it in the metadata: %s", path, why_not(error))
+        return named
 
 
 def old_hash(path: Path) -> str:

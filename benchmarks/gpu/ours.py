@@ -1,0 +1,97 @@
+"""A run of this program on the device: what a step takes and holds, and how long it waits for data."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.models import Bench
+
+CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs", "--cache_latents")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`wait`: the share of the time in which the loop waits for its next batch."""
+
+    seconds: float
+    peak: int | None
+    wait: float
+    parameters: int
+
+
+def words(bench: Bench, kind: str, output: Path, *, batch: int, steps: int, rank: int = 16) -> list[str]:
+    """The command line that all runs share: bf16 and AdamW."""
+    return [
+        *("--pretrained_model_name_or_path", str(bench.model(kind)), "--train_data_dir", str(bench.images())),
+        *("--caption_extension", ".txt", "--resolution", str(bench.resolution(kind)), "--output_dir", str(output)),
+        *("--train_batch_size", str(batch), "--network_dim", str(rank), "--network_alpha", str(rank), "--seed", "42"),
+        *("--mixed_precision", "bf16", "--learning_rate", "1e-4", "--max_train_steps", str(steps), "--overwrite"),
+        *("--no-loss_plot", "--no-report"),
+    ]
+
+
+def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, steps: int) -> Measured:
+    """Train `warmup` steps and `steps` more as the command line does, and look at the latter."""
+    from accelerate.state import AcceleratorState
+
+    from library.config.parser import parse
+    from library.training import loop, metrics, monitor
+    from library.training.build import build
+    from library.training.plan import make_plan
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output = bench.folder / "out"
+    built = build(make_plan(parse([*words(bench, kind, output, batch=batch, steps=warmup + steps), *more])))
+    monitor.attach(built)
+    waits: list[float] = []
+    batches = built.run.data.batches
+
+    def timed(*arguments: Any, **settings: Any) -> Iterator[Any]:
+        found = batches(*arguments, **settings)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(found)
+            except StopIteration:
+                return
+            waits.append(time.perf_counter() - start)
+            yield batch
+
+    built.run.data.batches = timed  # type: ignore[method-assign]
+    bench.forget_peak()
+    loop.train(built.run)
+    bench.settled()
+    peak = bench.peak()
+    built.run.monitor.end(stopped_by="", conclusion="")
+    lines = [json.loads(line) for line in metrics.metrics_path(built.saves.last_file).read_text().splitlines()]
+    at = {line["step"]: line["seconds"] for line in lines if "seconds" in line}
+    taken = float(at[warmup + steps] - at[warmup])
+    return Measured(
+        seconds=taken / steps,
+        peak=peak,
+        wait=sum(waits[-steps:]) / taken,
+        parameters=sum(parameter.numel() for parameter in built.run.parameters),
+    )
+
+
+def computed(bench: Bench, kind: str, *more: str, batch: int = 1) -> int:
+    """The bytes of a step that the dry run computes for the same command line."""
+    from accelerate.state import AcceleratorState
+
+    from train_network import main
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main([*words(bench, kind, bench.folder / "out", batch=batch, steps=1), *more, "--dry_run"]) == 0
+    found = re.search(r"about ([\d.]+) (KiB|MiB|GiB) in a step", said.getvalue())
+    assert found is not None, said.getvalue()
+    return int(float(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]])

@@ -1,0 +1,89 @@
+"""CUDA's particulars: copies that do not stop the GPU, the same bits in every run, errors in plain words."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""cuBLAS reads it at its first call; what it asks for is what cuBLAS takes on recent GPUs anyway."""
+
+LESS_MEMORY = (
+    "Each of these needs less: --gradient_checkpointing, a smaller --train_batch_size or --vae_batch_size, "
+    "--mixed_precision bf16, --cache_latents, --network_train_unet_only with --cache_text_encoder_outputs, --fp8_base, "
+    "--optimizer_type AdamW8bit; --dry_run computes how much"
+)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, queued behind what the GPU has still to do.
+
+    A copy from ordinary memory would make the host wait until all of that is done, and the GPU would then wait for the
+    host. torch keeps the pinned memory until it has been read.
+    """
+    import torch
+
+    has_memory = type(tensor) is torch.Tensor  # fake tensors have none
+    if device.type == "cuda" and tensor.device.type == "cpu" and has_memory:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def settle(*, deterministic: bool, allow_tf32: bool) -> None:
+    """Choose CUDA's algorithms for the rest of the process, before the first of them runs.
+
+    `deterministic`: only those that give the same bits each time. By default cuDNN's and the attention kernels'
+    backward passes add in any order. `allow_tf32`: products of fp32 numbers in TF32, with ten bits of mantissa; torch
+    allows it to convolutions by default.
+    """
+    import torch
+
+    if deterministic:
+        os.environ.setdefault(WORKSPACE, ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which costs a pass over every new tensor
+    with warnings.catch_warnings():  # the newer settings cannot be mixed with these, which torch's compiler reads
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # torch's compiler recommends them
+
+
+def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which torch's streams of random numbers, on the CPU and on `device`, are as they were before."""
+    import torch
+
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def unscale_fp16(scaler: torch.amp.GradScaler) -> None:
+    """Have the scaler divide gradients in fp16 too. torch refuses that by default, for fp16 can then become 0; who asks
+    for --full_fp16 trades that for memory, as in kohya's scripts."""
+    unscale = scaler._unscale_grads_
+
+    def unscale_all(optimizer: Any, inverse: Any, found: Any, allow_fp16: bool) -> Any:
+        return unscale(optimizer, inverse, found, True)
+
+    scaler._unscale_grads_ = unscale_all
+
+
+def explained(error: BaseException) -> str | None:
+    """The cause in plain words and a way out, if `error` is one of CUDA's that the options can avoid; else None."""
+    reason = str(error).strip().split("\n")[0]
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return f"the GPU's memory is too small: {memory_of(error)}. {LESS_MEMORY}"
+    if "deterministic" in reason and "use_deterministic_algorithms" in reason:
+        return f"{reason.split(',')[0]}. --no-deterministic lets it run; two runs may then differ in their last digits"
+    return None
+
+
+def memory_of(error: BaseException) -> str:
+    """What was asked for and what was free, of torch's much longer message."""
+    sentences = str(error).strip().split("\n")[0].removeprefix("CUDA out of memory. ").split(". ")
+    return ". ".join(sentences[:2]).strip().rstrip(".")

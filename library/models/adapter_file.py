@@ -1,0 +1,190 @@
+"""What an adapter file holds, told from the names of its tensors: kinds of layers, whose names, and what lies beside.
+
+This is the one place that decides it; what reads base models, VAEs, LoRA files or converts them asks here. Neither
+torch nor a model is needed. The names of the kinds are those of LyCORIS (lycoris/modules/*.py), of kohya's networks.oft
+and of PEFT (peft/tuners/*/layer.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Naming = Literal["kohya", "diffusers", "PEFT", "OneTrainer", "ComfyUI"]
+
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_BUNDLE = "bundle_emb."  # a textual inversion embedding that is shipped in a LoRA file: bundle_emb.WORD.KEY
+
+_LORA_ENDS = (
+    r"lora_(?:down|up)\.weight|lora_[AB](?:\.\w+)?(?:\.weight)?|(?:lora|lora_linear_layer)\.(?:down|up)\.weight"
+)
+
+
+class _Kind(NamedTuple):
+    title: str
+    ends: str  # of its tensors' names, a regular expression
+    lycoris: str  # the arguments by which LyCORIS makes it; "" where it does not
+
+
+# Of the kinds whose tensors a layer has, the first counts: a DoRA is a LoRA with a dora_scale.
+_KINDS = {
+    "adalora": _Kind("an AdaLoRA", r"lora_E(?:\.\w+)?", ""),
+    "bias": _Kind("a LoRA with biases", r"lora_(?:B(?:\.\w+)?|up)\.bias|bias_(?:indices|values|size)", ""),
+    "tucker": _Kind("a LoRA with Tucker cores (lora_mid)", r"lora_mid\.weight", "algo=lora use_tucker=True"),
+    "loha": _Kind("a LoHa", r"hada_(?:w[12]_[ab]|t[12])", "algo=loha"),
+    "lokr": _Kind("a LoKr", r"lokr_(?:w[12](?:_[ab])?|t[12])", "algo=lokr"),
+    "dora": _Kind("a DoRA", r"dora_scale|lora_magnitude_vector(?:\.\w+)*", "algo=lora dora_wd=True"),
+    "boft": _Kind("a BOFT", r"boft_[Rs](?:\.\w+)*", "algo=boft"),
+    "oft": _Kind("an OFT", r"oft_(?:blocks|diag)|oft_R(?:\.\w+)*", "algo=diag-oft"),
+    "glora": _Kind("a GLoRA", r"(?:a1|a2|b1|b2|bm)\.weight", "algo=glora"),
+    "ia3": _Kind("an (IA)³", r"on_input|ia3_l(?:\.\w+)?", "algo=ia3"),
+    "full": _Kind("a file of whole weight differences (diff)", r"diff(?:_b)?|set_weight|reshape_weight", "algo=full"),
+    "norm": _Kind("a file of normalisation layers (w_norm)", r"[wb]_norm", "train_norm=True"),
+    "vera": _Kind("a VeRA", r"vera_lambda_[bd](?:\.\w+)?", ""),
+    "tlora": _Kind("a T-LoRA", r"[pq]_layer\.weight|lambda_layer", "algo=tlora"),
+    "lora": _Kind("a LoRA", _LORA_ENDS, "algo=lora"),
+}
+_ORDER = list(_KINDS)
+_SHORT = {"bias": "LoRA with bias", "tucker": "Tucker", "full": "diff", "norm": "norm", "ia3": "(IA)³"}
+_END = re.compile("|".join(rf"\.(?P<{kind}>{ends})\Z" for kind, (_, ends, _) in _KINDS.items()))
+_OLD_LORA = re.compile(r"(?P<path>.+\.to_\w+?)_lora\.(?:down|up)\.weight")  # the first files of diffusers
+_SHARED = ("alpha", "scale", "scalar", "rescale", "weight")  # ends of names that belong to several kinds
+_VERA_TABLES = ("vera_A", "vera_B")  # of the whole file, behind the prefix of PEFT
+_WITH_DORA = ("loha", "lokr")  # kinds that can have a dora_scale as well
+
+_LONGEST_ARGUMENTS = 500  # characters of ss_network_args that a message can hold
+
+_ONETRAINER = ("lora_unet.", "lora_te.", "lora_te1.", "lora_te2.", "clip_l.", "clip_g.")
+_ORIGINAL_UNET = re.compile(r"unet\.(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
+_COMFYUI = ("diffusion_model.", "text_encoders.")
+_DIFFUSERS_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """naming: whose names the layers have; None: nobody's that is known. layers: how many of each kind, by the keys of
+    `_KINDS`. embeddings: the words of textual inversion embeddings beside them. unknown: names of no known kind.
+    decomposed: whether LoHa or LoKr have DoRA's scales. made_by: the options by which LyCORIS made it, as its metadata
+    has them, or by which it makes such layers; "" where it does not.
+    """
+
+    naming: Naming | None
+    layers: Mapping[str, int]
+    embeddings: tuple[str, ...]
+    unknown: tuple[str, ...]
+    decomposed: bool
+    made_by: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds low-rank pairs and nothing else but, at most, embeddings."""
+        return self.layers.keys() == {"lora"} and not self.unknown
+
+    @property
+    def title(self) -> str:
+        """For messages: "a LoHa", or what is in it where that is several things."""
+        if len(self.layers) == 1 and not self.unknown:
+            (kind,) = self.layers
+            return _KINDS[kind].title + " with DoRA" * self.decomposed
+        parts = [f"{count} layers of {_short(kind)}" for kind, count in self.layers.items()]
+        if self.unknown:
+            parts.append(f"{len(self.unknown)} tensors of no known kind, such as {self.unknown[0]}")
+        return f"an adapter of {' and '.join(parts)}"
+
+
+def describe(names: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> AdapterFile | None:
+    """What the tensors of these names and shapes are; None if no name is an adapter's. `metadata`: of the file."""
+    kinds: dict[str, set[str]] = {}  # by layer
+    embeddings: dict[str, None] = {}
+    rest: list[str] = []
+    for name, shape in names.items():
+        if is_of_embedding(name):
+            embeddings[name.removeprefix(_BUNDLE).partition(".")[0]] = None
+        elif found := _layer_and_kind(name, shape):
+            kinds.setdefault(found[0], set()).add(found[1])
+        else:
+            rest.append(name)
+    if not kinds and not any(name.startswith(KOHYA_PREFIXES) for name in rest):
+        return None
+    unknown = [name for name in rest if not _belongs(name, kinds)]
+    counted = Counter(min(found, key=_ORDER.index) for found in kinds.values())
+    layers = dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+    decomposed = any("dora" in found for found in kinds.values() if found & set(_WITH_DORA))
+    naming = naming_of(names)
+    made_by = _made_by(metadata or {}) or _lycoris(layers, naming, decomposed=decomposed)
+    return AdapterFile(naming, layers, tuple(embeddings), tuple(unknown), decomposed, made_by)
+
+
+def is_of_embedding(name: str) -> bool:
+    """Whether a tensor is of an embedding that lies beside an adapter."""
+    return name.startswith(_BUNDLE)
+
+
+def naming_of(names: Iterable[str]) -> Naming | None:
+    """Whose names these are; None if they are no adapter's that is known."""
+    names = [name for name in names if not is_of_embedding(name)]
+    if any(name.startswith(KOHYA_PREFIXES) for name in names):
+        return "kohya"
+    marked = [name for name in names if _layer_and_kind(name, ())]
+    if any(name.startswith(_ONETRAINER) or _ORIGINAL_UNET.match(name) for name in marked):
+        return "OneTrainer"
+    if any(name.startswith(_COMFYUI) for name in marked):
+        return "ComfyUI"
+    if any(re.search(r"\.lora_[AB](?:\.|\Z)", name) and not name.startswith(_DIFFUSERS_PARTS) for name in marked):
+        return "PEFT"
+    pairs = (_layer_and_kind(name, ()) for name in marked)
+    return "diffusers" if any(found and found[1] == "lora" for found in pairs) else None
+
+
+def _layer_and_kind(name: str, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """The layer that a tensor belongs to, and the kind that its name is of."""
+    if old := _OLD_LORA.fullmatch(name):
+        return old["path"], "lora"
+    match = _END.search(name)
+    if match is None or match.lastgroup is None:
+        return None
+    # LyCORIS calls both oft_blocks; those of BOFT have an axis for its stages
+    stages = match.lastgroup == "oft" and name.endswith("oft_blocks") and len(shape) == 4
+    return name[: match.start()], "boft" if stages else match.lastgroup
+
+
+def _belongs(name: str, layers: Mapping[str, object]) -> bool:
+    """Whether a name that marks no kind is a part of one of these layers, or of all."""
+    layer, _, end = name.rpartition(".")
+    return (end in _SHARED and layer in layers) or end in _VERA_TABLES
+
+
+def _made_by(metadata: Mapping[str, str]) -> str:
+    """The options by which LyCORIS made the file, if it says so."""
+    module, text = metadata.get("ss_network_module", ""), metadata.get("ss_network_args", "{}")
+    if not re.fullmatch(r"lycoris\.[\w.]+", module) or len(text) > _LONGEST_ARGUMENTS:
+        return ""
+    words = [f"--network_module {module}"]
+    for option in ("network_dim", "network_alpha"):
+        if re.fullmatch(r"[\d.e+-]+", value := metadata.get(f"ss_{option}", "")):
+            words.append(f"--{option} {value}")
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        arguments = {}
+    if isinstance(arguments, dict) and arguments:
+        words += ["--network_args", *(f"{name}={value}" for name, value in arguments.items())]
+    return " ".join(words)
+
+
+def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bool) -> str:
+    """What makes such a network, where LyCORIS can: its files have kohya's names."""
+    arguments = [_KINDS[kind].lycoris for kind in layers] + ["dora_wd=True"] * decomposed
+    algorithms = [words for words in arguments if words.startswith("algo=")]
+    if naming != "kohya" or not all(arguments) or len(algorithms) > 1 or layers.keys() == {"lora"}:
+        return ""
+    more = [words for words in arguments if words not in algorithms]
+    return " ".join(["--network_module lycoris.kohya --network_args", *(algorithms or ["algo=lora"]), *more])
+
+
+def _short(kind: str) -> str:
+    return _SHORT.get(kind) or _KINDS[kind].title.split(" ", 1)[1]

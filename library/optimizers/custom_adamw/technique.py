@@ -1,0 +1,182 @@
+"""What a technique of CustomAdamW declares: its settings, its state, and what it does at the stages of a step.
+
+A technique is one file with one class, and a line in `techniques.py`. The class is a frozen dataclass:
+
+- its fields, made by `setting`, are its options; the first one switches it on. From them follow the constructor's
+  signature, the flags and their help, defaults and checks of parameter groups, the table in docs/optimizer.md and the
+  structure of the CPU kernel;
+- `buffers` is its state, which is kept, saved, loaded and resumed without more ado;
+- of the stages (`gradient` ... `settle`, `decay_factor`) it overrides those at which it acts. update.py says when each
+  one comes;
+- the first line of its docstring is its line in the docs.
+
+An instance is the technique with the settings of one parameter group. A file `kernel/<module>.h` beside the
+technique's module says that the CPU kernel knows it; without one, parameters that it applies to go through the batched
+step. The modules of techniques are read by `--help`, so they import torch only inside functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
+
+from .pairs import Role
+from .setting import Setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+
+class About(NamedTuple):
+    """What is known about a parameter before its first step."""
+
+    role: Role  # which half of a LoRA pair, by its name
+    paired: bool  # whether it is a lora_up whose lora_down is there
+    numel: int
+
+
+class Buffer(NamedTuple):
+    """State of a technique, under the key `name` in `optimizer.state[p]`.
+
+    Kept in float32 (float64 for such weights), or in the weights' own type. `start` is its value at the first step:
+    of (parameter, state), where `state` may come from another optimizer, with "step", "exp_avg" and "exp_avg_sq";
+    None means 0.
+    """
+
+    name: str
+    per: Literal["tensor", "number"] = "tensor"  # one number for a parameter, or as many as it has
+    as_weights: bool = False
+    start: Callable[[Tensor, Mapping[str, Any]], Tensor | float] | None = None
+
+
+@dataclass
+class Step:
+    """What a technique can look at while a step of some parameters is made. Tensors are [k, n]: a row is a parameter.
+
+    `before` holds the state before the step: "exp_avg", "exp_avg_sq" [k, n] and the buffers ([k, 1] or [k, n]);
+    `after` takes what changes. `updates` counts the updates of the momentum, this one included.
+    """
+
+    weight: Tensor  # before the step
+    raw: Tensor  # the gradient as it came
+    grad: Tensor  # the gradient after the stage `gradient`
+    before: Mapping[str, Tensor]
+    after: dict[str, Tensor]
+    updates: Tensor | float
+    down: Tensor | None  # lora_down [k, r, in] of lora_up weights [k, out * r], for techniques that read it
+
+
+class Technique:
+    """Base of all techniques: acts at no stage."""
+
+    name: ClassVar[str]
+    papers: ClassVar[tuple[str, ...]] = ()  # arXiv numbers
+    excludes: ClassVar[Mapping[str, str]] = {}  # switches of techniques that it overrides, with the reason
+    normalizes: ClassVar[bool] = False  # divides by the second moment itself, so that Adam's division is left out
+    reads_down: ClassVar[bool] = False  # needs lora_up's partner as it was before the step
+
+    # The stages of a step, in order
+
+    def gradient(self, g: Tensor, step: Step) -> Tensor:
+        """The gradient for everything that follows."""
+        return g
+
+    def entering(self, x: Tensor, step: Step) -> Tensor:
+        """What enters the momentum: at first the gradient."""
+        return x
+
+    def direction(self, u: Tensor, step: Step) -> Tensor:
+        """The update, which carries the learning rate: turned or masked."""
+        return u
+
+    def size(self, u: Tensor, step: Step) -> Tensor:
+        """The update: longer or shorter."""
+        return u
+
+    def project(self, w: Tensor, step: Step) -> Tensor:
+        """The new weights, after weight decay and update."""
+        return w
+
+    def settle(self, w: Tensor, step: Step) -> Tensor:
+        """The new weights; the last word on them and on `step.after`."""
+        return w
+
+    def decay_factor(self, step: int) -> float:
+        """What the weight decay is multiplied by at a step of the group, counted from 1."""
+        return 1.0
+
+    # Its state, where it applies, what it says
+
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Its state."""
+        return ()
+
+    def applies(self, about: About) -> bool:
+        """Whether it acts on this parameter."""
+        return about.paired or not self.reads_down
+
+    def known_to_kernel(self) -> bool:
+        """Whether the CPU kernel, if it has a header for the technique, can do it with these settings."""
+        return True
+
+    def check(self) -> None:
+        """Raise `UserError` for settings that do not go together, or whose type says nothing of their range."""
+
+    def unmet(self, hint: str) -> str:
+        """A warning for when it applies to no parameter; "" for none. `hint`: why names may not have been found."""
+        return ""
+
+    def remark(self) -> str:
+        """What its settings mean, for the start-up message; "" for nothing."""
+        return ""
+
+    # What follows from the declaration
+
+    @classmethod
+    @lru_cache
+    def settings(cls) -> tuple[Setting, ...]:
+        """Its options; the first one is its switch."""
+        assert "__dataclass_params__" in vars(cls), f"{cls.__qualname__} needs @dataclass(frozen=True)"
+        hints = get_type_hints(cls)
+        return tuple(
+            Setting(field.name, hints[field.name], field.default, **field.metadata["setting"])
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def switch(cls) -> Setting:
+        """The option that turns it on."""
+        return cls.settings()[0]
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Self:
+        """The technique with the settings of a parameter group."""
+        return cls(**{item.name: group[item.name] for item in cls.settings()})
+
+    @classmethod
+    def acts_at(cls, *stages: str) -> bool:
+        """Whether it overrides one of these stages."""
+        return any(getattr(cls, stage) is not getattr(Technique, stage) for stage in stages)
+
+    @classmethod
+    @lru_cache
+    def has_kernel(cls) -> bool:
+        """Whether there is a header for it in the CPU kernel."""
+        module = Path(str(sys.modules[cls.__module__].__file__))
+        return (module.parent / "kernel" / f"{module.stem}.h").is_file()
+
+
+STAGES = ("gradient", "entering", "direction", "size", "project", "settle")  # those at which tensors are worked on
+
+
+def norm(x: Tensor) -> Tensor:
+    """||x|| [k, 1] for rows [k, n]."""
+    import torch
+
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
