@@ -88,7 +88,7 @@ def _optimizers() -> Iterator[Case]:
         "--learning_rate 1 --lr_scheduler cosine",
         package="prodigyopt",
     )
-    yield _case("adafactor", f"--optimizer_type Adafactor --lr_scheduler adafactor:1e-3 {STATE}")
+    yield _case("adafactor", f"--optimizer_type Adafactor --lr_scheduler adafactor:1e-3 {STATE}", fast=True)
     yield _case(
         "adafactor_fixed_rate",
         "--optimizer_type Adafactor --optimizer_args relative_step=False scale_parameter=False "
@@ -103,7 +103,9 @@ def _optimizers() -> Iterator[Case]:
     yield _case("sgd", "--optimizer_type SGDNesterov --learning_rate 0.1 --max_grad_norm 0")
     yield _case("dadapt_adam", "--optimizer_type DAdaptAdam --learning_rate 1", package="dadaptation")
     yield _case("lion_8_bits", "--optimizer_type Lion8bit --network_dim 32")
-    yield _case("any_class", "--optimizer_type torch.optim.NAdam --optimizer_args betas=0.8,0.95 weight_decay=0.1")
+    yield _case(
+        "any_class", "--optimizer_type torch.optim.NAdam --optimizer_args betas=0.8,0.95 weight_decay=0.1", fast=True
+    )
 
 
 def _schedules() -> Iterator[Case]:
@@ -155,9 +157,10 @@ def _objectives() -> Iterator[Case]:
         "--debiased_estimation_loss --noise_offset 0.1 --noise_offset_random_strength --ip_noise_gamma 0.1 "
         "--ip_noise_gamma_random_strength --loss_type smooth_l1 --huber_schedule exponential --huber_scale 1.5 "
         "--weighting_scheme logit_normal --logit_mean 0.5 --logit_std 1.5",
+        fast=True,
     )
     more = "--weighting_scheme mode --mode_scale 1.2 --training_shift 2"
-    yield _case("objective_l1", f"--loss_type l1 --v_pred_like_loss 0.5 {more}")
+    yield _case("objective_l1", f"--loss_type l1 --v_pred_like_loss 0.5 {more}", fast=True)
     coarse = "--multires_noise_iterations 8 --multires_noise_discount 0.5"
     yield _case("objective_huber", f"--loss_type huber --huber_schedule constant {coarse}")
     v = "--zero_terminal_snr --scale_v_pred_loss_like_noise_pred"
@@ -183,13 +186,15 @@ def _data() -> Iterator[Case]:
     crops = "--no-cache_latents --random_crop --color_aug --flip_aug --max_data_loader_n_workers 2"
     yield _case("crops", crops, data="shapes")
     yield _case("masks", f"{CONFIG} --masked_loss", data="masks", fast=True)
-    yield _case("alpha_masks", "--alpha_mask --no-cache_latents", data="masks")
+    yield _case("alpha_masks", "--alpha_mask --no-cache_latents", data="masks", fast=True)
     own = f"{CONFIG} --resolution= --train_batch_size="
     yield _case("several_folders", f"{own} --prior_loss_weight 0.5", data="several", fast=True)
     regularised = "--reg_data_dir reg --prior_loss_weight 0.3 --gradient_accumulation_steps 2"
     yield _case("regularisation", regularised, data="regularised")
     yield _case("preservation", f"{own} --network_dropout 0.1", data="preserved", fast=True)
-    yield _case("metadata_file", "--in_json meta.json --shuffle_caption --caption_extension=", data="described")
+    yield _case(
+        "metadata_file", "--in_json meta.json --shuffle_caption --caption_extension=", data="described", fast=True
+    )
     disk = f"{TEXTS}_to_disk --no-cache_latents --cache_latents_to_disk"
     yield _case("disk_caches", f"{disk} --flip_aug", f"{disk} --flip_aug --output_name again", fast=True)
     kept = f"{disk} --cache_dir kept"
@@ -201,23 +206,24 @@ def _data() -> Iterator[Case]:
 def _families() -> Iterator[Case]:
     yield _case("sdxl", f"{SDXL} --text_encoder_lr 1e-3 5e-4 --max_token_length 150 {STATE}", fast=True)
     small = "--mixed_precision bf16 --gradient_checkpointing --save_precision bf16"
-    yield _case("sdxl_bf16", f"{SDXL} {TEXTS} {small} --full_bf16")
+    yield _case("sdxl_bf16", f"{SDXL} {TEXTS} {small} --full_bf16", fast=True)
     eight = f"{SDXL} {TEXTS} {small} --fp8_base --gradient_accumulation_steps 2 --max_train_steps 2"
     yield _case("sdxl_float8", eight, fast=True)
     command = TRAIN.replace("train_network", "sdxl_train_network")
-    yield _case("sdxl_command", f"{command} {SDXL} --preset sdxl_style --resolution 64 --no-enable_bucket")
+    yield _case("sdxl_command", f"{command} {SDXL} --preset sdxl_style --resolution 64 --no-enable_bucket", fast=True)
     resumed = f"{SDXL} --network_dropout 0.1 --flip_aug --save_every_n_steps 2 --save_state"
     yield _case("sdxl_resumed", resumed, f"{resumed} --overwrite --resume out/lora-step00000002-state")
     blocks = f"conv_dim=2 block_dims={','.join(['0'] * 10 + ['2'] * 13)} down_lr_weight=linear"
-    yield _case("sdxl_blocks", f"{SDXL} --optimizer_type CustomAdamW --network_args {blocks}", compiler=True)
+    yield _case("sdxl_blocks", f"{SDXL} --optimizer_type CustomAdamW --network_args {blocks}", compiler=True, fast=True)
     encoders = "--network_train_text_encoder_only --weighted_captions --validation_split 0.2"
     yield _case("sdxl_text_encoders", f"{SDXL} {encoders}", data="tags")
     yield _case(
         "sd2_text_encoder",
         "--pretrained_model_name_or_path {sd2} --network_train_text_encoder_only --max_token_length 225 "
         "--lr_layer_decay 0.9",
+        fast=True,
     )
-    yield _case("other_vae", "--vae {vae}/vae.safetensors --clip_skip 2 --vae_batch_size 2")
+    yield _case("other_vae", "--vae {vae}/vae.safetensors --clip_skip 2 --vae_batch_size 2", fast=True)
 
 
 def _networks() -> Iterator[Case]:
@@ -234,6 +240,7 @@ def _networks() -> Iterator[Case]:
         "--network_args down_lr_weight=cosine mid_lr_weight=0.5 up_lr_weight=reverse_linear "
         "block_lr_zero_threshold=0.1 loraplus_unet_lr_ratio=2 --lr_layer_decay 0.9 --optimizer_type CustomAdamW",
         compiler=True,
+        fast=True,
     )
     merged = "--base_weights out/first.safetensors out/second.safetensors --base_weights_multiplier 0.5 -1"
     yield _case(
@@ -345,7 +352,7 @@ def _guidance() -> Iterator[Case]:
     yield _case("recommended", "--recommend", f"--recommend {SDXL} --output_name xl", fast=True)
     yield _case("rate_found", f"--find_lr --find_lr_start 1e-5 --find_lr_end 1 --find_lr_steps 20 {UNET}")
     sheet = "--debug_dataset --enable_bucket --min_bucket_reso 32 --bucket_reso_steps 16 --flip_aug"
-    yield _case("contact_sheet", sheet, data="shapes")
+    yield _case("contact_sheet", sheet, data="shapes", fast=True)
     yield _case("told", "train_network --list_presets", "train_network --help", fast=True)
     presets = ("sd15_style", "sd15_character", "sd15_concept", "default", "conservative")
     small = "--resolution 32 --no-enable_bucket --max_train_steps 2"

@@ -117,7 +117,7 @@ class _Comparison:
     def file(self, name: str, before: Json, now: Json) -> Iterator[str]:
         if before.get("layout") != now.get("layout"):
             yield from self.layout(name, before.get("layout"), now.get("layout"))
-        for key in before.keys() | now.keys() - {"layout", "bits"}:
+        for key in sorted(before.keys() | now.keys()):
             ours, theirs = now.get(key), before.get(key)
             if key == "losses":
                 yield from self.losses(name, theirs or {}, ours or {})

@@ -25,7 +25,7 @@ Json = dict[str, Any]
 MASKED = frozenset(
     (
         *("ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date", "sshs_legacy_hash"),
-        *("session_id", "started_at", "machine", "seconds", "memory"),
+        *("session_id", "started_at", "machine", "seconds", "memory", "sha256"),
     )
 )
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}

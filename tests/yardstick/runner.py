@@ -40,9 +40,9 @@ class Runner:
 
     def close(self) -> None:
         """End the worker."""
-        if self._worker is not None and self._worker.stdin is not None:
-            self._worker.stdin.close()
-            self._worker.wait()
+        if self._worker is not None:
+            with self._worker:  # which closes its streams and waits
+                pass
 
     def prepare(self, case: Case) -> Path:
         """The case's folder, with what it begins with."""
