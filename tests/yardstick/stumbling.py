@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 LEAST = 50_000  # weights of a run; the trainer's trial has 6,000 for each group, the cases' LoRA 140,000
 
 
