@@ -24,7 +24,7 @@ def _main(argv: list[str] | None, family: str | None) -> int:
     try:
         options = parser.parse(sys.argv[1:] if argv is None else argv)
         log.configure(level=options.logging.console_log_level, file=options.logging.console_log_file)
-        from library.training.job import run  # the rest of the program loads only if the options are good
+        from library.job import run  # the rest of the program loads only if the options are good
 
         return run(options, family=family)
     except CommonError as error:

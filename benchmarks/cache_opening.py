@@ -37,8 +37,8 @@ def measured(folder: Path, *, side: int, count: int, repeats: int) -> list[str]:
     import torch
     from PIL import Image
 
+    from library.data.caches.disk import Disk, cache_images
     from library.data.check import check_images
-    from library.data.disk_cache import Disk, cache_images
     from library.data.views import View
 
     def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

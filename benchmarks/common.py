@@ -61,7 +61,7 @@ def sd15_folder(folder: Path) -> Path:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from library.models.base_model import ASSETS
+    from library.models.checkpoints.base_model import ASSETS
 
     config = json.loads((ASSETS / "sd1.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)

@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("output/sd15"))
     options = parser.parse_args()
 
-    from library.data.cache import encode_images
-    from library.data.disk_cache import Disk, cache_images
+    from library.data.caches.disk import Disk, cache_images
+    from library.data.caches.memory import encode_images
     from library.data.images import load_pixels
     from library.data.views import View
     from library.models import open_family

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import sd15_folder
 from benchmarks.step_time import image_folder, words
-from library.config.monitoring import EVERY_N_STEPS
+from library.config.options.monitoring import EVERY_N_STEPS
 
 PARTS = ("batch", "before_step", "after_step", "report")
 
@@ -49,9 +49,10 @@ class Stopwatch:
 def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
     """Seconds of each step with everything, and of these the monitor's."""
     from library.config.parser import parse
-    from library.training import loop, monitor
-    from library.training.build import build
-    from library.training.plan import make_plan
+    from library.run.build import build
+    from library.run.plan import make_plan
+    from library.training import loop
+    from library.training.hooks import monitor
 
     built = build(make_plan(parse(command)))
     monitor.attach(built)

@@ -246,9 +246,9 @@ def train_and_judge(variant: Variant, rate: float, seed: int) -> Row:
 
     from benchmarks.fixed_noise_loss import fixed_noise_loss
     from library.config.parser import parse
+    from library.run.build import build
+    from library.run.plan import make_plan
     from library.training import loop
-    from library.training.build import build
-    from library.training.plan import make_plan
 
     os.chdir(ROOT)
     began = time.perf_counter()

@@ -47,9 +47,9 @@ def words(seed: int, folder: str, *more: str) -> list[str]:
 def suggested(seed: int, *more: str) -> dict[str, float]:
     """Rule → factor on the configured rates."""
     from library.config.parser import parse
-    from library.training import find_lr
-    from library.training.build import build
-    from library.training.plan import make_plan
+    from library.guidance import find_lr
+    from library.run.build import build
+    from library.run.plan import make_plan
 
     with tempfile.TemporaryDirectory() as folder:
         options = parse(words(seed, folder, *more, "--find_lr"))
@@ -61,9 +61,10 @@ def train_and_judge(seed: int, factor: float, *more: str) -> tuple[float, int]:
     """The loss on the validation images after training with the configured rates times `factor`, and the steps."""
     from benchmarks.fixed_noise_loss import fixed_noise_loss
     from library.config.parser import parse
-    from library.training import divergence, loop
-    from library.training.build import build
-    from library.training.plan import make_plan
+    from library.run.build import build
+    from library.run.plan import make_plan
+    from library.training import loop
+    from library.training.hooks import guard as divergence
 
     configured = parse(words(seed, "unused", *more)).optimizer
     assert configured.text_encoder_lr is not None

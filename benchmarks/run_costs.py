@@ -30,7 +30,8 @@ QUICK = (
 
 def saves(optimizer: str) -> str:
     """A line of milliseconds and bytes, the median of 13 saves."""
-    from library.training import save, state
+    from library.record import saves as save
+    from library.training import state
     from train_network import main
 
     times: dict[str, list[float]] = {"LoRA": [], "state": []}

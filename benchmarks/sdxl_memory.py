@@ -53,7 +53,7 @@ def watched(run, item):
     return loss
 loop.optimizer_step = watched
 from train_network import main
-import library.training.build, library.models.modules
+import library.run.build, library.models.modules
 library.models.modules.new_unet({"block_out_channels": [32], "down_block_types": ["DownBlock2D"],
                                  "up_block_types": ["UpBlock2D"], "mid_block_type": None})
 imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -69,7 +69,7 @@ def model_folder(folder: Path) -> Path:
     """A diffusers folder of the true SDXL with random weights in bf16, made once."""
     if (folder / "scheduler").exists():
         return folder
-    from library.models.base_model import ASSETS
+    from library.models.checkpoints.base_model import ASSETS
     from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet, new_vae
 
     config = json.loads((ASSETS / "sdxl.json").read_text(encoding="utf-8"))

@@ -73,9 +73,9 @@ def _compare(name: str, command: list[str], bare: dict[str, bool], model: Path, 
     from accelerate.state import AcceleratorState
 
     from library.config.parser import parse
+    from library.run.build import build
+    from library.run.plan import make_plan
     from library.training import loop
-    from library.training.build import build
-    from library.training.plan import make_plan
 
     AcceleratorState._reset_state(reset_partial_state=True)
     run = build(make_plan(parse(command))).run

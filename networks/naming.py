@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.config.json_text import parse_json
 from library.errors import UserError
-from library.models.adapter_file import KOHYA_PREFIXES
-from library.models.checkpoint import original_unet_name, unet_name
+from library.files.json_text import parse_json
+from library.models.checkpoints.adapter_file import KOHYA_PREFIXES
+from library.models.checkpoints.checkpoint import original_unet_name, unet_name
 
 # (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight"
 _ENDINGS = (

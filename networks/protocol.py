@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models.adapter_file import describe
+from library.models.checkpoints.adapter_file import describe
 from networks.network import AdapterNetwork
 from networks.weights import LoadReport, by_module, check_loaded, compare
 

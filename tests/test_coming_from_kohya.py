@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from library.config.options import declared_options
-from library.training.sample_prompts import read_prompts
+from library.sampling.prompts import read_prompts
 from tests.conftest import BASE, IMAGES, ROOT
 
 PAGE = (ROOT / "docs" / "coming-from-kohya.md").read_text(encoding="utf-8")

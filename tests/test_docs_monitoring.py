@@ -7,9 +7,9 @@ import shlex
 
 import pytest
 
+from library.record.metrics import lines
 from library.report.__main__ import main as report
 from library.training import warning_signs
-from library.training.metrics import lines
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")

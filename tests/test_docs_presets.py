@@ -14,8 +14,8 @@ from PIL import Image
 from benchmarks import rate_finder
 from docs import pictures
 from library.config.presets import presets
+from library.guidance import recommend
 from library.optimizers import auto_weight_decay
-from library.training import recommend
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")

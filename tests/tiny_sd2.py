@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from library.models.base_model import ASSETS
+from library.models.checkpoints.base_model import ASSETS
 
 
 def write(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from library.models.base_model import ASSETS
+from library.models.checkpoints.base_model import ASSETS
 
 TEXTS = {"text_encoder": (32, 3), "text_encoder_2": (40, 3)}  # width, layers
 PROJECTION = 24

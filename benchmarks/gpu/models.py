@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.step_time import image_folder
 from library.models import modules
-from library.models.base_model import ASSETS
+from library.models.checkpoints.base_model import ASSETS
 
 PARTS = {
     "unet": modules.new_unet,

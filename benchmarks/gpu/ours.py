@@ -43,9 +43,11 @@ def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, 
     from accelerate.state import AcceleratorState
 
     from library.config.parser import parse
-    from library.training import loop, metrics, monitor
-    from library.training.build import build
-    from library.training.plan import make_plan
+    from library.record import metrics
+    from library.run.build import build
+    from library.run.plan import make_plan
+    from library.training import loop
+    from library.training.hooks import monitor
 
     AcceleratorState._reset_state(reset_partial_state=True)
     output = bench.folder / "out"

@@ -166,7 +166,7 @@ def encoding(bench: Bench) -> Iterator[Row]:
     """Images into latents in bf16: decoding, copying and the VAE together, and the VAE alone on one batch."""
     from library.config.parser import parse
     from library.data.dataset import TrainingData
-    from library.training.plan import make_plan
+    from library.run.plan import make_plan
 
     for kind in ("sd15", "sdxl"):
         batch = 2 if bench.tiny else 4

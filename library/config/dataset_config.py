@@ -22,11 +22,11 @@ from library.config.dataset_keys import (
 )
 from library.config.fields import UNSET, BadValue
 from library.config.image_folders import find_image_folders
-from library.config.json_text import parse_json
 from library.config.options import Options
 from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_text, read_toml
 from library.errors import UserError, did_you_mean, nearest_path
+from library.files.json_text import parse_json
 from library.paths import on_disk
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from library.data.cache import LatentCache, TextCache, encode_captions, encode_images
+from library.data.caches.disk import Disk, DiskLatents, DiskTexts, cache_captions, cache_images
+from library.data.caches.memory import LatentCache, TextCache, encode_captions, encode_images
 from library.data.captions import Sight, as_written, caption_text, is_static
-from library.data.disk_cache import Disk, DiskLatents, DiskTexts, cache_captions, cache_images
 from library.data.loader import PixelLoader
 from library.data.masks import MaskCache, cache_masks
 from library.data.plan import PlannedBatch, epoch_batches

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.models.base_model import Part
-from library.models.tensors import ITEM_SIZE, TensorEntry
+from library.files.tensors import ITEM_SIZE, TensorEntry
+from library.models.checkpoints.base_model import Part
 
 _BLOCK = 1 << 20
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.gpu import to_device
-from library.models.base_model import ZERO_TERMINAL, BaseModel, Part
+from library.models.checkpoints.base_model import ZERO_TERMINAL, BaseModel, Part
 from library.models.family import AdapterTargets
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load_part(
     device: torch.device | str,
 ) -> nn.Module:
     """The part's module, filled, frozen and in evaluation mode."""
-    from library.models.weights import fill
+    from library.models.checkpoints.weights import fill
 
     module = new(source.config)
     fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
@@ -54,7 +54,7 @@ def load_part(
 
 def outline(source: Part, new: Callable[[Mapping[str, Any]], nn.Module]) -> nn.Module:
     """The part's module without its weights, which are only held against the table of the file. Raises UserError."""
-    from library.models.weights import check_fit
+    from library.models.checkpoints.weights import check_fit
 
     try:
         module = new(source.config)
@@ -297,7 +297,7 @@ class LatentDiffusion:
     def _reading(self) -> dict[str, Any]:
         """How captions become tokens: a part of `text_fingerprint`."""
         from library.models.fingerprint import folder_fingerprint
-        from library.models.prompts import CLEANING
+        from library.models.text.prompts import CLEANING
 
         return {
             "cleaning": CLEANING,
@@ -308,6 +308,6 @@ class LatentDiffusion:
         }
 
     def count_tokens(self, caption: str) -> int:
-        from library.models.prompts import count_tokens
+        from library.models.text.prompts import count_tokens
 
         return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.gpu import to_device
-from library.models.base_model import BaseModel, Part
-from library.models.detect import is_v2
+from library.models.checkpoints.base_model import BaseModel, Part
+from library.models.checkpoints.detect import is_v2
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
@@ -96,7 +96,7 @@ class StableDiffusion(LatentDiffusion):
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D]}. Differentiable, for adapters in the text encoder."""
-        from library.models.prompts import encode, ids_and_weights, weigh
+        from library.models.text.prompts import encode, ids_and_weights, weigh
 
         (encoder,) = self.text_encoders
         ids, weights = ids_and_weights(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.gpu import to_device
-from library.models.base_model import BaseModel, Part
-from library.models.checkpoint import original_unet_name
+from library.models.checkpoints.base_model import BaseModel, Part
+from library.models.checkpoints.checkpoint import original_unet_name
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
@@ -101,7 +101,7 @@ class StableDiffusionXL(LatentDiffusion):
         """
         import torch
 
-        from library.models.prompts import encode_penultimate, ids_and_weights, weigh
+        from library.models.text.prompts import encode_penultimate, ids_and_weights, weigh
 
         states = []
         for part, pad, encoder in zip(_PARTS, _PADS, self.text_encoders, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from library.config import registry
-from library.config.schedule import ScheduleOptions
+from library.config.options.schedule import ScheduleOptions
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)

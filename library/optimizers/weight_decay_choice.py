@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from library.config import registry
-from library.config.weight_decay import READ_BY, WeightDecayOptions
+from library.config.options.weight_decay import READ_BY, WeightDecayOptions
 from library.errors import UserError
 from library.optimizers import auto_weight_decay
 from library.optimizers.create import OptimizerChoice

@@ -10,8 +10,8 @@ from bokeh.resources import Resources
 
 from library.report import figures
 from library.report.figures import Key, Line
+from library.report.loss_plot import smoothed
 from library.report.read import Curve, Story
-from library.training.loss_plot import smoothed
 
 MOST_GROUPS = 8  # of parameters in one chart; rates by block or layer make dozens
 

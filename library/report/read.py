@@ -12,9 +12,9 @@ from typing import Any
 from library.errors import UserError, nearest_path
 from library.files.hashes import sha256
 from library.files.header import read_metadata
-from library.training import sample_files
-from library.training.metrics import SUFFIX, lines
-from library.training.sample_files import Sample
+from library.record.metrics import SUFFIX, lines
+from library.sampling import files as sample_files
+from library.sampling.files import Sample
 from networks import base_weights
 from networks.base_weights import in_words
 

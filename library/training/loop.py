@@ -22,8 +22,9 @@ from library.errors import CommonError, UserError
 from library.optimizers.create import effective_rates
 from library.optimizers.small_lora import has_modes
 from library.progress import progress
-from library.training import divergence, trackers
-from library.training.loss_history import LossHistory
+from library.record import trackers
+from library.record.loss_history import LossHistory
+from library.training.hooks import guard as divergence
 from library.training.step import BatchLoss, Objective, batch_loss, refuse_broken_latents
 from library.training.unwatched import Unwatched
 from networks.protocol import without
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
     from library.data.dataset import Batch, TrainingData
     from library.data.loader import PixelLoader
     from library.models.family import ModelFamily
-    from library.training.ema import Ema
+    from library.parallel.zero import ZeroTwo
+    from library.record.validation_history import History
+    from library.training.hooks.ema import Ema
+    from library.training.hooks.monitor import Monitor
     from library.training.meter import Meter
-    from library.training.monitor import Monitor
-    from library.training.validation_history import History
-    from library.training.zero import ZeroTwo
 
 logger = logging.getLogger(__name__)
 

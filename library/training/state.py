@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from library.config.options import Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
-from library.training import atomic, optimizer_state, resumed_settings
-from library.training.save import is_state_name
+from library.files import atomic
+from library.record.saves import is_state_name
+from library.training import optimizer_state, resumed_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from library.config.dataset_config import DatasetSpec, SubsetSpec
     from library.data.prepare import Prepared
+    from library.run.plan import Plan
     from library.training.loop import Run
-    from library.training.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _states_in(folder: Path) -> str:
 
 def _refuse_damaged(state: State) -> State:
     """What the table of contents tells of the tensors' file, before any model is loaded."""
-    from library.models.tensors import read_index
+    from library.files.tensors import read_index
 
     try:
         read_index(state.folder / TENSORS)

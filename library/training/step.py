@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from library.data.cache import refuse_non_finite
+from library.data.caches.memory import refuse_non_finite
 from library.diffusion import ddpm
+from library.diffusion.draws import stacked_normal, stacked_timesteps
+from library.diffusion.noise import Noise, draw_noise
 from library.gpu import to_device
-from library.training.draws import stacked_normal, stacked_timesteps
-from library.training.noise import Noise, draw_noise
 
 if TYPE_CHECKING:
     from library.data.dataset import Batch

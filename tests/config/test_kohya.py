@@ -15,10 +15,10 @@ import networks
 from library.config import kohya
 from library.config.dataset_keys import NEUTRAL, NOT_YET
 from library.config.fields import Declared, declared
-from library.config.monitoring import MonitoringOptions
 from library.config.options import CustomAdamWOptions, Options, declared_options
+from library.config.options.monitoring import MonitoringOptions
+from library.config.options.weight_decay import WeightDecayOptions
 from library.config.registry import signature
-from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 from library.optimizers import CUSTOM_ADAMW
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.data.cache import encode_captions, encode_images
+from library.data.caches.memory import encode_captions, encode_images
 from library.data.images import View, load_pixels
 from library.errors import UserError
 
@@ -80,8 +80,8 @@ def test_few_images_are_held_while_the_encoder_is_slow(views: list[View], monkey
         loaded += 1
         return load_pixels(view)
 
-    monkeypatch.setattr("library.data.cache.load_pixels", counting)
-    monkeypatch.setattr("library.data.cache.thread_count", lambda: 2)
+    monkeypatch.setattr("library.data.caches.memory.load_pixels", counting)
+    monkeypatch.setattr("library.data.caches.memory.thread_count", lambda: 2)
     held: list[int] = []
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.data import cache_files
-from library.data.cache_files import BrokenEntry, make_folder, read, size_of, write
+from library.data.caches import files as cache_files
+from library.data.caches.files import BrokenEntry, make_folder, read, size_of, write
 from library.errors import UserError
 
 
@@ -87,6 +87,6 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_permission_names_the_other_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("library.data.cache_files.os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr("library.data.caches.files.os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match="--cache_dir"):
         make_folder(tmp_path / "readonly")

@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.data import cache_keys, disk_cache
-from library.data.cache import encode_captions, encode_images
+from library.data.caches import disk as disk_cache
+from library.data.caches import keys as cache_keys
+from library.data.caches.disk import Disk, DiskLatents, Team, cache_captions, cache_images
+from library.data.caches.memory import encode_captions, encode_images
 from library.data.color import Jitter
-from library.data.disk_cache import Disk, DiskLatents, Team, cache_captions, cache_images
 from library.data.images import load_pixels
 from library.data.views import View
 from library.errors import UserError
@@ -146,7 +147,7 @@ def test_another_encoder_or_precision_encodes_anew(views: list[View], encoder: s
 
 def test_new_code_encodes_anew(views: list[View], monkeypatch: pytest.MonkeyPatch) -> None:
     cached(views)
-    monkeypatch.setattr("library.data.cache_keys.VERSION", 10**6)
+    monkeypatch.setattr("library.data.caches.keys.VERSION", 10**6)
     assert cached(views) == 5
 
 
@@ -248,7 +249,7 @@ import sys, time, torch
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from library.data.color import Jitter
-from library.data.disk_cache import Disk, cache_images
+from library.data.caches.disk import Disk, cache_images
 from library.data.images import load_pixels
 from library.data.views import View
 encoded = 0

@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from library.config.parser import parse  # noqa: E402
-from library.training import loop, shard  # noqa: E402
-from library.training.build import build  # noqa: E402
-from library.training.plan import make_plan  # noqa: E402
-from library.training.zero import ZeroTwo  # noqa: E402
+from library.parallel import shard  # noqa: E402
+from library.parallel.zero import ZeroTwo  # noqa: E402
+from library.run.build import build  # noqa: E402
+from library.run.plan import make_plan  # noqa: E402
+from library.training import loop  # noqa: E402
 
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])

@@ -13,9 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.config.parser import parse
+from library.run.build import Built, build
+from library.run.plan import make_plan
 from library.training import loop
-from library.training.build import Built, build
-from library.training.plan import make_plan
 from tests.conftest import BASE, copy_images
 from tests.gpu.conftest import REHEARSED
 

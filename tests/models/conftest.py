@@ -11,7 +11,7 @@ import torch
 from original_layout import configuration, single_file, weights_of
 from safetensors.torch import save_file
 
-from library.models.base_model import BaseModel
+from library.models.checkpoints.base_model import BaseModel
 from library.models.stable_diffusion import StableDiffusion
 from tests import tiny_sd2
 

@@ -1,5 +1,5 @@
-"""Diffusers folders rewritten as single files in the original layout: the opposite way of library.models.checkpoint,
-written apart from it, so that each checks the other."""
+"""Diffusers folders rewritten as single files in the original layout: the opposite way of
+library.models.checkpoints.checkpoint, written apart from it, so that each checks the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from library.models.base_model import ASSETS
+from library.models.checkpoints.base_model import ASSETS
 
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",

@@ -11,8 +11,9 @@ import torch
 from original_layout import sdxl_file, single_file
 from safetensors.torch import save_file
 
-from library.models.base_model import ASSETS
-from library.models.checkpoint import (
+from library.files.tensors import read_index
+from library.models.checkpoints.base_model import ASSETS
+from library.models.checkpoints.checkpoint import (
     TEXT_PREFIXES,
     original_unet_name,
     projected_text_encoder_entries,
@@ -20,9 +21,8 @@ from library.models.checkpoint import (
     unet_entries,
     vae_entries,
 )
+from library.models.checkpoints.weights import _Reader
 from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet, new_vae
-from library.models.tensors import read_index
-from library.models.weights import _Reader
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])

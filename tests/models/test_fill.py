@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.errors import UserError
-from library.models import weights
-from library.models.tensors import read_index
+from library.files.tensors import read_index
+from library.models.checkpoints import weights
 
 
 def _module() -> nn.Module:
@@ -114,8 +114,8 @@ _PEAK = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from library.models.tensors import read_index
-from library.models.weights import fill
+from library.files.tensors import read_index
+from library.models.checkpoints.weights import fill
 
 def peak():  # not getrusage, which begins with the peak of the process that started this one
     lines = Path("/proc/self/status").read_text().splitlines()

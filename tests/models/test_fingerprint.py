@@ -15,11 +15,11 @@ from original_layout import configuration
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.models import prompts
-from library.models.base_model import open_base_model
+from library.models.checkpoints.base_model import open_base_model
+from library.models.checkpoints.single_file import open_file
 from library.models.fingerprint import part_fingerprint
-from library.models.single_file import open_file
 from library.models.stable_diffusion import StableDiffusion
+from library.models.text import prompts
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 MakeFamily = Callable[..., StableDiffusion]

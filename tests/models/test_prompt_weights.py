@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from library.models.base_model import ASSETS, open_base_model
+from library.models.checkpoints.base_model import ASSETS, open_base_model
 from library.models.modules import read_tokenizer
-from library.models.prompt_weights import weighted_texts
-from library.models.prompts import chunked_ids, weighted_ids
 from library.models.stable_diffusion import StableDiffusion
+from library.models.text.prompt_weights import weighted_texts
+from library.models.text.prompts import chunked_ids, weighted_ids
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 EXAMPLES: dict[str, list[tuple[str, float]]] = {

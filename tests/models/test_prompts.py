@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from library.models.base_model import ASSETS, open_base_model
+from library.models.checkpoints.base_model import ASSETS, open_base_model
 from library.models.modules import read_tokenizer
-from library.models.prompts import chunked_ids, content_tokens, weighted_tokens
 from library.models.stable_diffusion import StableDiffusion
+from library.models.text.prompts import chunked_ids, content_tokens, weighted_tokens
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 BOS, EOS = 49406, 49407

@@ -14,10 +14,10 @@ from original_layout import configuration
 from torch import nn
 
 from library.models import open_family
-from library.models.base_model import ASSETS, BaseModel, Part, open_base_model
+from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, open_base_model
+from library.models.checkpoints.single_file import open_file
 from library.models.family import AdapterTargets
 from library.models.modules import new_text_encoder, new_unet
-from library.models.single_file import open_file
 from library.models.stable_diffusion import StableDiffusion
 from tests.rounding import BOUND
 
@@ -299,5 +299,5 @@ def test_open_base_model_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("library.models.folder.read_index", refuse)
+    monkeypatch.setattr("library.models.checkpoints.folder.read_index", refuse)
     assert open_base_model(str(BASE)).kind == "sd"

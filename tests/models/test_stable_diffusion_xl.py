@@ -15,9 +15,9 @@ from torch import nn
 
 from library.errors import UserError
 from library.models import open_family
-from library.models.base_model import ASSETS, BaseModel, Part
+from library.models.checkpoints.base_model import ASSETS, BaseModel, Part
+from library.models.checkpoints.single_file import open_file
 from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet
-from library.models.single_file import open_file
 from library.models.stable_diffusion_xl import StableDiffusionXL
 from tests.rounding import BOUND
 from tests.tiny_sdxl import configuration

@@ -13,7 +13,7 @@ import torch
 from original_layout import sdxl_file, single_file
 from safetensors.torch import save_file
 
-from library.models.base_model import ASSETS
+from library.models.checkpoints.base_model import ASSETS
 from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet, new_vae
 
 _LOAD = """

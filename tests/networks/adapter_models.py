@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.models import open_family
-from library.models.base_model import BaseModel, Part
+from library.models.checkpoints.base_model import BaseModel, Part
 from library.models.family import AdapterTargets, ModelFamily
 from library.models.stable_diffusion_xl import StableDiffusionXL
 

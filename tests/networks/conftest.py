@@ -11,7 +11,7 @@ import torch
 from adapter_models import BASE, UNSAID, Toy, sd_targets, sdxl_family, unet_targets
 
 from library.models import open_family
-from library.models.base_model import ASSETS
+from library.models.checkpoints.base_model import ASSETS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,8 @@ from torch import nn
 
 from library.errors import UserError
 from library.models import open_family
-from library.models.adapter_file import AdapterFile, describe
-from library.models.base_model import open_vae
+from library.models.checkpoints.adapter_file import AdapterFile, describe
+from library.models.checkpoints.base_model import open_vae
 from networks.lora import create_network_from_weights
 from networks.merge import BaseWeights
 from networks.tools import convert

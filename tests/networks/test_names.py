@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.models.base_model import ASSETS
-from library.models.checkpoint import original_unet_name
+from library.models.checkpoints.base_model import ASSETS
+from library.models.checkpoints.checkpoint import original_unet_name
 from library.models.modules import new_unet
 from networks.lora import create_network
 

@@ -11,7 +11,7 @@ from adapter_models import difference, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.models.adapter_file import naming_of
+from library.models.checkpoints.adapter_file import naming_of
 from networks.lora import create_network_from_weights
 from networks.naming import to_kohya
 from networks.weights import read_weights

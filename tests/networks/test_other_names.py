@@ -12,7 +12,7 @@ import torch
 from adapter_models import difference, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
-from library.models.adapter_file import naming_of
+from library.models.checkpoints.adapter_file import naming_of
 from networks.lora import create_network, create_network_from_weights
 from networks.merge import BaseWeights
 from networks.naming import to_kohya

@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from library.config.weight_decay import WeightDecayOptions
+from library.config.options.weight_decay import WeightDecayOptions
 from library.optimizers import auto_weight_decay as auto
 
 

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from library.config.schedule import ScheduleOptions
+from library.config.options.schedule import ScheduleOptions
 from library.errors import UserError
 from library.optimizers.schedules import SCHEDULES, choose_schedule, create_schedule, rehearse, steps_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from library.config.options.weight_decay import WeightDecayOptions
 from library.config.parser import parse
-from library.config.weight_decay import WeightDecayOptions
 from library.errors import UserError
 from library.optimizers.create import OptimizerChoice, choose_optimizer, create_optimizer
 from library.optimizers.weight_decay import Curve

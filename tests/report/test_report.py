@@ -18,12 +18,12 @@ from PIL import Image
 
 from library.config.parser import parse
 from library.errors import UserError
+from library.record.metrics import MetricsFile, lines, session_of_report
 from library.report import charts, figures, page
 from library.report.__main__ import main as report
 from library.report.images import data_url
 from library.report.read import MOST_POINTS, Curve, block_of, find_metrics, read_story
-from library.training import run_header
-from library.training.metrics import MetricsFile, lines, session_of_report
+from library.run import header as run_header
 from tests.conftest import PATIENCE
 
 EVIL = "<img src=x onerror=\"console.error('caption ran')\"></script><script>console.error('caption ran')</script>&amp;"

@@ -22,7 +22,8 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 from library.files.hashes import safetensors_hashes  # noqa: E402
-from library.training import save, state  # noqa: E402
+from library.record import saves as save  # noqa: E402
+from library.training import state  # noqa: E402
 from tests.conftest import PATIENCE  # noqa: E402
 from train_network import main  # noqa: E402
 

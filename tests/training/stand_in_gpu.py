@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from library import gpu
-from library.training import build
+from library.run import build
 
 META = torch.device("meta")
 

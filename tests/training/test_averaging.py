@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from library.training import build, loop
-from library.training.saver import Saver
-from library.training.validation import Validator
+from library.run import build
+from library.training import loop
+from library.training.hooks.saver import Saver
+from library.training.hooks.validation import Validator
 from tests.training.written import weights
 
 Train = Callable[..., int]

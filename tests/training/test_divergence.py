@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from library.training import divergence, loop, metrics, state
+from library.record import metrics
+from library.training import loop, state
+from library.training.hooks import guard as divergence
 from library.training.step import BatchLoss
 from tests.training.written import weights
 
@@ -197,7 +199,7 @@ def test_a_full_disk_costs_a_message_and_not_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The file of step 2 finds no room; those of steps 4 and 6 are written."""
-    from library.training import save
+    from library.record import saves as save
 
     real, sync = save.os.replace, 0
 

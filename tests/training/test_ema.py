@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from library.training import loop
-from library.training.ema import Ema, weights_for
+from library.training.hooks.ema import Ema, weights_for
 from tests.training.written import weights
 
 Train = Callable[..., int]

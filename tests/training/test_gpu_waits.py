@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from library.config.parser import parse
-from library.training import dry_run, loop, monitor
-from library.training.build import Built, build
-from library.training.plan import make_plan
+from library.guidance import dry_run
+from library.run.build import Built, build
+from library.run.plan import make_plan
+from library.training import loop
+from library.training.hooks import monitor
 from tests.conftest import BASE, copy_images
 from tests.training.stand_in_gpu import META, Stops, place_on, watched
 

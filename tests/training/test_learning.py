@@ -11,9 +11,9 @@ from PIL import Image
 
 from benchmarks.fixed_noise_loss import fixed_noise_loss
 from library.config.parser import parse
+from library.run.build import build
+from library.run.plan import make_plan
 from library.training import loop
-from library.training.build import build
-from library.training.plan import make_plan
 from networks.protocol import without
 from tests.conftest import BASE, BASE_STYLE_IMAGES, IMAGES, ROOT
 

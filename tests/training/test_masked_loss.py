@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from library.config.parser import parse
+from library.run.build import build
+from library.run.plan import make_plan
 from library.training import loop
-from library.training.build import build
-from library.training.plan import make_plan
 from library.training.step import batch_loss
 from tests.conftest import BASE
 from tests.training.written import ROUNDED, distance, same, weights

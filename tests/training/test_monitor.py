@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from library.config.parser import parse
 from library.errors import UserError
-from library.training import loop, monitor
+from library.record.metrics import lines
+from library.training import loop
+from library.training.hooks import monitor
 from library.training.meter import BINS, Meter
-from library.training.metrics import lines
 from tests.conftest import BASE, ROOT
 from tests.training.test_resume import stop_after
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.data.dataset import Batch, Draw
+from library.diffusion.noise import Noise
 from library.losses.l2 import l2
-from library.training.noise import Noise
 from library.training.step import Objective, batch_loss
 
 ALPHAS = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)

@@ -11,9 +11,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from library import rng
 from library.config.parser import parse
+from library.run.build import build
+from library.run.plan import make_plan
 from library.training import loop
-from library.training.build import build
-from library.training.plan import make_plan
 from tests.conftest import BASE
 
 

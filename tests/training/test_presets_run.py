@@ -54,7 +54,7 @@ def test_what_a_preset_sets_is_named_where_it_does_not_fit(train: Any, capsys: p
 
 def test_an_error_of_all_processes_stays_one() -> None:
     from library.config.parser import parse
-    from library.training.job import _naming_places
+    from library.job import _naming_places
 
     options = parse(["--preset", "aggressive", "--pretrained_model_name_or_path", "x", "--output_dir", "y"])
     said = r"--wd_schedule is wrong\n  .*aggressive.toml: \[weight_decay\] wd_schedule$"

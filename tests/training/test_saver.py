@@ -13,7 +13,9 @@ import pytest
 from safetensors import safe_open
 
 from library.errors import UserError
-from library.training import metadata, sample, save
+from library.record import metadata
+from library.record import saves as save
+from library.sampling import render as sample
 from tests.training.test_resume import stop_after
 
 Train = Callable[..., int]

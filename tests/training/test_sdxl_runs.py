@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.models import open_family
-from library.models.float8 import hold_in_float8
 from library.models.stable_diffusion_xl import StableDiffusionXL
+from library.quantization.float8 import hold_in_float8
 from tests.conftest import BASE, ROOT
 from tests.tiny_sdxl import TEXTS
 from tests.training.written import ROUNDED, distance, same, weights

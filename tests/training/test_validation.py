@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.fixed_noise_loss import fixed_noise_loss, mean_squares
-from library.config.validation import ValidationOptions, check_validation
+from library.config.options.validation import ValidationOptions, check_validation
 from library.models.stable_diffusion import StableDiffusion
 from library.training import loop, state
 from library.training.fixed_noise import image_losses, middles
@@ -163,7 +163,7 @@ def losses_of(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     def found(*_: Any) -> dict[int, float]:
         return {500: left.pop(0) if len(left) > 1 else left[0]}
 
-    monkeypatch.setattr("library.training.validation.measure", found)
+    monkeypatch.setattr("library.training.hooks.validation.measure", found)
 
 
 STOPS = (*SPLIT, "--validate_every_n_steps", "1", "--early_stopping_patience", "2", "--max_train_steps", "9")

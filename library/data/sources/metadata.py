@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.fields import ControlCharacters, control_characters
-from library.config.json_text import parse_json
 from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
 from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
 from library.errors import UserError, nearest_path, told_apart, why_not
+from library.files.json_text import parse_json
 from library.paths import composed, on_disk
 from library.progress import bar
 

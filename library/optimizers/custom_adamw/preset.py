@@ -6,8 +6,8 @@ from typing import Any
 
 from library.config.fields import convert, declared
 from library.config.options import CustomAdamWOptions, declared_options
+from library.config.options.weight_decay import WeightDecayOptions
 from library.config.presets import settings_of
-from library.config.weight_decay import WeightDecayOptions
 from library.optimizers import CUSTOM_ADAMW
 from library.optimizers.create import choose_optimizer
 

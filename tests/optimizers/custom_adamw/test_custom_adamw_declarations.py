@@ -13,7 +13,7 @@ from adamw_problems import TECHNIQUES as NINE
 
 from library.config.fields import declared
 from library.config.options import CustomAdamWOptions
-from library.config.weight_decay import WeightDecayOptions
+from library.config.options.weight_decay import WeightDecayOptions
 from library.optimizers import CustomAdamW
 from library.optimizers.custom_adamw import native, page
 from library.optimizers.custom_adamw.technique import STAGES, Technique

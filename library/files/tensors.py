@@ -1,0 +1,146 @@
+"""Where each tensor lies in a weights file, found without reading a single weight.
+
+A weights file, whatever its format, becomes a table from names to `TensorEntry`: a byte position, an element type and
+a shape. Nothing here imports torch, so that a wrong file is refused at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError, nearest_path, why_not
+
+ITEM_SIZE = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+_SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a file.
+
+    file: the file that holds it. offset: byte position of its first element. dtype: torch's name ("float16").
+    stride: in elements, or None where the elements lie one after another in the order of `shape`.
+    """
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, strides apart."""
+        return self.count * ITEM_SIZE[self.dtype]
+
+    def rows(self, part: int, parts: int) -> TensorEntry:
+        """The part-th of `parts` equal slices along the first axis."""
+        if not self.shape or self.shape[0] % parts:
+            raise UserError(f"{self.file}: a tensor of shape {list(self.shape)} cannot be {parts} equal ones")
+        rows = self.shape[0] // parts
+        step = self.stride[0] if self.stride else math.prod(self.shape[1:])
+        offset = self.offset + part * rows * step * ITEM_SIZE[self.dtype]
+        return replace(self, offset=offset, shape=(rows, *self.shape[1:]))
+
+    def transposed(self) -> TensorEntry:
+        """The same matrix with its axes exchanged."""
+        if len(self.shape) != 2:
+            raise UserError(f"{self.file}: a tensor of shape {list(self.shape)} where a matrix is expected")
+        rows, columns = self.stride or (self.shape[1], 1)
+        return replace(self, shape=self.shape[::-1], stride=(columns, rows))
+
+
+@dataclass(frozen=True)
+class WeightsIndex:
+    """The tensors of a file by name, and the text that the file carries about itself."""
+
+    path: Path
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_index(path: Path) -> WeightsIndex:
+    """The table of a .safetensors, .ckpt, .pt or .bin file. The content decides which it is, not the file's name.
+
+    Raises UserError where the file is none of them or is cut off.
+    """
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path}: no such file{nearest_path(path)}")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {why_not(error)}") from None
+    if start[8:9] == b"{":  # the header's length comes first, whose bytes may look like the beginning of anything
+        return _read_safetensors(path, size)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        from library.files.pickles import read_pickle_index
+
+        return read_pickle_index(path)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer of {size} bytes, not the weights; fetch them with `git lfs pull`")
+    if start.lstrip()[:1] == b"<":
+        raise UserError(f"{path}: a web page, not weights; the download went wrong")
+    raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint ({size} bytes)")
+
+
+def _read_safetensors(path: Path, size: int) -> WeightsIndex:
+    """Parse the header (format: 8 bytes length, JSON, data) and check every position against the file's size."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(_MAX_HEADER, size - 8):
+            raise UserError(f"{path}: cut off or damaged: its header takes {length} bytes and the file has {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint, or damaged at its start") from None
+    metadata = header.pop("__metadata__", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
+    data = 8 + length
+    entries = {name: _safetensors_entry(path, name, value, data=data, size=size) for name, value in header.items()}
+    return WeightsIndex(path, entries, {str(key): str(value) for key, value in metadata.items()})
+
+
+def _safetensors_entry(path: Path, name: str, value: Any, *, data: int, size: int) -> TensorEntry:
+    try:
+        dtype, shape = value["dtype"], tuple(value["shape"])
+        begin, end = value["data_offsets"]
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged: the header's entry for '{name}' is {str(value)[:200]}")
+    if dtype not in _SAFETENSORS_DTYPES:
+        raise UserError(f"{path}: '{name}' has the element type {dtype}, which is not supported")
+    entry = TensorEntry(path, data + begin, _SAFETENSORS_DTYPES[dtype], shape)
+    if entry.nbytes != end - begin:
+        raise UserError(
+            f"{path}: damaged: '{name}' of shape {list(shape)} needs {entry.nbytes} bytes, not {end - begin}"
+        )
+    if data + end > size:
+        raise UserError(
+            f"{path}: cut off: '{name}' ends at byte {data + end}, the file has {size}: copy or download it again"
+        )
+    return entry

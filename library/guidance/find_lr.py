@@ -1,0 +1,238 @@
+"""The rate finder: train while the learning rate grows from step to step, see where the loss falls and where it breaks,
+and put everything back (L. N. Smith 2017, arXiv 1506.01186, section 3.3).
+
+Each step trains as the run would, on its batches in their order. What is measured after it is the loss on a few batches
+that are always the same, with the same noise and timesteps: a single step's own loss moves more with the noise level
+that was drawn than with anything learnt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.errors import UserError
+from library.gpu import kept_random_state, to_device
+from library.guidance import lr_curve
+from library.optimizers.create import OptimizerChoice, ParameterGroups
+from library.progress import progress
+from library.record.loss_history import LossHistory
+from library.training import loop, state
+from library.training.hooks import guard as divergence
+from library.training.unwatched import Unwatched
+
+if TYPE_CHECKING:
+    from library.config.options import Options
+    from library.data.dataset import Batch
+    from library.run.build import Built
+
+logger = logging.getLogger(__name__)
+
+MEASURED_IMAGES = 16  # at least so many; fewer only where there are no more
+BROKEN = 3.0  # the loss has left: this many times the lowest so far
+# whose draws no training uses, and a prime: --caption_dropout_every_n_epochs would have to divide it
+_EPOCH = 999_983
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`losses[i]` was measured after the step at `rates[i]`; `before`: before the first. `broken`: it ended early."""
+
+    rates: list[float]
+    losses: list[float]
+    before: float
+    broken: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the finder found. `reference`: the configured rate that the sweep's rates stand for, that of `part`."""
+
+    sweep: Sweep
+    suggestion: lr_curve.Suggestion
+    part: str
+    reference: float
+
+
+def refuse(choice: OptimizerChoice) -> None:
+    """UserError for an optimizer that has no rate to be found, before anything is loaded."""
+    reason = ""
+    if choice.finds_its_rate:
+        reason = "finds its rate itself: leave --learning_rate at 1"
+    elif choice.relative_step:
+        reason = "derives its rate from the step: --optimizer_args relative_step=False lets you give one"
+    elif choice.averages:
+        reason = (
+            "averages its weights over all steps, so what it shows after a step is not that step's doing: "
+            "look with --optimizer_type AdamW, and take that rate"
+        )
+    if reason:
+        raise UserError(f"--find_lr: {choice.name} {reason}")
+
+
+def find(built: Built) -> Found:
+    """Try the rates of --find_lr_start … --find_lr_end on a run that is ready to start, and leave it as it was."""
+    guidance, run = built.plan.options.guidance, built.run
+    if run.accelerator.num_processes > 1:
+        raise UserError(
+            "--find_lr: one process is enough, and what it finds holds for all: start it without a launcher"
+        )
+    part, reference = _reference(built.plan.options)
+    rates = geometric(guidance.find_lr_start, guidance.find_lr_end, guidance.find_lr_steps)
+    tried = sweep(run, built.groups, reference=reference, rates=rates)
+    return Found(tried, lr_curve.suggest(tried), part, reference)
+
+
+def _reference(options: Options) -> tuple[str, float]:
+    """Whose rate the finder speaks of, and what it is configured to be; the others keep their proportion to it."""
+    rates, network = options.optimizer, options.network
+    unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
+    text = rates.text_encoder_lr[0] if rates.text_encoder_lr else rates.learning_rate
+    if not network.network_train_text_encoder_only and unet > 0:
+        return "the UNet", unet
+    assert text > 0, "a run without any rate is refused before"
+    return "the text encoder", text
+
+
+def geometric(start: float, end: float, steps: int) -> list[float]:
+    """`steps` rates from `start` to `end`, each the same multiple of the one before."""
+    return [start * (end / start) ** (i / (steps - 1)) for i in range(steps)]
+
+
+def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Sequence[float]) -> Sweep:
+    """One step at each of the rates, until the loss is more than `BROKEN` times its lowest or no number.
+
+    `groups`: with the rates as configured; each is multiplied by rate / `reference`. Afterwards weights, optimizer,
+    schedule, loss scale and torch's random numbers are as they were, bit for bit.
+    """
+    trial = replace(
+        run,
+        schedule=None,
+        observe=None,
+        total_steps=len(rates),
+        losses=LossHistory(),
+        meter=None,
+        monitor=Unwatched(),
+    )
+    losses: list[float] = []
+    with _undone(run):
+        batches = measured_batches(run)
+        before = measure(trial, batches)
+        lowest, broken, epoch = before, False, -1
+        bar = progress(zip(rates, loop.step_batches(trial), strict=True), desc="rates", total=len(rates), unit="rate")
+        for rate, item in bar:
+            if item.epoch != epoch:
+                epoch = item.epoch
+                run.network.on_epoch_start(None, run.family.unet)
+            for group, given in zip(run.optimizer.param_groups, groups, strict=True):
+                group["lr"] = given["lr"] * rate / reference
+            try:
+                loop.optimizer_step(trial, item)
+                loss = measure(trial, batches)
+            except divergence.Diverged:
+                loss = math.nan
+            if math.isfinite(loss):
+                losses.append(loss)
+                lowest = min(lowest, loss)
+            broken = not loss <= BROKEN * lowest  # also of what is no number
+            if broken:
+                break
+        bar.close()
+    return Sweep(list(rates[: len(losses)]), losses, before, broken)
+
+
+def measured_batches(run: loop.Run) -> list[Batch]:
+    """The batches that are always the same, encoded once."""
+    plan = run.data.plan(_EPOCH)
+    images = list(itertools.accumulate(map(len, plan)))
+    count = next((n for n, seen in enumerate(images, 1) if seen >= MEASURED_IMAGES), len(plan))
+    batches = []
+    for batch in run.data.batches(plan[:count], epoch=_EPOCH, loader=run.data.loader(workers=0)):
+        if batch.pixels is not None:
+            with torch.no_grad():
+                moments = run.family.encode_images(to_device(batch.pixels, run.accelerator.device))
+            batch = replace(batch, pixels=None, moments=moments)
+        batches.append(batch)
+    return batches
+
+
+@torch.no_grad()
+def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
+    """The mean loss over the images of these batches, as training has it but without dropout."""
+    run.network.eval()
+    total = 0.0
+    for batch in batches:
+        found = loop.loss_of(run, batch, train_text=False)
+        total += float(found.loss) * len(batch.samples)
+    run.network.train()
+    return total / sum(len(batch.samples) for batch in batches)
+
+
+@contextlib.contextmanager
+def _undone(run: loop.Run) -> Iterator[None]:
+    """Whatever is trained within is forgotten."""
+    kept = copy.deepcopy(state.tensors_of(run))
+    training = run.network.training
+    try:
+        with kept_random_state(run.accelerator.device):
+            yield
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+        state.put(run, kept, "rate finder")
+        run.network.train(training)
+
+
+def report(built: Built, found: Found) -> None:
+    """Write the plot and the numbers beside where the LoRA would go, and print what was found and why."""
+    saves, said = built.saves, found.suggestion
+    plot = saves.last_file.with_name(f"{saves.last_file.stem}-find-lr.png")
+    numbers = plot.with_suffix(".csv")
+    lr_curve.write_numbers(numbers, found.sweep)
+    lr_curve.draw(plot, found.sweep, said, label=found.part)
+    tried, last = len(found.sweep.rates), found.sweep.rates[-1]
+    ended = ", where the loss broke" if found.sweep.broken else ""
+    why = "larger steps gain less, and sooner break it" if said.turned else "and it had not turned when the rates ended"
+    lines = [
+        f"tried        {tried} rates of {found.part}, from {found.sweep.rates[0]:.1e} to {last:.1e}{ended}",
+        f"loss         {found.sweep.before:.4f} before; lowest at {said.lowest_at:.1e}: {said.lowest:.4f} "
+        f"({said.fall:.0%} less; smoothed, the same images and noise each time)",
+        f"suggestion   {' '.join(rate_options(built.plan.options, said.rate / found.reference))}",
+        *_other_rates(built.plan.network_arguments, said.rate / found.reference),
+        f"why          at {said.rate:.1e} the loss falls fastest: {why}",
+        f"             (the other rule, a tenth of the rate at the lowest loss, says {said.tenth:.1e})",
+        f"written      {plot}, {numbers}",
+    ]
+    for line in lines:
+        print(line)
+    print("\nRate finder: no LoRA was trained or written.", flush=True)
+    if said.fall < lr_curve.LEAST_FALL:
+        logger.warning("the loss hardly falls at any rate (%.1f %%): the suggestion rests on little", 100 * said.fall)
+    if not said.turned:
+        logger.warning("the loss still falls at the last rate, %.1e: look further, with --find_lr_end", last)
+
+
+def _other_rates(network_arguments: Mapping[str, Any], factor: float) -> Iterator[str]:
+    """What else has a rate of its own, which grew with the others."""
+    if network_arguments.get("network_reg_lrs"):
+        yield f"             and {factor:.2g} times each rate in network_reg_lrs"
+
+
+def rate_options(options: Options, factor: float) -> list[str]:
+    """The words that set the rates to `factor` times what is configured."""
+    rates = options.optimizer
+    words = []
+    if rates.unet_lr is None or rates.text_encoder_lr is None:
+        words += ["--learning_rate", f"{lr_curve.two_digits(rates.learning_rate * factor):g}"]
+    if rates.unet_lr is not None:
+        words += ["--unet_lr", f"{lr_curve.two_digits(rates.unet_lr * factor):g}"]
+    if rates.text_encoder_lr is not None:
+        words += ["--text_encoder_lr", *(f"{lr_curve.two_digits(rate * factor):g}" for rate in rates.text_encoder_lr)]
+    return words

@@ -1,0 +1,178 @@
+"""`NAME-metrics.jsonl`: what a run did, one JSON object a line, beside its files.
+
+The first line describes the run: {"run": {…}}. Every other line has a "step" and what is told of it: a step of the
+optimizer ("loss", "rates" …), {"validation": {…}} or {"warning": {…}}. Numbers that are not finite are null. Lines are
+appended whole, so that a run may be killed at any time; the last line of a machine that lost power may be torn, and
+is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.files.atomic import replacing
+
+if TYPE_CHECKING:
+    from library.config.options import Options
+    from library.record.saves import SavePlan
+    from library.run.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+SUFFIX = "-metrics.jsonl"
+REPORT_SUFFIX = "-report.html"  # library/report makes it of the lines
+
+Line = dict[str, Any]
+
+
+class MetricsFile:
+    """The file of a run that goes on. Nothing is written before the first line."""
+
+    def __init__(self, path: Path, run: Mapping[str, Any], *, done: int) -> None:
+        """`run`: what the first line says; it has a "session_id". After a resume at step `done` the lines of this
+        session's file up to there are kept. Raises UserError if the file cannot be written."""
+        self.path = path
+        self._file: Any = None
+        self._run = {"format": FORMAT, **run}
+        self._incomplete = False
+        if done and belongs_to(path, session_id=run["session_id"]):
+            self._begin(done)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line. One that the disk does not take is left out, and the first such is said: training goes on."""
+        text = _text({"step": step, **values})
+        try:
+            if self._file is None:
+                self._begin(0)
+            before = os.fstat(self._file.fileno()).st_size
+            # unbuffered, in one piece: a process that is killed has written the line or not
+            if self._file.write(text) < len(text):
+                self._file.truncate(before)
+                raise OSError("the disk took a part of a line")
+        except (OSError, UserError) as error:
+            if not self._incomplete:
+                logger.warning("%s: lines are missing from step %d on, training goes on: %s", self.path, step, error)
+            self._incomplete = True
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps."""
+        if self._file is not None:
+            self._file.close()
+            self._begin(step)
+
+    def kept(self) -> Iterator[Line]:
+        """The lines that were there before this process's own."""
+        return (line for line in lines(self.path) if "step" in line) if self._file is not None else iter(())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _begin(self, done: int) -> None:
+        """The first line, and with it what is kept; then open for more."""
+        with replacing(self.path) as beside, beside.open("wb") as file:
+            file.write(_text({"run": self._run}))
+            for line in lines(self.path) if done else ():
+                if line.get("step", done + 1) <= done:
+                    file.write(_text(line))
+        self._file = self.path.open("ab", buffering=0)
+
+
+def metrics_path(last_file: Path) -> Path:
+    """Beside the last file of a run: fox.safetensors → fox-metrics.jsonl."""
+    return last_file.with_name(last_file.stem + SUFFIX)
+
+
+def report_path(metrics: Path) -> Path:
+    """Beside the metrics: fox-metrics.jsonl → fox-report.html."""
+    return metrics.with_name(metrics.name.removesuffix(SUFFIX) + REPORT_SUFFIX)
+
+
+def planned_files(options: Options, saves: SavePlan) -> list[Path]:
+    """What tells of a run: the metrics, and the report that is made of them."""
+    wanted, path = options.monitoring, metrics_path(saves.last_file)
+    return [path] * wanted.monitoring + [report_path(path)] * wanted.writes_report
+
+
+def new_files(plan: Plan, saves: SavePlan) -> list[Path]:
+    """Of these the ones that may not be there yet: a resumed run goes on with its own, and what tells of a run that
+    ended before it saved anything may go."""
+    files = planned_files(plan.options, saves)
+    if plan.resume is not None:
+        return [file for file in files if not belongs_to(file, session_id=plan.session_id)]
+    if saves.left_anything():
+        return files
+    idle = [file for file in files if os.path.isfile(file) and _tells_of_a_run(file)]
+    if idle:
+        logger.info("replacing %s, of a run that saved nothing", ", ".join(map(str, idle)))
+    return [file for file in files if file not in idle]
+
+
+def _tells_of_a_run(path: Path) -> bool:
+    return bool(session_of_report(path) if path.name.endswith(REPORT_SUFFIX) else read_run(path))
+
+
+def belongs_to(path: Path, *, session_id: int) -> bool:
+    """Whether this tells of this run, begun in this process or in one that it goes on from."""
+    if not os.path.isfile(path):
+        return False
+    if path.name.endswith(REPORT_SUFFIX):
+        return session_of_report(path) == str(session_id)
+    return read_run(path).get("session_id") == session_id
+
+
+def session_of_report(path: Path) -> str:
+    """What a report says of whose it is; empty for a file that is none."""
+    with path.open("rb") as file:
+        start = file.read(2000).decode("utf-8", "replace")
+    found = re.search(r'<meta name="session" content="(\d+)">', start)
+    return found[1] if found else ""
+
+
+def read_run(path: Path) -> Line:
+    """The first line's description of the run; empty if there is none."""
+    run = next(lines(path), {}).get("run")
+    return run if isinstance(run, dict) else {}
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """Every line that is whole, one at a time."""
+    if not os.path.isfile(path):
+        return
+    with path.open("rb") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+def _text(line: Mapping[str, Any]) -> bytes:
+    return (json.dumps(plain(line), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """To so many digits that count."""
+    return float(f"{value:.{digits}g}")
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: floats with 7 digits, which is what fp32 holds; None for those that are not finite."""
+    if isinstance(value, float):
+        return rounded(value, 7) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,286 @@
+"""When a run writes files, how they are named, and how a network's file is written and checked."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from library.errors import UserError, nearest_path, why_not
+from library.files.atomic import replacing
+from library.files.hashes import UNKNOWN_HASHES, write_hashes
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS: dict[str | None, torch.dtype | None] = {
+    None: None,  # as trained
+    "float": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+ENDINGS = ("safetensors", "ckpt", "pt")  # --save_model_as
+STATE_SUFFIX = "-state"
+_MOMENT = r"-step\d{8,}|-\d{6,}"  # after which step, or epoch, a file was written
+_MOST_FILES = 1_000_000  # each is looked for before training
+_LONGEST_NAME = 200  # bytes; file systems take 255, and the longest thing that follows is a sample's time and seed
+
+# -- when and under which names
+
+
+@dataclass(frozen=True)
+class Due:
+    """A file to write now."""
+
+    path: Path
+    epoch: int  # what kohya writes as ss_epoch: finished epochs
+    remove: Path | None = None  # an older file that goes once this one is there
+    state: Path | None = None  # the folder for the run's state
+    remove_state: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePlan:
+    """Which files a run writes after which steps, with kohya's names and retention.
+
+    Steps count optimizer steps from 1. None or 0 for an interval switches it off.
+    """
+
+    folder: Path
+    name: str | None  # --output_name
+    total_steps: int
+    steps_per_epoch: int
+    every_n_steps: int | None = None
+    every_n_epochs: int | None = None
+    last_n_steps: int | None = None  # keep the files of the last n *steps*
+    last_n_epochs: int | None = None  # keep the last n *files* of epochs
+    states: bool = False  # a state beside every file
+    state_at_end: bool = False
+    last_n_steps_state: int | None = None  # as for files, which it follows if it is not given
+    last_n_epochs_state: int | None = None
+    ending: str = "safetensors"  # --save_model_as
+    best: bool = False  # keep the network that validates best
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            _check_name(self.name)
+        if self.every_n_steps and self.total_steps // self.every_n_steps > _MOST_FILES:
+            raise UserError(
+                f"--save_every_n_steps {self.every_n_steps}: {self.total_steps // self.every_n_steps} files in "
+                f"{self.total_steps} steps, and {_MOST_FILES} are the most"
+            )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun in the whole run."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    @property
+    def last_file(self) -> Path:
+        return self.folder / f"{self.name or 'last'}.{self.ending}"
+
+    @property
+    def best_file(self) -> Path:
+        return self.last_file.with_name(f"{self.last_file.stem}-best.{self.ending}")
+
+    def step_file(self, step: int) -> Path:
+        return self.folder / f"{self.name or 'at'}-step{step:08d}.{self.ending}"
+
+    def epoch_file(self, epoch: int) -> Path:
+        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}.{self.ending}"
+
+    def due(self, step: int, *, last: bool = False) -> list[Due]:
+        """The files to write once `step` steps are done; `last`: the run ends with this step."""
+        files = []
+        if self.every_n_steps and step % self.every_n_steps == 0:
+            old = self._old_step(step, self.last_n_steps)
+            old_state = self._old_step(step, self.last_n_steps_state or self.last_n_steps)
+            files.append(self._due(self.step_file(step), (step - 1) // self.steps_per_epoch, old, old_state))
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        # the last epoch's file would be the same as the final one
+        if self.every_n_epochs and rest == 0 and epoch % self.every_n_epochs == 0 and epoch < self.epochs:
+            old = self._old_epoch(epoch, self.last_n_epochs)
+            old_state = self._old_epoch(epoch, self.last_n_epochs_state or self.last_n_epochs)
+            files.append(self._due(self.epoch_file(epoch), epoch, old, old_state))
+        if last or step == self.total_steps:
+            state = state_folder(self.last_file) if self.states or self.state_at_end else None
+            files.append(Due(self.last_file, math.ceil(step / self.steps_per_epoch), state=state))
+        return files
+
+    def _due(self, path: Path, epoch: int, old: Path | None, old_state: Path | None) -> Due:
+        if not self.states:
+            return Due(path, epoch, old)
+        remove_state = None if old_state is None else state_folder(old_state)
+        return Due(path, epoch, old, state_folder(path), remove_state)
+
+    def left_anything(self) -> bool:
+        """Whether a network or a state of this name is there, written in whatever run."""
+        file = re.compile(rf"{_named(self.name)}(-best|{_MOMENT})?\.({'|'.join(ENDINGS)})")
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return any(file.fullmatch(name) or is_state_name(name, self.name) for name in names)
+
+    def steps_that_save(self) -> list[int]:
+        """After which steps something is written."""
+        steps = {self.total_steps}
+        if self.every_n_steps:
+            steps.update(range(self.every_n_steps, self.total_steps, self.every_n_steps))
+        if self.every_n_epochs:
+            interval = self.every_n_epochs * self.steps_per_epoch
+            steps.update(range(interval, self.total_steps, interval))
+        return sorted(steps)
+
+    def planned_files(self, *, after_step: int = 0) -> list[Path]:
+        """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
+        best = [self.best_file] if self.best else []
+        steps = (step for step in self.steps_that_save() if step > after_step)
+        return [*best, *(due.path for step in steps for due in self.due(step))]
+
+    def planned_states(self, *, after_step: int = 0) -> list[Path]:
+        """As `planned_files`, the folders of states."""
+        due = (due for step in self.steps_that_save() if step > after_step for due in self.due(step))
+        return [item.state for item in due if item.state is not None]
+
+    def _old_step(self, step: int, last_n: int | None) -> Path | None:
+        """Intervals of 10, 30 to keep: at step 50 the file of step 10 goes, those of 20 to 50 stay."""
+        if not last_n or not self.every_n_steps:
+            return None
+        old = step - last_n - 1
+        old -= old % self.every_n_steps
+        return self.step_file(old) if old > 0 else None
+
+    def _old_epoch(self, epoch: int, last_n: int | None) -> Path | None:
+        if not last_n or not self.every_n_epochs:
+            return None
+        old = epoch - self.every_n_epochs * last_n
+        return self.epoch_file(old) if old > 0 else None
+
+
+def _check_name(name: str) -> None:
+    """`UserError` if no file can be called so."""
+    if name in ("", ".", "..") or set("/\\") & set(name):
+        raise UserError(f"--output_name: {name!r} is not a plain file name; folders belong into --output_dir")
+    if not name.isprintable():
+        raise UserError(f"--output_name: {name!r} holds a character that no file name should")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise UserError(
+            f"--output_name: {len(os.fsencode(name))} bytes long; at most {_LONGEST_NAME}, since step numbers and "
+            "endings follow"
+        )
+
+
+def state_folder(file: Path) -> Path:
+    """Beside a network's file, under kohya's name: fox-000002.safetensors → fox-000002-state."""
+    return file.with_name(file.stem + STATE_SUFFIX)
+
+
+def is_state_name(folder: str, output_name: str | None) -> bool:
+    """Whether a run of this --output_name names a state so: fox-big-state is not one of fox."""
+    return re.fullmatch(rf"{_named(output_name)}({_MOMENT})?{STATE_SUFFIX}", folder) is not None
+
+
+def _named(output_name: str | None) -> str:
+    """The pattern of how the names of a run's files begin."""
+    return re.escape(output_name) if output_name is not None else "(last|at|epoch)"
+
+
+def epochs_from_ratio(epochs: int, ratio: int) -> int:
+    """`save_n_epoch_ratio`: the interval in epochs that gives at least `ratio` files."""
+    return epochs // ratio or 1
+
+
+# -- before training
+
+
+def check_free(files: Iterable[Path], *, overwrite: bool) -> None:
+    """`UserError` if a file that the run is going to write is there already."""
+    existing = [path for path in files if os.path.exists(path)]
+    folders = [path for path in existing if path.is_dir()]
+    if folders:
+        raise UserError(
+            f"{folders[0]} is a folder; the run is going to write a file of that name: choose --output_name"
+        )
+    if existing and not overwrite:
+        more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
+        raise UserError(
+            f"the run would replace {', '.join(map(str, existing[:3]))}{more}: "
+            "give it another --output_name or --output_dir, or --overwrite to replace them"
+        )
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder and try to write in it; `UserError` if that fails."""
+    if not os.path.exists(folder) and folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise UserError(f"--output_dir {folder}: cannot be made{nearest_path(folder)}")
+    probe = folder / ".write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir: cannot write in {folder}: {why_not(error, verb='write to')}") from error
+
+
+# -- writing
+
+
+class BrokenWeightsError(UserError):
+    """Weights that are not finite numbers, or would not be in the file's precision: they were not written.
+
+    only_in_file: whether those that are trained are finite, so that a state of them is worth something.
+    """
+
+    def __init__(self, message: str, *, only_in_file: bool = False) -> None:
+        super().__init__(message)
+        self.only_in_file = only_in_file
+
+
+class Savable(Protocol):
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None: ...
+
+
+def save_network(network: Savable, path: Path, *, precision: str | None, metadata: Mapping[str, str]) -> None:
+    """Write a network's file: beside first, read back and checked, with its hashes, then renamed to `path`.
+
+    The ending of `path` says in which format; only safetensors hold metadata. `precision` is a key of PRECISIONS.
+    `BrokenWeightsError` if a tensor holds NaN or infinity, `UserError` if the disk is full or the folder cannot be
+    written to; whatever stood at `path` before is then still there.
+    """
+    with replacing(path) as beside:
+        network.save_weights(str(beside), PRECISIONS[precision], {**metadata, **UNKNOWN_HASHES})
+        check_finite(beside, path.name, precision)
+        if beside.suffix == ".safetensors":
+            write_hashes(beside)
+    logger.info("saved %s", path)
+
+
+def check_finite(file: Path, name: str, precision: str | None) -> None:
+    """`BrokenWeightsError` if a tensor of `file`, which is to be called `name`, holds NaN or infinity."""
+    for key, tensor in _tensors(file):
+        if not tensor.is_floating_point() or tensor.isfinite().all():
+            continue
+        advice = "training has diverged: lower the learning rate, or start from an earlier file"
+        overflows = precision == "fp16" and not bool(tensor.isnan().any())
+        if overflows:
+            advice = "values beyond 65504 do not fit into fp16: use --save_precision bf16 or float"
+        kind = "NaN" if tensor.isnan().any() else "infinity"
+        raise BrokenWeightsError(f"{name}: not written: {key} holds {kind}; {advice}", only_in_file=overflows)
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """What a file holds, read as other programs will read it."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                yield key, tensors.get_tensor(key)
+    else:
+        yield from torch.load(file, map_location="cpu", weights_only=True).items()

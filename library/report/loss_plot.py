@@ -1,0 +1,51 @@
+"""A picture of how the loss went."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from library.files.atomic import replacing
+from library.record.loss_history import LossHistory
+
+
+def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
+    """Mean over the last `window` values, fewer at the start: one value per loss."""
+    means: list[float] = []
+    within: deque[float] = deque(maxlen=window)
+    for loss in losses:
+        within.append(loss)
+        finite = [value for value in within if math.isfinite(value)]  # NaN: a step that was skipped
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    return means
+
+
+def plot(path: Path, history: LossHistory, *, steps_per_epoch: int, title: str) -> None:
+    """A PNG of the loss per optimizer step: faint as it came, or in a long run the mean of a few steps, and strong as
+    its moving mean.
+
+    The noise level drawn for each image moves a single step's loss more than learning does, so the mean is the
+    curve to look at.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, losses = zip(*history.curve(), strict=True) if history.points else ((), ())
+    stretch, last = history.stretch, history.stretch * len(losses)
+    window = max(10, len(losses) // 20)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    each = "per step" if stretch == 1 else f"mean of {stretch} steps"
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label=each)
+    label = f"mean of {window * stretch} steps"
+    axes.plot(steps, smoothed(losses, window=window), color="tab:blue", linewidth=1.8, label=label)
+    for boundary in range(steps_per_epoch, last, max(steps_per_epoch, last // 20)):
+        axes.axvline(boundary, color="0.85", linewidth=0.6, zorder=0)
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(1, max(2, last)))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")

@@ -1,0 +1,56 @@
+"""The curves of a run, of its learning rate and its weight decay, before anything is made."""
+
+from __future__ import annotations
+
+import logging
+
+from library.config.options import Options
+from library.errors import UserError
+from library.optimizers import weight_decay_choice
+from library.optimizers.create import OptimizerChoice
+from library.optimizers.schedules import ScheduleChoice, choose_schedule, rehearse
+from library.optimizers.weight_decay_choice import DecayChoice
+from library.run.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) -> ScheduleChoice | None:
+    """The schedule of the learning rate, tried out; None if the optimizer makes its own. Raises UserError."""
+    wanted = options.schedule
+    named_adafactor = wanted.lr_scheduler == "adafactor" and not wanted.lr_scheduler_type
+    if named_adafactor and not choice.relative_step:
+        off = choice.setting("relative_step") is False
+        raise UserError(
+            "--lr_scheduler adafactor is the schedule that --optimizer_type Adafactor makes itself with "
+            f"relative_step=True; this run's optimizer is {choice.name}{' without it' * off}"
+        )
+    if choice.schedule_free or choice.relative_step:
+        asked = wanted.lr_scheduler != "constant" and not named_adafactor
+        if asked or wanted.lr_scheduler_type or wanted.lr_warmup_steps:
+            reason = "needs no schedule" if choice.schedule_free else "makes its own schedule (relative_step)"
+            logger.warning(
+                "%s %s: --lr_scheduler, --lr_scheduler_type and --lr_warmup_steps have no effect.", choice.name, reason
+            )
+        return None
+    chosen, rates = choose_schedule(wanted, total_steps=total_steps), options.optimizer
+    rehearse(chosen, rate=max(rates.learning_rate, rates.unet_lr or 0.0, *(rates.text_encoder_lr or ())))
+    return chosen
+
+
+def of_length(
+    plan: Plan, schedule: ScheduleChoice | None, decay: DecayChoice | None, *, given: OptimizerChoice
+) -> list[str]:
+    """The curves that are not those of the resumed state if that was of a run of another length. `given`: the choice
+    without the weight decay's numbers, which follow from the length."""
+    options, resume = plan.options, plan.resume
+    assert resume is not None
+    curves = []
+    if schedule is not None and schedule.depends_on_length(options.schedule):
+        curves.append("learning rate")
+    then = weight_decay_choice.decide(
+        options.weight_decay, given, total_steps=resume.facts.total_steps, images=plan.prepared.train_images
+    )
+    if decay is not None and then is not None and decay.curve != then.curve:
+        curves.append("weight decay")
+    return curves

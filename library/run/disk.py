@@ -1,0 +1,52 @@
+"""What a run will write, in bytes, and whether there is room for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.guidance.estimate import human_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.record.saves import SavePlan
+
+
+def file_bytes(tensors: Mapping[str, Tensor], precision: str | None) -> int:
+    """The size of a network's file in a --save_precision, but for its metadata."""
+    width = {"fp16": 2, "bf16": 2, "float": 4}
+    return sum(tensor.numel() * width.get(precision or "", tensor.element_size()) for tensor in tensors.values())
+
+
+def most_at_once(saves: SavePlan, *, after_step: int, of_file: int, of_state: int) -> int:
+    """The most bytes that the files and states of steps after `after_step` take at one time.
+
+    An old file goes when the new one is there, so for a moment both are.
+    """
+    there = {saves.best_file: of_file} if saves.best else {}
+    most = sum(there.values())
+    for due in (due for step in saves.steps_that_save() if step > after_step for due in saves.due(step)):
+        there[due.path] = of_file
+        if due.state is not None:
+            there[due.state] = of_state
+        most = max(most, sum(there.values()))
+        for gone in (due.remove, due.remove_state):
+            there.pop(gone or Path(), None)
+    return most
+
+
+def refuse_full_disk(saves: SavePlan, *, after_step: int, of_file: int, of_state: int) -> None:
+    """`UserError` if the folder has no room for what the run writes into it. Files that it replaces count as room."""
+    needed = most_at_once(saves, after_step=after_step, of_file=of_file, of_state=of_state)
+    replaced = sum(path.stat().st_size for path in saves.planned_files(after_step=after_step) if path.is_file())
+    free = shutil.disk_usage(saves.folder).free
+    if needed > free + replaced:
+        raise UserError(
+            f"--output_dir {saves.folder}: the run writes {human_bytes(needed)} at one time, and {human_bytes(free)} "
+            "are free. Free some space, save less often, or keep fewer files (--save_last_n_steps, "
+            "--save_last_n_epochs)"
+        )

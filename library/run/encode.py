@@ -1,0 +1,157 @@
+"""Load the parts of a model one after the other, and encode images and captions for the caches on the way."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from library.config.options import Options
+from library.data.caches.disk import Disk, Team
+from library.data.dataset import TrainingData
+from library.models.family import ModelFamily
+from library.quantization.float8 import hold_in_float8
+from library.sampling import render as sample
+from networks.merge import BaseWeights
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def vae_dtype(family: ModelFamily, options: Options) -> torch.dtype:
+    """What the VAE computes in."""
+    dtype = DTYPES[options.precision.mixed_precision]
+    if options.model.no_half_vae or (dtype == torch.float16 and family.vae_overflows_fp16):
+        return torch.float32
+    return dtype
+
+
+def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
+    """How --cache_latents_to_disk keeps latents; None without it."""
+    if not options.data.cache_latents_to_disk:
+        return None
+    encoder = f"VAE {family.vae_fingerprint()} in {_precision(vae_dtype(family, options), options)}"
+    return _disk(encoder, options, accelerator)
+
+
+def texts_on_disk(
+    family: ModelFamily, base_weights: BaseWeights, options: Options, accelerator: Accelerator
+) -> Disk | None:
+    """How --cache_text_encoder_outputs_to_disk keeps them; None without it."""
+    if not options.data.cache_text_encoder_outputs_to_disk:
+        return None
+    dtype = DTYPES[options.precision.mixed_precision]
+    encoders = f"text encoders {family.text_fingerprint()}{base_weights.fingerprint()} in {_precision(dtype, options)}"
+    return _disk(encoders, options, accelerator)
+
+
+def _precision(dtype: torch.dtype, options: Options) -> str:
+    return f"{dtype} with TF32" if options.precision.allow_tf32 and dtype == torch.float32 else f"{dtype}"
+
+
+def _disk(encoder: str, options: Options, accelerator: Accelerator) -> Disk:
+    return Disk(
+        encoder=encoder,
+        folder=Path(options.data.cache_dir).expanduser() if options.data.cache_dir else None,
+        trust=options.data.skip_cache_check,
+        team=Team(accelerator.process_index, accelerator.num_processes, gather_object),
+    )
+
+
+def load_and_encode(
+    family: ModelFamily,
+    data: TrainingData,
+    options: Options,
+    accelerator: Accelerator,
+    base_weights: BaseWeights,
+    prompts: sample.EncodedPrompts,
+    *,
+    validation: TrainingData | None,
+    cache: bool,
+) -> None:
+    """VAE, text encoders, UNet, one after the other, so that no more lies in memory than is needed at the time.
+
+    The latents of `validation` are kept in any case: they never change. Without `cache` nothing is encoded, and
+    everything stays loaded: a dry run looks at all parts.
+    """
+    device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
+    if dtype != torch.float32 and not options.model.no_half_vae and vae_dtype(family, options) == torch.float32:
+        logger.warning("the VAE of %s computes in fp32, because fp16 is too small for it (--no_half_vae)", family.path)
+
+    def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if family.vae is None:  # not before an image needs it: all of them may be on disk
+            family.load_vae(vae_dtype(family, options), device)
+        return family.encode_images(pixels)
+
+    def encode_prompts(captions: list[str]) -> dict[str, torch.Tensor]:
+        if not family.text_encoders:
+            load_text_encoders()
+        return family.encode_prompts(captions)
+
+    def load_text_encoders() -> None:
+        family.load_text_encoders(dtype, device)
+        base_weights.merge_into(family.adapter_targets())
+
+    if cache and options.data.cache_latents:
+        disk, batch_size = latents_on_disk(family, options, accelerator), options.data.vae_batch_size
+        data.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=validation)
+        if validation is not None:
+            validation.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=data)
+        family.release_vae()
+        _give_back(device)
+    else:
+        family.load_vae(vae_dtype(family, options), device)
+        if cache and validation is not None:
+            validation.cache_latents(encode_images, batch_size=options.data.vae_batch_size)
+
+    if cache and options.data.cache_text_encoder_outputs:
+        batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
+        disk = texts_on_disk(family, base_weights, options, accelerator)
+        if options.network.base_weights:
+            load_text_encoders()  # else nothing could say what of the files fits, were all captions on disk
+        data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk, beside=validation)
+        if validation is not None:
+            validation.cache_captions(encode_prompts, batch_size=batch_size, disk=disk, beside=data)
+        prompts.keep(encode_prompts)
+        family.release_text_encoders()
+        _give_back(device)
+    else:
+        load_text_encoders()
+        if options.precision.holds_text_encoders_in_float8:
+            hold_in_float8(family.adapter_targets())
+
+    in_float8 = options.precision.holds_unet_in_float8
+    # in 8 bits it may fit into a GPU where all of it in 16 does not
+    family.load_unet(dtype, "cpu" if in_float8 else device)
+    of_unet = [target for target in family.adapter_targets() if target.part == "unet"]
+    base_weights.merge_into(of_unet)
+    base_weights.report()
+    if in_float8:
+        hold_in_float8(of_unet, device)
+        of_unet[0].root.to(device)
+    # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
+    assert family.unet is not None
+    family.unet.train()
+    if options.precision.gradient_checkpointing:
+        family.unet.enable_gradient_checkpointing()
+        if trains_text(options):
+            for encoder in family.text_encoders:
+                enable = getattr(encoder, "activation_checkpointing_enable", None)  # of transformers 5.23 and later
+                (enable or encoder.gradient_checkpointing_enable)()
+                encoder.train()
+
+
+def _give_back(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def trains_text(options: Options) -> bool:
+    """Whether the text encoders learn."""
+    return not options.network.network_train_unet_only

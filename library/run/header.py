@@ -1,0 +1,107 @@
+"""What the first line of `NAME-metrics.jsonl` says of a run: all that a report needs beside what the steps tell."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.config.options import Options, declared_options, option_groups
+from library.guidance import dry_run
+from library.training.meter import timestep_ranges
+from networks.network import AdapterNetwork
+
+if TYPE_CHECKING:
+    from library.data.prepare import Prepared
+    from library.run.build import Built
+
+EXAMPLES = 24  # images that are named
+SECRETS = frozenset({"wandb_api_key"})
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
+
+
+def describe(built: Built) -> dict[str, Any]:
+    """As JSON has it, but for paths, which are text there."""
+    plan, run, saves = built.plan, built.run, built.saves
+    network = run.network if isinstance(run.network, AdapterNetwork) else None
+    sampling = plan.samples
+    return {
+        "session_id": plan.session_id,
+        "name": saves.last_file.stem,
+        "output_name": saves.name,
+        "ending": saves.ending,
+        "started_at": int(plan.started_at),
+        "total_steps": run.total_steps,
+        "steps_per_epoch": saves.steps_per_epoch,
+        "timesteps": timestep_ranges(len(run.objective.alphas_cumprod)),
+        "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
+        "summary": [[line[:12].strip(), line[12:]] for line in dry_run.summary(built)],
+        "options": _options(plan.options, seed=plan.seed),
+        "subsets": [
+            {
+                "source": summary.subset.source,
+                "regularisation": summary.subset.is_reg,
+                "images": summary.images,
+                "repeats": summary.subset.num_repeats,
+                "held_out": summary.held_out,
+                "captions": summary.captions_found,
+                "captions_missing": summary.captions_missing,
+            }
+            for summary in plan.prepared.summaries
+        ],
+        "buckets": [
+            {
+                "dataset": group.dataset + 1,
+                "size": group.size,
+                "images": len(group.members),
+                "draws": group.draws,
+                "batches": group.batches,
+            }
+            for group in plan.prepared.groups
+        ],
+        "examples": _examples(plan.prepared),
+        "prompts": [] if sampling is None else [item.prompt for item in sampling.prompts],
+        "machine": _machine(run.accelerator.device, run.accelerator.num_processes),
+    }
+
+
+def _options(options: Options, *, seed: int) -> list[list[Any]]:
+    """[group, name, value, default] of each, with the seed that was drawn, and without what nobody should see."""
+    known, rows = declared_options(), []
+    for group_name, group in option_groups().items():
+        title = (group.__doc__ or group_name).splitlines()[0]
+        for name, value in vars(getattr(options, group_name)).items():
+            if name == "seed":
+                value = seed
+            if name in SECRETS and value is not None:
+                value = "(given)"
+            default = None if known[name].required else known[name].default
+            rows.append([title, name, value, default])
+    return rows
+
+
+def _examples(prepared: Prepared) -> list[dict[str, Any]]:
+    """Images from all over the data."""
+    count = len(prepared.samples)
+    chosen = sorted({index * count // min(EXAMPLES, count) for index in range(min(EXAMPLES, count))})
+    return [
+        {
+            "path": prepared.samples[index].path.resolve(),
+            "caption": prepared.samples[index].caption,
+            "size": prepared.samples[index].size,
+            "bucket": prepared.placements[index].bucket,
+        }
+        for index in chosen
+    ]
+
+
+def _machine(device: torch.device, processes: int) -> list[list[str]]:
+    """[what, which] of hardware and programs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return [
+        ["device", f"{device.type}: {name}" + (f", {processes} processes" if processes > 1 else "")],
+        ["system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"],
+        ["packages", ", ".join(f"{package} {version(package)}" for package in PACKAGES)],
+    ]

@@ -1,0 +1,258 @@
+"""What is known of a run before anything large is loaded: options, data, model headers. Most mistakes end here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library import log
+from library.config import kohya, registry, source
+from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.idle import warn_of_idle_options
+from library.config.masks import check_masks
+from library.config.options import NetworkOptions, Options
+from library.config.options.validation import check_validation, is_validated
+from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
+from library.data.views import refuse_latent_cache_of_changing_images
+from library.errors import UserError, nearest_path
+from library.models import open_family
+from library.parallel import together
+from library.record.metadata import check_user_metadata
+from library.record.trackers import TrackerPlan, plan_trackers
+from library.sampling.prompts import SampleTimes, plan_samples
+from library.training.state import State
+from library.training.state import find as find_state
+
+if TYPE_CHECKING:
+    from library.data.prepare import Prepared
+    from library.models.family import ModelFamily
+    from library.optimizers.create import OptimizerChoice
+
+logger = logging.getLogger(__name__)
+
+# What the trainer gives to a network module's creator itself: no words of the user's.
+_GIVEN = (
+    *("multiplier", "network_dim", "network_alpha", "file", "vae", "text_encoder", "unet"),
+    *("neuron_dropout", "weights_sd", "for_inference", "targets", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options that fit together, data that can be read, a model that is there."""
+
+    options: Options
+    datasets: tuple[DatasetSpec, ...]
+    prepared: Prepared
+    family: ModelFamily
+    choice: OptimizerChoice
+    network_creator: str
+    network_arguments: dict[str, Any]
+    seed: int
+    trackers: TrackerPlan
+    samples: SampleTimes | None
+    started_at: float
+    session_id: int
+    resume: State | None = None
+
+
+def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
+    """Check all that can be checked cheaply, the cheapest first. Raises UserError.
+
+    only_family: the one that the base model must be of, as in `library.models.FAMILIES`.
+    """
+    datasets = load_datasets(options)
+    _check_data_options(options, datasets)
+    _warn_of_unused_rates(options)
+    creator, arguments = _network_arguments(options)
+    check_user_metadata(options.output)
+    _refuse_missing_weights("network_weights", options.network.network_weights)
+    _refuse_missing_weights("base_weights", *options.network.base_weights)
+    trackers = plan_trackers(options)
+    samples = plan_samples(options.samples)
+    resume = None
+    if options.run.resume is not None:
+        output = options.output
+        resume = find_state(options.run.resume, output_dir=Path(output.output_dir), output_name=output.output_name)
+    seed = options.training.seed
+    if seed is None and resume is not None:
+        seed = resume.facts.seed
+
+    # torch loads from here on
+    if seed is None:
+        seed = together.agreed(
+            random.SystemRandom().randrange(2**32), timeout=together.patience(options.run.ddp_timeout)
+        )
+        logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
+    from library.data.prepare import prepare
+    from library.optimizers import weight_decay_choice
+    from library.optimizers.create import choose_optimizer
+    from library.optimizers.trial import refuse_useless
+    from library.run.rehearse import rehearse
+    from networks import merge
+
+    module = options.network.network_module
+    trains = f"is trained by {module}" if source.is_ours(module) else ""
+    _check_weights("network_weights", options.network.network_weights, purpose=trains)
+    _check_weights("base_weights", *options.network.base_weights, purpose=merge.PURPOSE)
+    _warn_of_other_base(options.network)
+    choice = choose_optimizer(
+        options.optimizer.optimizer_name,
+        options.optimizer.optimizer_args,
+        weight_decay=options.optimizer.weight_decay,
+        custom_adamw=options.custom_adamw.given(),
+    )
+    if options.optimizer.lr_layer_decay is not None and (choice.finds_its_rate or choice.relative_step):
+        raise UserError(f"--lr_layer_decay: {choice.name} finds its rate itself, one for all layers")
+    weight_decay_choice.check_options(
+        options.weight_decay,
+        choice,
+        clips_gradients=options.optimizer.max_grad_norm > 0,
+        validates=is_validated(datasets),
+    )
+    rates = _rates(options)
+    refuse_useless(choice, rates, precision=options.precision.of_weights)
+    family = open_family(
+        options.model.pretrained_model_name_or_path,
+        v2=options.model.v2,
+        v_parameterization=options.model.v_parameterization,
+        vae=options.model.vae,
+        clip_skip=options.model.clip_skip,
+        max_token_length=options.model.max_token_length,
+        zero_terminal_snr=options.objective.zero_terminal_snr,
+        weighted_captions=options.model.weighted_captions,
+        only=only_family,
+    )
+    prepared = prepare(
+        datasets,
+        multiple_of=family.vae_factor,
+        skip_bad_images=options.data.skip_bad_images,
+        seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
+    )
+    if kernels := rehearse(family, options, creator, arguments, resume=resume):
+        with log.errors_only():  # what it warns of has been said
+            refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
+    started_at = time.time() if resume is None else resume.facts.started_at
+    return Plan(
+        options=options,
+        datasets=datasets,
+        prepared=prepared,
+        family=family,
+        choice=choice,
+        network_creator=creator,
+        network_arguments=arguments,
+        seed=seed,
+        trackers=trackers,
+        samples=samples,
+        started_at=started_at,
+        session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
+        resume=resume,
+    )
+
+
+def _warn_of_unused_rates(options: Options) -> None:
+    network, optimizer = options.network, options.optimizer
+    for option, rate, only in (
+        ("text_encoder_lr", any(optimizer.text_encoder_lr or ()), "network_train_unet_only"),
+        ("unet_lr", optimizer.unet_lr, "network_train_text_encoder_only"),
+    ):
+        if rate and getattr(network, only):
+            logger.warning("--%s has no effect: --%s leaves that part out", option, only)
+
+
+def _rates(options: Options) -> dict[str, float]:
+    """Of the parts that are trained, by name."""
+    network, wanted = options.network, options.optimizer
+    rates = {}
+    if not network.network_train_text_encoder_only:
+        rates["unet"] = wanted.learning_rate if wanted.unet_lr is None else wanted.unet_lr
+    if not network.network_train_unet_only:
+        of_text = wanted.text_encoder_lr or (wanted.learning_rate,)
+        rates |= {f"text_encoder_{number}": rate for number, rate in enumerate(of_text, 1)}
+    return rates
+
+
+def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
+    """What the data sets and the options about them ask for together, before any file is looked at."""
+    check_masks(datasets, masked_loss=options.data.masked_loss)
+    check_validation(datasets, options.validation)
+    warn_of_idle_options(options)
+    if options.data.cache_latents:
+        refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)
+    if options.data.cache_text_encoder_outputs:
+        refuse_text_cache_of_changing_captions(datasets, option=options.data.text_cache_option)
+    warn_of_captions_options(datasets)
+    if options.data.skip_cache_check and not options.data.caches_to_disk:
+        logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
+
+
+def _refuse_missing_weights(option: str, *files: str | None) -> None:
+    for file in files:
+        if file is not None and not os.path.isfile(file):
+            raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
+
+
+def _check_weights(option: str, *files: str | None, purpose: str) -> None:
+    """What a file's header tells of it, which is read before the models. `purpose`: see `check_adapter_file`."""
+    from networks.weights import check_adapter_file
+
+    for file in files:
+        try:
+            if file is not None:
+                check_adapter_file(file, purpose=purpose)
+        except UserError as error:
+            raise UserError(f"--{option} {error}") from None
+
+
+def _warn_of_other_base(network: NetworkOptions) -> None:
+    """A LoRA that was trained on top of others acts as it did then only if --base_weights merges them here, too."""
+    from networks import base_weights
+
+    given: list[base_weights.BaseFile] | None = None
+    for option, files in (("network_weights", (network.network_weights,)), ("base_weights", network.base_weights)):
+        for file in files:
+            if file is None or not (trained_on := base_weights.read(Path(file))):
+                continue
+            if given is None:
+                given = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
+            if lacking := [item for item in trained_on if not any(item.is_same(own) for own in given)]:
+                logger.warning(
+                    "--%s %s: was trained on top of %s, which --base_weights does not merge here: it acts differently",
+                    *(option, file, base_weights.in_words(lacking)),
+                )
+
+
+def _refuse_kohyas_settings(words: Sequence[str]) -> None:
+    """UserError for settings that kohya's modules have and ours have not, with what to use instead."""
+    for name in registry.split_words(words, where="--network_args"):
+        if name in kohya.NETWORK_ARGS_NOT_YET:
+            hint = kohya.NETWORK_ARGS_NOT_YET[name]
+            raise UserError(f"--network_args: {name} is known to kohya's scripts, not supported here yet ({hint})")
+
+
+def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
+    """The function of the network module that makes the network, and --network_args as its arguments."""
+    creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
+    if options.optimizer.lr_layer_decay is not None and not source.is_ours(options.network.network_module):
+        raise UserError(f"--lr_layer_decay: {options.network.network_module} has no rates by layer; networks.lora has")
+    registry.refuse_no_name(options.network.network_module, where="--network_module")
+    if source.is_ours(options.network.network_module):
+        _refuse_kohyas_settings(options.network.network_args)
+    path = f"{options.network.network_module}.{creator}"
+    arguments, unchecked = registry.bind(
+        path,
+        options.network.network_args,
+        reserved=_GIVEN,
+        where="--network_args",
+        named_by="--network_module",
+        as_text=True,
+    )
+    if unchecked:
+        logger.warning("--network_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked))
+    return creator, arguments

@@ -1,0 +1,251 @@
+"""Images drawn with the network, to look at: samples during training, and a comparison at its end."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library import rng
+from library.config.samplers import SAMPLERS
+from library.errors import UserError
+from library.files.atomic import replacing
+from library.gpu import kept_random_state
+from library.progress import bar
+from library.sampling import files as sample_files
+from library.sampling.prompts import SamplePrompt, SampleTimes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from library.models.family import ModelFamily
+
+logger = logging.getLogger(__name__)
+
+COMPARE_SCALE = 4.0  # of classifier-free guidance
+
+# What the classes of diffusers need beside the model's own noise schedule
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own configuration has it
+    "dpmsolver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},  # "zero" divides by it
+    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
+    "dpmsingle": {"lower_order_final": True},  # else only some numbers of steps work
+}
+
+
+class EncodedPrompts:
+    """What the text encoder makes of prompts, encoded as in training: long prompts and clip_skip included.
+
+    Encoded anew at each time, because the encoder may learn; kept only where it will be gone.
+    """
+
+    def __init__(self, family: ModelFamily, texts: Iterable[str]) -> None:
+        """`texts`: all that will be asked for."""
+        self._family, self._texts = family, tuple(dict.fromkeys(texts))
+        self._kept: dict[str, dict[str, Tensor]] = {}
+
+    def keep(self, encode: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Encode all of them now, with `encode`: the text encoder is about to be released."""
+        with torch.no_grad():
+            self._kept = {text: encode([text]) for text in self._texts}
+
+    def __call__(self, prompt: str, negative: str) -> dict[str, Tensor]:
+        """What the family's pipeline is given for the two."""
+        return self._family.pipeline_arguments(*map(self._encoded, (prompt, negative)))
+
+    def _encoded(self, text: str) -> dict[str, Tensor]:
+        return self._kept[text] if self._kept else self._family.encode_prompts([text])
+
+
+def new_scheduler(sampler: str, config: Any) -> Any:
+    """diffusers' scheduler for one of SAMPLERS, with the noise schedule and prediction type of `config`."""
+    module, _, name = SAMPLERS[sampler].rpartition(".")
+    scheduler = getattr(importlib.import_module(module), name)
+    names = inspect.signature(scheduler).parameters
+    own = {key: value for key, value in config.items() if key in names}
+    return scheduler(**{**own, **_SETTINGS.get(sampler, {})})
+
+
+def check_sampler(sampler: str) -> None:
+    """`UserError` if it needs a package that is absent."""
+    if sampler == "lms" and importlib.util.find_spec("scipy") is None:
+        raise UserError("--sample_sampler lms needs the package 'scipy', which is not installed: pip install scipy")
+
+
+def render(
+    family: ModelFamily,
+    pipeline: Any,
+    encode: Callable[[str, str], dict[str, Tensor]],
+    item: SamplePrompt,
+    *,
+    sampler: str,
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Image:
+    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's."""
+    own = pipeline.scheduler
+    pipeline.scheduler = new_scheduler(item.sample_sampler or sampler, own.config)
+    with torch.no_grad():
+        try:
+            with autocast():
+                latents = pipeline(
+                    **encode(item.prompt, item.negative_prompt),
+                    num_inference_steps=item.sample_steps,
+                    guidance_scale=item.scale,
+                    width=item.width,
+                    height=item.height,
+                    generator=generator,
+                    output_type="latent",
+                ).images
+        finally:
+            pipeline.scheduler = own  # another sampler's lacks some of what the model's says
+        pixels = family.decode_latents(latents)
+    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The samples of a run: called with the number of steps done, it draws what is due then."""
+
+    times: SampleTimes
+    family: ModelFamily
+    network: Any  # a kohya-style network, which is a torch.nn.Module
+    encode: Callable[[str, str], dict[str, Tensor]]
+    load_vae: Callable[[], None]  # used if the VAE is not in memory, and given back then
+    autocast: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
+    show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
+    folder: Path
+    name: str | None  # --output_name
+    seed: int
+    since: float  # when the run began, in seconds since 1970
+    steps_per_epoch: int
+
+    def __call__(self, step: int) -> None:
+        """Draw what is due after `step` steps into `folder`, with kohya's file names. Training does not notice."""
+        moment = self.times.due(step, steps_per_epoch=self.steps_per_epoch)
+        if moment is None:
+            return
+        lacks_vae = self.family.vae is None
+        if lacks_vae:
+            self.load_vae()
+        training = self.network.training
+        self.network.eval()  # no dropout
+        try:
+            with kept_random_state(self.device):  # whatever a third party's network draws
+                self._draw(step, moment)
+        finally:
+            self.network.train(training)
+            if lacks_vae:
+                self.family.release_vae()
+
+    def _draw(self, step: int, moment: str) -> None:
+        pipeline = self.family.sampling_pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        for number, item in enumerate(bar(self.times.prompts, desc="samples", unit="image")):
+            generator = rng.torch_generator(self.seed, number, "sample")
+            if item.seed is not None:
+                generator = torch.Generator().manual_seed(item.seed)
+            image = render(
+                self.family,
+                pipeline,
+                self.encode,
+                item,
+                sampler=self.times.sampler,
+                generator=generator,
+                autocast=self.autocast,
+            )
+            with replacing(self.folder / sample_files.file_name(self.name, moment, number, item.seed)) as beside:
+                image.save(beside, format="PNG")
+            self.show(f"sample_{number}", image, caption=item.prompt, step=step)
+        self._over_time()
+        logger.info("drew %d samples into %s", len(self.times.prompts), self.folder)
+
+    def _over_time(self) -> None:
+        """One picture a prompt, of all its samples so far."""
+        found = sample_files.find(self.folder, self.name, since=self.since)
+        for number, item in enumerate(self.times.prompts):
+            path = self.folder / f"{self.name or 'last'}_over_time_{number:02d}.png"
+            if mine := [sample for sample in found if sample.prompt == number]:
+                sample_files.draw_over_time(path, mine, prompt=item.prompt)
+
+
+def draw(
+    family: ModelFamily,
+    encode: Callable[[str, str], dict[str, Tensor]],
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    seed: int,
+) -> list[Image]:
+    """One image of `size` (width, height) per prompt, with the network as it stands; UNet and VAE must be loaded.
+
+    Every prompt has its own noise, keyed by its text: the same prompt gives the same image, whatever else is drawn.
+    """
+    pipeline = family.sampling_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    width, height = size
+    return [
+        render(
+            family,
+            pipeline,
+            encode,
+            SamplePrompt(prompt=prompt, width=width, height=height, sample_steps=steps, scale=COMPARE_SCALE),
+            sampler="ddim",
+            generator=rng.torch_generator(seed, prompt, "sample"),
+        )
+        for prompt in bar(prompts, desc="drawing", unit="image")
+    ]
+
+
+def compare(
+    path: Path,
+    family: ModelFamily,
+    encode: Callable[[str, str], dict[str, Tensor]],
+    without: Callable[[], AbstractContextManager[None]],
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    seed: int,
+) -> None:
+    """A PNG with one column per prompt: above without the LoRA, below with it, from the same noise.
+
+    `without()` is a context in which the network has no effect.
+    """
+    with without():
+        plain = draw(family, encode, prompts, size=size, steps=steps, seed=seed)
+    changed = draw(family, encode, prompts, size=size, steps=steps, seed=seed)
+    _save_grid(path, prompts, [("without the LoRA", plain), ("with the LoRA", changed)])
+
+
+def _save_grid(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image]]]) -> None:
+    import textwrap
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cell = 1.7  # inches
+    figure = Figure(figsize=(cell * len(columns) + 0.4, cell * len(rows) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for r, (label, images) in enumerate(rows):
+        for c, image in enumerate(images):
+            axes = grid[r][c]
+            axes.imshow(image, interpolation="nearest" if image.width < 128 else "antialiased")
+            axes.set(xticks=[], yticks=[])
+            if r == 0:
+                axes.set_title(textwrap.fill(columns[c], 22), fontsize=7)
+            if c == 0:
+                axes.set_ylabel(label, fontsize=8)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")
