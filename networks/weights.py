@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.files.tensors import read_index
+from library.files.index import read_index
 from library.models.checkpoints.adapter_file import AdapterFile, is_of_embedding
 from library.models.checkpoints.detect import kind_of_file
 from networks.naming import read_config, to_kohya

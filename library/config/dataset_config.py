@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,11 @@ LEVELS: dict[str, tuple[str, ...]] = {
         *(*NOT_YET_SUBSET, *NOT_YET_ANYWHERE),
     ),
 }
+
+
+def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
+    """Whether any images are to be held back, or stand apart, to validate on."""
+    return any(subset.validates for dataset in datasets for subset in dataset.subsets)
 
 
 def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.config.options.validation import is_validated
+from library.config.dataset_config import is_validated
 from library.data.buckets import Buckets, Placement
 from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images

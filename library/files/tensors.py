@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from library.errors import UserError, nearest_path, why_not
+from library.errors import UserError
 
 ITEM_SIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -79,33 +78,7 @@ class WeightsIndex:
     metadata: Mapping[str, str]
 
 
-def read_index(path: Path) -> WeightsIndex:
-    """The table of a .safetensors, .ckpt, .pt or .bin file. The content decides which it is, not the file's name.
-
-    Raises UserError where the file is none of them or is cut off.
-    """
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise UserError(f"{path}: no such file{nearest_path(path)}")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {why_not(error)}") from None
-    if start[8:9] == b"{":  # the header's length comes first, whose bytes may look like the beginning of anything
-        return _read_safetensors(path, size)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        from library.files.pickles import read_pickle_index
-
-        return read_pickle_index(path)
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a Git LFS pointer of {size} bytes, not the weights; fetch them with `git lfs pull`")
-    if start.lstrip()[:1] == b"<":
-        raise UserError(f"{path}: a web page, not weights; the download went wrong")
-    raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint ({size} bytes)")
-
-
-def _read_safetensors(path: Path, size: int) -> WeightsIndex:
+def read_safetensors_index(path: Path, size: int) -> WeightsIndex:
     """Parse the header (format: 8 bytes length, JSON, data) and check every position against the file's size."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))

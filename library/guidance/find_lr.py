@@ -43,20 +43,10 @@ _EPOCH = 999_983
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """`losses[i]` was measured after the step at `rates[i]`; `before`: before the first. `broken`: it ended early."""
-
-    rates: list[float]
-    losses: list[float]
-    before: float
-    broken: bool
-
-
-@dataclass(frozen=True)
 class Found:
     """What the finder found. `reference`: the configured rate that the sweep's rates stand for, that of `part`."""
 
-    sweep: Sweep
+    sweep: lr_curve.Sweep
     suggestion: lr_curve.Suggestion
     part: str
     reference: float
@@ -107,7 +97,7 @@ def geometric(start: float, end: float, steps: int) -> list[float]:
     return [start * (end / start) ** (i / (steps - 1)) for i in range(steps)]
 
 
-def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Sequence[float]) -> Sweep:
+def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Sequence[float]) -> lr_curve.Sweep:
     """One step at each of the rates, until the loss is more than `BROKEN` times its lowest or no number.
 
     `groups`: with the rates as configured; each is multiplied by rate / `reference`. Afterwards weights, optimizer,
@@ -146,7 +136,7 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
             if broken:
                 break
         bar.close()
-    return Sweep(list(rates[: len(losses)]), losses, before, broken)
+    return lr_curve.Sweep(list(rates[: len(losses)]), losses, before, broken)
 
 
 def measured_batches(run: loop.Run) -> list[Batch]:

@@ -7,16 +7,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.errors import UserError
 from library.files.atomic import replacing
 
-if TYPE_CHECKING:
-    from library.guidance.find_lr import Sweep
-
 SMOOTHING = 0.6  # decades of the rate that a point of the smoothed curve is the mean of
 LEAST_FALL = 0.01  # of the loss before; what falls less says little
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`losses[i]` was measured after the step at `rates[i]`; `before`: before the first. `broken`: it ended early."""
+
+    rates: list[float]
+    losses: list[float]
+    before: float
+    broken: bool
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def open_family(
     """
     from library.config.registry import load_path
     from library.errors import UserError
-    from library.models.checkpoints.base_model import open_base_model
     from library.models.checkpoints.detect import TITLES
+    from library.models.checkpoints.opening import open_base_model
 
     base = open_base_model(path)
     if only is not None and base.kind != only:

@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.gpu import to_device
 from library.models.checkpoints.base_model import BaseModel, Part
 from library.models.checkpoints.detect import is_v2
+from library.models.checkpoints.opening import with_vae
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
@@ -57,7 +58,7 @@ class StableDiffusion(LatentDiffusion):
         zero_terminal_snr: bool = False,
         weighted_captions: bool = False,
     ) -> None:
-        base = base.with_vae(vae) if vae else base
+        base = with_vae(base, vae) if vae else base
         self._is_v2 = _checked_v2(base, says_v2=v2)
         super().__init__(
             base,

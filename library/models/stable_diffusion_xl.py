@@ -15,6 +15,7 @@ from library.errors import UserError
 from library.gpu import to_device
 from library.models.checkpoints.base_model import BaseModel, Part
 from library.models.checkpoints.checkpoint import original_unet_name
+from library.models.checkpoints.opening import with_vae
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
@@ -66,7 +67,7 @@ class StableDiffusionXL(LatentDiffusion):
         zero_terminal_snr: bool = False,
         weighted_captions: bool = False,
     ) -> None:
-        base = base.with_vae(vae) if vae else base
+        base = with_vae(base, vae) if vae else base
         if v2:
             raise UserError(f"--v2 was given, but {base.path} is an SDXL model")
         if clip_skip is not None:

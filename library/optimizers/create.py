@@ -13,8 +13,9 @@ import torch
 
 from library.config import registry, source
 from library.errors import UserError, did_you_mean
-from library.optimizers import OPTIMIZERS, small_lora
+from library.optimizers import small_lora
 from library.optimizers.custom_adamw.options import decayed_weight_decay
+from library.optimizers.registry import OPTIMIZERS
 from library.optimizers.small_lora import SmallLora
 
 logger = logging.getLogger(__name__)

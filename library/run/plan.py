@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from library import log
 from library.config import kohya, registry, source
-from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.dataset_config import DatasetSpec, is_validated, load_datasets
 from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
 from library.config.options import NetworkOptions, Options
-from library.config.options.validation import check_validation, is_validated
+from library.config.options.validation import check_validation
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
@@ -181,7 +181,7 @@ def _rates(options: Options) -> dict[str, float]:
 def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
     """What the data sets and the options about them ask for together, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
-    check_validation(datasets, options.validation)
+    check_validation(options.validation, validated=is_validated(datasets))
     warn_of_idle_options(options)
     if options.data.cache_latents:
         refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)

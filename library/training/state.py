@@ -157,7 +157,7 @@ def _states_in(folder: Path) -> str:
 
 def _refuse_damaged(state: State) -> State:
     """What the table of contents tells of the tensors' file, before any model is loaded."""
-    from library.files.tensors import read_index
+    from library.files.index import read_index
 
     try:
         read_index(state.folder / TENSORS)

@@ -20,7 +20,7 @@ from library.config.options.monitoring import MonitoringOptions
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.registry import signature
 from library.errors import UserError
-from library.optimizers import CUSTOM_ADAMW
+from library.optimizers.registry import CUSTOM_ADAMW
 
 LINES = (Path(__file__).parent / "data" / "kohya_options.tsv").read_text(encoding="utf-8").splitlines()
 KOHYA = {name: (kind, json.loads(default)) for name, kind, default in (line.split("\t") for line in LINES[1:])}

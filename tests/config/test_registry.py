@@ -15,7 +15,7 @@ from library.config.annotations import describe, fit
 from library.config.registry import bind, load, load_path, parse_words, signature, split_words
 from library.errors import UserError
 from library.losses import LOSSES
-from library.optimizers import OPTIMIZERS
+from library.optimizers.registry import OPTIMIZERS
 
 WORDS: dict[str, Any] = {
     "a=true": True,

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.files.index import read_index
 from library.files.pickles import read_pickle_index
-from library.files.tensors import read_index
 from library.models.checkpoints.weights import _Reader
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from library.errors import UserError
-from library.files.tensors import TensorEntry, read_index
+from library.files.index import read_index
+from library.files.tensors import TensorEntry
 
 
 def _write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

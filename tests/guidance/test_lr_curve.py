@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from library.errors import UserError
 from library.guidance import lr_curve
-from library.guidance.find_lr import Sweep, geometric
+from library.guidance.find_lr import geometric
+from library.guidance.lr_curve import Sweep
 
 RATES = geometric(1e-7, 10, 100)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models import open_family
-from library.models.checkpoints.base_model import open_base_model, open_vae
 from library.models.checkpoints.folder import choose_weights, shards_of
+from library.models.checkpoints.opening import open_base_model, open_vae
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 

@@ -11,7 +11,7 @@ import torch
 from original_layout import sdxl_file, single_file
 from safetensors.torch import save_file
 
-from library.files.tensors import read_index
+from library.files.index import read_index
 from library.models.checkpoints.base_model import ASSETS
 from library.models.checkpoints.checkpoint import (
     TEXT_PREFIXES,

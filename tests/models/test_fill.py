@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.errors import UserError
-from library.files.tensors import read_index
+from library.files.index import read_index
 from library.models.checkpoints import weights
 
 
@@ -114,7 +114,7 @@ _PEAK = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from library.files.tensors import read_index
+from library.files.index import read_index
 from library.models.checkpoints.weights import fill
 
 def peak():  # not getrusage, which begins with the peak of the process that started this one

@@ -15,7 +15,7 @@ from original_layout import configuration
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.models.checkpoints.base_model import open_base_model
+from library.models.checkpoints.opening import open_base_model
 from library.models.checkpoints.single_file import open_file
 from library.models.fingerprint import part_fingerprint
 from library.models.stable_diffusion import StableDiffusion

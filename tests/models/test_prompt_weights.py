@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from library.models.checkpoints.base_model import ASSETS, open_base_model
+from library.models.checkpoints.base_model import ASSETS
+from library.models.checkpoints.opening import open_base_model
 from library.models.modules import read_tokenizer
 from library.models.stable_diffusion import StableDiffusion
 from library.models.text.prompt_weights import weighted_texts

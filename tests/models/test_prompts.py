@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from library.models.checkpoints.base_model import ASSETS, open_base_model
+from library.models.checkpoints.base_model import ASSETS
+from library.models.checkpoints.opening import open_base_model
 from library.models.modules import read_tokenizer
 from library.models.stable_diffusion import StableDiffusion
 from library.models.text.prompts import chunked_ids, content_tokens, weighted_tokens

@@ -14,7 +14,8 @@ from original_layout import configuration
 from torch import nn
 
 from library.models import open_family
-from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, open_base_model
+from library.models.checkpoints.base_model import ASSETS, BaseModel, Part
+from library.models.checkpoints.opening import open_base_model
 from library.models.checkpoints.single_file import open_file
 from library.models.family import AdapterTargets
 from library.models.modules import new_text_encoder, new_unet

@@ -14,7 +14,7 @@ from torch import nn
 from library.errors import UserError
 from library.models import open_family
 from library.models.checkpoints.adapter_file import AdapterFile, describe
-from library.models.checkpoints.base_model import open_vae
+from library.models.checkpoints.opening import open_vae
 from networks.lora import create_network_from_weights
 from networks.merge import BaseWeights
 from networks.tools import convert

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.optimizers import CUSTOM_ADAMW, OPTIMIZERS
 from library.optimizers.create import (
     choose_optimizer,
     create_optimizer,
@@ -16,6 +15,7 @@ from library.optimizers.create import (
     effective_weight_decays,
     state_bytes,
 )
+from library.optimizers.registry import CUSTOM_ADAMW, OPTIMIZERS
 
 
 def groups() -> list[dict]:

@@ -16,9 +16,9 @@ import torch
 from pytorch_optimizer import get_supported_optimizers, load_optimizer
 
 from library.errors import UserError
-from library.optimizers import OPTIMIZERS
 from library.optimizers.create import choose_optimizer
 from library.optimizers.custom_adamw.techniques import TECHNIQUES
+from library.optimizers.registry import OPTIMIZERS
 from library.optimizers.small_lora import GRADIENT, SmallLora
 from library.optimizers.trial import refuse_useless
 

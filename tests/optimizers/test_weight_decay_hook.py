@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.optimizers import OPTIMIZERS
 from library.optimizers.create import choose_optimizer, create_optimizer
 from library.optimizers.plateau import Plateau
+from library.optimizers.registry import OPTIMIZERS
 from library.optimizers.weight_decay import Curve
 from library.optimizers.weight_decay_hook import WeightDecayHook
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.parallel.test_two_processes import IMAGES, launch, words
 
 from library.training import state
+from tests.parallel.test_two_processes import IMAGES, launch, words
 from tests.training.written import ROUNDED, distance
 
 needs_deepspeed = pytest.mark.skipif(

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from library.optimizers import OPTIMIZERS
+from library.optimizers.registry import OPTIMIZERS
 from tests.conftest import ROOT
 from tests.training.written import ROUNDED, distance, metadata, same, weights
 

@@ -322,7 +322,7 @@ def test_mistakes(
 
 
 def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    check_validation((), ValidationOptions(validate_every_n_steps=2, early_stopping_threshold=0.1))
+    check_validation(ValidationOptions(validate_every_n_steps=2, early_stopping_threshold=0.1), validated=False)
     assert [record.getMessage() for record in caplog.records] == [
         "--validate_every_n_steps has no effect: it matters only together with --validation_split",
         "--early_stopping_threshold has no effect without --early_stopping_patience",

@@ -7,15 +7,10 @@ stand in a data set's file, too; a subset may have its own, or a `validation_dir
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from library.config.fields import option
 from library.errors import UserError
-
-if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +45,12 @@ class ValidationOptions:
     )
 
 
-def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
-    """Whether any images are to be held back, or stand apart, to validate on."""
-    return any(subset.validates for dataset in datasets for subset in dataset.subsets)
+def check_validation(options: ValidationOptions, *, validated: bool) -> None:
+    """Raises UserError for early stopping without validation images; warns of options that have no effect.
 
-
-def check_validation(datasets: Iterable[DatasetSpec], options: ValidationOptions) -> None:
-    """Raises UserError for early stopping without validation images; warns of options that have no effect."""
-    if not is_validated(datasets):
+    `validated`: some images are held back, or stand apart, to validate on.
+    """
+    if not validated:
         if options.early_stopping_patience is not None:
             raise UserError(
                 "--early_stopping_patience needs images to validate on: give --validation_split 0.1, or a subset's "

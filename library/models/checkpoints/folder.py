@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, nearest_path
-from library.files.tensors import TensorEntry, read_index
+from library.files.index import read_index
+from library.files.tensors import TensorEntry
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, few, read_json
 from library.models.checkpoints.checkpoint import TEXT_PREFIXES, text_entries_of, vae_entries
 from library.models.checkpoints.detect import TITLES, FileKind, is_v2, kind_of_folder, not_a_base

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.files.tensors import WeightsIndex, read_index
+from library.files.index import read_index
+from library.files.tensors import WeightsIndex
 from library.models.checkpoints.base_model import ASSETS, ZERO_TERMINAL, BaseModel, Part, few, read_json
 from library.models.checkpoints.checkpoint import (
     EMA_PREFIX,

@@ -8,8 +8,8 @@ from library.config.fields import convert, declared
 from library.config.options import CustomAdamWOptions, declared_options
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.presets import settings_of
-from library.optimizers import CUSTOM_ADAMW
 from library.optimizers.create import choose_optimizer
+from library.optimizers.registry import CUSTOM_ADAMW
 
 
 def preset_arguments(*names: str) -> dict[str, Any]:
