@@ -22,7 +22,7 @@ from benchmarks.common import sd15_folder
 from benchmarks.step_time import image_folder, words
 from library.config.options.monitoring import EVERY_N_STEPS
 
-PARTS = ("batch", "before_step", "after_step", "report")
+PARTS = ("after_batch", "before_step", "after_step", "report")
 
 
 class Stopwatch:
@@ -52,21 +52,21 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
     from library.run.build import build
     from library.run.plan import make_plan
     from library.training import loop
-    from library.training.hooks import monitor
+    from library.training.hooks.monitor import Monitor
 
-    built = build(make_plan(parse(command)))
-    monitor.attach(built)
-    run, watch = built.run, Stopwatch()
+    run, watch = build(make_plan(parse(command))), Stopwatch()
+    monitor = run.hook(Monitor)
+    assert monitor is not None
+    monitor.before_training(run)
     for part in PARTS:
-        setattr(run.monitor, part, watch.timing(getattr(run.monitor, part)))
+        setattr(monitor, part, watch.timing(getattr(monitor, part)))
     items = cycle(list(islice(loop.step_batches(run), 1, 9)))  # the first step is measured in any case
     whole, ours = [], []
     for _ in range(steps + 2):
         began, item = time.perf_counter(), next(items)
-        run.losses.add(loop.optimizer_step(run, item))
-        run.monitor.report(
-            item.step, epoch=1, loss=run.losses.recent[-1], average=run.losses.average, rates={"unet": 1}
-        )
+        step = loop.optimizer_step(run, item)
+        run.losses.add(step.loss)
+        monitor.report(run, step)
         whole.append(time.perf_counter() - began)
         ours.append(watch.take())
     return whole[2:], ours[2:]

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,8 @@ def train_and_judge(variant: Variant, rate: float, seed: int) -> Row:
     from library.run.build import build
     from library.run.plan import make_plan
     from library.training import loop
+    from library.training.hooks.monitor import Monitor
+    from library.training.hooks.saver import Saver
 
     os.chdir(ROOT)
     began = time.perf_counter()
@@ -260,9 +262,8 @@ def train_and_judge(variant: Variant, rate: float, seed: int) -> Row:
         return mean if math.isfinite(mean) else math.inf
 
     with tempfile.TemporaryDirectory() as folder:
-        run = build(make_plan(parse(words(variant, rate=rate, seed=seed, folder=folder)))).run
-        run.save = run.save_now = lambda *_: None
-        loop.train(run)
+        run = build(make_plan(parse(words(variant, rate=rate, seed=seed, folder=folder))))
+        loop.train(replace(run, hooks=tuple(hook for hook in run.hooks if not isinstance(hook, (Monitor, Saver)))))
         return Row(
             optimizer=variant.optimizer,
             techniques=variant.techniques,

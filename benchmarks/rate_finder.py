@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.optimizer_quality import NOISE_SEED, ROOT, held_out
@@ -52,8 +52,8 @@ def suggested(seed: int, *more: str) -> dict[str, float]:
     from library.run.plan import make_plan
 
     with tempfile.TemporaryDirectory() as folder:
-        options = parse(words(seed, folder, *more, "--find_lr"))
-        found = find_lr.find(build(make_plan(options)))
+        plan = make_plan(parse(words(seed, folder, *more, "--find_lr")))
+        found = find_lr.find(plan, build(plan))
     return {"steepest": found.suggestion.steepest / found.reference, "tenth": found.suggestion.tenth / found.reference}
 
 
@@ -64,22 +64,24 @@ def train_and_judge(seed: int, factor: float, *more: str) -> tuple[float, int]:
     from library.run.build import build
     from library.run.plan import make_plan
     from library.training import loop
-    from library.training.hooks import guard as divergence
+    from library.training.divergence import Diverged
+    from library.training.hooks.monitor import Monitor
+    from library.training.hooks.saver import Saver
 
     configured = parse(words(seed, "unused", *more)).optimizer
     assert configured.text_encoder_lr is not None
     rates = [f"--learning_rate={configured.learning_rate * factor}"]
     rates.append(f"--text_encoder_lr={configured.text_encoder_lr[0] * factor}")
     with tempfile.TemporaryDirectory() as folder:
-        run = build(make_plan(parse(words(seed, folder, *more, *rates)))).run
-        run.save = run.save_now = lambda *_: None
+        run = build(make_plan(parse(words(seed, folder, *more, *rates))))
+        run = replace(run, hooks=tuple(hook for hook in run.hooks if not isinstance(hook, (Monitor, Saver))))
         try:
             loop.train(run)
-        except (divergence.Diverged, ValueError):
-            return math.inf, run.total_steps
+        except (Diverged, ValueError):
+            return math.inf, run.position.total
         losses = fixed_noise_loss(run.family, *held_out("validation"), seed=NOISE_SEED)
     mean = sum(losses.values()) / len(losses)
-    return (mean if math.isfinite(mean) else math.inf), run.total_steps
+    return (mean if math.isfinite(mean) else math.inf), run.position.total
 
 
 def read_rows(path: Path) -> list[Row]:

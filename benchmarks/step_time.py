@@ -78,7 +78,7 @@ def _compare(name: str, command: list[str], bare: dict[str, bool], model: Path, 
     from library.training import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    run = build(make_plan(parse(command))).run
+    run = build(make_plan(parse(command)))
     steps = cycle([item for item, _ in zip(loop.step_batches(run), range(8), strict=False)])
     peer = BareLoop(model, resolution=options.resolution, **bare)
     comparison = interleaved(lambda: loop.optimizer_step(run, next(steps)), peer.step, pairs=options.pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -87,3 +88,18 @@ def memory_of(error: BaseException) -> str:
     """What was asked for and what was free, of torch's much longer message."""
     sentences = str(error).strip().split("\n")[0].removeprefix("CUDA out of memory. ").split(". ")
     return ". ".join(sentences[:2]).strip().rstrip(".")
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes that this process has held so far: "of the process", and on a GPU "of the GPU"."""
+    peaks = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        import torch
+
+        peaks["of the GPU"] = torch.cuda.max_memory_allocated(device)
+    return peaks

@@ -47,14 +47,12 @@ def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, 
     from library.run.build import build
     from library.run.plan import make_plan
     from library.training import loop
-    from library.training.hooks import monitor
 
     AcceleratorState._reset_state(reset_partial_state=True)
     output = bench.folder / "out"
-    built = build(make_plan(parse([*words(bench, kind, output, batch=batch, steps=warmup + steps), *more])))
-    monitor.attach(built)
+    run = build(make_plan(parse([*words(bench, kind, output, batch=batch, steps=warmup + steps), *more])))
     waits: list[float] = []
-    batches = built.run.data.batches
+    batches = run.data.batches
 
     def timed(*arguments: Any, **settings: Any) -> Iterator[Any]:
         found = batches(*arguments, **settings)
@@ -67,20 +65,21 @@ def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, 
             waits.append(time.perf_counter() - start)
             yield batch
 
-    built.run.data.batches = timed  # type: ignore[method-assign]
+    run.data.batches = timed  # type: ignore[method-assign]
     bench.forget_peak()
-    loop.train(built.run)
+    loop.train(run)
     bench.settled()
     peak = bench.peak()
-    built.run.monitor.end(stopped_by="", conclusion="")
-    lines = [json.loads(line) for line in metrics.metrics_path(built.saves.last_file).read_text().splitlines()]
+    for hook in run.hooks:
+        hook.end(run, stopped_by="an error", conclusion="")  # no pictures
+    lines = [json.loads(line) for line in metrics.metrics_path(run.saves.last_file).read_text().splitlines()]
     at = {line["step"]: line["seconds"] for line in lines if "seconds" in line}
     taken = float(at[warmup + steps] - at[warmup])
     return Measured(
         seconds=taken / steps,
         peak=peak,
         wait=sum(waits[-steps:]) / taken,
-        parameters=sum(parameter.numel() for parameter in built.run.parameters),
+        parameters=sum(parameter.numel() for parameter in run.parameters),
     )
 
 

@@ -15,24 +15,22 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from library.config.options import Options
+from library.data.dataset import Batch
 from library.errors import UserError
 from library.gpu import kept_random_state, to_device
 from library.guidance import lr_curve
-from library.optimizers.create import OptimizerChoice, ParameterGroups
+from library.optimizers.create import OptimizerChoice
 from library.progress import progress
-from library.record.loss_history import LossHistory
-from library.training import loop, state
-from library.training.hooks import guard as divergence
-from library.training.unwatched import Unwatched
-
-if TYPE_CHECKING:
-    from library.config.options import Options
-    from library.data.dataset import Batch
-    from library.run.build import Built
+from library.run.plan import Plan
+from library.training import loop, snapshot
+from library.training.divergence import Diverged
+from library.training.hooks.max_norm import MaxNorm
+from library.training.run import Position, Run
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +66,16 @@ def refuse(choice: OptimizerChoice) -> None:
         raise UserError(f"--find_lr: {choice.name} {reason}")
 
 
-def find(built: Built) -> Found:
+def find(plan: Plan, run: Run) -> Found:
     """Try the rates of --find_lr_start … --find_lr_end on a run that is ready to start, and leave it as it was."""
-    guidance, run = built.plan.options.guidance, built.run
+    guidance = plan.options.guidance
     if run.accelerator.num_processes > 1:
         raise UserError(
             "--find_lr: one process is enough, and what it finds holds for all: start it without a launcher"
         )
-    part, reference = _reference(built.plan.options)
+    part, reference = _reference(plan.options)
     rates = geometric(guidance.find_lr_start, guidance.find_lr_end, guidance.find_lr_steps)
-    tried = sweep(run, built.groups, reference=reference, rates=rates)
+    tried = sweep(run, reference=reference, rates=rates)
     return Found(tried, lr_curve.suggest(tried), part, reference)
 
 
@@ -97,23 +95,17 @@ def geometric(start: float, end: float, steps: int) -> list[float]:
     return [start * (end / start) ** (i / (steps - 1)) for i in range(steps)]
 
 
-def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Sequence[float]) -> lr_curve.Sweep:
+def sweep(run: Run, *, reference: float, rates: Sequence[float]) -> lr_curve.Sweep:
     """One step at each of the rates, until the loss is more than `BROKEN` times its lowest or no number.
 
-    `groups`: with the rates as configured; each is multiplied by rate / `reference`. Afterwards weights, optimizer,
-    schedule, loss scale and torch's random numbers are as they were, bit for bit.
+    Each group's configured rate is multiplied by rate / `reference`. It runs without hooks, but for the max norm, which
+    makes a step another one. Afterwards weights, optimizer, loss scale and torch's random numbers are as they were, bit
+    for bit.
     """
-    trial = replace(
-        run,
-        schedule=None,
-        observe=None,
-        total_steps=len(rates),
-        losses=LossHistory(),
-        meter=None,
-        monitor=Unwatched(),
-    )
+    limits = tuple(hook for hook in run.hooks if isinstance(hook, MaxNorm))
+    trial = replace(run, position=Position(total=len(rates)), hooks=limits)
     losses: list[float] = []
-    with _undone(run):
+    with _undone(trial):
         batches = measured_batches(run)
         before = measure(trial, batches)
         lowest, broken, epoch = before, False, -1
@@ -121,13 +113,13 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
         for rate, item in bar:
             if item.epoch != epoch:
                 epoch = item.epoch
-                run.network.on_epoch_start(None, run.family.unet)
-            for group, given in zip(run.optimizer.param_groups, groups, strict=True):
+                loop.start_epoch(trial, epoch)
+            for group, given in zip(run.optimizer.param_groups, run.groups, strict=True):
                 group["lr"] = given["lr"] * rate / reference
             try:
                 loop.optimizer_step(trial, item)
                 loss = measure(trial, batches)
-            except divergence.Diverged:
+            except Diverged:
                 loss = math.nan
             if math.isfinite(loss):
                 losses.append(loss)
@@ -139,7 +131,7 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
     return lr_curve.Sweep(list(rates[: len(losses)]), losses, before, broken)
 
 
-def measured_batches(run: loop.Run) -> list[Batch]:
+def measured_batches(run: Run) -> list[Batch]:
     """The batches that are always the same, encoded once."""
     plan = run.data.plan(_EPOCH)
     images = list(itertools.accumulate(map(len, plan)))
@@ -155,7 +147,7 @@ def measured_batches(run: loop.Run) -> list[Batch]:
 
 
 @torch.no_grad()
-def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
+def measure(run: Run, batches: Sequence[Batch]) -> float:
     """The mean loss over the images of these batches, as training has it but without dropout."""
     run.network.eval()
     total = 0.0
@@ -167,22 +159,22 @@ def measure(run: loop.Run, batches: Sequence[Batch]) -> float:
 
 
 @contextlib.contextmanager
-def _undone(run: loop.Run) -> Iterator[None]:
+def _undone(run: Run) -> Iterator[None]:
     """Whatever is trained within is forgotten."""
-    kept = copy.deepcopy(state.tensors_of(run))
+    kept = copy.deepcopy(snapshot.tensors_of(run))
     training = run.network.training
     try:
         with kept_random_state(run.accelerator.device):
             yield
     finally:
         run.optimizer.zero_grad(set_to_none=True)
-        state.put(run, kept, "rate finder")
+        snapshot.put(run, kept, "rate finder")
         run.network.train(training)
 
 
-def report(built: Built, found: Found) -> None:
+def report(plan: Plan, run: Run, found: Found) -> None:
     """Write the plot and the numbers beside where the LoRA would go, and print what was found and why."""
-    saves, said = built.saves, found.suggestion
+    saves, said = run.saves, found.suggestion
     plot = saves.last_file.with_name(f"{saves.last_file.stem}-find-lr.png")
     numbers = plot.with_suffix(".csv")
     lr_curve.write_numbers(numbers, found.sweep)
@@ -194,8 +186,8 @@ def report(built: Built, found: Found) -> None:
         f"tried        {tried} rates of {found.part}, from {found.sweep.rates[0]:.1e} to {last:.1e}{ended}",
         f"loss         {found.sweep.before:.4f} before; lowest at {said.lowest_at:.1e}: {said.lowest:.4f} "
         f"({said.fall:.0%} less; smoothed, the same images and noise each time)",
-        f"suggestion   {' '.join(rate_options(built.plan.options, said.rate / found.reference))}",
-        *_other_rates(built.plan.network_arguments, said.rate / found.reference),
+        f"suggestion   {' '.join(rate_options(plan.options, said.rate / found.reference))}",
+        *_other_rates(plan.network_arguments, said.rate / found.reference),
         f"why          at {said.rate:.1e} the loss falls fastest: {why}",
         f"             (the other rule, a tenth of the rate at the lowest loss, says {said.tenth:.1e})",
         f"written      {plot}, {numbers}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from library.config import registry
 from library.errors import UserError
+from library.record.saves import SavePlan
+from library.record.validation_history import Validation
+from library.training.hook import Hook
+from library.training.run import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.config.options import Options
     from library.optimizers.create import OptimizerChoice
-    from library.record.saves import SavePlan
-    from library.training.loop import Run
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +79,13 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
 
 
 class ZeroTwo:
-    """The optimizer of a run whose state and gradients are shared out, and what goes backward with it.
+    """The optimizer of a run whose state and gradients are shared out, and its gradients (`training.gradients`).
 
     Every process must call `backward` equally often, `accumulation` times a step; and `norm`, `step`, `gathered`
     and `state_dict` together with the others.
     """
 
+    sharded = True
     step_was_skipped = False  # there is no fp16
 
     def __init__(
@@ -126,6 +129,13 @@ class ZeroTwo:
         self._micro_steps += 1
         self._engine.set_gradient_accumulation_boundary(self._micro_steps % self._accumulation == 0)
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    def average(self) -> None:
+        """Nothing: `backward` has done it."""
+
+    def clip(self) -> Tensor:
+        """The norm; `step` clips."""
+        return torch.tensor(self.norm())
 
     def norm(self) -> float:
         """Of the whole gradient of the step, before it is clipped; NaN if it is no finite number."""
@@ -212,16 +222,29 @@ def share_out(
     return ZeroTwo(network, optimizer, accelerator, accumulation=accumulation, max_grad_norm=max_grad_norm)
 
 
-def gather_before_saving(run: Run, zero: ZeroTwo, saves: SavePlan) -> None:
-    """Have all processes put the state together whenever the first is about to write one."""
+class Gathering(Hook[Run]):
+    """Saves by way of the main process's saver, whenever that writes a state with the whole optimizer state at hand."""
 
-    def gathering(write: Callable[[int], object], due: Callable[[int], bool]) -> Callable[[int], None]:
-        def together(step: int) -> None:
-            with zero.gathered() if due(step) else nullcontext():
-                write(step)
+    name = "gathering"
 
-        return together
+    def __init__(self, saver: Hook[Run] | None, zero: ZeroTwo, saves: SavePlan) -> None:
+        """`saver`: None on all processes but the main one."""
+        self._saver, self._zero, self._saves = saver, zero, saves
 
-    run.save = gathering(run.save, lambda step: any(due.state for due in saves.due(step)))
-    run.save_last = gathering(run.save_last, lambda step: any(due.state for due in saves.due(step, last=True)))
-    run.save_now = gathering(run.save_now, lambda step: True)
+    def resumed(self, run: Run) -> None:
+        if self._saver is not None:
+            self._saver.resumed(run)
+
+    def save(self, run: Run, step: int, *, last: bool) -> None:
+        with self._zero.gathered() if any(due.state for due in self._saves.due(step, last=last)) else nullcontext():
+            if self._saver is not None:
+                self._saver.save(run, step, last=last)
+
+    def save_now(self, run: Run, step: int) -> None:
+        with self._zero.gathered():
+            if self._saver is not None:
+                self._saver.save_now(run, step)
+
+    def validated(self, run: Run, result: Validation, *, best: bool) -> None:
+        if self._saver is not None:
+            self._saver.validated(run, result, best=best)

@@ -23,7 +23,6 @@ from library.files.atomic import replacing
 if TYPE_CHECKING:
     from library.config.options import Options
     from library.record.saves import SavePlan
-    from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +102,12 @@ def planned_files(options: Options, saves: SavePlan) -> list[Path]:
     return [path] * wanted.monitoring + [report_path(path)] * wanted.writes_report
 
 
-def new_files(plan: Plan, saves: SavePlan) -> list[Path]:
+def new_files(options: Options, saves: SavePlan, *, resumed_session: int | None) -> list[Path]:
     """Of these the ones that may not be there yet: a resumed run goes on with its own, and what tells of a run that
-    ended before it saved anything may go."""
-    files = planned_files(plan.options, saves)
-    if plan.resume is not None:
-        return [file for file in files if not belongs_to(file, session_id=plan.session_id)]
+    ended before it saved anything may go. `resumed_session`: the id of the run that goes on, None for a new one."""
+    files = planned_files(options, saves)
+    if resumed_session is not None:
+        return [file for file in files if not belongs_to(file, session_id=resumed_session)]
     if saves.left_anything():
         return files
     idle = [file for file in files if os.path.isfile(file) and _tells_of_a_run(file)]

@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 from library.errors import UserError
 from library.files.atomic import replacing
-from library.guidance.estimate import human_bytes, human_time
 from library.record.metrics import report_path, session_of_report
 from library.report import charts, images
 from library.report.read import Story, read_story, samples, saved_files
 from library.sampling.files import Sample, some
+from library.units import human_bytes, human_time
 
 logger = logging.getLogger(__name__)
 

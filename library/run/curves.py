@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from library.config.options import Options
 from library.errors import UserError
@@ -13,6 +14,34 @@ from library.optimizers.weight_decay_choice import DecayChoice
 from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """`schedule`: None if the optimizer makes its own rates. `decay`: None if the weight decay stays as it is.
+    `optimizer`: with the numbers of the weight decay's curve."""
+
+    schedule: ScheduleChoice | None
+    decay: DecayChoice | None
+    optimizer: OptimizerChoice
+
+
+def curves_of(plan: Plan, *, total_steps: int) -> Curves:
+    """The curves of a run of this length. Raises UserError for what does not go with the optimizer."""
+    options = plan.options
+    decay = weight_decay_choice.resolve(
+        options.weight_decay, plan.choice, total_steps=total_steps, images=plan.prepared.train_images
+    )
+    choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
+    schedule = schedule_of(options, choice, total_steps=total_steps)
+    if choice.averages and options.ema.ema_decay is not None:
+        raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
+    if choice.relative_step and options.divergence.on_divergence == "rollback":
+        raise UserError(
+            f"--on_divergence rollback: it halves the rates, and {choice.name} with relative_step makes its own: give "
+            "--optimizer_args relative_step=False, or --on_divergence skip"
+        )
+    return Curves(schedule, decay, choice)
 
 
 def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) -> ScheduleChoice | None:
@@ -38,19 +67,16 @@ def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) 
     return chosen
 
 
-def of_length(
-    plan: Plan, schedule: ScheduleChoice | None, decay: DecayChoice | None, *, given: OptimizerChoice
-) -> list[str]:
-    """The curves that are not those of the resumed state if that was of a run of another length. `given`: the choice
-    without the weight decay's numbers, which follow from the length."""
+def of_length(plan: Plan, curves: Curves) -> list[str]:
+    """The curves that are not those of the resumed state if that was of a run of another length."""
     options, resume = plan.options, plan.resume
     assert resume is not None
-    curves = []
-    if schedule is not None and schedule.depends_on_length(options.schedule):
-        curves.append("learning rate")
+    names = []
+    if curves.schedule is not None and curves.schedule.depends_on_length(options.schedule):
+        names.append("learning rate")
     then = weight_decay_choice.decide(
-        options.weight_decay, given, total_steps=resume.facts.total_steps, images=plan.prepared.train_images
+        options.weight_decay, plan.choice, total_steps=resume.facts.total_steps, images=plan.prepared.train_images
     )
-    if decay is not None and then is not None and decay.curve != then.curve:
-        curves.append("weight decay")
-    return curves
+    if curves.decay is not None and then is not None and curves.decay.curve != then.curve:
+        names.append("weight decay")
+    return names

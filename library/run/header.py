@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from library.config.options import Options, declared_options, option_groups
-from library.guidance import dry_run
+from library.data.prepare import Prepared
+from library.run.plan import Plan
+from library.run.summary import summary
 from library.training.meter import timestep_ranges
+from library.training.run import Run
 from networks.network import AdapterNetwork
-
-if TYPE_CHECKING:
-    from library.data.prepare import Prepared
-    from library.run.build import Built
 
 EXAMPLES = 24  # images that are named
 SECRETS = frozenset({"wandb_api_key"})
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
-def describe(built: Built) -> dict[str, Any]:
+def describe(plan: Plan, run: Run) -> dict[str, Any]:
     """As JSON has it, but for paths, which are text there."""
-    plan, run, saves = built.plan, built.run, built.saves
+    saves = run.saves
     network = run.network if isinstance(run.network, AdapterNetwork) else None
     sampling = plan.samples
     return {
@@ -33,11 +32,11 @@ def describe(built: Built) -> dict[str, Any]:
         "output_name": saves.name,
         "ending": saves.ending,
         "started_at": int(plan.started_at),
-        "total_steps": run.total_steps,
+        "total_steps": run.position.total,
         "steps_per_epoch": saves.steps_per_epoch,
         "timesteps": timestep_ranges(len(run.objective.alphas_cumprod)),
         "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
-        "summary": [[line[:12].strip(), line[12:]] for line in dry_run.summary(built)],
+        "summary": [[line[:12].strip(), line[12:]] for line in summary(plan, run)],
         "options": _options(plan.options, seed=plan.seed),
         "subsets": [
             {

@@ -21,10 +21,8 @@ from networks.protocol import check_max_norm, load_weights, optimizer_groups
 from networks.weights import by_module, read_weights
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+    from library.models.family import ModelFamily
     from library.optimizers.create import ParameterGroups
-    from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -32,34 +30,42 @@ logger = logging.getLogger(__name__)
 _OF_CONVOLUTIONS = ("conv_dim", "conv_alpha", "use_tucker", "use_cp", "use_conv_cp")
 
 
-def make_network(plan: Plan, accelerator: Accelerator) -> Any:
-    """Attached to the loaded parts of the model, in its precision, on its device. Raises UserError."""
-    options, family = plan.options, plan.family
+def make_network(
+    options: Options,
+    family: ModelFamily,
+    *,
+    creator: str,
+    arguments: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
+) -> Any:
+    """Attached to the loaded parts of the model, in its precision, on its device. Raises UserError.
+
+    `creator`: the name of the module's function; `arguments`: --network_args.
+    """
     wanted = options.network
     module = importlib.import_module(wanted.network_module)
-    creator = getattr(module, plan.network_creator)
-    ours = {"targets": family.adapter_targets(), "seed": plan.seed}
-    arguments = plan.network_arguments | {
-        name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
-    }
+    function = getattr(module, creator)
+    ours = {"targets": family.adapter_targets(), "seed": seed}
+    own = {name: value for name, value in ours.items() if name in inspect.signature(function).parameters}
     text_encoders, unet = family.third_party_text_encoders(), family.third_party_unet()
     start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
     # A third party's initial weights come from torch's own stream, which every process begins anywhere.
-    torch.manual_seed(rng.key_of(plan.seed, "network") >> 1)
+    torch.manual_seed(rng.key_of(seed, "network") >> 1)
     with _refusals(wanted.network_module):
-        network = create(creator, wanted, start, (family.vae, text_encoders, unet), arguments)
+        network = create(function, wanted, start, (family.vae, text_encoders, unet), {**arguments, **own})
     if wanted.scale_weight_norms:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only
     network.apply_to(text_encoders, unet, trains_text(options), trains_unet)
-    _warn_of_idle_convolutions(network, plan.network_arguments, unet, wanted.network_module)
+    _warn_of_idle_convolutions(network, arguments, unet, wanted.network_module)
     if start is not None:
         assert wanted.network_weights is not None
         load_weights(network, wanted.network_weights, start)
     if options.precision.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     full = options.precision.full_fp16 or options.precision.full_bf16
-    network.to(accelerator.device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
+    network.to(device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
     network.prepare_grad_etc(text_encoders, unet)
     return network
 

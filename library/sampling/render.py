@@ -131,7 +131,7 @@ class Sampling:
 
     def __call__(self, step: int) -> None:
         """Draw what is due after `step` steps into `folder`, with kohya's file names. Training does not notice."""
-        moment = self.times.due(step, steps_per_epoch=self.steps_per_epoch)
+        moment = self._moment(step)
         if moment is None:
             return
         lacks_vae = self.family.vae is None
@@ -146,6 +146,13 @@ class Sampling:
             self.network.train(training)
             if lacks_vae:
                 self.family.release_vae()
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` is one after which samples are drawn."""
+        return self._moment(step) is not None
+
+    def _moment(self, step: int) -> str | None:
+        return self.times.due(step, steps_per_epoch=self.steps_per_epoch)
 
     def _draw(self, step: int, moment: str) -> None:
         pipeline = self.family.sampling_pipeline()

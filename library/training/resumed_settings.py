@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from library.training.loop import Run
+from library.training.run import Run
+from library.training.snapshot import HOOKS
 
 logger = logging.getLogger(__name__)
 
@@ -33,28 +32,18 @@ def kept(run: Run, tensors: Mapping[str, Any], *, changed: Collection[str], step
     if not changed:
         yield ()
         return
-    if run.schedule is not None:
-        stood = tensors.get("schedule")
-        advance(run.schedule, stood["last_epoch"] if isinstance(stood, dict) else step)
+    theirs = tensors.get(HOOKS) or {}
+    adopted = [hook.name for hook in run.hooks if hook.adopt(theirs.get(hook.name), step=step)]
     optimizer = run.optimizer.optimizer  # accelerate's wrapper is around it
     settings = settings_of(optimizer)
     if "network_alpha" in changed:
         logger.warning("--network_alpha has no effect: the network of the state has its own")
     if _KINDS.isdisjoint(changed):
-        yield ("schedule",)
+        yield adopted
     else:
         logger.warning("--resume_anyway: the optimizer is another one: what it had learnt of the gradients is lost")
-        yield ("schedule", "optimizer")
+        yield [*adopted, "optimizer"]
     put_back(optimizer, settings)
-
-
-def advance(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
-    """Take a new schedule to where it stands after so many steps."""
-    with warnings.catch_warnings():
-        # no step of the optimizer comes before each of these
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`")
-        for _ in range(steps):
-            schedule.step()
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> Settings:

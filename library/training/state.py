@@ -1,9 +1,9 @@
 """The state of a run on disk: all that a later run needs to go on with the same bits.
 
 A folder `NAME-…-state` holds `state.json` (what run this is: step, seed, configuration, data) and `state.pt` (tensors:
-network, optimizer, schedule, loss scale, losses, also by timestep, validations, average). Images, captions and noise
-need no state: they are drawn by keys of (seed, epoch, image), so the step alone says what comes next. `state.pt` is
-read by torch's `weights_only` loader, which executes nothing.
+network, optimizer, loss scale, losses, and of each hook its own; see `snapshot`). Images, captions and noise need no
+state: they are drawn by keys of (seed, epoch, image), so the step alone says what comes next. `state.pt` is read by
+torch's `weights_only` loader, which executes nothing.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from library.config.options import Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
 from library.files import atomic
 from library.record.saves import is_state_name
-from library.training import optimizer_state, resumed_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from library.config.dataset_config import DatasetSpec, SubsetSpec
     from library.data.prepare import Prepared
-    from library.run.plan import Plan
-    from library.training.loop import Run
+    from library.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 FACTS, TENSORS = "state.json", "state.pt"
 
 # Options that a resumed run may change freely: they move no number, or only where files lie and what is reported.
@@ -57,8 +56,6 @@ _UNSAID = frozenset(
     }
 )
 _PLACES = ("image_dir", "validation_dir", "origin")  # of a subset: where it is, not what it holds
-_MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)  # what is not of the right form
-_UNTRAINED = "meter"  # the part that is missing with --no-monitoring; no weight depends on it
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,9 @@ def _facts(content: Any) -> Facts:
     """What was read as JSON, checked. Raises ValueError."""
     if not isinstance(content, dict):
         raise ValueError("it holds no table")
-    if content.get("format") != FORMAT:  # of another one nothing else is known
-        raise ValueError(f"its format is {_shown(content.get('format'))}; this program reads {FORMAT}")
+    if content.get("format") not in READABLE:  # of another one nothing else is known
+        readable = " and ".join(map(str, READABLE))
+        raise ValueError(f"its format is {_shown(content.get('format'))}; this program reads {readable}")
     content = {"harmless": {}, **content}  # the first states have none
     kinds = get_type_hints(Facts)
     for name in (*kinds, *content):
@@ -170,19 +168,29 @@ def _refuse_damaged(state: State) -> State:
 # -- is it the same run?
 
 
-def facts_of(plan: Plan, *, total_steps: int, batches_per_step: int) -> Facts:
+def facts_of(
+    options: Options,
+    datasets: tuple[DatasetSpec, ...],
+    prepared: Prepared,
+    *,
+    seed: int,
+    session_id: int,
+    started_at: float,
+    total_steps: int,
+    batches_per_step: int,
+) -> Facts:
     """What a state of this run says about it, before its first step."""
     return Facts(
         format=FORMAT,
         step=0,
         total_steps=total_steps,
-        seed=plan.seed,
-        session_id=plan.session_id,
-        started_at=plan.started_at,
+        seed=seed,
+        session_id=session_id,
+        started_at=started_at,
         batches_per_step=batches_per_step,
-        configuration=configuration(plan.options),
-        harmless=configuration(plan.options, harmless=True),
-        data=data_hash(plan.datasets, plan.prepared),
+        configuration=configuration(options),
+        harmless=configuration(options, harmless=True),
+        data=data_hash(datasets, prepared),
     )
 
 
@@ -287,9 +295,11 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
     """Write the state after `step` steps; the folder appears whole or not at all. Raises UserError."""
     import torch
 
+    from library.training import snapshot
+
     try:
         with atomic.replacing_folder(folder) as beside:
-            torch.save({**tensors_of(run), "divergences": run.guard.count}, beside / TENSORS)
+            torch.save(snapshot.tensors_of(run), beside / TENSORS)
             text = json.dumps(asdict(replace(facts, step=step)), indent=1, ensure_ascii=False)
             (beside / FACTS).write_text(text + "\n", encoding="utf-8")
     except pickle.PicklingError as error:
@@ -309,6 +319,8 @@ def _tensors(state: State) -> dict[str, Any]:
     """What `write` has stored. Raises UserError if the file is damaged."""
     import torch
 
+    from library.training import snapshot
+
     file = state.folder / TENSORS
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -317,7 +329,7 @@ def _tensors(state: State) -> dict[str, Any]:
         raise UserError(f"--resume {file}: damaged or not a state: {reason}") from None
     if not isinstance(tensors, dict):
         raise UserError(f"--resume {file}: damaged or not a state: it holds no table")
-    return tensors
+    return snapshot.of_format_1(tensors) if state.facts.format == 1 else tensors
 
 
 def load(state: State, run: Run, *, changed: Collection[str] = ()) -> None:
@@ -325,66 +337,13 @@ def load(state: State, run: Run, *, changed: Collection[str] = ()) -> None:
 
     `changed`: what is not as it was, as `refuse_other_run` returns it; rates and other settings are this run's then.
     """
+    from library.training import resumed_settings, snapshot
+
     file, tensors = state.folder / TENSORS, _tensors(state)
-    count = tensors.get("divergences", 0)
-    if not isinstance(count, int) or count < 0:
-        raise UserError(f"--resume {file}: damaged: its 'divergences' is {_shown(str(count)[:50])}")
-    run.guard.count = count
     with resumed_settings.kept(run, tensors, changed=changed, step=state.facts.step) as without:
-        put(run, tensors, f"--resume {file}", without=without)
-    run.done = state.facts.step
-    logger.info("resumed %s: %d of %d steps are done", state.folder, run.done, run.total_steps)
-
-
-def tensors_of(run: Run) -> dict[str, Any]:
-    """All that training changes, by name. The tensors are the run's own: they change with the next step."""
-    parts = {name: None if part is None else part.state_dict() for name, part in _parts(run).items()}
-    return parts | run.losses.state_dict()
-
-
-def put(run: Run, tensors: dict[str, Any], where: str, *, without: Collection[str] = ()) -> None:
-    """Put the run, but for some parts, where it was when it had these `tensors_of` it. `UserError`, beginning with
-    `where`, if they do not fit."""
-    for name, part in _parts(run).items():
-        if name in without:
-            continue
-        saved = tensors.get(name)
-        if name in ("network", "optimizer") and saved is None:
-            raise UserError(f"{where}: damaged: it has no {name}")
-        if (part is None) != (saved is None):
-            if name == _UNTRAINED:
-                continue
-            has, lacks = ("run", "state") if saved is None else ("state", "run")
-            logger.warning("--resume: the %s has no %s, the %s has one", lacks, name, has)
-            continue
-        if part is None or saved is None:
-            continue
-        try:
-            part.load_state_dict(saved)
-            if name == "optimizer" and run.zero is None and _same_types(run.network.state_dict(), tensors["network"]):
-                optimizer_state.keep_types(run.optimizer.optimizer, saved)
-        except _MISFITS as error:
-            raise UserError(f"{where}: its {name} does not fit this run's: {error}") from None
-    try:
-        run.losses.load_state_dict(tensors)
-    except _MISFITS as error:
-        raise UserError(f"{where}: damaged: its losses are no lists of numbers ({error})") from None
-
-
-def _same_types(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-    return all(ours[name].dtype == tensor.dtype for name, tensor in theirs.items() if name in ours)
-
-
-def _parts(run: Run) -> dict[str, Any]:
-    return {
-        "network": run.network,
-        "optimizer": run.optimizer,
-        "schedule": run.schedule,
-        "scaler": run.accelerator.scaler,
-        "validation": run.history,
-        "average": run.ema,
-        _UNTRAINED: run.meter,
-    }
+        snapshot.put(run, tensors, f"--resume {file}", without=without)
+    run.position.done = state.facts.step
+    logger.info("resumed %s: %d of %d steps are done", state.folder, run.position.done, run.position.total)
 
 
 def remove(folder: Path) -> None:

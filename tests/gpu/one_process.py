@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ if __name__ == "__main__":
         *("--network_dim", "4", "--learning_rate", "1e-3", "--max_train_steps", "3", "--cache_latents"),
         *("--no-monitoring", "--no-loss_plot", "--gradient_checkpointing"),
     ]
-    run = build(make_plan(parse(words))).run
+    run = build(make_plan(parse(words)))
     assert torch.distributed.is_initialized()
     assert run.accelerator.num_processes == 1
     if what == "fsdp":
@@ -39,11 +40,9 @@ if __name__ == "__main__":
 
         assert all(isinstance(parameter, DTensor) for parameter in run.family.unet.parameters())  # type: ignore[union-attr]
     if what == "zero":
-        run.zero = ZeroTwo(
-            run.network, run.optimizer.optimizer, run.accelerator, accumulation=1, max_grad_norm=run.max_grad_norm
-        )
-        run.optimizer = run.zero
-    losses = [loop.optimizer_step(run, item) for item in loop.step_batches(run)]
+        zero = ZeroTwo(run.network, run.optimizer.optimizer, run.accelerator, accumulation=1, max_grad_norm=1.0)
+        run = replace(run, optimizer=zero, gradients=zero)
+    losses = [loop.optimizer_step(run, item).loss for item in loop.step_batches(run)]
     weights = sum(parameter.detach().double().square().sum().item() for parameter in run.parameters)
     found = {"backend": torch.distributed.get_backend(), "losses": losses, "weights": weights}
     (folder / f"{what}.json").write_text(json.dumps(found))

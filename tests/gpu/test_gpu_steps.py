@@ -13,9 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.config.parser import parse
-from library.run.build import Built, build
+from library.run.build import build
 from library.run.plan import make_plan
 from library.training import loop
+from library.training.run import Run
 from tests.conftest import BASE, copy_images
 from tests.gpu.conftest import REHEARSED
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def ready(tmp_path: Path) -> Callable[..., Built]:
+def ready(tmp_path: Path) -> Callable[..., Run]:
     """A run on six captioned images that is ready to start."""
     copy_images(tmp_path / "data" / "2_style")
     given = [
@@ -45,9 +46,9 @@ def ready(tmp_path: Path) -> Callable[..., Built]:
         pytest.param(("--mixed_precision", "bf16", "--fp8_base", "--noise_offset", "0.1"), id="fp8"),
     ],
 )
-def test_the_host_waits_once_in_a_step(ready: Callable[..., Built], words: tuple[str, ...]) -> None:
+def test_the_host_waits_once_in_a_step(ready: Callable[..., Run], words: tuple[str, ...]) -> None:
     """For the loss and the gradient's norm; copies to the GPU are queued. The first three steps compile and measure."""
-    run = ready(*words).run
+    run = ready(*words)
     for item, number in zip(loop.step_batches(run), range(6), strict=False):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -77,12 +78,10 @@ class _Attention(TorchDispatchMode):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_attention_is_computed_by_fused_kernels(
-    ready: Callable[..., Built], precision: str, deterministic: bool
-) -> None:
+def test_attention_is_computed_by_fused_kernels(ready: Callable[..., Run], precision: str, deterministic: bool) -> None:
     """Without them the scores of all pairs of places would be stored: 4 GB a layer for SDXL at 1024 px, batch 4."""
     words = ("--mixed_precision", precision, *(() if deterministic or REHEARSED else ("--no-deterministic",)))
-    run = ready(*words).run
+    run = ready(*words)
     item = next(loop.step_batches(run))
     with _Attention() as seen:
         loop.optimizer_step(run, item)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from library.config.parser import parse
 from library.errors import UserError
 from library.guidance import find_lr
-from library.run.build import Built, build
+from library.run.build import build
 from library.run.plan import make_plan
-from library.training import loop, state
+from library.training import loop, snapshot
+from library.training.run import Run
 from tests.conftest import BASE
 
 FEW = ("--find_lr_start", "1e-5", "--find_lr_end", "10", "--find_lr_steps", "20")
@@ -37,7 +38,7 @@ def words(image_folder: Path, tmp_path: Path, *more: str) -> list[str]:
     ]
 
 
-def make(words: list[str]) -> Built:
+def make(words: list[str]) -> Run:
     return build(make_plan(parse(words)))
 
 
@@ -66,18 +67,18 @@ def test_a_run_is_the_same_whether_rates_were_looked_for_or_not(
     more: tuple[str, ...], image_folder: Path, tmp_path: Path
 ) -> None:
     given = words(image_folder, tmp_path, *more)
-    built = make(given)
-    random, before = torch.get_rng_state(), copy.deepcopy(state.tensors_of(built.run))
-    tried = find_lr.sweep(built.run, built.groups, reference=1e-3, rates=find_lr.geometric(1e-4, 10, 8))
+    run = make(given)
+    random, before = torch.get_rng_state(), copy.deepcopy(snapshot.tensors_of(run))
+    tried = find_lr.sweep(run, reference=1e-3, rates=find_lr.geometric(1e-4, 10, 8))
     assert len(set(tried.losses)) == len(tried.losses) > 3  # it did train
     assert torch.equal(torch.get_rng_state(), random)
-    assert same(state.tensors_of(built.run), before)
-    loop.train(built.run)
+    assert same(snapshot.tensors_of(run), before)
+    loop.train(run)
     after = load_file(tmp_path / "out" / "test.safetensors")
 
     plain = make([*given, "--overwrite"])
-    loop.train(plain.run)
-    assert built.run.losses.curve() == plain.run.losses.curve()
+    loop.train(plain)
+    assert run.losses.curve() == plain.losses.curve()
     expected = load_file(tmp_path / "out" / "test.safetensors")
     assert same(dict(after), dict(expected))
     assert any(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_up" in name)
@@ -86,31 +87,31 @@ def test_a_run_is_the_same_whether_rates_were_looked_for_or_not(
 def test_all_rates_grow_together_and_the_same_images_measure(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = make(words(image_folder, tmp_path))
+    run = make(words(image_folder, tmp_path))
     seen = []
     step = loop.optimizer_step
 
-    def watched(run: Any, item: Any) -> float:
+    def watched(run: Any, item: Any) -> Any:
         seen.append([(group["name"], group["lr"]) for group in run.optimizer.param_groups])
         return step(run, item)
 
     monkeypatch.setattr(loop, "optimizer_step", watched)
-    batches = find_lr.measured_batches(built.run)
-    assert find_lr.measure(built.run, batches) == find_lr.measure(built.run, find_lr.measured_batches(built.run))
+    batches = find_lr.measured_batches(run)
+    assert find_lr.measure(run, batches) == find_lr.measure(run, find_lr.measured_batches(run))
     assert sum(len(batch.samples) for batch in batches) == 4
-    find_lr.sweep(built.run, built.groups, reference=1e-3, rates=[1e-4, 1e-3, 1e-2])
+    find_lr.sweep(run, reference=1e-3, rates=[1e-4, 1e-3, 1e-2])
     assert [dict(rates) for rates in seen] == [
         {"text_encoder": pytest.approx(rate / 5), "unet": pytest.approx(rate)} for rate in (1e-4, 1e-3, 1e-2)
     ]
 
 
 def test_it_ends_where_the_loss_breaks(image_folder: Path, tmp_path: Path) -> None:
-    built = make(words(image_folder, tmp_path))
-    tried = find_lr.sweep(built.run, built.groups, reference=1e-3, rates=find_lr.geometric(1e-3, 1e6, 20))
+    run = make(words(image_folder, tmp_path))
+    tried = find_lr.sweep(run, reference=1e-3, rates=find_lr.geometric(1e-3, 1e6, 20))
     assert tried.broken
     assert len(tried.rates) == len(tried.losses) < 20
     assert tried.losses[-1] > tried.before or len(tried.losses) < 19
-    assert all(parameter.isfinite().all() for parameter in built.run.parameters)
+    assert all(parameter.isfinite().all() for parameter in run.parameters)
 
 
 def test_rates_by_pattern_are_part_of_the_suggestion() -> None:

@@ -22,7 +22,7 @@ what, words = sys.argv[1], sys.argv[2:]
 one_step, write = loop.optimizer_step, state.write
 
 
-def step(run: loop.Run, item: loop.StepBatches) -> float:
+def step(run: loop.Run, item: loop.StepBatches) -> loop.Step:
     if item.step == 3 and what == "signals":
         signal.raise_signal(signal.SIGINT)
     if item.step == 3 and what == "killed" and os.environ["RANK"] == "1":

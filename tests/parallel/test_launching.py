@@ -119,7 +119,7 @@ def test_the_environment_does_not_divide_the_losses(train: Train, monkeypatch: p
     seen: list[int] = []
     step = loop.optimizer_step
 
-    def watched(run: loop.Run, item: loop.StepBatches) -> float:
+    def watched(run: loop.Run, item: loop.StepBatches) -> loop.Step:
         seen.append(run.accelerator.gradient_accumulation_steps)
         return step(run, item)
 

@@ -44,7 +44,7 @@ def observed(words: list[str]) -> dict[str, Any]:
     one_step, backward, replace = loop.optimizer_step, loop.backward, os.replace
     step = 0
 
-    def watched_step(run: loop.Run, item: loop.StepBatches) -> float:
+    def watched_step(run: loop.Run, item: loop.StepBatches) -> loop.Step:
         nonlocal step
         step = item.step
         world.append(run.accelerator.num_processes)

@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from library import gpu
-from library.run import build
+from library.run import start
 
 META = torch.device("meta")
 
 
 def place_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the program find the stand-in as its device."""
-    make = build._accelerator
+    make = start.make_accelerator
 
     def placed(plan: Any) -> Any:
         accelerator = make(plan)
@@ -37,7 +37,7 @@ def place_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert accelerator.device == META
         return accelerator
 
-    monkeypatch.setattr(build, "_accelerator", placed)
+    monkeypatch.setattr(start, "make_accelerator", placed)
     autocast, is_enabled = torch.autocast, torch.is_autocast_enabled  # they know no such device: a step in fp32
     monkeypatch.setattr(torch, "autocast", lambda kind, **kw: nullcontext() if kind == "meta" else autocast(kind, **kw))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and is_enabled(*kind))

@@ -11,6 +11,7 @@ import torch
 
 from library.run import build
 from library.training import loop
+from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.saver import Saver
 from library.training.hooks.validation import Validator
 from tests.training.written import weights
@@ -88,23 +89,20 @@ def test_whatever_looks_at_the_weights_sees_the_average(
     def spy(kind: type, method: str) -> None:
         use = getattr(kind, method)
 
-        def spied(self: Any, step: int) -> Any:
-            optimizer = made[0].optimizer.optimizer
+        def spied(self: Any, run: loop.Run, step: Any, **more: Any) -> Any:
+            optimizer = run.optimizer.optimizer
             seen.append((method, bool(optimizer.state) and optimizer.param_groups[0]["train_mode"]))
-            return use(self, step)
+            return use(self, run, step, **more)
 
         monkeypatch.setattr(kind, method, spied)
 
-    made: list[loop.Run] = []
-    equip = build._equip
-    monkeypatch.setattr(build, "_equip", lambda run, *more, **named: (made.append(run), equip(run, *more, **named))[1])
-    spy(Validator, "__call__")
-    spy(Saver, "due")
-    spy(Saver, "best")
+    spy(Validator, "validate")
+    spy(Saver, "save")
+    spy(Saver, "validated")
     words = ("--validation_split", "0.3", "--validate_every_n_steps", "1", "--save_every_n_steps", "2", "--save_state")
     assert train("--optimizer_type", name, "--learning_rate", AVERAGING[name], *words) == 0
-    assert [what for what, _ in seen if what != "best"] == ["__call__", *["__call__", "due"] * 4]
-    assert "best" in dict(seen)
+    assert [what for what, _ in seen if what != "validated"] == ["validate", *["validate", "save"] * 4]
+    assert "validated" in dict(seen)
     assert not any(training for _, training in seen)
 
 
@@ -135,8 +133,8 @@ def test_only_a_schedule_free_one_goes_without_a_schedule(
     train: Train, runs: list[loop.Run], capsys: pytest.CaptureFixture[str], words: tuple[str, ...], schedule: str | None
 ) -> None:
     assert train("--optimizer_type", *words, "--learning_rate", "1", "--lr_scheduler", "cosine") == 0
-    found = runs[0].schedule
-    assert (None if found is None else type(found).__name__) == schedule
+    found = runs[0].hook(LrSchedule)
+    assert (None if found is None else type(found.schedule).__name__) == schedule
     assert ("needs no schedule" in capsys.readouterr().err) == (schedule is None)
 
 

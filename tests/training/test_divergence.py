@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from library.record import metrics
-from library.training import loop, state
-from library.training.hooks import guard as divergence
+from library.training import divergence, loop, state
+from library.training.hooks import guard
 from library.training.step import BatchLoss
 from tests.training.written import weights
 
@@ -126,8 +126,10 @@ def test_rollback_goes_back_with_lower_rates(
     assert "Back to step 2, with its learning rates times 0.5 (1 of 10" in said
     assert "Back to step 2, with its learning rates times 0.25 (2 of 10" in said
     kept = final_state(tmp_path)
-    assert kept["schedule"]["base_lrs"] == pytest.approx([0.00025] * len(kept["schedule"]["base_lrs"]))
-    assert kept["divergences"] == 2
+    assert kept["hooks"]["schedule"]["base_lrs"] == pytest.approx(
+        [0.00025] * len(kept["hooks"]["schedule"]["base_lrs"])
+    )
+    assert kept["hooks"]["divergences"] == {"count": 2}
     assert len(kept["losses"]) == 6
     told = [line for line in metrics.lines(tmp_path / "out" / "test-metrics.jsonl") if "step" in line]
     assert [(line["step"], line["warning"]["text"][:7]) for line in told if "warning" in line] == [(2, "step 4:")] * 2
@@ -139,7 +141,7 @@ def test_rollback_puts_every_bit_back(train: Train, tmp_path: Path, monkeypatch:
     """With rates that are not lowered the result is that of a run that never diverged."""
     words = ("--on_divergence", "rollback", "--max_train_steps", "6", "--shuffle_caption", "--network_dropout", "0.1")
     assert train(*words, "--output_name", "smooth") == 0
-    monkeypatch.setattr(divergence, "LOWER", 1.0)
+    monkeypatch.setattr(guard, "LOWER", 1.0)
     break_at(monkeypatch, 2, 5)
     assert train(*words) == 0
     smooth, rough = weights(tmp_path, "smooth"), weights(tmp_path)
@@ -167,7 +169,7 @@ def test_fp16_steps_that_the_scaler_leaves_out_are_no_divergence(
     def noted() -> Iterator[None]:
         one_step = loop.optimizer_step
 
-        def step(run: loop.Run, item: loop.StepBatches) -> float:
+        def step(run: loop.Run, item: loop.StepBatches) -> loop.Step:
             scales.append(run.accelerator.scaler.get_scale())
             return one_step(run, item)
 

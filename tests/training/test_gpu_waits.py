@@ -11,10 +11,10 @@ import torch
 
 from library.config.parser import parse
 from library.guidance import dry_run
-from library.run.build import Built, build
-from library.run.plan import make_plan
+from library.run.build import build
+from library.run.plan import Plan, make_plan
 from library.training import loop
-from library.training.hooks import monitor
+from library.training.run import Run
 from tests.conftest import BASE, copy_images
 from tests.training.stand_in_gpu import META, Stops, place_on, watched
 
@@ -28,34 +28,33 @@ CAPTIONS = ("--weighted_captions", "--max_token_length", "150", "--clip_skip", "
 EAGER = ("--optimizer_type", "CustomAdamW", "--optimizer_args", "implementation=eager")
 
 
-def built_run(folder: Path, *words: str, base: Path = BASE) -> Built:
-    """A run on the images of `folder/data` that is ready to start."""
+def planned(folder: Path, *words: str, base: Path = BASE) -> Plan:
+    """A run on the images of `folder/data`."""
     given = [
         *("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(folder / "data")),
         *("--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2"),
         *("--output_dir", str(folder / "out"), "--network_dim", "4", "--network_alpha", "2"),
         *("--max_data_loader_n_workers", "0", "--seed", "1", "--no-loss_plot", "--no-report"),
+        "--no-monitoring",
         *("--max_train_steps", "4", *words),
     ]
-    return build(make_plan(parse(given)))
+    return make_plan(parse(given))
 
 
 @pytest.fixture
-def on_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Built]:
-    """`built_run` on the stand-in; without caches, for a VAE without contents has no finite latents."""
+def on_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """A run on the stand-in, ready to start; without caches, for a VAE without contents has no finite latents."""
     place_on(monkeypatch)
     copy_images(tmp_path / "data" / "2_style")
-    return lambda *words, base=BASE: built_run(tmp_path, *words, base=base)
+    return lambda *words, base=BASE: build(planned(tmp_path, *words, base=base))
 
 
-def two_steps(built: Built) -> list[Stops]:
+def two_steps(run: Run) -> list[Stops]:
     """What stopped each of the first two steps: in the first some state is made."""
     found = []
-    for item, _ in zip(loop.step_batches(built.run), range(2), strict=False):
+    for item, _ in zip(loop.step_batches(run), range(2), strict=False):
         with watched() as stops:
-            loop.optimizer_step(built.run, item)
-            if built.run.ema is not None:
-                built.run.ema.update()
+            loop.optimizer_step(run, item)
         found.append(stops)
     return found
 
@@ -68,24 +67,24 @@ def two_steps(built: Built) -> list[Stops]:
         pytest.param((*EAGER, *CAPTIONS), id="captions, CustomAdamW"),
     ],
 )
-def test_a_step_is_read_once(on_stand_in: Callable[..., Built], words: tuple[str, ...]) -> None:
+def test_a_step_is_read_once(on_stand_in: Callable[..., Run], words: tuple[str, ...]) -> None:
     """Its loss and the gradient's norm, together; nothing is copied to the GPU but from pinned memory."""
-    built = on_stand_in(*words)
-    assert {parameter.device for parameter in built.run.parameters} == {META}
-    for stops in two_steps(built):
+    run = on_stand_in(*words)
+    assert {parameter.device for parameter in run.parameters} == {META}
+    for stops in two_steps(run):
         assert stops.copies == []
         (read,) = stops.reads
         assert "loop.py" in read
         assert "optimizer_step" in read
 
 
-def test_sdxl_is_read_once(on_stand_in: Callable[..., Built], tiny_sdxl: Path) -> None:
+def test_sdxl_is_read_once(on_stand_in: Callable[..., Run], tiny_sdxl: Path) -> None:
     for stops in two_steps(on_stand_in(base=tiny_sdxl)):
         assert stops.copies == []
         assert len(stops.reads) == 1
 
 
-def test_preserved_outputs_cost_no_stop(on_stand_in: Callable[..., Built], tmp_path: Path) -> None:
+def test_preserved_outputs_cost_no_stop(on_stand_in: Callable[..., Run], tmp_path: Path) -> None:
     """Samples are picked by rows: a list as an index would be copied."""
     file = tmp_path / "data.toml"
     file.write_text(
@@ -98,11 +97,9 @@ def test_preserved_outputs_cost_no_stop(on_stand_in: Callable[..., Built], tmp_p
         assert len(stops.reads) == 1
 
 
-def test_what_is_measured_is_read_once_more(on_stand_in: Callable[..., Built]) -> None:
+def test_what_is_measured_is_read_once_more(on_stand_in: Callable[..., Run]) -> None:
     """The first step is measured; the norms of all layers, which are held below 1, are read together in every step."""
-    built = on_stand_in("--scale_weight_norms", "1")
-    monitor.attach(built)
-    first, second = two_steps(built)
+    first, second = two_steps(on_stand_in("--scale_weight_norms", "1", "--monitoring"))
     assert first.copies == second.copies == []
     assert [read.split(":")[0] for read in first.reads] == ["in loop.py", "in network.py", "in meter.py"]
     assert [read.split(":")[0] for read in second.reads] == ["in loop.py", "in network.py"]
@@ -132,11 +129,14 @@ def _seen(act: Callable[[], Any]) -> Stops:
 
 @pytest.mark.parametrize("sdxl", [False, True])
 def test_the_dry_runs_batch_is_where_the_model_is(
-    on_stand_in: Callable[..., Built], tiny_sdxl: Path, sdxl: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_sdxl: Path, sdxl: bool
 ) -> None:
     """A mixture with what lies on the CPU is an error; images are encoded first, as without caches."""
-    built = on_stand_in("--dry_run", base=tiny_sdxl if sdxl else BASE)
-    loss = dry_run.dummy_loss(built, lambda tensor: tensor)
+    place_on(monkeypatch)
+    copy_images(tmp_path / "data" / "2_style")
+    plan = planned(tmp_path, "--dry_run", base=tiny_sdxl if sdxl else BASE)
+    run = build(plan)
+    loss = dry_run.dummy_loss(plan, run, lambda tensor: tensor)
     loss.backward()
     assert loss.device == META
-    assert {parameter.grad.device for parameter in built.run.parameters if parameter.grad is not None} == {META}
+    assert {parameter.grad.device for parameter in run.parameters if parameter.grad is not None} == {META}

@@ -42,7 +42,7 @@ def change_of_loss(images: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) 
         f"[[datasets.subsets]]\nimage_dir = '{images}'\n"
     )
     words = ["--config_file", "configs/quickstart.toml", "--dataset_config", str(config), "--output_dir", str(folder)]
-    run = build(make_plan(parse([*words, "--max_train_epochs", "0", "--max_train_steps", "50"]))).run
+    run = build(make_plan(parse([*words, "--max_train_epochs", "0", "--max_train_steps", "50"])))
     assert loop.train(run) is None
     latents, captions = held_out()
     with without(run.network):

@@ -45,7 +45,7 @@ def test_the_masked_loss_is_the_mean_over_all_elements(alpha_folder: Path, tmp_p
         *("--caption_extension", ".txt", "--train_batch_size", "3", "--output_dir", str(tmp_path / "out")),
         *("--max_train_steps", "1", "--seed", "3", "--alpha_mask", "--max_data_loader_n_workers", "0"),
     )
-    run = build(make_plan(parse(list(words)))).run
+    run = build(make_plan(parse(list(words))))
     (batch,) = next(loop.step_batches(run)).batches
     half = torch.zeros(3, 1, 64, 64)
     half[..., 32:] = 1

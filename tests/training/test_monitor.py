@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from library.config.parser import parse
 from library.errors import UserError
 from library.record.metrics import lines
+from library.record.validation_history import Validation
 from library.training import loop
+from library.training.hook import Step
 from library.training.hooks import monitor
 from library.training.meter import BINS, Meter
 from tests.conftest import BASE, ROOT
@@ -41,13 +43,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def weights(run: loop.Run) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in run.parameters])
 
-    def spied_step(run: loop.Run, item: loop.StepBatches) -> float:
+    def spied_step(run: loop.Run, item: loop.StepBatches) -> Step:
         steps.append({"samples": [], "before": weights(run), "run": run})
-        loss = one_step(run, item)
+        step = one_step(run, item)
         with torch.no_grad():
             norms = [float(adapter.delta_weight().norm()) for adapter in run.network.adapters]
-        steps[-1] |= {"after": weights(run), "loss": loss, "norms": norms}
-        return loss
+        steps[-1] |= {"after": weights(run), "loss": step.loss, "norms": norms}
+        return step
 
     def spied_batch(*words: Any, **more: Any) -> Any:
         found = one_batch(*words, **more)
@@ -276,19 +278,14 @@ def test_what_moved_is_counted_by_group() -> None:
 
 def test_validation_losses_are_written_and_judged(train, tmp_path, monkeypatch) -> None:
     runs = []
-    attach = monitor.attach
-
-    def spied(built: Any) -> None:
-        attach(built)
-        runs.append(built.run)
-
-    monkeypatch.setattr(monitor, "attach", spied)
+    one_run = loop.train
+    monkeypatch.setattr(loop, "train", lambda run: (runs.append(run), one_run(run))[1])
     assert train("--max_train_steps", "2") == 0
     (run,) = runs
-    watching = run.monitor
+    watching = run.hook(monitor.Monitor)
     watching._file = monitor.metrics.MetricsFile(tmp_path / "out" / "more-metrics.jsonl", {"session_id": 1}, done=0)
-    watching.validation(2, {"t500": 0.25}, loss=0.2)
-    watching.validation(2, {"t500": 0.25}, loss=math.nan)
+    watching.validated(run, Validation(2, 0.2, {500: 0.25}), best=True)
+    watching.validated(run, Validation(2, math.nan, {500: 0.25}), best=False)
     watching._file.close()
     assert [line for line in lines(tmp_path / "out" / "more-metrics.jsonl") if "step" in line] == [
         {"step": 2, "validation": {"loss": 0.2, "t500": 0.25}},

@@ -40,7 +40,7 @@ def first_step(image_folder, tmp_path):
         *("--output_dir", str(tmp_path / "out"), "--network_dim", "4", "--network_alpha", "2"),
         *("--learning_rate", "1e-3", "--max_train_steps", "1", "--seed", "3", "--max_grad_norm", "0"),
     )
-    run = build(make_plan(parse(list(words)))).run
+    run = build(make_plan(parse(list(words))))
     for name, parameter in run.network.named_parameters():  # at the start up = 0, and the gradient of down with it
         if "lora_up" in name:
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))

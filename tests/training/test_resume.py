@@ -42,7 +42,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C comes while that step runs."""
     one_step = loop.optimizer_step
 
-    def interrupted(run: loop.Run, item: loop.StepBatches) -> float:
+    def interrupted(run: loop.Run, item: loop.StepBatches) -> loop.Step:
         loss = one_step(run, item)
         if item.step == step:
             loop.signal.raise_signal(loop.signal.SIGINT)

@@ -41,7 +41,7 @@ def test_memory_and_time_stay(
     costs: list[float] = []
     one_step = loop.optimizer_step
 
-    def watched(run: loop.Run, item: loop.StepBatches) -> float:
+    def watched(run: loop.Run, item: loop.StepBatches) -> loop.Step:
         began = time.process_time()
         loss = one_step(run, item)
         costs.append((time.process_time() - began) / reference())

@@ -13,7 +13,8 @@ import torch
 from benchmarks.fixed_noise_loss import fixed_noise_loss, mean_squares
 from library.config.options.validation import ValidationOptions, check_validation
 from library.models.stable_diffusion import StableDiffusion
-from library.training import loop, state
+from library.optimizers.weight_decay_hook import WeightDecayHook
+from library.training import state
 from library.training.fixed_noise import image_losses, middles
 from tests.conftest import BASE, IMAGES
 from tests.training.test_resume import stop_after
@@ -272,18 +273,13 @@ def test_the_best_file_is_that_of_the_history_that_goes_on(
 def test_the_weight_decay_waits_for_validation(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--wd_flat validation is told each validation once, before the next step."""
     told: list[float | None] = []
-    step = loop.optimizer_step
+    observe = WeightDecayHook.observe
 
-    def watched(run: loop.Run, item: loop.StepBatches) -> float:
-        observe = run.observe
-        assert observe is not None
-        run.observe = lambda loss, norm, validation: (told.append(validation), observe(loss, norm, validation))[1]
-        try:
-            return step(run, item)
-        finally:
-            run.observe = observe
+    def watched(self: WeightDecayHook, loss: float, norm: float | None, validation: float | None) -> None:
+        told.append(validation)
+        observe(self, loss, norm, validation)
 
-    monkeypatch.setattr(loop, "optimizer_step", watched)
+    monkeypatch.setattr(WeightDecayHook, "observe", watched)
     losses_of(monkeypatch, [1.0, 0.9, 0.8])
     decay = ("--dynamic_weight_decay", "--optimizer_args", "weight_decay=0.5", "--wd_schedule", "adaptive")
     assert train(*SPLIT, "--validate_every_n_steps", "2", *decay, "--wd_flat", "validation=0.1") == 0

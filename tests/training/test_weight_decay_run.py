@@ -34,14 +34,14 @@ def decays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seen: list[float] = []
     step = loop.optimizer_step
 
-    def watched(run: Any, item: Any) -> float:
-        loss = step(run, item)
+    def watched(run: Any, item: Any) -> Any:
+        done = step(run, item)
         optimizer = run.optimizer.optimizer
         if hasattr(optimizer, "get_optimization_info"):
             seen.append(optimizer.get_optimization_info()["weight_decay"][0])
         else:
             seen.append(optimizer.param_groups[0]["weight_decay"])
-        return loss
+        return done
 
     monkeypatch.setattr(loop, "optimizer_step", watched)
     return seen

@@ -16,15 +16,27 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from library.training.hook import Hook, Step
+from library.training.run import Run
 
-class Ema:
+
+class Ema(Hook[Run]):
     """Costs 4 bytes a trained parameter, and while it is in use a copy of the weights whose place it takes."""
+
+    name = "average"
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, decay: float, purposes: Collection[str]) -> None:
         """`purposes`: what it is used for, of "validate", "sample" and "save"."""
         self.parameters, self.decay, self.purposes = parameters, decay, frozenset(purposes)
         self.average = [parameter.detach().float().clone() for parameter in parameters]
         self.steps = 0
+
+    def after_step(self, run: Run, step: Step) -> None:
+        if not step.was_skipped:
+            self.update()
+
+    def weights_for(self, run: Run, purpose: str) -> AbstractContextManager[None]:
+        return self.in_place() if purpose in self.purposes else nullcontext()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -59,8 +71,3 @@ class Ema:
         self.steps = state["steps"]
         for average, saved in zip(self.average, state["average"], strict=True):
             average.copy_(saved)
-
-
-def weights_for(ema: Ema | None, purpose: str) -> AbstractContextManager[None]:
-    """A context in which the network has the weights for this purpose."""
-    return ema.in_place() if ema is not None and purpose in ema.purposes else nullcontext()

@@ -4,79 +4,79 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.guidance.estimate import peak_memory
+from library.gpu import peak_memory
 from library.optimizers.create import effective_weight_decays
 from library.record import metrics
-from library.run import header as run_header
+from library.record.validation_history import Validation
+from library.training.hook import Hook, Step
 from library.training.meter import Measured, Meter
+from library.training.run import Run
 from library.training.warning_signs import WEIGHT_DECAY_GONE, Sign, Watch
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from library.run.build import Built
-    from library.training.loop import Run
+    from library.data.dataset import Batch
+    from library.training.step import BatchLoss
 
 logger = logging.getLogger(__name__)
 
 
-class Monitor:
-    """Called by the loop around each step of the optimizer, and with what was known of it afterwards.
+class Monitor(Hook[Run]):
+    """Every process has one, because measuring is done together; the main process's writes the file."""
 
-    Every process has one, because measuring is done together; `file` is the main process's only.
-    """
+    name = "monitor"
 
     def __init__(
-        self, meter: Meter, *, run: Run, every: int, bins: list[str], file: metrics.MetricsFile | None
+        self, meter: Meter, *, every: int, bins: list[str], path: Path, describe: Callable[[Run], Mapping[str, Any]]
     ) -> None:
-        """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of timesteps."""
-        self._meter, self._file, self._bins, self._every = meter, file, bins, every
-        self._run = run
-        self._watch = Watch(total_steps=run.total_steps)
-        self._step = run.done
+        """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of timesteps.
+        `describe`: the content of the file's first line, about the run that begins."""
+        self._meter, self._every, self._bins, self._path, self._describe = meter, every, bins, path, describe
+        self._file: metrics.MetricsFile | None = None
+        self._watch = Watch(total_steps=0)
+        self._step = 0
         self._measured: Measured | None = None
-        self._norm: float | None = None
         self._earlier = 0.0  # seconds of training before this process
         self._began = time.monotonic()
-        if file is not None and run.done:
-            self._earlier = self._recall(file)
 
-    def batch(self, per_sample_B: Tensor, t_B: Tensor) -> None:
-        """The losses of a batch, detached, with their timesteps, which lie on the CPU."""
-        self._meter.batch(per_sample_B, t_B)
+    def before_training(self, run: Run) -> None:
+        self._watch = Watch(total_steps=run.position.total)
+        self._step = run.position.done
+        self._began = time.monotonic()
+        if run.accelerator.is_main_process:
+            self._file = metrics.MetricsFile(self._path, self._describe(run), done=run.position.done)
+            if run.position.done:
+                self._earlier = self._recall(run, self._file)
 
-    def before_step(self, step: int, *, gradient_norm: float) -> None:
-        """`gradient_norm`: of all gradients together, before clipping."""
-        self._norm = gradient_norm
+    def after_batch(self, run: Run, batch: Batch, found: BatchLoss) -> None:
+        self._meter.batch(found.per_sample.detach(), found.t)
+
+    def before_step(self, run: Run, step: Step) -> None:
         self._meter.take_in()
-        if self._is_due(step):
+        if self._is_due(run, step):
             self._meter.before()
 
-    def after_step(self, step: int) -> None:
-        """The weights are new, unless the step was left out because fp16 losses were scaled too far."""
-        if self._is_due(step) and not self._run.optimizer.step_was_skipped:
+    def after_step(self, run: Run, step: Step) -> None:
+        if self._is_due(run, step) and not step.was_skipped:
             self._measured = self._meter.after()
 
-    def report(
-        self, step: int, *, epoch: int, loss: float, average: float, rates: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """Write the step's line, say what is wrong; what trackers show beside loss and rates."""
-        self._step = step
-        decays = effective_weight_decays(self._run.optimizer.optimizer)
+    def report(self, run: Run, step: Step) -> dict[str, float]:
+        """Write the step's line, and warn of signs of trouble."""
+        self._step = step.number
+        decays = effective_weight_decays(run.optimizer.optimizer)
         if len(set(decays.values())) == 1:  # one for all groups, as a rule
             decays = {"all": next(iter(decays.values()))}
-        measured, norm = self._measured, self._norm  # None: the step was skipped
-        self._measured = self._norm = None
+        measured, self._measured = self._measured, None
         line: dict[str, Any] = {
-            "epoch": epoch,
+            "epoch": step.epoch + 1,
             "seconds": self._earlier + time.monotonic() - self._began,
-            "loss": loss,
-            "loss_average": average,
-            "gradient_norm": norm,
-            "rates": dict(rates),
+            "loss": step.loss,
+            "loss_average": run.losses.average,
+            "gradient_norm": step.gradient_norm,
+            "rates": dict(step.rates),
             "weight_decay": decays,
         }
         if measured is not None:
@@ -87,38 +87,42 @@ class Monitor:
                 "loss_by_timestep": measured.loss_by_timestep,
                 "delta_norms": [metrics.rounded(norm) for norm in measured.delta_norms],
             }
-        self._write(step, line)
-        self._say(step, self._look(step, line))
-        return self._for_trackers(norm, decays, measured)
+        self._write(step.number, line)
+        self._warn(run, step.number, self._look(step.number, line))
+        return self._for_trackers(step.gradient_norm, decays, measured)
 
-    def validation(self, step: int, losses: Mapping[str, float], *, loss: float) -> None:
-        """Losses on images that are not trained, by whatever names; `loss` is the one to judge by."""
-        self._write(step, {"validation": {"loss": loss, **losses}})
-        self._say(step, self._watch.validated(step, loss, self._run.losses.curve()))
+    def validated(self, run: Run, result: Validation, *, best: bool) -> None:
+        parts = {f"t{t}": loss for t, loss in result.by_timestep.items()}
+        self._write(result.step, {"validation": {"loss": result.loss, **parts}})
+        self._warn(run, result.step, self._watch.validated(result.step, result.loss, run.losses.curve()))
 
-    def go_back(self, step: int, *, why: str) -> None:
-        """The run stands where it stood after `step` steps, and goes on from there."""
-        self._measured = self._norm = None
-        self._watch = Watch(total_steps=self._run.total_steps)
-        if self._file is not None:
-            self._file.go_back(step)
-            self._recall(self._file)
-        self.diverged(step, why)
-
-    def diverged(self, step: int, why: str) -> None:
-        """Note a loss or gradient that was no number, of which the guard has said something already."""
+    def diverged(self, run: Run, step: int, why: str) -> None:
         self._meter.forget()
         self._write(step, {"warning": {"sign": "divergence", "text": why}})
 
-    def end(self, *, stopped_by: str, conclusion: str) -> None:
-        """Write the last line: what broke it off ("" for nothing), what validation says of it, and the most memory."""
-        memory = peak_memory(self._run.accelerator.device)
+    def rolled_back(self, run: Run, step: int, why: str) -> None:
+        self._measured = None
+        self._watch = Watch(total_steps=run.position.total)
+        if self._file is not None:
+            self._file.go_back(step)
+            self._recall(run, self._file)
+        self.diverged(run, step, why)
+
+    def end(self, run: Run, *, stopped_by: str, conclusion: str) -> None:
+        """Write the last line, with the most memory that was held."""
+        memory = peak_memory(run.accelerator.device)
         self._write(self._step, {"end": {"stopped_by": stopped_by, "conclusion": conclusion, "memory": memory}})
         if self._file is not None:
             self._file.close()
 
-    def _is_due(self, step: int) -> bool:
-        return step % self._every == 0 or step in (1, self._run.total_steps)
+    def state_dict(self) -> dict[str, Any]:
+        return self._meter.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._meter.load_state_dict(state)
+
+    def _is_due(self, run: Run, step: Step) -> bool:
+        return step.number % self._every == 0 or step.number in (1, run.position.total)
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         if self._file is not None:
@@ -141,13 +145,13 @@ class Monitor:
             )
         return signs
 
-    def _say(self, step: int, signs: list[Sign]) -> None:
+    def _warn(self, run: Run, step: int, signs: list[Sign]) -> None:
         for sign in signs:
             self._write(step, {"warning": {"sign": sign.name, "text": sign.text}})
-            if sign is not WEIGHT_DECAY_GONE and self._run.accelerator.is_main_process:  # the optimizer has said it
+            if sign is not WEIGHT_DECAY_GONE and run.accelerator.is_main_process:  # the optimizer has said it
                 logger.warning("step %d: %s", step, sign.text)
 
-    def _recall(self, file: metrics.MetricsFile) -> float:
+    def _recall(self, run: Run, file: metrics.MetricsFile) -> float:
         """What the lines of the earlier part of this run tell, as if they had just been reported; its seconds."""
         said, seconds = set(), 0.0
         for line in file.kept():
@@ -155,7 +159,7 @@ class Monitor:
                 self._look(line["step"], line)
                 seconds = line["seconds"]
             elif "validation" in line:
-                self._watch.validated(line["step"], _number(line["validation"]["loss"]), self._run.losses.curve())
+                self._watch.validated(line["step"], _number(line["validation"]["loss"]), run.losses.curve())
             elif "warning" in line:
                 said.add(line["warning"]["sign"])
         self._watch.found = said
@@ -177,17 +181,6 @@ class Monitor:
         if norms := measured.delta_norms:  # the first under kohya's name
             values |= {"norm/avg_key_norm": sum(norms) / len(norms), "norm/max_key_norm": max(norms)}
         return values
-
-
-def attach(built: Built) -> None:
-    """Have the run watched, unless it has no meter."""
-    wanted, run = built.plan.options.monitoring, built.run
-    if run.meter is None:
-        return
-    file, header = None, run_header.describe(built)
-    if run.accelerator.is_main_process:
-        file = metrics.MetricsFile(metrics.metrics_path(built.saves.last_file), header, done=run.done)
-    run.monitor = Monitor(run.meter, run=run, every=wanted.every, bins=header["timesteps"], file=file)
 
 
 def _number(value: float | None) -> float:

@@ -1,67 +1,102 @@
-"""Writes what a run leaves behind while it trains: networks, states and samples."""
+"""Writes what a run leaves behind while it trains: networks and states."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files import atomic
-from library.record import saves as save
+from library.record import saves
+from library.record.metadata import step_of
+from library.record.saves import BrokenWeightsError, Due, SavePlan, state_folder
+from library.record.validation_history import History, Validation
 from library.training import state
-from library.training.hooks import ema
+from library.training.hook import Hook
+from library.training.run import Run
+from library.training.unwritten import Unwritten
 
 if TYPE_CHECKING:
     from library.record.metadata import RunMetadata
-    from library.training.loop import Run
-
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Saver:
-    """`samples` draws what is due after so many steps; `facts` are those of the run's states.
+class Saver(Hook[Run]):
+    """On the main process.
 
     A file that cannot be written now (a full disk) costs a message, not the run: the next one is tried when it is due.
     Only the last one must be there, so what is wrong with that is raised.
     """
 
-    saves: save.SavePlan
-    run: Run
-    facts: state.Facts
-    precision: str | None  # --save_precision
-    metadata: RunMetadata
-    samples: Callable[[int], None]
-    _unwritten: int = 0
+    name = "saver"
 
-    def due(self, step: int) -> None:
-        """Write what is due after `step` steps, then remove what retention no longer keeps; draw the samples."""
-        self._write(self.saves.due(step), step, ends=step == self.saves.total_steps)
+    def __init__(
+        self,
+        saves: SavePlan,
+        facts: state.Facts,
+        *,
+        precision: str | None,
+        metadata: RunMetadata,
+        unwritten: Unwritten,
+        history: History | None,
+    ) -> None:
+        """`facts`: of the run's states. `precision`: --save_precision. `history`: of the validations."""
+        self._history = history
+        self.saves, self._facts, self._precision, self._metadata = saves, facts, precision, metadata
+        self._unwritten = unwritten
 
-    def last(self, step: int) -> None:
-        """The same at the end of a run that ends early, with its last file."""
-        self._write(self.saves.due(step, last=True), step, ends=True)
+    def save(self, run: Run, step: int, *, last: bool) -> None:
+        """Write what is due after `step` steps, then remove what retention no longer keeps."""
+        self._write(run, self.saves.due(step, last=last), step, ends=last or step == self.saves.total_steps)
 
-    def best(self, step: int) -> None:
+    def save_now(self, run: Run, step: int) -> None:
+        path = self.saves.step_file(step)
+        errors = self._both(run, path, state_folder(path), step=step, epoch=self._epoch(step), last=True)
+        for error in filter(None, errors):
+            raise error
+
+    def validated(self, run: Run, result: Validation, *, best: bool) -> None:
+        if best:
+            self._best(run, result.step)
+
+    def _best(self, run: Run, step: int) -> None:
         """Write the network, as it was validated after `step` steps, in the place of the best so far."""
         try:
-            self._network(self.saves.best_file, step=step, epoch=self._epoch(step), purpose="validate")
+            self._network(run, self.saves.best_file, step=step, epoch=self._epoch(step), purpose="validate")
         except UserError as error:
-            self._put_up_with(error)
+            self._unwritten.put_up_with(error)
 
-    def _write(self, files: Iterable[save.Due], step: int, *, ends: bool) -> None:
+    def resumed(self, run: Run) -> None:
+        """Make the best file of a resumed run that of the best validation so far, or warn that it is not."""
+        best, file = None if self._history is None else self._history.best, self.saves.best_file
+        if best is None or is_best(best, file):
+            return
+        if best.step == run.position.done:
+            self._best(run, best.step)
+        elif file.exists():
+            logger.warning(
+                "%s is that of step %s, and the best until the state was step %d (%.4f), of which there is no file: it "
+                "is written when validation improves on that",
+                *(file, step_of(file), best.step, best.loss),
+            )
+        else:
+            logger.warning(
+                "%s is not there, the best so far (%.4f at step %d): it is written when validation improves on that",
+                *(file, best.loss, best.step),
+            )
+
+    def _write(self, run: Run, files: Iterable[Due], step: int, *, ends: bool) -> None:
         failure = None
         for due in files:
             last = ends and due.path == self.saves.last_file
-            of_network, of_state = self._both(due.path, due.state, step=step, epoch=due.epoch, last=last)
+            of_network, of_state = self._both(run, due.path, due.state, step=step, epoch=due.epoch, last=last)
             for error in dict.fromkeys(filter(None, (of_network, of_state))):
                 if not last:
-                    self._put_up_with(error)
+                    self._unwritten.put_up_with(error)
                 elif failure is None:
                     failure = error
                 else:
@@ -71,45 +106,26 @@ class Saver:
                 atomic.remove(due.remove)
             if due.remove_state is not None and of_state is None:
                 state.remove(due.remove_state)
-        if ends and self._unwritten:
-            logger.warning("%d times a file or state could not be written; see above", self._unwritten)
+        if ends and self._unwritten.count:
+            logger.warning("%d times a file or state could not be written; see above", self._unwritten.count)
         if failure is not None:
             raise failure
-        try:
-            with ema.weights_for(self.run.ema, "sample"):
-                self.samples(step)
-        except UserError as error:
-            self._put_up_with(error)
-
-    def _put_up_with(self, error: UserError) -> None:
-        """Raise it where the run cannot go on."""
-        if isinstance(error, save.BrokenWeightsError) and self.run.guard.action == "stop":
-            raise error
-        self._unwritten += 1
-        logger.error("%s. Training goes on, and the next file is tried when it is due", error)
-
-    def now(self, step: int) -> None:
-        """Write the network and the state as they are after `step` steps, for a run that ends early."""
-        path = self.saves.step_file(step)
-        errors = self._both(path, save.state_folder(path), step=step, epoch=self._epoch(step), last=True)
-        for error in filter(None, errors):
-            raise error
 
     def _both(
-        self, path: Path, folder: Path | None, *, step: int, epoch: int, last: bool
+        self, run: Run, path: Path, folder: Path | None, *, step: int, epoch: int, last: bool
     ) -> tuple[UserError | None, UserError | None]:
         """Write the network to `path` and the state to `folder`, each whatever becomes of the other. Returns what went
         wrong with each. Weights that are no numbers any more are in neither."""
         of_network: UserError | None = None
         try:
-            self._network(path, step=step, epoch=epoch, last=last)
+            self._network(run, path, step=step, epoch=epoch, last=last)
         except UserError as error:
             of_network = error
-        broken = isinstance(of_network, save.BrokenWeightsError) and not of_network.only_in_file
+        broken = isinstance(of_network, BrokenWeightsError) and not of_network.only_in_file
         if folder is None or broken:
             return of_network, of_network if broken and folder is not None else None
         try:
-            state.write(folder, self.run, self.facts, step)
+            state.write(folder, run, self._facts, step)
         except UserError as error:
             return of_network, error
         return of_network, None
@@ -117,20 +133,27 @@ class Saver:
     def _epoch(self, step: int) -> int:
         return (step - 1) // self.saves.steps_per_epoch
 
-    def _network(self, path: Path, *, step: int, epoch: int, purpose: str = "save", last: bool = False) -> None:
+    def _network(
+        self, run: Run, path: Path, *, step: int, epoch: int, purpose: str = "save", last: bool = False
+    ) -> None:
         """`last`: there will be no other try, so what cannot be written to `path` goes where there is room."""
-        metadata = self.metadata.at(steps=step, epoch=epoch)
-        with ema.weights_for(self.run.ema, purpose):
+        metadata = self._metadata.at(steps=step, epoch=epoch)
+        with run.weights_for(purpose):
             try:
-                save.save_network(self.run.network, path, precision=self.precision, metadata=metadata)
-            except save.BrokenWeightsError:
+                saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
+            except BrokenWeightsError:
                 raise
             except UserError as error:
                 if not last:
                     raise
                 elsewhere = Path(tempfile.mkdtemp(prefix="lora-")) / path.name
                 try:
-                    save.save_network(self.run.network, elsewhere, precision=self.precision, metadata=metadata)
+                    saves.save_network(run.network, elsewhere, precision=self._precision, metadata=metadata)
                 except UserError:
                     raise error from None
                 raise UserError(f"{error}. The network is in {elsewhere} instead: move it to a safe place") from None
+
+
+def is_best(best: Validation | None, file: Path) -> bool:
+    """Whether the file is there and, as far as it says, is of the best validation's step."""
+    return best is not None and file.is_file() and step_of(file) in (None, best.step)

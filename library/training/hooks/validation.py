@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -19,16 +18,11 @@ from library.data.plan import PlannedBatch
 from library.gpu import kept_random_state, to_device
 from library.progress import bar
 from library.record import trackers
-from library.record.metadata import step_of
 from library.record.validation_history import History, Validation
-from library.training.fixed_noise import image_losses, middles
-from library.training.hooks import ema
+from library.training.fixed_noise import image_losses
+from library.training.hook import Hook, Step
+from library.training.run import Run
 from library.training.step import Objective, condition_of, sample_losses
-
-if TYPE_CHECKING:
-    from library.config.options import Options
-    from library.run.plan import Plan
-    from library.training.loop import Run
 
 logger = logging.getLogger(__name__)
 
@@ -55,31 +49,43 @@ class Times:
         return tuple(name for name, due in curves.items() if due)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Validator:
-    """Called with the number of steps done by every process at the same time; True: training should end here.
+class Validator(Hook[Run]):
+    """Measures the loss on the images held out; every process does at the same steps."""
 
-    `timesteps`: where the loss is measured. `most_batches`: None for all.
-    """
+    name = "validation"
 
-    run: Run
-    data: TrainingData
-    history: History
-    times: Times
-    timesteps: Sequence[int]
-    most_batches: int | None
+    def __init__(
+        self,
+        data: TrainingData,
+        history: History,
+        times: Times,
+        *,
+        timesteps: Sequence[int],
+        most_batches: int | None,
+    ) -> None:
+        """`timesteps`: where the loss is measured. `most_batches`: None for all."""
+        self.data, self.history, self.times = data, history, times
+        self.timesteps, self._most_batches = timesteps, most_batches
 
-    def __call__(self, step: int) -> bool:
+    def before_training(self, run: Run) -> None:
+        if run.position.done == 0:
+            self.validate(run, 0)
+
+    def end_of_step(self, run: Run, step: Step) -> bool:
+        return self.validate(run, step.number)
+
+    def validate(self, run: Run, step: int) -> bool:
+        """Measure, if it is due after `step` steps. True: training should end here."""
         curves = self.times.due(step)
         if not curves:
             return False
-        by_timestep = measure(self.run, self.data, self.batches(), self.timesteps)
-        loss = math.fsum(by_timestep.values()) / len(by_timestep)
+        by_timestep = measure(run, self.data, self.batches(), self.timesteps)
+        result = Validation(step, math.fsum(by_timestep.values()) / len(by_timestep), by_timestep)
         best_before = self.history.best
-        self.history.validations.append(Validation(step, loss, by_timestep))
-        self._tell(step, curves)
-        if self.history.best is not best_before:
-            self.run.save_best(step)
+        self.history.validations.append(result)
+        self._log(run, result, curves)
+        for hook in run.hooks:
+            hook.validated(run, result, best=self.history.best is not best_before)
         if not self.history.patience_is_over or step == self.times.total_steps:
             return False
         logger.info(
@@ -91,10 +97,10 @@ class Validator:
 
     def batches(self) -> list[PlannedBatch]:
         """The same ones each time, of all processes; which they are follows from validation's seed."""
-        return self.data.plan(0)[: self.most_batches]
+        return self.data.plan(0)[: self._most_batches]
 
-    def _tell(self, step: int, curves: Sequence[str]) -> None:
-        now, best = self.history.validations[-1], self.history.best
+    def _log(self, run: Run, now: Validation, curves: Sequence[str]) -> None:
+        step, best = now.step, self.history.best
         parts = ", ".join(f"{loss:.4f} at t {t}" for t, loss in now.by_timestep.items())
         known = f"; best {best.loss:.4f} at step {best.step}" if best is not None else ""
         moment = f"after {step} steps" if step else "before training"
@@ -102,64 +108,17 @@ class Validator:
         if not math.isfinite(now.loss):
             logger.warning("the validation loss is %s: the weights or the images give no numbers any more", now.loss)
         values = {f"loss/validation/{curve}_average": now.loss for curve in curves}
-        if math.isfinite(recent := self.run.losses.average):
+        if math.isfinite(recent := run.losses.average):
             gap = now.loss - recent
             values |= {f"loss/validation/{curve}_divergence": gap for curve in curves}
         values |= {f"loss/validation/t{t}": loss for t, loss in now.by_timestep.items()}
-        trackers.tell(self.run.accelerator, values, step=step)
-        self.run.monitor.validation(step, {f"t{t}": loss for t, loss in now.by_timestep.items()}, loss=now.loss)
+        trackers.tell(run.accelerator, values, step=step)
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.history.state_dict()
 
-def data_of(plan: Plan) -> TrainingData | None:
-    """The images that are held back, with the seed of validation."""
-    prepared, seed = plan.prepared.validation, plan.options.validation.validation_seed
-    return None if prepared is None else TrainingData(prepared, seed=plan.seed if seed is None else seed)
-
-
-def attach(run: Run, data: TrainingData, options: Options, *, steps_per_epoch: int) -> None:
-    """Have the run validate on `data`."""
-    wanted, trained = options.validation, options.objective
-    run.history = History(patience=wanted.early_stopping_patience, threshold=wanted.early_stopping_threshold)
-    low = trained.min_timestep or 0
-    high = len(run.family.alphas_cumprod) if trained.max_timestep is None else trained.max_timestep
-    run.validate = Validator(
-        run=run,
-        data=data,
-        history=run.history,
-        times=Times(
-            every_n_steps=wanted.validate_every_n_steps,
-            every_n_epochs=wanted.validate_every_n_epochs,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=run.total_steps,
-        ),
-        timesteps=middles(low, max(high, low + 1)),
-        most_batches=wanted.max_validation_steps,
-    )
-
-
-def go_on_with_best(run: Run, file: Path) -> None:
-    """See to it that a resumed run's best file is that of the best validation so far, or say that it is not."""
-    best = run.history.best if run.history is not None else None
-    if best is None or is_best(best, file):
-        return
-    if best.step == run.done:
-        run.save_best(run.done)
-    elif file.exists():
-        logger.warning(
-            "%s is that of step %s, and the best until the state was step %d (%.4f), of which there is no file: it is "
-            "written when validation improves on that",
-            *(file, step_of(file), best.step, best.loss),
-        )
-    else:
-        logger.warning(
-            "%s is not there, the best so far (%.4f at step %d): it is written when validation improves on that",
-            *(file, best.loss, best.step),
-        )
-
-
-def is_best(best: Validation | None, file: Path) -> bool:
-    """Whether the file is there and, as far as it says, is of the best validation's step."""
-    return best is not None and file.is_file() and step_of(file) in (None, best.step)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.history.load_state_dict(state)
 
 
 def measure(
@@ -182,7 +141,7 @@ def measure(
         with (
             torch.no_grad(),
             kept_random_state(device),
-            ema.weights_for(run.ema, "validate"),
+            run.weights_for("validate"),
             run.accelerator.autocast(),
         ):
             loaded = data.batches([planned for _, planned in mine], epoch=0, loader=run.loader)

@@ -1,0 +1,178 @@
+"""The hooks of a run, from its options, in the order in which they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from library.config.options import Options
+from library.data.dataset import TrainingData
+from library.parallel import zero
+from library.record import metrics, trackers
+from library.record.validation_history import History
+from library.run import header
+from library.run.curves import Curves
+from library.run.encode import vae_dtype
+from library.run.facts import run_metadata
+from library.run.plan import Plan
+from library.run.start import pictures
+from library.sampling import render
+from library.sampling.prompts import SampleTimes
+from library.training.fixed_noise import middles
+from library.training.hook import Hook
+from library.training.hooks.ema import Ema
+from library.training.hooks.guard import Guard
+from library.training.hooks.lr_schedule import LrSchedule
+from library.training.hooks.max_norm import MaxNorm
+from library.training.hooks.monitor import Monitor
+from library.training.hooks.pictures import Pictures
+from library.training.hooks.sampler import Sampler
+from library.training.hooks.saver import Saver
+from library.training.hooks.validation import Times, Validator
+from library.training.hooks.weight_decay import WeightDecay
+from library.training.meter import Meter, timestep_ranges
+from library.training.run import Run
+from library.training.state import Facts
+from library.training.unwritten import Unwritten
+from networks.network import AdapterNetwork
+
+
+class Made(NamedTuple):
+    """What the hooks need that was made for this run beside its core."""
+
+    schedule: LRScheduler | None
+    observe: Callable[[float, float | None, float | None], None] | None  # see `WeightDecay`
+    held_out: TrainingData | None
+    prompts: render.EncodedPrompts
+    facts: Facts  # of the states
+
+
+def make_hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> tuple[Hook[Run], ...]:
+    """For a run that still has none.
+
+    The order within a step: the schedule and the max norm before what measures and averages the weights; within the
+    saving: files before samples, and what a rollback remembers behind both.
+    """
+    return tuple(_hooks(plan, run, curves, made))
+
+
+def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Run]]:
+    options, saves = plan.options, run.saves
+    validator = None if made.held_out is None else _validator(options, run, made.held_out)
+    if made.schedule is not None and curves.schedule is not None:
+        yield LrSchedule(made.schedule, curves.schedule)
+    if curves.decay is not None:
+        yield WeightDecay(curves.decay, made.observe, None if validator is None else validator.history)
+    if options.network.scale_weight_norms:
+        yield MaxNorm(options.network.scale_weight_norms)
+    if options.trains:
+        yield from _pictures(plan, run, made.prompts)
+        yield from _monitor(plan, run)
+    if options.ema.ema_decay is not None:
+        yield Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
+    if options.trains:
+        yield from _writers(plan, run, curves, made, None if validator is None else validator.history)
+    if validator is not None:
+        yield validator
+    yield Guard(
+        options.divergence.on_divergence,
+        limit=options.divergence.divergence_limit,
+        keeps_after=lambda step: bool(saves.due(step)),
+    )
+
+
+def _validator(options: Options, run: Run, held_out: TrainingData) -> Validator:
+    wanted, trained = options.validation, options.objective
+    low = trained.min_timestep or 0
+    high = len(run.family.alphas_cumprod) if trained.max_timestep is None else trained.max_timestep
+    return Validator(
+        held_out,
+        History(patience=wanted.early_stopping_patience, threshold=wanted.early_stopping_threshold),
+        Times(
+            every_n_steps=wanted.validate_every_n_steps,
+            every_n_epochs=wanted.validate_every_n_epochs,
+            steps_per_epoch=run.saves.steps_per_epoch,
+            total_steps=run.position.total,
+        ),
+        timesteps=middles(low, max(high, low + 1)),
+        most_batches=wanted.max_validation_steps,
+    )
+
+
+def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[Pictures]:
+    output = plan.options.output
+    paths = pictures(plan.options, run.saves)
+    if paths and run.accelerator.is_main_process:
+        yield Pictures(
+            paths,
+            encode=prompts,
+            load_vae=_loading_vae(plan, run),
+            prompts=output.compare_prompts,
+            size=plan.datasets[0].resolution,
+            steps=output.compare_steps,
+        )
+
+
+def _monitor(plan: Plan, run: Run) -> Iterator[Monitor]:
+    wanted = plan.options.monitoring
+    if wanted.monitoring:
+        ours = run.network if isinstance(run.network, AdapterNetwork) else None
+        by_name = {group["name"]: group["params"] for group in run.groups}
+        timesteps = len(run.objective.alphas_cumprod)
+        yield Monitor(
+            Meter(by_name, ours, run.accelerator, timesteps=timesteps),
+            every=wanted.every,
+            bins=timestep_ranges(timesteps),
+            path=metrics.metrics_path(run.saves.last_file),
+            describe=partial(header.describe, plan),
+        )
+
+
+def _writers(plan: Plan, run: Run, curves: Curves, made: Made, history: History | None) -> Iterator[Hook[Run]]:
+    """The saver and the sampler, on the main process; under ZeRO all processes take part in saving."""
+    options, saves, saver = plan.options, run.saves, None
+    unwritten = Unwritten(ends_on_broken_weights=options.divergence.on_divergence == "stop")
+    processes = run.accelerator.num_processes
+    if run.accelerator.is_main_process:
+        saver = Saver(
+            saves,
+            made.facts,
+            precision=options.output.save_precision,
+            metadata=run_metadata(plan, saves, run.data, world_size=processes, decay=curves.decay),
+            unwritten=unwritten,
+            history=history,
+        )
+    if isinstance(run.gradients, zero.ZeroTwo):
+        yield zero.Gathering(saver, run.gradients, saves)
+    elif saver is not None:
+        yield saver
+    if plan.samples is not None and run.accelerator.is_main_process:
+        yield Sampler(_sampling(plan, plan.samples, run, made.prompts), unwritten)
+
+
+def _sampling(plan: Plan, times: SampleTimes, run: Run, prompts: render.EncodedPrompts) -> render.Sampling:
+    for item in times.prompts:
+        render.check_sampler(item.sample_sampler or times.sampler)
+    return render.Sampling(
+        times=times,
+        family=run.family,
+        network=run.network,
+        encode=prompts,
+        load_vae=_loading_vae(plan, run),
+        autocast=run.accelerator.autocast,
+        device=run.accelerator.device,
+        show=partial(trackers.log_image, run.accelerator),
+        folder=run.saves.folder / "sample",
+        name=run.saves.name,
+        seed=plan.seed,
+        since=plan.started_at,
+        steps_per_epoch=run.saves.steps_per_epoch,
+    )
+
+
+def _loading_vae(plan: Plan, run: Run) -> Callable[[], None]:
+    dtype, device = vae_dtype(run.family, plan.options), run.accelerator.device
+    return lambda: run.family.load_vae(dtype, device)

@@ -1,0 +1,46 @@
+"""A loss or a gradient that is not finite, named with its images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Diverged(Exception):
+    """Step `step` gave a loss or a gradient that is not finite; the message says which, of what images.
+
+    Every process raises it in the same step, since all have the sum of the losses and of the gradients. `advice`: what
+    the user can do, if the run ends with it.
+    """
+
+    advice = "A lower --learning_rate is the usual cure; --on_divergence skip or rollback goes on"
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"step {step}: {what}")
+        self.step = step
+
+
+def is_finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether no weight is NaN or infinite."""
+    found = [parameter.isfinite().all() for parameter in parameters]
+    return not found or bool(torch.stack(found).all())
+
+
+def named(step: int, losses: Sequence[float], images: Sequence[Sequence[str]]) -> Diverged:
+    """What is wrong with a step, from the loss and the images (their paths) of each batch of all processes."""
+    bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+    if not bad:
+        together = [path for paths in images for path in paths]
+        return Diverged(step, f"the gradient is no finite number, of {_listed(together)}")
+    where = f" in batch {bad[0] + 1} of {len(losses)}" if len(losses) > 1 else ""
+    kind = "NaN" if math.isnan(losses[bad[0]]) else "infinite"
+    return Diverged(step, f"the loss is {kind}{where}, of {_listed(images[bad[0]])}")
+
+
+def _listed(paths: Sequence[str], most: int = 8) -> str:
+    distinct = list(dict.fromkeys(paths))
+    more = f" and {len(distinct) - most} more" if len(distinct) > most else ""
+    return ", ".join(distinct[:most]) + more

@@ -1,0 +1,127 @@
+"""What happens beside the steps of a run, each in one class: a hook has a method for every moment of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from library.data.dataset import Batch
+    from library.record.validation_history import Validation
+    from library.training.divergence import Diverged
+    from library.training.step import BatchLoss
+
+R = TypeVar("R")  # library.training.run.Run, which has hooks: the parameter keeps the two files apart
+
+
+@dataclass
+class Step:
+    """One step of the optimizer. What is not known yet has its default.
+
+    `gradient_norm`: of all gradients together, before clipping; None if the step was left out.
+    """
+
+    number: int  # counted from 1 over the whole run
+    epoch: int  # counted from 0
+    loss: float = math.nan  # mean of all batches of the step, before it
+    gradient_norm: float | None = None
+    rates: dict[str, float] = field(default_factory=dict)  # learning rates of this step, by group of parameters
+    was_skipped: bool = False  # by the scaler of fp16 losses: the weights are as they were
+
+
+class Hook(Generic[R]):
+    """Base of all hooks: every moment does nothing. The loop calls a run's hooks in their order, on every process.
+
+    `name` is the key of the hook's part of a saved state; no two hooks of a run have the same.
+    """
+
+    name: str = ""
+
+    # -- the run
+
+    def before_training(self, run: R) -> None:
+        """Once, before the first step of this process; `run.position.done` steps were made by earlier ones."""
+
+    def resumed(self, run: R) -> None:
+        """Once, when the state that the run goes on from is loaded."""
+
+    def end(self, run: R, *, stopped_by: str, conclusion: str) -> None:
+        """Training is over, and files are written. `stopped_by`: a signal's name or "an error", "" for neither;
+        `conclusion`: a sentence of the validations, "" for none."""
+
+    # -- a step
+
+    def start_epoch(self, run: R, epoch: int) -> None:
+        """Before the first step of an epoch (counted from 0), or the first that a resumed run makes of it."""
+
+    def before_batch(self, run: R, batch: Batch) -> None:
+        """Before the forward pass of a batch."""
+
+    def after_batch(self, run: R, batch: Batch, found: BatchLoss) -> None:
+        """After the forward pass of a batch, before its backward pass."""
+
+    def after_backward(self, run: R, step: Step) -> None:
+        """The gradients of the step are complete, the mean over all processes, not clipped; in fp16 still scaled."""
+
+    def before_step(self, run: R, step: Step) -> None:
+        """Loss and gradients are finite, the gradients clipped; the optimizer steps next."""
+
+    def after_step(self, run: R, step: Step) -> None:
+        """The weights are new, unless `step.was_skipped`; the gradients are gone."""
+
+    def report(self, run: R, step: Step) -> Mapping[str, float]:
+        """After every step, those left out as well: numbers for the trackers, by the names of their curves."""
+        return {}
+
+    def end_of_step(self, run: R, step: Step) -> bool:
+        """The step is reported, and optimizers that average show the average. True ends the training here."""
+        return False
+
+    # -- files
+
+    def validated(self, run: R, result: Validation, *, best: bool) -> None:
+        """The loss of the images held out was measured; `best`: it is the lowest so far."""
+
+    def save(self, run: R, step: int, *, last: bool) -> None:
+        """After every step: write what is due. `last`: training ends early with this step."""
+
+    def save_now(self, run: R, step: int) -> None:
+        """Training breaks off after `step` steps: save what can be resumed."""
+
+    def weights_for(self, run: R, purpose: str) -> AbstractContextManager[None]:
+        """A context in which the network has the weights to "validate", "sample" or "save"."""
+        return nullcontext()
+
+    # -- a loss or gradient that is not finite: no weight has changed yet
+
+    def skip(self, run: R, problem: Diverged) -> bool:
+        """Leave the step out. False: this hook does not."""
+        return False
+
+    def put_back(self, run: R, problem: Diverged) -> bool:
+        """Put the run back where it was some steps earlier. False: this hook does not, and the run ends unless another
+        does."""
+        return False
+
+    def diverged(self, run: R, step: int, why: str) -> None:
+        """Step `step` was left out, or ends the run."""
+
+    def rolled_back(self, run: R, step: int, why: str) -> None:
+        """The run is back where it was after `step` steps."""
+
+    # -- the state
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a resumed run needs: tensors and plain values only. Always empty, or never."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from this state. Raises ValueError (or what reading a wrong table raises) if it does not fit."""
+
+    def adopt(self, state: Mapping[str, Any] | None, *, step: int) -> bool:
+        """Go on at `step` with this run's settings, which are others than the state's (--resume_anyway); called before
+        the optimizer's state is loaded. `state`: None if it has nothing of this hook. False: `load_state_dict` does."""
+        return False

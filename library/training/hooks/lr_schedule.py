@@ -1,0 +1,49 @@
+"""The learning rates follow their schedule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from library.training.hook import Hook, Step
+from library.training.run import Run
+
+if TYPE_CHECKING:
+    from library.optimizers.schedules import ScheduleChoice
+
+
+class LrSchedule(Hook[Run]):
+    name = "schedule"
+
+    def __init__(self, schedule: LRScheduler, choice: ScheduleChoice) -> None:
+        self.schedule, self.choice = schedule, choice
+
+    def after_step(self, run: Run, step: Step) -> None:
+        if not step.was_skipped:
+            self.schedule.step()
+
+    def lower(self, factor: float) -> None:
+        """Multiply all rates still to come; those in the optimizer's groups are the caller's."""
+        bases = getattr(self.schedule, "base_lrs", None)
+        if bases is not None:
+            bases[:] = [rate * factor for rate in bases]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.schedule.load_state_dict(dict(state))
+
+    def adopt(self, state: Mapping[str, Any] | None, *, step: int) -> bool:
+        """This run's curve, from where the state stood on its own."""
+        with warnings.catch_warnings():
+            # no step of the optimizer comes before each of these
+            warnings.filterwarnings(
+                "ignore", "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`"
+            )
+            for _ in range(step if state is None else state["last_epoch"]):
+                self.schedule.step()
+        return True

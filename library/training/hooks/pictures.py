@@ -1,0 +1,69 @@
+"""The pictures of a finished run, beside its last file: the loss curve, and prompts without and with the LoRA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from library.errors import UserError
+from library.report import loss_plot
+from library.sampling import render
+from library.training.hook import Hook
+from library.training.run import Run
+from networks.protocol import without
+
+logger = logging.getLogger(__name__)
+
+
+class Pictures(Hook[Run]):
+    """On the main process. A run that is stopped draws none; one that cannot be drawn costs a message."""
+
+    name = "pictures"
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        *,
+        encode: Callable[[str, str], dict[str, Tensor]],
+        load_vae: Callable[[], None],
+        prompts: Sequence[str],
+        size: tuple[int, int],
+        steps: int,
+    ) -> None:
+        """`paths`: of "loss" and "compare", those that are wanted. `size`: width and height of the pictures of the
+        `prompts`, drawn in `steps` steps; `encode`: see `render.EncodedPrompts`."""
+        self._paths, self._encode, self._load_vae = paths, encode, load_vae
+        self._prompts, self._size, self._steps = prompts, size, steps
+
+    def end(self, run: Run, *, stopped_by: str, conclusion: str) -> None:
+        if stopped_by:
+            return
+        try:
+            self._draw(run)
+        except UserError as error:  # what was trained is saved
+            logger.error("%s", error)
+
+    def _draw(self, run: Run) -> None:
+        if path := self._paths.get("loss"):
+            steps_per_epoch, title = run.saves.steps_per_epoch, run.saves.last_file.stem
+            loss_plot.plot(path, run.losses, steps_per_epoch=steps_per_epoch, title=title)
+            logger.info("drew %s", path)
+        if path := self._paths.get("compare"):
+            if run.family.vae is None:
+                self._load_vae()
+            with run.weights_for("sample"):
+                render.compare(
+                    path,
+                    run.family,
+                    self._encode,
+                    partial(without, run.network),
+                    self._prompts,
+                    size=self._size,
+                    steps=self._steps,
+                    seed=run.seed,
+                )
+            logger.info("drew %s", path)

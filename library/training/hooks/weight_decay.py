@@ -1,0 +1,37 @@
+"""The weight decay follows its curve; the adaptive one is shown the losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from library.record.validation_history import History
+from library.training.hook import Hook, Step
+from library.training.run import Run
+
+if TYPE_CHECKING:
+    from library.optimizers.weight_decay_choice import DecayChoice
+
+
+class WeightDecay(Hook[Run]):
+    """The optimizer sets the weight decay itself in each step, and its groups hold what it remembers, so this hook has
+    no state."""
+
+    name = "weight_decay"
+
+    def __init__(
+        self,
+        decay: DecayChoice,
+        observe: Callable[[float, float | None, float | None], None] | None,
+        history: History | None,
+    ) -> None:
+        """`observe`: takes the loss, the gradient's norm and, if it is new, the validation loss; None for a curve that
+        does not depend on them. `history`: of the validations."""
+        self.decay, self._observe, self._history = decay, observe, history
+
+    def before_step(self, run: Run, step: Step) -> None:
+        norm = step.gradient_norm
+        if self._observe is not None and norm is not None and math.isfinite(norm):
+            validated = None if self._history is None else self._history.loss_after(step.number - 1)
+            self._observe(step.loss, norm, validated)
