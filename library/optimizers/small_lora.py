@@ -7,12 +7,15 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from library import log
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -89,7 +92,17 @@ class SmallLora:
                     parameter.grad = (self._scale * gradient).to(parameter)
 
 
-def has_modes(optimizer: Any) -> bool:
+class HasModes(Protocol):
+    """An optimizer with a mode for training and one for weights to save, validate and draw with."""
+
+    @property
+    def state(self) -> Mapping[Tensor, object]: ...
+
+    def train(self) -> None: ...
+    def eval(self) -> None: ...
+
+
+def has_modes(optimizer: object) -> TypeIs[HasModes]:
     """Whether an optimizer, or its class, has a `train()` and an `eval()`: one for training, the other for weights to
     save, validate and draw with."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
