@@ -32,6 +32,9 @@ _PIP_NAMES = {
 }
 
 
+Arguments = dict[str, Any]  # of a function or class that is known by its name: its signature says their types
+
+
 @dataclass(frozen=True)
 class Signature:
     """The named parameters of a function or of a class's constructor.
@@ -172,7 +175,7 @@ def bind(
     named_by: str = "",
     called: str = "",
     as_text: bool = False,
-) -> tuple[dict[str, Any], list[str]]:  # values that fit the target's parameters
+) -> tuple[Arguments, list[str]]:
     """The keyword arguments for the target at `path`, and the names that could not be checked.
 
     `given`: parameters that the caller fills itself unless a word does; `reserved`: those that it fills in any case, so
@@ -184,7 +187,7 @@ def bind(
     target = signature(path, where=named_by or where)
     texts = split_words(words, where=where)
     unchecked: list[str] = []
-    values: dict[str, object] = {}
+    values: Arguments = {}
     for key, text in texts.items():
         if key in reserved:
             raise UserError(f"{where}: '{key}' is set by the program and cannot be given here")

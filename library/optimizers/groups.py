@@ -10,4 +10,4 @@ from typing import Any
 Group = dict[str, Any]
 State = dict[str, Any]
 ParameterGroups = list[Group]
-Options = Mapping[str, Any]  # a group, to be read only
+Options = Mapping[str, Any]  # of a group, or some of them, to be read only

@@ -7,17 +7,18 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from library import log
+from library.optimizers.groups import ParameterGroups
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+Make = Callable[[ParameterGroups], torch.optim.Optimizer]
 
 STEPS = 12
 """Enough for an eps that is 0 (the second step is NaN) and for optimizers that do nothing in their first five."""
@@ -58,7 +59,7 @@ class SmallLora:
         downs = [down / math.sqrt(down[0].numel()) for down in downs]
         sizes = [(up[0], down[0].numel()) for (_, up), down in zip(shapes, downs, strict=True)]
         self._targets = [torch.randn(size, generator=draws) / math.sqrt(size[1]) for size in sizes]
-        self.groups: list[dict[str, Any]] = []
+        self.groups: ParameterGroups = []
         for name, rate in rates.items():
             parameters, names = [], []
             for number, (down, (_, up)) in enumerate(zip(downs, shapes, strict=True)):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from library.config.fields import convert, declared
 from library.config.options import CustomAdamWOptions, declared_options
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.presets import settings_of
+from library.config.registry import Arguments
 from library.optimizers.create import choose_optimizer
 from library.optimizers.registry import CUSTOM_ADAMW
 
 
-def preset_arguments(*names: str) -> dict[str, Any]:  # each of its argument's type
+def preset_arguments(*names: str) -> Arguments:
     """What these presets set of `CustomAdamW`'s arguments, the later ones on top: `lr`, `wd_transition_steps`, ...
 
     What they set of anything else (schedule, network, data) is left out: that is the caller's. Raises UserError for a
