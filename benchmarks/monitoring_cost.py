@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from benchmarks.common import sd15_folder
 from benchmarks.step_time import image_folder, words
 from library.config.options.monitoring import EVERY_N_STEPS
 
+P = ParamSpec("P")
+T = TypeVar("T")
 PARTS = ("batch", "before_step", "after_step", "report")
 
 
@@ -31,8 +33,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*words: Any, **more: Any) -> Any:
+    def timing(self, function: Callable[P, T]) -> Callable[P, T]:
+        def timed(*words: P.args, **more: P.kwargs) -> T:
             began = time.perf_counter()
             try:
                 return function(*words, **more)

@@ -7,12 +7,17 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.models import Bench
+
+if TYPE_CHECKING:
+    from library.data.dataset import Batch
+    from library.data.loader import PixelLoader
+    from library.data.plan import PlannedBatch
 
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs", "--cache_latents")
 
@@ -56,8 +61,8 @@ def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, 
     waits: list[float] = []
     batches = built.run.data.batches
 
-    def timed(*arguments: Any, **settings: Any) -> Iterator[Any]:
-        found = batches(*arguments, **settings)
+    def timed(plan: Sequence[PlannedBatch], *, epoch: int, loader: PixelLoader) -> Iterator[Batch]:
+        found = batches(plan, epoch=epoch, loader=loader)
         while True:
             start = time.perf_counter()
             try:

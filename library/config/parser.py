@@ -14,7 +14,6 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from library.config import kohya, presets
 from library.config.fields import UNSET, BadValue, ControlCharacters, Declared, OutOfRange, convert, declared
@@ -101,7 +100,7 @@ class _Reading:
     out_of_range: by option, numbers that are wrong unless that option does nothing, with the place of each.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -178,6 +177,7 @@ def _config_path(reading: _Reading) -> Path | None:
     name = reading.values.get("config_file")
     if name is None:
         return None
+    assert isinstance(name, str), "the option's type"
     if not name.endswith(".toml") and os.path.isfile(name) and not os.path.exists(f"{name}.toml"):
         raise UserError(
             f"command line: --config_file {name}: a config file is TOML, and its name ends with .toml; what a GUI "
@@ -241,7 +241,7 @@ def _write_config(path: Path | None, reading: _Reading) -> None:
     logger.info("%s written with %d options.", path, len(written))
 
 
-def _plain(value: Any, item: Declared) -> Any:
-    if item.details.joined_by is not None:
+def _plain(value: object, item: Declared) -> object:
+    if item.details.joined_by is not None and isinstance(value, tuple):
         return item.details.joined_by.join(map(str, value))
     return list(value) if isinstance(value, tuple) else value

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from library.config import kohya
 from library.config.options import declared_options
@@ -104,7 +103,7 @@ def from_toml(path: Path) -> list[Setting]:
     return list(settings.values())
 
 
-def _setting(key: str, value: Any, place: str) -> Setting:
+def _setting(key: str, value: object, place: str) -> Setting:
     if isinstance(value, dict):
         raise UserError(f"{place}: a table inside a section; sections are one level deep")
     if isinstance(value, list):
@@ -113,7 +112,7 @@ def _setting(key: str, value: Any, place: str) -> Setting:
     return Setting(key, (_word(value, place),), place)
 
 
-def _word(value: Any, place: str) -> str:
+def _word(value: object, place: str) -> str:
     """The word for which `value` stands on the command line."""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -15,6 +15,7 @@ from typing import Literal, get_type_hints
 
 from library.config import kohya, source
 from library.config.fields import (
+    REQUIRED,
     Declared,
     declared,
     option,
@@ -40,7 +41,7 @@ class ModelOptions:
     """Base model"""
 
     pretrained_model_name_or_path: str = option(
-        help="the base model: a .safetensors or .ckpt file, a diffusers folder, or the name of one on the hub"
+        REQUIRED, help="the base model: a .safetensors or .ckpt file, a diffusers folder, or the name of one on the hub"
     )
     v2: bool = option(False, help="the base is Stable Diffusion 2.x (checked against the weights)")
     v_parameterization: bool = option(
@@ -165,7 +166,7 @@ class TrainingOptions:
 class OutputOptions:
     """What is written"""
 
-    output_dir: str = option(help="the folder to write to; made if need be")
+    output_dir: str = option(REQUIRED, help="the folder to write to; made if need be")
     output_name: str | None = option(None, help="the LoRA's file name without its ending (default: last)")
     overwrite: bool = option(False, help="overwrite files of an earlier run instead of stopping (ours)")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
