@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 from library.errors import UserError
 from library.files.atomic import replacing
-from library.guidance.estimate import human_bytes, human_time
 from library.record.metrics import report_path, session_of_report
 from library.report import charts, images
 from library.report.read import Story, read_story, samples, saved_files
 from library.sampling.files import Sample, some
+from library.units import human_bytes, human_time
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ THUMBNAIL, SAMPLE, PICTURE = 160, 256, 1200  # pixels, the longer side
 def write(metrics: Path) -> Path:
     """`NAME-report.html` beside `NAME-metrics.jsonl`. UserError if another file of that name is there."""
     path = report_path(metrics)
-    if path.exists() and not session_of_report(path):
+    if path.exists() and session_of_report(path) is None:
         raise UserError(f"{path} is there and is no report of a run: move it away")
     html = render(read_story(metrics))
     with replacing(path) as beside:

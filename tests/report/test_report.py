@@ -235,7 +235,7 @@ def test_warnings_stand_in_it_with_their_advice(tmp_path):
     assert "Validation was lowest at step 1." in found.texts
     assert "2 of 3 steps are done: it ended early, because validation no longer improved" in found.text
     assert "Validation loss by timestep" in found.texts
-    assert session_of_report(tmp_path / "fox-report.html") == "5"
+    assert session_of_report(tmp_path / "fox-report.html") == 5
 
 
 def test_images_that_are_held_back_and_captions_that_are_missing(tmp_path):
