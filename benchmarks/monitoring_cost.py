@@ -53,14 +53,15 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
     from library.config.parser import parse
     from library.run.build import build
     from library.run.plan import make_plan
+    from library.run.summary import facts_of
+    from library.run.watch import watch
     from library.training import loop
-    from library.training.hooks import monitor
 
     built = build(make_plan(parse(command)))
-    monitor.attach(built)
-    run, watch = built.run, Stopwatch()
+    watch(built, facts_of(built))
+    run, stopwatch = built.run, Stopwatch()
     for part in PARTS:
-        setattr(run.monitor, part, watch.timing(getattr(run.monitor, part)))
+        setattr(run.monitor, part, stopwatch.timing(getattr(run.monitor, part)))
     items = cycle(list(islice(loop.step_batches(run), 1, 9)))  # the first step is measured in any case
     whole, ours = [], []
     for _ in range(steps + 2):
@@ -70,7 +71,7 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
             item.step, epoch=1, loss=run.losses.recent[-1], average=run.losses.average, rates={"unet": 1}
         )
         whole.append(time.perf_counter() - began)
-        ours.append(watch.take())
+        ours.append(stopwatch.take())
     return whole[2:], ours[2:]
 
 

@@ -15,7 +15,9 @@ from library.errors import CommonError, UserError
 from library.run.plan import make_plan
 
 if TYPE_CHECKING:
+    from library.record.run_file import RunFile
     from library.run.build import Built
+    from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -36,31 +38,51 @@ def run(options: Options, *, family: str | None = None) -> int:
 
         recommend.report(plan)
         return 0
+    from library.record.run_file import RunFile
+
+    with RunFile() as record:
+        return _carry_out(plan, record)
+
+
+def _carry_out(plan: Plan, record: RunFile) -> int:
+    """Build the run, then a dry run, the rate finder, or the training. Returns the exit code."""
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
     from library.guidance import dry_run, find_lr
+    from library.record import summary
     from library.run.build import build
-    from library.training import loop
-    from library.training.hooks import monitor
-    from library.training.hooks.validation import is_best
+    from library.run.summary import facts_of
+    from library.run.watch import watch
 
+    options = plan.options
     with _naming_places(options):
         if options.guidance.find_lr:
             find_lr.refuse(plan.choice)
-        built = build(plan)
+        built = build(plan, record)
     if options.run.dry_run:
         dry_run.report(built, measure=options.run.dry_run == "measure")
         return 0
-    for line in dry_run.summary(built):
+    facts = facts_of(built, hashes=record.is_kept)
+    for line in summary.lines(facts):
         logger.info("%s", line)
     if options.guidance.find_lr:
         find_lr.report(built, find_lr.find(built))
         return 0
-    monitor.attach(built)
+    watch(built, facts)
+    return _train(built)
+
+
+def _train(built: Built) -> int:
+    """The training and its pictures. Returns the exit code."""
+    from library.record import run_file
+    from library.training import loop
+    from library.training.hooks.validation import is_best
+
     if built.run.done == 0:
         built.samples(0)
     try:
         stopped_by = loop.train(built.run)
     except UserError as error:
+        built.record.end(run_file.FAILED, str(error))
         _conclude(built, stopped_by="an error", conclusion="")
         if isinstance(error, CommonError):
             _leave(built, together=True)
@@ -76,6 +98,10 @@ def run(options: Options, *, family: str | None = None) -> int:
             _draw(built)
         except UserError as error:  # what was trained is saved
             logger.error("%s", error)
+    if stopped_by is None:
+        built.record.end(run_file.FINISHED)
+    else:
+        built.record.end(run_file.STOPPED, stopped_by.name)
     _conclude(built, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
     _leave(built, together=stopped_by is not None)
     return 0 if stopped_by is None else 128 + stopped_by

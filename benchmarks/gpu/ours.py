@@ -51,13 +51,14 @@ def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, 
     from library.record import metrics
     from library.run.build import build
     from library.run.plan import make_plan
+    from library.run.summary import facts_of
+    from library.run.watch import watch
     from library.training import loop
-    from library.training.hooks import monitor
 
     AcceleratorState._reset_state(reset_partial_state=True)
     output = bench.folder / "out"
     built = build(make_plan(parse([*words(bench, kind, output, batch=batch, steps=warmup + steps), *more])))
-    monitor.attach(built)
+    watch(built, facts_of(built))
     waits: list[float] = []
     batches = built.run.data.batches
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from library.config import kohya, presets
 from library.config.fields import UNSET, BadValue, ControlCharacters, Declared, OutOfRange, convert, declared
 from library.config.idle import idle
-from library.config.options import Options, declared_options, option_groups
-from library.config.settings import Setting, from_toml, from_words, places_of
+from library.config.options import SECRETS, Options, declared_options, option_groups
+from library.config.settings import Setting, from_toml, from_words, places_of, without_secrets
 from library.config.toml_file import write_toml
 from library.errors import UserError, did_you_mean
 
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 # These say where to read or write, so a file cannot say them about itself.
 _COMMAND_LINE_ONLY = ("config_file", "output_config", "list_presets")
-# Not for files that get shared; kohya's scripts leave it out as well.
-_SECRET = ("wandb_api_key",)
 
 
 def parse(argv: list[str]) -> Options:
@@ -55,7 +53,7 @@ def parse(argv: list[str]) -> Options:
         raise SystemExit(0)
     reading = _read(presets.layered([] if config_path is None else from_toml(config_path), settings))
     reading.refuse()
-    options = _options(reading)
+    options = _options(reading, command=without_secrets(argv))
     _judge_out_of_range(reading, idle(options))
     for warning in reading.warnings:
         logger.warning("%s", warning)
@@ -186,7 +184,7 @@ def _config_path(reading: _Reading) -> Path | None:
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
-def _options(reading: _Reading) -> Options:
+def _options(reading: _Reading, *, command: Iterable[str]) -> Options:
     missing = [
         f"--{name} is required: {item.details.help}{_stands_in(name, reading)}"
         for name, item in declared_options().items()
@@ -199,7 +197,7 @@ def _options(reading: _Reading) -> Options:
             name: group(**{key: reading.values[key] for key in declared(group) if key in reading.values})
             for name, group in option_groups().items()
         }
-        return Options(**groups, given=reading.places)
+        return Options(**groups, given=reading.places, command=tuple(command))
     except UserError as error:
         told = [f"{error}{places_of(str(error), reading.places)}", *map(": ".join, reading.out_of_range.values())]
         raise UserError("\n".join(told)) from None
@@ -235,7 +233,7 @@ def _write_config(path: Path | None, reading: _Reading) -> None:
     written = {
         name: _plain(value, options[name])
         for name, value in reading.values.items()
-        if name not in (*_COMMAND_LINE_ONLY, *_SECRET, "preset") and value != options[name].default
+        if name not in (*_COMMAND_LINE_ONLY, *SECRETS, "preset") and value != options[name].default
     }
     write_toml(path, written)
     logger.info("%s written with %d options.", path, len(written))

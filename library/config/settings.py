@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.config import kohya
-from library.config.options import declared_options
+from library.config.options import SECRETS, declared_options
 from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
 from library.errors import UserError, is_utf8
@@ -64,6 +64,19 @@ def from_words(words: list[str]) -> list[Setting]:
     for name, values in collected:
         _refuse_swallowed(name, values)
     return [Setting(name, tuple(values), f"{COMMAND_LINE}: --{name}") for name, values in collected]
+
+
+def without_secrets(words: Iterable[str]) -> list[str]:
+    """A command line that may be written into a file: "(given)" stands for each value of a secret option."""
+    shown, hidden = [], False
+    for word in words:
+        match = _OPTION.fullmatch(word)
+        if match is None:
+            shown.append("(given)" if hidden else word)
+            continue
+        hidden = match["name"] in SECRETS
+        shown.append(f"--{match['name']}=(given)" if hidden and match["value"] is not None else word)
+    return shown
 
 
 def _refuse_swallowed(name: str, words: Iterable[str]) -> None:

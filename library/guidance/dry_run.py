@@ -1,4 +1,4 @@
-"""What a run will do and cost, in words: the head of every run's log, and the whole of a dry run."""
+"""A dry run: what a run will do and cost, in words."""
 
 from __future__ import annotations
 
@@ -16,194 +16,58 @@ from torch import Tensor
 
 from library.data.caches.disk import Found, caption_files, latent_files, look
 from library.data.caches.files import size_of
-from library.data.captions import as_written, changing_options
+from library.data.captions import as_written
 from library.data.dataset import Batch, Draw
-from library.guidance.estimate import human_bytes, human_time, parameter_bytes, peak_of
+from library.guidance.estimate import parameter_bytes, peak_of
 from library.optimizers.create import state_bytes, tensor_bytes
-from library.optimizers.weight_decay_choice import weight_decay_of
-from library.record import metrics
+from library.record import metrics, run_file
+from library.record.summary import count, line, lines
 from library.run import disk
-from library.run.build import pictures
+from library.run.build import pictures, planned_about
 from library.run.encode import latents_on_disk, texts_on_disk
+from library.run.summary import facts_of
 from library.training import loop
 from library.training.hooks.validation import Validator
 from library.training.step import condition_of, element_loss
-from networks.base_weights import with_multipliers
-from networks.network import AdapterNetwork
+from library.units import human_bytes, human_time
 from networks.protocol import file_tensors
 
 if TYPE_CHECKING:
-    from library.data.prepare import Prepared
     from library.data.samples import Size
     from library.run.build import Built
 
 MEASURED_STEPS = 5  # after two that warm up
+_ABOUT = {
+    run_file.SUFFIX: "how the run stands",
+    metrics.SUFFIX: "what each step does",
+    metrics.REPORT_SUFFIX: "the whole run on one page",
+}
 
 
 def report(built: Built, *, measure: bool) -> None:
     """Print everything that is known before training; with `measure`, time a few steps as well. Nothing is written."""
-    for line in summary(built):
-        print(line)
-    for line in (*_memory(built), *_files(built), *_caches(built)):
-        print(line)
+    for text in (*lines(facts_of(built)), *_memory(built), *_files(built), *_caches(built)):
+        print(text)
     if measure:
         print(_time(built))
     else:
-        print(_line("time", "not measured: --dry_run=measure times a few steps"))
+        print(line("time", "not measured: --dry_run=measure times a few steps"))
     print("\nDry run: nothing was trained, nothing was written.")
     sys.stdout.flush()
-
-
-def summary(built: Built) -> Iterator[str]:
-    """Model, network, data, length, rates and weight decay: what the options were understood to mean."""
-    yield _line("model", _model(built))
-    if files := built.plan.options.network.base_weights:
-        pairs = with_multipliers(files, built.plan.options.network.base_weights_multiplier or ())
-        yield _line("", f"merged into it: {', '.join(f'{file} × {factor:g}' for file, factor in pairs)}")
-    yield from _network(built)
-    yield from _data(built)
-    yield from _length(built)
-    yield _line("rates", _rates(built))
-    if base := weight_decay_of(built.plan.choice):
-        steps = built.saves.total_steps
-        yield _line("decay", f"{base:g}" if built.decay is None else built.decay.told(base, total_steps=steps))
-
-
-def _line(label: str, text: str) -> str:
-    return f"{label:<12}{text}"
-
-
-def _count(number: int, what: str, plural: str = "s") -> str:
-    return f"{number} {what}{plural if number != 1 else ''}"
-
-
-def _model(built: Built) -> str:
-    family, options = built.plan.family, built.plan.options
-    vae = f", VAE {family.vae_path}" if family.vae_path else ""
-    held = ", frozen weights in 8 bits" if options.precision.holds_unet_in_float8 else ""
-    return (
-        f"{family.path} ({family.base_model_version}, {family.prediction_type}){vae}; "
-        f"{options.precision.mixed_precision.replace('no', 'fp32')} on {built.run.accelerator.device}{held}"
-    )
-
-
-def _network(built: Built) -> Iterator[str]:
-    options = built.plan.options.network
-    count = sum(parameter.numel() for parameter in built.run.parameters)
-    yield _line(
-        "network",
-        f"{options.network_module}, dim {_dim(built)}, alpha {options.network_alpha:g}: {_modules(built)}{count:,} "
-        "trainable parameters",
-    )
-
-
-def _dim(built: Built) -> str:
-    """The ranks of our own networks as they are; of others as they were asked for."""
-    network, wanted = built.run.network, built.plan.options.network.network_dim
-    if not isinstance(network, AdapterNetwork):
-        return "default" if wanted is None else str(wanted)
-    ranks = sorted({adapter.rank for adapter in network.adapters})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-
-
-def _modules(built: Built) -> str:
-    """ "UNet 192 modules, ": how many layers each part of our own networks sits on."""
-    network = built.run.network
-    counts = network.module_counts() if isinstance(network, AdapterNetwork) else {}
-    return "".join(f"{section} {count} modules, " for section, count in counts.items())
-
-
-def _data(built: Built) -> Iterator[str]:
-    prepared, family = built.plan.prepared, built.plan.family
-    for summary in prepared.summaries:
-        kind = "regularisation images" if summary.subset.is_reg else "images"
-        held = f", {summary.held_out} held back" if summary.held_out else ""
-        held += f", {summary.too_small} too small and left out" if summary.too_small else ""
-        yield _line(
-            "images",
-            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}{held}; captions: "
-            f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
-        )
-    texts = built.run.data.captions()
-    too_long = sum(family.count_tokens(text) > family.token_limit for text in texts)
-    yield _line("captions", f"{len(texts)} different, {too_long} cut off at {family.token_limit} tokens")
-    for spec in dict.fromkeys(summary.subset for summary in prepared.summaries):
-        if (text := built.run.data.example(spec)) is not None:
-            changing = ", ".join(f"{name} {_value(getattr(spec, name))}".strip() for name in changing_options(spec))
-            each = f" (another text each time: {changing})" if changing else ""
-            yield _line("", f"trained for example: '{text}'{each}")
-    if prepared.validation is not None:
-        yield _line("validation", _validation(built, prepared.validation))
-    for group in prepared.groups:
-        width, height = group.size
-        yield _line(
-            "bucket",
-            f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {group.batches} batches",
-        )
-
-
-def _validation(built: Built, prepared: Prepared) -> str:
-    """What is measured when: "3 images held back, 2 batches × 5 timesteps, 12 times"."""
-    wanted, saves = built.plan.options.validation, built.saves
-    batches = min(prepared.batches_per_epoch, wanted.max_validation_steps or prepared.batches_per_epoch)
-    validator = built.run.validate
-    assert isinstance(validator, Validator)
-    times = sum(bool(validator.times.due(step)) for step in range(saves.total_steps + 1))
-    patience = wanted.early_stopping_patience
-    stops = f"; ends early after {_count(patience, 'validation')} without improvement" if patience else ""
-    return (
-        f"{_count(len(prepared.samples), 'image')} held back: {_count(batches, 'batch', 'es')} × "
-        f"{_count(len(validator.timesteps), 'timestep')}, {times} times{stops}"
-    )
-
-
-def _value(value: bool | float) -> str:
-    """An option's value behind its name; nothing for one that is just on."""
-    return "" if value is True else f"{value:g}"
-
-
-def _length(built: Built) -> Iterator[str]:
-    saves, options = built.saves, built.plan.options
-    processes = built.run.accelerator.num_processes
-    accumulation = options.training.gradient_accumulation_steps
-    sizes = sorted({spec.batch_size for spec in built.plan.datasets})
-    yield _line(
-        "length",
-        f"{saves.total_steps} steps; an epoch has {saves.steps_per_epoch} of them "
-        f"({built.plan.prepared.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:.4g} epochs",
-    )
-    a_step = " or ".join(str(size * accumulation * processes) for size in sizes)
-    a_batch = " or ".join(map(str, sizes))
-    on = _count(processes, "process", "es")
-    yield _line("batch", f"{a_step} images a step: {a_batch} × {accumulation} accumulated × {on}")
-
-
-def _rates(built: Built) -> str:
-    names, values = [group["name"] for group in built.groups], [group["lr"] for group in built.groups]
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in zip(names, values, strict=True) if rate is not None)
-    if None in values:
-        rates = f"{', '.join(names)} at the optimizer's own rate"
-    elif len(values) > 8:  # rates by block or layer
-        rates = f"{len(values)} groups from {min(values):.3g} ({names[values.index(min(values))]}) to {max(values):.3g}"
-    schedule = "the optimizer's own schedule"
-    if built.schedule is not None:
-        warmup = f", {_count(built.schedule.warmup, 'step')} of warm-up" if built.schedule.warmup else ""
-        schedule = f"{built.schedule.name}{warmup}"
-    return f"{rates}; {schedule}; {built.plan.choice.name}"
 
 
 def _memory(built: Built) -> Iterator[str]:
     """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
     run, data = built.run, built.plan.options.data
-    count = sum(parameter.numel() for parameter in run.parameters)
+    parameters = sum(parameter.numel() for parameter in run.parameters)
     if built.plan.choice.has_modes:
         run.optimizer.optimizer.train()
     state = state_bytes(run.optimizer.optimizer)
-    yield _line("optimizer", f"{human_bytes(state)} of state, {state / count:.2f} bytes a parameter")
+    yield line("optimizer", f"{human_bytes(state)} of state, {state / parameters:.2f} bytes a parameter")
 
     average = _average_bytes(built)
     if average:
-        yield _line("average", f"{human_bytes(average)}, and the weights once more while it is in their place")
+        yield line("average", f"{human_bytes(average)}, and the weights once more while it is in their place")
 
     family = run.family
     parts = [family.unet, run.network]
@@ -212,7 +76,7 @@ def _memory(built: Built) -> Iterator[str]:
     weights = parameter_bytes(parts)
     step = peak_of(lambda fake: dummy_loss(built, fake).backward())
     run.optimizer.zero_grad(set_to_none=True)
-    yield _line(
+    yield line(
         "memory",
         f"about {human_bytes(weights + state + average + step)} in a step, beside the program itself: weights "
         f"{human_bytes(weights)}, state {human_bytes(state)}, activations and gradients {human_bytes(step)}",
@@ -220,7 +84,7 @@ def _memory(built: Built) -> Iterator[str]:
     if data.cache_latents:
         encoding = peak_of(lambda fake: family.encode_images(fake(_pixels(built, data.vae_batch_size))))
         encoding += parameter_bytes([family.vae])
-        yield _line("", f"about {human_bytes(encoding)} while images are encoded, {data.vae_batch_size} at a time")
+        yield line("", f"about {human_bytes(encoding)} while images are encoded, {data.vae_batch_size} at a time")
 
 
 def _average_bytes(built: Built) -> int:
@@ -290,7 +154,7 @@ def _time(built: Built) -> str:
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds[2:])
     total = step * built.saves.total_steps
-    return _line("time", f"{step:.2f} s a step, measured; {human_time(total)} for {built.saves.total_steps} steps")
+    return line("time", f"{step:.2f} s a step, measured; {human_time(total)} for {built.saves.total_steps} steps")
 
 
 def _files(built: Built) -> Iterator[str]:
@@ -302,24 +166,23 @@ def _files(built: Built) -> Iterator[str]:
     files, states = saves.planned_files(after_step=run.done), saves.planned_states(after_step=run.done)
     most = disk.most_at_once(saves, after_step=run.done, of_file=of_file, of_state=of_state)
     room = human_bytes(shutil.disk_usage(_existing(saves.folder)).free)
-    yield _line("disk", f"{human_bytes(most)} at one time at most, {room} are free; in all:")
-    yield from _paths(f"{_count(len(files), 'file')} of {human_bytes(of_file)}", files)
+    yield line("disk", f"{human_bytes(most)} at one time at most, {room} are free; in all:")
+    yield from _paths(f"{count(len(files), 'file')} of {human_bytes(of_file)}", files)
     if states:
-        yield from _paths(f"{_count(len(states), 'state')} of {human_bytes(of_state)}", states)
+        yield from _paths(f"{count(len(states), 'state')} of {human_bytes(of_state)}", states)
     drawn = list(pictures(built.plan.options, saves).values())
     if drawn:
-        yield from _paths(_count(len(drawn), "picture"), drawn)
-    for path in metrics.planned_files(built.plan.options, saves):
-        what = "the whole run on one page" if path.name.endswith(metrics.REPORT_SUFFIX) else "what each step does"
-        yield from _paths(what, [path])
+        yield from _paths(count(len(drawn), "picture"), drawn)
+    for path in planned_about(built.plan.options, saves):
+        yield from _paths(next(what for suffix, what in _ABOUT.items() if path.name.endswith(suffix)), [path])
 
 
 def _paths(what: str, paths: Sequence[Path]) -> Iterator[str]:
-    yield _line("", f"{what}:")
+    yield line("", f"{what}:")
     shown: list[Path | None] = [*paths] if len(paths) <= 6 else [*paths[:3], None, *paths[-2:]]
     for path in shown:
         there = " (exists: --overwrite replaces it)" if path is not None and os.path.exists(path) else ""
-        yield _line("", f"  {path}{there}" if path is not None else f"  … {len(paths) - 5} more …")
+        yield line("", f"  {path}{there}" if path is not None else f"  … {len(paths) - 5} more …")
 
 
 def _existing(folder: Path) -> Path:
@@ -357,11 +220,11 @@ def _latents_size(built: Built, size: Size) -> int:
 def _cache(what: str, found: Found, to_come: int) -> str:
     files = [*found.sizes, *found.missing]
     folders = list(dict.fromkeys(str(path.parent) for path in files))
-    more = f" and {_count(len(folders) - 1, 'more folder')}" if len(folders) > 1 else ""
+    more = f" and {count(len(folders) - 1, 'more folder')}" if len(folders) > 1 else ""
     broken = f", {len(found.broken)} of them broken" if found.broken else ""
-    return _line(
+    return line(
         "cache",
-        f"{what}: {_count(len(files), 'file')}, {human_bytes(found.nbytes + to_come)}, in {folders[0]}{more}; "
+        f"{what}: {count(len(files), 'file')}, {human_bytes(found.nbytes + to_come)}, in {folders[0]}{more}; "
         f"{len(found.sizes)} ({human_bytes(found.nbytes)}) are there, "
         f"{len(found.missing)} ({human_bytes(to_come)}) to be made{broken}",
     )

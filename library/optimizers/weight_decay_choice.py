@@ -62,20 +62,6 @@ class DecayChoice:
         earliest = self.held if self.curve.schedule == "adaptive" else None
         return any(self.curve.factor(step, flat_since=earliest) != 1 for step in (total_steps, *starts))
 
-    def told(self, base: float, *, total_steps: int) -> str:
-        """The curve in a line: from `base`, the configured weight decay, to where a run of this length ends."""
-        curve, end = self.curve, f"{base * self.curve.factor(total_steps):.3g} at the last step"
-        if curve.schedule == "adaptive":
-            return (
-                f"{base:g} until the loss is flat, at step {self.held} or later; then times {curve.decay_factor:g} in "
-                f"every {curve.transition_steps} steps"
-            )
-        if not self.changes(total_steps):
-            return f"{base:g}, {curve.schedule}: it does not change within this run"
-        if curve.schedule == "multi_stage":
-            return f"{base:g} times {_stages_text(curve.stages)}{' in straight lines' * curve.interpolate}; {end}"
-        return f"{base:g} until step {self.held}, then {curve.schedule}; {end}"
-
 
 def check_options(
     options: WeightDecayOptions, choice: OptimizerChoice, *, clips_gradients: bool, validates: bool = False

@@ -23,10 +23,11 @@ from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, create_schedule
 from library.optimizers.weight_decay_choice import DecayChoice
 from library.parallel import shard, together, zero
-from library.record import metrics, trackers
+from library.record import about, trackers
 from library.record import saves as save
 from library.record.metadata import belongs_to
-from library.run import curves, disk
+from library.record.run_file import RunFile
+from library.run import curves, disk, recording
 from library.run.encode import load_and_encode, trains_text, vae_dtype
 from library.run.facts import run_metadata
 from library.run.network import make_network, parameter_groups
@@ -59,6 +60,7 @@ class Built:
     base_weights: BaseWeights
     prompts: sample.EncodedPrompts
     samples: Callable[[int], None]  # draw what is due after so many steps
+    record: RunFile
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,16 @@ class Course:
     changed: frozenset[str]  # since the state that the run goes on from, as of `state.refuse_other_run`
 
 
-def build(plan: Plan) -> Built:
-    """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served."""
+def build(plan: Plan, record: RunFile | None = None) -> Built:
+    """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served.
+
+    `record`: is begun before the models are loaded; None: there is none.
+    """
     objective = make_objective(plan.options.objective, plan.family)
     course = _course(plan)
     plan, options, accelerator, saves = course.plan, plan.options, course.accelerator, course.saves
+    if record is not None and accelerator.is_main_process:
+        recording.begin(record, plan, saves)
     data = TrainingData(
         plan.prepared,
         seed=plan.seed,
@@ -140,8 +147,9 @@ def build(plan: Plan) -> Built:
         ),
     )
     _equip(run, course, groups, optimizer, held_out, shares=shares)
-    samples = _write_as_planned(run, course, prompts)
-    return Built(run, plan, saves, groups, course.schedule, course.decay, base_weights, prompts, samples)
+    record = RunFile() if record is None else record
+    samples = _write_as_planned(run, course, prompts, record)
+    return Built(run, plan, saves, groups, course.schedule, course.decay, base_weights, prompts, samples, record)
 
 
 def _course(plan: Plan) -> Course:
@@ -221,7 +229,9 @@ def _equip(
         state.load(plan.resume, run, changed=course.changed)
 
 
-def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedPrompts) -> Callable[[int], None]:
+def _write_as_planned(
+    run: loop.Run, course: Course, prompts: sample.EncodedPrompts, record: RunFile
+) -> Callable[[int], None]:
     """Have the run write its files, states and samples. Returns what draws the samples after so many steps."""
     plan, options, accelerator, saves = course.plan, course.plan.options, course.accelerator, course.saves
     samples: Callable[[int], None] = _nothing
@@ -241,6 +251,7 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
             precision=options.output.save_precision,
             metadata=run_metadata(plan, saves, run.data, world_size=accelerator.num_processes, decay=course.decay),
             samples=samples,
+            record=record,
         )
         run.save, run.save_now, run.save_best, run.save_last = saver.due, saver.now, saver.best, saver.last
         if plan.resume is not None:
@@ -328,7 +339,18 @@ def _check_free(plan: Plan, saves: save.SavePlan) -> None:
     if resume is not None:
         files = [file for file in files if not belongs_to(file, session_id=plan.session_id)]
         drawn = drawn if saves.last_file in files else []  # the pictures of a file are its run's
-    save.check_free([*files, *drawn, *metrics.new_files(plan, saves)], overwrite=plan.options.output.overwrite)
+    told = about.in_the_way(
+        planned_about(plan.options, saves),
+        resumed=None if resume is None else plan.session_id,
+        left_anything=saves.left_anything(),
+    )
+    save.check_free([*files, *drawn, *told], overwrite=plan.options.output.overwrite)
+
+
+def planned_about(options: Options, saves: save.SavePlan) -> list[Path]:
+    """The files about the run: its record, its metrics, and the report."""
+    wanted = options.monitoring
+    return about.planned_files(saves.last_file, monitoring=wanted.monitoring, report=wanted.writes_report)
 
 
 def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:

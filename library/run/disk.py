@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.guidance.estimate import human_bytes
+from library.units import human_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.config.options import Options, declared_options, option_groups
-from library.guidance import dry_run
+from library.record.facts import Facts
+from library.record.summary import rows
+from library.run.recording import in_effect
 from library.training.meter import timestep_ranges
 from networks.network import AdapterNetwork
 
@@ -18,11 +20,10 @@ if TYPE_CHECKING:
     from library.run.build import Built
 
 EXAMPLES = 24  # images that are named
-SECRETS = frozenset({"wandb_api_key"})
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
-def describe(built: Built) -> dict[str, Any]:
+def describe(built: Built, facts: Facts) -> dict[str, Any]:
     """As JSON has it, but for paths, which are text there."""
     plan, run, saves = built.plan, built.run, built.saves
     network = run.network if isinstance(run.network, AdapterNetwork) else None
@@ -37,7 +38,7 @@ def describe(built: Built) -> dict[str, Any]:
         "steps_per_epoch": saves.steps_per_epoch,
         "timesteps": timestep_ranges(len(run.objective.alphas_cumprod)),
         "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
-        "summary": [[line[:12].strip(), line[12:]] for line in dry_run.summary(built)],
+        "summary": [list(row) for row in rows(facts)],
         "options": _options(plan.options, seed=plan.seed),
         "subsets": [
             {
@@ -69,16 +70,12 @@ def describe(built: Built) -> dict[str, Any]:
 
 def _options(options: Options, *, seed: int) -> list[list[Any]]:
     """[group, name, value, default] of each, with the seed that was drawn, and without what nobody should see."""
-    known, rows = declared_options(), []
+    known, values, rows = declared_options(), in_effect(options, seed=seed), []
     for group_name, group in option_groups().items():
         title = (group.__doc__ or group_name).splitlines()[0]
-        for name, value in vars(getattr(options, group_name)).items():
-            if name == "seed":
-                value = seed
-            if name in SECRETS and value is not None:
-                value = "(given)"
+        for name in vars(getattr(options, group_name)):
             default = None if known[name].required else known[name].default
-            rows.append([title, name, value, default])
+            rows.append([title, name, values[name], default])
     return rows
 
 

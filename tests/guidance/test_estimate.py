@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.guidance.estimate import human_bytes, human_time, parameter_bytes, peak_of
+from library.guidance.estimate import parameter_bytes, peak_of
+from library.units import human_bytes, human_time
 
 
 def test_peak_counts_what_lives_together():

@@ -12,8 +12,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from library.guidance.estimate import human_bytes
 from library.models.stable_diffusion import StableDiffusion
+from library.units import human_bytes
 from tests.conftest import BASE, PATIENCE, ROOT
 from tests.training.written import ROUNDED, distance, same, weights
 

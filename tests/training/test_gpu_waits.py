@@ -13,8 +13,9 @@ from library.config.parser import parse
 from library.guidance import dry_run
 from library.run.build import Built, build
 from library.run.plan import make_plan
+from library.run.summary import facts_of
+from library.run.watch import watch
 from library.training import loop
-from library.training.hooks import monitor
 from tests.conftest import BASE, copy_images
 from tests.training.stand_in_gpu import META, Stops, place_on, watched
 
@@ -101,7 +102,7 @@ def test_preserved_outputs_cost_no_stop(on_stand_in: Callable[..., Built], tmp_p
 def test_what_is_measured_is_read_once_more(on_stand_in: Callable[..., Built]) -> None:
     """The first step is measured; the norms of all layers, which are held below 1, are read together in every step."""
     built = on_stand_in("--scale_weight_norms", "1")
-    monitor.attach(built)
+    watch(built, facts_of(built))
     first, second = two_steps(built)
     assert first.copies == second.copies == []
     assert [read.split(":")[0] for read in first.reads] == ["in loop.py", "in network.py", "in meter.py"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from library.config.parser import parse
 from library.errors import UserError
 from library.record.metrics import lines
+from library.run import watch as watching_run
 from library.training import loop
 from library.training.hooks import monitor
 from library.training.meter import BINS, Meter
@@ -276,13 +277,13 @@ def test_what_moved_is_counted_by_group() -> None:
 
 def test_validation_losses_are_written_and_judged(train, tmp_path, monkeypatch) -> None:
     runs = []
-    attach = monitor.attach
+    watch = watching_run.watch
 
-    def spied(built: Any) -> None:
-        attach(built)
+    def spied(built: Any, facts: Any) -> None:
+        watch(built, facts)
         runs.append(built.run)
 
-    monkeypatch.setattr(monitor, "attach", spied)
+    monkeypatch.setattr(watching_run, "watch", spied)
     assert train("--max_train_steps", "2") == 0
     (run,) = runs
     watching = run.monitor

@@ -35,6 +35,9 @@ from library.config.options.weight_decay import WeightDecayOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.errors import UserError
 
+# Options whose values are written nowhere: neither into files that get shared nor into the record of a run.
+SECRETS = frozenset({"wandb_api_key"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -291,7 +294,8 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """All options of one run. `given` names those that the user set, with the place where each stands."""
+    """All options of one run. `given` names those that the user set, with the place where each stands; `command` is the
+    command line, without the program and without secrets."""
 
     model: ModelOptions
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
@@ -313,6 +317,7 @@ class Options:
     run: RunOptions = field(default_factory=RunOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    command: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:

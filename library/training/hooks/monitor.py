@@ -7,17 +7,16 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from library.guidance.estimate import peak_memory
+from library.memory import peak_memory
 from library.optimizers.create import effective_weight_decays
 from library.record import metrics
-from library.run import header as run_header
+from library.record.run_file import RunFile
 from library.training.meter import Measured, Meter
 from library.training.warning_signs import WEIGHT_DECAY_GONE, Sign, Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.run.build import Built
     from library.training.loop import Run
 
 logger = logging.getLogger(__name__)
@@ -30,11 +29,18 @@ class Monitor:
     """
 
     def __init__(
-        self, meter: Meter, *, run: Run, every: int, bins: list[str], file: metrics.MetricsFile | None
+        self,
+        meter: Meter,
+        *,
+        run: Run,
+        every: int,
+        bins: list[str],
+        file: metrics.MetricsFile | None,
+        record: RunFile | None = None,
     ) -> None:
         """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of timesteps."""
         self._meter, self._file, self._bins, self._every = meter, file, bins, every
-        self._run = run
+        self._run, self._record = run, RunFile() if record is None else record
         self._watch = Watch(total_steps=run.total_steps)
         self._step = run.done
         self._measured: Measured | None = None
@@ -65,6 +71,7 @@ class Monitor:
     ) -> dict[str, Any]:
         """Write the step's line, say what is wrong; what trackers show beside loss and rates."""
         self._step = step
+        self._record.step(step)
         decays = effective_weight_decays(self._run.optimizer.optimizer)
         if len(set(decays.values())) == 1:  # one for all groups, as a rule
             decays = {"all": next(iter(decays.values()))}
@@ -99,6 +106,7 @@ class Monitor:
     def go_back(self, step: int, *, why: str) -> None:
         """The run stands where it stood after `step` steps, and goes on from there."""
         self._measured = self._norm = None
+        self._record.step(step)
         self._watch = Watch(total_steps=self._run.total_steps)
         if self._file is not None:
             self._file.go_back(step)
@@ -177,17 +185,6 @@ class Monitor:
         if norms := measured.delta_norms:  # the first under kohya's name
             values |= {"norm/avg_key_norm": sum(norms) / len(norms), "norm/max_key_norm": max(norms)}
         return values
-
-
-def attach(built: Built) -> None:
-    """Have the run watched, unless it has no meter."""
-    wanted, run = built.plan.options.monitoring, built.run
-    if run.meter is None:
-        return
-    file, header = None, run_header.describe(built)
-    if run.accelerator.is_main_process:
-        file = metrics.MetricsFile(metrics.metrics_path(built.saves.last_file), header, done=run.done)
-    run.monitor = Monitor(run.meter, run=run, every=wanted.every, bins=header["timesteps"], file=file)
 
 
 def _number(value: float | None) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files import atomic
 from library.record import saves as save
+from library.record.run_file import RunFile
 from library.training import state
 from library.training.hooks import ema
 
@@ -37,6 +38,7 @@ class Saver:
     precision: str | None  # --save_precision
     metadata: RunMetadata
     samples: Callable[[int], None]
+    record: RunFile = field(default_factory=RunFile)
     _unwritten: int = 0
 
     def due(self, step: int) -> None:
@@ -112,6 +114,7 @@ class Saver:
             state.write(folder, self.run, self.facts, step)
         except UserError as error:
             return of_network, error
+        self.record.wrote(folder, kind="state", step=step)
         return of_network, None
 
     def _epoch(self, step: int) -> int:
@@ -123,6 +126,7 @@ class Saver:
         with ema.weights_for(self.run.ema, purpose):
             try:
                 save.save_network(self.run.network, path, precision=self.precision, metadata=metadata)
+                self.record.wrote(path, kind="network", step=step)
             except save.BrokenWeightsError:
                 raise
             except UserError as error:

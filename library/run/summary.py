@@ -1,0 +1,170 @@
+"""Gathers the facts of a run that is ready to start from its options, data, model and network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from library.data.captions import changing_options
+from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
+from library.record import facts
+from library.training.hooks.validation import Validator
+from networks import base_weights
+from networks.network import AdapterNetwork
+
+if TYPE_CHECKING:
+    from library.data.prepare import Prepared
+    from library.run.build import Built
+
+
+def facts_of(built: Built, *, hashes: bool = False) -> facts.Facts:
+    """`hashes`: read the LoRA files that are merged into the base model once more, for their hashes."""
+    plan, saves, prepared = built.plan, built.saves, built.plan.prepared
+    return facts.Facts(
+        model=_model(built, hashes=hashes),
+        network=_network(built),
+        images=tuple(_images(prepared)),
+        captions=_captions(built),
+        validation=None if prepared.validation is None else _validation(built, prepared.validation),
+        buckets=tuple(_buckets(prepared)),
+        length=facts.Length(
+            steps=saves.total_steps,
+            steps_per_epoch=saves.steps_per_epoch,
+            batches_per_epoch=prepared.batches_per_epoch,
+        ),
+        batch=facts.Batch(
+            sizes=tuple(sorted({spec.batch_size for spec in plan.datasets})),
+            accumulation=plan.options.training.gradient_accumulation_steps,
+            processes=built.run.accelerator.num_processes,
+        ),
+        rates=facts.Rates(
+            groups=tuple(facts.Rate(group=group["name"], rate=group["lr"]) for group in built.groups),
+            schedule=None if built.schedule is None else built.schedule.name,
+            warmup=0 if built.schedule is None else built.schedule.warmup,
+            optimizer=plan.choice.name,
+        ),
+        decay=_decay(weight_decay_of(plan.choice), built.decay, total_steps=saves.total_steps),
+    )
+
+
+def _model(built: Built, *, hashes: bool) -> facts.Model:
+    family, options, wanted = built.plan.family, built.plan.options, built.plan.options.network
+    pairs = base_weights.with_multipliers(wanted.base_weights, wanted.base_weights_multiplier or ())
+    merged = [facts.BaseWeight(file=file, multiplier=multiplier) for file, multiplier in pairs]
+    if hashes:
+        files = base_weights.of_files(wanted.base_weights, wanted.base_weights_multiplier or ())
+        merged = [
+            facts.BaseWeight(file=file, multiplier=multiplier, sha256=read.sha256, model_hash=read.sshs_model_hash)
+            for (file, multiplier), read in zip(pairs, files, strict=True)
+        ]
+    return facts.Model(
+        path=family.path,
+        version=family.base_model_version,
+        prediction_type=family.prediction_type,
+        vae=family.vae_path,
+        precision=options.precision.mixed_precision.replace("no", "fp32"),
+        device=str(built.run.accelerator.device),
+        frozen_in_8_bits=options.precision.holds_unet_in_float8,
+        base_weights=tuple(merged),
+    )
+
+
+def _network(built: Built) -> facts.Network:
+    network, wanted = built.run.network, built.plan.options.network
+    ours = network if isinstance(network, AdapterNetwork) else None
+    ranks = None if ours is None else sorted({adapter.rank for adapter in ours.adapters})
+    return facts.Network(
+        module=wanted.network_module,
+        dim=wanted.network_dim,
+        ranks=None if ranks is None else (ranks[0], ranks[-1]),
+        alpha=wanted.network_alpha,
+        adapters=() if ours is None else tuple(_adapters(ours)),
+        parameters=sum(parameter.numel() for parameter in built.run.parameters),
+    )
+
+
+def _adapters(network: AdapterNetwork) -> Iterator[facts.Adapters]:
+    for part, own in network.sections().items():
+        parameters = sum(parameter.numel() for adapter in own for parameter in adapter.parameters())
+        yield facts.Adapters(part=part, count=len(own), parameters=parameters)
+
+
+def _images(prepared: Prepared) -> Iterator[facts.Images]:
+    for summary in prepared.summaries:
+        yield facts.Images(
+            source=str(summary.subset.source),
+            regularisation=summary.subset.is_reg,
+            images=summary.images,
+            repeats=summary.subset.num_repeats,
+            held_out=summary.held_out,
+            too_small=summary.too_small,
+            captions_found=summary.captions_found,
+            captions_missing=summary.captions_missing,
+            captions_empty=summary.captions_empty,
+        )
+
+
+def _captions(built: Built) -> facts.Captions:
+    family, texts = built.plan.family, built.run.data.captions()
+    examples = []
+    for spec in dict.fromkeys(summary.subset for summary in built.plan.prepared.summaries):
+        if (text := built.run.data.example(spec)) is not None:
+            changing = [(name, _value(getattr(spec, name))) for name in changing_options(spec)]
+            examples.append(facts.Example(text=text, changing=tuple(changing)))
+    return facts.Captions(
+        different=len(texts),
+        too_long=sum(family.count_tokens(text) > family.token_limit for text in texts),
+        token_limit=family.token_limit,
+        examples=tuple(examples),
+    )
+
+
+def _value(value: bool | float) -> str:
+    """An option's value; empty for one that is just on."""
+    return "" if value is True else f"{value:g}"
+
+
+def _validation(built: Built, prepared: Prepared) -> facts.Validation:
+    wanted, validator = built.plan.options.validation, built.run.validate
+    assert isinstance(validator, Validator)
+    return facts.Validation(
+        images=len(prepared.samples),
+        batches=min(prepared.batches_per_epoch, wanted.max_validation_steps or prepared.batches_per_epoch),
+        timesteps=len(validator.timesteps),
+        times=sum(bool(validator.times.due(step)) for step in range(built.saves.total_steps + 1)),
+        patience=wanted.early_stopping_patience,
+    )
+
+
+def _buckets(prepared: Prepared) -> Iterator[facts.Bucket]:
+    for group in prepared.groups:
+        yield facts.Bucket(
+            dataset=group.dataset + 1,
+            size=group.size,
+            images=len(group.members),
+            draws=group.draws,
+            batches=group.batches,
+        )
+
+
+def _decay(base: float | None, choice: DecayChoice | None, *, total_steps: int) -> facts.Decay | None:
+    if not base:
+        return None
+    return facts.Decay(base=base, curve=None if choice is None else decay_curve(choice, base, total_steps=total_steps))
+
+
+def decay_curve(choice: DecayChoice, base: float, *, total_steps: int) -> facts.DecayCurve:
+    """The curve in numbers, from `base` to the end of a run of this length."""
+    curve = choice.curve
+    return facts.DecayCurve(
+        schedule=curve.schedule,
+        held=choice.held,
+        changes=choice.changes(total_steps),
+        at_end=base * curve.factor(total_steps),
+        transition_steps=curve.transition_steps,
+        decay_factor=curve.decay_factor,
+        min_ratio=curve.min_ratio,
+        max_progress=None if curve.max_progress == float("inf") else curve.max_progress,
+        stages=tuple((start, ratio) for start, ratio in curve.stages),
+        interpolate=curve.interpolate,
+    )
