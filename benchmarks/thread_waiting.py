@@ -2,10 +2,11 @@
 
     python -m benchmarks.thread_waiting [--rounds 10] [--folder output/sd15]
 
-A thread that has done its share of an operation can spin until the others are there, or sleep. Spinning saves microseconds
-where each thread has a core, and wastes time slices where another program wants it. Every way of waiting has a process
-of its own, because OpenMP reads the environment once; they take turns. Each is measured on the quickstart's
-base at 64 px (short operations) and on SD 1.5 at 256 px, UNet only, cached text (long ones; made at the first call, 4.3 GB).
+A thread that has done its share of an operation can spin until the others are there, or sleep. Spinning saves
+microseconds where each thread has a core, and wastes time slices where another program wants it. Every way of waiting
+has a process of its own, because OpenMP reads the environment once; they take turns. Each is measured on the
+quickstart's base at 64 px (short operations) and on SD 1.5 at 256 px, UNet only, cached text (long ones; the model is
+made at the first call, 4.3 GB).
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ class Worker:
 
 def work(model: str, folder: Path) -> None:
     """What a worker does: build a run, then make steps whenever it is asked to."""
-    from library.config.parser import parse
-    from library.training import loop
     from library.training.build import build
     from library.training.plan import make_plan
+
+    from library.config.parser import parse
+    from library.training import loop
 
     with tempfile.TemporaryDirectory() as temporary:
         if model == "sd15":
@@ -113,7 +115,8 @@ def main() -> None:
     if options.worker:
         work(options.worker, options.folder.resolve())
         return
-    print("| model | beside it | way of waiting | step, s | ratio to the first, median (quartiles) |\n|---|---|---|---|---|")
+    print("| model | beside it | way of waiting | step, s | ratio to the first, median (quartiles) |")
+    print("|---|---|---|---|---|")
     for model in options.model or CALLS:
         workers = {way: Worker(model, options.folder.resolve(), WAYS[way]) for way in options.way or WAYS}
         for others in options.beside or (0, 1):
