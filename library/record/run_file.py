@@ -17,12 +17,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.files.atomic import replacing
 from library.files.typed_json import from_json, to_json
 from library.record.facts import Facts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
