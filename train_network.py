@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from library import gpu, log, processes
+from library import cpus, gpu, log, processes
 from library.config import parser
 from library.errors import CommonError, UserError
 
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None, *, family: str | None = None) -> int:
 
 def _main(argv: list[str] | None, family: str | None) -> int:
     log.set_up()
+    cpus.spin_briefly()  # before torch is imported
     try:
         options = parser.parse(sys.argv[1:] if argv is None else argv)
         log.configure(level=options.logging.console_log_level, file=options.logging.console_log_file)

@@ -33,7 +33,7 @@ class BareLoRA(nn.Module):
             self.up = nn.Conv2d(rank, module.out_channels, 1, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
-        module.forward = self.forward
+        vars(module)["forward"] = self.forward  # of this module alone
 
     def forward(self, x: Tensor) -> Tensor:
         return self.original(x) + self.up(self.down(x)) * self.scale

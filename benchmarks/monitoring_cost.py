@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from benchmarks.common import sd15_folder
 from benchmarks.step_time import image_folder, words
 from library.config.options.monitoring import EVERY_N_STEPS
 
-PARTS = ("after_batch", "before_step", "after_step", "report")
+P = ParamSpec("P")
+T = TypeVar("T")
+PARTS = ("batch", "before_step", "after_step", "report")
 
 
 class Stopwatch:
@@ -31,8 +33,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*words: Any, **more: Any) -> Any:
+    def timing(self, function: Callable[P, T]) -> Callable[P, T]:
+        def timed(*words: P.args, **more: P.kwargs) -> T:
             began = time.perf_counter()
             try:
                 return function(*words, **more)
@@ -49,17 +51,22 @@ class Stopwatch:
 def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
     """Seconds of each step with everything, and of these the monitor's."""
     from library.config.parser import parse
+    from library.record.run_file import RunFile
     from library.run.build import build
     from library.run.plan import make_plan
+    from library.run.summary import facts_of
+    from library.run.watch import watch
     from library.training import loop
     from library.training.hooks.monitor import Monitor
 
-    run, watch = build(make_plan(parse(command))), Stopwatch()
+    plan = make_plan(parse(command))
+    run, stopwatch = build(plan), Stopwatch()
+    watch(plan, run, facts_of(plan, run), RunFile())
     monitor = run.hook(Monitor)
     assert monitor is not None
     monitor.before_training(run)
     for part in PARTS:
-        setattr(monitor, part, watch.timing(getattr(monitor, part)))
+        setattr(monitor, part, stopwatch.timing(getattr(monitor, part)))
     items = cycle(list(islice(loop.step_batches(run), 1, 9)))  # the first step is measured in any case
     whole, ours = [], []
     for _ in range(steps + 2):
@@ -68,7 +75,7 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
         run.losses.add(step.loss)
         monitor.report(run, step)
         whole.append(time.perf_counter() - began)
-        ours.append(watch.take())
+        ours.append(stopwatch.take())
     return whole[2:], ours[2:]
 
 

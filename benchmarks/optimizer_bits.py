@@ -18,11 +18,11 @@ import sys
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from library.config.registry import Arguments
 from library.optimizers import CustomAdamW
 
 Named = list[tuple[str, nn.Parameter]]
@@ -30,9 +30,9 @@ TECHNIQUES = (
     *("use_agr", "use_orthogonal_grad", "use_adopt_stability", "use_tam", "use_grams", "use_cautious", "use_alora"),
     *("dynamic_weight_decay", "use_spd"),
 )
-OFF: dict[str, Any] = dict.fromkeys(TECHNIQUES, False)
-ALL: dict[str, Any] = {**dict.fromkeys(TECHNIQUES, True), "use_grams": False}
-SETTINGS: dict[str, dict[str, Any]] = {
+OFF: Arguments = dict.fromkeys(TECHNIQUES, False)
+ALL: Arguments = {**dict.fromkeys(TECHNIQUES, True), "use_grams": False}
+SETTINGS: dict[str, Arguments] = {
     "tam_bias_correction": {"use_tam": True, "tam_bias_correction": True, "tam_beta": 0.99},
     "tam_bias_correction+adopt": {"use_tam": True, "tam_bias_correction": True, "use_adopt_stability": True},
     "adopt": {"use_adopt_stability": True, "adopt_eps": 1e-3, "adopt_clip": 0.5, "betas": (0.9, 0.9999)},
@@ -61,9 +61,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 CAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def cases() -> dict[str, dict[str, Any]]:
+def cases() -> dict[str, Arguments]:
     """Options by name: nothing, each technique, each pair, all, all but one, and some settings."""
-    found: dict[str, dict[str, Any]] = {"nothing": {}, "all": ALL}
+    found: dict[str, Arguments] = {"nothing": {}, "all": ALL}
     found |= {name: {name: True} for name in TECHNIQUES}
     found |= {f"{a}+{b}": {a: True, b: True} for a, b in combinations(TECHNIQUES, 2)}
     found |= {f"all but {name}": {**ALL, name: False} for name in TECHNIQUES if name != "use_grams"}
@@ -92,8 +92,14 @@ def train(named: Named, optimizer: torch.optim.Optimizer, first: int, last: int)
         optimizer.step()
 
 
-def make(named: Named, options: dict[str, Any], **more: Any) -> CustomAdamW:
-    usual = {"lr": 1e-2, "orthograd_target": "all", "wd_transition_steps": 2, "spd_lambda": 0.3, "min_8bit_size": 200}
+def make(named: Named, options: Arguments, **more: object) -> CustomAdamW:
+    usual: Arguments = {
+        "lr": 1e-2,
+        "orthograd_target": "all",
+        "wd_transition_steps": 2,
+        "spd_lambda": 0.3,
+        "min_8bit_size": 200,
+    }
     return CustomAdamW([{"params": named, "lora_scale": 0.5}], **{**OFF, **usual, **options, **more})
 
 

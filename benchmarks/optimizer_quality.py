@@ -29,9 +29,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.rows import append, read
+from library.config.registry import Arguments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "optimizer_quality.csv"
@@ -78,7 +82,7 @@ class Variant:
     name: str
     kind: str
     optimizer: str = "CustomAdamW"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, bool | float] = field(default_factory=dict)
 
     @property
     def techniques(self) -> str:
@@ -94,7 +98,7 @@ class Variant:
 
 
 @lru_cache
-def shipped() -> dict[str, Any]:
+def shipped() -> Arguments:
     """CustomAdamW's own defaults."""
     from library.optimizers import CustomAdamW
 
@@ -104,11 +108,11 @@ def shipped() -> dict[str, Any]:
 
 def variants() -> list[Variant]:
     """In the order in which they are run: what decides the defaults first."""
-    off: dict[str, Any] = dict.fromkeys(TECHNIQUES, False)
-    on: dict[str, Any] = {switch: True for switch in TECHNIQUES if shipped()[switch]}
-    everything: dict[str, Any] = dict.fromkeys(TECHNIQUES, True)
+    off: dict[str, bool | float] = dict.fromkeys(TECHNIQUES, False)
+    on: dict[str, bool | float] = {switch: True for switch in TECHNIQUES if shipped()[switch]}
+    everything: dict[str, bool | float] = dict.fromkeys(TECHNIQUES, True)
     # what was on before there was a study
-    first = {"use_grams": False, "use_orthogonal_grad": False, "alora_ratio": 4.0}
+    first: dict[str, bool | float] = {"use_grams": False, "use_orthogonal_grad": False, "alora_ratio": 4.0}
     exclusive = {"use_grams": {"use_cautious": False}}
     values = [
         *(("use_alora", "alora_ratio", ratio) for ratio in (1.0, 4.0, 8.0, 16.0)),
@@ -204,7 +208,7 @@ def _begin_worker() -> None:
 
 
 @lru_cache
-def held_out(split: str) -> tuple[Any, list[str]]:
+def held_out(split: str) -> tuple[Tensor, list[str]]:
     """Latents (the means) and captions of images that no training sees."""
     import torch
 

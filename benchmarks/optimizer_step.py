@@ -19,19 +19,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.bare_loop import inject
 from benchmarks.common import quartiles
+from library.config.registry import Arguments
 
 Named = list[tuple[str, nn.Parameter]]
+Make = Callable[[Named], torch.optim.Optimizer]
 BASELINE = "AdamW (torch, fused)"
-ALL_BUT_GRAMS: dict[str, Any] = dict.fromkeys(
-    ("use_orthogonal_grad", "use_adopt_stability", "use_tam", "use_alora"), True
-)
+ALL_BUT_GRAMS: Arguments = dict.fromkeys(("use_orthogonal_grad", "use_adopt_stability", "use_tam", "use_alora"), True)
 
 
 class Row(NamedTuple):
@@ -84,13 +84,14 @@ def lora_parameters(rank: int) -> Named:
     return named
 
 
-def ours(**options: Any) -> Callable[[Named], torch.optim.Optimizer]:
+def ours(**settings: bool | int | str) -> Make:
     from library.optimizers import CustomAdamW
 
+    options: Arguments = {**settings}
     return lambda named: CustomAdamW(named, lr=1e-4, **options)
 
 
-def others(path: str, **options: Any) -> Callable[[Named], torch.optim.Optimizer]:
+def others(path: str, **options: bool) -> Make:
     """An optimizer of another package; imported when it is wanted."""
 
     def make(named: Named) -> torch.optim.Optimizer:
@@ -100,13 +101,13 @@ def others(path: str, **options: Any) -> Callable[[Named], torch.optim.Optimizer
     return make
 
 
-def orthograd(named: Named) -> Any:
+def orthograd(named: Named) -> torch.optim.Optimizer:
     from pytorch_optimizer import OrthoGrad
 
     return OrthoGrad(others("torch.optim.AdamW", fused=True)(named))
 
 
-def contenders() -> dict[str, Callable[[Named], Any]]:
+def contenders() -> dict[str, Make]:
     return {
         BASELINE: others("torch.optim.AdamW", fused=True),
         "AdamW (torch, foreach)": others("torch.optim.AdamW", foreach=True),
@@ -136,10 +137,10 @@ def everything_off() -> dict[str, bool]:
     return dict.fromkeys(TECHNIQUES, False)
 
 
-def state_bytes(optimizer: Any) -> int:
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of state: every tensor once, at its own size (a view of a shared buffer counts for its part)."""
 
-    def tensors(value: Any) -> Iterator[Tensor]:
+    def tensors(value: object) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict):
@@ -151,7 +152,7 @@ def state_bytes(optimizer: Any) -> int:
     return sum(seen.values())
 
 
-def measure(rank: int, chosen: dict[str, Callable[[Named], Any]], rounds: int) -> list[Row]:
+def measure(rank: int, chosen: dict[str, Make], rounds: int) -> list[Row]:
     numbers = sum(parameter.numel() for _, parameter in lora_parameters(rank))
     optimizers = {name: make(lora_parameters(rank)) for name, make in chosen.items()}
     first = {name: timed(optimizer.step) for name, optimizer in optimizers.items()}
@@ -173,7 +174,7 @@ def measure(rank: int, chosen: dict[str, Callable[[Named], Any]], rounds: int) -
     ]
 
 
-def timed(work: Callable[[], Any]) -> float:
+def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

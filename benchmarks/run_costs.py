@@ -18,10 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
+P = ParamSpec("P")
+T = TypeVar("T")
 QUICK = (
     *("--config_file", "configs/quickstart.toml", "--max_train_epochs", "0", "--compare_prompts", ""),
     *("--no-report", "--no-loss_plot", "--output_name", "run", "--train_batch_size", "8"),
@@ -36,8 +38,8 @@ def saves(optimizer: str) -> str:
 
     times: dict[str, list[float]] = {"LoRA": [], "state": []}
 
-    def timed(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **settings: Any) -> Any:
+    def timed(name: str, write: Callable[P, T]) -> Callable[P, T]:
+        def call(*arguments: P.args, **settings: P.kwargs) -> T:
             start = time.perf_counter()
             written = write(*arguments, **settings)
             times[name].append(time.perf_counter() - start)

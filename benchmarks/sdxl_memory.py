@@ -18,10 +18,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.peak_memory import ROOT
 from benchmarks.step_time import image_folder
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
 CHECKPOINTED = ("--gradient_checkpointing",)
@@ -85,7 +88,7 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def _write_random(path: Path, parameters: Mapping[str, Any]) -> None:
+def _write_random(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """A .safetensors of weights in bf16, one tensor in memory at a time: norms 1, biases 0, the rest small."""
     import torch
 

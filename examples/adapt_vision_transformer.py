@@ -35,7 +35,7 @@ def load_images(folder: Path, *, size: int) -> tuple[torch.Tensor, list[str]]:
     ]
 
 
-def load_model(model: str | None, classes: list[str]) -> torch.nn.Module:
+def load_model(model: str | None, classes: list[str]) -> ViTForImageClassification:
     """A model with a new head for these classes."""
     if model is not None:
         return AutoModelForImageClassification.from_pretrained(

@@ -1,4 +1,4 @@
-"""How many CPUs there are for this process, and threads for work that releases the GIL: decoding, hashing, reading."""
+"""CPUs and threads: how many there are for decoding, hashing and reading, and how long torch's threads spin."""
 
 from __future__ import annotations
 
@@ -16,3 +16,15 @@ def cpu_count() -> int:
 def thread_count() -> int:
     """The threads of a pool."""
     return min(MOST_THREADS, cpu_count())
+
+
+def spin_briefly() -> None:
+    """Have the threads of libgomp, with which torch computes on Linux, wait for each other with less spinning.
+
+    By default a thread spins about 300,000 times before it sleeps, and beside another program on the same cores that
+    wastes whole time slices: a step of the quickstart takes 3.4 times as long as with 10,000 times, and alone as long
+    (DECISIONS.md, 2026-11-28; `python -m benchmarks.thread_waiting`). A GOMP_SPINCOUNT or OMP_WAIT_POLICY of the
+    user's is kept. No effect once torch is imported.
+    """
+    if not any(name in os.environ for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
+        os.environ["GOMP_SPINCOUNT"] = "10000"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """cuBLAS reads it at its first call; what it asks for is what cuBLAS takes on recent GPUs anyway."""
 
+_FILL = "fill_uninitialized_memory"  # of a class that torch gives to its module, so type checkers do not know it
 LESS_MEMORY = (
     "Each of these needs less: --gradient_checkpointing, a smaller --train_batch_size or --vae_batch_size, "
     "--mixed_precision bf16, --cache_latents, --network_train_unet_only with --cache_text_encoder_outputs, --fp8_base, "
@@ -48,7 +48,7 @@ def settle(*, deterministic: bool, allow_tf32: bool) -> None:
     if deterministic:
         os.environ.setdefault(WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which costs a pass over every new tensor
+    setattr(torch.utils.deterministic, _FILL, False)  # with NaN, which costs a pass over every new tensor
     with warnings.catch_warnings():  # the newer settings cannot be mixed with these, which torch's compiler reads
         warnings.simplefilter("ignore")
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
@@ -68,10 +68,12 @@ def unscale_fp16(scaler: torch.amp.GradScaler) -> None:
     for --full_fp16 trades that for memory, as in kohya's scripts."""
     unscale = scaler._unscale_grads_
 
-    def unscale_all(optimizer: Any, inverse: Any, found: Any, allow_fp16: bool) -> Any:
+    def unscale_all(
+        optimizer: torch.optim.Optimizer, inverse: Tensor, found: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
         return unscale(optimizer, inverse, found, True)
 
-    scaler._unscale_grads_ = unscale_all
+    vars(scaler)["_unscale_grads_"] = unscale_all  # of this scaler alone
 
 
 def explained(error: BaseException) -> str | None:
@@ -88,18 +90,3 @@ def memory_of(error: BaseException) -> str:
     """What was asked for and what was free, of torch's much longer message."""
     sentences = str(error).strip().split("\n")[0].removeprefix("CUDA out of memory. ").split(". ")
     return ". ".join(sentences[:2]).strip().rstrip(".")
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes that this process has held so far: "of the process", and on a GPU "of the GPU"."""
-    peaks = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peaks["of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if device.type == "cuda":
-        import torch
-
-        peaks["of the GPU"] = torch.cuda.max_memory_allocated(device)
-    return peaks

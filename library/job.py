@@ -15,6 +15,7 @@ from library.errors import CommonError, UserError
 from library.run.plan import make_plan
 
 if TYPE_CHECKING:
+    from library.record.run_file import RunFile
     from library.run.plan import Plan
     from library.training.run import Run
 
@@ -37,28 +38,42 @@ def run(options: Options, *, family: str | None = None) -> int:
 
         recommend.report(plan)
         return 0
+    from library.record.run_file import RunFile
+
+    with RunFile() as record:
+        return _carry_out(plan, record)
+
+
+def _carry_out(plan: Plan, record: RunFile) -> int:
+    """Build the run, then a dry run, the rate finder, or the training. Returns the exit code."""
     # torch and all that needs it load only now, when the commonest mistakes are out of the way
     from library.guidance import dry_run, find_lr
+    from library.record import summary
     from library.run.build import build
-    from library.run.summary import summary
+    from library.run.summary import facts_of
+    from library.run.watch import watch
 
+    options = plan.options
     with _naming_places(options):
         if options.guidance.find_lr:
             find_lr.refuse(plan.choice)
-        run = build(plan)
+        run = build(plan, record)
     if options.run.dry_run:
         dry_run.report(plan, run, measure=options.run.dry_run == "measure")
         return 0
-    for line in summary(plan, run):
+    facts = facts_of(plan, run, hashes=record.is_kept)
+    for line in summary.lines(facts):
         logger.info("%s", line)
     if options.guidance.find_lr:
         find_lr.report(plan, run, find_lr.find(plan, run))
         return 0
-    return _train(plan, run)
+    watch(plan, run, facts, record)
+    return _train(plan, run, record)
 
 
-def _train(plan: Plan, run: Run) -> int:
-    """The run itself and what follows it; the exit code, as of `run`."""
+def _train(plan: Plan, run: Run, record: RunFile) -> int:
+    """The training and its pictures. Returns the exit code."""
+    from library.record import run_file
     from library.training import loop
     from library.training.hooks.saver import is_best
     from library.training.hooks.validation import Validator
@@ -66,6 +81,7 @@ def _train(plan: Plan, run: Run) -> int:
     try:
         stopped_by = loop.train(run)
     except UserError as error:
+        record.end(run_file.FAILED, str(error))
         _conclude(plan, run, stopped_by="an error", conclusion="")
         if isinstance(error, CommonError):
             _leave(run, together=True)
@@ -76,6 +92,10 @@ def _train(plan: Plan, run: Run) -> int:
         conclusion = validator.history.conclusion(best_file=kept) or ""
     if conclusion:
         logger.info("%s", conclusion)
+    if stopped_by is None:
+        record.end(run_file.FINISHED)
+    else:
+        record.end(run_file.STOPPED, stopped_by.name)
     _conclude(plan, run, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
     _leave(run, together=stopped_by is not None)
     return 0 if stopped_by is None else 128 + stopped_by

@@ -1,4 +1,4 @@
-"""Bytes and seconds as people read them."""
+"""Bytes and seconds in words."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import time
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -34,7 +34,15 @@ COLUMNS = (
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "triton")
 
 
-def environment(*, tiny: bool) -> dict[str, Any]:
+class Found(TypedDict):
+    """What gpu.json holds."""
+
+    environment: dict[str, str | bool | None]
+    parts: dict[str, list[Row]]
+    failed: dict[str, str]
+
+
+def environment(*, tiny: bool) -> dict[str, str | bool | None]:
     """What the figures belong to."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {name: installed(name) for name in PACKAGES}
@@ -48,11 +56,11 @@ def installed(name: str) -> str | None:
         return None
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Found) -> str:
     """All rows in one Markdown table, with the columns that any of them has; those of one name are one row."""
     named: dict[str, Row] = {}
     for row in (row for part in PARTS for row in found["parts"].get(part, [])):
-        named.setdefault(row["name"], {}).update(row)
+        named.setdefault(str(row["name"]), {}).update(row)
     rows = list(named.values())
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
@@ -63,9 +71,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([environment, "", *lines, *([""] if failed else []), *failed]) + "\n"
 
 
-def shown(value: float | None) -> str:
-    if value is None:
-        return ""
+def shown(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
@@ -97,9 +105,9 @@ def main() -> int:
     bench = Bench(options.work, device, options.tiny)
     options.out.mkdir(parents=True, exist_ok=True)
     file, now = options.out / "gpu.json", environment(tiny=options.tiny)
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if found.get("environment") != now:
-        found = {"environment": now, "parts": {}, "failed": {}}
+    found: Found = {"environment": now, "parts": {}, "failed": {}}
+    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))).get("environment") == now:
+        found = before
     for part in chosen:
         if part in found["parts"]:
             continue

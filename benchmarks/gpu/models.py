@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.step_time import image_folder
 from library.models import modules
 from library.models.checkpoints.base_model import ASSETS
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+Configs = dict[str, dict[str, Any]]  # by part: the keyword arguments of a class of diffusers or transformers
 
 PARTS = {
     "unet": modules.new_unet,
@@ -49,7 +53,7 @@ class Bench:
             write(folder, configuration(kind, tiny=self.tiny), self.device)
         return folder
 
-    def unet(self, kind: str) -> nn.Module:
+    def unet(self, kind: str) -> UNet2DConditionModel:
         """The UNet alone, in bf16 on the device, frozen."""
         unet = modules.new_unet(configuration(kind, tiny=self.tiny)["unet"])
         unet = unet.to(torch.bfloat16).to_empty(device=self.device).requires_grad_(False)
@@ -72,14 +76,14 @@ class Bench:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
-def configuration(kind: str, *, tiny: bool) -> dict[str, Any]:
+def configuration(kind: str, *, tiny: bool) -> Configs:
     """Of every part, and of the scheduler."""
     file = ASSETS / f"{ {'sd15': 'sd1', 'sdxl': 'sdxl'}[kind] }.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config: Configs = json.loads(file.read_text(encoding="utf-8"))
     return shrunk(config) if tiny else config
 
 
-def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+def shrunk(config: Configs) -> Configs:
     """The same blocks with 32 channels at the most."""
     unet, encoders = config["unet"], [part for part in ("text_encoder", "text_encoder_2") if part in config]
     unet |= {"sample_size": 8, "norm_num_groups": 8, "cross_attention_dim": 32 * len(encoders)}
@@ -97,7 +101,7 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def write(folder: Path, config: Mapping[str, Any], device: torch.device) -> None:
+def write(folder: Path, config: Configs, device: torch.device) -> None:
     """A diffusers folder of these parts in bf16."""
     from safetensors.torch import save_file
 

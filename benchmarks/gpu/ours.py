@@ -7,12 +7,17 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu.models import Bench
+
+if TYPE_CHECKING:
+    from library.data.dataset import Batch
+    from library.data.loader import PixelLoader
+    from library.data.plan import PlannedBatch
 
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs", "--cache_latents")
 
@@ -44,18 +49,23 @@ def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, 
 
     from library.config.parser import parse
     from library.record import metrics
+    from library.record.run_file import RunFile
     from library.run.build import build
     from library.run.plan import make_plan
+    from library.run.summary import facts_of
+    from library.run.watch import watch
     from library.training import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)
     output = bench.folder / "out"
-    run = build(make_plan(parse([*words(bench, kind, output, batch=batch, steps=warmup + steps), *more])))
+    plan = make_plan(parse([*words(bench, kind, output, batch=batch, steps=warmup + steps), *more]))
+    run = build(plan)
+    watch(plan, run, facts_of(plan, run), RunFile())
     waits: list[float] = []
     batches = run.data.batches
 
-    def timed(*arguments: Any, **settings: Any) -> Iterator[Any]:
-        found = batches(*arguments, **settings)
+    def timed(plan: Sequence[PlannedBatch], *, epoch: int, loader: PixelLoader) -> Iterator[Batch]:
+        found = batches(plan, epoch=epoch, loader=loader)
         while True:
             start = time.perf_counter()
             try:

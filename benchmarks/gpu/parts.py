@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from benchmarks.gpu.peers import Peer, seconds
 from library import gpu
 
 ROOT = Path(__file__).parents[2]
-Row = dict[str, Any]
+Row = dict[str, str | float]  # a name, and figures by column
 CHECKPOINTED = ("--gradient_checkpointing",)
 OPTIMIZERS = (  # of benchmarks.optimizer_step; ours are compiled on a GPU, but for the last
     *("AdamW (torch, fused)", "AdamW8bit (bitsandbytes)", "**CustomAdamW, defaults, 32-bit** (ours)"),
@@ -142,10 +141,10 @@ def start(bench: Bench) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             command = ours.words(bench, kind, Path(folder), batch=1, steps=100_000)
             command += [*ours.CACHED, *CHECKPOINTED, "--output_name", "run"]
-            quiet: Any = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             environment = {**os.environ, "PYTHONPATH": path()}
             began = time.perf_counter()
-            with subprocess.Popen([sys.executable, "train_network.py", *command], env=environment, **quiet) as process:
+            called, null = [sys.executable, "train_network.py", *command], subprocess.DEVNULL
+            with subprocess.Popen(called, env=environment, cwd=ROOT, stdout=null, stderr=null) as process:
                 try:
                     metrics = Path(folder, "run-metrics.jsonl")
                     while not (metrics.exists() and '"loss":' in metrics.read_text()):

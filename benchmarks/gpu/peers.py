@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ class Peer:
     ) -> None:
         """`adapters`: "bare" or "peft"."""
         self.device, self.kind = bench.device, kind
-        self.unet: Any = bench.unet(kind)
+        self.unet = bench.unet(kind)
         config = self.unet.config
         self.parameters = {"bare": bare, "peft": with_peft}[adapters](self.unet, rank)
         for parameter in self.parameters:

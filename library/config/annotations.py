@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-from typing import Any
 
 _NUMBERS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _LISTS = ("Sequence", "Iterable", "list", "tuple", "List", "Tuple")
 
 
-def fit(value: Any, text: str, annotation: str) -> tuple[Any] | None:
+def fit(value: object, text: str, annotation: str) -> tuple[object] | None:
     """The value in the annotated type, as a 1-tuple, or None if it does not fit.
 
     `value` is what `text` was read as. An annotation that is not understood fits everything. 1 and 0 fit bool; a whole
@@ -17,7 +16,7 @@ def fit(value: Any, text: str, annotation: str) -> tuple[Any] | None:
     """
     if not annotation:
         return (value,)
-    fitted: tuple[Any] | None = None
+    fitted: tuple[object] | None = None
     for term in _terms(annotation):
         fitted = fitted or _fit_term(value, text, term)
     return fitted
@@ -42,7 +41,7 @@ def _split(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _fit_term(value: Any, text: str, term: ast.expr) -> tuple[Any] | None:
+def _fit_term(value: object, text: str, term: ast.expr) -> tuple[object] | None:
     if isinstance(term, ast.Constant) and term.value is None:
         return (None,) if value is None else None
     if isinstance(term, ast.Subscript) and _name(term.value) == "Literal":
@@ -61,7 +60,7 @@ def _fit_term(value: Any, text: str, term: ast.expr) -> tuple[Any] | None:
     return (value,)
 
 
-def _fit_list(value: Any, term: ast.Subscript) -> tuple[Any] | None:
+def _fit_list(value: object, term: ast.Subscript) -> tuple[object] | None:
     if not isinstance(value, list | tuple):
         return None
     items = term.slice.elts if isinstance(term.slice, ast.Tuple) else [term.slice]
@@ -85,7 +84,7 @@ def _describe_term(term: ast.expr) -> str:
     return _NUMBERS.get(_name(term), ast.unparse(term))
 
 
-def _choices(term: ast.Subscript) -> list[Any]:
+def _choices(term: ast.Subscript) -> list[object]:
     nodes = term.slice.elts if isinstance(term.slice, ast.Tuple) else [term.slice]
     return [node.value for node in nodes if isinstance(node, ast.Constant)]
 

@@ -32,7 +32,7 @@ from library.paths import on_disk
 
 logger = logging.getLogger(__name__)
 
-Values = dict[str, Any]
+Values = dict[str, Any]  # each in the type of its key: see `check_key`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _place(options: Options, name: str) -> str:
     return options.given.get(name, f"--{name}")
 
 
-def _value(key: str, levels: list[Values], options: Options) -> Any:
+def _value(key: str, levels: list[Values], options: Options) -> object:
     """The value of `key` at the first level that has it, else the option's."""
     for level in levels:
         if key in level:
@@ -173,8 +173,8 @@ def _value(key: str, levels: list[Values], options: Options) -> Any:
 
 def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> SubsetSpec:
     """`own`: the keys of the subset itself, image_dir or metadata_file among them; `outer`: those further out."""
-    values = {key: _value(key, [own, *outer], options) for key in (*_SUBSET_KEYS, *_MASKS)}
-    attributes = _value("custom_attributes", [own, *outer], options) or {}
+    values: Values = {key: _value(key, [own, *outer], options) for key in (*_SUBSET_KEYS, *_MASKS)}
+    attributes = _value("custom_attributes", [own, *outer], options)
     directory: str | None = own.get("image_dir")
     metadata_file = Path(own["metadata_file"]) if "metadata_file" in own else None
     if directory is None:
@@ -188,14 +188,14 @@ def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> 
         metadata_file=None if metadata_file is None else on_disk(metadata_file),
         is_reg=own.get("is_reg", False),
         validation_dir=None if validation_dir is None else str(on_disk(Path(validation_dir))),
-        diff_output_preservation=bool(attributes.get(PRESERVATION)),
+        diff_output_preservation=isinstance(attributes, dict) and bool(attributes.get(PRESERVATION)),
         origin=origin,
         **values,
     )
 
 
 def _dataset(levels: list[Values], options: Options, subsets: tuple[SubsetSpec, ...]) -> DatasetSpec:
-    values = {key: _value(key, levels, options) for key in _DATASET_KEYS}
+    values: Values = {key: _value(key, levels, options) for key in _DATASET_KEYS}
     return DatasetSpec(**values, subsets=subsets)
 
 
@@ -230,9 +230,9 @@ class _DatasetFile:
                 f"{_place(self.options, 'dataset_config')}: no such file: {self.path}{nearest_path(self.path)}"
             )
         if self.path.suffix.lower() == ".toml":
-            content: Any = read_toml(self.path)
-            refuse_other_file(content, self.path, "dataset_config")
-            return content
+            table = read_toml(self.path)
+            refuse_other_file(table, self.path, "dataset_config")
+            return table
         if self.path.suffix.lower() != ".json":
             raise UserError(f"{self.path}: a data set is described by a .toml or a .json file")
         content = parse_json(read_text(self.path), str(self.path))
@@ -300,7 +300,7 @@ class _DatasetFile:
         elif "validation_dir" in own:
             own["validation_split"] = 0.0  # whatever stands further out
 
-    def _checked(self, level: str, content: Any, place: str) -> Values:
+    def _checked(self, level: str, content: object, place: str) -> Values:
         """The values of one table, each in its type; keys that say nothing ("") are left out."""
         if not isinstance(content, dict):
             self.problems.append(f"{place}: is a table of keys and values, not a list")

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 from library.config import kohya
 from library.config.fields import (
@@ -38,10 +37,10 @@ NOT_YET_DATASET = ("network_multiplier",)
 NOT_YET_ANYWHERE = ("cache_info",)
 NOT_YET = (*NOT_YET_SUBSET, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
 # What asks for nothing, for keys that are no option of kohya's.
-NEUTRAL: dict[str, Any] = {"network_multiplier": 1.0}
+NEUTRAL: dict[str, object] = {"network_multiplier": 1.0}
 # Where "" switches off what a table further out, or an option, sets: the value that it stands for. Elsewhere "" says
 # nothing.
-EMPTY_IS_OFF: dict[str, Any] = {
+EMPTY_IS_OFF: dict[str, object] = {
     "caption_prefix": None,
     "caption_suffix": None,
     "class_tokens": None,
@@ -59,7 +58,7 @@ _KINDS: dict[type, str] = {
 }
 
 
-def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, ...]], place: str) -> Any:
+def check_key(key: str, value: object, *, level: str, levels: dict[str, tuple[str, ...]], place: str) -> object:
     """The value of `key` in its type, or UNSET if it asks for nothing. Raises BadValue.
 
     `level` is the kind of table in which it stands, one of `levels`, which lists the keys of each.
@@ -83,7 +82,7 @@ def check_key(key: str, value: Any, *, level: str, levels: dict[str, tuple[str, 
     return _range(value) if key == "face_crop_aug_range" else _in_type(key, value)
 
 
-def _refuse_unless_neutral(key: str, value: Any, place: str) -> None:
+def _refuse_unless_neutral(key: str, value: object, place: str) -> None:
     if key in NEUTRAL:
         if value not in ("", NEUTRAL[key]):
             raise BadValue("known to kohya's scripts, not supported here yet")
@@ -97,9 +96,9 @@ def _refuse_unless_neutral(key: str, value: Any, place: str) -> None:
         logger.warning("%s: %s: %s", place, key, verdict.warning)
 
 
-def _in_type(key: str, value: Any) -> Any:
+def _in_type(key: str, value: object) -> object:
     option = declared_options().get(OPTION_NAMES.get(key, key))
-    kind: Any = bool if key == "is_reg" else option.kind if option else str
+    kind: type = bool if key == "is_reg" else option.kind if option else str
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:  # not isinstance: true is an int in Python
@@ -113,14 +112,15 @@ def _in_type(key: str, value: Any) -> Any:
         raise BadValue(f"{_shown(value)} is not a number")
     # 0 repeats is how kohya's users switch a subset off
     minimum = option.details.minimum if option and key != "num_repeats" else None
-    if minimum is not None and value < minimum:
+    maximum = option.details.maximum if option else None
+    if minimum is not None and isinstance(value, int | float) and value < minimum:
         raise BadValue(f"must be at least {minimum:g}, not {value}")
-    if option and option.details.maximum is not None and value > option.details.maximum:
-        raise BadValue(f"must be at most {option.details.maximum:g}, not {value}")
-    return convert(option, (value,)) if option and option.choices else value
+    if maximum is not None and isinstance(value, int | float) and value > maximum:
+        raise BadValue(f"must be at most {maximum:g}, not {value}")
+    return convert(option, (value,)) if option and option.choices and isinstance(value, str) else value
 
 
-def _attributes(value: Any, place: str) -> dict[str, Any]:
+def _attributes(value: object, place: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise BadValue(f"{_shown(value)} is not a table such as {{ name = 1 }}")
     if not isinstance(value.get(PRESERVATION, False), bool):
@@ -130,7 +130,7 @@ def _attributes(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
-def _resolution(value: Any, read: Callable[[str], tuple[int, int] | Unset]) -> tuple[int, int] | Unset:
+def _resolution(value: object, read: Callable[[str], tuple[int, int] | Unset]) -> tuple[int, int] | Unset:
     if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
         value = f"{value[0]},{value[1]}"
     if type(value) not in (int, str):
@@ -138,11 +138,12 @@ def _resolution(value: Any, read: Callable[[str], tuple[int, int] | Unset]) -> t
     return read(str(value))
 
 
-def _range(value: Any) -> tuple[float, float]:
-    numbers = isinstance(value, list) and all(type(end) in (int, float) for end in value)
-    return read_range(",".join(map(str, value)) if numbers else str(value))
+def _range(value: object) -> tuple[float, float]:
+    if isinstance(value, list) and all(type(end) in (int, float) for end in value):
+        return read_range(",".join(map(str, value)))
+    return read_range(str(value))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """The value as TOML and JSON write it."""
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -11,13 +11,16 @@ import logging
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from library.errors import did_you_mean
 
 logger = logging.getLogger(__name__)
 
 
+T = TypeVar("T")
+
+REQUIRED: Any = dataclasses.MISSING  # the default of an option that must be given, whatever its type
 MAX_SIDE = 16384  # pixels of an image to train on or to draw; a slip of the finger is larger
 
 
@@ -54,12 +57,12 @@ class Details:
     aliases: tuple[str, ...] = ()
     alone: str | None = None
     joined_by: str | None = None
-    read: Callable[[str], Any] | None = None
+    read: Callable[[str], object] | None = None
     free_text: bool = False
 
 
 def option(
-    default: Any = dataclasses.MISSING,
+    default: T,
     *,
     help: str,
     minimum: float | None = None,
@@ -69,10 +72,10 @@ def option(
     aliases: tuple[str, ...] = (),
     alone: str | None = None,
     joined_by: str | None = None,
-    read: Callable[[str], Any] | None = None,
+    read: Callable[[str], object] | None = None,
     free_text: bool = False,
-) -> Any:
-    """Declare an option as a dataclass field. Without a default it is required.
+) -> T:
+    """Declare an option as a dataclass field. With REQUIRED as its default it must be given.
 
     `minimum`, `maximum`: inclusive bounds. `zero_is_unset`: 0 is a way to say "off". `not_yet`: kohya's values that
     are not supported yet, with what to use instead where there is something. `aliases`: other names for it. `alone`:
@@ -103,12 +106,12 @@ class Declared:
     kind: type
     many: bool
     choices: tuple[str, ...]
-    default: Any
+    default: object
     details: Details
 
     @property
     def required(self) -> bool:
-        return self.default is dataclasses.MISSING
+        return self.default is REQUIRED
 
 
 def declared(group: type) -> dict[str, Declared]:
@@ -121,7 +124,7 @@ def declared(group: type) -> dict[str, Declared]:
     }
 
 
-def _declared(field: dataclasses.Field[Any], annotation: Any) -> Declared:
+def _declared(field: dataclasses.Field[object], annotation: object) -> Declared:
     annotation = _without_none(annotation)
     details: Details = field.metadata["option"]
     many = get_origin(annotation) is tuple and details.read is None
@@ -133,14 +136,14 @@ def _declared(field: dataclasses.Field[Any], annotation: Any) -> Declared:
     return Declared(field.name, kind, many, choices, field.default, details)
 
 
-def _without_none(annotation: Any) -> Any:
+def _without_none(annotation: object) -> object:
     if get_origin(annotation) in (Union, types.UnionType):
         rest = [item for item in get_args(annotation) if item is not type(None)]
         return rest[0] if len(rest) == 1 else Union[tuple(rest)]  # noqa: UP007 - built at run time
     return annotation
 
 
-def convert(item: Declared, words: tuple[str, ...]) -> Any:
+def convert(item: Declared, words: tuple[str, ...]) -> object:
     """The value of `item` for these words, or UNSET if they say nothing. Raises BadValue."""
     if not words:
         if item.kind is bool:
@@ -160,15 +163,16 @@ def convert(item: Declared, words: tuple[str, ...]) -> Any:
     return UNSET if words[0] == "" else _one(item, words[0])
 
 
-def _one(item: Declared, word: str) -> Any:
+def _one(item: Declared, word: str) -> object:
     details = item.details
     if details.read is not None:
         try:
-            word = details.read(word)
+            value = details.read(word)
         except BadValue as error:
             raise (OutOfRange(str(error)) if _is_number(word.removesuffix("%")) else error) from None
-        if not item.choices:
-            return word
+        if not item.choices or not isinstance(value, str):
+            return value
+        word = value
     if details.alone is not None and is_truth(word):
         return details.alone if read_bool(word) else UNSET
     if item.choices:

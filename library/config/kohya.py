@@ -16,9 +16,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from library.config.fields import is_truth, read_bool
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Row:
     """
 
     kind: Literal["flag", "value", "list"]
-    default: Any = None
-    neutral: tuple[Any, ...] = ()
+    default: object = None
+    neutral: tuple[object, ...] = ()
     why: str = ""
     only_with: str = ""
     needs: tuple[str, ...] = ()
@@ -49,7 +52,7 @@ class Row:
         return all(word == "" or any(_same(word, value) for value in values) for word in words)
 
 
-def _same(word: str, value: Any) -> bool:
+def _same(word: str, value: object) -> bool:
     if value is None:
         return word.lower() == "none"
     if isinstance(value, bool):
@@ -62,15 +65,26 @@ def _same(word: str, value: Any) -> bool:
     return word == str(value)
 
 
-def flag(*, default: bool = False, **more: Any) -> Row:
+class _Rest(TypedDict, total=False):
+    """The fields of a `Row` behind the value that asks for nothing."""
+
+    why: str
+    only_with: str
+    needs: tuple[str, ...]
+    instead: tuple[str, ...]
+    hint: str
+    script: str
+
+
+def flag(*, default: bool = False, **more: Unpack[_Rest]) -> Row:
     return Row("flag", default, **more)
 
 
-def value(default: Any = None, *neutral: Any, **more: Any) -> Row:
+def value(default: object = None, *neutral: object, **more: Unpack[_Rest]) -> Row:
     return Row("value", default, neutral, **more)
 
 
-def values(**more: Any) -> Row:
+def values(**more: Unpack[_Rest]) -> Row:
     return Row("list", **more)
 
 

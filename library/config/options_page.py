@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from library.config import kohya
 from library.config.fields import Declared, declared
@@ -136,7 +135,7 @@ def _reason(row: kohya.Row) -> str:
     return "; ".join(text for text in said if text)
 
 
-def _listed(names: Iterable[Any]) -> str:
+def _listed(names: Iterable[object]) -> str:
     return " or ".join(f"`{name}`" for name in names)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from library.config import kohya
 from library.config.options import declared_options
@@ -31,7 +30,7 @@ _LYCORIS = {
 _OF_AN_IMAGE = {"caption", "tags", "train_resolution"}
 
 
-def refuse_other_file(content: Any, path: str | Path, option: str) -> None:
+def refuse_other_file(content: object, path: str | Path, option: str) -> None:
     """UserError if what a file holds is plainly for another option than `option`: one message instead of one a line."""
     kind = _kind_of(content)
     if kind and kind != option:
@@ -39,7 +38,7 @@ def refuse_other_file(content: Any, path: str | Path, option: str) -> None:
         raise UserError(f"--{option} {path}: holds {_KINDS[kind]}, not {_KINDS[option]}: {instead}")
 
 
-def _kind_of(content: Any) -> str:
+def _kind_of(content: object) -> str:
     """A key of `_KINDS`; "" where that is not plain."""
     if isinstance(content, list):
         prompts = [row for row in content if isinstance(row, dict) and "prompt" in row]
@@ -62,7 +61,7 @@ def _kind_of(content: Any) -> str:
     return "config_file" if _are_options(content) else ""
 
 
-def _are_options(content: Mapping[str, Any]) -> bool:
+def _are_options(content: Mapping[str, object]) -> bool:
     """Whether more than half of the names, in sections or not, are those of options."""
     names = {name for name, value in content.items() if not isinstance(value, dict)}
     names |= {name for value in content.values() if isinstance(value, dict) for name in value}

@@ -14,13 +14,12 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from library.config import kohya, presets
 from library.config.fields import UNSET, BadValue, ControlCharacters, Declared, OutOfRange, convert, declared
 from library.config.idle import idle
-from library.config.options import Options, declared_options, option_groups
-from library.config.settings import Setting, from_toml, from_words, places_of
+from library.config.options import SECRETS, Options, declared_options, option_groups
+from library.config.settings import Setting, from_toml, from_words, places_of, without_secrets
 from library.config.toml_file import write_toml
 from library.errors import UserError, did_you_mean
 
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 # These say where to read or write, so a file cannot say them about itself.
 _COMMAND_LINE_ONLY = ("config_file", "output_config", "list_presets")
-# Not for files that get shared; kohya's scripts leave it out as well.
-_SECRET = ("wandb_api_key",)
 
 
 def parse(argv: list[str]) -> Options:
@@ -56,7 +53,7 @@ def parse(argv: list[str]) -> Options:
         raise SystemExit(0)
     reading = _read(presets.layered([] if config_path is None else from_toml(config_path), settings))
     reading.refuse()
-    options = _options(reading)
+    options = _options(reading, command=without_secrets(argv))
     _judge_out_of_range(reading, idle(options))
     for warning in reading.warnings:
         logger.warning("%s", warning)
@@ -101,7 +98,7 @@ class _Reading:
     out_of_range: by option, numbers that are wrong unless that option does nothing, with the place of each.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -178,6 +175,7 @@ def _config_path(reading: _Reading) -> Path | None:
     name = reading.values.get("config_file")
     if name is None:
         return None
+    assert isinstance(name, str), "the option's type"
     if not name.endswith(".toml") and os.path.isfile(name) and not os.path.exists(f"{name}.toml"):
         raise UserError(
             f"command line: --config_file {name}: a config file is TOML, and its name ends with .toml; what a GUI "
@@ -186,7 +184,7 @@ def _config_path(reading: _Reading) -> Path | None:
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
-def _options(reading: _Reading) -> Options:
+def _options(reading: _Reading, *, command: Iterable[str]) -> Options:
     missing = [
         f"--{name} is required: {item.details.help}{_stands_in(name, reading)}"
         for name, item in declared_options().items()
@@ -199,7 +197,7 @@ def _options(reading: _Reading) -> Options:
             name: group(**{key: reading.values[key] for key in declared(group) if key in reading.values})
             for name, group in option_groups().items()
         }
-        return Options(**groups, given=reading.places)
+        return Options(**groups, given=reading.places, command=tuple(command))
     except UserError as error:
         told = [f"{error}{places_of(str(error), reading.places)}", *map(": ".join, reading.out_of_range.values())]
         raise UserError("\n".join(told)) from None
@@ -235,13 +233,13 @@ def _write_config(path: Path | None, reading: _Reading) -> None:
     written = {
         name: _plain(value, options[name])
         for name, value in reading.values.items()
-        if name not in (*_COMMAND_LINE_ONLY, *_SECRET, "preset") and value != options[name].default
+        if name not in (*_COMMAND_LINE_ONLY, *SECRETS, "preset") and value != options[name].default
     }
     write_toml(path, written)
     logger.info("%s written with %d options.", path, len(written))
 
 
-def _plain(value: Any, item: Declared) -> Any:
-    if item.details.joined_by is not None:
+def _plain(value: object, item: Declared) -> object:
+    if item.details.joined_by is not None and isinstance(value, tuple):
         return item.details.joined_by.join(map(str, value))
     return list(value) if isinstance(value, tuple) else value

@@ -14,6 +14,7 @@ import pkgutil
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from library.config import source
@@ -31,6 +32,9 @@ _PIP_NAMES = {
 }
 
 
+Arguments = dict[str, Any]  # of a function or class that is known by its name: its signature says their types
+
+
 @dataclass(frozen=True)
 class Signature:
     """The named parameters of a function or of a class's constructor.
@@ -46,7 +50,7 @@ class Signature:
     ours: bool
 
 
-def load(table: Mapping[str, str], name: str, *, where: str = "registry") -> Any:
+def load(table: Mapping[str, str], name: str, *, where: str = "registry") -> Any:  # a name can stand for anything
     """What `name` stands for in a registry; case does not matter. Raises UserError with the nearest name."""
     lowered = {known.lower(): path for known, path in table.items()}
     path = lowered.get(name.lower())
@@ -55,7 +59,7 @@ def load(table: Mapping[str, str], name: str, *, where: str = "registry") -> Any
     return load_path(path, where=where)
 
 
-def load_path(path: str, *, where: str) -> Any:
+def load_path(path: str, *, where: str) -> Any:  # likewise
     """The function or class at "package.module.Name". Raises UserError if there is none."""
     module_name, _, name = path.rpartition(".")
     if not module_name:
@@ -68,7 +72,7 @@ def load_path(path: str, *, where: str) -> Any:
     return getattr(module, name)
 
 
-def load_module(name: str, *, where: str) -> Any:
+def load_module(name: str, *, where: str) -> ModuleType:
     """Import a module. Raises UserError if it, or a package that it needs, is absent."""
     refuse_no_name(name, where=where)
     if source.is_ours(name):
@@ -145,12 +149,12 @@ def split_words(words: Iterable[str], *, where: str) -> dict[str, str]:
     return found
 
 
-def parse_words(words: Iterable[str], *, where: str) -> dict[str, Any]:
+def parse_words(words: Iterable[str], *, where: str) -> dict[str, object]:
     """`key=value` words as Python values: true, false, none in any case, numbers, tuples, lists, else text."""
     return {key: parse_value(text) for key, text in split_words(words, where=where).items()}
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str) -> object:
     """The value that a word stands for: "true" → True, "0.9,0.99" → (0.9, 0.99), "'x'" → "x", "x" → "x"."""
     constants = {"true": True, "false": False, "none": None}
     if text.lower() in constants:
@@ -171,7 +175,7 @@ def bind(
     named_by: str = "",
     called: str = "",
     as_text: bool = False,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Arguments, list[str]]:
     """The keyword arguments for the target at `path`, and the names that could not be checked.
 
     `given`: parameters that the caller fills itself unless a word does; `reserved`: those that it fills in any case, so
@@ -183,7 +187,7 @@ def bind(
     target = signature(path, where=named_by or where)
     texts = split_words(words, where=where)
     unchecked: list[str] = []
-    values: dict[str, Any] = {}
+    values: Arguments = {}
     for key, text in texts.items():
         if key in reserved:
             raise UserError(f"{where}: '{key}' is set by the program and cannot be given here")
@@ -202,7 +206,7 @@ def bind(
     return values, unchecked
 
 
-def _value(target: Signature, key: str, text: str, *, where: str, as_text: bool) -> Any:
+def _value(target: Signature, key: str, text: str, *, where: str, as_text: bool) -> object:
     value = parse_value(text)
     if target.ours:
         annotation = target.parameters.get(key, "")

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from library.config import kohya
-from library.config.options import declared_options
+from library.config.options import SECRETS, declared_options
 from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
 from library.errors import UserError, is_utf8
@@ -67,6 +66,19 @@ def from_words(words: list[str]) -> list[Setting]:
     return [Setting(name, tuple(values), f"{COMMAND_LINE}: --{name}") for name, values in collected]
 
 
+def without_secrets(words: Iterable[str]) -> list[str]:
+    """A command line that may be written into a file: "(given)" stands for each value of a secret option."""
+    shown, hidden = [], False
+    for word in words:
+        match = _OPTION.fullmatch(word)
+        if match is None:
+            shown.append("(given)" if hidden else word)
+            continue
+        hidden = match["name"] in SECRETS
+        shown.append(f"--{match['name']}=(given)" if hidden and match["value"] is not None else word)
+    return shown
+
+
 def _refuse_swallowed(name: str, words: Iterable[str]) -> None:
     """UserError for a word with further options in it: a quote is not closed where it should be.
 
@@ -104,7 +116,7 @@ def from_toml(path: Path) -> list[Setting]:
     return list(settings.values())
 
 
-def _setting(key: str, value: Any, place: str) -> Setting:
+def _setting(key: str, value: object, place: str) -> Setting:
     if isinstance(value, dict):
         raise UserError(f"{place}: a table inside a section; sections are one level deep")
     if isinstance(value, list):
@@ -113,7 +125,7 @@ def _setting(key: str, value: Any, place: str) -> Setting:
     return Setting(key, (_word(value, place),), place)
 
 
-def _word(value: Any, place: str) -> str:
+def _word(value: object, place: str) -> str:
     """The word for which `value` stands on the command line."""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import toml
 
@@ -25,7 +24,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {why_not(error)}") from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, object]:
     """The content of a TOML file. Raises UserError."""
     text = read_text(path)
     try:
@@ -102,7 +101,7 @@ def _explain(line: str, message: str) -> str:
     return message.strip()
 
 
-def write_toml(path: Path, values: dict[str, Any]) -> None:
+def write_toml(path: Path, values: dict[str, object]) -> None:
     """Write `values` as a flat TOML file. Raises UserError if it cannot be written."""
     try:
         path.write_text(toml.dumps(values), encoding="utf-8")

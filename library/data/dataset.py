@@ -138,7 +138,12 @@ class TrainingData:
             others = beside.cached_views() if beside is not None else ()
             latents = cache_images(views, encode, batch_size=batch_size, disk=disk, used_too=others)
         self.latents = latents
-        self.masks = cache_masks(views, lambda view: latents.get([view])[0].shape[-2:])
+
+        def size(view: View) -> tuple[int, int]:
+            *_, height, width = latents.get([view])[0].shape
+            return height, width
+
+        self.masks = cache_masks(views, size)
 
     def cache_captions(
         self,

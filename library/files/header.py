@@ -12,8 +12,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     """What a file says of itself; empty for a file that is no safetensors or says nothing. Raises OSError."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        if size > _MOST_BYTES:
+            return {}
         try:
-            header = json.loads(file.read(min(size, _MOST_BYTES)))
+            header = json.loads(file.read(size))
         except (ValueError, RecursionError):
             return {}
     about = header.get("__metadata__", {}) if isinstance(header, dict) else {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TypeAlias
 
 from library.errors import UserError, is_utf8
 
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-def parse_json(text: str, place: str, *, first_line: int = 1) -> Any:
+
+def parse_json(text: str, place: str, *, first_line: int = 1) -> Json:
     """What the text says, which begins in line `first_line` of `place`. Raises UserError for what is no JSON."""
     try:
-        content = json.loads(text)
+        content: Json = json.loads(text)
     except json.JSONDecodeError as error:
         hint = ": write paths with /, or each \\ twice" if "escape" in error.msg else ""
         raise UserError(f"{place}, line {first_line + error.lineno - 1}: not valid JSON: {error.msg}{hint}") from None

@@ -17,7 +17,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 from library.errors import UserError
 from library.files.tensors import ITEM_SIZE, TensorEntry, WeightsIndex
@@ -46,10 +46,10 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    storage: Any
-    start: Any
-    shape: Any
-    stride: Any
+    storage: object
+    start: object
+    shape: object
+    stride: object
 
 
 class _StorageType(NamedTuple):
@@ -59,31 +59,31 @@ class _StorageType(NamedTuple):
 class _Stub:
     """Stands for any object of the file that is not a tensor. Takes everything, does nothing."""
 
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> _Stub:
+    def __new__(cls, *_args: object, **_kwargs: object) -> _Stub:
         return super().__new__(cls)
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+    def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
-    def __call__(self, *_args: Any, **_kwargs: Any) -> _Stub:
+    def __call__(self, *_args: object, **_kwargs: object) -> _Stub:
         return _Stub()
 
-    def __setstate__(self, _state: Any) -> None: ...
+    def __setstate__(self, _state: object) -> None: ...
 
-    def __setitem__(self, _key: Any, _value: Any) -> None: ...
+    def __setitem__(self, _key: object, _value: object) -> None: ...
 
-    def append(self, _item: Any) -> None: ...
+    def append(self, _item: object) -> None: ...
 
-    def extend(self, _items: Any) -> None: ...
+    def extend(self, _items: object) -> None: ...
 
-    def add(self, _item: Any) -> None: ...
+    def add(self, _item: object) -> None: ...
 
 
-class _Dict(dict[Any, Any]):
+class _Dict(dict[object, object]):
     """Stands for OrderedDict."""
 
     __slots__ = ()
 
-    def __setstate__(self, _state: Any) -> None: ...
+    def __setstate__(self, _state: object) -> None: ...
 
 
 class _RebuildTensor:
@@ -91,7 +91,7 @@ class _RebuildTensor:
 
     __slots__ = ()  # nothing that a pickle could set
 
-    def __call__(self, storage: Any, start: Any, shape: Any, stride: Any, *_rest: Any) -> _Tensor:
+    def __call__(self, storage: object, start: object, shape: object, stride: object, *_rest: object) -> _Tensor:
         return _Tensor(storage, start, shape, stride)
 
 
@@ -100,11 +100,11 @@ class _RebuildParameter:
 
     __slots__ = ()
 
-    def __call__(self, data: Any, *_rest: Any) -> Any:
+    def __call__(self, data: object, *_rest: object) -> object:
         return data
 
 
-_KNOWN: dict[str, Callable[[], Any]] = {
+_KNOWN: dict[str, Callable[[], object]] = {
     "collections.OrderedDict": lambda: _Dict,
     "torch._utils._rebuild_tensor": _RebuildTensor,
     "torch._utils._rebuild_tensor_v2": _RebuildTensor,
@@ -122,7 +122,7 @@ class _InertUnpickler(pickle.Unpickler):
         self.foreign: set[str] = set()
         self.dtypes: dict[str, str] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         full = f"{module}.{name}"
         if full in _KNOWN:
             return _KNOWN[full]()
@@ -132,15 +132,17 @@ class _InertUnpickler(pickle.Unpickler):
             self.foreign.add(full)
         return type("Stub", (_Stub,), {})
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> object:
         """("storage", type, key, device, number of elements[, view]), as both formats name a storage."""
+        if not isinstance(pid, tuple):
+            return _Stub  # the legacy format also refers to the classes of pickled modules
         try:
             tag, kind, key, _device, count, *view = pid
             shift = view[0][1] if view and view[0] is not None else 0
         except (TypeError, ValueError, IndexError, KeyError):
-            return _Stub  # the legacy format also refers to the classes of pickled modules
-        known = tag == "storage" and type(kind) is _StorageType and type(key) is str and _naturals(count, shift)
-        if not known:
+            return _Stub
+        known = tag == "storage" and type(kind) is _StorageType and type(key) is str
+        if not (known and _are_naturals((count, shift))):
             return _Stub  # an element type that no weight has: an error if one has it
         self.dtypes[key] = kind.dtype
         return _Storage(key, kind.dtype, count, shift)
@@ -181,7 +183,7 @@ def read_pickle_index(path: Path) -> WeightsIndex:
     return WeightsIndex(path, entries, {})
 
 
-def _of_the_web_ui(content: Any) -> dict[str, _Tensor]:
+def _of_the_web_ui(content: object) -> dict[str, _Tensor]:
     """The tensors of A1111's embeddings, {"string_to_param": {"*": tensor}}, and hypernetworks, {width: (layers, …)}.
 
     Nothing here uses them; they are there to be recognised."""
@@ -200,7 +202,7 @@ def _of_the_web_ui(content: Any) -> dict[str, _Tensor]:
     }
 
 
-def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[str], int], set[str]]:
+def _read_zip(file: BinaryIO) -> tuple[object, Callable[[str], int], set[str]]:
     """The unpickled content, a function from a storage's key to its byte position, and the foreign names."""
     archive = zipfile.ZipFile(file)
     members = {info.filename: info for info in archive.infolist()}
@@ -224,7 +226,7 @@ def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[str], int], set[str]]:
     return content, positions.__getitem__, unpickler.foreign
 
 
-def _read_legacy(file: BinaryIO) -> tuple[Any, Callable[[str], int], set[str]]:
+def _read_legacy(file: BinaryIO) -> tuple[object, Callable[[str], int], set[str]]:
     """As `_read_zip`, for the format before torch 1.6: five pickles, then each storage as a length and its elements."""
     if _InertUnpickler(file).load() != _LEGACY_MAGIC or _InertUnpickler(file).load() != _LEGACY_PROTOCOL:
         raise UserError("a pickle, but not one that torch wrote")
@@ -248,8 +250,7 @@ def _entry(path: Path, name: str, tensor: _Tensor, position: Callable[[str], int
     storage, start, shape, stride = tensor
     if type(storage) is not _Storage:
         raise UserError(f"{path}: '{name}' has an element type that is not supported")
-    sizes = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
-    if not (sizes and _naturals(start, *shape, *stride)):
+    if not (_are_naturals(shape) and _are_naturals(stride) and len(shape) == len(stride) and _is_natural(start)):
         raise UserError(f"{path}: damaged: '{name}' has the shape {shape!r} with the strides {stride!r}")
     last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if math.prod(shape) else -1
     try:
@@ -271,8 +272,12 @@ def _runs_commands(name: str) -> bool:
     )
 
 
-def _naturals(*values: Any) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+def _is_natural(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _are_naturals(value: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(value, tuple) and all(map(_is_natural, value))
 
 
 def _few(names: set[str]) -> str:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from library.errors import UserError
 
@@ -86,9 +86,11 @@ def read_safetensors_index(path: Path, size: int) -> WeightsIndex:
             raise UserError(f"{path}: cut off or damaged: its header takes {length} bytes and the file has {size}")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header: object = json.loads(text)
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint, or damaged at its start") from None
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: neither a .safetensors nor a torch checkpoint, or damaged at its start")
     metadata = header.pop("__metadata__", None)
     metadata = metadata if isinstance(metadata, dict) else {}
     data = 8 + length
@@ -96,18 +98,15 @@ def read_safetensors_index(path: Path, size: int) -> WeightsIndex:
     return WeightsIndex(path, entries, {str(key): str(value) for key, value in metadata.items()})
 
 
-def _safetensors_entry(path: Path, name: str, value: Any, *, data: int, size: int) -> TensorEntry:
-    try:
-        dtype, shape = value["dtype"], tuple(value["shape"])
-        begin, end = value["data_offsets"]
-        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
+def _safetensors_entry(path: Path, name: str, value: object, *, data: int, size: int) -> TensorEntry:
+    said = value if isinstance(value, dict) else {}
+    dtype, shape, place = said.get("dtype"), said.get("shape"), said.get("data_offsets")
+    if not (isinstance(dtype, str) and _are_naturals(shape) and _are_naturals(place) and len(place) == 2):
         raise UserError(f"{path}: damaged: the header's entry for '{name}' is {str(value)[:200]}")
+    begin, end = place
     if dtype not in _SAFETENSORS_DTYPES:
         raise UserError(f"{path}: '{name}' has the element type {dtype}, which is not supported")
-    entry = TensorEntry(path, data + begin, _SAFETENSORS_DTYPES[dtype], shape)
+    entry = TensorEntry(path, data + begin, _SAFETENSORS_DTYPES[dtype], tuple(shape))
     if entry.nbytes != end - begin:
         raise UserError(
             f"{path}: damaged: '{name}' of shape {list(shape)} needs {entry.nbytes} bytes, not {end - begin}"
@@ -117,3 +116,7 @@ def _safetensors_entry(path: Path, name: str, value: Any, *, data: int, size: in
             f"{path}: cut off: '{name}' ends at byte {data + end}, the file has {size}: copy or download it again"
         )
     return entry
+
+
+def _are_naturals(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)

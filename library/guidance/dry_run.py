@@ -1,4 +1,4 @@
-"""What a run will do and cost, in words: the head of every run's log, and the whole of a dry run."""
+"""A dry run: what a run will do and cost, in words."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from library.data.dataset import Batch, Draw
 from library.data.samples import Size
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.optimizers.create import state_bytes, tensor_bytes
-from library.record import metrics
+from library.record import metrics, run_file
+from library.record.summary import count, line, lines
 from library.run import disk
 from library.run.encode import latents_on_disk, texts_on_disk
 from library.run.plan import Plan
-from library.run.start import pictures
-from library.run.summary import counted, line, summary
+from library.run.start import pictures, planned_about
+from library.run.summary import facts_of
 from library.training import loop
 from library.training.hooks.ema import Ema
 from library.training.hooks.validation import Validator
@@ -36,11 +37,16 @@ from networks.merge import BaseWeights
 from networks.protocol import file_tensors
 
 MEASURED_STEPS = 5  # after two that warm up
+_ABOUT = {
+    run_file.SUFFIX: "how the run stands",
+    metrics.SUFFIX: "what each step does",
+    metrics.REPORT_SUFFIX: "the whole run on one page",
+}
 
 
 def report(plan: Plan, run: Run, *, measure: bool) -> None:
     """Print everything that is known before training; with `measure`, time a few steps as well. Nothing is written."""
-    for text in (*summary(plan, run), *_memory(plan, run), *_files(plan, run), *_caches(plan, run)):
+    for text in (*lines(facts_of(plan, run)), *_memory(plan, run), *_files(plan, run), *_caches(plan, run)):
         print(text)
     if measure:
         print(_time(plan, run))
@@ -52,12 +58,12 @@ def report(plan: Plan, run: Run, *, measure: bool) -> None:
 
 def _memory(plan: Plan, run: Run) -> Iterator[str]:
     """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
-    run, data = run, plan.options.data
-    count = sum(parameter.numel() for parameter in run.parameters)
+    data = plan.options.data
+    parameters = sum(parameter.numel() for parameter in run.parameters)
     if plan.choice.has_modes:
         run.optimizer.optimizer.train()
     state = state_bytes(run.optimizer.optimizer)
-    yield line("optimizer", f"{human_bytes(state)} of state, {state / count:.2f} bytes a parameter")
+    yield line("optimizer", f"{human_bytes(state)} of state, {state / parameters:.2f} bytes a parameter")
 
     average = _average_bytes(run)
     if average:
@@ -90,7 +96,7 @@ def _average_bytes(run: Run) -> int:
 def dummy_loss(plan: Plan, run: Run, fake: Callable[[Tensor], Tensor]) -> Tensor:
     """The loss of a dummy batch on the run's device: the parts of a step that take memory. Random draws, which need
     contents, are left out."""
-    run, batch = run, synthetic_batch(plan, run)
+    batch = synthetic_batch(plan, run)
     device = run.accelerator.device
     with run.accelerator.autocast():
         if batch.moments is not None:
@@ -107,7 +113,7 @@ def dummy_loss(plan: Plan, run: Run, fake: Callable[[Tensor], Tensor]) -> Tensor
 
 def synthetic_batch(plan: Plan, run: Run) -> Batch:
     """A full batch of the bucket that takes most memory, with its real captions and images of nothing."""
-    run, data = run, plan.options.data
+    data = plan.options.data
     group = max(plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
     members = [(index, repeat) for index, repeats in group.members for repeat in range(repeats)][: group.batch_size]
     draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
@@ -139,7 +145,6 @@ def _pixels(plan: Plan, count: int) -> Tensor:
 
 def _time(plan: Plan, run: Run) -> str:
     """The time of a step, measured on the network itself: a dry run saves nothing."""
-    run = run
     batch = synthetic_batch(plan, run)
     item = loop.StepBatches(step=1, epoch=0, batches=[batch] * run.accumulation, count=run.accumulation)
     seconds = []
@@ -153,7 +158,7 @@ def _time(plan: Plan, run: Run) -> str:
 
 
 def _files(plan: Plan, run: Run) -> Iterator[str]:
-    saves, run = run.saves, run
+    saves = run.saves
     tensors = run.network.state_dict()
     of_file = disk.file_bytes(file_tensors(run.network), plan.options.output.save_precision)
     of_state = disk.file_bytes(tensors, None) + tensor_bytes(run.optimizer.optimizer.state)  # `_memory` has made it
@@ -165,15 +170,14 @@ def _files(plan: Plan, run: Run) -> Iterator[str]:
     most = disk.most_at_once(saves, after_step=run.position.done, of_file=of_file, of_state=of_state)
     room = human_bytes(shutil.disk_usage(_existing(saves.folder)).free)
     yield line("disk", f"{human_bytes(most)} at one time at most, {room} are free; in all:")
-    yield from _paths(f"{counted(len(files), 'file')} of {human_bytes(of_file)}", files)
+    yield from _paths(f"{count(len(files), 'file')} of {human_bytes(of_file)}", files)
     if states:
-        yield from _paths(f"{counted(len(states), 'state')} of {human_bytes(of_state)}", states)
+        yield from _paths(f"{count(len(states), 'state')} of {human_bytes(of_state)}", states)
     drawn = list(pictures(plan.options, saves).values())
     if drawn:
-        yield from _paths(counted(len(drawn), "picture"), drawn)
-    for path in metrics.planned_files(plan.options, saves):
-        what = "the whole run on one page" if path.name.endswith(metrics.REPORT_SUFFIX) else "what each step does"
-        yield from _paths(what, [path])
+        yield from _paths(count(len(drawn), "picture"), drawn)
+    for path in planned_about(plan.options, saves):
+        yield from _paths(next(what for suffix, what in _ABOUT.items() if path.name.endswith(suffix)), [path])
 
 
 def _paths(what: str, paths: Sequence[Path]) -> Iterator[str]:
@@ -191,7 +195,7 @@ def _existing(folder: Path) -> Path:
 
 def _caches(plan: Plan, run: Run) -> Iterator[str]:
     """What the caches on disk will take, and how much of that is there. Reads the images and what is there."""
-    run, options = run, plan.options
+    options = plan.options
     validator = run.hook(Validator)
     cached = [run.data, *([] if validator is None else [validator.data])]
     if place := latents_on_disk(run.family, options, run.accelerator):
@@ -221,11 +225,11 @@ def _latents_size(run: Run, size: Size) -> int:
 def _cache(what: str, found: Found, to_come: int) -> str:
     files = [*found.sizes, *found.missing]
     folders = list(dict.fromkeys(str(path.parent) for path in files))
-    more = f" and {counted(len(folders) - 1, 'more folder')}" if len(folders) > 1 else ""
+    more = f" and {count(len(folders) - 1, 'more folder')}" if len(folders) > 1 else ""
     broken = f", {len(found.broken)} of them broken" if found.broken else ""
     return line(
         "cache",
-        f"{what}: {counted(len(files), 'file')}, {human_bytes(found.nbytes + to_come)}, in {folders[0]}{more}; "
+        f"{what}: {count(len(files), 'file')}, {human_bytes(found.nbytes + to_come)}, in {folders[0]}{more}; "
         f"{len(found.sizes)} ({human_bytes(found.nbytes)}) are there, "
         f"{len(found.missing)} ({human_bytes(to_come)}) to be made{broken}",
     )

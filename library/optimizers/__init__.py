@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from library.optimizers.custom_adamw import CustomAdamW as CustomAdamW
     from library.optimizers.custom_adamw.preset import preset_arguments as preset_arguments
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`from library.optimizers import CustomAdamW, preset_arguments`: torch loads only when they are asked for."""
     if name == "CustomAdamW":
         from library.optimizers.custom_adamw import CustomAdamW

@@ -7,20 +7,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 
 from library.config import registry, source
+from library.config.registry import Arguments
 from library.errors import UserError, did_you_mean
 from library.optimizers import small_lora
 from library.optimizers.custom_adamw.options import decayed_weight_decay
+from library.optimizers.groups import Options, ParameterGroups
 from library.optimizers.registry import OPTIMIZERS
 from library.optimizers.small_lora import SmallLora
 
 logger = logging.getLogger(__name__)
-
-ParameterGroups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class OptimizerChoice:
 
     name: str
     path: str
-    arguments: dict[str, Any]
+    arguments: Arguments
 
     @property
     def is_custom_adamw(self) -> bool:
@@ -82,7 +81,7 @@ class OptimizerChoice:
         """With relative steps transformers' Adafactor insists on having no rate at all; others leave theirs unused."""
         return self.relative_step and _signature(self.path)["lr"].default is None
 
-    def setting(self, name: str) -> Any:
+    def setting(self, name: str) -> object:
         """An argument as given, or its default; None if there is no such argument."""
         parameter = _signature(self.path).get(name)
         default = None if parameter is None or parameter.default is parameter.empty else parameter.default
@@ -177,7 +176,7 @@ def _path(name: str) -> str:
     )
 
 
-def _defaults(path: str, name: str) -> dict[str, Any]:
+def _defaults(path: str, name: str) -> Arguments:
     """What kohya sets where the user says nothing."""
     if name.lower().startswith("sgdnesterov"):
         return {"momentum": 0.9, "nesterov": True}
@@ -186,8 +185,9 @@ def _defaults(path: str, name: str) -> dict[str, Any]:
     return {}
 
 
-def _class(path: str) -> Any:
-    return registry.load_path(path, where="--optimizer_type")
+def _class(path: str) -> type:
+    found: type = registry.load_path(path, where="--optimizer_type")
+    return found
 
 
 def _signature(path: str) -> Mapping[str, inspect.Parameter]:
@@ -263,7 +263,7 @@ def _arguments_of(optimizer_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(optimizer_class).parameters)
 
 
-def _has_found_d(optimizer_class: type, group: Mapping[str, Any]) -> bool:
+def _has_found_d(optimizer_class: type, group: Options) -> bool:
     """Whether a group has a "d" that is the optimizer's own: torch's Adafactor calls one of its arguments so."""
     return "d" in group and "d" not in _arguments_of(optimizer_class)
 
@@ -278,9 +278,9 @@ def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return rates
 
 
-def _relative_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+def _relative_rate(optimizer: torch.optim.Optimizer, group: Options) -> float:
     """Adafactor's own rate in the last step: transformers' has it scaled by the size of a parameter, the first."""
-    state: Mapping[str, Any] = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), {})
+    state: Options = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), {})
     step = state.get("step") or group.get("step")
     if not step:
         return 0.0
@@ -312,7 +312,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return tensor_bytes(optimizer.state)
 
 
-def tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: object) -> int:
     """Bytes of all tensors in nested dicts."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
 
 from library.errors import UserError
+from library.optimizers.groups import Group
 
 logger = logging.getLogger(__name__)
 
-Seen = Mapping[str, Any]  # plain tuples of numbers, for state dicts; see `Plateau.observe`
+
+class Seen(TypedDict):
+    """Of the last steps, the oldest first: plain tuples, for state dicts. See `Plateau.observe`."""
+
+    flat: bool
+    losses: tuple[float, ...]
+    gradient_norms: tuple[float, ...]
+    validation_losses: tuple[float, ...]
+
+
 NOTHING: Seen = {"flat": False, "losses": (), "gradient_norms": (), "validation_losses": ()}
 
 
@@ -70,7 +80,7 @@ class Plateau:
 
     def tell(
         self,
-        groups: Sequence[dict[str, Any]],
+        groups: Sequence[Group],
         *,
         counter: str,
         loss: float,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from library.config import registry
 from library.config.options.schedule import ScheduleOptions
+from library.config.registry import Arguments
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class ScheduleChoice:
 
     name: str
     path: str
-    arguments: dict[str, Any]
+    arguments: Arguments
     total_steps: int
     warmup: int = 0  # optimizer steps
 
@@ -111,12 +113,12 @@ def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleCh
     return ScheduleChoice(name, SCHEDULES[name], {**given, **words}, total_steps, warmup)
 
 
-def _arguments(options: ScheduleOptions, *, total_steps: int, warmup: int, decay: int) -> dict[str, Any]:
+def _arguments(options: ScheduleOptions, *, total_steps: int, warmup: int, decay: int) -> Arguments:
     """What the function of a schedule by name is given, apart from --lr_scheduler_args."""
     name, cycles, ratio = options.lr_scheduler, options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio
     if name in _WITHOUT_WARMUP:
         return {}
-    arguments: dict[str, Any] = {"num_warmup_steps": warmup}
+    arguments: Arguments = {"num_warmup_steps": warmup}
     if name == "inverse_sqrt":
         return arguments | {"timescale": options.lr_scheduler_timescale}
     if name == "warmup_stable_decay":
@@ -190,7 +192,7 @@ def rehearse(choice: ScheduleChoice, *, rate: float) -> None:
         create_schedule(choice, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
 
 
-def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """The schedule, to be stepped once per optimizer step whatever the number of processes and of batches a step.
 
     Raises UserError where the function or class does not take its arguments, or a class breaks off before the end.
@@ -199,7 +201,7 @@ def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) ->
     try:
         if choice.path not in SCHEDULES.values():
             _run_through(choice, make, optimizer)
-        schedule: torch.optim.lr_scheduler.LRScheduler = make(optimizer, **choice.arguments)
+        schedule: LRScheduler = make(optimizer, **choice.arguments)
     except UserError:
         raise
     except Exception as error:  # others' code, which refuses in its own ways
@@ -207,7 +209,7 @@ def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) ->
     return schedule
 
 
-def _run_through(choice: ScheduleChoice, make: Any, optimizer: torch.optim.Optimizer) -> None:
+def _run_through(choice: ScheduleChoice, make: Callable[..., LRScheduler], optimizer: torch.optim.Optimizer) -> None:
     """The whole curve on stand-ins for the parameters: many mistakes show only at some step."""
     groups = [{**group, "params": [torch.nn.Parameter(torch.zeros(1))]} for group in optimizer.param_groups]
     stand_in = torch.optim.SGD(groups, lr=0.0)  # which does nothing without gradients

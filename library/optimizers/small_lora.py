@@ -7,14 +7,18 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from library import log
+from library.optimizers.groups import ParameterGroups
 
-Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+Make = Callable[[ParameterGroups], torch.optim.Optimizer]
 
 STEPS = 12
 """Enough for an eps that is 0 (the second step is NaN) and for optimizers that do nothing in their first five."""
@@ -55,7 +59,7 @@ class SmallLora:
         downs = [down / math.sqrt(down[0].numel()) for down in downs]
         sizes = [(up[0], down[0].numel()) for (_, up), down in zip(shapes, downs, strict=True)]
         self._targets = [torch.randn(size, generator=draws) / math.sqrt(size[1]) for size in sizes]
-        self.groups: list[dict[str, Any]] = []
+        self.groups: ParameterGroups = []
         for name, rate in rates.items():
             parameters, names = [], []
             for number, (down, (_, up)) in enumerate(zip(downs, shapes, strict=True)):
@@ -89,7 +93,17 @@ class SmallLora:
                     parameter.grad = (self._scale * gradient).to(parameter)
 
 
-def has_modes(optimizer: Any) -> bool:
+class HasModes(Protocol):
+    """An optimizer with a mode for training and one for weights to save, validate and draw with."""
+
+    @property
+    def state(self) -> Mapping[Tensor, object]: ...
+
+    def train(self) -> None: ...
+    def eval(self) -> None: ...
+
+
+def has_modes(optimizer: object) -> TypeIs[HasModes]:
     """Whether an optimizer, or its class, has a `train()` and an `eval()`: one for training, the other for weights to
     save, validate and draw with."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -115,7 +115,7 @@ def _device() -> torch.device:
 
 
 def _why(choice: OptimizerChoice, dtype: torch.dtype) -> str:
-    eps: Any = choice.setting("eps")
+    eps: object = choice.setting("eps")
     if isinstance(eps, float) and eps and torch.tensor(eps, dtype=dtype) == 0:
         return (
             f": its eps of {eps:g} is 0 in fp16. Give --optimizer_args eps=1e-4, an 8-bit optimizer (they compute in "

@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from library.config import registry
 from library.config.options.weight_decay import READ_BY, WeightDecayOptions
+from library.config.registry import Arguments
 from library.errors import UserError
 from library.optimizers import auto_weight_decay
 from library.optimizers.create import OptimizerChoice
@@ -33,7 +34,7 @@ class DecayChoice:
     """The curve of a run, and where each of its numbers comes from. `flat`: arguments of `Plateau`."""
 
     curve: Curve
-    flat: dict[str, Any] = field(default_factory=dict)
+    flat: Arguments = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, object]:
@@ -60,20 +61,6 @@ class DecayChoice:
         starts = (start for start, _ in self.curve.stages if start <= total_steps)
         earliest = self.held if self.curve.schedule == "adaptive" else None
         return any(self.curve.factor(step, flat_since=earliest) != 1 for step in (total_steps, *starts))
-
-    def told(self, base: float, *, total_steps: int) -> str:
-        """The curve in a line: from `base`, the configured weight decay, to where a run of this length ends."""
-        curve, end = self.curve, f"{base * self.curve.factor(total_steps):.3g} at the last step"
-        if curve.schedule == "adaptive":
-            return (
-                f"{base:g} until the loss is flat, at step {self.held} or later; then times {curve.decay_factor:g} in "
-                f"every {curve.transition_steps} steps"
-            )
-        if not self.changes(total_steps):
-            return f"{base:g}, {curve.schedule}: it does not change within this run"
-        if curve.schedule == "multi_stage":
-            return f"{base:g} times {_stages_text(curve.stages)}{' in straight lines' * curve.interpolate}; {end}"
-        return f"{base:g} until step {self.held}, then {curve.schedule}; {end}"
 
 
 def check_options(
@@ -144,7 +131,7 @@ def decide(
     if not _is_on(options, choice):
         return None
     own, reasons = _own(choice), {}
-    values: dict[str, Any] = {"schedule": options.wd_schedule or own.schedule}
+    values: Arguments = {"schedule": options.wd_schedule or own.schedule}
     reasons["wd_schedule"] = _where(options.wd_schedule, choice, "wd_schedule")
     read = [name for name, curves in READ_BY.items() if values["schedule"] in curves and name != "wd_flat"]
     for name in read:
@@ -171,7 +158,7 @@ def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: Opti
     """CustomAdamW does it itself: its arguments with the numbers given or decided. Others stay as they are."""
     if not choice.is_custom_adamw:
         return choice
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     if options.dynamic_weight_decay is not None:
         arguments["dynamic_weight_decay"] = options.dynamic_weight_decay
     if decided is not None:
@@ -181,15 +168,25 @@ def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: Opti
     return replace(choice, arguments={**choice.arguments, **arguments})
 
 
-def attach(decided: DecayChoice | None, optimizer: torch.optim.Optimizer) -> Any:
+class Observe(Protocol):
+    """Takes the numbers by which an adaptive curve goes, before each step."""
+
+    def __call__(
+        self, loss: float, gradient_norm: float | None = None, validation_loss: float | None = None
+    ) -> None: ...
+
+
+def attach(decided: DecayChoice | None, optimizer: torch.optim.Optimizer) -> Observe | None:
     """Have the optimizer follow the curve. Returns the function that must be told (loss, gradient norm) before each
     step, or None if the curve does not depend on them."""
     if decided is None:
         return None
     from library.optimizers.custom_adamw import CustomAdamW
 
-    follower: Any = optimizer
-    if not isinstance(optimizer, CustomAdamW):
+    follower: CustomAdamW | WeightDecayHook
+    if isinstance(optimizer, CustomAdamW):
+        follower = optimizer
+    else:
         follower = WeightDecayHook(optimizer, decided.curve, Plateau(**decided.flat))
     return follower.observe if decided.curve.schedule == "adaptive" else None
 
@@ -212,18 +209,19 @@ def _own(choice: OptimizerChoice) -> Curve:
     return Curve(**{name: settings[f"wd_{name}"] for name in Curve._fields})
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults() -> Arguments:
     from library.optimizers.custom_adamw import CustomAdamW
 
     return {name: item.default for name, item in inspect.signature(CustomAdamW).parameters.items()}
 
 
-def weight_decay_of(choice: OptimizerChoice) -> Any:
+def weight_decay_of(choice: OptimizerChoice) -> float | None:
     """The weight decay that the optimizer will have; None if it knows none."""
-    return choice.setting("weight_decay")
+    value = choice.setting("weight_decay")
+    return value if isinstance(value, int | float) else None
 
 
-def _words(options: WeightDecayOptions) -> dict[str, Any]:
+def _words(options: WeightDecayOptions) -> Arguments:
     """--wd_flat as arguments of `Plateau`."""
     arguments, _ = registry.bind(_PLATEAU, options.wd_flat, where="--wd_flat", called="--wd_schedule adaptive")
     return arguments
@@ -276,9 +274,9 @@ def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
         logger.warning("the weight decay stays as it is: with these numbers its curve never falls")
 
 
-def _warn_of_vanishing(decided: DecayChoice | None, base: Any, total_steps: int) -> None:
+def _warn_of_vanishing(decided: DecayChoice | None, base: float | None, total_steps: int) -> None:
     """A weight decay, as configured or at the end of its curve, that is above 0 and too small to do anything."""
-    if not isinstance(base, int | float) or base <= 0:
+    if base is None or base <= 0:
         return
     if base < VANISHED:
         logger.warning("the weight decay is %g, below %g: it regularises nothing", base, VANISHED)

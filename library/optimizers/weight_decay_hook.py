@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
@@ -39,7 +38,7 @@ class WeightDecayHook:
             validation_loss=validation_loss,
         )
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         for group in optimizer.param_groups:
             base = group.setdefault("initial_weight_decay", group["weight_decay"])
             step = group["wd_step"] = group.get("wd_step", 0) + 1

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from library.errors import UserError
 from library.models.family import AdapterTargets
 from library.progress import bar
 
 FLOAT8 = torch.float8_e4m3fn
+Pair = tuple[int, ...]
+Shape = tuple[Pair, str | Pair, Pair, int]  # a convolution's stride, padding, dilation and groups
 _LARGEST = torch.finfo(FLOAT8).max  # what is larger would become NaN
 
 
@@ -44,7 +47,7 @@ def hold_in_float8(targets: Iterable[AdapterTargets], device: torch.device | Non
         if not (least >= -_LARGEST and most <= _LARGEST):  # NaN as well
             raise UserError(f"--fp8_base: {name} has weights beyond {_LARGEST:g}, which 8 bits cannot hold")
         layer.weight = nn.Parameter(weight.to(FLOAT8), requires_grad=False)
-        layer.forward = partial(_forward, layer)
+        vars(layer)["forward"] = partial(_forward, layer)  # of this layer alone
     return len(layers)
 
 
@@ -59,16 +62,29 @@ def _forward(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     return _Conv2d.apply(x.to(dtype), layer.weight, bias, shape)
 
 
+class _Context(Protocol):
+    """What torch hands to `forward` and, when it is time, to `backward`."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _ConvContext(_Context, Protocol):
+    size: torch.Size
+    shape: Shape
+
+
 class _Linear(torch.autograd.Function):
     """Autograd would keep the converted weight of every layer for the backward pass; here it keeps the 8 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return gradient @ weight.to(gradient.dtype), None, None
 
@@ -77,13 +93,14 @@ class _Conv2d(torch.autograd.Function):
     """The same for convolutions; `shape`: stride, padding, dilation, groups."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: _ConvContext, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.size, ctx.shape = x.shape, shape
-        return F.conv2d(x, weight.to(x.dtype), bias, *shape)
+        stride, padding, dilation, groups = shape
+        return F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ConvContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         weight = weight.to(gradient.dtype)
-        return torch.nn.grad.conv2d_input(ctx.size, weight, gradient, *ctx.shape), None, None, None
+        return conv2d_input(ctx.size, weight, gradient, *ctx.shape), None, None, None

@@ -15,14 +15,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.errors import UserError
 from library.files.atomic import replacing
-
-if TYPE_CHECKING:
-    from library.config.options import Options
-    from library.record.saves import SavePlan
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +39,7 @@ class MetricsFile:
         self._file: Any = None
         self._run = {"format": FORMAT, **run}
         self._incomplete = False
-        if done and belongs_to(path, session_id=run["session_id"]):
+        if done and session_of(path) == run["session_id"]:
             self._begin(done)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -96,45 +92,18 @@ def report_path(metrics: Path) -> Path:
     return metrics.with_name(metrics.name.removesuffix(SUFFIX) + REPORT_SUFFIX)
 
 
-def planned_files(options: Options, saves: SavePlan) -> list[Path]:
-    """What tells of a run: the metrics, and the report that is made of them."""
-    wanted, path = options.monitoring, metrics_path(saves.last_file)
-    return [path] * wanted.monitoring + [report_path(path)] * wanted.writes_report
+def session_of(path: Path) -> int | None:
+    """The id of the run that a metrics file is about; None for another file, or one that is not there."""
+    session = read_run(path).get("session_id")
+    return session if isinstance(session, int) else None
 
 
-def new_files(options: Options, saves: SavePlan, *, resumed_session: int | None) -> list[Path]:
-    """Of these the ones that may not be there yet: a resumed run goes on with its own, and what tells of a run that
-    ended before it saved anything may go. `resumed_session`: the id of the run that goes on, None for a new one."""
-    files = planned_files(options, saves)
-    if resumed_session is not None:
-        return [file for file in files if not belongs_to(file, session_id=resumed_session)]
-    if saves.left_anything():
-        return files
-    idle = [file for file in files if os.path.isfile(file) and _tells_of_a_run(file)]
-    if idle:
-        logger.info("replacing %s, of a run that saved nothing", ", ".join(map(str, idle)))
-    return [file for file in files if file not in idle]
-
-
-def _tells_of_a_run(path: Path) -> bool:
-    return bool(session_of_report(path) if path.name.endswith(REPORT_SUFFIX) else read_run(path))
-
-
-def belongs_to(path: Path, *, session_id: int) -> bool:
-    """Whether this tells of this run, begun in this process or in one that it goes on from."""
-    if not os.path.isfile(path):
-        return False
-    if path.name.endswith(REPORT_SUFFIX):
-        return session_of_report(path) == str(session_id)
-    return read_run(path).get("session_id") == session_id
-
-
-def session_of_report(path: Path) -> str:
-    """What a report says of whose it is; empty for a file that is none."""
+def session_of_report(path: Path) -> int | None:
+    """The id of the run that a report is about; None for a file that is no report."""
     with path.open("rb") as file:
         start = file.read(2000).decode("utf-8", "replace")
     found = re.search(r'<meta name="session" content="(\d+)">', start)
-    return found[1] if found else ""
+    return int(found[1]) if found else None
 
 
 def read_run(path: Path) -> Line:

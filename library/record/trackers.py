@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config.options import LoggingOptions, Options, option_groups
+from library.config.options import SECRETS, LoggingOptions, Options, option_groups
 from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
 from library.errors import UserError, did_you_mean, why_not
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 # Not for others' eyes, or of no meaning on another machine: kohya keeps these out of logged configurations, too
 _PRIVATE = frozenset(
     (
-        *("wandb_api_key", "pretrained_model_name_or_path", "vae", "train_data_dir", "reg_data_dir", "dataset_config"),
+        *SECRETS,
+        *("pretrained_model_name_or_path", "vae", "train_data_dir", "reg_data_dir", "dataset_config"),
         *("output_dir", "logging_dir", "log_tracker_config", "console_log_file", "config_file", "network_weights"),
         *("base_weights", "sample_prompts"),
     )

@@ -13,7 +13,9 @@ from markupsafe import Markup
 
 from library.errors import UserError
 from library.files.atomic import replacing
+from library.record import run_file, summary
 from library.record.metrics import report_path, session_of_report
+from library.record.run_file import Session
 from library.report import charts, images
 from library.report.read import Story, read_story, samples, saved_files
 from library.sampling.files import Sample, some
@@ -27,7 +29,7 @@ THUMBNAIL, SAMPLE, PICTURE = 160, 256, 1200  # pixels, the longer side
 def write(metrics: Path) -> Path:
     """`NAME-report.html` beside `NAME-metrics.jsonl`. UserError if another file of that name is there."""
     path = report_path(metrics)
-    if path.exists() and not session_of_report(path):
+    if path.exists() and session_of_report(path) is None:
         raise UserError(f"{path} is there and is no report of a run: move it away")
     html = render(read_story(metrics))
     with replacing(path) as beside:
@@ -75,33 +77,58 @@ def _state(story: Story) -> str:
     total = story.run.get("total_steps", 0)
     if story.last_step >= total:
         return f"all {total} steps are done"
-    reason = "it ended early, because validation no longer improved"
-    if not story.end:
-        reason = "it is still going on, or was killed"
-    elif story.end["stopped_by"]:
-        reason = f"stopped by {story.end['stopped_by']}"
-    return f"{story.last_step} of {total} steps are done: {reason}"
+    return f"{story.last_step} of {total} steps are done: {_why(story)}"
+
+
+def _why(story: Story) -> str:
+    """The reason for which a run stands before its last step."""
+    early = "it ended early, because validation no longer improved"
+    if story.record is None:
+        if not story.end:
+            return "it is still going on, or was killed"
+        return f"stopped by {story.end['stopped_by']}" if story.end["stopped_by"] else early
+    session = story.record.session
+    reasons = {
+        run_file.RUNNING: "it is still going on",
+        run_file.FINISHED: early,
+        run_file.STOPPED: f"stopped by {session.reason}",
+        run_file.FAILED: f"it failed: {session.reason}",
+        run_file.LOST: f"it ended without a word, after {_moment(session.heartbeat)}: killed, or the machine went down",
+    }
+    return reasons[run_file.standing(story.record)]
 
 
 def _glance(story: Story) -> list[tuple[str, str]]:
     """The run in a few words."""
-    said = {label: text for label, text in story.run.get("summary", ()) if label}
-    facts = [
-        ("base model", said.get("model", "").partition(" (")[0]),
-        ("network", said.get("network", "").partition(":")[0]),
+    facts = story.facts
+    if facts is None:
+        model, network, rates = _glance_of_words(story)
+    else:
+        model, network, rates = facts.model.path, summary.network(facts.network), summary.rates(facts.rates)
+    subsets = story.run.get("subsets", ())
+    shown = [
+        ("base model", model),
+        ("network", network),
+        ("images", f"{sum(subset['images'] for subset in subsets):,}" if subsets else ""),
+        ("training took", human_time(story.seconds) if story.seconds else ""),
+        ("rates", rates),
     ]
-    if subsets := story.run.get("subsets"):
-        facts.append(("images", f"{sum(subset['images'] for subset in subsets):,}"))
-    facts.append(("training took", human_time(story.seconds) if story.seconds else ""))
-    facts.append(("rates", said.get("rates", "")))
-    return [(label, text) for label, text in facts if text]
+    return [(label, text) for label, text in shown if text]
+
+
+def _glance_of_words(story: Story) -> tuple[str, str, str]:
+    """Base model, network and rates of a run without a record, whose metrics have sentences only."""
+    said = {label: text for label, text in story.summary if label}
+    return said.get("model", "").partition(" (")[0], said.get("network", "").partition(":")[0], said.get("rates", "")
 
 
 def _facts(story: Story) -> list[tuple[str, str]]:
     """When, how long, how much memory, on what."""
     facts = []
     if started := story.run.get("started_at"):
-        facts.append(("begun", datetime.fromtimestamp(started).strftime("%Y-%m-%d %H:%M")))
+        facts.append(("begun", _moment(started)))
+    if story.record is not None and len(story.record.sessions) > 1:
+        facts += [("a session", _session(session)) for session in story.record.sessions]
     if story.seconds:
         facts.append(("training took", human_time(story.seconds)))
         facts.append(
@@ -110,6 +137,18 @@ def _facts(story: Story) -> list[tuple[str, str]]:
     for name, value in story.end.get("memory", {}).items():
         facts.append((f"most memory, {name}", human_bytes(value)))
     return facts + [(name, value) for name, value in story.run.get("machine", ())]
+
+
+def _moment(time: float) -> str:
+    return datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M")
+
+
+def _session(session: Session) -> str:
+    """One process of a run that was resumed."""
+    end = f" ({session.reason})" if session.reason else ""
+    until = _moment(session.heartbeat if session.ended is None else session.ended)
+    steps = f"steps {session.first_step} to {session.steps_done}"
+    return f"{_moment(session.started)} to {until} on {session.host}, {steps}: {session.status}{end}"
 
 
 def _options(run: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Reads what a run left behind: its metrics, its files and its samples."""
+"""Reads what a run left behind: its record, its metrics, its files and its samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 from library.errors import UserError, nearest_path
 from library.files.hashes import sha256
 from library.files.header import read_metadata
+from library.record import run_file, summary
+from library.record.facts import Facts
 from library.record.metrics import SUFFIX, lines
+from library.record.run_file import Record
 from library.sampling import files as sample_files
 from library.sampling.files import Sample
 from networks import base_weights
@@ -47,10 +50,12 @@ class Curve:
 
 @dataclass
 class Story:
-    """All that is known of a run. `curves` by name: "loss", "rates/unet" …"""
+    """All that is known of a run. `curves` by name: "loss", "rates/unet" … `record`: None for runs of versions that
+    wrote none, and where it is no longer there."""
 
     path: Path  # of the metrics
-    run: dict[str, Any]
+    run: dict[str, Any]  # the first line of the metrics
+    record: Record | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
     warnings: list[tuple[int, str, str]] = field(default_factory=list)  # step, sign, text
     last_step: int = 0
@@ -61,6 +66,17 @@ class Story:
     @property
     def name(self) -> str:
         return str(self.run.get("name", self.path.name.removesuffix(SUFFIX)))
+
+    @property
+    def facts(self) -> Facts | None:
+        return None if self.record is None else self.record.facts
+
+    @property
+    def summary(self) -> list[tuple[str, str]]:
+        """Label and text of each line of the console's summary."""
+        if self.facts is not None:
+            return list(summary.rows(self.facts))
+        return [(str(label), str(text)) for label, text in self.run.get("summary", ())]
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ def read_story(path: Path) -> Story:
     run = next(every, {}).get("run")
     if not isinstance(run, dict):
         raise UserError(f"{path}: its first line does not describe a run")
-    story = Story(path, run)
+    story = Story(path, run, _record_of(path, run))
     deltas: list[float] = []
     for line in every:
         step = line.get("step")
@@ -116,6 +132,12 @@ def read_story(path: Path) -> Story:
     named = zip(run.get("adapters", ()), deltas, strict=False)
     story.largest = sorted(named, key=lambda item: -(item[1] or 0))[:8]
     return story
+
+
+def _record_of(metrics: Path, run: Mapping[str, Any]) -> Record | None:
+    """The record beside the metrics, if it is of the same run."""
+    record = run_file.read(metrics.with_name(metrics.name.removesuffix(SUFFIX) + run_file.SUFFIX))
+    return record if record is not None and record.id == run.get("session_id") else None
 
 
 def _step(story: Story, step: int, line: Mapping[str, Any]) -> None:

@@ -15,8 +15,9 @@ from library.optimizers import weight_decay_choice
 from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule
 from library.parallel import shard, together, zero
+from library.record.run_file import RunFile
 from library.record.saves import SavePlan
-from library.run import disk, start
+from library.run import disk, recording, start
 from library.run.curves import Curves, curves_of, of_length
 from library.run.encode import load_and_encode, trains_text
 from library.run.hooks import Made, make_hooks
@@ -35,10 +36,11 @@ Following = tuple[LRScheduler | None, Callable[[float, float | None, float | Non
 """The schedule of the learning rates, and what the adaptive weight decay observes the losses with."""
 
 
-def build(plan: Plan) -> Run:
+def build(plan: Plan, record: RunFile | None = None) -> Run:
     """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served.
 
-    Raises UserError for whatever does not go together, or is in the way.
+    `record`: is begun before the models are loaded; None: there is none. Raises UserError for whatever does not go
+    together, or is in the way.
     """
     options = plan.options
     objective = make_objective(options.objective, plan.family)
@@ -63,6 +65,9 @@ def build(plan: Plan) -> Run:
             plan.resume, now=facts, of_length=of_length(plan, curves), anyway=options.run.resume_anyway
         )
     plan = replace(plan, choice=curves.optimizer)
+    record = RunFile() if record is None else record
+    if accelerator.is_main_process:
+        recording.begin(record, plan, saves)
     data = TrainingData(
         plan.prepared,
         seed=plan.seed,
@@ -84,7 +89,7 @@ def build(plan: Plan) -> Run:
         cache=not options.run.dry_run,
     )
     core, following = _core(plan, accelerator, objective, saves, data, curves)
-    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, held_out, prompts, facts)))
+    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, held_out, prompts, facts, record)))
     if plan.resume is not None:
         state.load(plan.resume, run, changed=changed)
     if accelerator.is_main_process and options.trains:

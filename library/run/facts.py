@@ -10,7 +10,9 @@ from library.data.captions import as_written
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
 from library.optimizers.weight_decay_choice import DecayChoice
-from library.record.metadata import DatasetFacts, ModelSpec, RunFacts, RunMetadata, SubsetFacts, data_url
+from library.record.dataset_metadata import DatasetFacts, SubsetFacts
+from library.record.metadata import RunFacts, RunMetadata
+from library.record.modelspec import ModelSpec, data_url
 from library.record.saves import SavePlan
 from library.run.plan import Plan
 from networks import base_weights

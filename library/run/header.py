@@ -10,18 +10,19 @@ import torch
 
 from library.config.options import Options, declared_options, option_groups
 from library.data.prepare import Prepared
+from library.record.facts import Facts
+from library.record.summary import rows
 from library.run.plan import Plan
-from library.run.summary import summary
+from library.run.recording import in_effect
 from library.training.meter import timestep_ranges
 from library.training.run import Run
 from networks.network import AdapterNetwork
 
 EXAMPLES = 24  # images that are named
-SECRETS = frozenset({"wandb_api_key"})
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
-def describe(plan: Plan, run: Run) -> dict[str, Any]:
+def describe(plan: Plan, run: Run, facts: Facts) -> dict[str, Any]:
     """As JSON has it, but for paths, which are text there."""
     saves = run.saves
     network = run.network if isinstance(run.network, AdapterNetwork) else None
@@ -36,7 +37,7 @@ def describe(plan: Plan, run: Run) -> dict[str, Any]:
         "steps_per_epoch": saves.steps_per_epoch,
         "timesteps": timestep_ranges(len(run.objective.alphas_cumprod)),
         "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
-        "summary": [[line[:12].strip(), line[12:]] for line in summary(plan, run)],
+        "summary": [list(row) for row in rows(facts)],
         "options": _options(plan.options, seed=plan.seed),
         "subsets": [
             {
@@ -68,16 +69,12 @@ def describe(plan: Plan, run: Run) -> dict[str, Any]:
 
 def _options(options: Options, *, seed: int) -> list[list[Any]]:
     """[group, name, value, default] of each, with the seed that was drawn, and without what nobody should see."""
-    known, rows = declared_options(), []
+    known, values, rows = declared_options(), in_effect(options, seed=seed), []
     for group_name, group in option_groups().items():
         title = (group.__doc__ or group_name).splitlines()[0]
-        for name, value in vars(getattr(options, group_name)).items():
-            if name == "seed":
-                value = seed
-            if name in SECRETS and value is not None:
-                value = "(given)"
+        for name in vars(getattr(options, group_name)):
             default = None if known[name].required else known[name].default
-            rows.append([title, name, value, default])
+            rows.append([title, name, values[name], default])
     return rows
 
 

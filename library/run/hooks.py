@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.parallel import zero
-from library.record import metrics, trackers
+from library.record import trackers
+from library.record.run_file import RunFile
 from library.record.validation_history import History
-from library.run import header
 from library.run.curves import Curves
 from library.run.encode import vae_dtype
 from library.run.facts import run_metadata
@@ -48,6 +48,7 @@ class Made(NamedTuple):
     held_out: TrainingData | None
     prompts: render.EncodedPrompts
     facts: Facts  # of the states
+    record: RunFile
 
 
 def make_hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> tuple[Hook[Run], ...]:
@@ -70,7 +71,7 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
         yield MaxNorm(options.network.scale_weight_norms)
     if options.trains:
         yield from _pictures(plan, run, made.prompts)
-        yield from _monitor(plan, run)
+        yield from _monitor(plan, run, made.record)
     if options.ema.ema_decay is not None:
         yield Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
     if options.trains:
@@ -116,7 +117,7 @@ def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[
         )
 
 
-def _monitor(plan: Plan, run: Run) -> Iterator[Monitor]:
+def _monitor(plan: Plan, run: Run, record: RunFile) -> Iterator[Monitor]:
     wanted = plan.options.monitoring
     if wanted.monitoring:
         ours = run.network if isinstance(run.network, AdapterNetwork) else None
@@ -126,8 +127,7 @@ def _monitor(plan: Plan, run: Run) -> Iterator[Monitor]:
             Meter(by_name, ours, run.accelerator, timesteps=timesteps),
             every=wanted.every,
             bins=timestep_ranges(timesteps),
-            path=metrics.metrics_path(run.saves.last_file),
-            describe=partial(header.describe, plan),
+            record=record,
         )
 
 
@@ -144,6 +144,7 @@ def _writers(plan: Plan, run: Run, curves: Curves, made: Made, history: History 
             metadata=run_metadata(plan, saves, run.data, world_size=processes, decay=curves.decay),
             unwritten=unwritten,
             history=history,
+            record=made.record,
         )
     if isinstance(run.gradients, zero.ZeroTwo):
         yield zero.Gathering(saver, run.gradients, saves)

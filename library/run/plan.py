@@ -16,7 +16,7 @@ from library.config import kohya, registry, source
 from library.config.dataset_config import DatasetSpec, is_validated, load_datasets
 from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
-from library.config.options import NetworkOptions, Options
+from library.config.options import NetworkOptions, Options, OutputOptions
 from library.config.options.validation import check_validation
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
@@ -71,7 +71,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     _check_data_options(options, datasets)
     _warn_of_unused_rates(options)
     creator, arguments = _network_arguments(options)
-    check_user_metadata(options.output)
+    _check_metadata(options.output)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
     trackers = plan_trackers(options)
@@ -154,6 +154,13 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
         resume=resume,
     )
+
+
+def _check_metadata(output: OutputOptions) -> None:
+    """What the user wants to stand in the files' metadata; only safetensors have any."""
+    if output.save_model_as == "safetensors":
+        texts = {name: text for name, text in vars(output).items() if name.startswith("metadata_")}
+        check_user_metadata({**texts, "training_comment": output.training_comment})
 
 
 def _warn_of_unused_rates(options: Options) -> None:

@@ -13,7 +13,7 @@ from library import gpu
 from library.config.options import Options
 from library.errors import CommonError, UserError
 from library.parallel import shard, together, zero
-from library.record import metrics, trackers
+from library.record import about, trackers
 from library.record import saves as save
 from library.record.metadata import belongs_to
 from library.run.plan import Plan
@@ -105,8 +105,18 @@ def _check_free(plan: Plan, saves: save.SavePlan) -> None:
     if resume is not None:
         files = [file for file in files if not belongs_to(file, session_id=plan.session_id)]
         drawn = drawn if saves.last_file in files else []  # the pictures of a file are its run's
-    new = metrics.new_files(plan.options, saves, resumed_session=None if resume is None else plan.session_id)
-    save.check_free([*files, *drawn, *new], overwrite=plan.options.output.overwrite)
+    told = about.in_the_way(
+        planned_about(plan.options, saves),
+        resumed=None if resume is None else plan.session_id,
+        left_anything=saves.left_anything(),
+    )
+    save.check_free([*files, *drawn, *told], overwrite=plan.options.output.overwrite)
+
+
+def planned_about(options: Options, saves: save.SavePlan) -> list[Path]:
+    """The files about the run: its record, its metrics, and the report."""
+    wanted = options.monitoring
+    return about.planned_files(saves.last_file, monitoring=wanted.monitoring, report=wanted.writes_report)
 
 
 def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:

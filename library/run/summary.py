@@ -1,4 +1,4 @@
-"""What a run will do, in words: the head of its log, its report and a dry run."""
+"""Gathers the facts of a run that is ready to start from its options, data, model and network."""
 
 from __future__ import annotations
 
@@ -6,150 +6,168 @@ from collections.abc import Iterator
 
 from library.data.captions import changing_options
 from library.data.prepare import Prepared
-from library.optimizers.weight_decay_choice import weight_decay_of
+from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
+from library.record import facts
 from library.run.plan import Plan
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.validation import Validator
 from library.training.hooks.weight_decay import WeightDecay
 from library.training.run import Run
-from networks.base_weights import with_multipliers
+from networks import base_weights
 from networks.network import AdapterNetwork
 
 
-def summary(plan: Plan, run: Run) -> Iterator[str]:
-    """Model, network, data, length, rates and weight decay: what the options were understood to mean."""
-    yield line("model", _model(plan, run))
-    if files := plan.options.network.base_weights:
-        pairs = with_multipliers(files, plan.options.network.base_weights_multiplier or ())
-        yield line("", f"merged into it: {', '.join(f'{file} × {factor:g}' for file, factor in pairs)}")
-    yield from _network(plan, run)
-    yield from _data(plan, run)
-    yield from _length(plan, run)
-    yield line("rates", _rates(plan, run))
-    if base := weight_decay_of(plan.choice):
-        steps = run.saves.total_steps
-        hook = run.hook(WeightDecay)
-        yield line("decay", f"{base:g}" if hook is None else hook.decay.told(base, total_steps=steps))
-
-
-def line(label: str, text: str) -> str:
-    return f"{label:<12}{text}"
-
-
-def counted(number: int, what: str, plural: str = "s") -> str:
-    return f"{number} {what}{plural if number != 1 else ''}"
-
-
-def _model(plan: Plan, run: Run) -> str:
-    family, options = plan.family, plan.options
-    vae = f", VAE {family.vae_path}" if family.vae_path else ""
-    held = ", frozen weights in 8 bits" if options.precision.holds_unet_in_float8 else ""
-    return (
-        f"{family.path} ({family.base_model_version}, {family.prediction_type}){vae}; "
-        f"{options.precision.mixed_precision.replace('no', 'fp32')} on {run.accelerator.device}{held}"
+def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
+    """`hashes`: read the LoRA files that are merged into the base model once more, for their hashes."""
+    saves, prepared = run.saves, plan.prepared
+    schedule, decay = run.hook(LrSchedule), run.hook(WeightDecay)
+    return facts.Facts(
+        model=_model(plan, run, hashes=hashes),
+        network=_network(plan, run),
+        images=tuple(_images(prepared)),
+        captions=_captions(plan, run),
+        validation=None if prepared.validation is None else _validation(plan, run, prepared.validation),
+        buckets=tuple(_buckets(prepared)),
+        length=facts.Length(
+            steps=saves.total_steps,
+            steps_per_epoch=saves.steps_per_epoch,
+            batches_per_epoch=prepared.batches_per_epoch,
+        ),
+        batch=facts.Batch(
+            sizes=tuple(sorted({spec.batch_size for spec in plan.datasets})),
+            accumulation=plan.options.training.gradient_accumulation_steps,
+            processes=run.accelerator.num_processes,
+        ),
+        rates=facts.Rates(
+            groups=tuple(facts.Rate(group=group["name"], rate=group["lr"]) for group in run.groups),
+            schedule=None if schedule is None else schedule.choice.name,
+            warmup=0 if schedule is None else schedule.choice.warmup,
+            optimizer=plan.choice.name,
+        ),
+        decay=_decay(
+            weight_decay_of(plan.choice), None if decay is None else decay.decay, total_steps=saves.total_steps
+        ),
     )
 
 
-def _network(plan: Plan, run: Run) -> Iterator[str]:
-    options = plan.options.network
-    trainable = sum(parameter.numel() for parameter in run.parameters)
-    yield line(
-        "network",
-        f"{options.network_module}, dim {_dim(plan, run)}, alpha {options.network_alpha:g}: {_modules(run)}"
-        f"{trainable:,} trainable parameters",
+def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
+    family, options, wanted = plan.family, plan.options, plan.options.network
+    pairs = base_weights.with_multipliers(wanted.base_weights, wanted.base_weights_multiplier or ())
+    merged = [facts.BaseWeight(file=file, multiplier=multiplier) for file, multiplier in pairs]
+    if hashes:
+        files = base_weights.of_files(wanted.base_weights, wanted.base_weights_multiplier or ())
+        merged = [
+            facts.BaseWeight(file=file, multiplier=multiplier, sha256=read.sha256, model_hash=read.sshs_model_hash)
+            for (file, multiplier), read in zip(pairs, files, strict=True)
+        ]
+    return facts.Model(
+        path=family.path,
+        version=family.base_model_version,
+        prediction_type=family.prediction_type,
+        vae=family.vae_path,
+        precision=options.precision.mixed_precision.replace("no", "fp32"),
+        device=str(run.accelerator.device),
+        frozen_in_8_bits=options.precision.holds_unet_in_float8,
+        base_weights=tuple(merged),
     )
 
 
-def _dim(plan: Plan, run: Run) -> str:
-    """The ranks of our own networks as they are; of others as they were asked for."""
-    network, wanted = run.network, plan.options.network.network_dim
-    if not isinstance(network, AdapterNetwork):
-        return "default" if wanted is None else str(wanted)
-    ranks = sorted({adapter.rank for adapter in network.adapters})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+def _network(plan: Plan, run: Run) -> facts.Network:
+    network, wanted = run.network, plan.options.network
+    ours = network if isinstance(network, AdapterNetwork) else None
+    ranks = None if ours is None else sorted({adapter.rank for adapter in ours.adapters})
+    return facts.Network(
+        module=wanted.network_module,
+        dim=wanted.network_dim,
+        ranks=None if ranks is None else (ranks[0], ranks[-1]),
+        alpha=wanted.network_alpha,
+        adapters=() if ours is None else tuple(_adapters(ours)),
+        parameters=sum(parameter.numel() for parameter in run.parameters),
+    )
 
 
-def _modules(run: Run) -> str:
-    """ "UNet 192 modules, ": how many layers each part of our own networks sits on."""
-    network = run.network
-    counts = network.module_counts() if isinstance(network, AdapterNetwork) else {}
-    return "".join(f"{section} {count} modules, " for section, count in counts.items())
+def _adapters(network: AdapterNetwork) -> Iterator[facts.Adapters]:
+    for part, own in network.sections().items():
+        parameters = sum(parameter.numel() for adapter in own for parameter in adapter.parameters())
+        yield facts.Adapters(part=part, count=len(own), parameters=parameters)
 
 
-def _data(plan: Plan, run: Run) -> Iterator[str]:
-    prepared, family = plan.prepared, plan.family
+def _images(prepared: Prepared) -> Iterator[facts.Images]:
     for summary in prepared.summaries:
-        kind = "regularisation images" if summary.subset.is_reg else "images"
-        held = f", {summary.held_out} held back" if summary.held_out else ""
-        held += f", {summary.too_small} too small and left out" if summary.too_small else ""
-        yield line(
-            "images",
-            f"{summary.subset.source}: {summary.images} {kind} × {summary.subset.num_repeats}{held}; captions: "
-            f"{summary.captions_found} found, {summary.captions_missing} missing, {summary.captions_empty} empty",
+        yield facts.Images(
+            source=str(summary.subset.source),
+            regularisation=summary.subset.is_reg,
+            images=summary.images,
+            repeats=summary.subset.num_repeats,
+            held_out=summary.held_out,
+            too_small=summary.too_small,
+            captions_found=summary.captions_found,
+            captions_missing=summary.captions_missing,
+            captions_empty=summary.captions_empty,
         )
-    texts = run.data.captions()
-    too_long = sum(family.count_tokens(text) > family.token_limit for text in texts)
-    yield line("captions", f"{len(texts)} different, {too_long} cut off at {family.token_limit} tokens")
-    for spec in dict.fromkeys(summary.subset for summary in prepared.summaries):
+
+
+def _captions(plan: Plan, run: Run) -> facts.Captions:
+    family, texts = plan.family, run.data.captions()
+    examples = []
+    for spec in dict.fromkeys(summary.subset for summary in plan.prepared.summaries):
         if (text := run.data.example(spec)) is not None:
-            changing = ", ".join(f"{name} {_value(getattr(spec, name))}".strip() for name in changing_options(spec))
-            each = f" (another text each time: {changing})" if changing else ""
-            yield line("", f"trained for example: '{text}'{each}")
-    if prepared.validation is not None:
-        yield line("validation", _validation(plan, run, prepared.validation))
-    for group in prepared.groups:
-        width, height = group.size
-        yield line(
-            "bucket",
-            f"{width} × {height}: {len(group.members)} images, {group.draws} with repeats, {group.batches} batches",
-        )
-
-
-def _validation(plan: Plan, run: Run, prepared: Prepared) -> str:
-    """What is measured when: "3 images held back, 2 batches × 5 timesteps, 12 times"."""
-    wanted, saves = plan.options.validation, run.saves
-    batches = min(prepared.batches_per_epoch, wanted.max_validation_steps or prepared.batches_per_epoch)
-    validator = run.hook(Validator)
-    assert validator is not None, "images are held out"
-    times = sum(bool(validator.times.due(step)) for step in range(saves.total_steps + 1))
-    patience = wanted.early_stopping_patience
-    stops = f"; ends early after {counted(patience, 'validation')} without improvement" if patience else ""
-    return (
-        f"{counted(len(prepared.samples), 'image')} held back: {counted(batches, 'batch', 'es')} × "
-        f"{counted(len(validator.timesteps), 'timestep')}, {times} times{stops}"
+            changing = [(name, _value(getattr(spec, name))) for name in changing_options(spec)]
+            examples.append(facts.Example(text=text, changing=tuple(changing)))
+    return facts.Captions(
+        different=len(texts),
+        too_long=sum(family.count_tokens(text) > family.token_limit for text in texts),
+        token_limit=family.token_limit,
+        examples=tuple(examples),
     )
 
 
 def _value(value: bool | float) -> str:
-    """An option's value behind its name; nothing for one that is just on."""
+    """An option's value; empty for one that is just on."""
     return "" if value is True else f"{value:g}"
 
 
-def _length(plan: Plan, run: Run) -> Iterator[str]:
-    saves, options = run.saves, plan.options
-    processes = run.accelerator.num_processes
-    accumulation = options.training.gradient_accumulation_steps
-    sizes = sorted({spec.batch_size for spec in plan.datasets})
-    yield line(
-        "length",
-        f"{saves.total_steps} steps; an epoch has {saves.steps_per_epoch} of them "
-        f"({plan.prepared.batches_per_epoch} batches), so {saves.total_steps / saves.steps_per_epoch:.4g} epochs",
+def _validation(plan: Plan, run: Run, prepared: Prepared) -> facts.Validation:
+    wanted, validator = plan.options.validation, run.hook(Validator)
+    assert validator is not None, "images are held out"
+    return facts.Validation(
+        images=len(prepared.samples),
+        batches=min(prepared.batches_per_epoch, wanted.max_validation_steps or prepared.batches_per_epoch),
+        timesteps=len(validator.timesteps),
+        times=sum(bool(validator.times.due(step)) for step in range(run.saves.total_steps + 1)),
+        patience=wanted.early_stopping_patience,
     )
-    a_step = " or ".join(str(size * accumulation * processes) for size in sizes)
-    a_batch = " or ".join(map(str, sizes))
-    on = counted(processes, "process", "es")
-    yield line("batch", f"{a_step} images a step: {a_batch} × {accumulation} accumulated × {on}")
 
 
-def _rates(plan: Plan, run: Run) -> str:
-    names, values = [group["name"] for group in run.groups], [group["lr"] for group in run.groups]
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in zip(names, values, strict=True) if rate is not None)
-    if None in values:
-        rates = f"{', '.join(names)} at the optimizer's own rate"
-    elif len(values) > 8:  # rates by block or layer
-        rates = f"{len(values)} groups from {min(values):.3g} ({names[values.index(min(values))]}) to {max(values):.3g}"
-    schedule = "the optimizer's own schedule"
-    if (hook := run.hook(LrSchedule)) is not None:
-        warmup = f", {counted(hook.choice.warmup, 'step')} of warm-up" if hook.choice.warmup else ""
-        schedule = f"{hook.choice.name}{warmup}"
-    return f"{rates}; {schedule}; {plan.choice.name}"
+def _buckets(prepared: Prepared) -> Iterator[facts.Bucket]:
+    for group in prepared.groups:
+        yield facts.Bucket(
+            dataset=group.dataset + 1,
+            size=group.size,
+            images=len(group.members),
+            draws=group.draws,
+            batches=group.batches,
+        )
+
+
+def _decay(base: float | None, choice: DecayChoice | None, *, total_steps: int) -> facts.Decay | None:
+    if not base:
+        return None
+    return facts.Decay(base=base, curve=None if choice is None else decay_curve(choice, base, total_steps=total_steps))
+
+
+def decay_curve(choice: DecayChoice, base: float, *, total_steps: int) -> facts.DecayCurve:
+    """The curve in numbers, from `base` to the end of a run of this length."""
+    curve = choice.curve
+    return facts.DecayCurve(
+        schedule=curve.schedule,
+        held=choice.held,
+        changes=choice.changes(total_steps),
+        at_end=base * curve.factor(total_steps),
+        transition_steps=curve.transition_steps,
+        decay_factor=curve.decay_factor,
+        min_ratio=curve.min_ratio,
+        max_progress=None if curve.max_progress == float("inf") else curve.max_progress,
+        stages=tuple((start, ratio) for start, ratio in curve.stages),
+        interpolate=curve.interpolate,
+    )

@@ -137,9 +137,10 @@ def _of_json(path: Path) -> list[SamplePrompt]:
     """A list of tables, or of lines as in .txt."""
     rows = parse_json(read_text(path), str(path))
     refuse_other_file(rows, path, "sample_prompts")
-    if not isinstance(rows, list) or not all(isinstance(row, dict | str) for row in rows):
+    prompts = [row for row in rows if isinstance(row, dict | str)] if isinstance(rows, list) else []
+    if not isinstance(rows, list) or len(prompts) < len(rows):
         raise UserError(f"{path}: is not a list of prompts")
-    places = [(f"{path}, prompt {n}", row) for n, row in enumerate(rows, 1)]
+    places = [(f"{path}, prompt {n}", row) for n, row in enumerate(prompts, 1)]
     return [_of_line(row, where) if isinstance(row, str) else _of_table(row, where) for where, row in places]
 
 

@@ -15,6 +15,9 @@ from library.errors import UserError
 from library.optimizers.create import OptimizerChoice, choose_optimizer, create_optimizer
 from library.optimizers.weight_decay import Curve
 from library.optimizers.weight_decay_choice import DecayChoice, apply, attach, check_options, resolve
+from library.record.facts import Decay
+from library.record.summary import decay
+from library.run.summary import decay_curve
 
 ON = ("--dynamic_weight_decay",)
 
@@ -299,7 +302,8 @@ def test_a_curve_that_changes_nothing_is_told(
     ],
 )
 def test_the_curve_in_a_line(words: tuple[str, ...], text: str) -> None:
-    assert decide(*ON, *words, total_steps=2000).told(0.01, total_steps=2000).startswith(text)
+    curve = decay_curve(decide(*ON, *words, total_steps=2000), 0.01, total_steps=2000)
+    assert decay(Decay(base=0.01, curve=curve)).startswith(text)
 
 
 def test_stages_survive_output_config(tmp_path: Any) -> None:

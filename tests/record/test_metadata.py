@@ -14,6 +14,8 @@ import torch
 from library.errors import UserError
 from library.files import hashes
 from library.record import metadata as md
+from library.record.dataset_metadata import DatasetFacts, SubsetFacts
+from library.record.modelspec import ModelSpec, data_url, spec_metadata
 
 FACTS = md.RunFacts(
     session_id=123,
@@ -39,7 +41,7 @@ FACTS = md.RunFacts(
     max_grad_norm=1.0,
 )
 
-FOX = md.SubsetFacts(
+FOX = SubsetFacts(
     image_dir=Path("/home/someone/secret/10_fox"),
     img_count=3,
     num_repeats=10,
@@ -47,9 +49,9 @@ FOX = md.SubsetFacts(
     class_tokens="fox",
     shuffle_caption=True,
 )
-REG = md.SubsetFacts(image_dir=Path("/data/reg/1_animal"), img_count=4, num_repeats=1, is_reg=True)
+REG = SubsetFacts(image_dir=Path("/data/reg/1_animal"), img_count=4, num_repeats=1, is_reg=True)
 
-DATASET = md.DatasetFacts(
+DATASET = DatasetFacts(
     batch_size=2,
     num_train_images=30,
     num_reg_images=4,
@@ -63,7 +65,7 @@ DATASET = md.DatasetFacts(
     mean_img_ar_error=0.125,
 )
 
-SPEC = md.ModelSpec(
+SPEC = ModelSpec(
     architecture="stable-diffusion-v1",
     title="fox",
     resolution=(512, 768),
@@ -197,7 +199,7 @@ def test_modelspec():
         "modelspec.encoder_layer": "2",
     }
     spec = replace(SPEC, architecture="stable-diffusion-v2-768-v", prediction_type="v_prediction")
-    metadata = md.spec_metadata(spec, now=0.0)
+    metadata = spec_metadata(spec, now=0.0)
     assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     assert metadata["modelspec.prediction_type"] == "v"
 
@@ -205,12 +207,12 @@ def test_modelspec():
 def test_a_thumbnail_becomes_a_data_url(tmp_path):
     image = tmp_path / "fox.png"
     image.write_bytes(b"\x89PNG")
-    assert md.data_url(str(image)) == "data:image/png;base64,iVBORw=="
-    assert md.data_url("data:image/png;base64,AA==") == "data:image/png;base64,AA=="
+    assert data_url(str(image)) == "data:image/png;base64,iVBORw=="
+    assert data_url("data:image/png;base64,AA==") == "data:image/png;base64,AA=="
     with pytest.raises(UserError, match=r"--metadata_thumbnail: .*none.png is neither a file nor a data URL"):
-        md.data_url(str(tmp_path / "none.png"))
+        data_url(str(tmp_path / "none.png"))
     with pytest.raises(UserError, match="is neither a file nor a data URL"):
-        md.data_url("iVBORw0KGgo" * 40)  # an image as text, too long for a file's name
+        data_url("iVBORw0KGgo" * 40)  # an image as text, too long for a file's name
 
 
 # -- more than a file's header holds

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from library.record.metrics import MetricsFile, belongs_to, lines, read_run
+from library.record.metrics import MetricsFile, lines, read_run, session_of
 
 RUN = {"session_id": 7, "name": "fox"}
 
@@ -55,13 +55,12 @@ def test_any_other_run_begins_anew(tmp_path, done, run):
 
 def test_whose_it_is(tmp_path):
     path = tmp_path / "fox-metrics.jsonl"
-    assert not belongs_to(path, session_id=7)
+    assert session_of(path) is None
     written(path, [1])
-    assert belongs_to(path, session_id=7)
-    assert not belongs_to(path, session_id=8)
+    assert session_of(path) == 7
     for text in ("", "mine", "[1]\n", '{"run": 3}\n'):
         path.write_text(text)
-        assert not belongs_to(path, session_id=7)
+        assert session_of(path) is None
 
 
 def test_a_torn_last_line_is_passed_over(tmp_path):

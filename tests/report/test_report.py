@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from contextlib import closing
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ def test_it_is_made_anew_from_what_is_there(finished, tmp_path, capsys):
     after = finished.read_text(encoding="utf-8")
     assert Page(after).texts == Page(before).texts
     # of a run that was killed, whose images and files are gone
+    as_killed(finished.parent / f"{NAME}-run.json")
     metrics = finished.parent / f"{NAME}-metrics.jsonl"
     text = metrics.read_bytes()
     metrics.write_bytes(text[: text.index(b'{"step":4,')] + b'{"step":4,"lo')
@@ -181,8 +183,65 @@ def test_it_is_made_anew_from_what_is_there(finished, tmp_path, capsys):
         path.unlink()
     assert report([str(metrics)]) == 0
     found = Page(finished.read_text(encoding="utf-8"))
-    assert "Training report: 3 of 4 steps are done: it is still going on, or was killed." in found.texts
+    assert "Training report: 3 of 4 steps are done: it ended without a word, after 2026-01-02" in found.text
     assert found.texts.count("no longer there") == 6
+
+
+def as_killed(path: Path) -> None:
+    """Make a run's record one that a process left behind which was killed."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    beat = datetime(2026, 1, 2, 3, 4).timestamp()
+    table["sessions"][-1] |= {"status": "running", "ended": None, "heartbeat": beat, "steps_done": 3}
+    path.write_text(json.dumps(table), encoding="utf-8")
+
+
+def test_a_run_of_a_version_without_records(finished, tmp_path):
+    """Its metrics are as they are now: what it is stands in their first line, as sentences."""
+    before = Page(finished.read_text(encoding="utf-8")).texts
+    (finished.parent / f"{NAME}-run.json").unlink()
+    assert report([str(finished.parent)]) == 0
+    assert Page(finished.read_text(encoding="utf-8")).texts == before
+    metrics = finished.parent / f"{NAME}-metrics.jsonl"
+    text = metrics.read_bytes()
+    metrics.write_bytes(text[: text.index(b'{"step":4,')])
+    assert report([str(metrics)]) == 0
+    found = Page(finished.read_text(encoding="utf-8"))
+    assert "Training report: 3 of 4 steps are done: it is still going on, or was killed." in found.texts
+
+
+def test_a_report_is_made_of_the_record_and_not_of_sentences(finished, tmp_path):
+    """A name with a bracket was cut off there."""
+    path = finished.parent / f"{NAME}-run.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table["facts"]["model"]["path"] = "models/fox (final: v2)"
+    path.write_text(json.dumps(table), encoding="utf-8")
+    assert report([str(finished.parent)]) == 0
+    found = Page(finished.read_text(encoding="utf-8"))
+    assert "base model models/fox (final: v2) network networks.lora, dim 4, alpha 2 images 6" in found.text
+    assert "model models/fox (final: v2) (sd_v1, epsilon); fp32 on cpu" in found.text
+    table["id"] = 5  # of another run
+    path.write_text(json.dumps(table), encoding="utf-8")
+    assert report([str(finished.parent)]) == 0
+    assert "(final: v2)" not in Page(finished.read_text(encoding="utf-8")).text
+
+
+def test_a_run_that_goes_on_and_one_that_failed(train, tmp_path, monkeypatch):
+    from library.training import loop
+
+    seen, step = [], loop.optimizer_step
+
+    def failing(run: Any, item: Any) -> float:
+        if item.step == 3:
+            assert report([str(tmp_path / "out")]) == 0
+            seen.append(Page((tmp_path / "out" / "test-report.html").read_text(encoding="utf-8")).text)
+            raise UserError("no more memory")
+        return step(run, item)
+
+    monkeypatch.setattr(loop, "optimizer_step", failing)
+    assert train("--report") == 2
+    assert "2 of 4 steps are done: it is still going on." in seen[0]
+    text = Page((tmp_path / "out" / "test-report.html").read_text(encoding="utf-8")).text
+    assert "2 of 4 steps are done: it failed: no more memory." in text
 
 
 def test_a_run_that_was_stopped_has_one_and_goes_on(train, tmp_path, monkeypatch):
@@ -195,7 +254,10 @@ def test_a_run_that_was_stopped_has_one_and_goes_on(train, tmp_path, monkeypatch
     path = tmp_path / "out" / "test-report.html"
     assert "3 of 6 steps are done: stopped by SIGINT" in Page(path.read_text(encoding="utf-8")).text
     assert train(*words, "--resume", "latest") == 0  # its own report may be replaced
-    assert "all 6 steps are done" in Page(path.read_text(encoding="utf-8")).text
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "all 6 steps are done" in text
+    for steps, end in (("steps 0 to 3", "stopped (SIGINT)"), ("steps 3 to 6", "finished")):
+        assert re.search(rf"a session [-\d: ]+ to [-\d: ]+ on \S+, {steps}: {re.escape(end)}", text)
 
 
 def write_metrics(path: Path, run: dict[str, Any], *lines: tuple[int, dict[str, Any]]) -> None:
@@ -235,7 +297,7 @@ def test_warnings_stand_in_it_with_their_advice(tmp_path):
     assert "Validation was lowest at step 1." in found.texts
     assert "2 of 3 steps are done: it ended early, because validation no longer improved" in found.text
     assert "Validation loss by timestep" in found.texts
-    assert session_of_report(tmp_path / "fox-report.html") == "5"
+    assert session_of_report(tmp_path / "fox-report.html") == 5
 
 
 def test_images_that_are_held_back_and_captions_that_are_missing(tmp_path):

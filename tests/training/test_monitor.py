@@ -18,7 +18,6 @@ from library.errors import UserError
 from library.record.metrics import lines
 from library.record.validation_history import Validation
 from library.training import loop
-from library.training.hook import Step
 from library.training.hooks import monitor
 from library.training.meter import BINS, Meter
 from tests.conftest import BASE, ROOT
@@ -43,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def weights(run: loop.Run) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in run.parameters])
 
-    def spied_step(run: loop.Run, item: loop.StepBatches) -> Step:
+    def spied_step(run: loop.Run, item: loop.StepBatches) -> loop.Step:
         steps.append({"samples": [], "before": weights(run), "run": run})
         step = one_step(run, item)
         with torch.no_grad():

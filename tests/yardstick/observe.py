@@ -26,6 +26,7 @@ MASKED = frozenset(
     (
         *("ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date", "sshs_legacy_hash"),
         *("session_id", "started_at", "machine", "seconds", "memory", "sha256"),
+        *("id", "pid", "host", "started", "heartbeat", "ended"),
     )
 )
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
@@ -228,6 +229,15 @@ def _metrics(path: Path, places: Places, layouts: Layouts) -> Json:
     return {"run": _masked(run, places), "losses": losses, "said": said, "bits": bits}
 
 
+def _record(path: Path, places: Places, layouts: Layouts) -> Json:
+    """How the run stands and its typed facts; of the options those that are given, for the metrics have all."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    settings = table.pop("settings")
+    table["given"] = {name: item["place"] for name, item in settings["given"].items()}
+    table["options"] = len(settings["in_effect"])
+    return {"record": _masked(table, places)}
+
+
 def _facts(path: Path, places: Places, layouts: Layouts) -> Json:
     """A JSON file; of settings what is set: one that is new and off changes nothing."""
     facts = json.loads(path.read_text(encoding="utf-8"))
@@ -283,6 +293,7 @@ _READERS: dict[str, Callable[[Path, Places, Layouts], Json]] = {
     ".pt": _pickled,
     ".ckpt": _pickled,
     "-metrics.jsonl": _metrics,
+    "-run.json": _record,
     "state.json": _facts,
     ".png": _picture,
     ".csv": _numbers,

@@ -15,6 +15,7 @@ from typing import Literal, get_type_hints
 
 from library.config import kohya, source
 from library.config.fields import (
+    REQUIRED,
     Declared,
     declared,
     option,
@@ -34,13 +35,16 @@ from library.config.options.weight_decay import WeightDecayOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.errors import UserError
 
+# Options whose values are written nowhere: neither into files that get shared nor into the record of a run.
+SECRETS = frozenset({"wandb_api_key"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Base model"""
 
     pretrained_model_name_or_path: str = option(
-        help="the base model: a .safetensors or .ckpt file, a diffusers folder, or the name of one on the hub"
+        REQUIRED, help="the base model: a .safetensors or .ckpt file, a diffusers folder, or the name of one on the hub"
     )
     v2: bool = option(False, help="the base is Stable Diffusion 2.x (checked against the weights)")
     v_parameterization: bool = option(
@@ -165,7 +169,7 @@ class TrainingOptions:
 class OutputOptions:
     """What is written"""
 
-    output_dir: str = option(help="the folder to write to; made if need be")
+    output_dir: str = option(REQUIRED, help="the folder to write to; made if need be")
     output_name: str | None = option(None, help="the LoRA's file name without its ending (default: last)")
     overwrite: bool = option(False, help="overwrite files of an earlier run instead of stopping (ours)")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
@@ -290,7 +294,8 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """All options of one run. `given` names those that the user set, with the place where each stands."""
+    """All options of one run. `given` names those that the user set, with the place where each stands; `command` is the
+    command line, without the program and without secrets."""
 
     model: ModelOptions
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
@@ -312,6 +317,7 @@ class Options:
     run: RunOptions = field(default_factory=RunOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     given: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    command: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:

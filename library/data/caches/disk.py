@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def _alone(mine: list[Any]) -> list[Any]:
+class Gather(Protocol):
+    """From a list in each process to the lists of all, joined."""
+
+    def __call__(self, mine: list[Item], /) -> list[Item]: ...
+
+
+def _alone(mine: list[Item], /) -> list[Item]:
     return mine
 
 
@@ -47,7 +53,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    gather: Callable[[list[Any]], list[Any]] = _alone
+    gather: Gather = _alone
 
     def share(self, items: Iterable[Item]) -> list[Item]:
         """This process's part of a list that is the same, or of the same order, in all of them."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.config.fields import ControlCharacters, control_characters
 from library.config.other_files import refuse_other_file
@@ -20,7 +20,7 @@ from library.data.captions import refuse_long_caption
 from library.data.images import image_extensions
 from library.data.samples import UNMEASURED, Sample, Scan, SubsetSummary, warn_of
 from library.errors import UserError, nearest_path, told_apart, why_not
-from library.files.json_text import parse_json
+from library.files.json_text import Json, parse_json
 from library.paths import composed, on_disk
 from library.progress import bar
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _SHOWN = 10
 _MANY = 5000  # entries that take long enough for a bar
 
-Entries = dict[str, Mapping[str, Any]]
+Entry = dict[str, Json]  # of one image, unchecked: see `_text`
+Entries = dict[str, Entry]
 
 
 def scan(spec: SubsetSpec, index: int) -> Scan:
@@ -48,7 +49,8 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     paths = _image_paths(spec, file, sorted(entries))
     captions = {image: _caption(spec, f"{file}: {image}", entries[image]) for image in paths}
     empty = [image for image, caption in captions.items() if not caption]
-    several = [image for image in paths if not spec.enable_wildcard and "\n" in (entries[image].get("caption") or "")]
+    lines = {image: str(entries[image].get("caption") or "") for image in paths}
+    several = [image for image in paths if not spec.enable_wildcard and "\n" in lines[image]]
     warn_of(
         file,
         (
@@ -85,9 +87,11 @@ def _read(file: Path) -> Entries:
         return _read_lines(file, text)
     content = parse_json(text, str(file))
     refuse_other_file(content, file, "in_json")
-    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
-        raise UserError(f'{file}: is not of the form {{"image": {{"caption": "…", "tags": "…"}}, …}}')
-    return content
+    if isinstance(content, dict):
+        entries = {image: entry for image, entry in content.items() if isinstance(entry, dict)}
+        if len(entries) == len(content):
+            return entries
+    raise UserError(f'{file}: is not of the form {{"image": {{"caption": "…", "tags": "…"}}, …}}')
 
 
 def _read_lines(file: Path, text: str) -> Entries:
@@ -97,9 +101,10 @@ def _read_lines(file: Path, text: str) -> Entries:
         if not line.strip():
             continue
         entry = parse_json(line, str(file), first_line=number)
-        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
+        image = entry.get("image_path") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not isinstance(image, str):
             raise UserError(f'{file}, line {number}: is not of the form {{"image_path": "…", "caption": "…"}}')
-        entries[entry["image_path"]] = entry
+        entries[image] = entry
     return entries
 
 
@@ -151,7 +156,7 @@ def _with_extension(path: Path, folders: dict[Path, dict[str, list[Path]]]) -> P
     return images[0] if images else path
 
 
-def _caption(spec: SubsetSpec, place: str, entry: Mapping[str, Any]) -> str:
+def _caption(spec: SubsetSpec, place: str, entry: Entry) -> str:
     """Caption and tags in one, the separator between them. With `enable_wildcard` the tags follow each line.
 
     Kohya loses the tags where there is no caption but `enable_wildcard`, or several lines and no `enable_wildcard`.
@@ -162,7 +167,7 @@ def _caption(spec: SubsetSpec, place: str, entry: Mapping[str, Any]) -> str:
     return "\n".join(spec.caption_separator.join(filter(None, (line, tags))) for line in lines or [""])
 
 
-def _text(entry: Mapping[str, Any], name: str, place: str) -> str:
+def _text(entry: Entry, name: str, place: str) -> str:
     value = entry.get(name)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: {name}: {json.dumps(value, ensure_ascii=False)} is not text in quotes")

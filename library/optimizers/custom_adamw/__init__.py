@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .optimizer import CustomAdamW as CustomAdamW
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load torch only when the optimizer is asked for."""
     if name == "CustomAdamW":
         from .optimizer import CustomAdamW

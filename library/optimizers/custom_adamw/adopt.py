@@ -12,10 +12,10 @@ exactly zero at the first step of a LoRA (lora_up = 0); seeding with it would le
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..groups import Options
 from .setting import setting
 from .technique import Buffer, Step, Technique
 
@@ -53,7 +53,7 @@ class ADOPT(Technique):
         return w.where(seeded, step.weight)
 
 
-def _updates_so_far(parameter: Tensor, state: Mapping[str, Any]) -> float:
+def _updates_so_far(parameter: Tensor, state: Options) -> float:
     """Moments of an AdamW without ADOPT: v has been seeded long ago."""
     return float(state["step"]) if "exp_avg" in state else 0.0
 

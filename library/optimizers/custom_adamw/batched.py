@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,11 +20,24 @@ from .options import Rates, Recipe
 from .stacks import MOMENTS, Stack
 from .update import update
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 logger = logging.getLogger(__name__)
 
 CACHED = 2**15  # numbers: on a CPU, rows are taken few at a time, so that intermediate results stay in its cache
 VARIANTS = 64  # compiled forms of the step: recipes, dtypes, 8 or 32 bits, and sizes of 1, which torch treats apart
 Maps = tuple[codec.Map, codec.Map]
+
+
+class Fixed(TypedDict):
+    """What a call of `advance` is given beside its tensors' rows."""
+
+    recipe: Recipe
+    rates: Rates
+    down: Tensor | None
+    maps: Maps | None
+    ordinals: Tensor | None
 
 
 def advance(
@@ -75,31 +88,31 @@ class Batched:
         members = [stack.members[row] for row in rows]
         weights = [member.parameter.detach() for member in members]
         stored = _select(stack.stored, rows)
-        arguments: dict[str, Any] = {
+        fixed: Fixed = {
             "recipe": stack.layout.recipe,
             "rates": self._arguments(rates, stack),
             "down": _downs(stack, rows) if stack.layout.recipe.reads_down else None,
             "maps": _maps(stack) if stack.layout.eight_bit else None,
             "ordinals": _ordinals(stack, rows),
         }
-        new, kept = self._call(_gather(weights), _gather(grads), stored, **arguments)
+        new, kept = self._call(_gather(weights), _gather(grads), stored, **fixed)
         torch._foreach_copy_(weights, [row.view_as(weight) for row, weight in zip(new, weights, strict=True)])
         _put(stack.stored, rows, kept)
 
     def _call(
-        self, w: Tensor, g: Tensor, stored: Mapping[str, Tensor], **arguments: Any
+        self, w: Tensor, g: Tensor, stored: Mapping[str, Tensor], **fixed: Unpack[Fixed]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.compiled:
             try:
                 with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-                    return self._advance(w, g, stored, **arguments)
+                    return self._advance(w, g, stored, **fixed)
             except Exception as error:  # what a missing or broken compiler raises is not one class of errors
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 logger.warning(
                     "CustomAdamW: the step cannot be compiled (%s); it runs uncompiled, which is slower", reason
                 )
                 self._advance, self.compiled = advance, False
-        return self._advance(w, g, stored, **arguments)
+        return self._advance(w, g, stored, **fixed)
 
     def _arguments(self, rates: Rates, stack: Stack) -> Rates:
         """For a compiled step, tensors on the host: a float would be compiled in and change with every step."""

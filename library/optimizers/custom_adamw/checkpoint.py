@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
 
-from .plan import Group, Settings, eight_bit
-from .stacks import State
+from ..groups import Group, Options, State
+from .plan import Settings, eight_bit
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class _Wrapped:
         self.tensor = tensor
 
 
-def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def wrap(_: Optimizer, state_dict: StateDict) -> StateDict:
     """A load hook: the same state dict with wrapped tensors."""
     state = {
         key: {name: _Wrapped(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
@@ -31,7 +31,7 @@ def wrap(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state}
 
 
-def unwrap(state: Mapping[Any, Any]) -> None:
+def unwrap(state: Mapping[Tensor, State]) -> None:
     """Copies of the wrapped tensors, on their parameter's device; counts of steps become plain numbers."""
     for parameter, entry in state.items():
         for name, value in entry.items():
@@ -41,7 +41,7 @@ def unwrap(state: Mapping[Any, Any]) -> None:
             entry["step"] = int(entry["step"].item())
 
 
-def complete(groups: list[Group], state: Mapping[Tensor, State], defaults: Mapping[str, Any]) -> None:
+def complete(groups: list[Group], state: Mapping[Tensor, State], defaults: Options) -> None:
     """Options that a state dict of AdamW or of an earlier version lacks."""
     for group in groups:
         if "step" not in group:

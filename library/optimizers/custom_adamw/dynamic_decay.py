@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from library.errors import UserError
 
+from ..groups import Group, Options
 from ..plateau import Plateau
 from ..weight_decay import Curve
 from ..weight_decay import check as check_curve
@@ -60,20 +61,21 @@ class DynamicWeightDecay(Technique):
         check_curve(self.curve, owner="CustomAdamW")
 
 
-def waiting(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def waiting(groups: Sequence[Group]) -> list[Group]:
     """The groups whose weight decay waits for the loss to become flat."""
     return [group for group in groups if group["dynamic_weight_decay"] and group["wd_schedule"] == "adaptive"]
 
 
-def plateau(wd_flat: Mapping[str, Any] | None) -> Plateau:
+def plateau(wd_flat: Mapping[str, float] | None) -> Plateau:
     """What counts as a flat loss. Raises `UserError`."""
+    flat: Options = wd_flat or {}
     try:
-        return Plateau(**(wd_flat or {}))
+        return Plateau(**flat)
     except TypeError as error:
         raise UserError(f"CustomAdamW: wd_flat = {wd_flat!r}: {error}") from error
 
 
-def _check_stages(stages: Any) -> None:
+def _check_stages(stages: object) -> None:
     pairs = stages if isinstance(stages, list | tuple) else [None]
     for pair in pairs:
         if not (

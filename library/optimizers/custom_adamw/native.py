@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,9 +240,9 @@ def _flatten(recipe: Recipe) -> _Recipe:
     )
 
 
-def _number(item: Setting, value: Any) -> float:
+def _number(item: Setting, value: float | str | None) -> float:
     """A setting for the kernel: of a `Literal` the place, NaN for None."""
-    if item.choices:
+    if isinstance(value, str):
         return item.choices.index(value)
     return math.nan if value is None else value
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from library.errors import UserError
 
+from ..groups import Group
 from ..weight_decay import VANISHED
 from . import checkpoint, plan, report, sharding, techniques
 from .dynamic_decay import plateau, waiting
@@ -53,7 +54,7 @@ class CustomAdamW(Optimizer):
     @techniques.with_arguments
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -92,7 +93,7 @@ class CustomAdamW(Optimizer):
 
     # Groups and state
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -110,19 +111,19 @@ class CustomAdamW(Optimizer):
     def _forget(self) -> None:
         """Have the next step look at everything anew."""
         self._plan: plan.Plan | None = None
-        self._planned: list[tuple[Any, ...]] = []
+        self._planned: list[tuple[object, ...]] = []
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         own = ("_settings", "_plateau", "_shapes", "_warned_decay", "_told_tier")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         checkpoint.unwrap(self.state)
         checkpoint.complete(self.param_groups, self.state, self.defaults)
         self._forget()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's, but moments keep their type, and 32- and 8-bit states load into each other."""
         before = [dict(group) for group in self.param_groups]
         wrapping = self.register_load_state_dict_pre_hook(checkpoint.wrap)  # the last: other hooks see tensors
@@ -134,8 +135,12 @@ class CustomAdamW(Optimizer):
 
     # The step
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimizer step. `closure` computes the loss anew, with gradients enabled; its value is returned."""
         loss = None
         if closure is not None:
@@ -207,7 +212,7 @@ class CustomAdamW(Optimizer):
 
     # Information
 
-    def get_optimization_info(self) -> dict[str, Any]:
+    def get_optimization_info(self) -> report.Information:
         """What is on, the LoRA pairs found, bytes of state, the current weight decay, and what runs the step."""
         return report.describe(self.param_groups, self._plan, self._settings)
 

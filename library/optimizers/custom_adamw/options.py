@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from library.errors import UserError
 
+from ..groups import Options
 from . import techniques
 from .setting import Setting
 from .technique import About, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,23 @@ class Recipe:
         return any(technique.reads_down for technique in self.techniques)
 
 
+Number: TypeAlias = "float | Tensor"
+
+
 class Rates(NamedTuple):
     """The numbers that change from step to step. Floats, or 0-d tensors for the compiled step."""
 
-    step: Any  # of this tensor, from 1
-    lr: Any
-    decay: Any  # 1 - lr * weight decay
-    step_size: Any  # lr / (1 - beta1 ** step), where Adam's update is not normalised already
-    root_correction: Any  # sqrt(1 - beta2 ** step), likewise
+    step: Number  # of this tensor, from 1
+    lr: Number
+    decay: Number  # 1 - lr * weight decay
+    step_size: Number  # lr / (1 - beta1 ** step), where Adam's update is not normalised already
+    root_correction: Number  # sqrt(1 - beta2 ** step), likewise
 
 
 class Recipes:
     """The recipes of one group's tensors: equal ones are one object."""
 
-    def __init__(self, group: Mapping[str, Any]) -> None:
+    def __init__(self, group: Options) -> None:
         self._group = group
         self._acting = techniques.acting(group)
         self._known: dict[tuple[Technique, ...], Recipe] = {}
@@ -65,7 +71,7 @@ class Recipes:
         return self._known[applied]
 
 
-def options_key(group: Mapping[str, Any]) -> tuple[Any, ...]:
+def options_key(group: Options) -> tuple[object, ...]:
     """Everything in a group that `Recipes` looks at."""
     return (
         group["betas"],
@@ -75,12 +81,12 @@ def options_key(group: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def decayed_weight_decay(group: Mapping[str, Any], step: int) -> float:
+def decayed_weight_decay(group: Options, step: int) -> float:
     """The group's weight decay at its `step`-th optimizer step."""
     return float(group["weight_decay"] * techniques.decay_factor(group, step))
 
 
-def rates_of(group: Mapping[str, Any], step: int, weight_decay: float) -> Rates:
+def rates_of(group: Options, step: int, weight_decay: float) -> Rates:
     """The numbers for tensors of `group` at their own `step`; the same arithmetic as torch's AdamW, in double."""
     lr = float(group["lr"])
     beta1, beta2 = group["betas"]
@@ -93,7 +99,7 @@ def rates_of(group: Mapping[str, Any], step: int, weight_decay: float) -> Rates:
     )
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Options) -> None:
     """Raise `UserError` for the first value of a group that cannot be used."""
     for name in ("lr", "eps", "weight_decay"):
         Setting(name, float, None, minimum=0).check(group[name])

@@ -7,25 +7,25 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError, did_you_mean
 
+from ..groups import Group, State
 from . import batched as batching
 from . import native, sharding
 from .batched import Batched
 from .options import Rates, Recipe, Recipes
 from .pairs import find_pairs, role_of
-from .stacks import Layout, Member, Stack, State, build
+from .stacks import Layout, Member, Stack, build
 from .technique import About
 from .techniques import names_on
 
 logger = logging.getLogger(__name__)
 
-Group = dict[str, Any]
 Implementation = Literal["auto", "native", "compiled", "eager"]
 
 
@@ -109,7 +109,9 @@ class Plan:
         return names
 
 
-def check_settings(optim_bits: Any, min_8bit_size: int, is_paged: bool, implementation: Any) -> Settings:
+def check_settings(
+    optim_bits: Literal[8, 32], min_8bit_size: int, is_paged: bool, implementation: Implementation
+) -> Settings:
     """Raises `UserError`."""
     if optim_bits not in (8, 32):
         raise UserError(f"CustomAdamW: optim_bits = {optim_bits!r}; it must be 8 or 32")

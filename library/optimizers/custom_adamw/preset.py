@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from library.config.fields import convert, declared
 from library.config.options import CustomAdamWOptions, declared_options
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.presets import settings_of
+from library.config.registry import Arguments
 from library.optimizers.create import choose_optimizer
 from library.optimizers.registry import CUSTOM_ADAMW
 
 
-def preset_arguments(*names: str) -> dict[str, Any]:
+def preset_arguments(*names: str) -> Arguments:
     """What these presets set of `CustomAdamW`'s arguments, the later ones on top: `lr`, `wd_transition_steps`, ...
 
     What they set of anything else (schedule, network, data) is left out: that is the caller's. Raises UserError for a
@@ -23,7 +22,9 @@ def preset_arguments(*names: str) -> dict[str, Any]:
     values = {setting.name: convert(options[setting.name], setting.words) for setting in settings}
     flags = {name: values[name] for name in declared(CustomAdamWOptions) if name in values}
     curve = {name: values[name] for name in declared(WeightDecayOptions) if name in values}
-    words = values.get("optimizer_args", ())
-    chosen = choose_optimizer(CUSTOM_ADAMW, words, weight_decay=values.get("weight_decay"), custom_adamw=flags)
+    words, decay = values.get("optimizer_args", ()), values.get("weight_decay")
+    assert isinstance(words, tuple), "as its option declares it"
+    assert decay is None or isinstance(decay, float), "likewise"
+    chosen = choose_optimizer(CUSTOM_ADAMW, words, weight_decay=decay, custom_adamw=flags)
     arguments = {**chosen.arguments, **curve}
     return arguments | ({"lr": values["learning_rate"]} if "learning_rate" in values else {})

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
+from ..groups import Group
 from . import native
 from .options import decayed_weight_decay
 from .pairs import find_pairs, role_of
-from .plan import Group, Plan, Settings, named_parameters
+from .plan import Plan, Settings, named_parameters
 from .technique import About
 from .techniques import names_on, switched_on
 
 logger = logging.getLogger(__name__)
+
+
+class Information(TypedDict):
+    """See `describe`."""
+
+    techniques: list[str]
+    optim_bits: int
+    steps: int
+    parameters: int  # numbers in all tensors
+    tensors: int
+    lora_pairs: int
+    state_bytes: int
+    bytes_per_parameter: float
+    weight_decay: list[float]  # of each group
+    implementation: list[str]
 
 
 def _pairs(groups: list[Group]) -> int:
@@ -94,7 +110,7 @@ def _announce_unknown(plan: Plan) -> None:
         )
 
 
-def describe(groups: list[Group], plan: Plan | None, settings: Settings) -> dict[str, Any]:
+def describe(groups: list[Group], plan: Plan | None, settings: Settings) -> Information:
     """For `get_optimization_info`. Bytes count all state so far: 0 before the first step."""
     numbers = _numbers(groups)
     size = sum(stack.bytes for stack in plan.stacks) if plan else 0

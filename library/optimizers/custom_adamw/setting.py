@@ -8,9 +8,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, TypeVar, get_args, get_origin
 
 from library.errors import UserError, did_you_mean
+
+T = TypeVar("T")
 
 SMALLEST = 1e-30  # "above 0" means at least this much: float32 still holds it
 
@@ -20,8 +22,8 @@ class Setting:
     """An option: a field of a technique. For the bounds and `of_group` see `setting`."""
 
     name: str
-    hint: Any  # its type: a class, a union or a `Literal`
-    default: Any
+    hint: object  # its type: a class, a union or a `Literal`
+    default: object
     help: str = ""
     minimum: float | None = None
     maximum: float | None = None
@@ -62,7 +64,7 @@ class Setting:
             raise UserError(f"CustomAdamW: {self.name} = {value!r}; it must be {wanted}")
 
     @cached_property
-    def _kinds(self) -> set[Any]:
+    def _kinds(self) -> set[object]:
         return {*get_args(self.hint), self.hint}
 
     def _holds(self, value: float) -> bool:
@@ -90,7 +92,7 @@ class Setting:
 
 
 def setting(
-    default: Any,
+    default: T,
     *,
     help: str,
     minimum: float | None = None,
@@ -98,7 +100,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     of_group: bool = False,
-) -> Any:
+) -> T:
     """Declare a setting as a field: bool, a number, a `Literal` of texts; another type is for `Technique.check`.
 
     `help`: what it is, in half a sentence. `minimum`, `maximum`: inclusive bounds; `above`, `below`: exclusive ones.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from library.errors import UserError
+
+from ..groups import Group
 
 Shapes = list[tuple[int, ...]]
 
@@ -36,7 +37,7 @@ def refuse(parameter: Tensor, name: str, techniques: list[str]) -> None:
         raise UserError(complaint(f"{name} is sharded or flattened by {kind}", techniques))
 
 
-def refuse_changed(groups: Sequence[dict[str, Any]], shapes: Sequence[Shapes], techniques: list[str]) -> None:
+def refuse_changed(groups: Sequence[Group], shapes: Sequence[Shapes], techniques: list[str]) -> None:
     """Raise `UserError` if parameters no longer have the shapes that the optimizer was given: DeepSpeed ZeRO puts flat
     partitions in their place, FSDP cuts them in place."""
     for number, (group, known) in enumerate(zip(groups, shapes, strict=True)):
@@ -49,7 +50,7 @@ def refuse_changed(groups: Sequence[dict[str, Any]], shapes: Sequence[Shapes], t
             raise UserError(complaint(what, techniques))
 
 
-def shapes_of(group: dict[str, Any]) -> Shapes:
+def shapes_of(group: Group) -> Shapes:
     return [tuple(parameter.shape) for parameter in group["params"]]
 
 

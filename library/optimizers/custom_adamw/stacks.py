@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..groups import State
 from . import codec
 from .options import Recipe
 from .paged import zeros
 from .technique import Buffer
 
-State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # m, signed, and v, which is not
 
 

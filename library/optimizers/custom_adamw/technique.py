@@ -23,8 +23,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_type_hints
 
+from ..groups import Options, State
 from .pairs import Role
 from .setting import Setting
 
@@ -52,7 +53,7 @@ class Buffer(NamedTuple):
     name: str
     per: Literal["tensor", "number"] = "tensor"  # one number for a parameter, or as many as it has
     as_weights: bool = False
-    start: Callable[[Tensor, Mapping[str, Any]], Tensor | float] | None = None
+    start: Callable[[Tensor, State], Tensor | float] | None = None
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Technique:
         return cls.settings()[0]
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> Self:
+    def of(cls, group: Options) -> Self:
         """The technique with the settings of a parameter group."""
         return cls(**{item.name: group[item.name] for item in cls.settings()})
 

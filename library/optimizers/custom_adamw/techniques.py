@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pkgutil import resolve_name
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from library.errors import UserError, did_you_mean
 
+from ..groups import Options
 from .setting import Setting
 from .technique import STAGES, Technique
 
@@ -55,7 +56,7 @@ def arguments() -> dict[str, Setting]:
     return {name: item for name, item in settings().items() if not item.of_group}
 
 
-def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+def defaults(given: Mapping[str, object]) -> dict[str, object]:
     """All settings of a parameter group: those given to the constructor, else as declared. Raises `UserError`."""
     for name in given:
         if name not in arguments():
@@ -93,17 +94,17 @@ def for_tensors() -> tuple[str, ...]:
     return tuple(item.name for kind in acting_at(*STAGES) for item in kind.settings())
 
 
-def switched_on(group: Mapping[str, Any]) -> list[Technique]:
+def switched_on(group: Options) -> list[Technique]:
     """What a group has on, with its settings."""
     return [kind.of(group) for kind in techniques() if group[kind.switch().name]]
 
 
-def names_on(group: Mapping[str, Any]) -> list[str]:
+def names_on(group: Options) -> list[str]:
     """The names of what a group has on."""
     return [kind.name for kind in techniques() if group[kind.switch().name]]
 
 
-def acting(group: Mapping[str, Any]) -> list[Technique]:
+def acting(group: Options) -> list[Technique]:
     """What of it works on tensors, without what others exclude."""
     on = [kind.of(group) for kind in acting_at(*STAGES) if group[kind.switch().name]]
     excluded = {option for technique in on for option in technique.excludes}
@@ -115,7 +116,7 @@ def _decaying() -> tuple[tuple[str, type[Technique]], ...]:
     return tuple((kind.switch().name, kind) for kind in acting_at("decay_factor"))
 
 
-def decay_factor(group: Mapping[str, Any], step: int) -> float:
+def decay_factor(group: Options, step: int) -> float:
     """What a group's weight decay is multiplied by at its `step`-th step."""
     factor = 1.0
     for switch, kind in _decaying():
@@ -124,7 +125,7 @@ def decay_factor(group: Mapping[str, Any], step: int) -> float:
     return factor
 
 
-def check(group: Mapping[str, Any]) -> None:
+def check(group: Options) -> None:
     """Raise `UserError` for the first setting of a group that cannot be used."""
     for kind in techniques():
         for item in kind.settings():

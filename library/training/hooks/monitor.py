@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from library.gpu import peak_memory
+from library.memory import peak_memory
 from library.optimizers.create import effective_weight_decays
 from library.record import metrics
+from library.record.run_file import RunFile
 from library.record.validation_history import Validation
 from library.training.hook import Hook, Step
 from library.training.meter import Measured, Meter
@@ -25,16 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor(Hook[Run]):
-    """Every process has one, because measuring is done together; the main process's writes the file."""
+    """Every process has one, because measuring is done together; the main process's writes the file, if it is open."""
 
     name = "monitor"
 
-    def __init__(
-        self, meter: Meter, *, every: int, bins: list[str], path: Path, describe: Callable[[Run], Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, meter: Meter, *, every: int, bins: list[str], record: RunFile) -> None:
         """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of timesteps.
-        `describe`: the content of the file's first line, about the run that begins."""
-        self._meter, self._every, self._bins, self._path, self._describe = meter, every, bins, path, describe
+        `record`: follows the steps."""
+        self._meter, self._every, self._bins, self._record = meter, every, bins, record
         self._file: metrics.MetricsFile | None = None
         self._watch = Watch(total_steps=0)
         self._step = 0
@@ -42,14 +40,16 @@ class Monitor(Hook[Run]):
         self._earlier = 0.0  # seconds of training before this process
         self._began = time.monotonic()
 
+    def open(self, file: metrics.MetricsFile) -> None:
+        """What is reported goes into this file, from the first step on."""
+        self._file = file
+
     def before_training(self, run: Run) -> None:
         self._watch = Watch(total_steps=run.position.total)
         self._step = run.position.done
         self._began = time.monotonic()
-        if run.accelerator.is_main_process:
-            self._file = metrics.MetricsFile(self._path, self._describe(run), done=run.position.done)
-            if run.position.done:
-                self._earlier = self._recall(run, self._file)
+        if self._file is not None and run.position.done:
+            self._earlier = self._recall(run, self._file)
 
     def after_batch(self, run: Run, batch: Batch, found: BatchLoss) -> None:
         self._meter.batch(found.per_sample.detach(), found.t)
@@ -66,6 +66,7 @@ class Monitor(Hook[Run]):
     def report(self, run: Run, step: Step) -> dict[str, float]:
         """Write the step's line, and warn of signs of trouble."""
         self._step = step.number
+        self._record.step(step.number)
         decays = effective_weight_decays(run.optimizer.optimizer)
         if len(set(decays.values())) == 1:  # one for all groups, as a rule
             decays = {"all": next(iter(decays.values()))}
@@ -102,6 +103,7 @@ class Monitor(Hook[Run]):
 
     def rolled_back(self, run: Run, step: int, why: str) -> None:
         self._measured = None
+        self._record.step(step)
         self._watch = Watch(total_steps=run.position.total)
         if self._file is not None:
             self._file.go_back(step)

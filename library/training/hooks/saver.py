@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.files import atomic
 from library.record import saves
 from library.record.metadata import step_of
+from library.record.run_file import RunFile
 from library.record.saves import BrokenWeightsError, Due, SavePlan, state_folder
 from library.record.validation_history import History, Validation
 from library.training import state
@@ -43,9 +44,11 @@ class Saver(Hook[Run]):
         metadata: RunMetadata,
         unwritten: Unwritten,
         history: History | None,
+        record: RunFile,
     ) -> None:
-        """`facts`: of the run's states. `precision`: --save_precision. `history`: of the validations."""
-        self._history = history
+        """`facts`: of the run's states. `precision`: --save_precision. `history`: of the validations. `record`: lists
+        what is written."""
+        self._history, self._record = history, record
         self.saves, self._facts, self._precision, self._metadata = saves, facts, precision, metadata
         self._unwritten = unwritten
 
@@ -128,6 +131,7 @@ class Saver(Hook[Run]):
             state.write(folder, run, self._facts, step)
         except UserError as error:
             return of_network, error
+        self._record.wrote(folder, kind="state", step=step)
         return of_network, None
 
     def _epoch(self, step: int) -> int:
@@ -141,6 +145,7 @@ class Saver(Hook[Run]):
         with run.weights_for(purpose):
             try:
                 saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
+                self._record.wrote(path, kind="network", step=step)
             except BrokenWeightsError:
                 raise
             except UserError as error:

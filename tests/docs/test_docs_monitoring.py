@@ -53,7 +53,7 @@ def test_every_command_works(monkeypatch, tmp_path, capsys):
             for program in blocks("python"):
                 exec(program, {})
             assert "quickstart ends with a mean loss of 0." in capsys.readouterr().out
-    everything = ["-metrics.jsonl", "-report.html", ".safetensors"]
+    everything = ["-metrics.jsonl", "-report.html", "-run.json", ".safetensors"]
     assert left == [everything, everything, everything, [".safetensors"]]
     assert list((tmp_path / "logs").rglob("events*"))
 

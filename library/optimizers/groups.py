@@ -1,0 +1,13 @@
+"""Parameter groups and state, as torch types them: the one place of the optimizers where a value's type is open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# An optimizer's own options stand in its groups, and what it remembers of a parameter in its state: tensors, numbers,
+# tuples of them. Which ones there are, `check_group` and the optimizers of others know.
+Group = dict[str, Any]
+State = dict[str, Any]
+ParameterGroups = list[Group]
+Options = Mapping[str, Any]  # of a group, or some of them, to be read only

@@ -1,0 +1,191 @@
+"""What a run is, as typed facts: model, network, data, length, rates. The console's lines, `run.json` and the report
+page are all made of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseWeight:
+    """A LoRA file that is merged into the base model before training. The hashes are None where nothing is trained, and
+    `model_hash`, which is over the tensors alone, of pickled files."""
+
+    file: str
+    multiplier: float
+    sha256: str | None = None
+    model_hash: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The base model. `path`: a file, a folder or a hub id. `precision`: "fp32", "fp16" or "bf16"."""
+
+    path: str
+    version: str  # "sd_v1"
+    prediction_type: str  # "epsilon", "v_prediction"
+    vae: str | None
+    precision: str
+    device: str
+    frozen_in_8_bits: bool
+    base_weights: tuple[BaseWeight, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """The adapters on one part of the model ("unet"), and their parameters."""
+
+    part: str
+    count: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is trained. `ranks`: the lowest and the highest of our own adapters; None for networks of other packages,
+    which know only the rank that was asked for, `dim`. `parameters`: all that are trained."""
+
+    module: str
+    dim: int | None
+    ranks: tuple[int, int] | None
+    alpha: float
+    adapters: tuple[Adapters, ...]
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """One folder of images, or one metadata file. Counts are of images, without repeats."""
+
+    source: str
+    regularisation: bool
+    images: int
+    repeats: int
+    held_out: int  # to validate on
+    too_small: int  # left out
+    captions_found: int
+    captions_missing: int
+    captions_empty: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A caption as it is trained. `changing`: the settings that make another text of it each time, with their values;
+    a value is empty where a setting is just on."""
+
+    text: str
+    changing: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """`too_long`: how many of the different ones are cut off at `token_limit` tokens. `examples`: one a folder."""
+
+    different: int
+    too_long: int
+    token_limit: int
+    examples: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is measured on held-out images: `batches` at each of `timesteps` levels, `times` times in the run.
+    `patience`: validations without improvement that end the run; None: it never ends early."""
+
+    images: int
+    batches: int
+    timesteps: int
+    times: int
+    patience: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Images of one size. `size`: width, height in pixels. `draws`: images with repeats. `batches`: of an epoch."""
+
+    dataset: int  # counted from 1
+    size: tuple[int, int]
+    images: int
+    draws: int
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """Steps are the optimizer's."""
+
+    steps: int
+    steps_per_epoch: int
+    batches_per_epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """`sizes`: images of a batch, in rising order; several where the data sets differ."""
+
+    sizes: tuple[int, ...]
+    accumulation: int
+    processes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """The highest learning rate of a group of parameters; None: the optimizer makes it itself."""
+
+    group: str
+    rate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """`schedule`: its name; None: the optimizer's own, or none. `warmup`: steps. `optimizer`: its name."""
+
+    groups: tuple[Rate, ...]
+    schedule: str | None
+    warmup: int
+    optimizer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay:
+    """The weight decay. `base`: as configured. `curve` None: it stays as it is."""
+
+    base: float
+    curve: DecayCurve | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecayCurve:
+    """How the weight decay changes with the steps, in the words of the options `--wd_…`.
+
+    `held`: the last step with the base value (adaptive: the last one at the earliest). `changes`: whether it changes
+    within the run. `at_end`: its value at the last step. `stages`: (first step, share of the base value).
+    """
+
+    schedule: str
+    held: int
+    changes: bool
+    at_end: float
+    transition_steps: int
+    decay_factor: float
+    min_ratio: float
+    max_progress: float | None  # None: without an end
+    stages: tuple[tuple[int, float], ...] = ()
+    interpolate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0."""
+
+    model: Model
+    network: Network
+    images: tuple[Images, ...]
+    captions: Captions
+    validation: Validation | None
+    buckets: tuple[Bucket, ...]
+    length: Length
+    batch: Batch
+    rates: Rates
+    decay: Decay | None

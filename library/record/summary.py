@@ -1,0 +1,148 @@
+"""The facts of a run as lines for the console: the head of every run's log, and of a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from library.record.facts import Captions, Decay, Facts, Images, Model, Network, Rates, Validation
+
+_MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
+
+
+def lines(facts: Facts) -> Iterator[str]:
+    """What the options were understood to mean, each line with its label."""
+    return (line(label, text) for label, text in rows(facts))
+
+
+def line(label: str, text: str) -> str:
+    """A label in a column of its own, and what it is about."""
+    return f"{label:<12}{text}"
+
+
+def count(number: int, what: str, plural: str = "s") -> str:
+    """ "1 step", "2 steps"."""
+    return f"{number} {what}{plural if number != 1 else ''}"
+
+
+def rows(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Label and text of each line; a line without a label belongs to the one before."""
+    yield "model", model(facts.model)
+    if files := facts.model.base_weights:
+        merged = ", ".join(f"{item.file} × {item.multiplier:g}" for item in files)
+        yield "", f"merged into it: {merged}"
+    yield "network", f"{network(facts.network)}: {_parameters(facts.network)}"
+    for item in facts.images:
+        yield "images", _images(item)
+    yield from _captions(facts.captions)
+    if facts.validation is not None:
+        yield "validation", _validation(facts.validation)
+    for bucket in facts.buckets:
+        width, height = bucket.size
+        drawn = f"{bucket.images} images, {bucket.draws} with repeats, {bucket.batches} batches"
+        yield "bucket", f"{width} × {height}: {drawn}"
+    yield "length", _length(facts)
+    yield "batch", _batch(facts)
+    yield "rates", rates(facts.rates)
+    if facts.decay is not None:
+        yield "decay", decay(facts.decay)
+
+
+def model(facts: Model) -> str:
+    """Where it is, what it is, and how it computes."""
+    vae = f", VAE {facts.vae}" if facts.vae else ""
+    held = ", frozen weights in 8 bits" if facts.frozen_in_8_bits else ""
+    return f"{facts.path} ({facts.version}, {facts.prediction_type}){vae}; {facts.precision} on {facts.device}{held}"
+
+
+def network(facts: Network) -> str:
+    """Its module, rank and alpha: "networks.lora, dim 4, alpha 2"."""
+    if facts.ranks is None:
+        dim = "default" if facts.dim is None else str(facts.dim)
+    else:
+        lowest, highest = facts.ranks
+        dim = str(lowest) if lowest == highest else f"{lowest} to {highest}"
+    return f"{facts.module}, dim {dim}, alpha {facts.alpha:g}"
+
+
+def _parameters(facts: Network) -> str:
+    parts = "".join(f"{item.part} {item.count} modules, " for item in facts.adapters)
+    return f"{parts}{facts.parameters:,} trainable parameters"
+
+
+def _images(facts: Images) -> str:
+    kind = "regularisation images" if facts.regularisation else "images"
+    held = f", {facts.held_out} held back" if facts.held_out else ""
+    held += f", {facts.too_small} too small and left out" if facts.too_small else ""
+    return (
+        f"{facts.source}: {facts.images} {kind} × {facts.repeats}{held}; captions: "
+        f"{facts.captions_found} found, {facts.captions_missing} missing, {facts.captions_empty} empty"
+    )
+
+
+def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
+    yield "captions", f"{facts.different} different, {facts.too_long} cut off at {facts.token_limit} tokens"
+    for example in facts.examples:
+        changing = ", ".join(f"{name} {value}".strip() for name, value in example.changing)
+        each = f" (another text each time: {changing})" if changing else ""
+        yield "", f"trained for example: '{example.text}'{each}"
+
+
+def _validation(facts: Validation) -> str:
+    """ "3 images held back: 2 batches × 5 timesteps, 12 times"."""
+    stops = ""
+    if facts.patience:
+        stops = f"; ends early after {count(facts.patience, 'validation')} without improvement"
+    return (
+        f"{count(facts.images, 'image')} held back: {count(facts.batches, 'batch', 'es')} × "
+        f"{count(facts.timesteps, 'timestep')}, {facts.times} times{stops}"
+    )
+
+
+def _length(facts: Facts) -> str:
+    length = facts.length
+    return (
+        f"{length.steps} steps; an epoch has {length.steps_per_epoch} of them "
+        f"({length.batches_per_epoch} batches), so {length.steps / length.steps_per_epoch:.4g} epochs"
+    )
+
+
+def _batch(facts: Facts) -> str:
+    batch = facts.batch
+    a_step = " or ".join(str(size * batch.accumulation * batch.processes) for size in batch.sizes)
+    a_batch = " or ".join(map(str, batch.sizes))
+    on = count(batch.processes, "process", "es")
+    return f"{a_step} images a step: {a_batch} × {batch.accumulation} accumulated × {on}"
+
+
+def rates(facts: Rates) -> str:
+    """The rate of each group, the schedule and the optimizer."""
+    names = [item.group for item in facts.groups]
+    given = [item.rate for item in facts.groups if item.rate is not None]
+    shown = ", ".join(f"{item.group} {item.rate:g}" for item in facts.groups if item.rate is not None)
+    if len(given) < len(names):
+        shown = f"{', '.join(names)} at the optimizer's own rate"
+    elif len(given) > _MOST_RATES:
+        shown = f"{len(given)} groups from {min(given):.3g} ({names[given.index(min(given))]}) to {max(given):.3g}"
+    schedule = "the optimizer's own schedule"
+    if facts.schedule is not None:
+        schedule = facts.schedule + (f", {count(facts.warmup, 'step')} of warm-up" if facts.warmup else "")
+    return f"{shown}; {schedule}; {facts.optimizer}"
+
+
+def decay(facts: Decay) -> str:
+    """The weight decay as configured, and its curve to the end of the run."""
+    base, curve = f"{facts.base:g}", facts.curve
+    if curve is None:
+        return base
+    if curve.schedule == "adaptive":
+        return (
+            f"{base} until the loss is flat, at step {curve.held} or later; then times {curve.decay_factor:g} in "
+            f"every {curve.transition_steps} steps"
+        )
+    if not curve.changes:
+        return f"{base}, {curve.schedule}: it does not change within this run"
+    end = f"{curve.at_end:.3g} at the last step"
+    if curve.schedule == "multi_stage":
+        stages = ",".join(f"{step}:{ratio:g}" for step, ratio in curve.stages)
+        return f"{base} times {stages}{' in straight lines' * curve.interpolate}; {end}"
+    return f"{base} until step {curve.held}, then {curve.schedule}; {end}"
