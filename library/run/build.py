@@ -286,7 +286,7 @@ def _accelerator(plan: Plan) -> Accelerator:
             if name in options.given:
                 logger.warning("%s: has no effect on %s", options.given[name], accelerator.device)
     if options.trains:
-        trackers.start(accelerator, plan.trackers, options)
+        trackers.start(accelerator, plan.trackers)
     return accelerator
 
 
