@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Shape = Sequence[int]
 
+_UNSET = {"dim": None, "alpha": 1.0, "dropout": 0.0}  # the options' defaults
+
 
 class Holder(nn.Module):
     """Puts a parameter one level down: what files call "lora_down.weight" is `adapter.lora_down.weight`."""
@@ -115,17 +117,15 @@ class Adapter(nn.Module):
         cls, site: Site, asked: Asked, sizes: RankSizes | NoSizes, settings: RateSettings, blocks: Blocks | None
     ) -> Self | None:
         """A new adapter on a layer; None where it would have the size 0. `UserError` for options without effect."""
-        if asked.dim is not None:
-            raise UserError(f"--network_dim: networks.{cls.NAME} has no rank")
-        if asked.dropout:
-            raise UserError(f"--network_dropout: networks.{cls.NAME} has no dropout")
-        return cls(site, seed=asked.seed)
+        return cls.as_in_file(site, {}, asked, settings)
 
     @classmethod
     def as_in_file(cls, site: Site, tensors: Mapping[str, Tensor], asked: Asked, settings: RateSettings) -> Self:
         """An adapter of the size that a layer has in a file; the tensors are not loaded yet."""
-        if asked.dropout:
-            raise UserError(f"--network_dropout: networks.{cls.NAME} has no dropout")
+        without = {"dim": "rank", "alpha": "alpha", "dropout": "dropout"}
+        for name, value in (("dim", asked.dim), ("alpha", asked.alpha), ("dropout", asked.dropout)):
+            if value is not None and value != _UNSET[name]:
+                raise UserError(f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {without[name]}")
         return cls(site, seed=asked.seed)
 
     # -- on the layer

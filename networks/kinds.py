@@ -79,7 +79,8 @@ def arguments(module: str, words: Iterable[str], *, from_file: bool) -> tuple[di
 def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str, Any]:
     source.find(module, where="--network_module")
     if kind_of(module) is None:
-        raise UserError(f"--network_module {module}: no kind of adapter; {', '.join(f'networks.{k}' for k in KINDS)}")
+        known = ", ".join(f"networks.{kind}" for kind in KINDS)
+        raise UserError(f"--network_module {module}: is no kind of adapter; known: {known}")
     words = tuple(words)
     for name in registry.split_words(words, where="--network_args"):
         if name in kohya.NETWORK_ARGS_NOT_YET:

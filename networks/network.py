@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +25,9 @@ from networks.files import AdapterFile
 from networks.load_report import LoadReport, by_module, check_loaded, compare
 from networks.settings import LearningRates
 from networks.sites import in_names_of
+
+if TYPE_CHECKING:
+    from library.optimizers.custom_adamw.pairs import Role
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +243,8 @@ class Network(TrainableNetwork):
         """One group per section, two with LoRA+: {"params", "lr", "name"}, and "lora_plus_ratio" on the raised ones.
         With `block_weights`, `pattern_rates` or a layer decay one (or two) for each rate within the section.
 
-        Each has "param_names" and "lora_scale" (alpha / rank) as well, for optimizers that know of LoRA; adapters of
-        another scale than the section's usual one form groups of their own.
+        Each has "param_names", "lora_scale" (alpha / rank), "roles" and "partners" as well, for optimizers that know of
+        LoRA; adapters of another scale than the section's usual one form groups of their own.
 
         A rate of 0 freezes its parameters: they stay in effect, and are saved as they are unless they add nothing.
         """
@@ -331,22 +334,36 @@ def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[f
     return list(rate)[:count]
 
 
+class _Member(NamedTuple):
+    """Of a group of parameters. role, partner: see `library.optimizers.custom_adamw.pairs.Halves`."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+    partner: nn.Parameter | None
+
+
 def _groups(section: str, adapters: list[Adapter], rate: float, ratio: float | None) -> list[Group]:
     """The section's parameters by their scale (alpha / rank), and with a LoRA+ `ratio` the raised ones by themselves.
 
     The most frequent scale has the section's plain name.
     """
-    found: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    found: dict[tuple[float, bool], list[_Member]] = {}
     for adapter in adapters:
+        by_role = {role: adapter.get_parameter(name) for name, role in adapter.ROLES.items()}
         for name, parameter in adapter.named_parameters():
+            role = adapter.ROLES.get(name, "")
+            partner = by_role.get("down") if role == "up" else None
             plus = ratio is not None and name == adapter.RAISED
-            found.setdefault((adapter.scale, plus), []).append((f"{adapter.site.name}.{name}", parameter))
+            member = _Member(f"{adapter.site.name}.{name}", parameter, role, partner)
+            found.setdefault((adapter.scale, plus), []).append(member)
     usual = Counter(adapter.scale for adapter in adapters).most_common(1)[0][0]
     groups = []
-    for (scale, plus), named in found.items():
+    for (scale, plus), members in found.items():
         name = section + ("" if scale == usual else f"_scale_{scale:g}") + ("_plus" if plus else "")
-        group: Group = {"params": [parameter for _, parameter in named], "lr": rate, "name": name, "lora_scale": scale}
-        group["param_names"] = [parameter_name for parameter_name, _ in named]
+        names, parameters, roles, partners = map(list, zip(*members, strict=True))
+        group: Group = {"params": parameters, "lr": rate, "name": name, "lora_scale": scale}
+        group |= {"param_names": names, "roles": roles, "partners": partners}
         if plus and ratio is not None:
             group |= {"lr": rate * ratio, "lora_plus_ratio": ratio}
         groups.append(group)

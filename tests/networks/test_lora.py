@@ -340,3 +340,29 @@ def test_many_norms_at_once_are_those_of_each(toy_targets):
     adapters = list(network.adapters)
     alone = torch.stack([adapter.norm() for adapter in adapters])
     torch.testing.assert_close(torch.stack(LoRA._batched_norms(adapters)), alone)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (12, 8, 3, 3), (9, 16, 1, 1)])
+def test_from_delta_is_the_nearest_of_its_rank(shape):
+    """Its error is the root of the sum of the squares of the singular values that are left out (Eckart, Young 1936)."""
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tensors = LoRA.from_delta(delta, 3)
+    assert {name: tuple(tensors[name].shape) for name in LoRA.shapes(shape, 3)} == {
+        name: tuple(wanted) for name, wanted in LoRA.shapes(shape, 3).items()
+    }
+    error = (LoRA.delta_of(tensors, shape) - delta).norm()
+    values = torch.linalg.svdvals(delta.flatten(1))
+    torch.testing.assert_close(error, values[3:].square().sum().sqrt())
+    full = LoRA.from_delta(delta, 1000)  # no more than it has
+    assert LoRA.rank_of(full) == len(values)
+    torch.testing.assert_close(LoRA.delta_of(full, shape), delta, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [3.0, 0.0, None])
+def test_delta_of_tensors_without_an_adapter(alpha):
+    """An alpha of 0, or none as in old files, is the rank."""
+    down, up = torch.randn(4, 8), torch.randn(6, 4)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up}
+    if alpha is not None:
+        tensors["alpha"] = torch.tensor(alpha)
+    torch.testing.assert_close(LoRA.delta_of(tensors, (6, 8)), up @ down * ((alpha or 4) / 4))

@@ -357,6 +357,8 @@ def test_lora_plus_and_pairs_hold_across_all_groups(targets: Any) -> None:
         assert raised["lr"] == pytest.approx(4 * group["lr"])
         assert (raised["lora_plus_ratio"], group.get("lora_plus_ratio")) == (4.0, None)
         assert raised["lora_scale"] == group["lora_scale"] == 0.5
+        assert (set(group["roles"]), set(raised["roles"])) == ({"down"}, {"up"})
+        assert [id(down) for down in raised["partners"]] == [id(down) for down in group["params"]]
         halves = {"lora_down": group, "lora_up": raised}
         assert all(half in word for half, own in halves.items() for word in own["param_names"])
     named = [pair for group in groups.values() for pair in zip(group["param_names"], group["params"], strict=True)]

@@ -54,19 +54,13 @@ class Diagonal(Adapter):
         return diagonal if len(kernel) < 2 else diagonal.transpose(2, 3)
 
     @classmethod
-    def new(cls, site: Site, asked: Asked, sizes: Sizes, settings: RateSettings, blocks: object) -> Diagonal:
-        return super().new(site, asked, sizes, settings, blocks)._drops(settings)
-
-    @classmethod
     def as_in_file(cls, site: Site, tensors: Mapping[str, Tensor], asked: Asked, settings: RateSettings) -> Diagonal:
-        return super().as_in_file(site, tensors, asked, settings)._drops(settings)
-
-    def _drops(self, settings: RateSettings) -> Diagonal:
         assert isinstance(settings, Settings)
         if not 0 <= settings.diag_dropout < 1:
             raise UserError(f"diag_dropout: {settings.diag_dropout:g} is not in [0, 1)")
-        self.share = settings.diag_dropout
-        return self
+        made = super().as_in_file(site, tensors, asked, settings)
+        made.share = settings.diag_dropout
+        return made
 
     def delta_in_forward(self) -> Tensor:
         v = F.dropout(self.diag_v, self.share, self.training)
