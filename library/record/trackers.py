@@ -1,99 +1,39 @@
-"""Curves for TensorBoard and Weights & Biases: which, where to, and with what settings."""
+"""Curves for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config.options import SECRETS, LoggingOptions, Options, option_groups
-from library.config.other_files import refuse_other_file
-from library.config.toml_file import read_toml
-from library.errors import UserError, did_you_mean, why_not
+from library.errors import UserError, why_not
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
-# Not for others' eyes, or of no meaning on another machine: kohya keeps these out of logged configurations, too
-_PRIVATE = frozenset(
-    (
-        *SECRETS,
-        *("pretrained_model_name_or_path", "vae", "train_data_dir", "reg_data_dir", "dataset_config"),
-        *("output_dir", "logging_dir", "log_tracker_config", "console_log_file", "config_file", "network_weights"),
-        *("base_weights", "sample_prompts"),
-    )
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class TrackerPlan:
-    """What logs are kept. `settings`: arguments of each tracker, from --log_tracker_config."""
+    """What logs are kept. `settings`: arguments of each tracker, from the file `settings_file`.
+
+    `folder` is this run's, in `logging_dir`. `config`: options to log with the curves; None: none.
+    """
 
     names: tuple[str, ...]  # "tensorboard", "wandb"
-    folder: str | None  # of this run
+    project: str
+    logging_dir: str | None
+    folder: str | None
+    settings_file: str | None
     settings: dict[str, dict[str, Any]]
+    config: dict[str, bool | int | float | str] | None
+    wandb_key: str | None = dataclasses.field(default=None, repr=False)
 
 
-def plan_trackers(options: Options) -> TrackerPlan:
-    """Check the options about logs and warn of those that have no effect. Raises UserError. Starts nothing."""
-    wanted = options.logging
-    names = _names(wanted)
-    for option, needs in (
-        ("log_prefix", wanted.logging_dir is not None),
-        ("log_tracker_name", bool(names)),
-        ("log_tracker_config", bool(names)),
-        ("log_config", bool(names)),
-        ("wandb_run_name", "wandb" in names),
-        ("wandb_api_key", "wandb" in names),
-    ):
-        if getattr(wanted, option) and not needs:
-            reason = "--log_with wandb is not given" if option.startswith("wandb") else "no logs are kept"
-            logger.warning("--%s has no effect: %s", option, reason)
-    if "wandb" in names:
-        if importlib.util.find_spec("wandb") is None:
-            raise UserError(f"--log_with {wanted.log_with}: the package 'wandb' is not installed: pip install wandb")
-        if options.given.get("wandb_api_key", "").startswith("command line"):
-            logger.warning("wandb keeps a run's command line, the key in it included: put wandb_api_key into a file")
-    folder = wanted.logging_dir
-    if folder is not None:
-        folder = str(Path(folder) / f"{wanted.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
-    return TrackerPlan(names, folder, _settings(wanted, names) if names else {})
-
-
-def _names(wanted: LoggingOptions) -> tuple[str, ...]:
-    if wanted.log_with is None:
-        return ("tensorboard",) if wanted.logging_dir is not None else ()
-    return ("tensorboard", "wandb") if wanted.log_with == "all" else (wanted.log_with,)
-
-
-def _settings(wanted: LoggingOptions, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """One table a tracker; --wandb_run_name goes before the file's."""
-    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
-    if wanted.log_tracker_config is not None:
-        path = Path(wanted.log_tracker_config)
-        content = read_toml(path)
-        refuse_other_file(content, path, "log_tracker_config")
-        for name, table in content.items():
-            if name not in ("tensorboard", "wandb") or not isinstance(table, dict):
-                near = did_you_mean(name, ("tensorboard", "wandb"))
-                raise UserError(f"{path}: {name}: not a table [tensorboard] or [wandb]{near}")
-            if name in names:
-                settings[name] |= table
-            else:
-                logger.warning("%s: [%s] has no effect: that tracker is not used", path, name)
-    if "wandb" in names and wanted.wandb_run_name:
-        settings["wandb"]["name"] = wanted.wandb_run_name
-    return settings
-
-
-def start(accelerator: Accelerator, plan: TrackerPlan, options: Options) -> None:
+def start(accelerator: Accelerator, plan: TrackerPlan) -> None:
     """Begin the logs. `UserError` if a tracker refuses its settings, or cannot write."""
-    wanted = options.logging
     if not plan.names:
         return
     settings = {name: dict(own) for name, own in plan.settings.items()}
@@ -106,19 +46,15 @@ def start(accelerator: Accelerator, plan: TrackerPlan, options: Options) -> None
             Path(plan.folder).mkdir(parents=True, exist_ok=True)
             settings["wandb"].setdefault("dir", plan.folder)
     try:
-        if "wandb" in plan.names and wanted.wandb_api_key is not None and accelerator.is_main_process:
-            wandb.login(key=wanted.wandb_api_key)
-        accelerator.init_trackers(
-            wanted.log_tracker_name or "network_train",
-            config=logged_options(options) if wanted.log_config else None,
-            init_kwargs=settings,
-        )
+        if "wandb" in plan.names and plan.wandb_key is not None and accelerator.is_main_process:
+            wandb.login(key=plan.wandb_key)
+        accelerator.init_trackers(plan.project, config=plan.config, init_kwargs=settings)
     except failures as error:
-        where = f"--log_tracker_config {wanted.log_tracker_config}" if wanted.log_tracker_config else "--log_with"
+        where = f"--log_tracker_config {plan.settings_file}" if plan.settings_file else "--log_with"
         raise UserError(f"{where}: the tracker does not start: {error}") from error
     except OSError as error:
         reason = why_not(error, verb="write to")
-        raise UserError(f"--logging_dir {wanted.logging_dir}: no logs can be kept there: {reason}") from error
+        raise UserError(f"--logging_dir {plan.logging_dir}: no logs can be kept there: {reason}") from error
 
 
 def tell(accelerator: Accelerator, values: dict[str, float], *, step: int) -> None:
@@ -139,16 +75,6 @@ def end(accelerator: Accelerator) -> None:
             tracker.finish()
     except OSError as error:
         logger.warning("the logs lack their end: %s", why_not(error, verb="write to"))
-
-
-def logged_options(options: Options) -> dict[str, bool | int | float | str]:
-    """Every option with its value, but for keys and paths. Lists are text: TensorBoard takes no others."""
-    found: dict[str, bool | int | float | str] = {}
-    for group in option_groups():
-        for name, value in vars(getattr(options, group)).items():
-            if name not in _PRIVATE and value is not None:
-                found[name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
 
 
 def log_image(accelerator: Accelerator, name: str, image: Any, *, caption: str, step: int) -> None:

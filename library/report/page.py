@@ -93,7 +93,8 @@ def _why(story: Story) -> str:
         run_file.FINISHED: early,
         run_file.STOPPED: f"stopped by {session.reason}",
         run_file.FAILED: f"it failed: {session.reason}",
-        run_file.LOST: f"it ended without a word, after {_moment(session.heartbeat)}: killed, or the machine went down",
+        run_file.LOST: "it ended without a word (killed, or the machine went down), "
+        f"last heard of {_moment(session.heartbeat)}",
     }
     return reasons[run_file.standing(story.record)]
 

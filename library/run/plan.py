@@ -24,7 +24,8 @@ from library.errors import UserError, nearest_path
 from library.models import open_family
 from library.parallel import together
 from library.record.metadata import check_user_metadata
-from library.record.trackers import TrackerPlan, plan_trackers
+from library.record.trackers import TrackerPlan
+from library.run.trackers import plan_trackers
 from library.sampling.prompts import SampleTimes, plan_samples
 from library.training.state import State
 from library.training.state import find as find_state

@@ -51,7 +51,7 @@ def make_accelerator(plan: Plan) -> Accelerator:
             if name in options.given:
                 logger.warning("%s: has no effect on %s", options.given[name], accelerator.device)
     if options.trains:
-        trackers.start(accelerator, plan.trackers, options)
+        trackers.start(accelerator, plan.trackers)
     _refuse_idle_processes(accelerator.num_processes, plan.prepared.batches_per_epoch)
     return accelerator
 

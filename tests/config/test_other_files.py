@@ -76,7 +76,7 @@ def test_what_is_not_plain_is_left_to_the_reader(content: Any) -> None:
 
 def test_every_reader_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Callable[..., Options]) -> None:
     from library.data.sources.metadata import scan
-    from library.record.trackers import plan_trackers
+    from library.run.trackers import plan_trackers
     from library.sampling.prompts import read_prompts
 
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -52,16 +53,29 @@ def test_every_command_works(monkeypatch, tmp_path, capsys):
         if len(left) == 1:
             for program in blocks("python"):
                 exec(program, {})
-            assert "quickstart ends with a mean loss of 0." in capsys.readouterr().out
+            printed = capsys.readouterr().out
+            assert "quickstart ends with a mean loss of 0." in printed
+            assert "quickstart finished\n2 of 2 steps, rank 8" in printed
     everything = ["-metrics.jsonl", "-report.html", "-run.json", ".safetensors"]
     assert left == [everything, everything, everything, [".safetensors"]]
     assert list((tmp_path / "logs").rglob("events*"))
 
 
+def test_the_table_of_the_record_is_what_it_has(train, tmp_path):
+    assert train("--max_train_steps", "1") == 0
+    table = json.loads((tmp_path / "out" / "test-run.json").read_text(encoding="utf-8"))
+    section = PAGE.partition("## How the run stands")[2].partition("## The steps")[0]
+    rows = re.findall(r"^\| (`.*?`) \| (.*) \|$", section, flags=re.MULTILINE)
+    assert [name for keys, _ in rows for name in re.findall(r"`(\w+)`", keys)] == list(table)
+    facts = next(text for keys, text in rows if keys == "`facts`")
+    assert re.findall(r"`(\w+)`", facts) == [*table["facts"], "null"]
+
+
 def test_the_table_of_values_is_what_a_step_tells(train, tmp_path):
     assert train("--max_train_steps", "1") == 0
     (step,) = [line for line in lines(tmp_path / "out" / "test-metrics.jsonl") if "loss" in line]
-    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `", PAGE, flags=re.MULTILINE)
+    section = PAGE.partition("## What is told")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `", section, flags=re.MULTILINE)
     told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert told == step.keys() - {"step"}
 

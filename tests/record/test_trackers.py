@@ -12,7 +12,7 @@ import pytest
 from library.config.parser import parse
 from library.errors import UserError
 from library.record import trackers
-from library.record.trackers import logged_options, plan_trackers
+from library.run.trackers import logged_options, plan_trackers
 
 REQUIRED = ("--pretrained_model_name_or_path", "base.safetensors", "--output_dir", "out")
 

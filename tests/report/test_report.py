@@ -183,7 +183,8 @@ def test_it_is_made_anew_from_what_is_there(finished, tmp_path, capsys):
         path.unlink()
     assert report([str(metrics)]) == 0
     found = Page(finished.read_text(encoding="utf-8"))
-    assert "Training report: 3 of 4 steps are done: it ended without a word, after 2026-01-02" in found.text
+    state = "it ended without a word (killed, or the machine went down), last heard of 2026-01-02"
+    assert f"Training report: 3 of 4 steps are done: {state}" in found.text
     assert found.texts.count("no longer there") == 6
 
 

@@ -52,6 +52,7 @@ def test_dry_run_tells_everything_and_writes_nothing(words, tmp_path, capsys):
         "activations and gradients",
         "3 files of",
         str(tmp_path / "out" / "last.safetensors"),
+        "last-run.json",
         "last-metrics.jsonl",
     ):
         assert expected in told, f"{expected!r} is missing in:\n{told}"

@@ -58,8 +58,9 @@ def start(folder: Path, *more: str) -> int:
 
 
 def unfinished(out: Path) -> list[str]:
-    """Files and folders that are being written, replaced or removed."""
-    return [path.name for path in out.glob(".*") if set(path.suffixes) & {".part", ".old", ".gone"}]
+    """Networks and states that are being written, replaced or removed; the run's record is written all the time."""
+    found = [path for path in out.glob(".*") if set(path.suffixes) & {".part", ".old", ".gone"}]
+    return [path.name for path in found if not path.name.endswith("-run.part.json")]
 
 
 def kill(child: int, out: Path, *, inside_a_save: bool) -> bool:

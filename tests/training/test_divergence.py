@@ -63,7 +63,7 @@ def test_stop_names_the_images_and_saves_what_was_good(
     assert str(tmp_path / "data" / "2_style") in error.split(said)[1]
     assert "What was trained until step 2 is saved" in error
     out = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert out == ["test-metrics.jsonl", "test-step00000002-state", "test-step00000002.safetensors"]
+    assert out == ["test-metrics.jsonl", "test-run.json", "test-step00000002-state", "test-step00000002.safetensors"]
     monkeypatch.undo()
     assert train("--resume", "latest", "--save_state_on_train_end", "--max_grad_norm", clip) == 0  # the state is whole
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
@@ -221,7 +221,7 @@ def test_a_full_disk_costs_a_message_and_not_the_run(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         *("test-step00000004.safetensors", "test-step00000004-state", "test-step00000006.safetensors"),
-        *("test-step00000006-state", "test.safetensors", "test-state", "test-metrics.jsonl"),
+        *("test-step00000006-state", "test.safetensors", "test-state", "test-metrics.jsonl", "test-run.json"),
     }
 
 

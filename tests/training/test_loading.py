@@ -155,7 +155,7 @@ def test_a_pickled_file_is_written_and_read(train, tmp_path):
     words = ("--save_model_as", "ckpt", "--save_precision", "fp16", "--save_every_n_steps", "2")
     assert train("--output_name", "a", *words) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("a-metrics.jsonl", "a-step00000002.ckpt", "a-step00000004.ckpt", "a.ckpt"),
+        *("a-metrics.jsonl", "a-run.json", "a-step00000002.ckpt", "a-step00000004.ckpt", "a.ckpt"),
     ]
     tensors = torch.load(tmp_path / "out" / "a.ckpt", weights_only=True)
     assert {value.dtype for value in tensors.values()} == {torch.float16}

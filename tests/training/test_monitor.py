@@ -201,6 +201,7 @@ def test_a_dry_run_says_where_the_file_will_be_and_writes_none(train, tmp_path, 
     assert train("--dry_run", "--report") == 0
     said = " ".join(capsys.readouterr().out.split())
     for what, name in (
+        ("how the run stands", "test-run.json"),
         ("what each step does", "test-metrics.jsonl"),
         ("the whole run on one page", "test-report.html"),
     ):

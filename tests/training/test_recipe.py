@@ -24,7 +24,9 @@ def test_a_lora_comes_out(train, tmp_path):
     assert facts["ss_base_model_version"] == "sd_v1"
     assert facts["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert json.loads(facts["ss_dataset_dirs"]) == {"2_style": {"n_repeats": 2, "img_count": 6}}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test-metrics.jsonl", "test.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("test-metrics.jsonl", "test-run.json", "test.safetensors")
+    ]
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train, tmp_path):
@@ -112,6 +114,7 @@ def test_files_are_named_and_kept_as_in_kohya(train, tmp_path):
         "test-000002.safetensors",
         "test-000003.safetensors",
         "test-metrics.jsonl",
+        "test-run.json",
         "test.safetensors",
     ]
     assert train("--output_name", "s", "--save_every_n_steps", "2") == 0

@@ -181,6 +181,7 @@ def test_early_stopping_keeps_the_best_and_ends_well(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "test-best.safetensors",
         "test-metrics.jsonl",
+        "test-run.json",
         "test-state",
         "test-step00000002.safetensors",
         "test-step00000004.safetensors",

@@ -15,7 +15,9 @@ class MonitoringOptions:
     """What is measured while training (ours)"""
 
     monitoring: bool = option(
-        True, help="write what each step did to NAME-metrics.jsonl beside the LoRA, and warn if training goes wrong"
+        True,
+        help="write how the run stands to NAME-run.json and what each step did to NAME-metrics.jsonl, beside the LoRA, "
+        "and warn if training goes wrong",
     )
     monitor_every_n_steps: int | None = option(
         None,
