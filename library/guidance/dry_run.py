@@ -34,7 +34,6 @@ from library.training.run import Run
 from library.training.step import condition_of, element_loss
 from library.units import human_bytes, human_time
 from networks.merge import BaseWeights
-from networks.protocol import file_tensors
 
 MEASURED_STEPS = 5  # after two that warm up
 _ABOUT = {
@@ -160,7 +159,7 @@ def _time(plan: Plan, run: Run) -> str:
 def _files(plan: Plan, run: Run) -> Iterator[str]:
     saves = run.saves
     tensors = run.network.state_dict()
-    of_file = disk.file_bytes(file_tensors(run.network), plan.options.output.save_precision)
+    of_file = disk.file_bytes(run.network.tensors(), plan.options.output.save_precision)
     of_state = disk.file_bytes(tensors, None) + tensor_bytes(run.optimizer.optimizer.state)  # `_memory` has made it
     of_state += _average_bytes(run)
     files, states = (

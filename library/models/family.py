@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.models.blocks import Blocks
+
 
 @dataclass(frozen=True)
 class AdapterTargets:
@@ -19,7 +21,8 @@ class AdapterTargets:
 
     part: "unet" or "text_encoder". prefix: what keys in adapter files begin with. linear: paths of the Linear and 1 × 1
     convolution targets. conv: paths of those that come in addition where convolutions are adapted. name: from a path to
-    the dotted name that keys use (dots become underscores).
+    the dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer:
+    elsewhere a pattern of the dotted names, whose first group is a layer's number, counted from the input.
     """
 
     part: str
@@ -28,6 +31,8 @@ class AdapterTargets:
     linear: re.Pattern[str]
     conv: re.Pattern[str]
     name: Callable[[str], str]
+    blocks: Blocks | None = None
+    layer: re.Pattern[str] | None = None
 
 
 class ModelFamily(Protocol):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.gpu import to_device
+from library.models.blocks import SD
 from library.models.checkpoints.base_model import BaseModel, Part
 from library.models.checkpoints.detect import is_v2
 from library.models.checkpoints.opening import with_vae
@@ -19,6 +20,7 @@ from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
     SCHEDULER,
+    TEXT_LAYER,
     TEXT_LINEAR,
     UNET_CONV,
     UNET_LINEAR,
@@ -133,9 +135,11 @@ class StableDiffusion(LatentDiffusion):
     def adapter_targets(self) -> list[AdapterTargets]:
         found = []
         if self.unet is not None:
-            found.append(AdapterTargets("unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, str))
+            found.append(AdapterTargets("unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, str, blocks=SD))
         for encoder in self.text_encoders:
-            found.append(AdapterTargets("text_encoder", "lora_te", encoder, TEXT_LINEAR, NOTHING, _text_name))
+            found.append(
+                AdapterTargets("text_encoder", "lora_te", encoder, TEXT_LINEAR, NOTHING, _text_name, layer=TEXT_LAYER)
+            )
         for conv in (False, True):
             check_counts({target.part: target for target in found}, self.expected_modules(conv=conv), conv=conv)
         return found

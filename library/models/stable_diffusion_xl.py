@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.gpu import to_device
+from library.models.blocks import SDXL
 from library.models.checkpoints.base_model import BaseModel, Part
 from library.models.checkpoints.checkpoint import original_unet_name
 from library.models.checkpoints.opening import with_vae
@@ -20,6 +21,7 @@ from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
     SCHEDULER,
+    TEXT_LAYER,
     TEXT_LINEAR,
     UNET_CONV,
     UNET_LINEAR,
@@ -151,7 +153,9 @@ class StableDiffusionXL(LatentDiffusion):
     def adapter_targets(self) -> list[AdapterTargets]:
         found = {}
         if self.unet is not None:
-            found["unet"] = AdapterTargets("unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, self._original_name)
+            found["unet"] = AdapterTargets(
+                "unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, self._original_name, blocks=SDXL
+            )
         if self.text_encoders:
             first, second = self.text_encoders
             found["text_encoder_1"] = _text_targets("lora_te1", first, TEXT_LINEAR, "text_model.")
@@ -210,7 +214,9 @@ if TYPE_CHECKING:
 
 def _text_targets(prefix: str, encoder: nn.Module, layers: re.Pattern[str], level: str) -> AdapterTargets:
     # transformers 5 dropped a level from the first one's paths that adapter files' keys still name
-    return AdapterTargets("text_encoder", prefix, encoder, layers, NOTHING, lambda path: f"{level}{path}")
+    return AdapterTargets(
+        "text_encoder", prefix, encoder, layers, NOTHING, lambda path: f"{level}{path}", layer=TEXT_LAYER
+    )
 
 
 def _device_of(encoder: nn.Module) -> torch.device:

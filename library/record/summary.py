@@ -60,6 +60,8 @@ def network(facts: Network) -> str:
         dim = "default" if facts.dim is None else str(facts.dim)
     else:
         lowest, highest = facts.ranks
+        if not highest:  # a kind without ranks
+            return facts.module
         dim = str(lowest) if lowest == highest else f"{lowest} to {highest}"
     return f"{facts.module}, dim {dim}, alpha {facts.alpha:g}"
 

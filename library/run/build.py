@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
+from library.errors import UserError
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule
@@ -30,7 +30,7 @@ from library.training.hooks.weight_decay import Observe
 from library.training.run import Position, Run, StepOptimizer
 from library.training.step import Objective
 from networks.merge import BaseWeights
-from networks.protocol import file_tensors, without
+from networks.network import TrainableNetwork
 
 Following = tuple[LRScheduler | None, Observe | None]
 """The schedule of the learning rates, and what the adaptive weight decay observes the losses with."""
@@ -108,15 +108,14 @@ def _core(
     network = make_network(
         options,
         family,
-        creator=plan.network_creator,
         arguments=plan.network_arguments,
         seed=plan.seed,
         device=accelerator.device,
     )
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family.unet, accelerator)
-    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
-        with without(network):  # refused now, where it cannot be switched off, and not in the first step
-            pass
+    preserves = any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets)
+    if preserves and (refusal := network.refuses("off")):  # now, and not in the first step
+        raise UserError(refusal)
     groups, optimizer = _optimizer(plan, network)
     # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
     schedule = None if curves.schedule is None else create_schedule(curves.schedule, optimizer)
@@ -151,7 +150,7 @@ def _core(
     return run, (schedule, observe)
 
 
-def _optimizer(plan: Plan, network: Any) -> tuple[ParameterGroups, torch.optim.Optimizer]:
+def _optimizer(plan: Plan, network: TrainableNetwork) -> tuple[ParameterGroups, torch.optim.Optimizer]:
     """The network's parameters in groups, each with its rate, and the optimizer of them."""
     options, choice = plan.options, plan.choice
     groups = parameter_groups(network, options)
@@ -163,7 +162,11 @@ def _optimizer(plan: Plan, network: Any) -> tuple[ParameterGroups, torch.optim.O
 
 
 def _wrapped(
-    plan: Plan, accelerator: Accelerator, network: Any, groups: ParameterGroups, optimizer: torch.optim.Optimizer
+    plan: Plan,
+    accelerator: Accelerator,
+    network: TrainableNetwork,
+    groups: ParameterGroups,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[StepOptimizer, Gradients]:
     """The optimizer, by accelerate or sharded by ZeRO, and what computes its gradients."""
     options = plan.options
@@ -181,7 +184,7 @@ def _refuse_full_disk(plan: Plan, run: Run) -> None:
     disk.refuse_full_disk(
         run.saves,
         after_step=run.position.done,
-        of_file=disk.file_bytes(file_tensors(run.network), plan.options.output.save_precision),
+        of_file=disk.file_bytes(run.network.tensors(), plan.options.output.save_precision),
         # at least: the optimizer's part is not known before a step
         of_state=disk.file_bytes(run.network.state_dict(), None),
     )

@@ -16,7 +16,6 @@ from library.run.plan import Plan
 from library.run.recording import in_effect
 from library.training.meter import timestep_ranges
 from library.training.run import Run
-from networks.network import AdapterNetwork
 
 EXAMPLES = 24  # images that are named
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
@@ -25,7 +24,6 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 def describe(plan: Plan, run: Run, facts: Facts) -> dict[str, Any]:
     """As JSON has it, but for paths, which are text there."""
     saves = run.saves
-    network = run.network if isinstance(run.network, AdapterNetwork) else None
     sampling = plan.samples
     return {
         "session_id": plan.session_id,
@@ -36,7 +34,7 @@ def describe(plan: Plan, run: Run, facts: Facts) -> dict[str, Any]:
         "total_steps": run.position.total,
         "steps_per_epoch": saves.steps_per_epoch,
         "timesteps": timestep_ranges(len(run.objective.alphas_cumprod)),
-        "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
+        "adapters": run.network.layers(),
         "summary": [list(row) for row in rows(facts)],
         "options": _options(plan.options, seed=plan.seed),
         "subsets": [

@@ -37,7 +37,6 @@ from library.training.meter import Meter, timestep_ranges
 from library.training.run import Run
 from library.training.state import Facts
 from library.training.unwritten import Unwritten
-from networks.network import AdapterNetwork
 
 
 class Made(NamedTuple):
@@ -120,11 +119,10 @@ def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[
 def _monitor(plan: Plan, run: Run, record: RunFile) -> Iterator[Monitor]:
     wanted = plan.options.monitoring
     if wanted.monitoring:
-        ours = run.network if isinstance(run.network, AdapterNetwork) else None
         by_name = {group["name"]: group["params"] for group in run.groups}
         timesteps = len(run.objective.alphas_cumprod)
         yield Monitor(
-            Meter(by_name, ours, run.accelerator, timesteps=timesteps),
+            Meter(by_name, run.network, run.accelerator, timesteps=timesteps),
             every=wanted.every,
             bins=timestep_ranges(timesteps),
             record=record,

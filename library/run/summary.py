@@ -14,7 +14,6 @@ from library.training.hooks.validation import Validator
 from library.training.hooks.weight_decay import WeightDecay
 from library.training.run import Run
 from networks import base_weights
-from networks.network import AdapterNetwork
 
 
 def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
@@ -74,22 +73,18 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
 
 def _network(plan: Plan, run: Run) -> facts.Network:
     network, wanted = run.network, plan.options.network
-    ours = network if isinstance(network, AdapterNetwork) else None
-    ranks = None if ours is None else sorted({adapter.rank for adapter in ours.adapters})
+    parameters = network.parameter_counts()
     return facts.Network(
         module=wanted.network_module,
         dim=wanted.network_dim,
-        ranks=None if ranks is None else (ranks[0], ranks[-1]),
+        ranks=network.ranks(),
         alpha=wanted.network_alpha,
-        adapters=() if ours is None else tuple(_adapters(ours)),
+        adapters=tuple(
+            facts.Adapters(part=part, count=count, parameters=parameters[part])
+            for part, count in network.counts().items()
+        ),
         parameters=sum(parameter.numel() for parameter in run.parameters),
     )
-
-
-def _adapters(network: AdapterNetwork) -> Iterator[facts.Adapters]:
-    for part, own in network.sections().items():
-        parameters = sum(parameter.numel() for adapter in own for parameter in adapter.parameters())
-        yield facts.Adapters(part=part, count=len(own), parameters=parameters)
 
 
 def _images(prepared: Prepared) -> Iterator[facts.Images]:

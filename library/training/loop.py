@@ -7,7 +7,6 @@ import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +25,6 @@ from library.training.hook import Step
 from library.training.run import Run
 from library.training.step import BatchLoss, batch_loss, refuse_broken_latents
 from library.training.stop import StopRequest
-from networks.protocol import step_hook, without
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -135,7 +133,7 @@ def step_batches(run: Run) -> Iterator[StepBatches]:
 
 
 def start_epoch(run: Run, epoch: int) -> None:
-    run.network.on_epoch_start(None, run.family.unet)
+    run.network.start_epoch()
     for hook in run.hooks:
         hook.start_epoch(run, epoch)
 
@@ -195,7 +193,7 @@ def _backward_all(run: Run, item: StepBatches, *, weight: float) -> list[torch.T
             if run.dummy is not None:
                 backward(run, run.dummy, weight=0.0)
             continue
-        step_hook(run.network)(None, run.family.unet)
+        run.network.before_batch()
         for hook in run.hooks:
             hook.before_batch(run, batch)
         losses.append(backward(run, batch, weight=weight))
@@ -228,7 +226,7 @@ def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
             seed=run.seed,
             device=run.accelerator.device,
             train_text=train_text,
-            without=partial(without, run.network),
+            without=run.network.off,
         )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from library.record.saves import SavePlan
     from library.training.gradients import Gradients
     from library.training.step import Objective
+    from networks.network import TrainableNetwork
 
 H = TypeVar("H")
 
@@ -62,7 +63,7 @@ class Run:
 
     accelerator: Accelerator
     family: ModelFamily
-    network: Any  # networks.protocol.Network and torch.nn.Module, for which Python has no type
+    network: TrainableNetwork
     groups: ParameterGroups
     optimizer: StepOptimizer
     gradients: Gradients

@@ -8,7 +8,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.files.tensors import WeightsIndex
-from library.models.checkpoints.adapter_file import AdapterFile, describe
+from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 
 # What a file can be, as messages call it. "{path} is …" is how they begin.
@@ -65,7 +65,7 @@ class FileKind:
 
     kind: str
     title: str
-    adapter: AdapterFile | None = None
+    adapter: AdapterContents | None = None
 
 
 def kind_of_file(index: WeightsIndex) -> FileKind:

@@ -14,4 +14,4 @@ class MaxNorm(Hook[Run]):
         self._limit = limit
 
     def after_step(self, run: Run, step: Step) -> None:
-        run.network.apply_max_norm_regularization(self._limit, run.accelerator.device)
+        run.network.limit_norms(self._limit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from library.report import loss_plot
 from library.sampling import render
 from library.training.hook import Hook
 from library.training.run import Run
-from networks.protocol import without
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ class Pictures(Hook[Run]):
                     path,
                     run.family,
                     self._encode,
-                    partial(without, run.network),
+                    run.network.off,
                     self._prompts,
                     size=self._size,
                     steps=self._steps,
