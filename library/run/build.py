@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -27,12 +26,13 @@ from library.run.plan import Plan
 from library.sampling.render import EncodedPrompts
 from library.training import state
 from library.training.gradients import Gradients, WholeGradients
+from library.training.hooks.weight_decay import Observe
 from library.training.run import Position, Run, StepOptimizer
 from library.training.step import Objective
 from networks.merge import BaseWeights
 from networks.network import TrainableNetwork
 
-Following = tuple[LRScheduler | None, Callable[[float, float | None, float | None], None] | None]
+Following = tuple[LRScheduler | None, Observe | None]
 """The schedule of the learning rates, and what the adaptive weight decay observes the losses with."""
 
 

@@ -32,7 +32,7 @@ from library.training.hooks.pictures import Pictures
 from library.training.hooks.sampler import Sampler
 from library.training.hooks.saver import Saver
 from library.training.hooks.validation import Times, Validator
-from library.training.hooks.weight_decay import WeightDecay
+from library.training.hooks.weight_decay import Observe, WeightDecay
 from library.training.meter import Meter, timestep_ranges
 from library.training.run import Run
 from library.training.state import Facts
@@ -43,7 +43,7 @@ class Made(NamedTuple):
     """What the hooks need that was made for this run beside its core."""
 
     schedule: LRScheduler | None
-    observe: Callable[[float, float | None, float | None], None] | None  # see `WeightDecay`
+    observe: Observe | None
     held_out: TrainingData | None
     prompts: render.EncodedPrompts
     facts: Facts  # of the states

@@ -13,6 +13,9 @@ from library.training.run import Run
 if TYPE_CHECKING:
     from library.optimizers.weight_decay_choice import DecayChoice
 
+Observe = Callable[[float, float | None, float | None], None]
+"""Takes the loss, the gradient's norm and, if it is new, the validation loss."""
+
 
 class WeightDecay(Hook[Run]):
     """The optimizer sets the weight decay itself in each step, and its groups hold what it remembers, so this hook has
@@ -23,11 +26,10 @@ class WeightDecay(Hook[Run]):
     def __init__(
         self,
         decay: DecayChoice,
-        observe: Callable[[float, float | None, float | None], None] | None,
+        observe: Observe | None,
         history: History | None,
     ) -> None:
-        """`observe`: takes the loss, the gradient's norm and, if it is new, the validation loss; None for a curve that
-        does not depend on them. `history`: of the validations."""
+        """`observe`: None for a curve that does not depend on losses. `history`: of the validations."""
         self.decay, self._observe, self._history = decay, observe, history
 
     def before_step(self, run: Run, step: Step) -> None:

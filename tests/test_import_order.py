@@ -1,0 +1,139 @@
+"""A package imports only from those above it in this list, and no modules import each other in a circle.
+
+Lazy imports and those under `TYPE_CHECKING` count: a value that is handed down takes their place.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = """
+    library.paths library.errors library.log library.progress library.rng library.cpus library.processes library.gpu
+    library.memory library.units
+    library.files
+    library.config
+    library.data
+    library.diffusion library.losses
+    library.optimizers
+    library.quantization
+    library.models
+    library.sampling
+    networks
+    library.record
+    library.report
+    library.training
+    library.parallel
+    library.run
+    library.guidance
+    networks.tools library.job
+"""
+ROOMS = {room: place for place, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}
+"""Where each stands; those of one line may import each other."""
+
+UPWARD: set[tuple[str, str | None]] = {("library.quantization.float8", "library.models")}
+"""(module, room that it imports from): what is still to go."""
+
+CIRCLES = {frozenset({"networks.network", "networks.rates", "networks.blocks"})}
+"""Of modules: what is still to go."""
+
+Graph = Mapping[str, set[str]]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the program by its name; of a package its `__init__`."""
+    files = [path for top in ("library", "networks") for path in (ROOT / top).rglob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imports(module: str, path: Path, known: Mapping[str, Path]) -> set[str]:
+    """The modules that one imports anywhere in its text."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            full = {f"{base}.{alias.name}" for alias in node.names}
+            names |= (full & known.keys()) or {base}
+            names |= {base} if full - known.keys() else set()
+    return (names & known.keys()) - {module}
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    known = modules()
+    return {module: imports(module, path, known) for module, path in known.items()}
+
+
+def room_of(module: str) -> str | None:
+    """The longest name of a room that this module is in; None for the packages that only hold rooms."""
+    inside = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
+    return max(inside, key=len, default=None)
+
+
+def circles(graph: Graph) -> Iterator[frozenset[str]]:
+    """The strongly connected components of more than one module (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+
+    def visit(module: str) -> Iterator[frozenset[str]]:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in sorted(graph[module]):
+            if other not in index:
+                yield from visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            place = stack.index(module)
+            found = frozenset(stack[place:])
+            del stack[place:]
+            if len(found) > 1:
+                yield found
+
+    for module in sorted(graph):
+        if module not in index:
+            yield from visit(module)
+
+
+def test_every_module_has_a_room(graph: Graph) -> None:
+    assert [module for module in graph if room_of(module) is None and module != "library"] == []
+
+
+def test_imports_go_upwards(graph: Graph) -> None:
+    wrong = {
+        (module, room_of(other))
+        for module, others in graph.items()
+        for other in others
+        if ROOMS[room_of(other) or "library.errors"] > ROOMS[room_of(module) or "library.job"]
+    }
+    assert sorted(wrong - UPWARD) == []
+    assert sorted(UPWARD - wrong) == [], "is gone: take it off the list"
+
+
+def test_there_are_no_circles(graph: Graph) -> None:
+    found = set(circles(graph))
+    assert found - CIRCLES == set()
+    assert CIRCLES - found == set(), "is gone: take it off the list"
+
+
+def test_a_circle_is_found() -> None:
+    chain = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set[str]()}
+    assert list(circles(chain)) == [frozenset("abc")]
+
+
+def test_every_kind_of_import_counts(tmp_path: Path) -> None:
+    known = dict.fromkeys(("library.a", "library.b", "library.c.d", "library.c"), Path())
+    text = "from library import a\nif TYPE_CHECKING:\n    from library.b import name\ndef f():\n    from .c import d\n"
+    path = tmp_path / "me.py"
+    path.write_text(text)
+    assert imports("library.me", path, known) == {"library.a", "library.b", "library.c.d"}
