@@ -16,10 +16,10 @@ from library.errors import UserError
 from ..groups import Group
 from ..weight_decay import VANISHED
 from . import checkpoint, plan, report, sharding, techniques
-from .dynamic_decay import plateau, waiting
 from .options import Rates, check_group, decayed_weight_decay, options_key, rates_of
 from .paged import runtime as paging_runtime
 from .pairs import Halves
+from .techniques.dynamic_decay import plateau, waiting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -18,7 +18,6 @@ step. The modules of techniques are read by `--help`, so they import torch only 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -169,8 +168,11 @@ class Technique:
     @lru_cache
     def has_kernel(cls) -> bool:
         """Whether there is a header for it in the CPU kernel."""
-        module = Path(str(sys.modules[cls.__module__].__file__))
-        return (module.parent / "kernel" / f"{module.stem}.h").is_file()
+        package, _, name = cls.__module__.rpartition(".")
+        return (
+            package == f"{__package__}.techniques"
+            and Path(__file__).with_name("kernel").joinpath(f"{name}.h").is_file()
+        )
 
 
 STAGES = ("gradient", "entering", "direction", "size", "project", "settle")  # those at which tensors are worked on

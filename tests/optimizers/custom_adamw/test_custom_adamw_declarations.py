@@ -66,7 +66,7 @@ def test_nothing_else_names_its_settings(kind: type[Technique]) -> None:
     """Where a technique stands: its file, its line, its kernel, and those that exclude it. The stub is written. (The
     options of the weight decay are those of every optimizer.)"""
     excluding = [other for other in KINDS if kind.switch().name in other.excludes]
-    mine = {HERE / "techniques.py", *(Path(inspect.getfile(one)) for one in (kind, *excluding))}
+    mine = {HERE / "techniques" / "__init__.py", *(Path(inspect.getfile(one)) for one in (kind, *excluding))}
     names = [item.name for item in kind.settings() if not item.of_group]
     word = re.compile(rf"\b({'|'.join(names)})\b")
     sources = [*(ROOT / "library" / "optimizers").rglob("*.py"), *(ROOT / "library" / "config").rglob("*.py")]

@@ -10,25 +10,25 @@ from typing import TypeVar
 
 from library.errors import UserError, did_you_mean
 
-from ..groups import Options
-from .setting import Setting
-from .technique import STAGES, Technique
+from ...groups import Options
+from ..setting import Setting
+from ..technique import STAGES, Technique
 
 TECHNIQUES = {  # its switch: its class. In each stage of a step (update.py) they come in this order
     # the gradient
-    "use_agr": "library.optimizers.custom_adamw.agr.AGR",
-    "use_orthogonal_grad": "library.optimizers.custom_adamw.orthograd.OrthoGrad",
+    "use_agr": "library.optimizers.custom_adamw.techniques.agr.AGR",
+    "use_orthogonal_grad": "library.optimizers.custom_adamw.techniques.orthograd.OrthoGrad",
     # what of it enters the momentum
-    "use_adopt_stability": "library.optimizers.custom_adamw.adopt.ADOPT",
-    "use_tam": "library.optimizers.custom_adamw.tam.TAM",
+    "use_adopt_stability": "library.optimizers.custom_adamw.techniques.adopt.ADOPT",
+    "use_tam": "library.optimizers.custom_adamw.techniques.tam.TAM",
     # the direction of the update
-    "use_grams": "library.optimizers.custom_adamw.grams.Grams",
-    "use_cautious": "library.optimizers.custom_adamw.cautious.Cautious",
+    "use_grams": "library.optimizers.custom_adamw.techniques.grams.Grams",
+    "use_cautious": "library.optimizers.custom_adamw.techniques.cautious.Cautious",
     # its size
-    "use_alora": "library.optimizers.custom_adamw.alora.ALoRA",
+    "use_alora": "library.optimizers.custom_adamw.techniques.alora.ALoRA",
     # weight decay, and what the weights may not leave
-    "dynamic_weight_decay": "library.optimizers.custom_adamw.dynamic_decay.DynamicWeightDecay",
-    "use_spd": "library.optimizers.custom_adamw.spd.SPD",
+    "dynamic_weight_decay": "library.optimizers.custom_adamw.techniques.dynamic_decay.DynamicWeightDecay",
+    "use_spd": "library.optimizers.custom_adamw.techniques.spd.SPD",
 }
 
 

@@ -13,12 +13,12 @@ from typing import Literal
 
 from library.errors import UserError
 
-from ..groups import Group, Options
-from ..plateau import Plateau
-from ..weight_decay import Curve
-from ..weight_decay import check as check_curve
-from .setting import setting
-from .technique import Technique
+from ...groups import Group, Options
+from ...plateau import Plateau
+from ...weight_decay import Curve
+from ...weight_decay import check as check_curve
+from ..setting import setting
+from ..technique import Technique
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .setting import setting
-from .technique import About, Step, Technique, norm
+from ..setting import setting
+from ..technique import About, Step, Technique, norm
 
 if TYPE_CHECKING:
     from torch import Tensor

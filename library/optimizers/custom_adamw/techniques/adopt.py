@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..groups import Options
-from .setting import setting
-from .technique import Buffer, Step, Technique
+from ...groups import Options
+from ..setting import setting
+from ..technique import Buffer, Step, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor

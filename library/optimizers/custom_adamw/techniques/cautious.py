@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .setting import setting
-from .technique import Step, Technique
+from ..setting import setting
+from ..technique import Step, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor
