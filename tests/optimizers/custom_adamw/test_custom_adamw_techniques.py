@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from library.optimizers import CustomAdamW, weight_decay
-from library.optimizers.custom_adamw.techniques import adopt, agr, alora, cautious, grams, orthograd, pairs, rounding, spd, tam
+from library.optimizers.custom_adamw import pairs, rounding
+from library.optimizers.custom_adamw.techniques import adopt, agr, alora, cautious, grams, orthograd, spd, tam
 
 
 @st.composite
