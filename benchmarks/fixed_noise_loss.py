@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.diffusion.process import Predicted, middles
 from library.losses.l2 import l2
 from library.models.family import ModelFamily
-from library.training.fixed_noise import image_losses, middles
+from library.training.fixed_noise import image_losses
 
 
-def mean_squares(prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:
+def mean_squares(seen: Predicted) -> Tensor:
     """The mean squared error of each image, [B]."""
-    return l2(prediction_BCHW, target_BCHW).mean(dim=(1, 2, 3))
+    return l2(seen.prediction_BCHW.float(), seen.target_BCHW.float()).mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def fixed_noise_loss(
     assert family.unet is not None
     losses = {}
     device = next(family.unet.parameters()).device
-    for t in middles():
+    for t in middles(0, family.process.steps):
         total = 0.0
         for start in range(0, len(latents_NCHW), batch_size):
             latents = latents_NCHW[start : start + batch_size].to(device)

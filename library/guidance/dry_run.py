@@ -18,6 +18,7 @@ from library.data.caches.disk import Found, caption_files, latent_files, look
 from library.data.caches.files import size_of
 from library.data.captions import as_written, changing_options
 from library.data.dataset import Batch, Draw
+from library.diffusion.process import predict_and_target
 from library.guidance.estimate import human_bytes, human_time, parameter_bytes, peak_of
 from library.optimizers.create import state_bytes, tensor_bytes
 from library.optimizers.weight_decay_choice import weight_decay_of
@@ -27,7 +28,7 @@ from library.run.build import pictures
 from library.run.encode import latents_on_disk, texts_on_disk
 from library.training import loop
 from library.training.hooks.validation import Validator
-from library.training.step import condition_of, element_loss
+from library.training.step import condition_of
 from networks.base_weights import with_multipliers
 from networks.network import AdapterNetwork
 from networks.protocol import file_tensors
@@ -82,7 +83,7 @@ def _model(built: Built) -> str:
     vae = f", VAE {family.vae_path}" if family.vae_path else ""
     held = ", frozen weights in 8 bits" if options.precision.holds_unet_in_float8 else ""
     return (
-        f"{family.path} ({family.base_model_version}, {family.prediction_type}){vae}; "
+        f"{family.path} ({family.base_model_version}, {family.process.prediction_type}){vae}; "
         f"{options.precision.mixed_precision.replace('no', 'fp32')} on {built.run.accelerator.device}{held}"
     )
 
@@ -241,9 +242,9 @@ def dummy_loss(built: Built, fake: Callable[[Tensor], Tensor]) -> Tensor:
             with torch.no_grad():
                 latents, _ = run.family.encode_images(fake(batch.pixels).to(device))
         condition = condition_of(batch, run.family, device, train_text=run.train_text)
-        t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
-        prediction = run.family.predict(latents, t, condition)
-        return element_loss(run.objective, prediction.float(), latents, t).mean()
+        level = fake(run.objective.process.at(torch.zeros(len(latents), dtype=torch.long)))
+        seen = predict_and_target(run.objective.process, run.family.predict, latents, latents, level, condition)
+        return run.objective.main.unweighted(seen, None).mean()
 
 
 def synthetic_batch(built: Built) -> Batch:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.diffusion.process import Process
+
 
 @dataclass(frozen=True)
 class AdapterTargets:
@@ -39,7 +41,6 @@ class ModelFamily(Protocol):
     base_model_version: str  # kohya's ss_base_model_version: "sd_v1", "sd_v2", …
     architecture: str  # modelspec.architecture, without "/lora"
     implementation: str  # modelspec.implementation: whose names the adapters' keys follow
-    prediction_type: str  # "epsilon" or "v_prediction"
     clip_skip: int | None  # as kohya counts: 1 is the text encoder's last layer
     vae_factor: int  # pixels a latent cell spans
     vae_overflows_fp16: bool  # the VAE must not compute in fp16, or it gives NaN
@@ -52,8 +53,8 @@ class ModelFamily(Protocol):
     unet: nn.Module | None
 
     @property
-    def alphas_cumprod(self) -> Tensor:
-        """The noise schedule: what is left of the signal's variance at each of 1000 timesteps, in float64."""
+    def process(self) -> Process:
+        """How noise is mixed in, and what the network is to predict then."""
         ...
 
     def outlined(self) -> AbstractContextManager[None]:
@@ -110,8 +111,8 @@ class ModelFamily(Protocol):
         """
         ...
 
-    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """The network's answer for noisy latents at timesteps 0 … 999, of the same shape."""
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The network's answer for noisy latents at noise levels of `process`, of the same shape."""
         ...
 
     def adapter_targets(self) -> list[AdapterTargets]:

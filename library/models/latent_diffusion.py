@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.diffusion.ddpm import DDPM
+
 logger = logging.getLogger(__name__)
 
 TOKEN_LIMITS = (75, 150, 225)
@@ -235,10 +237,13 @@ class LatentDiffusion:
         self.unet: nn.Module | None = None
 
     @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        from library.models.noise_schedule import alphas_cumprod
+    def process(self) -> DDPM:
+        """DDPM with the noise schedule of the model's scheduler."""
+        from library.diffusion.ddpm import DDPM
+        from library.diffusion.noise_schedule import alphas_cumprod
 
-        return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
+        table = alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
+        return DDPM(self.prediction_type, table, SCHEDULER | self._scheduler)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -18,7 +18,6 @@ from library.models.checkpoints.opening import with_vae
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
-    SCHEDULER,
     TEXT_LINEAR,
     UNET_CONV,
     UNET_LINEAR,
@@ -169,8 +168,7 @@ class StableDiffusion(LatentDiffusion):
         assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
         encoder = self.text_encoders[0] if self.text_encoders else None  # prompts can be encoded before
         parts = {"vae": self.vae, "text_encoder": encoder, "tokenizer": self._tokenizer, "unet": self.unet}
-        schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
-        return new_pipeline(parts, schedule)
+        return new_pipeline(parts, self.process.scheduler("ddim"))
 
 
 if TYPE_CHECKING:

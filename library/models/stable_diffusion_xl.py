@@ -19,7 +19,6 @@ from library.models.checkpoints.opening import with_vae
 from library.models.family import AdapterTargets
 from library.models.latent_diffusion import (
     NOTHING,
-    SCHEDULER,
     TEXT_LINEAR,
     UNET_CONV,
     UNET_LINEAR,
@@ -200,8 +199,7 @@ class StableDiffusionXL(LatentDiffusion):
             options = {**self._base.tokenizer_options, "pad_token": "!"}
             parts |= dict(zip(_PARTS, self.text_encoders, strict=True))
             parts |= {"tokenizer": self._tokenizer, "tokenizer_2": read_tokenizer(self._base.tokenizer, options)}
-        schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
-        return new_xl_pipeline(parts, schedule)
+        return new_xl_pipeline(parts, self.process.scheduler("ddim"))
 
 
 if TYPE_CHECKING:

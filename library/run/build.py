@@ -18,6 +18,7 @@ from library import gpu
 from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.errors import CommonError, UserError
+from library.losses.preservation import Preservation
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import ScheduleChoice, create_schedule
@@ -105,6 +106,7 @@ def build(plan: Plan) -> Built:
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         with without(network):  # refused now, where it cannot be switched off, and not in the first step
             pass
+        objective = replace(objective, more=(Preservation(plan.family.predict, partial(without, network)),))
     groups, optimizer = _optimizer(plan, network)
     # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
     lr_schedule = None if course.schedule is None else create_schedule(course.schedule, optimizer)
@@ -214,7 +216,7 @@ def _equip(
     if options.monitoring.monitoring:
         ours = run.network if isinstance(run.network, AdapterNetwork) else None
         by_name = {group["name"]: group["params"] for group in groups}
-        run.meter = Meter(by_name, ours, accelerator, timesteps=len(run.objective.alphas_cumprod))
+        run.meter = Meter(by_name, ours, accelerator, process=run.objective.process)
     if held_out is not None:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:

@@ -10,7 +10,7 @@ import torch
 
 from library.config.options import Options, declared_options, option_groups
 from library.guidance import dry_run
-from library.training.meter import timestep_ranges
+from library.training.meter import BINS
 from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def describe(built: Built) -> dict[str, Any]:
         "started_at": int(plan.started_at),
         "total_steps": run.total_steps,
         "steps_per_epoch": saves.steps_per_epoch,
-        "timesteps": timestep_ranges(len(run.objective.alphas_cumprod)),
+        "timesteps": run.objective.process.bins(BINS),
         "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
         "summary": [[line[:12].strip(), line[12:]] for line in dry_run.summary(built)],
         "options": _options(plan.options, seed=plan.seed),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from library import rng
-from library.config.samplers import SAMPLERS
 from library.errors import UserError
 from library.files.atomic import replacing
 from library.gpu import kept_random_state
@@ -31,14 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPARE_SCALE = 4.0  # of classifier-free guidance
-
-# What the classes of diffusers need beside the model's own noise schedule
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own configuration has it
-    "dpmsolver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},  # "zero" divides by it
-    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
-    "dpmsingle": {"lower_order_final": True},  # else only some numbers of steps work
-}
 
 
 class EncodedPrompts:
@@ -65,15 +55,6 @@ class EncodedPrompts:
         return self._kept[text] if self._kept else self._family.encode_prompts([text])
 
 
-def new_scheduler(sampler: str, config: Any) -> Any:
-    """diffusers' scheduler for one of SAMPLERS, with the noise schedule and prediction type of `config`."""
-    module, _, name = SAMPLERS[sampler].rpartition(".")
-    scheduler = getattr(importlib.import_module(module), name)
-    names = inspect.signature(scheduler).parameters
-    own = {key: value for key, value in config.items() if key in names}
-    return scheduler(**{**own, **_SETTINGS.get(sampler, {})})
-
-
 def check_sampler(sampler: str) -> None:
     """`UserError` if it needs a package that is absent."""
     if sampler == "lms" and importlib.util.find_spec("scipy") is None:
@@ -92,7 +73,7 @@ def render(
 ) -> Image:
     """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's."""
     own = pipeline.scheduler
-    pipeline.scheduler = new_scheduler(item.sample_sampler or sampler, own.config)
+    pipeline.scheduler = family.process.scheduler(item.sample_sampler or sampler)
     with torch.no_grad():
         try:
             with autocast():
@@ -106,7 +87,7 @@ def render(
                     output_type="latent",
                 ).images
         finally:
-            pipeline.scheduler = own  # another sampler's lacks some of what the model's says
+            pipeline.scheduler = own
         pixels = family.decode_latents(latents)
     return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
@@ -200,7 +181,7 @@ def draw(
             pipeline,
             encode,
             SamplePrompt(prompt=prompt, width=width, height=height, sample_steps=steps, scale=COMPARE_SCALE),
-            sampler="ddim",
+            sampler=family.process.samplers[0],
             generator=rng.torch_generator(seed, prompt, "sample"),
         )
         for prompt in bar(prompts, desc="drawing", unit="image")

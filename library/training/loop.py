@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,6 @@ from library.record.loss_history import LossHistory
 from library.training.hooks import guard as divergence
 from library.training.step import BatchLoss, Objective, batch_loss, refuse_broken_latents
 from library.training.unwatched import Unwatched
-from networks.protocol import without
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -308,7 +306,6 @@ def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
             seed=run.seed,
             device=run.accelerator.device,
             train_text=train_text,
-            without=partial(without, run.network),
         )
 
 

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.config.samplers import SAMPLERS
+from library.diffusion.ddpm import DDPM
 from library.models import open_family
 from library.sampling.prompts import SamplePrompt, SampleTimes
-from library.sampling.render import EncodedPrompts, Sampling, new_scheduler, render
+from library.sampling.render import EncodedPrompts, Sampling, render
 from tests.conftest import BASE
 
 PROMPTS = "emoji of cat --w 64 --h 64 --s 2 --d 5\nemoji of dog --n cat --w 72 --h 64 --s 2 --ss euler_a\n"
@@ -106,11 +107,11 @@ def _exact(family) -> torch.Tensor:
 
 
 def test_schedulers_have_the_models_noise_schedule_and_prediction(family):
-    config = {**family.sampling_pipeline().scheduler.config, "prediction_type": "v_prediction", "beta_end": 0.015}
+    process = DDPM("v_prediction", family.process.alphas_cumprod, {**family.process.settings, "beta_end": 0.015})
     for sampler in SAMPLERS:
         if sampler == "lms":
             pytest.importorskip("scipy")
-        scheduler = new_scheduler(sampler, config)
+        scheduler = process.scheduler(sampler)
         assert (scheduler.config.prediction_type, scheduler.config.beta_end) == ("v_prediction", 0.015), sampler
 
 

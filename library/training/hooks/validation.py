@@ -16,14 +16,16 @@ from torch import Tensor
 
 from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
+from library.diffusion.process import Predicted, middles
 from library.gpu import kept_random_state, to_device
+from library.losses.main import MainLoss
 from library.progress import bar
 from library.record import trackers
 from library.record.metadata import step_of
 from library.record.validation_history import History, Validation
-from library.training.fixed_noise import image_losses, middles
+from library.training.fixed_noise import image_losses
 from library.training.hooks import ema
-from library.training.step import Objective, condition_of, sample_losses
+from library.training.step import condition_of
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -118,10 +120,8 @@ def data_of(plan: Plan) -> TrainingData | None:
 
 def attach(run: Run, data: TrainingData, options: Options, *, steps_per_epoch: int) -> None:
     """Have the run validate on `data`."""
-    wanted, trained = options.validation, options.objective
+    wanted = options.validation
     run.history = History(patience=wanted.early_stopping_patience, threshold=wanted.early_stopping_threshold)
-    low = trained.min_timestep or 0
-    high = len(run.family.alphas_cumprod) if trained.max_timestep is None else trained.max_timestep
     run.validate = Validator(
         run=run,
         data=data,
@@ -132,7 +132,7 @@ def attach(run: Run, data: TrainingData, options: Options, *, steps_per_epoch: i
             steps_per_epoch=steps_per_epoch,
             total_steps=run.total_steps,
         ),
-        timesteps=middles(low, max(high, low + 1)),
+        timesteps=middles(*run.objective.steps),
         most_batches=wanted.max_validation_steps,
     )
 
@@ -193,7 +193,7 @@ def measure(
                 latents = to_device(batch.moments[0], device).float()
                 condition = condition_of(batch, run.family, device, train_text=False)
                 keys = [draw.sample.key for draw in batch.samples]
-                loss = partial(_loss, run.objective, batch.masks)
+                loss = partial(_loss, run.objective.main, batch.masks)
                 for t in timesteps:
                     losses = image_losses(run.family, latents, condition, t, keys=keys, seed=data.seed, loss=loss)
                     queued[number, t] = losses
@@ -205,7 +205,8 @@ def measure(
     return {t: math.fsum(losses) / len(losses) for t, losses in by_timestep.items()}
 
 
-def _loss(objective: Objective, masks: Tensor | None, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
-    """What training minimises, per image: its loss and the weights of its timesteps, so that the two compare."""
-    losses = sample_losses(objective, prediction, target, t, masks)
-    return losses if objective.weights is None else losses * to_device(objective.weights[t], losses.device).to(losses)
+def _loss(main: MainLoss, masks: Tensor | None, seen: Predicted) -> Tensor:
+    """What training minimises, per image: its loss and the weights of its noise levels, so that the two compare."""
+    losses = main.unweighted(seen, masks)
+    weights = main.of_levels(seen.level_B, losses)
+    return losses if weights is None else losses * weights
