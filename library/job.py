@@ -133,8 +133,8 @@ def _draw(built: Built) -> None:
         loss_plot.plot(path, built.run.losses, steps_per_epoch=steps_per_epoch, title=title)
         logger.info("drew %s", path)
     if path := paths.get("compare"):
-        if family.vae is None:
-            family.load_vae(vae_dtype(family, options), built.run.accelerator.device)
+        if "vae" not in family.components:
+            family.components.load("vae", vae_dtype(family, options), built.run.accelerator.device)
         with ema.weights_for(built.run.ema, "sample"):
             sample.compare(
                 path,

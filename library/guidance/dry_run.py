@@ -207,10 +207,10 @@ def _memory(built: Built) -> Iterator[str]:
         yield _line("average", f"{human_bytes(average)}, and the weights once more while it is in their place")
 
     family = run.family
-    parts = [family.unet, run.network]
-    parts += [] if data.cache_text_encoder_outputs else family.text_encoders
-    parts += [] if data.cache_latents else [family.vae]
-    weights = parameter_bytes(parts)
+    names = ["denoiser"]
+    names += [] if data.cache_text_encoder_outputs else family.components.text_encoders
+    names += [] if data.cache_latents else ["vae"]
+    weights = parameter_bytes([*family.components.loaded(*names), run.network])
     step = peak_of(lambda fake: dummy_loss(built, fake).backward())
     run.optimizer.zero_grad(set_to_none=True)
     yield _line(
@@ -220,7 +220,7 @@ def _memory(built: Built) -> Iterator[str]:
     )
     if data.cache_latents:
         encoding = peak_of(lambda fake: family.encode_images(fake(_pixels(built, data.vae_batch_size))))
-        encoding += parameter_bytes([family.vae])
+        encoding += parameter_bytes([family.components["vae"]])
         yield _line("", f"about {human_bytes(encoding)} while images are encoded, {data.vae_batch_size} at a time")
 
 
@@ -255,8 +255,8 @@ def synthetic_batch(built: Built) -> Batch:
     draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
     captions = [as_written(draw.sample.caption, draw.sample.subset)[0] for draw in draws]
     pixels = _pixels(built, len(draws))
-    height, width = (side // run.family.vae_factor for side in pixels.shape[2:])
-    latents = torch.zeros(len(draws), run.family.latent_channels, height, width)
+    height, width = (side // run.family.latents.factor for side in pixels.shape[2:])
+    latents = torch.zeros(len(draws), run.family.latents.channels, height, width)
     condition = None
     if data.cache_text_encoder_outputs:
         with torch.no_grad():
@@ -350,8 +350,8 @@ def _caches(built: Built) -> Iterator[str]:
 
 
 def _latents_size(built: Built, size: Size) -> int:
-    width, height = (side // built.run.family.vae_factor for side in size)
-    latents = torch.zeros(built.run.family.latent_channels, height, width)
+    width, height = (side // built.run.family.latents.factor for side in size)
+    latents = torch.zeros(built.run.family.latents.channels, height, width)
     return size_of({"mean": latents, "std": latents})
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from library.config import source
 from library.errors import UserError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from library.config.options import Options
+    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def without_accelerates_own() -> Iterator[None]:
         os.environ |= asked
 
 
-def shard(unet: nn.Module, accelerator: Accelerator) -> bool:
+def shard(family: ModelFamily, accelerator: Accelerator) -> bool:
     """Leave each process its share of the UNet's weights; a block's are put together while it computes.
 
     Every process must then run the UNet as often as the others. False if there is only one.
@@ -71,19 +72,19 @@ def shard(unet: nn.Module, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         logger.warning("FSDP with one process: there is nobody to share the weights with")
         return False
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
-    share_out(unet, accelerator)
+    denoiser = family.components["denoiser"]
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
+    share_out(denoiser, family.denoiser_blocks(), accelerator)
     logger.info("the UNet's weights, %.0f MB, are shared out over %d processes", whole / 1e6, accelerator.num_processes)
     return True
 
 
-def share_out(unet: nn.Module, accelerator: Accelerator) -> None:
+def share_out(denoiser: nn.Module, blocks: Iterable[nn.Module], accelerator: Accelerator) -> None:
     """Over all processes, also where that is one."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    parts: Any = unet
-    for block in (*parts.down_blocks, parts.mid_block, *parts.up_blocks):
+    for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(unet, mesh=mesh)
+    fully_shard(denoiser, mesh=mesh)

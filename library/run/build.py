@@ -102,7 +102,7 @@ def build(plan: Plan) -> Built:
         cache=not options.run.dry_run,
     )
     network = make_network(plan, accelerator)
-    shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(plan.family.unet, accelerator)
+    shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(plan.family, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         with without(network):  # refused now, where it cannot be switched off, and not in the first step
             pass
@@ -361,7 +361,7 @@ def _sampling(
         family=plan.family,
         network=network,
         encode=prompts,
-        load_vae=lambda: plan.family.load_vae(vae_dtype(plan.family, plan.options), accelerator.device),
+        vae_dtype=vae_dtype(plan.family, plan.options),
         autocast=accelerator.autocast,
         device=accelerator.device,
         show=partial(trackers.log_image, accelerator),

@@ -42,12 +42,12 @@ def make_network(plan: Plan, accelerator: Accelerator) -> Any:
     arguments = plan.network_arguments | {
         name: value for name, value in ours.items() if name in inspect.signature(creator).parameters
     }
-    text_encoders, unet = family.third_party_text_encoders(), family.third_party_unet()
+    text_encoders, unet = family.third_party_views()
     start = None if wanted.network_weights is None else read_weights(wanted.network_weights)
     # A third party's initial weights come from torch's own stream, which every process begins anywhere.
     torch.manual_seed(rng.key_of(plan.seed, "network") >> 1)
     with _refusals(wanted.network_module):
-        network = create(creator, wanted, start, (family.vae, text_encoders, unet), arguments)
+        network = create(creator, wanted, start, (family.components.get("vae"), text_encoders, unet), arguments)
     if wanted.scale_weight_norms:
         check_max_norm(network)
     trains_unet = not wanted.network_train_text_encoder_only

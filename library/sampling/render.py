@@ -100,7 +100,7 @@ class Sampling:
     family: ModelFamily
     network: Any  # a kohya-style network, which is a torch.nn.Module
     encode: Callable[[str, str], dict[str, Tensor]]
-    load_vae: Callable[[], None]  # used if the VAE is not in memory, and given back then
+    vae_dtype: torch.dtype  # of the VAE, which is loaded and released where it is not in memory
     autocast: Callable[[], AbstractContextManager[Any]]
     device: torch.device
     show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
@@ -115,9 +115,10 @@ class Sampling:
         moment = self.times.due(step, steps_per_epoch=self.steps_per_epoch)
         if moment is None:
             return
-        lacks_vae = self.family.vae is None
+        parts = self.family.components
+        lacks_vae = "vae" not in parts
         if lacks_vae:
-            self.load_vae()
+            parts.load("vae", self.vae_dtype, self.device)
         training = self.network.training
         self.network.eval()  # no dropout
         try:
@@ -126,10 +127,10 @@ class Sampling:
         finally:
             self.network.train(training)
             if lacks_vae:
-                self.family.release_vae()
+                parts.release("vae")
 
     def _draw(self, step: int, moment: str) -> None:
-        pipeline = self.family.sampling_pipeline()
+        pipeline = self.family.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         for number, item in enumerate(bar(self.times.prompts, desc="samples", unit="image")):
             generator = rng.torch_generator(self.seed, number, "sample")
@@ -172,7 +173,7 @@ def draw(
 
     Every prompt has its own noise, keyed by its text: the same prompt gives the same image, whatever else is drawn.
     """
-    pipeline = family.sampling_pipeline()
+    pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     width, height = size
     return [

@@ -135,7 +135,7 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
     for item in step_batches(run):
         if item.epoch != epoch:
             epoch = item.epoch
-            run.network.on_epoch_start(None, run.family.unet)
+            run.network.on_epoch_start(None, run.family.components["denoiser"])
         try:
             run.losses.add(optimizer_step(run, item))
             if run.ema is not None and not run.optimizer.step_was_skipped:
@@ -249,7 +249,7 @@ def _backward_all(run: Run, item: StepBatches, *, weight: float) -> list[torch.T
             if run.spare is not None:
                 backward(run, run.spare, weight=0.0)
             continue
-        run.on_step(None, run.family.unet)
+        run.on_step(None, run.family.components["denoiser"])
         losses.append(backward(run, batch, weight=weight))
     return losses
 

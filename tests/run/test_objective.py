@@ -18,7 +18,7 @@ from library.data.dataset import Batch, Draw
 from library.diffusion.draws import stacked_normal
 from library.diffusion.noise import Noise, draw_noise
 from library.errors import UserError
-from library.models import open_family
+from library.models.opening import open_family
 from library.run.objective import make_objective
 from library.training.step import Objective, batch_loss
 from tests.conftest import BASE
@@ -29,23 +29,15 @@ EVERY = torch.arange(1000)
 
 
 def opened(path: Path, *, zero_terminal_snr: bool = False):
-    return open_family(
-        str(path),
-        v2=False,
-        v_parameterization=False,
-        vae=None,
-        clip_skip=None,
-        max_token_length=None,
-        zero_terminal_snr=zero_terminal_snr,
-    )
+    return open_family(str(path), options={"zero_terminal_snr": zero_terminal_snr})
 
 
 @pytest.fixture(scope="module")
 def noise_model():
     """The small base, which predicts noise; UNet and text encoder loaded."""
     family = opened(BASE)
-    family.load_text_encoders(torch.float32, "cpu")
-    family.load_unet(torch.float32, "cpu")
+    family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+    family.components.load("denoiser", torch.float32, "cpu")
     return family
 
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks.fixed_noise_loss import fixed_noise_loss, mean_squares
 from library.config.options.validation import ValidationOptions, check_validation
 from library.diffusion.process import middles
+from library.models.components import Components
 from library.models.stable_diffusion import StableDiffusion
 from library.training import loop, state
 from library.training.fixed_noise import image_losses
@@ -35,11 +36,11 @@ def measured(folder: Path, name: str = "test") -> list[tuple[int, float, dict[in
 
 @pytest.fixture(scope="module")
 def family() -> StableDiffusion:
-    from library.models import open_family
+    from library.models.opening import open_family
 
-    family = open_family(str(BASE), v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
-    family.load_text_encoders(torch.float32, "cpu")
-    family.load_unet(torch.float32, "cpu")
+    family = open_family(str(BASE))
+    family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+    family.components.load("denoiser", torch.float32, "cpu")
     return family
 
 
@@ -291,8 +292,13 @@ def test_the_caches_on_disk_hold_both(
     words = ("--no-cache_latents", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
     words = (*SPLIT, *words, "--network_train_unet_only", "--max_train_steps", "1", "--save_state_on_train_end")
     assert train(*words, "--output_name", "first") == 0
-    monkeypatch.setattr(StableDiffusion, "load_vae", lambda *_: pytest.fail("encoded again"))
-    monkeypatch.setattr(StableDiffusion, "load_text_encoders", lambda *_: pytest.fail("encoded again"))
+    load = Components.load
+
+    def denoiser(self: Components, name: str, *to: Any) -> torch.nn.Module:
+        assert name == "denoiser", "encoded again"
+        return load(self, name, *to)
+
+    monkeypatch.setattr(Components, "load", denoiser)
     assert train(*words, "--output_name", "second") == 0
     assert "of other images" not in capsys.readouterr().err
     assert measured(tmp_path, "first") == measured(tmp_path, "second")
