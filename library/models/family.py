@@ -124,12 +124,9 @@ class ModelFamily(ABC):
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoders give, each [B, …]. Differentiable.
 
-        Where a tensor's second axis is as long as the longest caption, `padded` makes those of several batches equal.
+        The second axis may be as long as the longest caption. Caches put rows of several lengths together with zeros at
+        their ends, so such a family returns a mask as well, which is 0 there.
         """
-
-    def padded(self, texts: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
-        """Outputs of `encode_prompts` brought to one length, so that they can be put one above the other."""
-        return list(texts)
 
     # -- the network
 

@@ -25,7 +25,7 @@ from library.models.opening import open_family
 from library.parallel import together
 from library.record.metadata import check_user_metadata
 from library.record.trackers import TrackerPlan, plan_trackers
-from library.sampling.prompts import SampleTimes, plan_samples
+from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
 from library.training.state import State
 from library.training.state import find as find_state
 
@@ -125,6 +125,8 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         options=vars(options.model) | vars(options.objective),
         given=options.given,
     )
+    if samples is not None:
+        samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
     prepared = prepare(
         datasets,
         multiple_of=family.size_divisor,

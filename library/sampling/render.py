@@ -71,7 +71,11 @@ def render(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Image:
-    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's."""
+    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's.
+
+    Sides are rounded down to the family's `size_divisor`.
+    """
+    width, height = (side - side % family.size_divisor for side in (item.width, item.height))
     own = pipeline.scheduler
     pipeline.scheduler = family.process.scheduler(item.sample_sampler or sampler)
     with torch.no_grad():
@@ -81,15 +85,23 @@ def render(
                     **encode(item.prompt, item.negative_prompt),
                     num_inference_steps=item.sample_steps,
                     guidance_scale=item.scale,
-                    width=item.width,
-                    height=item.height,
+                    width=width,
+                    height=height,
                     generator=generator,
                     output_type="latent",
                 ).images
         finally:
             pipeline.scheduler = own
         pixels = family.decode_latents(latents)
-    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+    return to_image(pixels[0])
+
+
+def to_image(pixels_CHW: Tensor) -> Image:
+    """Pixels in [-1, 1], [3, H, W], as an image of 8 bits."""
+    from PIL import Image
+
+    shares = (pixels_CHW.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu()
+    return Image.fromarray((shares.numpy() * 255).round().astype("uint8"))
 
 
 @dataclass(frozen=True, kw_only=True)
