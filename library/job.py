@@ -123,7 +123,6 @@ def _draw(built: Built) -> None:
     from library.run.encode import vae_dtype
     from library.sampling import render as sample
     from library.training.hooks import ema
-    from networks.protocol import without
 
     options, family = built.plan.options, built.plan.family
     paths = pictures(options, built.saves)
@@ -140,7 +139,7 @@ def _draw(built: Built) -> None:
                 path,
                 family,
                 built.prompts,
-                lambda: without(built.run.network),
+                built.run.network.off,
                 options.output.compare_prompts,
                 size=built.plan.datasets[0].resolution,
                 steps=options.output.compare_steps,

@@ -1,45 +1,50 @@
-"""Adding the weights of LoRA files to a base model for good (kohya's `--base_weights`)."""
+"""Adding the deltas of adapter files to a base model for good (kohya's `--base_weights`)."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from library.errors import UserError
 from networks.base_weights import with_multipliers
-from networks.lora import create_network_from_weights
-from networks.weights import by_module, read_weights, some_names
+from networks.create import create_to_merge
+from networks.files import AdapterFile, read
+from networks.load_report import some_names
 
 if TYPE_CHECKING:
     from library.models.family import AdapterTargets
 
 logger = logging.getLogger(__name__)
 
-PURPOSE = "is merged into the base"  # see networks.weights.check_adapter_file
+PURPOSE = "is merged into the base"  # see networks.files.check
 
 
 @dataclass
 class _File:
     name: str
     multiplier: float
-    tensors: dict[str, Tensor]
-    merged: set[str] = field(default_factory=set)  # names of modules
+    content: AdapterFile
+    merged: set[str] = field(default_factory=set)  # names of layers
+
+    def part(self, prefixes: tuple[str, ...]) -> AdapterFile:
+        """The layers whose names begin with one of these."""
+        layers = {name: layer for name, layer in self.content.layers.items() if name.startswith(prefixes)}
+        return replace(self.content, source=f"--base_weights {self.name}", layers=layers)
 
 
 class BaseWeights:
-    """LoRA files to be merged into the parts of a base model, into each as soon as it is loaded."""
+    """Adapter files to be merged into the parts of a base model, into each as soon as it is loaded."""
 
     def __init__(self, files: Sequence[str], multipliers: Sequence[float]) -> None:
-        """Read the files. A file without a multiplier has 1. `UserError` for one that holds more than plain LoRA."""
+        """Read the files. A file without a multiplier has 1. `UserError` for one that holds other kinds than ours."""
         try:
             self._files = [
-                _File(name, factor, read_weights(name, purpose=PURPOSE))
+                _File(name, factor, read(name, purpose=PURPOSE))
                 for name, factor in with_multipliers(files, multipliers)
             ]
         except UserError as error:
@@ -50,7 +55,7 @@ class BaseWeights:
         digest = hashlib.sha256()
         for file in self._files:
             digest.update(repr(file.multiplier).encode())
-            for key, tensor in sorted(file.tensors.items()):
+            for key, tensor in sorted(file.content.tensors.items()):
                 digest.update(f"{key} {list(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest() if self._files else ""
@@ -59,38 +64,33 @@ class BaseWeights:
         """`UserError` for a file that does not fit these layers, of all parts, which may be on the meta device."""
         prefixes = tuple(f"{target.prefix}_" for target in targets)
         for file in self._files:
-            source = f"--base_weights {file.name}"
-            tensors = {key: tensor for key, tensor in file.tensors.items() if key.startswith(prefixes)}
-            if not tensors:
-                raise _nothing_fits(file, sorted(by_module(file.tensors)))
-            network, _ = create_network_from_weights(
-                file.multiplier, source, None, None, None, weights_sd=tensors, targets=targets
-            )
-            if other := network.compare_tensors(tensors)[0].mismatched:
-                raise UserError(f"{source}: {len(other)} layers are not those of this model:{some_names(other)}")
+            part = file.part(prefixes)
+            if not part.layers:
+                raise _nothing_fits(file, sorted(file.content.layers))
+            network = create_to_merge(part, targets, multiplier=file.multiplier)
+            if other := network.compare(part)[0].mismatched:
+                raise UserError(f"{part.source}: {len(other)} layers are not those of this model:{some_names(other)}")
 
     def merge_into(self, targets: Sequence[AdapterTargets]) -> None:
-        """Add multiplier * alpha / rank * up @ down to every layer of these parts that a file names.
+        """Add multiplier * delta to every layer of these parts that a file names.
 
         In the order of the files; sums are formed in fp32 and rounded to the layer's dtype once for each file.
         """
         prefixes = tuple(f"{target.prefix}_" for target in targets)
         for file in self._files:
-            tensors = {key: tensor for key, tensor in file.tensors.items() if key.startswith(prefixes)}
-            if not tensors:
+            part = file.part(prefixes)
+            if not part.layers:
                 continue
-            network, _ = create_network_from_weights(
-                file.multiplier, file.name, None, None, None, weights_sd=tensors, targets=targets
-            )
-            network.load_tensors(tensors, f"--base_weights {file.name}")
-            network.merge_to()
+            network = create_to_merge(part, targets, multiplier=file.multiplier)
+            network.load(part)
+            network.merge()
             adapted = {name for adapter in network.adapters for name in (adapter.site.name, adapter.site.alias)}
-            file.merged.update(by_module(tensors).keys() & adapted)
+            file.merged.update(part.layers.keys() & adapted)
 
     def report(self) -> None:
         """Say what went into the base. To be called when every part is loaded. `UserError` if nothing of a file did."""
         for file in self._files:
-            modules = by_module(file.tensors).keys()
+            modules = file.content.layers.keys()
             left = sorted(modules - file.merged)
             if not file.merged:
                 raise _nothing_fits(file, left)

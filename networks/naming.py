@@ -12,7 +12,7 @@ Five ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Dif
 
 Nothing here needs the model: names of Stable Diffusion's layers are the same in all of them but for dots, and the
 original names of a UNet's layers. SDXL's UNet has those in kohya's files as well. Where a file does not tell that it is
-for SDXL, that is settled when the model is known (`network.in_names_of`).
+for SDXL, that is settled when the model is known (`sites.in_names_of`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning rates within a part: by block of the UNet (kohya's numbers), by depth, by pattern."""
+"""Learning rates within a part: by block (kohya's numbers), by depth, by pattern."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from library.errors import UserError, did_you_mean
-from networks.blocks import SD, Blocks, block_of, depth_of
-from networks.weights import some_names
+from networks.load_report import some_names
 
 if TYPE_CHECKING:
-    from networks.network import AdapterModule, Site
+    from library.models.blocks import Blocks
+    from networks.adapter import Adapter
+    from networks.settings import RateSettings
+    from networks.sites import Site
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +32,24 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def block_weights(
-    down: str | None, mid: str | None, up: str | None, zero_threshold: float, *, blocks: Blocks = SD
-) -> tuple[float, ...] | None:
-    """A factor on the rate for each of kohya's blocks; None if neither is given. Raises UserError.
+def block_weights(settings: RateSettings, blocks: Blocks | None) -> tuple[float, ...] | None:
+    """A factor on the rate for each of the model's blocks; None if none is given. Raises UserError.
 
-    Each is a list of numbers ("0,0.5,1", what is missing counts as 1) or, for `down` and `up`, the name of a shape with
-    an offset ("sine+0.25"). What does not exceed `zero_threshold` is 0.
+    Each is a list of numbers ("0,0.5,1", a missing one counts as 1) or the name of a shape with an offset
+    ("sine+0.25"). A weight that does not exceed `block_lr_zero_threshold` is 0.
     """
-    if down is None and mid is None and up is None:
-        if zero_threshold:
+    given = {f"{section}_lr_weight": text for section, text in settings.by_section.items() if text is not None}
+    if not given:
+        if settings.block_lr_zero_threshold:
             raise UserError("block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")
         return None
-    counts = (blocks.down, blocks.mid, blocks.up)
-    given = zip(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), (down, mid, up), counts, strict=True)
-    weights = [weight for name, text, count in given for weight in _weights(name, text, count)]
-    ends = (1.0,) * blocks.ends
-    return (*ends, *(weight if weight > zero_threshold else 0.0 for weight in weights), *ends)
+    counts = {} if blocks is None else {f"{section}_lr_weight": count for section, count in blocks.sections}
+    if blocks is None or not given.keys() <= counts.keys():
+        has = "no numbered blocks" if blocks is None else f"other blocks: {blocks.layout}"
+        raise UserError(f"{min(given.keys() - counts.keys())}: this model has {has}")
+    weights = [weight for name, count in counts.items() for weight in _weights(name, given.get(name), count)]
+    ends, threshold = (1.0,) * blocks.ends, settings.block_lr_zero_threshold
+    return (*ends, *(weight if weight > threshold else 0.0 for weight in weights), *ends)
 
 
 def _weights(name: str, text: str | None, count: int) -> list[float]:
@@ -76,7 +79,7 @@ def _number(name: str, word: str) -> float:
 
 def without_zero_blocks(sites: Sequence[Site], weights: Sequence[float] | None) -> list[Site]:
     """As kohya has it, a new network has no adapters in blocks of weight 0: they would stay zero and fill the file."""
-    kept = [site for site in sites if weights is None or (block := block_of(site)) is None or weights[block]]
+    kept = [site for site in sites if weights is None or site.block is None or weights[site.block]]
     if len(kept) < len(sites):
         logger.info("%d layers lie in UNet blocks of weight 0 and get no adapter", len(sites) - len(kept))
     return kept
@@ -99,30 +102,29 @@ def pattern_rates(text: str | None) -> list[tuple[re.Pattern[str], float]]:
 
 def split(
     section: str,
-    adapters: Sequence[AdapterModule],
+    adapters: Sequence[Adapter],
     rate: float,
     *,
     weights: Sequence[float] | None,
     patterns: PatternRates,
     layer_decay: float | None,
-) -> dict[str, tuple[float, list[AdapterModule]]]:
+) -> dict[str, tuple[float, list[Adapter]]]:
     """The adapters of a section by name of their group, with the rate of each group.
 
     A pattern's rate holds as it is, the first pattern that matches. For the others the section's `rate` is multiplied
     by the weight of the block and by layer_decay ** (n - 1 - i) in the i-th of the section's n blocks or layers.
     """
-    depths = sorted({depth for adapter in adapters if (depth := depth_of(adapter.site)) is not None})
+    depths = sorted({adapter.site.depth for adapter in adapters if adapter.site.depth is not None})
     if layer_decay is not None and not depths:
         raise UserError(f"--lr_layer_decay: the {section} has no numbered blocks or layers")
-    groups: dict[str, tuple[float, list[AdapterModule]]] = {}
+    groups: dict[str, tuple[float, list[Adapter]]] = {}
     for adapter in adapters:
         name, own = section, rate
-        depth = depth_of(adapter.site)
+        depth, block = adapter.site.depth, adapter.site.block
         matching = first_match(adapter.site, patterns)
         if matching is not None:
             name, own = f"{section}_reg_lr_{matching}", patterns[matching][1]
         elif depth is not None:
-            block = block_of(adapter.site)
             if weights is not None and block is not None:
                 own *= weights[block]
             if layer_decay is not None:
@@ -151,7 +153,7 @@ def check_patterns(patterns: PatternRates, sites: Sequence[Site]) -> None:
             )
 
 
-def freeze(group: str, adapters: Sequence[AdapterModule]) -> None:
+def freeze(group: str, adapters: Sequence[Adapter]) -> None:
     """Leave these adapters as they are, and say which of them will not be in the file."""
     for adapter in adapters:
         adapter.requires_grad_(False)

@@ -48,7 +48,7 @@ def test_the_rates_of_loraplus_and_the_layers_that_are_left_out(
 
 
 def test_the_page_names_the_settings_of_networks_lora() -> None:
-    signature = source.read_signature("networks.lora.create_network", where="test")
+    signature = source.read_signature("networks.lora.Settings", where="test")
     assert signature is not None
     named = set(re.findall(r"`(\w+)(?:=\S+)?`", PAGE)) & set(signature.parameters)
     rates = {name for name in signature.parameters if {"lr", "lrs"} & set(name.split("_"))}

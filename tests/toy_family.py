@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from library.models.blocks import Blocks
 from library.models.checkpoints.base_model import BaseModel, Folder, Part, read_json
 from library.models.components import PartKind
 from library.models.family import ModelFamily
@@ -175,6 +176,7 @@ class Toy(ModelFamily):
             section="unet",
             prefix="lora_unet",
             linear=LAYERS,
+            blocks=Blocks((("down", SIZES["transformer"]["layers"]),), 0, lambda name: int(name.split(".")[1])),
         ),
         "text_encoder": PartKind(
             folder="text_encoder",
@@ -182,6 +184,7 @@ class Toy(ModelFamily):
             section="text_encoder",
             prefix="lora_te",
             linear=LAYERS,
+            layer=re.compile(r"blocks\.(\d+)\..*"),
         ),
     }
     base_model_version = "toy"

@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from library.config import source
@@ -165,6 +165,7 @@ def bind(
     path: str,
     words: Iterable[str],
     *,
+    also: Iterable[str] = (),
     given: Collection[str] = (),
     reserved: Collection[str] = (),
     where: str,
@@ -174,13 +175,18 @@ def bind(
 ) -> tuple[dict[str, Any], list[str]]:
     """The keyword arguments for the target at `path`, and the names that could not be checked.
 
-    `given`: parameters that the caller fills itself unless a word does; `reserved`: those that it fills in any case, so
-    a word for one is an error. For our own targets, names and types are checked, as annotated. For a third party's,
-    names are, unless it takes `**kwargs`. `where`: the option that holds the words; `named_by`: the one that names the
-    target, if another; `called`: what messages call the target, if not its path. `as_text`: hand a third party its
-    values as text, as kohya's scripts hand `--network_args` to network modules. Raises UserError.
+    `also`: more of our own targets, whose parameters count as those of the first. `given`: parameters that the caller
+    fills itself unless a word does; `reserved`: those that it fills in any case, so a word for one is an error. For our
+    own targets, names and types are checked, as annotated. For a third party's, names are, unless it takes `**kwargs`.
+    `where`: the option that holds the words; `named_by`: the one that names the target, if another; `called`: what
+    messages call the target, if not its path. `as_text`: hand a third party its values as text, as kohya's scripts hand
+    `--network_args` to network modules. Raises UserError.
     """
     target = signature(path, where=named_by or where)
+    for more in also:
+        found = signature(more, where=named_by or where)
+        parameters, required = {**target.parameters, **found.parameters}, target.required | found.required
+        target = replace(target, parameters=parameters, required=required)
     texts = split_words(words, where=where)
     unchecked: list[str] = []
     values: dict[str, Any] = {}

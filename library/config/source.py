@@ -36,12 +36,12 @@ def find(module: str, *, where: str) -> Path:
     spec = importlib.util.find_spec(top)
     assert spec is not None, f"{top} is not importable"
     assert spec.submodule_search_locations, f"{top} is not a package"
-    base = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest)
-    for file in (base / "__init__.py", base.with_suffix(".py")):
+    bases = [Path(location).joinpath(*rest) for location in spec.submodule_search_locations]
+    for file in (path for base in bases for path in (base / "__init__.py", base.with_suffix(".py"))):
         if file.is_file():
             return file
     package = ".".join(module.split(".")[:-1])
-    siblings = [f"{package}.{file.stem}" for file in sorted(base.parent.glob("[a-z]*.py"))]
+    siblings = [f"{package}.{file.stem}" for file in sorted(bases[0].parent.glob("[a-z]*.py"))]
     raise UserError(f"{where}: there is no module '{module}'{did_you_mean(module, siblings)}")
 
 
@@ -77,10 +77,29 @@ def read_signature(path: str, *, where: str) -> SourceSignature | None:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _with_keywords(_of_arguments(item.args, skip_first=True), item.args, tree, module, file)
+    if any(ast.unparse(decorator).partition("(")[0] == "dataclass" for decorator in node.decorator_list):
+        return _of_fields(node, module, where=where)
     for base in node.bases:
         if isinstance(base, ast.Name) and _definition(tree, base.id) is not None:
             return read_signature(f"{module}.{base.id}", where=where)
     return SourceSignature({}, frozenset(), takes_any=False)
+
+
+def _of_fields(node: ast.ClassDef, module: str, *, where: str) -> SourceSignature:
+    """The fields of a dataclass, those of its bases first, in the order in which `dataclasses` has them."""
+    parameters: dict[str, str] = {}
+    required: set[str] = set()
+    for base in reversed(node.bases):
+        found = read_signature(f"{module}.{ast.unparse(base)}", where=where)
+        if found is not None:
+            parameters |= found.parameters
+            required |= found.required
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            parameters[item.target.id] = ast.unparse(item.annotation)
+            if item.value is None:
+                required.add(item.target.id)
+    return SourceSignature(parameters, frozenset(required), takes_any=False)
 
 
 @lru_cache(maxsize=32)

@@ -30,8 +30,6 @@ from library.training import loop
 from library.training.hooks.validation import Validator
 from library.training.step import condition_of
 from networks.base_weights import with_multipliers
-from networks.network import AdapterNetwork
-from networks.protocol import file_tensors
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -89,29 +87,12 @@ def _model(built: Built) -> str:
 
 
 def _network(built: Built) -> Iterator[str]:
-    options = built.plan.options.network
+    options, network = built.plan.options.network, built.run.network
     count = sum(parameter.numel() for parameter in built.run.parameters)
-    yield _line(
-        "network",
-        f"{options.network_module}, dim {_dim(built)}, alpha {options.network_alpha:g}: {_modules(built)}{count:,} "
-        "trainable parameters",
-    )
-
-
-def _dim(built: Built) -> str:
-    """The ranks of our own networks as they are; of others as they were asked for."""
-    network, wanted = built.run.network, built.plan.options.network.network_dim
-    if not isinstance(network, AdapterNetwork):
-        return "default" if wanted is None else str(wanted)
-    ranks = sorted({adapter.rank for adapter in network.adapters})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-
-
-def _modules(built: Built) -> str:
-    """ "UNet 192 modules, ": how many layers each part of our own networks sits on."""
-    network = built.run.network
-    counts = network.module_counts() if isinstance(network, AdapterNetwork) else {}
-    return "".join(f"{section} {count} modules, " for section, count in counts.items())
+    size = network.describe(options.network_dim, options.network_alpha)
+    made = ", ".join(filter(None, (options.network_module, size)))
+    layers = "".join(f"{section} {modules} modules, " for section, modules in network.counts().items())
+    yield _line("network", f"{made}: {layers}{count:,} trainable parameters")
 
 
 def _data(built: Built) -> Iterator[str]:
@@ -297,7 +278,7 @@ def _time(built: Built) -> str:
 def _files(built: Built) -> Iterator[str]:
     saves, run = built.saves, built.run
     tensors = run.network.state_dict()
-    of_file = disk.file_bytes(file_tensors(run.network), built.plan.options.output.save_precision)
+    of_file = disk.file_bytes(run.network.tensors(), built.plan.options.output.save_precision)
     of_state = disk.file_bytes(tensors, None) + tensor_bytes(run.optimizer.optimizer.state)  # `_memory` has made it
     of_state += _average_bytes(built)
     files, states = saves.planned_files(after_step=run.done), saves.planned_states(after_step=run.done)

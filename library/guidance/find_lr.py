@@ -121,7 +121,7 @@ def sweep(run: loop.Run, groups: ParameterGroups, *, reference: float, rates: Se
         for rate, item in bar:
             if item.epoch != epoch:
                 epoch = item.epoch
-                run.network.on_epoch_start(None, run.family.components["denoiser"])
+                run.network.start_epoch()
             for group, given in zip(run.optimizer.param_groups, groups, strict=True):
                 group["lr"] = given["lr"] * rate / reference
             try:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from library.models.blocks import Blocks
     from library.models.checkpoints.base_model import Part
 
 NOTHING = re.compile(r"(?!)")
@@ -30,7 +31,8 @@ class PartKind:
     configuration, with its parameters on the meta device. section: "unet" for the denoiser and "text_encoder" for the
     text encoders, as rates, groups and metadata have it; "" where adapters never sit. prefix: what its keys in adapter
     files begin with. linear: the paths of Linear and 1 × 1 convolution layers that adapters sit on. conv: of those that
-    come in addition where convolutions are adapted.
+    come in addition where convolutions are adapted. blocks: its numbered blocks, by which rates and ranks can differ.
+    layer: elsewhere a pattern of the names in adapter files, whose first group is a layer's number from the input on.
     """
 
     folder: str
@@ -39,6 +41,8 @@ class PartKind:
     prefix: str = ""
     linear: re.Pattern[str] = NOTHING
     conv: re.Pattern[str] = NOTHING
+    blocks: Blocks | None = None
+    layer: re.Pattern[str] | None = None
 
 
 class Components:

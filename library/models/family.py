@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from library.diffusion.latents import LatentSpace
     from library.diffusion.process import Process
     from library.files.tensors import WeightsIndex
+    from library.models.blocks import Blocks
     from library.models.checkpoints.base_model import BaseModel, Folder
 
 
@@ -31,7 +32,8 @@ class AdapterTargets:
 
     part: "unet" or "text_encoder". prefix: what keys in adapter files begin with. linear: paths of the Linear and 1 × 1
     convolution targets. conv: paths of those that come in addition where convolutions are adapted. name: from a path to
-    the dotted name that keys use (dots become underscores).
+    the dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer:
+    elsewhere a pattern of the dotted names, whose first group is a layer's number, counted from the input.
     """
 
     part: str
@@ -40,6 +42,8 @@ class AdapterTargets:
     linear: re.Pattern[str]
     conv: re.Pattern[str]
     name: Callable[[str], str]
+    blocks: Blocks | None = None
+    layer: re.Pattern[str] | None = None
 
 
 class ModelFamily(ABC):
@@ -166,6 +170,8 @@ class ModelFamily(ABC):
             AdapterTargets(
                 *(kind.section, kind.prefix, self.components[name], kind.linear, kind.conv),
                 name=lambda path, part=name: self.adapter_name(part, path),  # type: ignore[misc]
+                blocks=kind.blocks,
+                layer=kind.layer,
             )
             for name, kind in kinds.items()
             if not names or name in names

@@ -38,6 +38,7 @@ UNET_CONV = re.compile(
     rf"{_BLOCK}\.(?:resnets\.\d+\.(?:conv1|conv2|time_emb_proj|conv_shortcut)|(?:down|up)samplers\.\d+\.conv)"
 )
 TEXT_LINEAR = re.compile(r"encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
+TEXT_LAYER = re.compile(r".*\.layers\.(\d+)\..*")
 
 UNET = PartKind(
     folder="unet",

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
 from library.files.tensors import WeightsIndex
 from library.gpu import to_device
+from library.models.blocks import SD
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX
 from library.models.checkpoints.detect import begins, is_of_xl, is_v2, other_family
 from library.models.checkpoints.opening import with_vae
 from library.models.components import PartKind
-from library.models.latent_diffusion import TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
+from library.models.latent_diffusion import TEXT_LAYER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,13 +39,14 @@ class StableDiffusion(LatentDiffusion):
     NAME, TITLE = "sd", "a Stable Diffusion 1.x or 2.x model"
     PARTS: ClassVar[Mapping[str, PartKind]] = {
         "vae": VAE,
-        "denoiser": UNET,
+        "denoiser": replace(UNET, blocks=SD),
         "text_encoder": PartKind(
             folder="text_encoder",
             new="library.models.modules.new_text_encoder",
             section="text_encoder",
             prefix="lora_te",
             linear=TEXT_LINEAR,
+            layer=TEXT_LAYER,
         ),
     }
     DEFAULT_SCALING, DEFAULT_CELLS = 0.18215, 64

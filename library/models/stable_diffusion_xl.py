@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
 from library.files.tensors import WeightsIndex
 from library.gpu import to_device
+from library.models.blocks import SDXL
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, original_unet_name
 from library.models.checkpoints.detect import begins, is_of_xl, other_family
 from library.models.checkpoints.opening import with_vae
 from library.models.components import PartKind
-from library.models.latent_diffusion import TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
+from library.models.latent_diffusion import TEXT_LAYER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +45,14 @@ class StableDiffusionXL(LatentDiffusion):
     NAME, TITLE = "sdxl", "an SDXL model"
     PARTS: ClassVar[Mapping[str, PartKind]] = {
         "vae": VAE,
-        "denoiser": UNET,
+        "denoiser": replace(UNET, blocks=SDXL),
         "text_encoder": PartKind(
             folder="text_encoder",
             new="library.models.modules.new_text_encoder",
             section="text_encoder",
             prefix="lora_te1",
             linear=TEXT_LINEAR,
+            layer=TEXT_LAYER,
         ),
         "text_encoder_2": PartKind(
             folder="text_encoder_2",
@@ -57,6 +60,7 @@ class StableDiffusionXL(LatentDiffusion):
             section="text_encoder",
             prefix="lora_te2",
             linear=_SECOND_LINEAR,
+            layer=TEXT_LAYER,
         ),
     }
     LEAVE_TEXT_ENCODERS = "SDXL's text encoders are easily spoilt; most of its LoRAs leave them alone"

@@ -243,7 +243,8 @@ def _understood(choice: OptimizerChoice, groups: ParameterGroups) -> ParameterGr
     """The groups without what only CustomAdamW understands, if it is another."""
     if choice.is_custom_adamw:
         return groups
-    return [{k: v for k, v in group.items() if k not in ("param_names", "lora_scale")} for group in groups]
+    of_lora = ("param_names", "lora_scale", "roles", "partners")
+    return [{k: v for k, v in group.items() if k not in of_lora} for group in groups]
 
 
 def _new(choice: OptimizerChoice, groups: ParameterGroups, *, rate: float | None) -> torch.optim.Optimizer:

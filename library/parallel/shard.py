@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from library.config import source
 from library.errors import UserError
 from library.parallel import zero
+from networks import kinds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,8 +50,8 @@ def refuse_what_cannot_be(options: Options) -> None:
             raise UserError(f"--{option} with FSDP: one process draws, and has only a part of the model: leave it out")
     if options.precision.holds_unet_in_float8:
         raise UserError(f"--{options.precision.float8_option} with FSDP: only weights of one precision are shared out")
-    if not source.is_ours(options.network.network_module):
-        raise UserError(f"--network_module {options.network.network_module} with FSDP: networks.lora only")
+    if refusal := kinds.refuses(options.network.network_module, "fsdp"):
+        raise UserError(refusal)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from library.config import registry
 from library.errors import UserError
+from networks import kinds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,10 +61,11 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
                 f"accelerate's deepspeed_config: {key}: {asked}: only {allowed[0]} is possible; "
                 "configs/accelerate/deepspeed_zero2.yaml has it"
             )
+    module = options.network.network_module
     shared = registry.load_path(choice.path, where="--optimizer_type") in OPTIMIZERS
     for option, value, why in (
         ("optimizer_type", None if shared else choice.name, "AdamW and Adam can be shared out"),
-        ("network_module", options.network.network_module, "networks.lora only"),
+        ("network_module", None if kinds.kind_of(module) else module, "networks.lora only"),
         ("network_args module_dropout", network_arguments.get("module_dropout"), "all processes must train the same"),
         ("mixed_precision", options.precision.mixed_precision, "bf16 and no only"),
         ("full_fp16", options.precision.full_fp16, "the trained weights are fp32"),
@@ -71,7 +73,7 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
         ("scale_weight_norms", options.network.scale_weight_norms, "it changes weights beside the optimizer"),
         ("find_lr", options.guidance.find_lr, "find the rate with one process"),
     ):
-        fine = {"network_module": ("networks.lora",), "mixed_precision": ("no", "bf16")}.get(option, ())
+        fine = {"mixed_precision": ("no", "bf16")}.get(option, ())
         if value and value not in fine:
             raise UserError(f"--{option} {value} with DeepSpeed's ZeRO-2: {why}")
 

@@ -245,7 +245,7 @@ class BrokenWeightsError(UserError):
 
 
 class Savable(Protocol):
-    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None: ...
+    def save(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None: ...
 
 
 def save_network(network: Savable, path: Path, *, precision: str | None, metadata: Mapping[str, str]) -> None:
@@ -256,7 +256,7 @@ def save_network(network: Savable, path: Path, *, precision: str | None, metadat
     written to; whatever stood at `path` before is then still there.
     """
     with replacing(path) as beside:
-        network.save_weights(str(beside), PRECISIONS[precision], {**metadata, **UNKNOWN_HASHES})
+        network.save(str(beside), PRECISIONS[precision], {**metadata, **UNKNOWN_HASHES})
         check_finite(beside, path.name, precision)
         if beside.suffix == ".safetensors":
             write_hashes(beside)

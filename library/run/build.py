@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,8 +40,7 @@ from library.training.hooks.guard import Guard
 from library.training.hooks.saver import Saver
 from library.training.meter import Meter
 from networks.merge import BaseWeights
-from networks.network import AdapterNetwork
-from networks.protocol import file_tensors, step_hook, without
+from networks.network import TrainableNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +102,9 @@ def build(plan: Plan) -> Built:
     network = make_network(plan, accelerator)
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(plan.family, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
-        with without(network):  # refused now, where it cannot be switched off, and not in the first step
-            pass
-        objective = replace(objective, more=(Preservation(plan.family.predict, partial(without, network)),))
+        if refusal := network.refuses("off"):  # now, and not in the first step
+            raise UserError(refusal)
+        objective = replace(objective, more=(Preservation(plan.family.predict, network.off),))
     groups, optimizer = _optimizer(plan, network)
     # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
     lr_schedule = None if course.schedule is None else create_schedule(course.schedule, optimizer)
@@ -132,7 +130,6 @@ def build(plan: Plan) -> Built:
         max_grad_norm=options.optimizer.max_grad_norm,
         scale_weight_norms=options.network.scale_weight_norms,
         observe=weight_decay_choice.attach(course.decay, optimizer),
-        on_step=step_hook(network),
         save=_nothing,
         save_now=_nothing,
         guard=Guard(
@@ -182,7 +179,7 @@ def _course(plan: Plan) -> Course:
     return Course(plan, accelerator, saves, now, schedule, decay, changed)
 
 
-def _optimizer(plan: Plan, network: Any) -> tuple[ParameterGroups, torch.optim.Optimizer]:
+def _optimizer(plan: Plan, network: TrainableNetwork) -> tuple[ParameterGroups, torch.optim.Optimizer]:
     """The network's parameters in groups, each with its rate, and the optimizer of them."""
     options, choice = plan.options, plan.choice
     groups = parameter_groups(network, options)
@@ -214,9 +211,8 @@ def _equip(
     if options.ema.ema_decay is not None:
         run.ema = Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
     if options.monitoring.monitoring:
-        ours = run.network if isinstance(run.network, AdapterNetwork) else None
         by_name = {group["name"]: group["params"] for group in groups}
-        run.meter = Meter(by_name, ours, accelerator, process=run.objective.process)
+        run.meter = Meter(by_name, run.network, accelerator, process=run.objective.process)
     if held_out is not None:
         validation.attach(run, held_out, options, steps_per_epoch=saves.steps_per_epoch)
     if plan.resume is not None:
@@ -231,7 +227,7 @@ def _write_as_planned(run: loop.Run, course: Course, prompts: sample.EncodedProm
         disk.refuse_full_disk(
             saves,
             after_step=run.done,
-            of_file=disk.file_bytes(file_tensors(run.network), options.output.save_precision),
+            of_file=disk.file_bytes(run.network.tensors(), options.output.save_precision),
             # at least: the optimizer's part is not known before a step
             of_state=disk.file_bytes(run.network.state_dict(), None),
         )
@@ -349,7 +345,11 @@ def _drawn_prompts(plan: Plan) -> list[str]:
 
 
 def _sampling(
-    plan: Plan, saves: save.SavePlan, accelerator: Accelerator, network: Any, prompts: sample.EncodedPrompts
+    plan: Plan,
+    saves: save.SavePlan,
+    accelerator: Accelerator,
+    network: TrainableNetwork,
+    prompts: sample.EncodedPrompts,
 ) -> sample.Sampling | None:
     """What draws samples during training, if any are to be drawn."""
     if plan.samples is None:

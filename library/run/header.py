@@ -11,7 +11,6 @@ import torch
 from library.config.options import Options, declared_options, option_groups
 from library.guidance import dry_run
 from library.training.meter import BINS
-from networks.network import AdapterNetwork
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -25,7 +24,6 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 def describe(built: Built) -> dict[str, Any]:
     """As JSON has it, but for paths, which are text there."""
     plan, run, saves = built.plan, built.run, built.saves
-    network = run.network if isinstance(run.network, AdapterNetwork) else None
     sampling = plan.samples
     return {
         "session_id": plan.session_id,
@@ -36,7 +34,7 @@ def describe(built: Built) -> dict[str, Any]:
         "total_steps": run.total_steps,
         "steps_per_epoch": saves.steps_per_epoch,
         "timesteps": run.objective.process.bins(BINS),
-        "adapters": [] if network is None else [adapter.site.name for adapter in network.adapters],
+        "adapters": run.network.layers(),
         "summary": [[line[:12].strip(), line[12:]] for line in dry_run.summary(built)],
         "options": _options(plan.options, seed=plan.seed),
         "subsets": [

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library import log
-from library.config import kohya, registry, source
 from library.config.dataset_config import DatasetSpec, is_validated, load_datasets
 from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
@@ -28,6 +27,7 @@ from library.record.trackers import TrackerPlan, plan_trackers
 from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
 from library.training.state import State
 from library.training.state import find as find_state
+from networks import kinds
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -35,12 +35,6 @@ if TYPE_CHECKING:
     from library.optimizers.create import OptimizerChoice
 
 logger = logging.getLogger(__name__)
-
-# What the trainer gives to a network module's creator itself: no words of the user's.
-_GIVEN = (
-    *("multiplier", "network_dim", "network_alpha", "file", "vae", "text_encoder", "unet"),
-    *("neuron_dropout", "weights_sd", "for_inference", "targets", "seed"),
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,6 @@ class Plan:
     prepared: Prepared
     family: ModelFamily
     choice: OptimizerChoice
-    network_creator: str
     network_arguments: dict[str, Any]
     seed: int
     trackers: TrackerPlan
@@ -70,7 +63,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     datasets = load_datasets(options)
     _check_data_options(options, datasets)
     _warn_of_unused_rates(options)
-    creator, arguments = _network_arguments(options)
+    arguments = _network_arguments(options)
     check_user_metadata(options.output)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
@@ -97,9 +90,9 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.run.rehearse import rehearse
     from networks import merge
 
-    module = options.network.network_module
-    trains = f"is trained by {module}" if source.is_ours(module) else ""
-    _check_weights("network_weights", options.network.network_weights, purpose=trains)
+    kind = kinds.kind_of(options.network.network_module)
+    trains = "" if kind is None else f"is trained by {options.network.network_module}"
+    _check_weights("network_weights", options.network.network_weights, purpose=trains, allowed=kind and [kind])
     _check_weights("base_weights", *options.network.base_weights, purpose=merge.PURPOSE)
     _warn_of_other_base(options.network)
     choice = choose_optimizer(
@@ -133,7 +126,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
-    if kernels := rehearse(family, options, creator, arguments, resume=resume):
+    if kernels := rehearse(family, options, arguments, resume=resume):
         with log.errors_only():  # what it warns of has been said
             refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
     started_at = time.time() if resume is None else resume.facts.started_at
@@ -143,7 +136,6 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         prepared=prepared,
         family=family,
         choice=choice,
-        network_creator=creator,
         network_arguments=arguments,
         seed=seed,
         trackers=trackers,
@@ -196,14 +188,14 @@ def _refuse_missing_weights(option: str, *files: str | None) -> None:
             raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
 
 
-def _check_weights(option: str, *files: str | None, purpose: str) -> None:
-    """What a file's header tells of it, which is read before the models. `purpose`: see `check_adapter_file`."""
-    from networks.weights import check_adapter_file
+def _check_weights(option: str, *given: str | None, purpose: str, allowed: Sequence[str] | None = None) -> None:
+    """By the files' headers, which are read before the models. `purpose`, `allowed`: see `networks.files.check`."""
+    from networks import files
 
-    for file in files:
+    for file in given:
         try:
             if file is not None:
-                check_adapter_file(file, purpose=purpose)
+                files.check(file, purpose=purpose, allowed=allowed)
         except UserError as error:
             raise UserError(f"--{option} {error}") from None
 
@@ -226,31 +218,16 @@ def _warn_of_other_base(network: NetworkOptions) -> None:
                 )
 
 
-def _refuse_kohyas_settings(words: Sequence[str]) -> None:
-    """UserError for settings that kohya's modules have and ours have not, with what to use instead."""
-    for name in registry.split_words(words, where="--network_args"):
-        if name in kohya.NETWORK_ARGS_NOT_YET:
-            hint = kohya.NETWORK_ARGS_NOT_YET[name]
-            raise UserError(f"--network_args: {name} is known to kohya's scripts, not supported here yet ({hint})")
-
-
-def _network_arguments(options: Options) -> tuple[str, dict[str, Any]]:
-    """The function of the network module that makes the network, and --network_args as its arguments."""
-    creator = "create_network_from_weights" if options.network.dim_from_weights else "create_network"
-    if options.optimizer.lr_layer_decay is not None and not source.is_ours(options.network.network_module):
-        raise UserError(f"--lr_layer_decay: {options.network.network_module} has no rates by layer; networks.lora has")
-    registry.refuse_no_name(options.network.network_module, where="--network_module")
-    if source.is_ours(options.network.network_module):
-        _refuse_kohyas_settings(options.network.network_args)
-    path = f"{options.network.network_module}.{creator}"
-    arguments, unchecked = registry.bind(
-        path,
-        options.network.network_args,
-        reserved=_GIVEN,
-        where="--network_args",
-        named_by="--network_module",
-        as_text=True,
+def _network_arguments(options: Options) -> dict[str, Any]:
+    """--network_args as arguments of the network's settings, or of a foreign module's function."""
+    network = options.network
+    decays = options.optimizer.lr_layer_decay is not None
+    if decays and (refusal := kinds.refuses(network.network_module, "lr_layer_decay")):
+        raise UserError(refusal)
+    arguments, unchecked = kinds.arguments(
+        network.network_module, network.network_args, from_file=network.dim_from_weights
     )
     if unchecked:
-        logger.warning("--network_args: %s takes any name, so these are not checked: %s", path, ", ".join(unchecked))
-    return creator, arguments
+        creator = kinds.creator(network.network_module, from_file=network.dim_from_weights)
+        logger.warning("--network_args: %s takes any name, so these are not checked: %s", creator, ", ".join(unchecked))
+    return arguments

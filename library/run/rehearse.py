@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library import log
-from library.config import registry, source
 from library.errors import UserError
-from library.run.encode import trains_text
-from library.run.network import create, parameter_groups
+from library.run.network import parameter_groups, parts_of
 from library.training.state import State, network_of
+from networks import create, files, kinds
+from networks.load_report import check_loaded, compare, some_names
 from networks.merge import BaseWeights
-from networks.network import AdapterNetwork
-from networks.weights import check_loaded, compare, read_weights, some_names
+from networks.network import Network
+from networks.settings import Asked
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def rehearse(
-    family: ModelFamily, options: Options, creator: str, arguments: dict[str, Any], *, resume: State | None
+    family: ModelFamily, options: Options, arguments: Mapping[str, Any], *, resume: State | None
 ) -> frozenset[int]:
     """`UserError` where model, LoRA files, settings of the network, rates or a state's network do not fit together.
 
@@ -33,9 +34,9 @@ def rehearse(
         BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
             family.adapter_targets()
         )
-        if not source.is_ours(options.network.network_module):
+        if (kind := kinds.kind_of(options.network.network_module)) is None:
             return frozenset()
-        network = _network(family, options, creator, arguments)
+        network = _network(kind, family, options, arguments)
         parameter_groups(network, options)
         if resume is not None and options.run.resume_anyway:  # else the settings are compared, which says more
             report = compare(network.state_dict(), network_of(resume))
@@ -44,18 +45,17 @@ def rehearse(
         return frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4)
 
 
-def _network(family: ModelFamily, options: Options, creator: str, arguments: dict[str, Any]) -> AdapterNetwork:
+def _network(kind: str, family: ModelFamily, options: Options, arguments: Mapping[str, Any]) -> Network:
     """As the run's own, without content."""
     wanted = options.network
-    function = registry.load_path(f"{wanted.network_module}.{creator}", where="--network_module")
-    file = wanted.network_weights
-    start = None if file is None else read_weights(file)
+    start = None if wanted.network_weights is None else files.read(wanted.network_weights)
+    sizes = start if wanted.dim_from_weights else None
+    asked = Asked(dim=wanted.network_dim, alpha=wanted.network_alpha, dropout=wanted.network_dropout)
     try:
-        network = create(function, wanted, start, (None, None, None), arguments | {"targets": family.adapter_targets()})
+        network = create.make(kind, family.adapter_targets(), asked, arguments, file=sizes)
     except UserError as error:
         raise UserError(f"--network_module {wanted.network_module}: {error}") from None
-    assert isinstance(network, AdapterNetwork), "one of ours"
-    network.apply_to(None, None, trains_text(options), not wanted.network_train_text_encoder_only)
+    network.attach(parts_of(options))
     if start is not None:
-        check_loaded(network.compare_tensors(start)[0], f"--network_weights {file}")
+        check_loaded(network.compare(start)[0], f"--network_weights {wanted.network_weights}")
     return network

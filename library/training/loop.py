@@ -26,6 +26,7 @@ from library.record.loss_history import LossHistory
 from library.training.hooks import guard as divergence
 from library.training.step import BatchLoss, Objective, batch_loss, refuse_broken_latents
 from library.training.unwatched import Unwatched
+from networks.network import TrainableNetwork
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,7 +63,7 @@ class Run:
 
     accelerator: Accelerator
     family: ModelFamily
-    network: Any  # a kohya-style network: networks.network.Network, or a third party's
+    network: TrainableNetwork
     parameters: list[torch.nn.Parameter]
     optimizer: Any  # accelerate's wrapper of a torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler | None
@@ -77,7 +78,6 @@ class Run:
     scale_weight_norms: float | None
     observe: Callable[[float, float | None, float | None], None] | None
     """Told the loss, the gradient's norm and, if it is new, the validation loss, before each step."""
-    on_step: Callable[[Any, Any], Any]  # (text_encoder, unet): what a third party's network wants before each batch
     save: Callable[[int], None]  # write what is due after so many steps
     save_now: Callable[[int], object]  # write the network as it is after so many steps
     guard: divergence.Guard  # what to do about a loss that is no number
@@ -135,7 +135,7 @@ def _train(run: Run, stop: _StopRequest, bar: Any) -> signal.Signals | None:
     for item in step_batches(run):
         if item.epoch != epoch:
             epoch = item.epoch
-            run.network.on_epoch_start(None, run.family.components["denoiser"])
+            run.network.start_epoch()
         try:
             run.losses.add(optimizer_step(run, item))
             if run.ema is not None and not run.optimizer.step_was_skipped:
@@ -236,7 +236,7 @@ def optimizer_step(run: Run, item: StepBatches) -> float:
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.scale_weight_norms:
-        run.network.apply_max_norm_regularization(run.scale_weight_norms, accelerator.device)
+        run.network.limit_norms(run.scale_weight_norms)
     run.monitor.after_step(item.step)
     return loss
 
@@ -249,7 +249,7 @@ def _backward_all(run: Run, item: StepBatches, *, weight: float) -> list[torch.T
             if run.spare is not None:
                 backward(run, run.spare, weight=0.0)
             continue
-        run.on_step(None, run.family.components["denoiser"])
+        run.network.before_batch()
         losses.append(backward(run, batch, weight=weight))
     return losses
 

@@ -19,7 +19,7 @@ from library.gpu import to_device
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from networks.network import AdapterNetwork
+    from networks.network import TrainableNetwork
 
 BINS = PARTS  # of the noise levels, of equal width
 
@@ -27,7 +27,7 @@ BINS = PARTS  # of the noise levels, of equal width
 @dataclass(frozen=True)
 class Measured:
     """Of one step. `loss_by_timestep`: mean over the samples since the last measured step, None where there were none.
-    `delta_norms`: Frobenius norm of what each adapter adds to its layer's weight; empty for a foreign network."""
+    `delta_norms`: Frobenius norm of what each adapter adds to its layer's weight; empty where it is unknown."""
 
     update_ratio: float  # |what the step changed| / |weights|
     weight_norm: float
@@ -45,13 +45,12 @@ class Meter:
     def __init__(
         self,
         groups: Mapping[str, Sequence[nn.Parameter]],
-        network: AdapterNetwork | None,
+        network: TrainableNetwork,
         accelerator: Accelerator,
         *,
         process: Process,
     ) -> None:
-        """`groups`: the trained parameters by the names of their groups. `network` None: its deltas cannot be told.
-        `process`: whose noise levels the bins divide."""
+        """`groups`: the trained parameters by the names of their groups. `process`: the bins divide its noise levels."""
         self._parameters = [parameter for group in groups.values() for parameter in group]
         self._members = {name: len(group) for name, group in groups.items()}
         self._sizes = {name: sum(parameter.numel() for parameter in group) for name, group in groups.items()}
@@ -95,7 +94,7 @@ class Meter:
             torch.stack([_norm(self._before), _norm(self._parameters)]),
             self._bins.flatten(),
             self._changed(self._before),
-            *([] if self._network is None else [self._network.weight_norms()]),
+            *([] if (norms := self._network.norms()) is None else [norms]),
         ]
         self._bins = torch.zeros_like(self._bins)
         numbers: list[float] = torch.cat(parts).tolist()  # the one time that the host waits for the device

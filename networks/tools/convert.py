@@ -13,8 +13,6 @@ from pathlib import Path
 
 from library import log
 from library.errors import UserError
-from library.files.hashes import UNKNOWN_HASHES, write_hashes
-from library.files.header import read_metadata
 from networks import base_weights
 
 logger = logging.getLogger(__name__)
@@ -44,27 +42,20 @@ def convert(source: Path, target: Path, *, to: str) -> None:
 
     Its metadata are those of `source`, with the hashes of the new file.
     """
-    from safetensors.torch import save_file
-
+    from networks import files
     from networks.naming import to_diffusers
-    from networks.weights import read_weights
 
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it")
-    # in kohya's names, whatever the file has; only those have a way to name embeddings beside a LoRA
-    tensors = read_weights(source, purpose="is renamed", keep_embeddings=to == "kohya")
+    # only kohya's names have a way to name embeddings beside a LoRA
+    content = files.read(source, purpose="is renamed", keep_embeddings=to == "kohya")
+    tensors = content.tensors
     if to == "diffusers":
         tensors = to_diffusers(tensors, source=str(source))
-    metadata = {key: text for key, text in read_metadata(source).items() if key not in _OF_THE_OLD_FILE}
+    metadata = {key: text for key, text in content.metadata.items() if key not in _OF_THE_OLD_FILE}
     if trained_on := base_weights.read(source):
         logger.warning("%s: acts as it was trained only on top of %s", source, base_weights.in_words(trained_on))
-    beside = target.with_name(f".{target.name}.part")
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, metadata | UNKNOWN_HASHES)
-        write_hashes(beside)
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    files.write(target, {**tensors, **content.embeddings}, metadata)
 
 
 if __name__ == "__main__":

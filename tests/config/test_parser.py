@@ -228,7 +228,7 @@ def test_help_and_mistakes_load_nothing_heavy() -> None:
         "from library.errors import UserError\n"
         "try: parser.parse(sys.argv[1:])\n"
         "except (SystemExit, UserError): pass\n"
-        "try: registry.bind('networks.lora.create_network', ['conv_dims=4'], where='--network_args')\n"
+        "try: registry.bind('networks.lora.Sizes', ['conv_dims=4'], where='--network_args')\n"
         "except UserError: pass\n"
         "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'accelerate', 'bitsandbytes'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)\n"

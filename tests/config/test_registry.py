@@ -149,12 +149,11 @@ def test_mistakes_in_words() -> None:
 
 
 def test_our_own_targets_are_checked_strictly() -> None:
-    path = "networks.lora.create_network"
-    reserved = ("multiplier", "network_dim", "network_alpha", "vae", "text_encoder", "unet", "targets")
-    found, unchecked = bind(path, ["conv_dim=4", "conv_alpha=1"], given=reserved, where="--network_args")
+    path = "networks.lora.Sizes"
+    found, unchecked = bind(path, ["conv_dim=4", "conv_alpha=1"], where="--network_args")
     assert (found, unchecked) == ({"conv_dim": 4, "conv_alpha": 1.0}, [])
-    assert "takes no 'conv_dims', did you mean 'conv_dim'?" in message(path, ["conv_dims=4"], given=reserved)
-    assert message(path, ["conv_dim=big"], given=reserved) == "--x_args: conv_dim: 'big' is not a whole number or none"
+    assert "takes no 'conv_dims', did you mean 'conv_dim'?" in message(path, ["conv_dims=4"])
+    assert message(path, ["conv_dim=big"]) == "--x_args: conv_dim: 'big' is not a whole number or none"
 
 
 MISSING = {
@@ -162,8 +161,8 @@ MISSING = {
     "lycoris_typo": "--t: 'lycoris_typo' is not a path such as package.module.Name",
     "json.decoders.X": "--t: there is no module 'json.decoders', did you mean 'json.decoder'?",
     "json.decoder.JSONDecoders": "--t: module 'json.decoder' has no 'JSONDecoders', did you mean 'JSONDecoder'?",
-    "networks.lorra.create_network": "--t: there is no module 'networks.lorra', did you mean 'networks.lora'?",
-    "networks.lora.create_netwrk": "--t: module 'networks.lora' has no 'create_netwrk', did you mean 'create_network'?",
+    "networks.lorra.LoRA": "--t: there is no module 'networks.lorra', did you mean 'networks.lora'?",
+    "networks.lora.LoRa": "--t: module 'networks.lora' has no 'LoRa', did you mean 'LoRA'?",
 }
 
 
@@ -194,7 +193,9 @@ def test_load() -> None:
         load({"l2": "x"}, "l3", where="--loss")
 
 
-@pytest.mark.parametrize("path", ["networks.lora.create_network", "library.optimizers.CustomAdamW", *LOSSES.values()])
+@pytest.mark.parametrize(
+    "path", ["networks.lora.Sizes", "networks.lora.Settings", "library.optimizers.CustomAdamW", *LOSSES.values()]
+)
 def test_source_and_import_agree(path: str) -> None:
     """What is read from the source is what Python sees after the import."""
     found = signature(path, where="")

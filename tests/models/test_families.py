@@ -13,7 +13,8 @@ import torch
 from library.models import FAMILIES
 from library.models.family import ModelFamily
 from library.models.opening import open_family
-from networks.lora import create_network
+from networks.create import create
+from networks.settings import Asked
 from tests.conftest import BASE
 
 CAPTIONS = ["a cat", "a dog, at night", ""]
@@ -110,8 +111,8 @@ def test_what_a_sample_gets_does_not_depend_on_its_batch(family: ModelFamily) ->
 
 
 def test_every_part_learns(family: ModelFamily) -> None:
-    network = create_network(1.0, 2, 1.0, None, None, None, targets=family.adapter_targets(), conv_dim=2)
-    network.apply_to(None, None)
+    network = create("lora", family.adapter_targets(), Asked(dim=2, alpha=1.0), {"conv_dim": 2})
+    network.attach()
     try:
         for adapter in network.adapters:
             torch.nn.init.constant_(adapter.lora_up.weight, 0.01)  # type: ignore[attr-defined]
@@ -120,7 +121,7 @@ def test_every_part_learns(family: ModelFamily) -> None:
             taught = [a.lora_down.weight.grad is not None for a in adapters]  # type: ignore[attr-defined]
             assert sum(taught) >= 0.6 * len(taught), section  # a layer that is not read learns nothing
     finally:
-        network.remove()
+        network.detach()
 
 
 def test_the_pipeline_takes_the_familys_own_words(family: ModelFamily) -> None:

@@ -193,18 +193,18 @@ def test_what_the_model_says_of_itself(
         _from_file(path, v2=True)
     with pytest.raises(UserError, match=r"--zero_terminal_snr: .* predicts noise"):
         _from_file(path, zero_terminal_snr=True)
-    assert _from_file(path, v_parameterization=True, zero_terminal_snr=True).alphas_cumprod[-1] == 0
+    assert _from_file(path, v_parameterization=True, zero_terminal_snr=True).process.alphas_cumprod[-1] == 0
     save_file({**states, "v_pred": torch.zeros(0)}, path)
     assert _from_file(path).process.prediction_type == "v_prediction"
-    assert _from_file(path).alphas_cumprod[-1] > 0
+    assert _from_file(path).process.alphas_cumprod[-1] > 0
     save_file({**states, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
     family = _from_file(path)
-    assert family.alphas_cumprod[-1] == 0
+    assert family.process.alphas_cumprod[-1] == 0
     # the schedule's mark alone: the user says the rest, or is asked to
     save_file({**states, "ztsnr": torch.zeros(0)}, path)
-    assert _from_file(path, v_parameterization=True).alphas_cumprod[-1] == 0
+    assert _from_file(path, v_parameterization=True).process.alphas_cumprod[-1] == 0
     assert "if it predicts v, give --v_parameterization" not in caplog.text
-    assert _from_file(path).alphas_cumprod[-1] > 0
+    assert _from_file(path).process.alphas_cumprod[-1] > 0
     assert "if it predicts v, give --v_parameterization" in caplog.text
     assert "of no known part" not in caplog.text
 
@@ -216,7 +216,7 @@ def test_a_folder_says_what_it_predicts(tmp_path: Path, tiny_sdxl: Path) -> None
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     family = _open(folder)
     assert family.process.prediction_type == "v_prediction"
-    assert family.alphas_cumprod[-1] == 0
+    assert family.process.alphas_cumprod[-1] == 0
     shutil.rmtree(folder / "tokenizer")
     assert _open(folder).count_tokens("a photo of a cat") == 5
     unet = folder / "unet" / "config.json"

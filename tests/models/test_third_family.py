@@ -121,6 +121,8 @@ def test_texts_of_several_lengths_train_the_same_from_every_cache(train_toy: Tra
             "--bucket_reso_steps",
             "16",
         ),
+        ("--lr_layer_decay", "0.5"),
+        ("--network_args", "block_dims=2,4", "down_lr_weight=0.5,1"),
         ("--dry_run",),
         ("--recommend",),
         ("--find_lr", "--find_lr_steps", "20"),

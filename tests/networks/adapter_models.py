@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.models.checkpoints.base_model import BaseModel, Part
+import networks
+from library.models.checkpoints.base_model import BaseModel as BaseFiles
+from library.models.checkpoints.base_model import Part
 from library.models.family import AdapterTargets, ModelFamily
 from library.models.opening import open_family
 from library.models.stable_diffusion_xl import StableDiffusionXL
+from networks import kinds
+from networks.create import create, create_from_file
+from networks.files import AdapterFile, read
+from networks.foreign import BaseModel, ForeignNetwork
+from networks.network import Network
+from networks.settings import Asked
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
+MADE_UP = Path(__file__).parent / "made_up"
 
 
 class Toy(nn.Module):
@@ -70,7 +81,7 @@ def sdxl_family(config: Path, unet: nn.Module, *text_encoders: nn.Module) -> Mod
     asset = json.loads(config.read_text())
     names = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
     parts = {name: Part(asset[folder], name, dict) for name, folder in names.items()}
-    base = BaseModel("sdxl", "x", config, parts, asset["scheduler"], config, {}, "epsilon", "x")
+    base = BaseFiles("sdxl", "x", config, parts, asset["scheduler"], config, {}, "epsilon", "x")
     family = StableDiffusionXL(base)
     family.components["denoiser"] = unet
     for name, encoder in zip(family.components.text_encoders, text_encoders, strict=False):
@@ -92,6 +103,50 @@ def sdxl_outputs(family: ModelFamily) -> tuple[Tensor, Tensor, Tensor]:
 
 def sd_targets(unet: nn.Module, text_encoder: nn.Module) -> list[AdapterTargets]:
     return sd_family(unet, text_encoder).adapter_targets()
+
+
+def lora(
+    dim: int | None,
+    alpha: float | None,
+    *,
+    targets: list[AdapterTargets],
+    seed: int | None = None,
+    neuron_dropout: float | None = None,
+    **arguments: Any,
+) -> Network:
+    """A network of `networks.lora`; `arguments`: as of --network_args."""
+    return create("lora", targets, Asked(dim=dim, alpha=alpha, dropout=neuron_dropout, seed=seed), arguments)
+
+
+def lora_from_file(
+    file: str | Path | AdapterFile,
+    *,
+    targets: list[AdapterTargets],
+    multiplier: float = 1.0,
+    neuron_dropout: float | None = None,
+    **arguments: Any,
+) -> Network:
+    """A network of `networks.lora` with the layers, ranks and alphas of a file."""
+    if not isinstance(file, AdapterFile):
+        file = read(file, purpose="is trained by networks.lora")
+    return create_from_file("lora", file, targets, Asked(dropout=neuron_dropout), arguments, multiplier=multiplier)
+
+
+@contextmanager
+def made_up_kind() -> Iterator[str]:
+    """A context in which there is a second kind: `made_up/diagonal.py` lies in networks/, and KINDS has a line more."""
+    networks.__path__.append(str(MADE_UP))
+    kinds.KINDS["diagonal"] = "networks.diagonal.Diagonal"
+    try:
+        yield "diagonal"
+    finally:
+        del kinds.KINDS["diagonal"]
+        networks.__path__.remove(str(MADE_UP))
+
+
+def foreign(network: nn.Module, text_encoder: Any = None, unet: Any = None) -> ForeignNetwork:
+    """Another package's network behind our protocol."""
+    return ForeignNetwork(network, BaseModel(None, text_encoder, unet, unet))
 
 
 def randomize(network: nn.Module, scale: float = 0.05) -> None:

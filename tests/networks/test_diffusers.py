@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import BASE, difference, outputs, randomize, sd_targets
-
-from networks.lora import create_network
+from adapter_models import BASE, difference, lora, outputs, randomize, sd_targets
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5
@@ -30,15 +28,13 @@ def test_diffusers_takes_every_tensor_and_gives_the_same_output(
 ):
     unet, text_encoder = tiny
     base = outputs(unet, text_encoder)
-    network = create_network(
-        1.0, 4, 3.0, None, None, None, targets=sd_targets(unet, text_encoder), conv_dim=conv_dim, conv_alpha=0.5
-    )
-    network.apply_to(None, None)
-    assert sum(network.module_counts().values()) == modules
+    network = lora(4, 3.0, targets=sd_targets(unet, text_encoder), conv_dim=conv_dim, conv_alpha=0.5)
+    network.attach()
+    assert sum(network.counts().values()) == modules
     randomize(network, 0.2)
     expected = outputs(unet, text_encoder)
     assert all(difference(with_adapter, without) > 0.02 for with_adapter, without in zip(expected, base, strict=True))
-    network.save_weights(str(tmp_path / "adapter.safetensors"), None, {"ss_network_module": "networks.lora"})
+    network.save(str(tmp_path / "adapter.safetensors"), None, {"ss_network_module": "networks.lora"})
 
     for library in ("diffusers", "transformers", "peft"):
         monkeypatch.setattr(logging.getLogger(library), "propagate", True)

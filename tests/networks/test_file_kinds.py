@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_models import foreign, lora_from_file
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import UserError
-from library.models.checkpoints.adapter_file import AdapterFile, describe
+from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.opening import open_vae
 from library.models.opening import open_family
-from networks.lora import create_network_from_weights
+from networks.files import AdapterFile, check
 from networks.merge import BaseWeights
 from networks.tools import convert
-from networks.weights import check_adapter_file
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 PEFT = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -116,8 +116,8 @@ def test_an_adapter_of_another_kind_is_named_by_every_reader(name: str, tmp_path
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
     for read in (
-        lambda: check_adapter_file(path, purpose="is trained by networks.lora"),
-        lambda: create_network_from_weights(1.0, str(path), None, None, None, targets=[]),
+        lambda: check(path, purpose="is trained by networks.lora"),
+        lambda: lora_from_file(str(path), targets=[]),
     ):
         assert said(read).startswith(f"{path} is {title}, and only plain LoRA is trained by networks.lora")
     assert said(lambda: BaseWeights([str(path)], [])).startswith(f"--base_weights {path} is {title}, and only plain")
@@ -133,9 +133,7 @@ def test_what_is_no_adapter_is_named_by_every_reader(name: str, tmp_path: Path, 
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
     for purpose in ("", "is trained by networks.lora"):
-        assert (
-            said(lambda purpose=purpose: check_adapter_file(path, purpose=purpose)) == f"{path} is {title}, and no LoRA"
-        )
+        assert said(lambda purpose=purpose: check(path, purpose=purpose)) == f"{path} is {title}, and no LoRA"
     assert said(lambda: BaseWeights([str(path)], [])) == f"--base_weights {path} is {title}, and no LoRA"
     assert convert.main([str(path), str(tmp_path / "y.safetensors"), "--to", "diffusers"]) == 2
     assert f"{path} is {title}, and no LoRA" in capsys.readouterr().err
@@ -150,7 +148,7 @@ def test_embeddings_and_hypernetworks_of_the_web_ui_are_named(tmp_path: Path) ->
     layers = {"linear.0.weight": torch.ones(2, 2)}
     for content, title in ((embedding, "a textual inversion embedding"), ({320: (layers, layers)}, "a hypernetwork")):
         torch.save(content, tmp_path / "x.pt")
-        for read in (check_adapter_file, _open_model):
+        for read in (check, _open_model):
             assert f"x.pt is {title}, " in said(lambda read=read: read(tmp_path / "x.pt"))
 
 
@@ -165,7 +163,7 @@ def test_a_lora_as_the_base_model_says_where_it_belongs(tmp_path: Path) -> None:
 # -- what the names say, against the programs that write them
 
 
-def described(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> AdapterFile:
+def described(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> AdapterContents:
     found = describe({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
     assert found is not None
     return found
@@ -223,8 +221,6 @@ def test_the_kinds_of_peft_are_recognised(config: str, settings: dict[str, Any],
     ids=str,
 )
 def test_the_kinds_of_lycoris_are_recognised(arguments: dict[str, str], kind: dict[str, int]) -> None:
-    from networks.protocol import load_weights
-
     kohya = pytest.importorskip("lycoris.kohya")
 
     class Transformer2DModel(nn.Module):  # LyCORIS chooses layers by the names of classes
@@ -245,7 +241,7 @@ def test_the_kinds_of_lycoris_are_recognised(arguments: dict[str, str], kind: di
     words = found.made_by.removeprefix("--network_module lycoris.kohya --network_args ").split()
     proposed = dict(word.split("=") for word in words)
     assert proposed == {name: value for name, value in arguments.items() if name != "factor"}
-    report = load_weights(network, "x", tensors)
+    report = foreign(network).load(AdapterFile.of(tensors, "x"))
     assert (report.missing, report.unexpected, report.mismatched) == ((), (), ())
 
 
@@ -261,19 +257,17 @@ def test_the_metadata_of_lycoris_says_how_a_file_was_made(tmp_path: Path) -> Non
     assert described(loha, metadata | {"ss_network_args": "[" * 100}).made_by.endswith("--network_alpha 4.0")
     assert described(loha, metadata | {"ss_network_args": "[" * 9999}).made_by == usual
     save_file(loha, tmp_path / "x.safetensors", metadata)
-    message = said(lambda: check_adapter_file(tmp_path / "x.safetensors", purpose="is trained by networks.lora"))
+    message = said(lambda: check(tmp_path / "x.safetensors", purpose="is trained by networks.lora"))
     assert message.endswith(f"is trained by networks.lora. LyCORIS trains it: {made}")
     assert described(ADAPTERS["DoRA of PEFT"][0]).made_by == ""  # LyCORIS reads its own names only
 
 
 def test_lycoris_refuses_a_file_of_another_kind_by_name(tmp_path: Path) -> None:
-    from networks.protocol import load_weights
-
     class Other(nn.Module):
         def state_dict(self, *_args: Any, **_kwargs: Any) -> dict[str, torch.Tensor]:
             return PAIR
 
-    assert said(lambda: load_weights(Other(), "x", ADAPTERS["LoHa"][0])) == (
+    assert said(lambda: foreign(Other()).load(AdapterFile.of(ADAPTERS["LoHa"][0], "x"))) == (
         "--network_weights x is a LoHa, and the network here is a LoRA. It goes with --network_module lycoris.kohya "
         "--network_args algo=loha"
     )

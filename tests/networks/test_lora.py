@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from adapter_models import Toy, randomize, sd_targets, text_targets, unet_targets
+from adapter_models import Toy, lora, randomize, sd_targets, text_targets, unet_targets
 from torch import nn
 
 from library.errors import UserError
-from networks.lora import LoRA, create_network
-from networks.network import Site, find_sites
+from networks.lora import LoRA
+from networks.settings import LearningRates
+from networks.sites import Site, find_sites
 
 
 def on_linear(inputs: int = 8, outputs: int = 6, *, rank: int = 4, alpha: float | None = 2.0, **options):
@@ -62,7 +63,7 @@ def test_initial_weights_are_uniform_within_one_over_sqrt_fan_in():
 def test_initial_weights_depend_on_seed_and_name_only(toy):
     def weights(seed: int, targets) -> dict[str, torch.Tensor]:
         torch.rand(len(targets))  # the running stream stands elsewhere each time
-        return create_network(1.0, 4, 1.0, None, None, None, targets=targets, seed=seed).state_dict()
+        return lora(4, 1.0, targets=targets, seed=seed).state_dict()
 
     other = Toy()
     alone = weights(5, [unet_targets(toy)])
@@ -82,7 +83,7 @@ class _Text(nn.Module):
 
 
 def test_wider_kernels_take_conv_dim_and_the_rest_network_dim(toy):
-    network = create_network(1.0, 4, 2.0, None, None, None, targets=[unet_targets(toy)], conv_dim=3, conv_alpha=1.5)
+    network = lora(4, 2.0, targets=[unet_targets(toy)], conv_dim=3, conv_alpha=1.5)
     assert {adapter.site.name: (adapter.rank, adapter.alpha.item()) for adapter in network.adapters} == {
         "lora_unet_downsamplers_0": (3, 1.5),
         "lora_unet_resnets_0": (4, 2.0),
@@ -92,12 +93,12 @@ def test_wider_kernels_take_conv_dim_and_the_rest_network_dim(toy):
 
 
 def test_unset_dims_and_alphas_are_kohyas_defaults(toy):
-    network = create_network(1.0, None, None, None, None, None, targets=[unet_targets(toy)], conv_dim=8)
+    network = lora(None, None, targets=[unet_targets(toy)], conv_dim=8)
     assert {(adapter.rank, adapter.alpha.item()) for adapter in network.adapters} == {(4, 1.0), (8, 1.0)}
 
 
 def test_without_conv_dim_only_the_attention_blocks_are_adapted(toy):
-    network = create_network(1.0, 4, 1.0, None, None, None, targets=[unet_targets(toy)])
+    network = lora(4, 1.0, targets=[unet_targets(toy)])
     assert [adapter.site.name for adapter in network.adapters] == [
         "lora_unet_attentions_0_proj_in",
         "lora_unet_attentions_0_to_q",
@@ -112,7 +113,7 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"network_dim": 0}, "network_dim: 0 is not a rank"),
+        ({"dim": 0}, "network_dim: 0 is not a rank"),
         ({"conv_dim": -1}, "conv_dim: -1 is not a rank"),
         ({"neuron_dropout": 1.0}, r"network_dropout: 1.0 is not in \[0, 1\)"),
         ({"rank_dropout": -0.1}, "rank_dropout: -0.1 is not in"),
@@ -120,9 +121,8 @@ def test_a_pattern_that_matches_nothing_is_an_error():
     ],
 )
 def test_impossible_values_are_named(toy, options, message):
-    options = {"network_dim": 4, "network_alpha": 1.0, "vae": None, "text_encoder": None, "unet": None} | options
     with pytest.raises(UserError, match=message):
-        create_network(1.0, targets=[unet_targets(toy)], **options)
+        lora(**{"dim": 4, "alpha": 1.0, **options}, targets=[unet_targets(toy)])
 
 
 # -- dropout
@@ -145,7 +145,7 @@ def test_dropout_works_in_training_only_and_draws_from_torchs_stream(kind):
     assert torch.equal(outputs[0], outputs[1])
     assert any(not torch.equal(outputs[0], other) for other in outputs[2:])
     adapter.eval()
-    torch.testing.assert_close(share(layer, x), x @ (adapter.delta_weight().T))
+    torch.testing.assert_close(share(layer, x), x @ (adapter.delta().T))
 
 
 @pytest.mark.parametrize("kind", ["dropout", "rank_dropout"])
@@ -155,7 +155,7 @@ def test_dropout_makes_up_for_what_is_missing(kind):
     x = torch.randn(1, 8).expand(40000, 8)
     torch.manual_seed(0)
     mean = share(layer, x).mean(0)
-    torch.testing.assert_close(mean, (x[:1] @ adapter.delta_weight().T)[0], rtol=0.05, atol=0.005)
+    torch.testing.assert_close(mean, (x[:1] @ adapter.delta().T)[0], rtol=0.05, atol=0.005)
 
 
 def test_rank_dropout_drops_the_same_ranks_in_all_of_a_sample():
@@ -180,7 +180,7 @@ def test_module_dropout_leaves_the_adapter_out_without_making_up():
     layer, adapter = on_linear(module_dropout=0.5)
     randomize(adapter)
     x = torch.randn(4, 8)
-    full, seen = x @ adapter.delta_weight().T, set()
+    full, seen = x @ adapter.delta().T, set()
     for seed in range(20):
         torch.manual_seed(seed)
         added = share(layer, x)
@@ -210,10 +210,10 @@ def kohya_max_norm(state: dict[str, torch.Tensor], limit: float) -> tuple[int, f
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0, 100.0])
 def test_max_norm_is_kohyas(toy, limit):
-    network = create_network(1.0, 4, 2.0, None, None, None, targets=[unet_targets(toy)], conv_dim=2)
+    network = lora(4, 2.0, targets=[unet_targets(toy)], conv_dim=2)
     randomize(network, 0.4)
     expected = {key: value.clone() for key, value in network.state_dict().items()}
-    result = network.apply_max_norm_regularization(limit, "cpu")
+    result = network.limit_norms(limit)
     assert result == pytest.approx(kohya_max_norm(expected, limit), rel=1e-5)
     for key, value in network.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7)
@@ -226,7 +226,7 @@ def test_max_norm_is_kohyas(toy, limit):
 def both(tiny):
     """A network on the text encoder and the UNet of the small base."""
     unet, text_encoder = tiny
-    return create_network(1.0, 2, 1.0, None, None, None, targets=sd_targets(unet, text_encoder))
+    return lora(2, 1.0, targets=sd_targets(unet, text_encoder))
 
 
 def summary(groups) -> list[tuple[str, float, int]]:
@@ -234,7 +234,7 @@ def summary(groups) -> list[tuple[str, float, int]]:
 
 
 def test_each_part_has_a_group_with_its_rate(both):
-    assert summary(both.prepare_optimizer_params(5e-5, 1e-4, 1e-3)) == [
+    assert summary(both.groups(LearningRates(5e-5, 1e-4, 1e-3))) == [
         ("text_encoder", 5e-5, 2 * 18),
         ("unet", 1e-4, 2 * 120),
     ]
@@ -242,55 +242,55 @@ def test_each_part_has_a_group_with_its_rate(both):
 
 @pytest.mark.parametrize("text_encoder_lr", [None, []])
 def test_a_rate_that_is_not_given_is_the_learning_rate(both, text_encoder_lr):
-    groups = both.prepare_optimizer_params(text_encoder_lr, None, 1e-3)
+    groups = both.groups(LearningRates(text_encoder_lr, None, 1e-3))
     assert [group["lr"] for group in groups] == [1e-3, 1e-3]
 
 
 def test_a_rate_of_zero_freezes_the_part_and_says_so(both, caplog):
-    groups = both.prepare_optimizer_params(0.0, 1e-4, 1e-3)
+    groups = both.groups(LearningRates(0.0, 1e-4, 1e-3))
     assert [group["name"] for group in groups] == ["unet"]
     assert "text_encoder: learning rate 0, its 18 adapters are not trained" in caplog.text
-    assert len(both.get_trainable_params()) == 2 * 120
-    assert both.module_counts() == {"text_encoder": 18, "unet": 120}  # still in effect
+    assert sum(parameter.requires_grad for parameter in both.parameters()) == 2 * 120
+    assert both.counts() == {"text_encoder": 18, "unet": 120}  # still in effect
     assert "text_encoder: 18 of these add nothing and are not in the file:\n  lora_te_text_model_enc" in caplog.text
-    assert {key.split("_")[1] for key in both.file_tensors()} == {"unet"}
+    assert {key.split("_")[1] for key in both.tensors()} == {"unet"}
 
 
 def test_a_frozen_part_that_adds_something_stays_in_the_file(both, caplog):
     """Loaded from a file, it is a part of what the LoRA does."""
     first, *others = [adapter for adapter in both.adapters if adapter.site.part == "text_encoder"]
     torch.nn.init.ones_(first.lora_up.weight)
-    both.prepare_optimizer_params(0.0, 1e-4, 1e-3)
+    both.groups(LearningRates(0.0, 1e-4, 1e-3))
     assert "text_encoder: 17 of these add nothing and are not in the file" in caplog.text
-    kept = {key.partition(".")[0] for key in both.file_tensors() if key.startswith("lora_te")}
+    kept = {key.partition(".")[0] for key in both.tensors() if key.startswith("lora_te")}
     assert kept == {first.site.name}
     assert others[0].site.name in {key.partition(".")[0] for key in both.state_dict()}  # a run's state has all
 
 
 def test_rates_of_zero_everywhere_are_an_error(both):
     with pytest.raises(UserError, match="nothing is trained: every learning rate is 0"):
-        both.prepare_optimizer_params(0, 0, 1e-3)
+        both.groups(LearningRates(0, 0, 1e-3))
 
 
 def test_text_encoder_rates_may_be_a_list(both, toy):
-    assert both.prepare_optimizer_params([3e-5], 1e-4, 1e-3)[0]["lr"] == 3e-5
+    assert both.groups(LearningRates([3e-5], 1e-4, 1e-3))[0]["lr"] == 3e-5
     with pytest.raises(UserError, match="text_encoder_lr: 2 rates for 1 text encoder"):
-        both.prepare_optimizer_params([3e-5, 1e-5], 1e-4, 1e-3)
+        both.groups(LearningRates([3e-5, 1e-5], 1e-4, 1e-3))
     targets = [text_targets(_Text(), "lora_te1"), text_targets(_Text(), "lora_te2"), unet_targets(toy)]
-    network = create_network(1.0, 2, 1.0, None, None, None, targets=targets)
-    assert summary(network.prepare_optimizer_params([3e-5, 1e-5], None, 1e-3)) == [
+    network = lora(2, 1.0, targets=targets)
+    assert summary(network.groups(LearningRates([3e-5, 1e-5], None, 1e-3))) == [
         ("text_encoder_1", 3e-5, 4),
         ("text_encoder_2", 1e-5, 4),
         ("unet", 1e-3, 4),
     ]
-    assert network.prepare_optimizer_params([3e-5], None, 1e-3)[1]["lr"] == 3e-5
+    assert network.groups(LearningRates([3e-5], None, 1e-3))[1]["lr"] == 3e-5
 
 
 def test_lora_plus_raises_the_rate_of_up(toy):
     options = {"loraplus_lr_ratio": 4.0, "loraplus_unet_lr_ratio": 16.0}
     targets = [text_targets(_Text()), unet_targets(toy)]
-    network = create_network(1.0, 2, 1.0, None, None, None, targets=targets, **options)
-    groups = network.prepare_optimizer_params(1e-5, 1e-4, 1e-3)
+    network = lora(2, 1.0, targets=targets, **options)
+    groups = network.groups(LearningRates(1e-5, 1e-4, 1e-3))
     assert [(group["name"], group["lr"], group.get("lora_plus_ratio")) for group in groups] == [
         ("text_encoder", 1e-5, None),
         ("text_encoder_plus", pytest.approx(4e-5), 4.0),
@@ -307,10 +307,10 @@ def test_lora_plus_raises_the_rate_of_up(toy):
 
 def test_parts_that_are_not_chosen_are_left_alone_and_not_saved(tiny):
     unet, text_encoder = tiny
-    network = create_network(1.0, 2, 1.0, None, None, None, targets=sd_targets(unet, text_encoder))
-    network.apply_to(None, None, apply_text_encoder=False, apply_unet=True)
+    network = lora(2, 1.0, targets=sd_targets(unet, text_encoder))
+    network.attach(("unet",))
     assert not any("forward" in vars(layer) for layer in text_encoder.modules())
-    assert network.module_counts() == {"unet": 120}
+    assert network.counts() == {"unet": 120}
     assert all(key.startswith("lora_unet_") for key in network.state_dict())
 
 
@@ -335,8 +335,34 @@ def test_gradient_checkpointing_changes_nothing(options):
 
 def test_many_norms_at_once_are_those_of_each(toy_targets):
     """As on a GPU, where pairs of the same shapes are taken together."""
-    network = create_network(1.0, 4, 2.0, None, None, None, targets=toy_targets, conv_dim=3)
+    network = lora(4, 2.0, targets=toy_targets, conv_dim=3)
     randomize(network, 0.5)
     adapters = list(network.adapters)
-    alone = torch.stack([adapter.weight_norm() for adapter in adapters])
+    alone = torch.stack([adapter.norm() for adapter in adapters])
     torch.testing.assert_close(torch.stack(LoRA._batched_norms(adapters)), alone)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (12, 8, 3, 3), (9, 16, 1, 1)])
+def test_from_delta_is_the_nearest_of_its_rank(shape):
+    """Its error is the root of the sum of the squares of the singular values that are left out (Eckart, Young 1936)."""
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tensors = LoRA.from_delta(delta, 3)
+    assert {name: tuple(tensors[name].shape) for name in LoRA.shapes(shape, 3)} == {
+        name: tuple(wanted) for name, wanted in LoRA.shapes(shape, 3).items()
+    }
+    error = (LoRA.delta_of(tensors, shape) - delta).norm()
+    values = torch.linalg.svdvals(delta.flatten(1))
+    torch.testing.assert_close(error, values[3:].square().sum().sqrt())
+    full = LoRA.from_delta(delta, 1000)  # no more than it has
+    assert LoRA.rank_of(full) == len(values)
+    torch.testing.assert_close(LoRA.delta_of(full, shape), delta, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [3.0, 0.0, None])
+def test_delta_of_tensors_without_an_adapter(alpha):
+    """An alpha of 0, or none as in old files, is the rank."""
+    down, up = torch.randn(4, 8), torch.randn(6, 4)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up}
+    if alpha is not None:
+        tensors["alpha"] = torch.tensor(alpha)
+    torch.testing.assert_close(LoRA.delta_of(tensors, (6, 8)), up @ down * ((alpha or 4) / 4))

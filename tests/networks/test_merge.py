@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
-from adapter_models import difference, outputs, randomize, sd_targets
+from adapter_models import difference, lora, lora_from_file, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from networks.lora import create_network
+from networks.files import read
 from networks.merge import BaseWeights
 
 # Largest difference of an output, relative to the largest output: fp32 rounds W + dW once, and sums in another order
@@ -19,24 +19,23 @@ BOUND = 5e-5
 
 def save(tiny, path, *, rank=4, alpha=3.0, conv_dim=None, conv_alpha=None) -> None:
     more = {"conv_dim": conv_dim, "conv_alpha": conv_alpha}
-    network = create_network(1.0, rank, alpha, None, None, None, targets=sd_targets(*tiny), **more)
+    network = lora(rank, alpha, targets=sd_targets(*tiny), **more)
     randomize(network, 0.2)
-    network.save_weights(str(path), None, None)
+    network.save(str(path), None, None)
 
 
 def together(tiny, files, multipliers):
     """What base and adapters give, the adapters beside the base."""
-    from networks.lora import create_network_from_weights
 
     attached = []
     for file, multiplier in zip(files, multipliers, strict=True):
-        network, _ = create_network_from_weights(multiplier, str(file), None, None, None, targets=sd_targets(*tiny))
-        network.apply_to(None, None)
-        network.load_weights(str(file))
+        network = lora_from_file(str(file), multiplier=multiplier, targets=sd_targets(*tiny))
+        network.attach()
+        network.load(read(file))
         attached.append(network)
     expected = outputs(*tiny)
     for network in reversed(attached):
-        network.remove()
+        network.detach()
     return expected
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_models import lora
 
 from library.models.checkpoints.base_model import ASSETS
 from library.models.checkpoints.checkpoint import original_unet_name
 from library.models.modules import new_unet
-from networks.lora import create_network
 
 GOLDEN = Path(__file__).parent / "golden"
 RANK, CONV_RANK = 4, 2
@@ -51,18 +51,16 @@ def golden_shapes(base: str, *, conv: bool) -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_a_file_has_exactly_the_tensors_of_kohya(true_sizes, base, conv, counts):
-    network = create_network(
-        1.0, RANK, 1.0, None, None, None, targets=true_sizes[base], conv_dim=CONV_RANK if conv else None
-    )
+    network = lora(RANK, 1.0, targets=true_sizes[base], conv_dim=CONV_RANK if conv else None)
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     assert shapes == golden_shapes(base, conv=conv)
-    assert network.module_counts() == counts
+    assert network.counts() == counts
     assert len(shapes) == 3 * sum(counts.values())
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
 
 
 def modules_of(true_sizes, base: str) -> list[str]:
-    network = create_network(1.0, 1, 1.0, None, None, None, targets=true_sizes[base], conv_dim=1)
+    network = lora(1, 1.0, targets=true_sizes[base], conv_dim=1)
     return [adapter.site.name for adapter in network.adapters]
 
 

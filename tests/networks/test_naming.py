@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import difference, outputs, randomize, sd_targets
+from adapter_models import difference, lora, lora_from_file, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import naming_of
-from networks.lora import create_network_from_weights
+from networks.files import read
 from networks.naming import to_kohya
-from networks.weights import read_weights
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5
@@ -24,11 +23,10 @@ TEXT = "encoder.layers.0.self_attn"
 
 def attach(file: Path, unet, text_encoder):
     """The network of a file, attached, with all that the file says."""
-    tensors = read_weights(file)
-    targets = sd_targets(unet, text_encoder)
-    network, _ = create_network_from_weights(1.0, str(file), None, None, None, weights_sd=tensors, targets=targets)
-    network.apply_to(None, None)
-    report = network.load_tensors(tensors, str(file))
+    content = read(file)
+    network = lora_from_file(content, targets=sd_targets(unet, text_encoder))
+    network.attach()
+    report = network.load(content)
     assert (report.missing, report.unexpected) == ((), ())
     return network
 
@@ -64,8 +62,8 @@ def test_a_file_of_peft_acts_as_there(tiny, tmp_path, part, rslora):
     assert naming_of(load_file(file)) == "PEFT"
     base = outputs(unet, text_encoder)
     network = attach(file, unet, text_encoder)
-    assert network.module_counts().keys() == {part}
-    assert sum(network.module_counts().values()) > 5
+    assert network.counts().keys() == {part}
+    assert sum(network.counts().values()) > 5
     for actual, wanted, without in zip(outputs(unet, text_encoder), expected, base, strict=True):
         assert difference(actual, wanted) < BOUND
         if part == "text_encoder":
@@ -100,7 +98,7 @@ def test_a_file_of_diffusers_acts_as_there(tiny, tmp_path, metadata):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = load_file(file)
     assert naming_of(tensors) == "diffusers"
-    converted = read_weights(file)
+    converted = read(file).tensors
     assert len(converted) == len(tensors) * 3 // 2
     assert (converted[f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.alpha"] == 5) == metadata
 
@@ -112,7 +110,7 @@ def test_a_file_of_diffusers_acts_as_there(tiny, tmp_path, metadata):
     unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", dtype=torch.float32).eval()
     text_encoder = CLIPTextModel.from_pretrained(BASE, subfolder="text_encoder", dtype=torch.float32).eval()
     network = attach(file, unet, text_encoder)
-    assert network.module_counts().keys() == {"text_encoder", "unet"}
+    assert network.counts().keys() == {"text_encoder", "unet"}
     for actual, wanted, without in zip(outputs(unet, text_encoder), expected, base, strict=True):
         assert difference(actual, wanted) < BOUND
         assert difference(without, wanted) > 0.01
@@ -164,7 +162,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, key, said):
     pair = {f"unet.{ATTENTION}.to_q.lora_{x}.weight": t for x, t in zip("AB", PAIR.values(), strict=True)}
     save_file(pair | {key: torch.ones(6)}, tmp_path / "f.safetensors")
     with pytest.raises(UserError, match=f"f.safetensors.*{said}"):
-        read_weights(tmp_path / "f.safetensors")
+        read(tmp_path / "f.safetensors")
 
 
 def test_a_configuration_that_is_broken_is_named(tmp_path):
@@ -173,15 +171,14 @@ def test_a_configuration_that_is_broken_is_named(tmp_path):
     for text, said in (("{", "not valid JSON"), ("[]", "table"), (json.dumps({"lora_alpha": "x"}), "cannot be read")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match=said):
-            read_weights(tmp_path / "adapter_model.safetensors")
+            read(tmp_path / "adapter_model.safetensors")
 
 
 def test_kohyas_own_names_stay_as_they_are(tiny, tmp_path):
-    from networks.lora import create_network
 
-    network = create_network(1.0, 4, 2.0, None, None, None, targets=sd_targets(*tiny))
+    network = lora(4, 2.0, targets=sd_targets(*tiny))
     randomize(network)
-    network.save_weights(str(tmp_path / "own.safetensors"), None, None)
+    network.save(str(tmp_path / "own.safetensors"), None, None)
     assert naming_of(network.state_dict()) == "kohya"
-    assert read_weights(tmp_path / "own.safetensors").keys() == network.state_dict().keys()
+    assert read(tmp_path / "own.safetensors").tensors.keys() == network.state_dict().keys()
     assert naming_of({"model.diffusion_model.x": 1}) is None

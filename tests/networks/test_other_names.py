@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import difference, outputs, randomize, sd_targets
+from adapter_models import difference, lora, lora_from_file, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.models.checkpoints.adapter_file import naming_of
-from networks.lora import create_network, create_network_from_weights
+from networks.files import read
 from networks.merge import BaseWeights
 from networks.naming import to_kohya
-from networks.network import AdapterNetwork, in_names_of
+from networks.network import Network
+from networks.sites import in_names_of
 from networks.tools import convert
-from networks.weights import read_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from original_layout import unet_name
@@ -45,7 +45,7 @@ UNETS: dict[str, Callable[[str, str], str]] = {
 }
 
 
-def renamed(network: AdapterNetwork, targets: Any, style: str, base: str) -> dict[str, torch.Tensor]:
+def renamed(network: Network, targets: Any, style: str, base: str) -> dict[str, torch.Tensor]:
     """The network's tensors as such a program writes them."""
     unet = targets[0]
     adapted = [
@@ -69,7 +69,7 @@ def renamed(network: AdapterNetwork, targets: Any, style: str, base: str) -> dic
 @pytest.mark.parametrize("style", UNETS)
 @pytest.mark.parametrize("base", ["sd15", "sd2", "sdxl"])
 def test_every_layer_gets_kohyas_name(true_sizes: Any, base: str, style: str) -> None:
-    network = create_network(1.0, 2, 1.0, None, None, None, targets=true_sizes[base], conv_dim=2)
+    network = lora(2, 1.0, targets=true_sizes[base], conv_dim=2)
     tensors = renamed(network, true_sizes[base], style, base)
     assert naming_of(tensors) == ("ComfyUI" if style == "comfyui" else "OneTrainer")
     converted = in_names_of((adapter.site for adapter in network.adapters), to_kohya(tensors, source="x"))
@@ -80,14 +80,14 @@ def test_every_layer_gets_kohyas_name(true_sizes: Any, base: str, style: str) ->
 
 @pytest.mark.parametrize("style", UNETS)
 def test_they_act_as_kohyas(tiny: Any, tmp_path: Path, style: str, caplog: Any) -> None:
-    network = create_network(1.0, 4, 3.0, None, None, None, targets=sd_targets(*tiny), conv_dim=2, conv_alpha=0.5)
-    network.apply_to(None, None)
+    network = lora(4, 3.0, targets=sd_targets(*tiny), conv_dim=2, conv_alpha=0.5)
+    network.attach()
     randomize(network, 0.2)
     expected = outputs(*tiny)
     tensors = {
         name: tensor.detach().clone() for name, tensor in renamed(network, sd_targets(*tiny), style, "sd15").items()
     }
-    network.remove()
+    network.detach()
     if style == "comfyui":  # its own files have no alpha: the scale is in the weights
         for name in [name for name in tensors if name.endswith(".alpha")]:
             up = name.replace(".alpha", ".lora_up.weight")
@@ -95,13 +95,13 @@ def test_they_act_as_kohyas(tiny: Any, tmp_path: Path, style: str, caplog: Any) 
     file = tmp_path / "x.safetensors"
     save_file({**tensors, "bundle_emb.a word.clip_l": torch.ones(2, 4)}, file)
 
-    other, _ = create_network_from_weights(1.0, str(file), None, None, None, targets=sd_targets(*tiny))
-    other.apply_to(None, None)
-    report = other.load_weights(str(file))
+    other = lora_from_file(str(file), targets=sd_targets(*tiny))
+    other.attach()
+    report = other.load(read(file))
     assert (report.missing, report.unexpected) == ((), ())
     assert caplog.text.count("textual inversion embeddings beside the LoRA are left out: a word") == 2
     assert all(difference(actual, wanted) < 1e-6 for actual, wanted in zip(outputs(*tiny), expected, strict=True))
-    other.remove()
+    other.detach()
 
     merged = BaseWeights([str(file)], [])
     merged.merge_into(sd_targets(*tiny))
@@ -129,4 +129,4 @@ def test_embeddings_stay_in_a_file_of_kohyas_names_and_leave_one_of_diffusers(tm
 def test_the_projection_that_onetrainer_adapts_is_no_layer_of_the_text_model(tmp_path: Path) -> None:
     tensors = {f"clip_g.text_projection.lora_{end}.weight": torch.ones(2, 2) for end in ("down", "up")}
     save_file(tensors, tmp_path / "x.safetensors")
-    assert {name.partition(".")[0] for name in read_weights(tmp_path / "x.safetensors")} == {"lora_te2_text_projection"}
+    assert {name.partition(".")[0] for name in read(tmp_path / "x.safetensors").tensors} == {"lora_te2_text_projection"}

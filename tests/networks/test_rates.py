@@ -8,19 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import sd_targets
+from adapter_models import lora, lora_from_file, sd_targets
 
 from library.errors import UserError
+from library.models.blocks import SD, SDXL, Blocks
 from library.optimizers import CustomAdamW
 from library.optimizers.custom_adamw.pairs import find_pairs
 from networks import rates
-from networks.blocks import SDXL
-from networks.lora import create_network, create_network_from_weights
-from networks.network import find_sites
+from networks.files import AdapterFile
+from networks.settings import LearningRates, RateSettings
+from networks.sites import find_sites
 
 
 def network(targets: Any, **arguments: Any) -> Any:
-    return create_network(1.0, 2, 1.0, None, None, None, targets=targets, **arguments)
+    return lora(2, 1.0, targets=targets, **arguments)
+
+
+def weights_of(
+    down: str | None, mid: str | None, up: str | None, threshold: float, *, blocks: Blocks | None = SD
+) -> tuple[float, ...] | None:
+    settings = RateSettings(down_lr_weight=down, mid_lr_weight=mid, up_lr_weight=up, block_lr_zero_threshold=threshold)
+    return rates.block_weights(settings, blocks)
 
 
 @pytest.fixture
@@ -28,11 +36,13 @@ def targets(tiny: Any) -> Any:
     return sd_targets(*tiny)
 
 
-def groups_of(made: Any, *, unet_lr: float = 1.0, text_encoder_lr: float = 1.0) -> dict[str, dict[str, Any]]:
-    groups = made.prepare_optimizer_params(text_encoder_lr, unet_lr, 1.0)
+def groups_of(
+    made: Any, *, unet_lr: float = 1.0, text_encoder_lr: float = 1.0, layer_decay: float | None = None
+) -> dict[str, dict[str, Any]]:
+    groups = made.groups(LearningRates(text_encoder_lr, unet_lr, 1.0, layer_decay))
     assert len({group["name"] for group in groups}) == len(groups)
     members = [id(parameter) for group in groups for parameter in group["params"]]
-    trained = [id(parameter) for parameter in made.get_trainable_params()]
+    trained = [id(parameter) for parameter in made.parameters() if parameter.requires_grad]
     assert sorted(members) == sorted(trained)  # each once, and nothing that has no rate
     assert all(len(group["params"]) == len(group["param_names"]) for group in groups)
     return {group["name"]: group for group in groups}
@@ -47,10 +57,10 @@ def test_blocks_have_kohyas_numbers(true_sizes: Any) -> None:
     counts: dict[int | None, int] = {}
     for site in find_sites(true_sizes["sd15"], conv=False):
         if site.part == "unet":
-            counts[rates.block_of(site)] = counts.get(rates.block_of(site), 0) + 1
+            counts[site.block] = counts.get(site.block, 0) + 1
     assert counts == dict.fromkeys([1, 2, 4, 5, 7, 8, 12, 16, 17, 18, 19, 20, 21, 22, 23, 24], 12)
     numbers = {
-        site.name.removeprefix("lora_unet_"): rates.block_of(site)
+        site.name.removeprefix("lora_unet_"): site.block
         for site in find_sites(true_sizes["sd15"], conv=True)
         if not site.name.startswith("lora_te")
     }
@@ -66,13 +76,13 @@ def test_blocks_have_kohyas_numbers(true_sizes: Any) -> None:
 def test_blocks_of_sdxl_have_kohyas_numbers(true_sizes: Any) -> None:
     """By the attention blocks' layers: 2 Linear each, and 10 in each of 1, 2 or 10 transformers."""
     sites = [site for site in find_sites(true_sizes["sdxl"], conv=False) if site.part == "unet"]
-    counts = Counter(rates.block_of(site) for site in sites)
+    counts = Counter(site.block for site in sites)
     small, large = 2 + 2 * 10, 2 + 10 * 10
     assert counts == {
         **dict.fromkeys([5, 6], small), **dict.fromkeys([8, 9], large), 11: large,
         **dict.fromkeys([13, 14, 15], large), **dict.fromkeys([16, 17, 18], small),
     }  # fmt: skip
-    numbers = {site.name: rates.block_of(site) for site in find_sites(true_sizes["sdxl"], conv=True)}
+    numbers = {site.name: site.block for site in find_sites(true_sizes["sdxl"], conv=True)}
     assert numbers["lora_unet_input_blocks_1_0_in_layers_2"] == 2
     assert numbers["lora_unet_input_blocks_6_0_op"] == 7
     assert numbers["lora_unet_middle_block_0_out_layers_3"] == 10
@@ -84,7 +94,7 @@ def test_blocks_of_sdxl_have_kohyas_numbers(true_sizes: Any) -> None:
 
 class TestBlocksOfSDXL:
     def test_weights(self) -> None:
-        found = rates.block_weights("linear", "0.5,0.5,0.25", "0,0,0,1,1,1,1,1,1", 0.0, blocks=SDXL)
+        found = weights_of("linear", "0.5,0.5,0.25", "0,0,0,1,1,1,1,1,1", 0.0, blocks=SDXL)
         assert found == (1.0, *[i / 8 for i in range(9)], 0.5, 0.5, 0.25, *[0.0] * 3, *[1.0] * 6, 1.0)
 
     def test_groups(self, sdxl: Any) -> None:
@@ -97,16 +107,15 @@ class TestBlocksOfSDXL:
 
     def test_a_rate_for_each_text_encoder(self, sdxl: Any) -> None:
         made = network(sdxl.adapter_targets())
-        found = {group["name"]: group["lr"] for group in made.prepare_optimizer_params([1e-4, 0.0], 1e-3, 1.0)}
+        found = {group["name"]: group["lr"] for group in made.groups(LearningRates([1e-4, 0.0], 1e-3, 1.0))}
         assert found == {"text_encoder_1": 1e-4, "unet": 1e-3}
         assert not any(p.requires_grad for name, p in made.named_parameters() if name.startswith("lora_te2"))
         with pytest.raises(UserError, match="3 rates for 2 text encoders"):
-            made.prepare_optimizer_params([1.0, 1.0, 1.0], 1.0, 1.0)
+            made.groups(LearningRates([1.0, 1.0, 1.0], 1.0, 1.0))
 
     def test_layer_decay(self, sdxl: Any) -> None:
         made = network(sdxl.adapter_targets())
-        made.layer_decay = 0.5
-        found = rates_of(made)
+        found = rates_of(made, layer_decay=0.5)
         assert found["unet_block18"] == 1.0
         assert found["unet_block17"] == 0.5
 
@@ -116,7 +125,7 @@ class TestBlockDims:
     def ranks_of(made: Any) -> dict[int | None, set[tuple[int, float]]]:
         found: dict[int | None, set[tuple[int, float]]] = {}
         for adapter in made.adapters:
-            number = rates.block_of(adapter.site)
+            number = adapter.site.block
             found.setdefault(number, set()).add((adapter.rank, adapter.alpha.item()))
         return found
 
@@ -165,9 +174,9 @@ class TestBlockWeights:
     def test_lists(self) -> None:
         down, up = [i / 20 for i in range(12)], [1 - i / 20 for i in range(12)]
         words = [",".join(map(str, values)) for values in (down, up)]
-        assert rates.block_weights(words[0], "0.5", words[1], 0.0) == (*down, 0.5, *up)
-        assert rates.block_weights(None, "0.5", None, 0.0) == (*[1.0] * 12, 0.5, *[1.0] * 12)
-        assert rates.block_weights(None, None, None, 0.0) is None
+        assert weights_of(words[0], "0.5", words[1], 0.0) == (*down, 0.5, *up)
+        assert weights_of(None, "0.5", None, 0.0) == (*[1.0] * 12, 0.5, *[1.0] * 12)
+        assert weights_of(None, None, None, 0.0) is None
 
     @pytest.mark.parametrize(
         ("shape", "first", "fifth", "last"),
@@ -181,14 +190,14 @@ class TestBlockWeights:
     )
     def test_shapes(self, shape: str, first: float, fifth: float, last: float) -> None:
         for offset in (0.0, 0.25):
-            found = rates.block_weights(f"{shape}+{offset}", None, shape, 0.0)
+            found = weights_of(f"{shape}+{offset}", None, shape, 0.0)
             assert found is not None
             assert found[:12:11] == pytest.approx((first + offset, last + offset), abs=1e-12)
             assert found[4] == pytest.approx(fifth + offset)
             assert found[13 + 4] == pytest.approx(fifth)
 
     def test_threshold(self) -> None:
-        found = rates.block_weights("linear", None, None, 4 / 11)
+        found = weights_of("linear", None, None, 4 / 11)
         assert found is not None
         assert [weight > 0 for weight in found[:12]] == [False] * 5 + [True] * 7  # at the threshold it is 0, too
 
@@ -197,7 +206,7 @@ class TestBlockWeights:
         [("0,0.5", "2 values for 12 blocks, the others have 1", (0.0, 0.5, 1.0)), ("2," * 13, "14 values", (2.0,) * 3)],
     )
     def test_lists_of_another_length(self, word: str, said: str, expected: Any, caplog: Any) -> None:
-        found = rates.block_weights(word, None, None, 0.0)
+        found = weights_of(word, None, None, 0.0)
         assert found is not None
         assert found[:3] == expected
         assert len(found) == 25
@@ -215,7 +224,14 @@ class TestBlockWeights:
     )
     def test_mistakes(self, given: Any, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            rates.block_weights(*given)
+            weights_of(*given)
+
+    def test_a_model_without_these_blocks_is_refused(self) -> None:
+        with pytest.raises(UserError, match="up_lr_weight: this model has no numbered blocks"):
+            weights_of(None, None, "1", 0.0, blocks=None)
+        flat = Blocks((("single", 4), ("mid", 1)), 0, lambda name: None)
+        with pytest.raises(UserError, match="down_lr_weight: this model has other blocks: 4 single, 1 mid"):
+            weights_of("1", "1", None, 0.0, blocks=flat)
 
     def test_groups(self, targets: Any) -> None:
         made = network(targets, mid_lr_weight="0.5", up_lr_weight="2,2,2,2,2,2,2,2,2,2,2,2")
@@ -234,29 +250,28 @@ class TestBlockWeights:
     def test_from_a_file_they_stay_untrained(self, targets: Any, caplog: Any) -> None:
         weights = network(targets).state_dict()
         arguments: dict[str, Any] = {"targets": targets, "down_lr_weight": "zeros"}
-        made, _ = create_network_from_weights(1.0, None, None, None, None, weights, **arguments)
+        made = lora_from_file(AdapterFile.of(weights, "x"), **arguments)
         assert made.state_dict().keys() == weights.keys()
         rates_of(made)
         frozen = {name for name, parameter in made.named_parameters() if not parameter.requires_grad}
         assert frozen == {name for name, _ in made.named_parameters() if "_down_blocks_" in name}
         assert "unet_block1: learning rate 0, its" in caplog.text
         frozen_blocks = {key for key in weights if "_down_blocks_" in key}
-        assert made.file_tensors().keys() == weights.keys() - frozen_blocks  # they add nothing
+        assert made.tensors().keys() == weights.keys() - frozen_blocks  # they add nothing
         made.load_state_dict({key: torch.ones_like(tensor) for key, tensor in weights.items()})
-        assert made.file_tensors().keys() == weights.keys()
+        assert made.tensors().keys() == weights.keys()
 
     def test_from_an_outline_nothing_is_left_out(self, targets: Any) -> None:
         """What the weights are is not known there."""
         made = network(targets, network_reg_lrs=".*attn2.*=0").to("meta")
         rates_of(made)
-        assert made.file_tensors().keys() == made.state_dict().keys()
+        assert made.tensors().keys() == made.state_dict().keys()
 
 
 class TestLayerDecay:
     def test_the_formula(self, targets: Any) -> None:
         made = network(targets)
-        made.layer_decay = 0.9
-        found = rates_of(made, unet_lr=1e-3, text_encoder_lr=1e-4)
+        found = rates_of(made, unet_lr=1e-3, text_encoder_lr=1e-4, layer_decay=0.9)
         for part, base in (("unet_block", 1e-3), ("text_encoder_layer", 1e-4)):
             numbers = sorted(int(name.removeprefix(part)) for name in found if name.startswith(part))
             n = len(numbers)
@@ -267,16 +282,14 @@ class TestLayerDecay:
 
     def test_with_block_weights(self, targets: Any) -> None:
         made = network(targets, mid_lr_weight="0.5")
-        made.layer_decay = 0.5
-        found = rates_of(made)
+        found = rates_of(made, layer_decay=0.5)
         above = sum(name.startswith("unet_block") and int(name.removeprefix("unet_block")) > 12 for name in found)
         assert found["unet_block12"] == pytest.approx(0.5 * 0.5**above)
 
     def test_a_part_without_numbers_is_refused(self, toy_targets: Any) -> None:
         made = network(toy_targets)
-        made.layer_decay = 0.9
         with pytest.raises(UserError, match="--lr_layer_decay: the unet has no numbered blocks"):
-            made.prepare_optimizer_params(1.0, 1.0, 1.0)
+            made.groups(LearningRates(1.0, 1.0, 1.0, layer_decay=0.9))
 
 
 class TestPatterns:
@@ -304,7 +317,6 @@ class TestPatterns:
 
     def test_the_first_that_matches_decides_and_its_rate_is_absolute(self, targets: Any) -> None:
         made = network(targets, network_reg_lrs=".*attn2.*=3e-4,down_blocks.*=5e-4,lora_te_.*_q_proj=7e-5")
-        made.layer_decay = None
         groups = groups_of(made, unet_lr=1e-3, text_encoder_lr=1e-4)
         assert {name: group["lr"] for name, group in groups.items()} == {
             "text_encoder": 1e-4,
@@ -331,14 +343,13 @@ class TestPatterns:
     )
     def test_a_pattern_without_effect_is_an_error(self, targets: Any, words: str, why: str) -> None:
         with pytest.raises(UserError, match=f"network_reg_lrs: '.*' {why}"):
-            network(targets, network_reg_lrs=words).prepare_optimizer_params(1.0, 1.0, 1.0)
+            network(targets, network_reg_lrs=words).groups(LearningRates(1.0, 1.0, 1.0))
 
 
 def test_lora_plus_and_pairs_hold_across_all_groups(targets: Any) -> None:
     """Each group has its raised partner at the same ratio, and CustomAdamW finds all pairs."""
     made = network(targets, loraplus_lr_ratio=4.0, mid_lr_weight="0.5", network_reg_lrs=".*attn2.*=3e-4")
-    made.layer_decay = 0.8
-    groups = groups_of(made)
+    groups = groups_of(made, layer_decay=0.8)
     plain = {name: group for name, group in groups.items() if not name.endswith("_plus")}
     assert len(groups) == 2 * len(plain)
     for name, group in plain.items():
@@ -346,6 +357,8 @@ def test_lora_plus_and_pairs_hold_across_all_groups(targets: Any) -> None:
         assert raised["lr"] == pytest.approx(4 * group["lr"])
         assert (raised["lora_plus_ratio"], group.get("lora_plus_ratio")) == (4.0, None)
         assert raised["lora_scale"] == group["lora_scale"] == 0.5
+        assert (set(group["roles"]), set(raised["roles"])) == ({"down"}, {"up"})
+        assert [id(down) for down in raised["partners"]] == [id(down) for down in group["params"]]
         halves = {"lora_down": group, "lora_up": raised}
         assert all(half in word for half, own in halves.items() for word in own["param_names"])
     named = [pair for group in groups.values() for pair in zip(group["param_names"], group["params"], strict=True)]

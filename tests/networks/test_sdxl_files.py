@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import difference, randomize, sd_targets, sdxl_outputs
+from adapter_models import difference, lora, lora_from_file, randomize, sd_targets, sdxl_outputs
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.files.hashes import safetensors_hashes
 from library.files.header import read_metadata
-from networks.lora import create_network, create_network_from_weights
+from networks.files import read
 from networks.merge import BaseWeights
 from networks.tools import convert
-from networks.weights import read_weights
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5
@@ -26,28 +25,24 @@ BOUND = 1e-5
 
 def trained(family: Any, file: Path, *, conv_dim: int | None = None) -> tuple[torch.Tensor, ...]:
     """What the model answers with a network that is saved to `file`, and taken off again."""
-    network = create_network(
-        1.0, 4, 3.0, None, None, None, targets=family.adapter_targets(), conv_dim=conv_dim, conv_alpha=0.5
-    )
-    network.apply_to(None, None)
+    network = lora(4, 3.0, targets=family.adapter_targets(), conv_dim=conv_dim, conv_alpha=0.5)
+    network.attach()
     randomize(network, 0.2)
     answer = sdxl_outputs(family)
-    network.save_weights(str(file), None, {"ss_network_module": "networks.lora"})
-    network.remove()
+    network.save(str(file), None, {"ss_network_module": "networks.lora"})
+    network.detach()
     return answer
 
 
 def acts(family: Any, file: Path) -> tuple[torch.Tensor, ...]:
     """The same with the network that a file says, all of which must fit."""
-    tensors = read_weights(file)
-    network, _ = create_network_from_weights(
-        1.0, str(file), None, None, None, weights_sd=tensors, targets=family.adapter_targets()
-    )
-    network.apply_to(None, None)
-    report = network.load_tensors(tensors, str(file))
+    content = read(file)
+    network = lora_from_file(content, targets=family.adapter_targets())
+    network.attach()
+    report = network.load(content)
     assert (report.missing, report.unexpected) == ((), ())
     answer = sdxl_outputs(family)
-    network.remove()
+    network.detach()
     return answer
 
 
@@ -145,10 +140,10 @@ OF_THE_OLD_FILE = {"sshs_model_hash": "0x12", "sshs_legacy_hash": "34", "modelsp
 def test_there_and_back(sdxl, tiny, tmp_path):
     """kohya → diffusers → kohya, at every kind of layer of SDXL and of Stable Diffusion 1.x; by the command as well."""
     for targets, name in ((sdxl.adapter_targets(), "xl"), (sd_targets(*tiny), "sd")):
-        network = create_network(1.0, 4, 2.0, None, None, None, targets=targets, conv_dim=2)
+        network = lora(4, 2.0, targets=targets, conv_dim=2)
         randomize(network)
         own, there, back = (tmp_path / f"{name}-{which}.safetensors" for which in ("own", "there", "back"))
-        network.save_weights(str(own), torch.float16, {"ss_steps": "7", **OF_THE_OLD_FILE})
+        network.save(str(own), torch.float16, {"ss_steps": "7", **OF_THE_OLD_FILE})
         assert convert.main([str(own), str(there), "--to", "diffusers"]) == 0
         assert convert.main([str(there), str(back), "--to", "kohya"]) == 0
         before, after = load_file(own), load_file(back)
@@ -205,7 +200,7 @@ def test_without_the_second_encoder_the_first_is_still_the_first(sdxl, tmp_path)
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     pairs = {f"{name}.lora_{x}.weight": t.clone() for name in (unet, text) for x, t in (("A", down), ("B", up))}
     save_file(pairs, tmp_path / "x.safetensors")
-    assert {key.partition(".")[0] for key in read_weights(tmp_path / "x.safetensors")} == {
+    assert {key.partition(".")[0] for key in read(tmp_path / "x.safetensors").tensors} == {
         "lora_unet_middle_block_1_transformer_blocks_1_attn1_to_q",
         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
     }
@@ -213,7 +208,7 @@ def test_without_the_second_encoder_the_first_is_still_the_first(sdxl, tmp_path)
 
 
 def test_a_file_for_stable_diffusion_does_not_fit(sdxl, tiny, tmp_path):
-    network = create_network(1.0, 4, 1.0, None, None, None, targets=sd_targets(*tiny))
+    network = lora(4, 1.0, targets=sd_targets(*tiny))
     own = {key: tensor for key, tensor in network.state_dict().items() if key.startswith("lora_te")}
     save_file(own, tmp_path / "sd.safetensors")
     with pytest.raises(UserError, match=r"sd\.safetensors: none of its \d+ modules, such as lora_te_text_model"):
@@ -227,7 +222,7 @@ def test_lycoris_sees_kohyas_names_and_takes_effect(sdxl):
         1.0, 4, 1, None, encoders, unet, algo="locon", preset="full", conv_dim=2, conv_alpha=1
     )
     names = {module.lora_name for module in [*network.text_encoder_loras, *network.unet_loras]}
-    ours = create_network(1.0, 4, 1.0, None, None, None, targets=sdxl.adapter_targets(), conv_dim=2)
+    ours = lora(4, 1.0, targets=sdxl.adapter_targets(), conv_dim=2)
     assert names == {adapter.site.name for adapter in ours.adapters}
     before = sdxl_outputs(sdxl)
     network.apply_to(encoders, unet, True, True)

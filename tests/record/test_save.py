@@ -28,7 +28,7 @@ class Network:
     def __init__(self, **tensors: torch.Tensor) -> None:
         self.tensors = tensors or {"lora_unet_x.lora_up.weight": torch.full((3, 2), 1.5)}
 
-    def save_weights(self, file, dtype, metadata) -> None:
+    def save(self, file, dtype, metadata) -> None:
         save_file({key: value.to(dtype or value.dtype) for key, value in self.tensors.items()}, file, metadata)
 
 
@@ -37,9 +37,10 @@ def adapters():
     from torch import nn
 
     from networks.lora import LoRA
-    from networks.network import AdapterNetwork, Site
+    from networks.network import Network
+    from networks.sites import Site
 
-    return AdapterNetwork([LoRA(Site("lora_unet_x", "unet", "unet", nn.Linear(4, 4)), rank=2, alpha=1)])
+    return Network([LoRA(Site("lora_unet_x", "unet", "unet", nn.Linear(4, 4)), rank=2, alpha=1)])
 
 
 def names(paths) -> list[str]:
@@ -253,8 +254,8 @@ def test_a_broken_network_never_replaces_a_good_pickled_file(tmp_path):
 
 def test_nothing_is_left_behind_when_writing_fails_half_way(tmp_path):
     class Interrupted(Network):
-        def save_weights(self, file, dtype, metadata) -> None:
-            super().save_weights(file, dtype, metadata)
+        def save(self, file, dtype, metadata) -> None:
+            super().save(file, dtype, metadata)
             raise KeyboardInterrupt
 
     path = tmp_path / "fox.safetensors"
@@ -285,7 +286,7 @@ def test_a_full_disk_is_said_so(tmp_path, error):
         error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     class Full(Network):
-        def save_weights(self, file, dtype, metadata) -> None:
+        def save(self, file, dtype, metadata) -> None:
             Path(file).write_bytes(b"half")
             raise error
 
@@ -306,7 +307,7 @@ def test_a_write_that_the_system_really_refuses_leaves_the_old_file(tmp_path, en
         from library.record.saves import save_network
 
         class Network:
-            def save_weights(self, file, dtype, metadata):
+            def save(self, file, dtype, metadata):
                 tensors = {"a": torch.ones(20_000)}
                 save_file(tensors, file, metadata) if file.endswith("s") else torch.save(tensors, file)
 

@@ -14,7 +14,6 @@ from library.config.parser import parse
 from library.run.build import build
 from library.run.plan import make_plan
 from library.training import loop
-from networks.protocol import without
 from tests.conftest import BASE, BASE_STYLE_IMAGES, IMAGES, ROOT
 
 
@@ -45,7 +44,7 @@ def change_of_loss(images: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     run = build(make_plan(parse([*words, "--max_train_epochs", "0", "--max_train_steps", "50"]))).run
     assert loop.train(run) is None
     latents, captions = held_out()
-    with without(run.network):
+    with run.network.off():
         before = sum(fixed_noise_loss(run.family, latents, captions, seed=0).values())
     after = sum(fixed_noise_loss(run.family, latents, captions, seed=0).values())
     return after / before - 1

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 Naming = Literal["kohya", "diffusers", "PEFT", "OneTrainer", "ComfyUI"]
@@ -65,7 +66,7 @@ _DIFFUSERS_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
 
 
 @dataclass(frozen=True)
-class AdapterFile:
+class AdapterContents:
     """naming: whose names the layers have; None: nobody's that is known. layers: how many of each kind, by the keys of
     `_KINDS`. embeddings: the words of textual inversion embeddings beside them. unknown: names of no known kind.
     decomposed: whether LoHa or LoKr have DoRA's scales. made_by: the options by which LyCORIS made it, as its metadata
@@ -82,41 +83,74 @@ class AdapterFile:
     @property
     def is_plain(self) -> bool:
         """Whether it holds low-rank pairs and nothing else but, at most, embeddings."""
-        return self.layers.keys() == {"lora"} and not self.unknown
+        return self.holds_only(("lora",))
+
+    def holds_only(self, kinds: Collection[str]) -> bool:
+        """Whether it holds layers of these kinds and nothing else but, at most, embeddings."""
+        return bool(self.layers) and not self.unknown and set(kinds).issuperset(self.layers)
 
     @property
     def title(self) -> str:
         """For messages: "a LoHa", or what is in it where that is several things."""
         if len(self.layers) == 1 and not self.unknown:
             (kind,) = self.layers
-            return _KINDS[kind].title + " with DoRA" * self.decomposed
+            return (_KINDS[kind].title if kind in _KINDS else f"a {kind} adapter") + " with DoRA" * self.decomposed
         parts = [f"{count} layers of {_short(kind)}" for kind, count in self.layers.items()]
         if self.unknown:
             parts.append(f"{len(self.unknown)} tensors of no known kind, such as {self.unknown[0]}")
         return f"an adapter of {' and '.join(parts)}"
 
 
-def describe(names: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> AdapterFile | None:
-    """What the tensors of these names and shapes are; None if no name is an adapter's. `metadata`: of the file."""
+def describe(
+    names: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    more: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> AdapterContents | None:
+    """What the tensors of these names and shapes are; None if no name is an adapter's. `metadata`: of the file.
+
+    `more`: kinds beside those of `_KINDS`, each with how the names of its tensors end.
+    """
     kinds: dict[str, set[str]] = {}  # by layer
     embeddings: dict[str, None] = {}
     rest: list[str] = []
     for name, shape in names.items():
         if is_of_embedding(name):
             embeddings[name.removeprefix(_BUNDLE).partition(".")[0]] = None
-        elif found := _layer_and_kind(name, shape):
+        elif found := _layer_and_kind(name, shape) or _of_more(name, more):
             kinds.setdefault(found[0], set()).add(found[1])
         else:
             rest.append(name)
     if not kinds and not any(name.startswith(KOHYA_PREFIXES) for name in rest):
         return None
     unknown = [name for name in rest if not _belongs(name, kinds)]
-    counted = Counter(min(found, key=_ORDER.index) for found in kinds.values())
+    counted = Counter(map(_first, kinds.values()))
     layers = dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
     decomposed = any("dora" in found for found in kinds.values() if found & set(_WITH_DORA))
     naming = naming_of(names)
     made_by = _made_by(metadata or {}) or _lycoris(layers, naming, decomposed=decomposed)
-    return AdapterFile(naming, layers, tuple(embeddings), tuple(unknown), decomposed, made_by)
+    return AdapterContents(naming, layers, tuple(embeddings), tuple(unknown), decomposed, made_by)
+
+
+def kind_of_layer(tensors: Mapping[str, tuple[int, ...]], *, more: Mapping[str, Collection[str]]) -> str:
+    """The kind of a layer, from the names behind its own and their shapes; "" for none that is known."""
+    found = [_layer_and_kind(f".{end}", shape) or _of_more(f".{end}", more) for end, shape in tensors.items()]
+    kinds = {kind for _, kind in filter(None, found)}
+    return _first(kinds) if kinds else ""
+
+
+def _first(kinds: Collection[str]) -> str:
+    """The kind that counts, of those whose tensors a layer has."""
+    return min(kinds, key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
+
+
+def _of_more(name: str, more: Mapping[str, Collection[str]]) -> tuple[str, str] | None:
+    """The same as `_layer_and_kind` for kinds that are not in `_KINDS`."""
+    for kind, ends in more.items():
+        for end in ends:
+            if name.endswith(f".{end}") and kind not in _KINDS:
+                return name.removesuffix(f".{end}"), kind
+    return None
 
 
 def is_of_embedding(name: str) -> bool:
@@ -178,7 +212,7 @@ def _made_by(metadata: Mapping[str, str]) -> str:
 
 def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bool) -> str:
     """What makes such a network, where LyCORIS can: its files have kohya's names."""
-    arguments = [_KINDS[kind].lycoris for kind in layers] + ["dora_wd=True"] * decomposed
+    arguments = [_KINDS[kind].lycoris if kind in _KINDS else "" for kind in layers] + ["dora_wd=True"] * decomposed
     algorithms = [words for words in arguments if words.startswith("algo=")]
     if naming != "kohya" or not all(arguments) or len(algorithms) > 1 or layers.keys() == {"lora"}:
         return ""
@@ -187,4 +221,4 @@ def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bo
 
 
 def _short(kind: str) -> str:
-    return _SHORT.get(kind) or _KINDS[kind].title.split(" ", 1)[1]
+    return _SHORT.get(kind) or (_KINDS[kind].title.split(" ", 1)[1] if kind in _KINDS else kind)

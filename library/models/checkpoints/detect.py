@@ -14,7 +14,7 @@ from library.config.registry import load_path
 from library.errors import UserError
 from library.files.tensors import TensorEntry, WeightsIndex
 from library.models import FAMILIES
-from library.models.checkpoints.adapter_file import AdapterFile, describe
+from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.base_model import Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, VAE_PREFIX
 
@@ -74,7 +74,7 @@ class FileKind:
 
     kind: str
     title: str
-    adapter: AdapterFile | None = None
+    adapter: AdapterContents | None = None
 
 
 def kind_of_file(index: WeightsIndex) -> FileKind:

@@ -18,6 +18,7 @@ from . import checkpoint, plan, report, sharding, techniques
 from .dynamic_decay import plateau, waiting
 from .options import Rates, check_group, decayed_weight_decay, options_key, rates_of
 from .paged import runtime as paging_runtime
+from .pairs import Halves
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,8 +32,9 @@ class CustomAdamW(Optimizer):
     """AdamW with published techniques, each with a switch, a weight decay that falls with the steps, and 8-bit state.
 
     `params`: parameters, named parameters (`model.named_parameters()`) or groups of either. LoRA pairs are found by
-    name, across groups. A group may set any option below that is not marked (all), and `lora_scale` (alpha / rank) and
-    `lora_plus_ratio` (LoRA+'s ratio, which its rate has in it already).
+    name, across groups, or as a group declares them (`pairs.Halves`). A group may set any option below that is not
+    marked (all), and `lora_scale` (alpha / rank) and `lora_plus_ratio` (LoRA+'s ratio, which its rate has in it
+    already).
 
     lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; with everything off and 32 bits the results are its own,
         bit for bit. The CPU kernel rounds as torch's `fused` form does on a CPU with AVX2.
@@ -82,18 +84,19 @@ class CustomAdamW(Optimizer):
         self._settings = plan.check_settings(optim_bits, min_8bit_size, is_paged, implementation)
         self._plateau = plateau(wd_flat)
         self._shapes: list[sharding.Shapes] = []
+        self._halves = Halves()
         self._forget()
         self._warned_decay = self._told_tier = False
         super().__init__(params, defaults)
         _warn_of_old_arguments(percentile_clipping, block_wise, amsgrad)
         if is_paged and paging_runtime() is None:
             logger.warning("CustomAdamW: is_paged needs CUDA; the state stays in ordinary memory")
-        report.announce(self.param_groups, self._settings)
+        report.announce(self.param_groups, self._settings, self._halves)
 
     # Groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        super().add_param_group(self._halves.taken_from(param_group))
         group = self.param_groups[-1]
         try:
             check_group(group)
@@ -113,11 +116,12 @@ class CustomAdamW(Optimizer):
         self._planned: list[tuple[Any, ...]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_plateau", "_shapes", "_warned_decay", "_told_tier")
+        own = ("_settings", "_plateau", "_shapes", "_halves", "_warned_decay", "_told_tier")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_halves", Halves())  # pickled by an earlier version, which knew names only
         checkpoint.unwrap(self.state)
         checkpoint.complete(self.param_groups, self.state, self.defaults)
         self._forget()
@@ -166,7 +170,7 @@ class CustomAdamW(Optimizer):
         if self._plan is None or options != self._planned or not self._plan.covers(parameters, grads, self.state):
             on = sorted({name for group in self.param_groups for name in techniques.names_on(group)})
             sharding.refuse_changed(self.param_groups, self._shapes, on)
-            self._plan = plan.make(self.param_groups, self.state, self._settings)
+            self._plan = plan.make(self.param_groups, self.state, self._settings, self._halves)
             self._planned = options
             if not self._told_tier:
                 report.announce_tier(self._plan, self._settings)
@@ -209,10 +213,10 @@ class CustomAdamW(Optimizer):
 
     def get_optimization_info(self) -> dict[str, Any]:
         """What is on, the LoRA pairs found, bytes of state, the current weight decay, and what runs the step."""
-        return report.describe(self.param_groups, self._plan, self._settings)
+        return report.describe(self.param_groups, self._plan, self._settings, self._halves)
 
     def __repr__(self) -> str:
-        return report.represent(self.param_groups, self._settings)
+        return report.represent(self.param_groups, self._settings, self._halves)
 
 
 def _warn_of_old_arguments(percentile_clipping: int | None, block_wise: bool | None, amsgrad: bool) -> None:

@@ -1,10 +1,10 @@
-"""Which parameters are the two halves of a LoRA pair, by their names."""
+"""Which parameters are the two halves of a LoRA pair: as their group has it, or by their names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,41 @@ def find_pairs(named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
         for module, up in halves["up"].items()
         if module in downs and module not in mids and fit(up, downs[module])
     }
+
+
+class Halves:
+    """The roles of all parameters. A group may declare those of its own: "roles", one for each parameter, and
+    "partners", the lora_down of each lora_up or None. Other parameters are recognised by their names.
+
+    Declared roles are no part of the groups afterwards, and so of no state dict: each run declares its own.
+    """
+
+    def __init__(self) -> None:
+        self._declared: dict[Tensor, tuple[Role, Tensor | None]] = {}
+
+    def taken_from(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group without the roles that it declares. Raises ValueError unless they are as many as its parameters."""
+        if "roles" not in group:
+            return group
+        group = dict(group)
+        roles, partners = group.pop("roles"), group.pop("partners")
+        group["params"] = list(group["params"])
+        self._declared |= zip(group["params"], zip(roles, partners, strict=True), strict=True)
+        return group
+
+    def role(self, name: str, parameter: Tensor) -> Role:
+        declared = self._declared.get(parameter)
+        return role_of(name) if declared is None else declared[0]
+
+    def pairs(self, named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
+        """id(lora_up) → its lora_down, whatever groups they are in."""
+        named = list(named)
+        found = find_pairs((name, parameter) for name, parameter in named if parameter not in self._declared)
+        for _, parameter in named:
+            _, down = self._declared.get(parameter, ("", None))
+            if down is not None and fit(parameter, down):
+                found[id(parameter)] = down
+        return found
 
 
 def fit(up: Tensor, down: Tensor) -> bool:

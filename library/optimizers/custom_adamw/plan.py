@@ -18,7 +18,7 @@ from . import batched as batching
 from . import native, sharding
 from .batched import Batched
 from .options import Rates, Recipe, Recipes
-from .pairs import find_pairs, role_of
+from .pairs import Halves
 from .stacks import Layout, Member, Stack, State, build
 from .technique import About
 from .techniques import names_on
@@ -146,9 +146,9 @@ def named_parameters(groups: list[Group]) -> Iterator[tuple[str, Tensor, Group]]
             yield name, parameter, group
 
 
-def make(groups: list[Group], state: Mapping[Tensor, State], settings: Settings) -> Plan:
+def make(groups: list[Group], state: Mapping[Tensor, State], settings: Settings, halves: Halves) -> Plan:
     """Stacks for all parameters that have a gradient or a state."""
-    pairs = find_pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
+    pairs = halves.pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
     numbers = {id(group): number for number, group in enumerate(groups)}
     recipes = [Recipes(group) for group in groups]
     members: defaultdict[Layout, list[Member]] = defaultdict(list)
@@ -157,7 +157,9 @@ def make(groups: list[Group], state: Mapping[Tensor, State], settings: Settings)
             continue
         sharding.refuse(parameter, name or f"parameter {ordinal}", names_on(group))
         number, down = numbers[id(group)], pairs.get(id(parameter))
-        recipe = recipes[number].of(About(role_of(name), paired=down is not None, numel=parameter.numel()))
+        recipe = recipes[number].of(
+            About(halves.role(name, parameter), paired=down is not None, numel=parameter.numel())
+        )
         down = down if recipe.reads_down else None
         members[_layout(number, parameter, recipe, down, settings)].append(
             Member(parameter, state[parameter], ordinal, down)

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import native
 from .options import decayed_weight_decay
-from .pairs import find_pairs, role_of
+from .pairs import Halves
 from .plan import Group, Plan, Settings, named_parameters
 from .technique import About
 from .techniques import names_on, switched_on
@@ -16,15 +16,15 @@ from .techniques import names_on, switched_on
 logger = logging.getLogger(__name__)
 
 
-def _pairs(groups: list[Group]) -> int:
-    return len(find_pairs((name, parameter) for name, parameter, _ in named_parameters(groups)))
+def _pairs(groups: list[Group], halves: Halves) -> int:
+    return len(halves.pairs((name, parameter) for name, parameter, _ in named_parameters(groups)))
 
 
 def _numbers(groups: list[Group]) -> int:
     return sum(parameter.numel() for _, parameter, _ in named_parameters(groups))
 
 
-def announce(groups: list[Group], settings: Settings) -> None:
+def announce(groups: list[Group], settings: Settings, halves: Halves) -> None:
     """The start-up summary, and what the choice of options means for the techniques."""
     on = sorted({name for group in groups for name in names_on(group)})
     tensors = sum(len(group["params"]) for group in groups)
@@ -33,12 +33,12 @@ def announce(groups: list[Group], settings: Settings) -> None:
         settings.optim_bits,
         tensors,
         f"{_numbers(groups):,}",
-        _pairs(groups),
+        _pairs(groups, halves),
         ", ".join(on) or "nothing (plain AdamW)",
     )
     named = all(group.get("param_names") for group in groups)
     hint = "no parameter is named like one" if named else "names are missing: pass model.named_parameters()"
-    for message in dict.fromkeys((*_exclusions(groups), *_unmet(groups, hint))):
+    for message in dict.fromkeys((*_exclusions(groups), *_unmet(groups, hint, halves))):
         logger.warning("CustomAdamW: %s", message)
     for remark in dict.fromkeys(technique.remark() for group in groups for technique in switched_on(group)):
         if remark:
@@ -52,15 +52,15 @@ def _exclusions(groups: list[Group]) -> Iterator[str]:
             yield from (reason for option, reason in technique.excludes.items() if group.get(option))
 
 
-def _unmet(groups: list[Group], hint: str) -> list[str]:
+def _unmet(groups: list[Group], hint: str, halves: Halves) -> list[str]:
     """Complaints of techniques that are on and apply to no parameter."""
-    paired = find_pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
+    paired = halves.pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
     met: dict[str, bool] = {}
     for group in groups:
         for technique in switched_on(group):
             if complaint := technique.unmet(hint):
                 applies = any(
-                    technique.applies(About(role_of(name), id(parameter) in paired, parameter.numel()))
+                    technique.applies(About(halves.role(name, parameter), id(parameter) in paired, parameter.numel()))
                     for name, parameter, _ in named_parameters([group])
                 )
                 met[complaint] = met.get(complaint, False) or applies
@@ -94,7 +94,7 @@ def _announce_unknown(plan: Plan) -> None:
         )
 
 
-def describe(groups: list[Group], plan: Plan | None, settings: Settings) -> dict[str, Any]:
+def describe(groups: list[Group], plan: Plan | None, settings: Settings, halves: Halves) -> dict[str, Any]:
     """For `get_optimization_info`. Bytes count all state so far: 0 before the first step."""
     numbers = _numbers(groups)
     size = sum(stack.bytes for stack in plan.stacks) if plan else 0
@@ -104,7 +104,7 @@ def describe(groups: list[Group], plan: Plan | None, settings: Settings) -> dict
         "steps": max((group["step"] for group in groups), default=0),
         "parameters": numbers,
         "tensors": sum(len(group["params"]) for group in groups),
-        "lora_pairs": _pairs(groups),
+        "lora_pairs": _pairs(groups, halves),
         "state_bytes": size,
         "bytes_per_parameter": size / numbers if numbers else 0.0,
         "weight_decay": [decayed_weight_decay(group, group["step"]) for group in groups],
@@ -112,9 +112,11 @@ def describe(groups: list[Group], plan: Plan | None, settings: Settings) -> dict
     }
 
 
-def represent(groups: list[Group], settings: Settings) -> str:
+def represent(groups: list[Group], settings: Settings, halves: Halves) -> str:
     """One line for the optimizer and one for each group."""
-    lines = [f"CustomAdamW({settings.optim_bits}-bit, {_numbers(groups):,} numbers, {_pairs(groups)} LoRA pairs)"]
+    lines = [
+        f"CustomAdamW({settings.optim_bits}-bit, {_numbers(groups):,} numbers, {_pairs(groups, halves)} LoRA pairs)"
+    ]
     for index, group in enumerate(groups):
         name = group.get("name", index)
         on = ", ".join(names_on(group)) or "plain AdamW"

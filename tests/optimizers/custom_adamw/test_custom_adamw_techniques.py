@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from library.optimizers import weight_decay
+from library.optimizers import CustomAdamW, weight_decay
 from library.optimizers.custom_adamw import adopt, agr, alora, cautious, grams, orthograd, pairs, rounding, spd, tam
 
 
@@ -254,6 +254,37 @@ class TestPairs:
             id(tensors[1]): id(tensors[0]),
             id(tensors[3]): id(tensors[2]),
         }
+
+    def test_declared_roles_do_what_names_do(self) -> None:
+        """To the bit, after loading a state too, and for names that mean something else."""
+
+        def run(declared: bool) -> tuple[list[Tensor], list[str]]:
+            draws = torch.Generator().manual_seed(3)
+            down, up = (torch.nn.Parameter(torch.randn(s, generator=draws)) for s in ((4, 64), (32, 4)))
+            group: dict[str, object] = {"params": [down, up], "lr": 1e-2}
+            if declared:
+                group |= {"param_names": ["x.a", "y.lora_down"], "roles": ["down", "up"], "partners": [None, down]}
+            else:
+                group |= {"param_names": ["x.lora_down.weight", "x.lora_up.weight"]}
+            optimizer = CustomAdamW([group], use_alora=True, optim_bits=32)
+            assert optimizer.get_optimization_info()["lora_pairs"] == 1
+            for number in range(4):
+                if number == 2:
+                    optimizer.load_state_dict(optimizer.state_dict())
+                for parameter in (down, up):
+                    parameter.grad = torch.randn(parameter.shape, generator=draws)
+                optimizer.step()
+            assert optimizer.get_optimization_info()["lora_pairs"] == 1
+            return [down.detach(), up.detach()], sorted(optimizer.state_dict()["param_groups"][0])
+
+        (ours, keys), (named, keys_of_named) = run(declared=True), run(declared=False)
+        assert all(torch.equal(*pair) for pair in zip(ours, named, strict=True))
+        assert keys == keys_of_named  # states are the same, too
+
+    def test_declared_roles_are_as_many_as_the_parameters(self) -> None:
+        weights = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(2)]
+        with pytest.raises(ValueError, match="zip"):
+            CustomAdamW([{"params": weights, "roles": ["down"], "partners": [None]}])
 
     def test_tucker_is_no_plain_product(self) -> None:
         named = [("x.lora_down.weight", torch.zeros(4, 6, 1, 1)), ("x.lora_up.weight", torch.zeros(5, 4, 1, 1))]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import randomize, sd_family
+from adapter_models import foreign, randomize, sd_family
 from torch import nn
 
 from library.errors import UserError
-from networks.protocol import check_max_norm, load_weights, optimizer_groups, step_hook, without
-from networks.weights import read_weights
+from networks.files import AdapterFile, read
+from networks.settings import LearningRates
 
 
 class Other(nn.Module):
@@ -25,7 +25,7 @@ class Other(nn.Module):
 
 
 def groups(network, text_encoder_lr=1e-5):
-    found = optimizer_groups(network, text_encoder_lr=text_encoder_lr, unet_lr=1e-4, default_lr=1e-3)
+    found = foreign(network).groups(LearningRates(text_encoder_lr, 1e-4, 1e-3))
     assert all(isinstance(group["params"], list) for group in found)
     return [(group["name"], group["lr"], len(group["params"])) for group in found]
 
@@ -79,12 +79,37 @@ def test_no_group_at_all_is_an_error():
 
 
 def test_what_a_module_lacks_is_said():
-    network = Other(lambda self, *rates: [])
-    with pytest.raises(UserError, match="scale_weight_norms: this network module does not support it"):
-        check_max_norm(network)
-    with pytest.raises(UserError, match="cannot be switched off"), without(network):
+    network = foreign(Other(lambda self, *rates: []))
+    refusal = network.refuses("scale_weight_norms")
+    assert refusal == "scale_weight_norms: this network module does not support it (it has no such method)"
+    with pytest.raises(UserError, match="cannot be switched off"), network.off():
         pass
-    assert step_hook(network)(None, None) is None
+    network.before_batch()  # no hook, no error
+    assert network.norms() is None
+    assert (network.layers(), network.counts()) == ([], {})
+
+
+def test_states_have_the_modules_own_names():
+    module = Other(lambda self, *rates: [])
+    network = foreign(module)
+    assert network.state_dict().keys() == module.state_dict().keys() == {"a", "b"}
+    network.load_state_dict({"a": torch.ones(1), "b": torch.ones(1)})
+    assert module.a.item() == 1
+    assert {id(parameter) for parameter in network.parameters()} == {id(module.a), id(module.b)}
+    network.eval()
+    assert not module.training
+
+
+def test_modules_with_a_hook_get_it_before_each_batch():
+    module, seen = Other(lambda self, *rates: []), []
+    module.on_step_start = lambda text_encoder, unet: seen.append((text_encoder, unet))
+    module.on_epoch_start = lambda text_encoder, unet: module.train()
+    network = foreign(module, "text", "unet")
+    network.before_batch()
+    assert seen == [(None, "unet")]
+    network.eval()
+    network.start_epoch()
+    assert network.training
 
 
 # -- LyCORIS
@@ -98,8 +123,9 @@ def lycoris_network(tiny, algo: str):
     network = kohya.create_network(
         1.0, 4, 2.0, None, text_encoder, unet, neuron_dropout=None, algo=algo, preset="attn-mlp"
     )
-    network.apply_to(text_encoder, unet, True, True)
-    return network
+    wrapped = foreign(network, text_encoder, unet)
+    wrapped.attach(("text_encoder", "unet"))
+    return wrapped
 
 
 def run(tiny) -> torch.Tensor:
@@ -114,18 +140,18 @@ def test_lycoris_trains_like_our_own(tiny, algo, tmp_path: Path):
     base = run(tiny).detach()
     network = lycoris_network(tiny, algo)
     # 100 Linear and 20 1x1 convolutions in the attention blocks, and the two of the time embedding; 3 layers of text
-    assert (len(network.unet_loras), len(network.text_encoder_loras)) == (122, 18)
+    assert (len(network.network.unet_loras), len(network.network.text_encoder_loras)) == (122, 18)
     names = {key.split(".")[0] for key in network.state_dict()}
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q" in names
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in names
     assert torch.allclose(run(tiny), base, atol=1e-6)
 
-    found = optimizer_groups(network, text_encoder_lr=1e-2, unet_lr=2e-2, default_lr=1.0)
+    found = network.groups(LearningRates(1e-2, 2e-2, 1.0))
     assert [(group["name"], group["lr"]) for group in found] == [("text_encoder", 1e-2), ("unet", 2e-2)]
     assert sum(len(group["params"]) for group in found) == len(list(network.parameters()))
-    network.prepare_grad_etc(None, None)
-    network.on_epoch_start(None, None)
-    step_hook(network)(None, None)
+    network.before_training(gradient_checkpointing=False)
+    network.start_epoch()
+    network.before_batch()
     optimizer = torch.optim.AdamW(found)
     losses = []
     for _ in range(4):
@@ -136,16 +162,16 @@ def test_lycoris_trains_like_our_own(tiny, algo, tmp_path: Path):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
 
-    check_max_norm(network)
+    assert network.refuses("scale_weight_norms") is None
     network.eval()
     trained = run(tiny).detach()
-    with without(network):
+    with network.off():
         assert torch.allclose(run(tiny), base, atol=1e-5)
     file = str(tmp_path / "lycoris.safetensors")
-    network.save_weights(file, None, {"ss_output_name": "lycoris"})
+    network.save(file, None, {"ss_output_name": "lycoris"})
     randomize(network)
     assert not torch.allclose(run(tiny), trained, atol=1e-3)
-    assert not load_weights(network, file, read_weights(file)).missing
+    assert not network.load(read(file)).missing
     assert torch.allclose(run(tiny), trained, atol=1e-6)
 
 
@@ -154,13 +180,13 @@ def test_a_lycoris_file_that_fits_nowhere_is_an_error(tiny, tmp_path):
 
     save_file({"lora_unet_x.alpha": torch.ones(())}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="nothing in it fits"):
-        load_weights(lycoris_network(tiny, "lora"), "other.safetensors", read_weights(tmp_path / "other.safetensors"))
+        lycoris_network(tiny, "lora").load(read(tmp_path / "other.safetensors"))
 
 
 def test_another_alpha_is_refused_where_the_module_would_keep_its_own(tiny, tmp_path):
     network = lycoris_network(tiny, "lora")
     tensors = {key: value.clone() for key, value in network.state_dict().items()}
     key = next(key for key in tensors if key.endswith(".alpha"))
-    load_weights(network, "same", {k: v for k, v in tensors.items() if k != key})  # not said: as it is
+    network.load(AdapterFile.of({k: v for k, v in tensors.items() if k != key}, "same"))  # not said: as it is
     with pytest.raises(UserError, match=r"alpha is 8 there and 2 here.*--dim_from_weights"):
-        load_weights(network, "other", tensors | {key: torch.tensor(8.0)})
+        network.load(AdapterFile.of(tensors | {key: torch.tensor(8.0)}, "other"))

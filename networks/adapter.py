@@ -1,0 +1,329 @@
+"""One adapter on one layer: what all kinds share, and what those with a rank share.
+
+A kind is one file beside this one, with a subclass of `Adapter`, and one line in `networks.kinds.KINDS`. It says which
+tensors it has and what they add to a layer's weight; everything else has a default here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.rng import torch_generator
+from networks.ranks import ranks_of
+from networks.settings import Asked, NoSizes, RankSettings, RankSizes, RateSettings
+from networks.sites import Site, blocks_of, find_sites
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from library.models.blocks import Blocks
+    from library.models.family import AdapterTargets
+    from library.optimizers.custom_adamw.pairs import Role
+
+Shape = Sequence[int]
+
+_UNSET = {"dim": None, "alpha": 1.0, "dropout": 0.0}  # the options' defaults
+
+
+class Holder(nn.Module):
+    """Puts a parameter one level down: what files call "lora_down.weight" is `adapter.lora_down.weight`."""
+
+    weight: nn.Parameter
+
+
+class Adapter(nn.Module):
+    """An adapter that adds `multiplier * delta()` to the weight of its layer.
+
+    A kind has `NAME`, `MARK`, `shapes`, `initialise`, `delta_of` and `rescale`. It may have a faster `forward` or
+    `norm`. One that is not additive has an `effective_weight` and a `forward` of its own.
+
+    The adapter takes the place of the layer's `forward` and calls the layer's own as `base_forward`. The layer itself
+    is held outside of the module tree, so that `state_dict` and `parameters` see the adapter alone.
+    """
+
+    NAME: ClassVar[str]  # in KINDS
+    NOUN: ClassVar[str]  # in messages, behind "only": "plain LoRA"
+    MARK: ClassVar[str]  # the tensor that a layer of this kind has in a file, and no other kind's has
+    RAISED: ClassVar[str | None] = None  # LoRA+: the tensor that gets the raised rate
+    ROLES: ClassVar[Mapping[str, Role]] = MappingProxyType({})  # for optimizers: the halves of a product, by tensor
+    SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
+    SIZES: ClassVar[type[RankSizes] | type[NoSizes]] = NoSizes  # `Sizes` of its file
+
+    rank: int = 0
+    scale: float = 1.0  # of `delta`, for optimizers
+
+    def __init__(self, site: Site, *, rank: int = 0, seed: int | None = None) -> None:
+        """`seed`: draw the initial weights by (seed, name), whatever other layers there are; None: torch's stream."""
+        super().__init__()
+        layer = site.module
+        if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+            raise UserError(
+                f"{site.name}: grouped or wrapped-around convolutions are not supported by networks.{self.NAME}"
+            )
+        self.site, self.seed = site, seed
+        self.multiplier = 1.0
+        self.base_forward: Callable[[Tensor], Tensor] = layer.forward
+        outline = layer.weight.is_meta  # not trained: its adapter costs nothing
+        for name, shape in self.shapes(layer.weight.shape, rank).items():
+            self._declare(name, torch.empty(tuple(shape), device="meta" if outline else "cpu"))
+        if not outline:
+            self.initialise()
+
+    def _declare(self, name: str, tensor: Tensor) -> None:
+        """A parameter under its name in files: "w" or "w.weight"."""
+        first, dot, rest = name.partition(".")
+        if dot and first not in self._modules:
+            self.add_module(first, Holder())
+        owner = self.get_submodule(first) if dot else self
+        owner.register_parameter(rest or first, nn.Parameter(tensor))
+
+    # -- what a kind says
+
+    @classmethod
+    def shapes(cls, weight: Shape, rank: int) -> dict[str, Shape]:
+        """The shape of each trained tensor, by its name in files, on a layer whose weight has the shape `weight`: of
+        a Linear (out, in), of a convolution (out, in, height, width). `rank`: 0 for kinds without one."""
+        raise NotImplementedError
+
+    def initialise(self) -> None:
+        """Give the tensors their first values, with which the adapter adds nothing."""
+        raise NotImplementedError
+
+    @classmethod
+    def delta_of(cls, tensors: Mapping[str, Tensor], weight: Shape) -> Tensor:
+        """The difference that a layer's tensors, as files have them, make to a weight of this shape; fp32."""
+        raise NotImplementedError
+
+    def rescale(self, ratio: float) -> None:
+        """Multiply `delta` by `ratio`, in place."""
+        raise NotImplementedError
+
+    # -- where it sits, and how large it is
+
+    @classmethod
+    def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: RankSizes | NoSizes) -> list[Site]:
+        """The layers that a new network adapts."""
+        return find_sites(targets, conv=False)
+
+    @classmethod
+    def new(
+        cls, site: Site, asked: Asked, sizes: RankSizes | NoSizes, settings: RateSettings, blocks: Blocks | None
+    ) -> Self | None:
+        """A new adapter on a layer; None where it would have the size 0. `UserError` for options without effect."""
+        return cls.as_in_file(site, {}, asked, settings)
+
+    @classmethod
+    def as_in_file(cls, site: Site, tensors: Mapping[str, Tensor], asked: Asked, settings: RateSettings) -> Self:
+        """An adapter of the size that a layer has in a file; the tensors are not loaded yet."""
+        without = {"dim": "rank", "alpha": "alpha", "dropout": "dropout"}
+        for name, value in (("dim", asked.dim), ("alpha", asked.alpha), ("dropout", asked.dropout)):
+            if value is not None and value != _UNSET[name]:
+                raise UserError(f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {without[name]}")
+        return cls(site, seed=asked.seed)
+
+    # -- on the layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output for `x`, and the adapter's share.
+
+        The delta takes the dtype of `x`. Where autocast is on it has the last word; where it is off, a base in bf16
+        runs with adapters in fp32.
+        """
+        if self.multiplier == 0:
+            return self.base_forward(x)
+        layer, delta = self.site.module, (self.delta_in_forward() * self.multiplier).to(x.dtype)
+        if isinstance(layer, nn.Conv2d):
+            share = F.conv2d(x, delta, None, layer.stride, layer.padding, layer.dilation)
+        else:
+            share = F.linear(x, delta)
+        return share.add_(self.base_forward(x))
+
+    def delta_in_forward(self) -> Tensor:
+        """`delta`, or in training what is left of it."""
+        return self.delta()
+
+    def attach(self) -> None:
+        """Run on every forward of the layer from now on."""
+        self.base_forward = self.site.module.forward
+        self.site.module.forward = self.forward
+
+    def detach(self) -> None:
+        """Give the layer its own forward back."""
+        layer = self.site.module
+        assert vars(layer).get("forward") == self.forward, f"{self.site.name}: not attached, or something sits on top"
+        del layer.forward  # the class's forward shows again …
+        if layer.forward != self.base_forward:
+            layer.forward = self.base_forward  # … unless another adapter was there before
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """1 as trained, 0 exactly the base."""
+        self.multiplier = multiplier
+
+    # -- its weights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by their names in files."""
+        return dict(self.state_dict(keep_vars=True))
+
+    def export(self) -> dict[str, Tensor]:
+        """The tensors that a file gets. A kind whose files others read as another kind's returns that kind's."""
+        return dict(self.state_dict())
+
+    def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that a file has for this layer, with those that old files leave out."""
+        return dict(tensors)
+
+    def delta(self) -> Tensor:
+        """The difference to the layer's weight at multiplier 1, in fp32 and the weight's shape."""
+        return self.delta_of(self.tensors(), self.site.module.weight.shape)
+
+    @classmethod
+    def effective_weight(cls, weight: Tensor, tensors: Mapping[str, Tensor], multiplier: float) -> Tensor:
+        """The weight with which the layer alone gives what it gives with the adapter; fp32, where `weight` lies."""
+        return weight.float() + cls.delta_of(tensors, weight.shape).to(weight.device) * multiplier
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of `delta`, a 0-d fp32 tensor."""
+        return self.delta().norm()
+
+    @classmethod
+    def norms(cls, adapters: Sequence[Adapter]) -> list[Tensor]:
+        """`norm` of each of these, all of this class; where that pays, a subclass takes many at once."""
+        return [adapter.norm() for adapter in adapters]
+
+    def stays_zero(self) -> bool:
+        """Whether it is not trained and adds nothing to its layer: it never will. Not known on the meta device."""
+        if any(parameter.requires_grad or parameter.is_meta for parameter in self.parameters()):
+            return False
+        return self.is_zero()
+
+    def is_zero(self) -> bool:
+        """Whether `delta` is zero everywhere."""
+        return not bool(self.delta().any())
+
+
+class WithRank(Adapter):
+    """An adapter with a rank r, whose delta is scaled by alpha / r, and with dropout.
+
+    A kind gives `product_of` instead of `delta_of`.
+    `factor`, by which the adapter's output is multiplied, is multiplier * scale.
+    """
+
+    SETTINGS = RankSettings
+    SIZES = RankSizes
+    alpha: Tensor
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: int,
+        alpha: float | None,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        """`alpha` None or 0 means `rank`. Dropout rates in [0, 1): of single values, whole ranks, the whole adapter."""
+        super().__init__(site, rank=rank, seed=seed)
+        self.rank = rank
+        self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
+        self.factor = self.scale = self.scale_for(float(alpha or rank), rank)
+        self.rank_axis = 1 if isinstance(site.module, nn.Conv2d) else -1
+        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
+        self.drops = bool(dropout or rank_dropout or module_dropout)
+        self.register_load_state_dict_post_hook(_read_scale)
+
+    @staticmethod
+    def scale_for(alpha: float, rank: int) -> float:
+        """alpha / rank; an alpha of 0 means the rank."""
+        return (alpha or rank) / rank
+
+    @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int:
+        """The rank of a layer's tensors, as files have them."""
+        raise NotImplementedError
+
+    @classmethod
+    def product_of(cls, tensors: Mapping[str, Tensor], weight: Shape) -> Tensor:
+        """The delta before it is scaled."""
+        raise NotImplementedError
+
+    @classmethod
+    def delta_of(cls, tensors: Mapping[str, Tensor], weight: Shape) -> Tensor:
+        """`product_of`, scaled; tensors without an alpha, as old files have them, have the rank as alpha."""
+        rank = cls.rank_of(tensors)
+        alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
+        return cls.product_of(tensors, weight) * cls.scale_for(alpha, rank)
+
+    def delta(self) -> Tensor:
+        return self.product_of(self.tensors(), self.site.module.weight.shape) * self.scale
+
+    def set_multiplier(self, multiplier: float) -> None:
+        super().set_multiplier(multiplier)
+        self.factor = multiplier * self.scale
+
+    @classmethod
+    def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: RankSizes | NoSizes) -> list[Site]:
+        """With the ResNet blocks and resamplers where convolutions get a rank."""
+        assert isinstance(sizes, RankSizes)
+        sites = find_sites(targets, conv=True)
+        _, spatial = ranks_of(asked, sizes, blocks_of(targets))
+        return sites if spatial.any else find_sites(targets, conv=False)
+
+    @classmethod
+    def new(
+        cls, site: Site, asked: Asked, sizes: RankSizes | NoSizes, settings: RateSettings, blocks: Blocks | None
+    ) -> Self | None:
+        assert isinstance(sizes, RankSizes)
+        assert isinstance(settings, RankSettings)
+        usual, spatial = ranks_of(asked, sizes, blocks)
+        rank, alpha = (spatial if site.spatial else usual).of(site)
+        dropouts = settings.with_values(asked.dropout)
+        return cls(site, rank=rank, alpha=alpha, seed=asked.seed, **dropouts) if rank else None
+
+    @classmethod
+    def as_in_file(cls, site: Site, tensors: Mapping[str, Tensor], asked: Asked, settings: RateSettings) -> Self:
+        """Old files have no alpha: it is the rank."""
+        assert isinstance(settings, RankSettings)
+        rank = cls.rank_of(tensors)
+        alpha = float(tensors.get("alpha", torch.tensor(rank)))
+        return cls(site, rank=rank, alpha=alpha, seed=asked.seed, **settings.with_values(asked.dropout))
+
+    def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Old files have no alpha: it is the rank; some programs write it as a list of one."""
+        alpha = tensors.get("alpha", torch.tensor(float(self.rank)))
+        return {**tensors, "alpha": alpha.reshape(()) if alpha.numel() == 1 else alpha}
+
+    def _left_out(self) -> bool:
+        """Module dropout: the whole adapter, for this forward."""
+        return bool(self.module_dropout) and torch.rand(()).item() < self.module_dropout
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        """Dropout of single values, and of whole ranks per sample; both make up for what is missing."""
+        if self.dropout:
+            hidden = F.dropout(hidden, self.dropout)
+        if self.rank_dropout:
+            shape = [1] * hidden.ndim
+            shape[0], shape[self.rank_axis] = hidden.shape[0], self.rank
+            kept = torch.rand(shape, device=hidden.device) > self.rank_dropout
+            hidden = hidden * kept / (1 - self.rank_dropout)
+        return hidden
+
+
+def _read_scale(module: WithRank, _: object) -> None:
+    """A file's alpha is part of what it does: weights loaded with it act as they did when they were saved."""
+    module.scale = module.scale_for(module.alpha.item(), module.rank)
+    module.set_multiplier(module.multiplier)
+
+
+def generator_for(adapter: Adapter, tensor: str) -> torch.Generator | None:
+    """The random numbers of a tensor's first values; None: torch's stream."""
+    return None if adapter.seed is None else torch_generator(adapter.seed, adapter.site.name, tensor)

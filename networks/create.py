@@ -1,0 +1,117 @@
+"""Our own networks, of whatever kind: new ones, and those that take their layers and sizes from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from networks import kinds, rates
+from networks.adapter import Adapter
+from networks.files import AdapterFile
+from networks.network import Network
+from networks.settings import Asked, PlusSettings, RateSettings
+from networks.sites import blocks_of, find_sites, in_names_of
+
+if TYPE_CHECKING:
+    from library.models.family import AdapterTargets
+
+NOTHING: Mapping[str, Any] = {}
+
+
+def make(
+    kind: str,
+    targets: Sequence[AdapterTargets],
+    asked: Asked,
+    arguments: Mapping[str, Any],
+    *,
+    file: AdapterFile | None,
+) -> Network:
+    """`create`, or `create_from_file` where the sizes are a file's."""
+    if file is None:
+        return create(kind, targets, asked, arguments)
+    return create_from_file(kind, file, targets, asked, arguments)
+
+
+def create(
+    kind: str,
+    targets: Sequence[AdapterTargets],
+    asked: Asked,
+    arguments: Mapping[str, Any] = NOTHING,
+    *,
+    multiplier: float = 1.0,
+) -> Network:
+    """A network of new adapters of a kind of KINDS; the models are known from `targets`.
+
+    `arguments`: `--network_args`, fields of the kind's `Sizes` and `Settings`. Raises UserError.
+    """
+    adapter = kinds.load(kind)
+    sizes = adapter.SIZES(**kinds.fields_of(adapter.SIZES, arguments))
+    settings = adapter.SETTINGS(**kinds.fields_of(adapter.SETTINGS, arguments))
+    blocks = blocks_of(targets)
+    sites = adapter.sites(targets, asked, sizes)
+    weights = rates.block_weights(settings, blocks)
+    made = [adapter.new(site, asked, sizes, settings, blocks) for site in rates.without_zero_blocks(sites, weights)]
+    return _network([one for one in made if one is not None], settings, weights, multiplier=multiplier)
+
+
+def create_from_file(
+    kind: str,
+    file: AdapterFile,
+    targets: Sequence[AdapterTargets],
+    asked: Asked,
+    arguments: Mapping[str, Any] = NOTHING,
+    *,
+    multiplier: float = 1.0,
+) -> Network:
+    """A network with the layers, ranks and alphas of a file, whose tensors are not loaded yet.
+
+    `arguments`: fields of the kind's `Settings`; blocks with weight 0 stay in the network, untrained. Raises UserError.
+    """
+    adapter = kinds.load(kind)
+    settings = adapter.SETTINGS(**kinds.fields_of(adapter.SETTINGS, arguments))
+    if not any(layer.kind == kind for layer in file.layers.values()):
+        raise UserError(f"{file.source}: holds no {adapter.NOUN}; the first tensor is {next(iter(file.tensors), '')!r}")
+    made = _as_in_file({kind: adapter}, file, targets, asked, settings)
+    return _network(made, settings, rates.block_weights(settings, blocks_of(targets)), multiplier=multiplier)
+
+
+def create_to_merge(file: AdapterFile, targets: Sequence[AdapterTargets], *, multiplier: float) -> Network:
+    """A network with the layers of a file, of whatever kinds of ours they are."""
+    every = {kind: kinds.load(kind) for kind in kinds.KINDS}
+    return Network(_as_in_file(every, file, targets, Asked(), None), multiplier=multiplier)
+
+
+def _as_in_file(
+    classes: Mapping[str, type[Adapter]],
+    file: AdapterFile,
+    targets: Sequence[AdapterTargets],
+    asked: Asked,
+    settings: RateSettings | None,
+) -> list[Adapter]:
+    """An adapter for each layer of the model that the file has, of one of these kinds."""
+    sites = find_sites(targets, conv=True)
+    layers = {name: layer for name, layer in file.layers.items() if layer.kind in classes}
+    names = in_names_of(sites, layers)
+    adapters = [
+        classes[layer.kind].as_in_file(site, layer.tensors, asked, settings or classes[layer.kind].SETTINGS())
+        for site in sites
+        if (layer := names.get(site.name)) is not None
+    ]
+    if not adapters:
+        raise UserError(
+            f"{file.source}: none of its {len(names)} modules, such as {next(iter(names))}, is in this model"
+        )
+    return adapters
+
+
+def _network(
+    adapters: Sequence[Adapter], settings: RateSettings, weights: Sequence[float] | None, *, multiplier: float
+) -> Network:
+    return Network(
+        adapters,
+        multiplier=multiplier,
+        plus_ratios=settings.by_part if isinstance(settings, PlusSettings) else None,
+        block_weights=weights,
+        pattern_rates=rates.pattern_rates(settings.network_reg_lrs),
+    )

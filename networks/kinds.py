@@ -1,0 +1,105 @@
+"""The kinds of adapters, and what `--network_module` and `--network_args` mean. Imports no torch.
+
+A new kind is a file in this folder and a line in KINDS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from library.config import kohya, registry, source
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from networks.adapter import Adapter
+    from networks.settings import NoSizes, RankSizes, RateSettings
+
+KINDS = {"lora": "networks.lora.LoRA"}
+
+# Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's
+_GIVEN = (
+    *("multiplier", "network_dim", "network_alpha", "file", "vae", "text_encoder", "unet"),
+    *("neuron_dropout", "weights_sd", "for_inference", "targets", "seed"),
+)
+# What networks of other packages cannot do, as the error messages have it; {} is the module's name
+_OURS_ONLY = {
+    "lr_layer_decay": "--lr_layer_decay: {} has no rates by layer; networks.lora has",
+    "fsdp": "--network_module {} with FSDP: networks.lora only",
+}
+
+
+def kind_of(module: str) -> str | None:
+    """The kind that a `--network_module` stands for: "lora" for "networks.lora"; None for other packages' modules."""
+    package, _, name = module.partition(".")
+    return name if package == "networks" and name in KINDS else None
+
+
+def refuses(module: str, capability: str) -> str | None:
+    """Why networks of a `--network_module` cannot do something, a key of `_OURS_ONLY`; None if they can."""
+    return None if kind_of(module) is not None else _OURS_ONLY[capability].format(module)
+
+
+def load(kind: str) -> type[Adapter]:
+    """The class of a kind."""
+    found: type[Adapter] = registry.load(KINDS, kind, where="networks.kinds")
+    return found
+
+
+def tensor_names() -> dict[str, tuple[str, ...]]:
+    """The names of each kind's tensors in files."""
+    return {kind: tuple(load(kind).shapes((1, 1), 1)) for kind in KINDS}
+
+
+def creator(module: str, *, from_file: bool) -> str:
+    """The function of a foreign module that makes the network, as kohya's protocol names it."""
+    return f"{module}.{'create_network_from_weights' if from_file else 'create_network'}"
+
+
+def arguments(module: str, words: Iterable[str], *, from_file: bool) -> tuple[dict[str, Any], list[str]]:
+    """`--network_args` as arguments, and the names that could not be checked. Raises UserError.
+
+    `from_file`: the sizes are a file's (`--dim_from_weights`). Values for our own kinds have the types that their
+    settings declare; a foreign module gets text, as kohya's scripts hand it over.
+    """
+    registry.refuse_no_name(module, where="--network_module")
+    if source.is_ours(module):
+        return _of_kind(module, words, from_file=from_file), []
+    return registry.bind(
+        creator(module, from_file=from_file),
+        words,
+        reserved=_GIVEN,
+        where="--network_args",
+        named_by="--network_module",
+        as_text=True,
+    )
+
+
+def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str, Any]:
+    source.find(module, where="--network_module")
+    if kind_of(module) is None:
+        known = ", ".join(f"networks.{kind}" for kind in KINDS)
+        raise UserError(f"--network_module {module}: is no kind of adapter; known: {known}")
+    words = tuple(words)
+    for name in registry.split_words(words, where="--network_args"):
+        if name in kohya.NETWORK_ARGS_NOT_YET:
+            hint = kohya.NETWORK_ARGS_NOT_YET[name]
+            raise UserError(f"--network_args: {name} is known to kohya's scripts, not supported here yet ({hint})")
+    sizes, settings = f"{module}.Sizes", f"{module}.Settings"
+    values, _ = registry.bind(
+        settings if from_file else sizes,
+        words,
+        also=() if from_file else (settings,),
+        reserved=_GIVEN,
+        where="--network_args",
+        named_by="--network_module",
+        called=f"{module} with --dim_from_weights" if from_file else module,
+    )
+    return values
+
+
+def fields_of(schema: type[RankSizes | NoSizes | RateSettings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are fields of a dataclass."""
+    names = {field.name for field in fields(schema)}
+    return {name: value for name, value in values.items() if name in names}

@@ -1,0 +1,101 @@
+"""Ranks and alphas of a network's layers: the same everywhere, or one for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.models.blocks import Blocks
+    from networks.settings import Asked, RankSizes
+    from networks.sites import Site
+
+Value = TypeVar("Value", int, float)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank and alpha of a kind of layer, 0 for none: the same everywhere, or one for each numbered block."""
+
+    rank: int
+    alpha: float
+    by_block: tuple[tuple[int, float], ...] | None = None
+
+    @property
+    def any(self) -> bool:
+        return bool(self.rank or self.by_block)
+
+    def of(self, site: Site) -> tuple[int, float]:
+        """(rank, alpha) of the adapter on this layer."""
+        if self.by_block is None or site.block is None:
+            return self.rank, self.alpha
+        return self.by_block[site.block]
+
+
+@lru_cache(maxsize=8)  # asked for each layer
+def ranks_of(asked: Asked, sizes: RankSizes, blocks: Blocks | None) -> tuple[Ranks, Ranks]:
+    """Those of Linear and 1x1 convolutions, and those of wider kernels. Raises UserError.
+
+    Linear and 1x1 convolutions take `--network_dim` (None: 4) and `--network_alpha` (None: 1; 0: the rank), wider
+    kernels `conv_dim` (None: not adapted) and `conv_alpha` (None: 1; 0: the rank); blocks may have their own.
+    """
+    usual = _by_block(
+        _rank("network_dim", 4 if asked.dim is None else asked.dim),
+        1.0 if asked.alpha is None else asked.alpha,
+        dims=sizes.block_dims,
+        alphas=sizes.block_alphas,
+        blocks=blocks,
+        names=("block_dims", "block_alphas"),
+    )
+    if sizes.conv_alpha is not None and sizes.conv_alpha < 0:
+        raise UserError(f"conv_alpha: {sizes.conv_alpha:g} is below 0")
+    spatial = _by_block(
+        0 if sizes.conv_dim is None else _rank("conv_dim", sizes.conv_dim),
+        1.0 if sizes.conv_alpha is None else sizes.conv_alpha,
+        dims=sizes.conv_block_dims,
+        alphas=sizes.conv_block_alphas,
+        blocks=blocks,
+        names=("conv_block_dims", "conv_block_alphas"),
+    )
+    return usual, spatial
+
+
+def _rank(name: str, rank: int) -> int:
+    if rank < 1:
+        raise UserError(f"{name}: {rank} is not a rank, it must be 1 or more")
+    return int(rank)
+
+
+def _by_block(
+    rank: int, alpha: float, *, dims: str | None, alphas: str | None, blocks: Blocks | None, names: tuple[str, str]
+) -> Ranks:
+    """From the words of `block_dims` and `block_alphas` (or the convolutions': `names`), one number for each block.
+
+    `rank` and `alpha` hold where these say nothing, and outside of the blocks.
+    """
+    if dims is None and alphas is None:
+        return Ranks(rank, alpha)
+    if blocks is None:
+        raise UserError(f"{names[dims is None]}: this model has no numbered blocks")
+    of_dims = (rank,) * blocks.count if dims is None else _numbers(names[0], dims, int, blocks)
+    of_alphas = (alpha,) * blocks.count if alphas is None else _numbers(names[1], alphas, float, blocks)
+    if not any(of_dims):
+        raise UserError(f"{names[0]}: every block has rank 0, so nothing is adapted")
+    return Ranks(rank, alpha, tuple(zip(of_dims, of_alphas, strict=True)))
+
+
+def _numbers(name: str, text: str, read: Callable[[str], Value], blocks: Blocks) -> tuple[Value, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != blocks.count:
+        raise UserError(f"{name}: {len(words)} numbers for this model's {blocks.count} blocks: {blocks.layout}")
+    try:
+        numbers = tuple(read(word) for word in words)
+    except ValueError:
+        raise UserError(f"{name}: {text} are not {blocks.count} numbers, such as {'4,' * 3}…") from None
+    if min(numbers) < 0:
+        raise UserError(f"{name}: {min(numbers):g} is not in question, it must be 0 or more")
+    return numbers

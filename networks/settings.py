@@ -1,0 +1,118 @@
+"""What a user can set about a network: `--network_args` as typed fields. Imports no torch.
+
+A kind of adapter has two dataclasses of such fields. `Settings`: how it trains. `Sizes`: where it sits and how large it
+is, which a file settles if the network takes its layers from one (`--dim_from_weights`). Fields are checked by name and
+type before torch loads, so they are plain annotations, with a default each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from library.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateSettings:
+    """Learning rates within a part, for every kind: by block, with kohya's numbers and words, and by pattern.
+
+    See `networks.rates` for what the texts mean.
+    """
+
+    down_lr_weight: str | None = None
+    mid_lr_weight: str | None = None
+    up_lr_weight: str | None = None
+    block_lr_zero_threshold: float = 0.0
+    network_reg_lrs: str | None = None
+
+    @property
+    def by_section(self) -> dict[str, str | None]:
+        """The block weights by the section of the model that they are for."""
+        return {"down": self.down_lr_weight, "mid": self.mid_lr_weight, "up": self.up_lr_weight}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlusSettings:
+    """LoRA+ (Hayou, Ghosh, Yu 2024, arXiv 2402.12354): how many times the rate the raised tensor of a kind gets."""
+
+    loraplus_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
+
+    @property
+    def by_part(self) -> dict[str, float | None]:
+        """A part's own ratio, or the one for both; 0 counts as not given, as kohya has it."""
+        both = self.loraplus_lr_ratio
+        return {
+            "unet": self.loraplus_unet_lr_ratio or both or None,
+            "text_encoder": self.loraplus_text_encoder_lr_ratio or both or None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutSettings:
+    """Shares that are left out in training, each in [0, 1): of the ranks, of the whole adapters."""
+
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
+
+    def with_values(self, dropout: float | None) -> dict[str, float]:
+        """These and `--network_dropout`, the share of single values, 0 for none. Raises UserError."""
+        given = {
+            "dropout": dropout or 0.0,
+            "rank_dropout": self.rank_dropout or 0.0,
+            "module_dropout": self.module_dropout or 0.0,
+        }
+        for name, rate in given.items():
+            if not 0 <= rate < 1:
+                raise UserError(f"{'network_' * (name == 'dropout')}{name}: {rate} is not in [0, 1)")
+        return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings(RateSettings, PlusSettings, DropoutSettings):
+    """How an adapter with a rank trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSizes:
+    """Ranks and alphas beside `--network_dim` and `--network_alpha`: of convolutions, and by block of the denoiser."""
+
+    conv_dim: int | None = None
+    conv_alpha: float | None = None
+    block_dims: str | None = None
+    block_alphas: str | None = None
+    conv_block_dims: str | None = None
+    conv_block_alphas: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSizes:
+    """For a kind whose size follows from the layer alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options that are the same for every kind: `--network_dim`, `--network_alpha`, `--network_dropout`.
+
+    None: not given. `seed`: initial weights are drawn by (seed, layer); None: from torch's stream.
+    """
+
+    dim: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """The learning rates of a run: `--text_encoder_lr`, `--unet_lr`, `--learning_rate`, `--lr_layer_decay`.
+
+    None is `default`. `text_encoder` may be a list with one rate per text encoder; a list of one is for all.
+    """
+
+    text_encoder: float | Sequence[float] | None
+    unet: float | None
+    default: float | None
+    layer_decay: float | None = None

@@ -1,0 +1,89 @@
+"""The layers of a base model that adapters sit on, and their names in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.models.blocks import Blocks
+    from library.models.family import AdapterTargets
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer of the base model that an adapter can sit on."""
+
+    name: str  # in files: lora_unet_down_blocks_0_attentions_0_proj_in
+    section: str  # "unet", "text_encoder"; with several encoders "text_encoder_1", "text_encoder_2"
+    part: str  # "unet" or "text_encoder"
+    module: nn.Linear | nn.Conv2d
+    path: str = ""  # the same with dots and without the prefix: down_blocks.0.attentions.0.proj_in
+    alias: str = ""  # its name in files in diffusers' or PEFT's naming, where that is another one
+    block: int | None = None  # the numbered block that it lies in
+    depth: int | None = None  # its block, or its layer of a text encoder: the larger, the farther from the input
+
+    @property
+    def spatial(self) -> bool:
+        """Whether this is a convolution wider than 1x1: such layers have a rank of their own."""
+        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+
+
+def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
+    """Every Linear and Conv2d whose path the targets' patterns match as a whole, in the order of the model.
+
+    `conv` adds the paths of `AdapterTargets.conv` (the ResNet blocks and resamplers of a UNet).
+    A part in which nothing matches is a `UserError`: training it would do nothing.
+    """
+    several = sum(target.part == "text_encoder" for target in targets) > 1
+    sites: list[Site] = []
+    encoders = 0
+    for target in targets:
+        section = target.part
+        if target.part == "text_encoder" and several:
+            encoders += 1
+            section = f"text_encoder_{encoders}"
+        found = [
+            _site(target, section, path, module)
+            for path, module in target.root.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+            and (target.linear.fullmatch(path) or (conv and target.conv.fullmatch(path)))
+        ]
+        if not found:
+            raise UserError(f"{section}: no layer of this model matches the pattern {target.linear.pattern!r}")
+        sites += found
+    names = {site.name for site in sites}
+    assert len(names) == len(sites), "two layers have the same name in files"
+    return sites
+
+
+def _site(target: AdapterTargets, section: str, path: str, module: nn.Linear | nn.Conv2d) -> Site:
+    name = target.name(path)
+    block = None if target.blocks is None else target.blocks.number(name)
+    layer = None if target.layer is None else target.layer.fullmatch(name)
+    depth = block if layer is None else int(layer[1])
+    flat, alias = (f"{target.prefix}.{dotted}".replace(".", "_") for dotted in (name, path))
+    return Site(flat, section, target.part, module, name, alias, block, depth)
+
+
+def blocks_of(targets: Iterable[AdapterTargets]) -> Blocks | None:
+    """The numbered blocks of the model; None if it has none."""
+    return next((target.blocks for target in targets if target.blocks is not None), None)
+
+
+def in_names_of(sites: Iterable[Site], named: Mapping[str, T]) -> dict[str, T]:
+    """By a file's names of layers, or of their tensors, under the names that these layers have in ours: a UNet's block
+    may have two names."""
+    names = {site.alias: site.name for site in sites if site.part == "unet"}
+    renamed = {}
+    for key, value in named.items():
+        name, dot, rest = key.partition(".")
+        renamed[names.get(name, name) + dot + rest] = value
+    return renamed
