@@ -169,17 +169,19 @@ class Toy(ModelFamily):
 
     NAME, TITLE = "toy", "a toy model"
     PARTS: ClassVar[Mapping[str, PartKind]] = {
-        "vae": PartKind(folder="vae", new=f"{__name__}.new_vae"),
         "denoiser": PartKind(
             folder="transformer",
+            title="transformer",
             new=f"{__name__}.new_transformer",
             section="unet",
             prefix="lora_unet",
             linear=LAYERS,
             blocks=Blocks((("down", SIZES["transformer"]["layers"]),), 0, lambda name: int(name.split(".")[1])),
         ),
+        "vae": PartKind(folder="vae", title="VAE", new=f"{__name__}.new_vae"),
         "text_encoder": PartKind(
             folder="text_encoder",
+            title="text encoder",
             new=f"{__name__}.new_text_encoder",
             section="text_encoder",
             prefix="lora_te",

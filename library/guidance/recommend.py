@@ -120,7 +120,7 @@ def _rates(plan: Plan) -> Iterator[Advice]:
         if unet:
             yield Advice(name, two_digits(rate), f"{usual}; --find_lr looks for yours")
         if text:
-            why = "half of the UNet's: the text encoder overfits sooner"
+            why = f"half of the {plan.family.PARTS['denoiser'].title}'s: the text encoder overfits sooner"
             yield Advice("text_encoder_lr", two_digits(rate / 2), why)
 
 

@@ -27,15 +27,17 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 class PartKind:
     """What a family declares of one part.
 
-    folder: its folder in a diffusers folder. new: the import path of a function that makes the module from its
-    configuration, with its parameters on the meta device. section: "unet" for the denoiser and "text_encoder" for the
-    text encoders, as rates, groups and metadata have it; "" where adapters never sit. prefix: what its keys in adapter
-    files begin with. linear: the paths of Linear and 1 × 1 convolution layers that adapters sit on. conv: of those that
-    come in addition where convolutions are adapted. blocks: its numbered blocks, by which rates and ranks can differ.
-    layer: elsewhere a pattern of the names in adapter files, whose first group is a layer's number from the input on.
+    folder: its folder in a diffusers folder. title: what messages call it. new: the import path of a function that
+    makes the module from its configuration, with its parameters on the meta device. section: "unet" for the denoiser
+    and "text_encoder" for the text encoders, as rates, groups and metadata have it; "" where adapters never sit.
+    prefix: what its keys in adapter files begin with. linear: the paths of Linear and 1 × 1 convolution layers that
+    adapters sit on. conv: of those that come in addition where convolutions are adapted. blocks: its numbered blocks,
+    by which rates and ranks can differ. layer: elsewhere a pattern of the names in adapter files, whose first group is
+    a layer's number from the input on.
     """
 
     folder: str
+    title: str
     new: str
     section: str = ""
     prefix: str = ""

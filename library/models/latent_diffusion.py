@@ -42,6 +42,7 @@ TEXT_LAYER = re.compile(r".*\.layers\.(\d+)\..*")
 
 UNET = PartKind(
     folder="unet",
+    title="UNet",
     new="library.models.modules.new_unet",
     section="unet",
     prefix="lora_unet",
@@ -49,7 +50,7 @@ UNET = PartKind(
     conv=UNET_CONV,
 )
 _SECTIONS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder_1", "lora_te2": "text_encoder_2"}
-VAE = PartKind(folder="vae", new="library.models.modules.new_vae")
+VAE = PartKind(folder="vae", title="VAE", new="library.models.modules.new_vae")
 
 
 def with_scaling(base: BaseModel, *, default: float) -> BaseModel:

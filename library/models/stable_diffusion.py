@@ -38,10 +38,11 @@ class StableDiffusion(LatentDiffusion):
 
     NAME, TITLE = "sd", "a Stable Diffusion 1.x or 2.x model"
     PARTS: ClassVar[Mapping[str, PartKind]] = {
-        "vae": VAE,
         "denoiser": replace(UNET, blocks=SD),
+        "vae": VAE,
         "text_encoder": PartKind(
             folder="text_encoder",
+            title="text encoder",
             new="library.models.modules.new_text_encoder",
             section="text_encoder",
             prefix="lora_te",

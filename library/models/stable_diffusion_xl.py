@@ -44,10 +44,11 @@ class StableDiffusionXL(LatentDiffusion):
 
     NAME, TITLE = "sdxl", "an SDXL model"
     PARTS: ClassVar[Mapping[str, PartKind]] = {
-        "vae": VAE,
         "denoiser": replace(UNET, blocks=SDXL),
+        "vae": VAE,
         "text_encoder": PartKind(
             folder="text_encoder",
+            title="text encoder",
             new="library.models.modules.new_text_encoder",
             section="text_encoder",
             prefix="lora_te1",
@@ -56,6 +57,7 @@ class StableDiffusionXL(LatentDiffusion):
         ),
         "text_encoder_2": PartKind(
             folder="text_encoder_2",
+            title="second text encoder",
             new="library.models.modules.new_projected_text_encoder",
             section="text_encoder",
             prefix="lora_te2",

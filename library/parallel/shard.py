@@ -1,8 +1,8 @@
-"""The UNet's frozen weights shared out over the processes, for models that do not fit into one GPU.
+"""The denoiser's frozen weights shared out over the processes, for models that do not fit into one GPU.
 
 `accelerate launch` with an FSDP configuration asks for it. Accelerate's own FSDP wraps what is trained; a LoRA is small
-and the frozen UNet is not, so here the UNet is what is shared out, by torch's `fully_shard`, and the LoRA with its
-optimizer stays whole on every process: any optimizer works, and the files are those of one process.
+and the frozen denoiser is not, so here the denoiser is what is shared out, by torch's `fully_shard`, and the LoRA with
+its optimizer stays whole on every process: any optimizer works, and the files are those of one process.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def without_accelerates_own() -> Iterator[None]:
 
 
 def shard(family: ModelFamily, accelerator: Accelerator) -> bool:
-    """Leave each process its share of the UNet's weights; a block's are put together while it computes.
+    """Leave each process its share of the denoiser's weights; a block's are put together while it computes.
 
-    Every process must then run the UNet as often as the others. False if there is only one.
+    Every process must then run the denoiser as often as the others. False if there is only one.
     """
     if accelerator.num_processes == 1:
         logger.warning("FSDP with one process: there is nobody to share the weights with")
@@ -75,7 +75,10 @@ def shard(family: ModelFamily, accelerator: Accelerator) -> bool:
     denoiser = family.components["denoiser"]
     whole = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
     share_out(denoiser, family.denoiser_blocks(), accelerator)
-    logger.info("the UNet's weights, %.0f MB, are shared out over %d processes", whole / 1e6, accelerator.num_processes)
+    logger.info(
+        "the %s's weights, %.0f MB, are shared out over %d processes",
+        *(family.PARTS["denoiser"].title, whole / 1e6, accelerator.num_processes),
+    )
     return True
 
 

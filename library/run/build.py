@@ -199,7 +199,7 @@ def _equip(
     *,
     shares: bool,
 ) -> None:
-    """Give the run what not every run has, then put it where its state was. `shares`: the UNet is shared out."""
+    """Give the run what not every run has, then put it where its state was. `shares`: the denoiser is shared out."""
     plan, options, accelerator, saves = course.plan, course.plan.options, course.accelerator, course.saves
     if zero.is_asked_for() and not options.run.dry_run:
         run.zero = zero.share_out(

@@ -181,7 +181,7 @@ def draw(
     steps: int,
     seed: int,
 ) -> list[Image]:
-    """One image of `size` (width, height) per prompt, with the network as it stands; UNet and VAE must be loaded.
+    """One image of `size` (width, height) per prompt, with the network as it stands; denoiser and VAE must be loaded.
 
     Every prompt has its own noise, keyed by its text: the same prompt gives the same image, whatever else is drawn.
     """

@@ -50,7 +50,7 @@ class Meter:
         *,
         process: Process,
     ) -> None:
-        """`groups`: the trained parameters by the names of their groups. `process`: the bins divide its noise levels."""
+        """`groups`: the trained parameters by the names of their groups. `process`: the bins divide its levels."""
         self._parameters = [parameter for group in groups.values() for parameter in group]
         self._members = {name: len(group) for name, group in groups.items()}
         self._sizes = {name: sum(parameter.numel() for parameter in group) for name, group in groups.items()}

@@ -171,7 +171,7 @@ def measure(
     added up in the same order: so the number does not depend on how many processes there are.
     """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    # All run the UNet equally often, whose weights may be shared out: who has nothing left repeats the last batch.
+    # All run the denoiser equally often, whose weights may be shared out: who has nothing left repeats the last batch.
     each = math.ceil(len(batches) / world)
     mine = [(number, batches[number]) for i in range(each) for number in [min(i * world + rank, len(batches) - 1)]]
     device = run.accelerator.device
