@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.diffusion.process import Predicted, middles
 from library.losses.l2 import l2
 from library.models.family import ModelFamily
-from library.training.fixed_noise import image_losses, middles
+from library.training.fixed_noise import image_losses
 
 
-def mean_squares(prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor) -> Tensor:
+def mean_squares(seen: Predicted) -> Tensor:
     """The mean squared error of each image, [B]."""
-    return l2(prediction_BCHW, target_BCHW).mean(dim=(1, 2, 3))
+    return l2(seen.prediction_BCHW.float(), seen.target_BCHW.float()).mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -23,17 +24,16 @@ def fixed_noise_loss(
 ) -> dict[int, float]:
     """Mean squared error per timestep of `middles()`, over all images; the key of image i is i.
 
-    UNet and text encoder must be loaded.
+    Denoiser and text encoder must be loaded.
     """
-    assert family.unet is not None
     losses = {}
-    device = next(family.unet.parameters()).device
-    for t in middles():
+    device = next(family.components["denoiser"].parameters()).device
+    for t in middles(0, family.process.steps):
         total = 0.0
         for start in range(0, len(latents_NCHW), batch_size):
             latents = latents_NCHW[start : start + batch_size].to(device)
             keys = range(start, start + len(latents))
-            size = latents.shape[-1] * family.vae_factor, latents.shape[-2] * family.vae_factor
+            size = latents.shape[-1] * family.latents.factor, latents.shape[-2] * family.latents.factor
             condition = family.condition(
                 family.encode_prompts([captions[i] for i in keys]),
                 original_sizes=[size] * len(latents),

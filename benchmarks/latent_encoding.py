@@ -32,7 +32,7 @@ def main() -> None:
     from library.data.caches.memory import encode_images
     from library.data.images import load_pixels
     from library.data.views import View
-    from library.models import open_family
+    from library.models.opening import open_family
 
     with tempfile.TemporaryDirectory() as temporary:
         if options.small:
@@ -41,9 +41,8 @@ def main() -> None:
         else:
             model, size = sd15_folder(options.folder), (256, 256)
             paths = sorted((image_folder(Path(temporary)) / "1_thing").glob("*.png"))
-        nothing = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
-        family = open_family(str(model), **nothing)  # type: ignore[arg-type]
-        family.load_vae(torch.float32, "cpu")
+        family = open_family(str(model))
+        family.components.load("vae", torch.float32, "cpu")
         views = [View(path, size, (0, 0), size, False) for path in paths]
 
         fresh = count()

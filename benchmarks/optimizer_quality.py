@@ -213,11 +213,11 @@ def held_out(split: str) -> tuple[Tensor, list[str]]:
     import torch
 
     from library.data.images import View, load_pixels
-    from library.models import open_family
+    from library.models.opening import open_family
 
     base = str(ROOT / "quickstart" / "base")
-    family = open_family(base, v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
-    family.load_vae(torch.float32, torch.device("cpu"))
+    family = open_family(base)
+    family.components.load("vae", torch.float32, torch.device("cpu"))
     paths = sorted((ROOT / "quickstart" / "images" / split).glob("*.png"))
     views = [View(path, resized=(64, 64), crop=(0, 0), size=(64, 64), flip=False) for path in paths]
     with torch.no_grad():

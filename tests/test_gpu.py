@@ -77,12 +77,12 @@ def test_a_step_without_memory_keeps_what_was_trained(
 def test_memory_that_ends_before_training_is_an_error_without_traceback(
     train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from library.models.stable_diffusion import StableDiffusion
+    from library.models.components import Components
 
     def load(*_: object) -> None:
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr(StableDiffusion, "load_unet", load)
+    monkeypatch.setattr(Components, "load", load)
     assert train() == 2
     assert f"error: the GPU's memory is too small: {WHAT}" in capsys.readouterr().err
 

@@ -170,7 +170,7 @@ def encoding(bench: Bench) -> Iterator[Row]:
     for kind in ("sd15", "sdxl"):
         batch = 2 if bench.tiny else 4
         plan = make_plan(parse(ours.words(bench, kind, bench.folder / "out", batch=1, steps=1)))
-        plan.family.load_vae(torch.bfloat16, bench.device)
+        plan.family.components.load("vae", torch.bfloat16, bench.device)
         data = TrainingData(plan.prepared, seed=0)
         size = bench.resolution(kind)
         pixels = torch.zeros(batch, 3, size, size, device=bench.device)

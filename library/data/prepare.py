@@ -55,9 +55,9 @@ def prepare(
 ) -> Prepared:
     """Find all images and captions, decode every image once, hold back those of validation, place each in a bucket.
 
-    `multiple_of`: what widths and heights must be a multiple of, in pixels (the VAE's factor, times what the UNet
-    asks for). `seed`: of validation, for subsets without one of their own. Raises UserError for whatever is wrong with
-    the options, the folders or the files; what can be told fast is told first.
+    `multiple_of`: what widths and heights must be a multiple of, in pixels, as the model's family declares it.
+    `seed`: of validation, for subsets without one of their own. Raises UserError for whatever is wrong with the
+    options, the folders or the files; what can be told fast is told first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     index = count()  # of a subset over all data sets: part of its samples' keys

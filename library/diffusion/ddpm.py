@@ -1,4 +1,4 @@
-"""The forward diffusion process of DDPM and what the network is asked to predict.
+"""The diffusion process of DDPM: a table of noise levels, one for each whole timestep.
 
 Notation of Ho et al. 2020 (arXiv 2006.11239): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, with a_t the cumulative product
 of the alphas. Velocity after Salimans & Ho 2022 (arXiv 2202.00512): v = sqrt(a_t) eps - sqrt(1 - a_t) x_0.
@@ -6,44 +6,120 @@ of the alphas. Velocity after Salimans & Ho 2022 (arXiv 2202.00512): v = sqrt(a_
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from library.gpu import to_device
+from library.config.samplers import SAMPLERS
+from library.diffusion.levels import Density
+from library.diffusion.process import per_sample, range_names
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
+# What the classes of diffusers need beside the model's own noise schedule
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own configuration has it
+    "dpmsolver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},  # "zero" divides by it
+    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
+    "dpmsingle": {"lower_order_final": True},  # else only some numbers of steps work
+}
 
-def signal_and_noise_rates(alphas_cumprod: Tensor, t_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(a_t) and sqrt(1 - a_t), each [B, 1, 1, 1] on the device and in the dtype of `like`.
 
-    The square roots are taken in the table's own precision: 1 - a_t loses its digits in low precision near t = 0.
+@dataclass(frozen=True)
+class DDPM:
+    """A `library.diffusion.process.Process` whose levels are the whole numbers t in 0 … len(alphas_cumprod) - 1.
+
+    prediction_type: "epsilon" or "v_prediction". alphas_cumprod: a_t, [T] in float64 (see `noise_schedule`).
+    settings: the same schedule in the words of diffusers' schedulers, for sampling.
     """
-    a = alphas_cumprod[t_B.to(alphas_cumprod.device)].view(-1, 1, 1, 1)
-    return to_device(a.sqrt().to(like.dtype), like.device), to_device((1 - a).sqrt().to(like.dtype), like.device)
+
+    prediction_type: str
+    alphas_cumprod: Tensor
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.prediction_type in PREDICTION_TYPES, self.prediction_type
+
+    @property
+    def steps(self) -> int:
+        """The length of the table, 1000 as a rule."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def samplers(self) -> Sequence[str]:
+        """All of them."""
+        return tuple(SAMPLERS)
+
+    def at(self, step_B: Tensor) -> Tensor:
+        """The steps themselves."""
+        return step_B
+
+    def draw(
+        self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
+    ) -> int:
+        """One t in low ... high - 1: that part of the range which `density` draws."""
+        if density is None:
+            return int(torch.randint(low, high, (), generator=generator))
+        return min(low + int(density(generator) * (high - low)), high - 1)
+
+    def stacked(self, levels: Sequence[float]) -> Tensor:
+        """int64."""
+        return torch.tensor(levels, dtype=torch.int64)
+
+    def noisy(self, latents_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Tensor:
+        """x_t for x_0 = `latents_BCHW`."""
+        signal, sigma = self._rates(level_B, latents_BCHW)
+        return signal * latents_BCHW + sigma * noise_BCHW
+
+    def target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Tensor:
+        """The noise, or the velocity."""
+        if self.prediction_type == "epsilon":
+            return noise_BCHW
+        signal, sigma = self._rates(level_B, latents_BCHW)
+        return signal * noise_BCHW - sigma * latents_BCHW
+
+    def _rates(self, level_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t), each [B, 1, 1, 1] on the device and in the dtype of `like`.
+
+        The roots are taken in the table's own precision: 1 - a_t loses its digits in low precision near t = 0.
+        """
+        a = self._of_table(level_B)
+        return per_sample(a.sqrt(), like), per_sample((1 - a).sqrt(), like)
+
+    def _of_table(self, level_B: Tensor) -> Tensor:
+        return self.alphas_cumprod[level_B.to(self.alphas_cumprod.device)]
+
+    def signal_to_noise(self, level_B: Tensor) -> Tensor:
+        """SNR(t) = a_t / (1 - a_t). It is 0 where a_t is 0 (zero terminal SNR)."""
+        a = self._of_table(level_B)
+        return a / (1 - a)
+
+    def share(self, level_B: Tensor) -> Tensor:
+        """t / T."""
+        return level_B.to(self.alphas_cumprod.dtype) / self.steps
+
+    def bins(self, count: int) -> list[str]:
+        """In timesteps: "000-199" …"""
+        return range_names(self.steps, count)
+
+    def bin_of(self, level_B: Tensor, count: int) -> Tensor:
+        return level_B * count // self.steps
+
+    def scheduler(self, sampler: str) -> Any:
+        """With the process's own noise schedule and prediction type."""
+        own = _new("ddim", {**self.settings, "prediction_type": self.prediction_type})
+        return own if sampler == "ddim" else _new(sampler, own.config)
 
 
-def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t for x_0 = `latents_BCHW`; t in 0 ... len(alphas_cumprod) - 1."""
-    signal, sigma = signal_and_noise_rates(alphas_cumprod, t_B, latents_BCHW)
-    return signal * latents_BCHW + sigma * noise_BCHW
-
-
-def velocity(latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """v = sqrt(a_t) eps - sqrt(1 - a_t) x_0."""
-    signal, sigma = signal_and_noise_rates(alphas_cumprod, t_B, latents_BCHW)
-    return signal * noise_BCHW - sigma * latents_BCHW
-
-
-def prediction_target(
-    prediction_type: str, latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alphas_cumprod: Tensor
-) -> Tensor:
-    """What a network of this prediction type should answer for x_t."""
-    assert prediction_type in PREDICTION_TYPES, prediction_type
-    if prediction_type == "epsilon":
-        return noise_BCHW
-    return velocity(latents_BCHW, noise_BCHW, t_B, alphas_cumprod)
-
-
-def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
-    """SNR(t) = a_t / (1 - a_t), one value per timestep. It is 0 where a_t is 0 (zero terminal SNR)."""
-    return alphas_cumprod / (1 - alphas_cumprod)
+def _new(sampler: str, config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler for one of SAMPLERS with those of the settings that it knows."""
+    module, _, name = SAMPLERS[sampler].rpartition(".")
+    scheduler = getattr(importlib.import_module(module), name)
+    names = inspect.signature(scheduler).parameters
+    own = {key: value for key, value in config.items() if key in names}
+    return scheduler(**{**own, **_SETTINGS.get(sampler, {})})

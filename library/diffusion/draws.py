@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,8 +27,3 @@ def stacked_normal(shape: Sequence[int], seed: int, draws: Sequence[Draw], purpo
 def stacked_shares(seed: int, draws: Sequence[Draw], purpose: str) -> Tensor:
     """Uniform in 0 ... 1, one per sample: [B, 1, 1, 1], fp32."""
     return torch.stack([torch.rand(1, 1, 1, generator=generator(seed, draw, purpose)) for draw in draws])
-
-
-def stacked_timesteps(one: Callable[[torch.Generator], int], seed: int, draws: Sequence[Draw]) -> Tensor:
-    """t per sample [B], as `one` draws it."""
-    return torch.tensor([one(generator(seed, draw, "timestep")) for draw in draws])

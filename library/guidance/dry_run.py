@@ -18,6 +18,7 @@ from library.data.caches.files import size_of
 from library.data.captions import as_written
 from library.data.dataset import Batch, Draw
 from library.data.samples import Size
+from library.diffusion.process import predict_and_target
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.optimizers.create import state_bytes, tensor_bytes
 from library.record import metrics, run_file
@@ -31,7 +32,7 @@ from library.training import loop
 from library.training.hooks.ema import Ema
 from library.training.hooks.validation import Validator
 from library.training.run import Run
-from library.training.step import condition_of, element_loss
+from library.training.step import condition_of
 from library.units import human_bytes, human_time
 from networks.merge import BaseWeights
 
@@ -69,10 +70,10 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
         yield line("average", f"{human_bytes(average)}, and the weights once more while it is in their place")
 
     family = run.family
-    parts = [family.unet, run.network]
-    parts += [] if data.cache_text_encoder_outputs else family.text_encoders
-    parts += [] if data.cache_latents else [family.vae]
-    weights = parameter_bytes(parts)
+    names = ["denoiser"]
+    names += [] if data.cache_text_encoder_outputs else family.components.text_encoders
+    names += [] if data.cache_latents else ["vae"]
+    weights = parameter_bytes([*family.components.loaded(*names), run.network])
     step = peak_of(lambda fake: dummy_loss(plan, run, fake).backward())
     run.optimizer.zero_grad(set_to_none=True)
     yield line(
@@ -82,7 +83,7 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
     )
     if data.cache_latents:
         encoding = peak_of(lambda fake: family.encode_images(fake(_pixels(plan, data.vae_batch_size))))
-        encoding += parameter_bytes([family.vae])
+        encoding += parameter_bytes([family.components["vae"]])
         yield line("", f"about {human_bytes(encoding)} while images are encoded, {data.vae_batch_size} at a time")
 
 
@@ -105,9 +106,9 @@ def dummy_loss(plan: Plan, run: Run, fake: Callable[[Tensor], Tensor]) -> Tensor
             with torch.no_grad():
                 latents, _ = run.family.encode_images(fake(batch.pixels).to(device))
         condition = condition_of(batch, run.family, device, train_text=run.train_text)
-        t = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
-        prediction = run.family.predict(latents, t, condition)
-        return element_loss(run.objective, prediction.float(), latents, t).mean()
+        level = fake(run.objective.process.at(torch.zeros(len(latents), dtype=torch.long)))
+        seen = predict_and_target(run.objective.process, run.family.predict, latents, latents, level, condition)
+        return run.objective.main.unweighted(seen, None).mean()
 
 
 def synthetic_batch(plan: Plan, run: Run) -> Batch:
@@ -118,8 +119,8 @@ def synthetic_batch(plan: Plan, run: Run) -> Batch:
     draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
     captions = [as_written(draw.sample.caption, draw.sample.subset)[0] for draw in draws]
     pixels = _pixels(plan, len(draws))
-    height, width = (side // run.family.vae_factor for side in pixels.shape[2:])
-    latents = torch.zeros(len(draws), run.family.latent_channels, height, width)
+    height, width = (side // run.family.latents.factor for side in pixels.shape[2:])
+    latents = torch.zeros(len(draws), run.family.latents.channels, height, width)
     condition = None
     if data.cache_text_encoder_outputs:
         with torch.no_grad():
@@ -216,8 +217,8 @@ def _caches(plan: Plan, run: Run) -> Iterator[str]:
 
 
 def _latents_size(run: Run, size: Size) -> int:
-    width, height = (side // run.family.vae_factor for side in size)
-    latents = torch.zeros(run.family.latent_channels, height, width)
+    width, height = (side // run.family.latents.factor for side in size)
+    latents = torch.zeros(run.family.latents.channels, height, width)
     return size_of({"mean": latents, "std": latents})
 
 

@@ -73,19 +73,22 @@ def find(plan: Plan, run: Run) -> Found:
         raise UserError(
             "--find_lr: one process is enough, and what it finds holds for all: start it without a launcher"
         )
-    part, reference = _reference(plan.options)
+    part, reference = _reference(plan.options, plan.family.PARTS["denoiser"].title)
     rates = geometric(guidance.find_lr_start, guidance.find_lr_end, guidance.find_lr_steps)
     tried = sweep(run, reference=reference, rates=rates)
     return Found(tried, lr_curve.suggest(tried), part, reference)
 
 
-def _reference(options: Options) -> tuple[str, float]:
-    """Whose rate the finder speaks of, and what it is configured to be; the others keep their proportion to it."""
+def _reference(options: Options, title: str) -> tuple[str, float]:
+    """Whose rate the finder speaks of, and what it is configured to be; the others keep their proportion to it.
+
+    `title`: of the denoiser.
+    """
     rates, network = options.optimizer, options.network
     unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
     text = rates.text_encoder_lr[0] if rates.text_encoder_lr else rates.learning_rate
     if not network.network_train_text_encoder_only and unet > 0:
-        return "the UNet", unet
+        return f"the {title}", unet
     assert text > 0, "a run without any rate is refused before"
     return "the text encoder", text
 

@@ -65,9 +65,8 @@ def advise(plan: Plan) -> list[Advice]:
         advice.append(Advice("network_dim", rank, f"{of}: {_rank_reason(images)}"))
         advice.append(Advice("network_alpha", rank // 2, "half the rank, which goes with the rates below"))
     advice += _rates(plan)
-    if plan.family.name == "sdxl" and not options.network.network_train_text_encoder_only:
-        unet_only = "SDXL's text encoders are easily spoilt; most of its LoRAs leave them alone"
-        advice.append(Advice("network_train_unet_only", True, unet_only))
+    if (why := plan.family.LEAVE_TEXT_ENCODERS) and not options.network.network_train_text_encoder_only:
+        advice.append(Advice("network_train_unet_only", True, why))
     if not (plan.choice.schedule_free or plan.choice.relative_step or options.schedule.lr_scheduler_type):
         advice.append(Advice("lr_scheduler", "cosine", "usual where pictures are generated: fine steps at the end"))
         if not (_is_final(options, "lr_scheduler") and options.schedule.lr_scheduler in WITHOUT_WARMUP):
@@ -104,7 +103,7 @@ def _rank_reason(images: int) -> str:
 def _rates(plan: Plan) -> Iterator[Advice]:
     choice, network = plan.choice, plan.options.network
     unet, text = not network.network_train_text_encoder_only, not network.network_train_unet_only
-    text = text and (plan.family.name != "sdxl" or not unet)
+    text = text and not (plan.family.LEAVE_TEXT_ENCODERS and unet)
     name = "learning_rate" if plan.options.optimizer.unet_lr is None else "unet_lr"
     if choice.finds_its_rate:
         if unet:
@@ -121,7 +120,7 @@ def _rates(plan: Plan) -> Iterator[Advice]:
         if unet:
             yield Advice(name, two_digits(rate), f"{usual}; --find_lr looks for yours")
         if text:
-            why = "half of the UNet's: the text encoder overfits sooner"
+            why = f"half of the {plan.family.PARTS['denoiser'].title}'s: the text encoder overfits sooner"
             yield Advice("text_encoder_lr", two_digits(rate / 2), why)
 
 

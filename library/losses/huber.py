@@ -1,4 +1,4 @@
-"""Pseudo-Huber losses, and how their threshold falls with the timestep.
+"""Pseudo-Huber losses, and how their threshold falls with the noise.
 
 Khrapov et al. 2024, arXiv 2403.16728: near 0 such a loss is quadratic, beyond the threshold c linear, so that a wrong
 image in the data pulls less; a threshold that falls with the noise keeps the details of l2 where there is little noise.
@@ -26,19 +26,17 @@ def smooth_l1(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
     return 2 * (torch.sqrt((prediction - target).square() + c.square()) - c)
 
 
-def thresholds(schedule: str, alphas_cumprod: Tensor, *, c: float, scale: float) -> Tensor:
-    """The threshold at each timestep, [T].
+def thresholds(schedule: str, snr_B: Tensor, share_B: Tensor, *, c: float, scale: float) -> Tensor:
+    """The threshold at noise levels of these signal-to-noise ratios, [B].
 
-    constant: c · scale. exponential: c^(t / T) · scale, from `scale` down to c · scale. snr:
-    (1 - c) / (1 + sigma)² + c with sigma = sqrt((1 - a_t) / a_t), from nearly 1 down to c where there is no signal;
-    `scale` is not in kohya's formula and has no effect there.
+    share_B: where a level lies between the least noise, 0, and the most, 1.
+    constant: c · scale. exponential: c^share · scale, from `scale` down to c · scale. snr: (1 - c) / (1 + sigma)² + c
+    with sigma = 1 / sqrt(SNR), from nearly 1 down to c where there is no signal; `scale` is not in kohya's formula and
+    has no effect there.
     """
     assert schedule in SCHEDULES, schedule
-    steps = len(alphas_cumprod)
     if schedule == "constant":
-        return torch.full_like(alphas_cumprod, c * scale)
+        return torch.full_like(snr_B, c * scale)
     if schedule == "exponential":
-        t = torch.arange(steps, dtype=alphas_cumprod.dtype, device=alphas_cumprod.device)
-        return c ** (t / steps) * scale
-    sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
-    return (1 - c) / (1 + sigma).square() + c
+        return c**share_B * scale
+    return (1 - c) / (1 + snr_B.rsqrt()).square() + c

@@ -1,18 +1,29 @@
-"""What the rest of the project asks of a model family, and nothing else of how the family does it."""
+"""A model family: what the rest of the project asks of one, and what all of them have in common.
+
+A family is one file with a subclass of `ModelFamily`, and one line in `library.models.FAMILIES`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.models.components import Components, PartKind
 
 if TYPE_CHECKING:
-    import torch
+    from pathlib import Path
+
     from torch import Tensor, nn
 
+    from library.diffusion.latents import LatentSpace
+    from library.diffusion.process import Process
+    from library.files.tensors import WeightsIndex
     from library.models.blocks import Blocks
+    from library.models.checkpoints.base_model import BaseModel, Folder
 
 
 @dataclass(frozen=True)
@@ -35,70 +46,93 @@ class AdapterTargets:
     layer: re.Pattern[str] | None = None
 
 
-class ModelFamily(Protocol):
-    """A base model. Opening it reads headers and configurations; weights come with the load methods, frozen."""
+class ModelFamily(ABC):
+    """A base model. Making one reads headers and configurations; weights come with `components.load`, frozen.
 
-    name: str  # as in FAMILIES
+    The keyword-only parameters of a family's constructor beside `vae` are its options: those of the command line that
+    have the same names. An option of another family is refused where it was given (`library.models.opening`).
+    """
+
+    NAME: ClassVar[str]
+    """As in FAMILIES."""
+    TITLE: ClassVar[str]
+    """What messages call it: "an SDXL model"."""
+    PARTS: ClassVar[Mapping[str, PartKind]]
+    """By "denoiser", "vae", "text_encoder", … in the order in which they are checked."""
+
+    LEAVE_TEXT_ENCODERS: ClassVar[str] = ""
+    """Why --recommend advises against training the text encoders; "" where it does not."""
+
     path: str  # as the user gave it
     vae_path: str | None  # as the user gave it with --vae
     base_model_version: str  # kohya's ss_base_model_version: "sd_v1", "sd_v2", …
     architecture: str  # modelspec.architecture, without "/lora"
     implementation: str  # modelspec.implementation: whose names the adapters' keys follow
-    prediction_type: str  # "epsilon" or "v_prediction"
-    clip_skip: int | None  # as kohya counts: 1 is the text encoder's last layer
-    vae_factor: int  # pixels a latent cell spans
-    vae_overflows_fp16: bool  # the VAE must not compute in fp16, or it gives NaN
-    latent_channels: int
+    clip_skip: int | None = None  # as kohya counts: 1 is the text encoder's last layer
     native_resolution: int  # pixels
-    token_limit: int  # tokens of a caption that are read: 75, 150 or 225
+    token_limit: int  # tokens of a caption that are read
+    latents: LatentSpace
 
-    vae: nn.Module | None
-    text_encoders: list[nn.Module]
-    unet: nn.Module | None
+    def __init__(self, base: BaseModel, *, vae: str | None) -> None:
+        """`base` has the VAE of `vae` already."""
+        self.path, self.vae_path = base.path, vae
+        self.components = Components(self.PARTS, base.parts)
+
+    # -- recognising and opening
+
+    @classmethod
+    @abstractmethod
+    def claims(cls, content: WeightsIndex | Folder) -> bool:
+        """Whether a file or a folder holds a model of this family that can be trained. Every family is asked."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, path: str, location: Path) -> BaseModel:
+        """Where the parts of a file or folder that it claims are, and how they are configured. Raises UserError."""
+
+    # -- images
 
     @property
-    def alphas_cumprod(self) -> Tensor:
-        """The noise schedule: what is left of the signal's variance at each of 1000 timesteps, in float64."""
-        ...
+    def size_divisor(self) -> int:
+        """Sides of images are multiples of so many pixels."""
+        return self.latents.factor
 
-    def outlined(self) -> AbstractContextManager[None]:
-        """A context in which UNet and text encoders are there without their weights, on the meta device, so that
-        adapters and files can be held against them. UserError where a part's weights do not fit its configuration."""
-        ...
-
-    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None: ...
-
-    def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None: ...
-
-    def load_unet(self, dtype: torch.dtype, device: torch.device | str) -> None: ...
-
-    def release_vae(self) -> None: ...
-
-    def release_text_encoders(self) -> None: ...
+    @property
+    @abstractmethod
+    def process(self) -> Process:
+        """How noise is mixed in, and what the network is to predict then."""
 
     def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1]."""
-        ...
+        return self.latents.encode(self.components["vae"], pixels_BCHW)
 
     def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
         """The pixels of latents that are scaled as those of `encode_images`, [B, 3, H, W] in about [-1, 1]."""
-        ...
+        return self.latents.decode(self.components["vae"], latents_BCHW)
 
     def vae_fingerprint(self) -> str:
         """A hash of all that `encode_images` depends on but the precision; reads the VAE's weights once."""
-        ...
+        return self.components.fingerprint("vae")
 
+    # -- texts
+
+    @abstractmethod
     def text_fingerprint(self) -> str:
         """A hash of all that `encode_prompts` depends on but the precision; reads the text encoders' weights once."""
-        ...
 
+    @abstractmethod
     def count_tokens(self, caption: str) -> int:
-        """How many tokens the caption has, without BOS and EOS."""
-        ...
+        """How many tokens the caption has, without those that begin and end every text."""
 
+    @abstractmethod
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the text encoders give, each [B, …]. Differentiable."""
-        ...
+        """What the text encoders give, each [B, …]. Differentiable.
+
+        The second axis may be as long as the longest caption. Caches put rows of several lengths together with zeros at
+        their ends, so such a family returns a mask as well, which is 0 there.
+        """
+
+    # -- the network
 
     def condition(
         self,
@@ -113,35 +147,63 @@ class ModelFamily(Protocol):
         Sizes are (width, height) in pixels: of each image as it is on disk, and of what is seen of all of them. crops:
         (left, top) of that in the image after resizing, and mirroring if it is seen so.
         """
-        ...
+        return dict(texts)
 
-    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """The network's answer for noisy latents at timesteps 0 … 999, of the same shape."""
-        ...
+    @abstractmethod
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The network's answer for noisy latents at noise levels of `process`, of the same shape."""
 
-    def adapter_targets(self) -> list[AdapterTargets]:
-        """For each part that is loaded."""
-        ...
+    @abstractmethod
+    def denoiser_blocks(self) -> Iterable[nn.Module]:
+        """The blocks of the loaded denoiser, which hold nearly all of its weights and run one after the other."""
+
+    # -- adapters
+
+    def outlined(self) -> AbstractContextManager[None]:
+        """See `Components.outlined`."""
+        return self.components.outlined()
+
+    def adapter_targets(self, *names: str) -> list[AdapterTargets]:
+        """For each of these parts that is there; of all parts if none is named."""
+        kinds = {name: kind for name, kind in self.PARTS.items() if kind.section and name in self.components}
+        return [
+            AdapterTargets(
+                *(kind.section, kind.prefix, self.components[name], kind.linear, kind.conv),
+                name=lambda path, part=name: self.adapter_name(part, path),  # type: ignore[misc]
+                blocks=kind.blocks,
+                layer=kind.layer,
+            )
+            for name, kind in kinds.items()
+            if not names or name in names
+        ]
+
+    def adapter_name(self, part: str, path: str) -> str:
+        """The dotted name that keys in adapter files have for a layer of a part."""
+        return path
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
         """How many targets each part has in the sizes that are known, with those of `conv` or without; else None.
 
         Parts are called as in `networks.network.Site.section`.
         """
-        ...
+        return None
 
-    def third_party_text_encoders(self) -> Any:
-        """What a network module of kohya's protocol is given as `text_encoder`: a module, or a list of them."""
-        ...
+    def third_party_views(self) -> tuple[Any, Any]:
+        """What a network module of kohya's protocol is given as `text_encoder` and `unet`."""
+        encoders = self.components.loaded(*self.components.text_encoders)
+        denoiser = self.components.get("denoiser")
+        return (encoders[0] if len(encoders) == 1 else encoders), denoiser
 
-    def third_party_unet(self) -> Any:
-        """What such a module is given as `unet`."""
-        ...
+    # -- sampling
 
+    @abstractmethod
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pipeline's own names for two prompts, each as of `encode_prompts`."""
-        ...
 
-    def sampling_pipeline(self) -> Any:
-        """A diffusers pipeline over the loaded parts."""
-        ...
+    @abstractmethod
+    def pipeline(self) -> Any:
+        """A diffusers pipeline over the loaded parts, or what is called as one.
+
+        With the arguments of `pipeline_arguments`, num_inference_steps, guidance_scale, width, height, generator and
+        output_type="latent" it returns an object whose `images` are latents [1, C, h, w]; `scheduler` is set before.
+        """

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
-from library.gpu import to_device
-from library.models.checkpoints.base_model import ZERO_TERMINAL, BaseModel, Part
-from library.models.family import AdapterTargets
+from library.models.checkpoints.base_model import ZERO_TERMINAL, BaseModel
+from library.models.components import PartKind
+from library.models.family import AdapterTargets, ModelFamily
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from pathlib import Path
+
+    from torch import nn
+
+    from library.diffusion.ddpm import DDPM
+    from library.diffusion.latents import LatentSpace
 
 logger = logging.getLogger(__name__)
 
@@ -36,69 +39,18 @@ UNET_CONV = re.compile(
 )
 TEXT_LINEAR = re.compile(r"encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 TEXT_LAYER = re.compile(r".*\.layers\.(\d+)\..*")
-NOTHING = re.compile(r"(?!)")
 
-
-def load_part(
-    source: Part,
-    new: Callable[[Mapping[str, Any]], nn.Module],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> nn.Module:
-    """The part's module, filled, frozen and in evaluation mode."""
-    from library.models.checkpoints.weights import fill
-
-    module = new(source.config)
-    fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
-    return module.to(device).eval()  # `to` for buffers: the parameters are there
-
-
-def outline(source: Part, new: Callable[[Mapping[str, Any]], nn.Module]) -> nn.Module:
-    """The part's module without its weights, which are only held against the table of the file. Raises UserError."""
-    from library.models.checkpoints.weights import check_fit
-
-    try:
-        module = new(source.config)
-    except Exception as error:  # diffusers and transformers refuse configurations in all ways that there are
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{source.where}: no model can be made of this configuration: {reason}") from error
-    check_fit(module, source.entries(), source.where)
-    return module
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """What a VAE encodes to: latents of `channels`, each cell `factor` pixels wide, shifted and scaled for the UNet.
-
-    overflows_fp16: whether the VAE's own configuration says that fp16 is too small for its activations.
-    """
-
-    channels: int
-    factor: int
-    scaling: float
-    shift: float
-    overflows_fp16: bool
-
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1].
-
-        Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
-        """
-        import torch
-
-        weight = next(vae.parameters())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = vae.encode(to_device(pixels_BCHW, weight.device).to(weight.dtype)).latent_dist
-        return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
-
-    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """The pixels of scaled latents, [B, 3, H, W] in about [-1, 1]; in the precision that the VAE was loaded in."""
-        import torch
-
-        weight = next(vae.parameters())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = latents_BCHW.to(weight.device, weight.dtype) / self.scaling + self.shift
-            return vae.decode(latents, return_dict=False)[0]
+UNET = PartKind(
+    folder="unet",
+    title="UNet",
+    new="library.models.modules.new_unet",
+    section="unet",
+    prefix="lora_unet",
+    linear=UNET_LINEAR,
+    conv=UNET_CONV,
+)
+_SECTIONS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder_1", "lora_te2": "text_encoder_2"}
+VAE = PartKind(folder="vae", title="VAE", new="library.models.modules.new_vae")
 
 
 def with_scaling(base: BaseModel, *, default: float) -> BaseModel:
@@ -115,9 +67,11 @@ def with_scaling(base: BaseModel, *, default: float) -> BaseModel:
 
 def latent_space(base: BaseModel) -> LatentSpace:
     """From the VAE's configuration, which must fit the UNet's and name the scale (see `with_scaling`)."""
+    from library.diffusion.latents import LatentSpace
+
     if "vae" not in base.parts:
         raise UserError(f"{base.path} holds no VAE; give one with --vae")
-    config, unet = base.parts["vae"].config, base.parts["unet"].config
+    config, unet = base.parts["vae"].config, base.parts["denoiser"].config
     inputs, latents = unet.get("in_channels", 4), config.get("latent_channels", 4)
     if inputs != latents:
         hint = "an inpainting model, which is not supported" if inputs == 9 else "another kind of model, or another VAE"
@@ -142,7 +96,7 @@ def latent_space(base: BaseModel) -> LatentSpace:
 
 def native_resolution(base: BaseModel, factor: int, *, default: int) -> int:
     """Pixels of a side, from the UNet's configuration; `default`: in cells, where that says nothing."""
-    size = base.parts["unet"].config.get("sample_size") or default
+    size = base.parts["denoiser"].config.get("sample_size") or default
     return int(size if isinstance(size, int) else size[0]) * factor
 
 
@@ -191,20 +145,23 @@ def scheduler(base: BaseModel, prediction: str, *, zero_terminal_snr: bool) -> d
     return config | ZERO_TERMINAL
 
 
-def check_counts(targets: Mapping[str, AdapterTargets], expected: Mapping[str, int] | None, *, conv: bool) -> None:
-    """A rename in diffusers or transformers must not silently train fewer modules. Both by the same names of parts."""
-    for name, target in targets.items():
+def check_counts(targets: Sequence[AdapterTargets], expected: Mapping[str, int] | None, *, conv: bool) -> None:
+    """A rename in diffusers or transformers must not silently train fewer modules. `expected`: by section."""
+    for target in targets:
         paths = [path for path, _ in target.root.named_modules()]
         count = sum(bool(target.linear.fullmatch(p) or (conv and target.conv.fullmatch(p))) for p in paths)
-        known = expected[name] if expected else count
-        assert count == known, f"{count} targets in {name}, where this architecture has {known}"
+        section = _SECTIONS[target.prefix]
+        known = expected[section] if expected else count
+        assert count == known, f"{count} targets in {section}, where this architecture has {known}"
 
 
-class LatentDiffusion:
-    """The members of `library.models.family.ModelFamily` that are the same for all of them.
+class LatentDiffusion(ModelFamily):
+    """What is the same for all of them. A family adds what its UNet is conditioned on and how it reads prompts."""
 
-    A family adds its text encoders, what its UNet is conditioned on, where adapters sit, and how it draws.
-    """
+    DEFAULT_SCALING: ClassVar[float]
+    """Of the latents, where the VAE's configuration is older than its field."""
+    DEFAULT_CELLS: ClassVar[int]
+    """Latent cells of a side, where the UNet's configuration is older than its field."""
 
     def __init__(
         self,
@@ -212,88 +169,42 @@ class LatentDiffusion:
         *,
         vae: str | None,
         predicts: str,
-        default_scaling: float,
-        default_cells: int,
         max_token_length: int | None,
         zero_terminal_snr: bool,
         weighted_captions: bool,
     ) -> None:
-        """`base` has the VAE of `vae` already. `predicts`: "epsilon" or "v_prediction". default_scaling, default_cells:
-        of the latents and of a side, where configurations are older than these fields. Raises UserError."""
-        self._base = base = with_scaling(base, default=default_scaling)
-        self.path, self.vae_path = base.path, vae
-        self.prediction_type = predicts
+        """`base` has the VAE of `vae` already. `predicts`: "epsilon" or "v_prediction". Raises UserError."""
+        self._base = base = with_scaling(base, default=self.DEFAULT_SCALING)
+        super().__init__(base, vae=vae)
+        self._predicts = predicts
         self._scheduler = scheduler(base, predicts, zero_terminal_snr=zero_terminal_snr)
-        self._latents = latent_space(base)
-        self.latent_channels, self.vae_factor = self._latents.channels, self._latents.factor
-        self.vae_overflows_fp16 = self._latents.overflows_fp16
-        self.native_resolution = native_resolution(base, self.vae_factor, default=default_cells)
+        self.latents = latent_space(base)
+        self.native_resolution = native_resolution(base, self.latents.factor, default=self.DEFAULT_CELLS)
         self.token_limit = token_limit(max_token_length)
         self.weighted_captions = weighted_captions
 
-        self.vae: nn.Module | None = None
-        self.text_encoders: list[nn.Module] = []
-        self.unet: nn.Module | None = None
+    @classmethod
+    def read(cls, path: str, location: Path) -> BaseModel:
+        """A diffusers folder, or a file in the original layout."""
+        from library.models.checkpoints.folder import open_folder
+        from library.models.checkpoints.single_file import open_file
+
+        return (open_folder if location.is_dir() else open_file)(path, location, kind=cls.NAME)
 
     @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        from library.models.noise_schedule import alphas_cumprod
+    def process(self) -> DDPM:
+        """DDPM with the noise schedule of the model's scheduler."""
+        from library.diffusion.ddpm import DDPM
+        from library.diffusion.noise_schedule import alphas_cumprod
 
-        return alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
+        table = alphas_cumprod(self._scheduler, where=f"the scheduler of {self.path}")
+        return DDPM(self._predicts, table, SCHEDULER | self._scheduler)
 
     @cached_property
     def _tokenizer(self) -> Any:
         from library.models.modules import read_tokenizer
 
         return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
-
-    def _encoders(self) -> list[tuple[Part, Callable[[Mapping[str, Any]], nn.Module]]]:
-        """The text encoders, and what makes a module of each."""
-        raise NotImplementedError
-
-    @contextmanager
-    def outlined(self) -> Iterator[None]:
-        from library.models.modules import new_unet, new_vae
-
-        outline(self._base.parts["vae"], new_vae)
-        self.unet = outline(self._base.parts["unet"], new_unet)
-        self.text_encoders = [outline(part, new) for part, new in self._encoders()]
-        try:
-            yield
-        finally:
-            self.unet, self.text_encoders = None, []
-
-    def load_text_encoders(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.text_encoders = [load_part(part, new, dtype, device) for part, new in self._encoders()]
-
-    def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        from library.models.modules import new_vae
-
-        self.vae = load_part(self._base.parts["vae"], new_vae, dtype, device)
-
-    def load_unet(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        from library.models.modules import new_unet
-
-        self.unet = load_part(self._base.parts["unet"], new_unet, dtype, device)
-
-    def release_vae(self) -> None:
-        self.vae = None
-
-    def release_text_encoders(self) -> None:
-        self.text_encoders = []
-
-    def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.vae is not None, "the VAE is not loaded"
-        return self._latents.encode(self.vae, pixels_BCHW)
-
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        assert self.vae is not None, "the VAE is not loaded"
-        return self._latents.decode(self.vae, latents_BCHW)
-
-    def vae_fingerprint(self) -> str:
-        from library.models.fingerprint import part_fingerprint
-
-        return part_fingerprint(self._base.parts["vae"])
 
     def _reading(self) -> dict[str, Any]:
         """How captions become tokens: a part of `text_fingerprint`."""
@@ -309,6 +220,19 @@ class LatentDiffusion:
         }
 
     def count_tokens(self, caption: str) -> int:
+        """Without BOS and EOS; brackets that weigh words do not count."""
         from library.models.text.prompts import count_tokens
 
         return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)
+
+    def denoiser_blocks(self) -> list[nn.Module]:
+        """Down, middle and up."""
+        unet: Any = self.components["denoiser"]
+        return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+
+    def adapter_targets(self, *names: str) -> list[AdapterTargets]:
+        """As every family's, counted against the sizes that are known."""
+        found = super().adapter_targets(*names)
+        for conv in (False, True):
+            check_counts(found, self.expected_modules(conv=conv), conv=conv)
+        return found

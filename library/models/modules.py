@@ -8,7 +8,6 @@ bitsandbytes prints. They are hidden from it while it is being imported.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
 import sys
@@ -130,30 +129,23 @@ def _tokenizer(folder: Path, options: str) -> Any:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **json.loads(options))
 
 
-def new_pipeline(parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:
-    """A StableDiffusionPipeline with DDIM over `parts` (vae, text_encoder, tokenizer, unet)."""
+def new_pipeline(parts: Mapping[str, Any], scheduler: Any) -> Any:
+    """A StableDiffusionPipeline over `parts` (vae, text_encoder, tokenizer, unet)."""
     with lean_diffusers():
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
         return StableDiffusionPipeline(
             **parts,
-            scheduler=_ddim(scheduler),
+            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
 
 
-def new_xl_pipeline(parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:
-    """A StableDiffusionXLPipeline with DDIM over `parts` (as above, and text_encoder_2, tokenizer_2)."""
+def new_xl_pipeline(parts: Mapping[str, Any], scheduler: Any) -> Any:
+    """A StableDiffusionXLPipeline over `parts` (as above, and text_encoder_2, tokenizer_2)."""
     with lean_diffusers():
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
-        return StableDiffusionXLPipeline(**parts, scheduler=_ddim(scheduler), add_watermarker=False)
-
-
-def _ddim(config: Mapping[str, Any]) -> Any:
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    names = inspect.signature(DDIMScheduler).parameters
-    return DDIMScheduler(**{name: value for name, value in config.items() if name in names})
+        return StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False)

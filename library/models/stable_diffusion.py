@@ -7,32 +7,23 @@ its configuration of 23 layers has built in) and in Linear layers around the att
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
+from library.files.tensors import WeightsIndex
 from library.gpu import to_device
 from library.models.blocks import SD
-from library.models.checkpoints.base_model import BaseModel, Part
-from library.models.checkpoints.detect import is_v2
+from library.models.checkpoints.base_model import BaseModel, Folder
+from library.models.checkpoints.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX
+from library.models.checkpoints.detect import begins, is_of_xl, is_v2, other_family
 from library.models.checkpoints.opening import with_vae
-from library.models.family import AdapterTargets
-from library.models.latent_diffusion import (
-    NOTHING,
-    SCHEDULER,
-    TEXT_LAYER,
-    TEXT_LINEAR,
-    UNET_CONV,
-    UNET_LINEAR,
-    LatentDiffusion,
-    check_counts,
-    prediction_type,
-)
+from library.models.components import PartKind
+from library.models.latent_diffusion import TEXT_LAYER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +36,32 @@ _EXPECTED_CONV = 86  # more in the UNet: 50 convolutions of 3 × 3, 36 Linear or
 class StableDiffusion(LatentDiffusion):
     """The family "sd". Its members are described in `library.models.family.ModelFamily`."""
 
-    name = "sd"
+    NAME, TITLE = "sd", "a Stable Diffusion 1.x or 2.x model"
+    PARTS: ClassVar[Mapping[str, PartKind]] = {
+        "denoiser": replace(UNET, blocks=SD),
+        "vae": VAE,
+        "text_encoder": PartKind(
+            folder="text_encoder",
+            title="text encoder",
+            new="library.models.modules.new_text_encoder",
+            section="text_encoder",
+            prefix="lora_te",
+            linear=TEXT_LINEAR,
+            layer=TEXT_LAYER,
+        ),
+    }
+    DEFAULT_SCALING, DEFAULT_CELLS = 0.18215, 64
     implementation = "diffusers"
 
     def __init__(
         self,
         base: BaseModel,
         *,
-        v2: bool,
-        v_parameterization: bool,
-        vae: str | None,
-        clip_skip: int | None,
-        max_token_length: int | None,
+        vae: str | None = None,
+        v2: bool = False,
+        v_parameterization: bool = False,
+        clip_skip: int | None = None,
+        max_token_length: int | None = None,
         zero_terminal_snr: bool = False,
         weighted_captions: bool = False,
     ) -> None:
@@ -66,13 +71,11 @@ class StableDiffusion(LatentDiffusion):
             base,
             vae=vae,
             predicts=_prediction_type(base, v2=self._is_v2, says_v=v_parameterization),
-            default_scaling=0.18215,
-            default_cells=64,
             max_token_length=max_token_length,
             zero_terminal_snr=zero_terminal_snr,
             weighted_captions=weighted_captions,
         )
-        velocity = self.prediction_type == "v_prediction"
+        velocity = self._predicts == "v_prediction"
         self.base_model_version = f"sd_v{2 if self._is_v2 else 1}{'_v' if velocity else ''}"
         self.architecture = "stable-diffusion-v1"
         if self._is_v2:
@@ -80,28 +83,31 @@ class StableDiffusion(LatentDiffusion):
         if base.location.is_file() and self._is_v2 and velocity:
             self.native_resolution = 768  # the shipped configuration is that of the 512 pixel version
 
-        unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
+        unet, text = base.parts["denoiser"].config, base.parts["text_encoder"].config
         self._text_width, self._layers = unet["cross_attention_dim"], text["num_hidden_layers"]
         self.clip_skip = clip_skip
         if clip_skip is not None and not 1 <= clip_skip <= self._layers:
             raise UserError(f"--clip_skip {clip_skip}: must be 1 … {self._layers}, the layers of this text encoder")
 
-    def _encoders(self) -> list[tuple[Part, Callable[[Mapping[str, Any]], nn.Module]]]:
-        from library.models.modules import new_text_encoder
-
-        return [(self._base.parts["text_encoder"], new_text_encoder)]
+    @classmethod
+    def claims(cls, content: WeightsIndex | Folder) -> bool:
+        """A UNet in the original layout with one CLIP or open_clip text encoder, or a folder with a UNet."""
+        if isinstance(content, Folder):
+            return content.config("unet") is not None and not is_of_xl(content) and not other_family(content)
+        whole = begins(content, UNET_PREFIX) and begins(content, CLIP_PREFIX, OPEN_CLIP_PREFIX)
+        return whole and not is_of_xl(content) and not other_family(content)
 
     def text_fingerprint(self) -> str:
-        from library.models.fingerprint import combined, part_fingerprint
+        from library.models.fingerprint import combined
 
-        weights = part_fingerprint(self._base.parts["text_encoder"])
+        weights = self.components.fingerprint("text_encoder")
         return combined({**self._reading(), "weights": weights, "clip skip": self.clip_skip or 1})
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D]}. Differentiable, for adapters in the text encoder."""
         from library.models.text.prompts import encode, ids_and_weights, weigh
 
-        (encoder,) = self.text_encoders
+        encoder: Any = self.components["text_encoder"]
         ids, weights = ids_and_weights(
             self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions
         )
@@ -109,86 +115,52 @@ class StableDiffusion(LatentDiffusion):
         states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
         return {"hidden_states": weigh(states, weights)}
 
-    def condition(
-        self,
-        texts: Mapping[str, Tensor],
-        *,
-        original_sizes: Sequence[tuple[int, int]],
-        crops: Sequence[tuple[int, int]],
-        target_size: tuple[int, int],
-    ) -> dict[str, Tensor]:
-        """The texts alone: sizes are nothing to this family."""
-        return dict(texts)
-
-    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """Noise or velocity, as `prediction_type` says, [B, C, h, w]; t in 0 … 999."""
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """Noise or velocity, as the process says, [B, C, h, w]; levels are timesteps 0 … 999."""
         import torch
 
-        assert self.unet is not None, "the UNet is not loaded"
+        unet: Any = self.components["denoiser"]
         states = condition["hidden_states"]
         # autocast, where it is on, casts what it must and keeps the digits of the rest
         if not torch.is_autocast_enabled(noisy_BCHW.device.type):
-            dtype = self.unet.conv_in.weight.dtype
+            dtype = unet.conv_in.weight.dtype
             noisy_BCHW, states = noisy_BCHW.to(dtype), states.to(dtype)
-        return self.unet(noisy_BCHW, t_B, states, return_dict=False)[0]
+        return unet(noisy_BCHW, level_B, states, return_dict=False)[0]
 
-    def adapter_targets(self) -> list[AdapterTargets]:
-        found = []
-        if self.unet is not None:
-            found.append(AdapterTargets("unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, str, blocks=SD))
-        for encoder in self.text_encoders:
-            found.append(
-                AdapterTargets("text_encoder", "lora_te", encoder, TEXT_LINEAR, NOTHING, _text_name, layer=TEXT_LAYER)
-            )
-        for conv in (False, True):
-            check_counts({target.part: target for target in found}, self.expected_modules(conv=conv), conv=conv)
-        return found
+    def adapter_name(self, part: str, path: str) -> str:
+        """transformers 5 dropped a level of the text encoder's paths that adapter files' keys still name."""
+        return f"text_model.{path}" if part == "text_encoder" else path
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
-        unet = self._base.parts["unet"].config
+        unet = self._base.parts["denoiser"].config
         if list(unet["block_out_channels"]) != _TRUE_BLOCKS or self._text_width not in _EXPECTED:
             return None
         expected = _EXPECTED[self._text_width]
         return expected | {"unet": expected["unet"] + _EXPECTED_CONV * conv}
 
-    def third_party_text_encoders(self) -> nn.Module:
-        """The text encoder as kohya's modules know it, with paths below "text_model."; empty if none is loaded."""
-        from library.models.kohya_view import TextModelView
+    def third_party_views(self) -> tuple[nn.Module, nn.Module | None]:
+        """The text encoder with paths below "text_model.", empty if it is not loaded; the UNet with its own paths."""
+        from library.models.kohya_view import PlainUNetView, TextModelView
 
-        return TextModelView(self.text_encoders[0] if self.text_encoders else None)
-
-    def third_party_unet(self) -> nn.Module | None:
-        """The UNet with its own paths: kohya has diffusers' names for it."""
-        from library.models.kohya_view import PlainUNetView
-
-        return None if self.unet is None else PlainUNetView(self.unet)
+        (encoder,) = self.components.loaded("text_encoder") or [None]
+        unet = self.components.get("denoiser")
+        return TextModelView(encoder), None if unet is None else PlainUNetView(unet)
 
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt_embeds": positive["hidden_states"], "negative_prompt_embeds": negative["hidden_states"]}
 
-    def sampling_pipeline(self) -> Any:
+    def pipeline(self) -> Any:
         """A diffusers StableDiffusionPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_pipeline
 
-        assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
-        encoder = self.text_encoders[0] if self.text_encoders else None  # prompts can be encoded before
-        parts = {"vae": self.vae, "text_encoder": encoder, "tokenizer": self._tokenizer, "unet": self.unet}
-        schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
-        return new_pipeline(parts, schedule)
-
-
-if TYPE_CHECKING:
-    _conforms: type[ModelFamily] = StableDiffusion
-
-
-def _text_name(path: str) -> str:
-    # transformers 5 dropped the level that adapter files' keys still name
-    return f"text_model.{path}"
+        (encoder,) = self.components.loaded("text_encoder") or [None]  # prompts can be encoded before
+        parts = {"vae": self.components["vae"], "text_encoder": encoder, "tokenizer": self._tokenizer}
+        return new_pipeline({**parts, "unet": self.components["denoiser"]}, self.process.scheduler("ddim"))
 
 
 def _checked_v2(base: BaseModel, *, says_v2: bool) -> bool:
     """Whether the model is 2.x. UserError where the user says so and it is not, or where its parts do not fit."""
-    unet, text = base.parts["unet"].config, base.parts["text_encoder"].config
+    unet, text = base.parts["denoiser"].config, base.parts["text_encoder"].config
     width = unet["cross_attention_dim"]
     if width != text["hidden_size"]:
         raise UserError(

@@ -8,33 +8,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
+from library.files.tensors import WeightsIndex
 from library.gpu import to_device
 from library.models.blocks import SDXL
-from library.models.checkpoints.base_model import BaseModel, Part
-from library.models.checkpoints.checkpoint import original_unet_name
+from library.models.checkpoints.base_model import BaseModel, Folder
+from library.models.checkpoints.checkpoint import UNET_PREFIX, original_unet_name
+from library.models.checkpoints.detect import begins, is_of_xl, other_family
 from library.models.checkpoints.opening import with_vae
-from library.models.family import AdapterTargets
-from library.models.latent_diffusion import (
-    NOTHING,
-    SCHEDULER,
-    TEXT_LAYER,
-    TEXT_LINEAR,
-    UNET_CONV,
-    UNET_LINEAR,
-    LatentDiffusion,
-    check_counts,
-    prediction_type,
-)
+from library.models.components import PartKind
+from library.models.latent_diffusion import TEXT_LAYER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +42,44 @@ _EXPECTED_CONV = 66  # more in the UNet: 38 convolutions of 3 × 3, 28 Linear or
 class StableDiffusionXL(LatentDiffusion):
     """The family "sdxl". Its members are described in `library.models.family.ModelFamily`."""
 
-    name = "sdxl"
+    NAME, TITLE = "sdxl", "an SDXL model"
+    PARTS: ClassVar[Mapping[str, PartKind]] = {
+        "denoiser": replace(UNET, blocks=SDXL),
+        "vae": VAE,
+        "text_encoder": PartKind(
+            folder="text_encoder",
+            title="text encoder",
+            new="library.models.modules.new_text_encoder",
+            section="text_encoder",
+            prefix="lora_te1",
+            linear=TEXT_LINEAR,
+            layer=TEXT_LAYER,
+        ),
+        "text_encoder_2": PartKind(
+            folder="text_encoder_2",
+            title="second text encoder",
+            new="library.models.modules.new_projected_text_encoder",
+            section="text_encoder",
+            prefix="lora_te2",
+            linear=_SECOND_LINEAR,
+            layer=TEXT_LAYER,
+        ),
+    }
+    LEAVE_TEXT_ENCODERS = "SDXL's text encoders are easily spoilt; most of its LoRAs leave them alone"
+    DEFAULT_SCALING, DEFAULT_CELLS = 0.13025, 128
     base_model_version = "sdxl_base_v1-0"
     architecture = "stable-diffusion-xl-v1-base"
     implementation = "https://github.com/Stability-AI/generative-models"
-    clip_skip: int | None = None
 
     def __init__(
         self,
         base: BaseModel,
         *,
-        v2: bool,
-        v_parameterization: bool,
-        vae: str | None,
-        clip_skip: int | None,
-        max_token_length: int | None,
+        vae: str | None = None,
+        v2: bool = False,
+        v_parameterization: bool = False,
+        clip_skip: int | None = None,
+        max_token_length: int | None = None,
         zero_terminal_snr: bool = False,
         weighted_captions: bool = False,
     ) -> None:
@@ -79,23 +93,24 @@ class StableDiffusionXL(LatentDiffusion):
             base,
             vae=vae,
             predicts=prediction_type(base, says_v=v_parameterization),
-            default_scaling=0.13025,
-            default_cells=128,
             max_token_length=max_token_length,
             zero_terminal_snr=zero_terminal_snr,
             weighted_captions=weighted_captions,
         )
 
-    def _encoders(self) -> list[tuple[Part, Callable[[Mapping[str, Any]], nn.Module]]]:
-        from library.models.modules import new_projected_text_encoder, new_text_encoder
-
-        kinds = zip(_PARTS, (new_text_encoder, new_projected_text_encoder), strict=True)
-        return [(self._base.parts[part], new) for part, new in kinds]
+    @classmethod
+    def claims(cls, content: WeightsIndex | Folder) -> bool:
+        """A UNet with the original names of its two text encoders, or a folder that is told to be of SDXL."""
+        if isinstance(content, Folder):
+            return is_of_xl(content) and content.config("unet") is not None and not other_family(content)
+        whole = begins(content, UNET_PREFIX) and begins(content, "conditioner.embedders.")
+        return is_of_xl(content) and whole and not other_family(content)
 
     def text_fingerprint(self) -> str:
-        from library.models.fingerprint import combined, part_fingerprint
+        """Of both encoders."""
+        from library.models.fingerprint import combined
 
-        return combined({**self._reading(), "weights": [part_fingerprint(self._base.parts[part]) for part in _PARTS]})
+        return combined({**self._reading(), "weights": [self.components.fingerprint(part) for part in _PARTS]})
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"hidden_states": [B, token_limit + 2, D1 + D2], "pooled": [B, P]}. Differentiable, for adapters in both.
@@ -107,7 +122,8 @@ class StableDiffusionXL(LatentDiffusion):
         from library.models.text.prompts import encode_penultimate, ids_and_weights, weigh
 
         states = []
-        for part, pad, encoder in zip(_PARTS, _PADS, self.text_encoders, strict=True):
+        for part, pad in zip(_PARTS, _PADS, strict=True):
+            encoder = self.components[part]
             ids, weights = ids_and_weights(
                 self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions, pad=pad
             )
@@ -134,56 +150,44 @@ class StableDiffusionXL(LatentDiffusion):
         ]
         return {**texts, "time_ids": to_device(torch.tensor(rows), texts["pooled"].device)}
 
-    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """Noise or velocity, as `prediction_type` says, [B, C, h, w]; t in 0 … 999."""
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """Noise or velocity, as the process says, [B, C, h, w]; levels are timesteps 0 … 999."""
         import torch
 
-        assert self.unet is not None, "the UNet is not loaded"
+        unet: Any = self.components["denoiser"]
         states, pooled = condition["hidden_states"], condition["pooled"]
         # autocast, where it is on, casts what it must and keeps the digits of the rest
         if not torch.is_autocast_enabled(noisy_BCHW.device.type):
-            dtype = self.unet.conv_in.weight.dtype
+            dtype = unet.conv_in.weight.dtype
             noisy_BCHW, states, pooled = noisy_BCHW.to(dtype), states.to(dtype), pooled.to(dtype)
         added = {"text_embeds": pooled, "time_ids": condition["time_ids"]}
-        return self.unet(noisy_BCHW, t_B, states, added_cond_kwargs=added, return_dict=False)[0]
+        return unet(noisy_BCHW, level_B, states, added_cond_kwargs=added, return_dict=False)[0]
 
     def _original_name(self, path: str) -> str:
-        return original_unet_name(path, layers_per_block=self._base.parts["unet"].config["layers_per_block"])
+        return original_unet_name(path, layers_per_block=self.components.config("denoiser")["layers_per_block"])
 
-    def adapter_targets(self) -> list[AdapterTargets]:
-        found = {}
-        if self.unet is not None:
-            found["unet"] = AdapterTargets(
-                "unet", "lora_unet", self.unet, UNET_LINEAR, UNET_CONV, self._original_name, blocks=SDXL
-            )
-        if self.text_encoders:
-            first, second = self.text_encoders
-            found["text_encoder_1"] = _text_targets("lora_te1", first, TEXT_LINEAR, "text_model.")
-            found["text_encoder_2"] = _text_targets("lora_te2", second, _SECOND_LINEAR, "")
-        for conv in (False, True):
-            check_counts(found, self.expected_modules(conv=conv), conv=conv)
-        return list(found.values())
+    def adapter_name(self, part: str, path: str) -> str:
+        """The UNet's original names; and transformers 5 dropped a level from the first text encoder's paths."""
+        if part == "denoiser":
+            return self._original_name(path)
+        return f"text_model.{path}" if part == "text_encoder" else path
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
-        transformers = self._base.parts["unet"].config.get("transformer_layers_per_block")
+        transformers = self._base.parts["denoiser"].config.get("transformer_layers_per_block")
         widths = [self._base.parts[part].config["hidden_size"] for part in _PARTS]
         if transformers != _TRUE_TRANSFORMERS or widths != _TRUE_WIDTHS:
             return None
         return _EXPECTED | {"unet": _EXPECTED["unet"] + _EXPECTED_CONV * conv}
 
-    def third_party_text_encoders(self) -> list[nn.Module]:
-        """Both, as kohya's modules know them, with paths below "text_model."; empty ones if none is loaded."""
-        from library.models.kohya_view import TextModelView
+    def third_party_views(self) -> tuple[list[nn.Module], nn.Module | None]:
+        """Both text encoders with paths below "text_model.", empty ones if none is loaded; the UNet with the original
+        names."""
+        from library.models.kohya_view import OriginalUNetView, TextModelView
 
-        if not self.text_encoders:
-            return [TextModelView(None), TextModelView(None)]
-        return [TextModelView(self.text_encoders[0]), self.text_encoders[1]]
-
-    def third_party_unet(self) -> nn.Module | None:
-        """The UNet as kohya's modules know it, with the original names."""
-        from library.models.kohya_view import OriginalUNetView
-
-        return None if self.unet is None else OriginalUNetView(self.unet, self._original_name)
+        encoders = self.components.loaded(*_PARTS)
+        texts = [TextModelView(encoders[0]), encoders[1]] if encoders else [TextModelView(None), TextModelView(None)]
+        unet = self.components.get("denoiser")
+        return texts, None if unet is None else OriginalUNetView(unet, self._original_name)
 
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -193,30 +197,17 @@ class StableDiffusionXL(LatentDiffusion):
             "negative_pooled_prompt_embeds": negative["pooled"],
         }
 
-    def sampling_pipeline(self) -> Any:
+    def pipeline(self) -> Any:
         """A diffusers StableDiffusionXLPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_xl_pipeline, read_tokenizer
 
-        assert self.vae is not None and self.unet is not None, "drawing needs them"  # noqa: PT018
-        parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet}
+        parts: dict[str, Any] = {"vae": self.components["vae"], "unet": self.components["denoiser"]}
         parts |= dict.fromkeys((*_PARTS, "tokenizer", "tokenizer_2"))
-        if self.text_encoders:  # prompts can be encoded before
+        if encoders := self.components.loaded(*_PARTS):  # prompts can be encoded before
             options = {**self._base.tokenizer_options, "pad_token": "!"}
-            parts |= dict(zip(_PARTS, self.text_encoders, strict=True))
+            parts |= dict(zip(_PARTS, encoders, strict=True))
             parts |= {"tokenizer": self._tokenizer, "tokenizer_2": read_tokenizer(self._base.tokenizer, options)}
-        schedule = SCHEDULER | self._scheduler | {"prediction_type": self.prediction_type}
-        return new_xl_pipeline(parts, schedule)
-
-
-if TYPE_CHECKING:
-    _conforms: type[ModelFamily] = StableDiffusionXL
-
-
-def _text_targets(prefix: str, encoder: nn.Module, layers: re.Pattern[str], level: str) -> AdapterTargets:
-    # transformers 5 dropped a level from the first one's paths that adapter files' keys still name
-    return AdapterTargets(
-        "text_encoder", prefix, encoder, layers, NOTHING, lambda path: f"{level}{path}", layer=TEXT_LAYER
-    )
+        return new_xl_pipeline(parts, self.process.scheduler("ddim"))
 
 
 def _device_of(encoder: nn.Module) -> torch.device:
@@ -225,7 +216,7 @@ def _device_of(encoder: nn.Module) -> torch.device:
 
 def _check_widths(base: BaseModel) -> None:
     """UserError where the UNet wants other text states than the encoders give."""
-    unet = base.parts["unet"].config
+    unet = base.parts["denoiser"].config
     first, second = (base.parts[part].config for part in _PARTS)
     given = first["hidden_size"] + second["hidden_size"]
     if unet["cross_attention_dim"] != given:

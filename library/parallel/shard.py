@@ -1,8 +1,8 @@
-"""The UNet's frozen weights shared out over the processes, for models that do not fit into one GPU.
+"""The denoiser's frozen weights shared out over the processes, for models that do not fit into one GPU.
 
 `accelerate launch` with an FSDP configuration asks for it. Accelerate's own FSDP wraps what is trained; a LoRA is small
-and the frozen UNet is not, so here the UNet is what is shared out, by torch's `fully_shard`, and the LoRA with its
-optimizer stays whole on every process: any optimizer works, and the files are those of one process.
+and the frozen denoiser is not, so here the denoiser is what is shared out, by torch's `fully_shard`, and the LoRA with
+its optimizer stays whole on every process: any optimizer works, and the files are those of one process.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.parallel import zero
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from library.config.options import Options
+    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -63,27 +64,30 @@ def without_accelerates_own() -> Iterator[None]:
         os.environ |= asked
 
 
-def shard(unet: nn.Module, accelerator: Accelerator) -> bool:
-    """Leave each process its share of the UNet's weights; a block's are put together while it computes.
+def shard(family: ModelFamily, accelerator: Accelerator) -> bool:
+    """Leave each process its share of the denoiser's weights; a block's are put together while it computes.
 
-    Every process must then run the UNet as often as the others. False if there is only one.
+    Every process must then run the denoiser as often as the others. False if there is only one.
     """
     if accelerator.num_processes == 1:
         logger.warning("FSDP with one process: there is nobody to share the weights with")
         return False
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
-    share_out(unet, accelerator)
-    logger.info("the UNet's weights, %.0f MB, are shared out over %d processes", whole / 1e6, accelerator.num_processes)
+    denoiser = family.components["denoiser"]
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
+    share_out(denoiser, family.denoiser_blocks(), accelerator)
+    logger.info(
+        "the %s's weights, %.0f MB, are shared out over %d processes",
+        *(family.PARTS["denoiser"].title, whole / 1e6, accelerator.num_processes),
+    )
     return True
 
 
-def share_out(unet: nn.Module, accelerator: Accelerator) -> None:
+def share_out(denoiser: nn.Module, blocks: Iterable[nn.Module], accelerator: Accelerator) -> None:
     """Over all processes, also where that is one."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    parts: Any = unet
-    for block in (*parts.down_blocks, parts.mid_block, *parts.up_blocks):
+    for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(unet, mesh=mesh)
+    fully_shard(denoiser, mesh=mesh)

@@ -1,13 +1,13 @@
 """Frozen layers whose weights are held in 8 bits (kohya's --fp8_base): half of bf16's memory, computed in bf16 or fp16.
 
-Only the weights of the layers that adapters can sit on are held so, over 99 % of a UNet; biases, norms, embeddings and
-what comes first and last keep their precision. float8_e4m3fn has three bits of mantissa and no scale: a weight is off
-by 1/16 of itself at most, and below 2⁻⁶ by 2⁻¹⁰.
+Only the weights of the layers that adapters can sit on are held so, over 99 % of Stable Diffusion's denoiser; biases,
+norms, embeddings and what comes first and last keep their precision. float8_e4m3fn has three bits of mantissa and no
+scale: a weight is off by 1/16 of itself at most, and below 2⁻⁶ by 2⁻¹⁰.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from library.errors import UserError
-from library.models.family import AdapterTargets
 from library.progress import bar
 
 FLOAT8 = torch.float8_e4m3fn
@@ -26,20 +25,15 @@ Shape = tuple[Pair, str | Pair, Pair, int]  # a convolution's stride, padding, d
 _LARGEST = torch.finfo(FLOAT8).max  # what is larger would become NaN
 
 
-def hold_in_float8(targets: Iterable[AdapterTargets], device: torch.device | None = None) -> int:
-    """Round the weights of every layer that `targets` name, and let these compute from them. Returns their number.
+def hold_in_float8(layers: Sequence[tuple[str, nn.Module]], device: torch.device | None = None) -> int:
+    """Round the weights of these layers, and let them compute from that. Returns their number.
 
-    `device`: where each weight is rounded, and stays; None: where it is.
+    `layers`: with the names that messages have for them. `device`: where each weight is rounded, and stays; None: where
+    it is.
 
     To be done before adapters are attached and after others are merged in. Raises UserError for a weight that is too
     large for the format, before that layer is changed.
     """
-    layers = [
-        (f"{target.prefix} {path}", layer)
-        for target in targets
-        for path, layer in target.root.named_modules()
-        if target.linear.fullmatch(path) or target.conv.fullmatch(path)
-    ]
     for name, layer in bar(layers, desc="weights to 8 bits", unit="layer"):
         assert isinstance(layer, nn.Linear | nn.Conv2d), f"{name}: neither Linear nor Conv2d"
         weight = layer.weight.detach().to(device or layer.weight.device)

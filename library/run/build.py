@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
 from library.errors import UserError
+from library.losses.preservation import Preservation
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule
@@ -112,10 +113,11 @@ def _core(
         seed=plan.seed,
         device=accelerator.device,
     )
-    shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family.unet, accelerator)
-    preserves = any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets)
-    if preserves and (refusal := network.refuses("off")):  # now, and not in the first step
-        raise UserError(refusal)
+    shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
+    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
+        if refusal := network.refuses("off"):  # now, and not in the first step
+            raise UserError(refusal)
+        objective = replace(objective, more=(Preservation(family.predict, network.off),))
     groups, optimizer = _optimizer(plan, network)
     # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
     schedule = None if curves.schedule is None else create_schedule(curves.schedule, optimizer)

@@ -14,7 +14,6 @@ from library.config.options import Options
 from library.data.caches.disk import Disk, Team
 from library.data.dataset import TrainingData
 from library.models.family import ModelFamily
-from library.quantization.float8 import hold_in_float8
 from library.sampling import render as sample
 from networks.merge import BaseWeights
 
@@ -26,7 +25,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def vae_dtype(family: ModelFamily, options: Options) -> torch.dtype:
     """What the VAE computes in."""
     dtype = DTYPES[options.precision.mixed_precision]
-    if options.model.no_half_vae or (dtype == torch.float16 and family.vae_overflows_fp16):
+    if options.model.no_half_vae or (dtype == torch.float16 and family.latents.overflows_fp16):
         return torch.float32
     return dtype
 
@@ -74,7 +73,7 @@ def load_and_encode(
     validation: TrainingData | None,
     cache: bool,
 ) -> None:
-    """VAE, text encoders, UNet, one after the other, so that no more lies in memory than is needed at the time.
+    """VAE, text encoders, denoiser, one after the other, so that no more lies in memory than is needed at the time.
 
     The latents of `validation` are kept in any case: they never change. Without `cache` nothing is encoded, and
     everything stays loaded: a dry run looks at all parts.
@@ -83,29 +82,31 @@ def load_and_encode(
     if dtype != torch.float32 and not options.model.no_half_vae and vae_dtype(family, options) == torch.float32:
         logger.warning("the VAE of %s computes in fp32, because fp16 is too small for it (--no_half_vae)", family.path)
 
+    parts = family.components
+
     def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if family.vae is None:  # not before an image needs it: all of them may be on disk
-            family.load_vae(vae_dtype(family, options), device)
+        if "vae" not in parts:  # not before an image needs it: all of them may be on disk
+            parts.load("vae", vae_dtype(family, options), device)
         return family.encode_images(pixels)
 
     def encode_prompts(captions: list[str]) -> dict[str, torch.Tensor]:
-        if not family.text_encoders:
+        if not parts.have_text_encoders:
             load_text_encoders()
         return family.encode_prompts(captions)
 
     def load_text_encoders() -> None:
-        family.load_text_encoders(dtype, device)
-        base_weights.merge_into(family.adapter_targets())
+        parts.load_all(parts.text_encoders, dtype, device)
+        base_weights.merge_into(family.adapter_targets(*parts.text_encoders))
 
     if cache and options.data.cache_latents:
         disk, batch_size = latents_on_disk(family, options, accelerator), options.data.vae_batch_size
         data.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=validation)
         if validation is not None:
             validation.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=data)
-        family.release_vae()
+        parts.release("vae")
         _give_back(device)
     else:
-        family.load_vae(vae_dtype(family, options), device)
+        parts.load("vae", vae_dtype(family, options), device)
         if cache and validation is not None:
             validation.cache_latents(encode_images, batch_size=options.data.vae_batch_size)
 
@@ -118,32 +119,29 @@ def load_and_encode(
         if validation is not None:
             validation.cache_captions(encode_prompts, batch_size=batch_size, disk=disk, beside=data)
         prompts.keep(encode_prompts)
-        family.release_text_encoders()
+        parts.release(*parts.text_encoders)
         _give_back(device)
     else:
         load_text_encoders()
         if options.precision.holds_text_encoders_in_float8:
-            hold_in_float8(family.adapter_targets())
+            parts.hold(*parts.text_encoders, format="float8")
 
     in_float8 = options.precision.holds_unet_in_float8
     # in 8 bits it may fit into a GPU where all of it in 16 does not
-    family.load_unet(dtype, "cpu" if in_float8 else device)
-    of_unet = [target for target in family.adapter_targets() if target.part == "unet"]
-    base_weights.merge_into(of_unet)
+    denoiser = parts.load("denoiser", dtype, "cpu" if in_float8 else device)
+    base_weights.merge_into(family.adapter_targets("denoiser"))
     base_weights.report()
     if in_float8:
-        hold_in_float8(of_unet, device)
-        of_unet[0].root.to(device)
-    # Checkpointing is active in training mode only; nothing else in the UNet differs between the modes.
-    assert family.unet is not None
-    family.unet.train()
+        parts.hold("denoiser", format="float8", device=device)
+        denoiser.to(device)
+    # Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes.
+    denoiser.train()
     if options.precision.gradient_checkpointing:
-        family.unet.enable_gradient_checkpointing()
+        parts.checkpoint("denoiser")
         if trains_text(options):
-            for encoder in family.text_encoders:
-                enable = getattr(encoder, "activation_checkpointing_enable", None)  # of transformers 5.23 and later
-                (enable or encoder.gradient_checkpointing_enable)()
-                encoder.train()
+            for name in parts.text_encoders:
+                parts.checkpoint(name)
+                parts[name].train()
 
 
 def _give_back(device: torch.device) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from library.config.options.objective import ObjectiveOptions
 from library.data.captions import as_written
 from library.data.dataset import TrainingData
 from library.data.samples import Sample
+from library.diffusion.process import Process
 from library.optimizers.weight_decay_choice import DecayChoice
 from library.record.dataset_metadata import DatasetFacts, SubsetFacts
 from library.record.metadata import RunFacts, RunMetadata
@@ -119,8 +122,14 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         ip_noise_gamma_random_strength=wanted.ip_noise_gamma_random_strength,
         debiased_estimation=wanted.debiased_estimation_loss,
         # what was trained on: a base model's own noise schedule can be such a one, too
-        zero_terminal_snr=bool(family.alphas_cumprod[-1] == 0),
+        zero_terminal_snr=_ends_in_noise(family.process),
     )
+
+
+def _ends_in_noise(process: Process) -> bool:
+    """Whether there is no signal at the last step."""
+    last = process.at(torch.tensor([process.steps - 1]))
+    return not process.signal_to_noise(last).item()
 
 
 def _timestep_distribution(options: ObjectiveOptions) -> dict[str, object] | None:
@@ -219,7 +228,7 @@ def _model_spec(plan: Plan) -> ModelSpec:
         architecture=family.architecture,
         title=output.metadata_title or output.output_name or "last",
         resolution=plan.datasets[0].resolution,
-        prediction_type=family.prediction_type,
+        prediction_type=family.process.prediction_type,
         implementation=family.implementation,
         author=output.metadata_author,
         description=output.metadata_description,

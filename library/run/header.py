@@ -14,7 +14,7 @@ from library.record.facts import Facts
 from library.record.summary import rows
 from library.run.plan import Plan
 from library.run.recording import in_effect
-from library.training.meter import timestep_ranges
+from library.training.meter import BINS
 from library.training.run import Run
 
 EXAMPLES = 24  # images that are named
@@ -33,7 +33,7 @@ def describe(plan: Plan, run: Run, facts: Facts) -> dict[str, Any]:
         "started_at": int(plan.started_at),
         "total_steps": run.position.total,
         "steps_per_epoch": saves.steps_per_epoch,
-        "timesteps": timestep_ranges(len(run.objective.alphas_cumprod)),
+        "timesteps": run.objective.process.bins(BINS),
         "adapters": run.network.layers(),
         "summary": [list(row) for row in rows(facts)],
         "options": _options(plan.options, seed=plan.seed),

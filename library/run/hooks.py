@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.config.options import Options
 from library.data.dataset import TrainingData
+from library.diffusion.process import middles
 from library.parallel import zero
 from library.record import trackers
 from library.record.run_file import RunFile
@@ -21,7 +22,6 @@ from library.run.plan import Plan
 from library.run.start import pictures
 from library.sampling import render
 from library.sampling.prompts import SampleTimes
-from library.training.fixed_noise import middles
 from library.training.hook import Hook
 from library.training.hooks.ema import Ema
 from library.training.hooks.guard import Guard
@@ -33,7 +33,7 @@ from library.training.hooks.sampler import Sampler
 from library.training.hooks.saver import Saver
 from library.training.hooks.validation import Times, Validator
 from library.training.hooks.weight_decay import Observe, WeightDecay
-from library.training.meter import Meter, timestep_ranges
+from library.training.meter import BINS, Meter
 from library.training.run import Run
 from library.training.state import Facts
 from library.training.unwritten import Unwritten
@@ -85,9 +85,7 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
 
 
 def _validator(options: Options, run: Run, held_out: TrainingData) -> Validator:
-    wanted, trained = options.validation, options.objective
-    low = trained.min_timestep or 0
-    high = len(run.family.alphas_cumprod) if trained.max_timestep is None else trained.max_timestep
+    wanted = options.validation
     return Validator(
         held_out,
         History(patience=wanted.early_stopping_patience, threshold=wanted.early_stopping_threshold),
@@ -97,7 +95,7 @@ def _validator(options: Options, run: Run, held_out: TrainingData) -> Validator:
             steps_per_epoch=run.saves.steps_per_epoch,
             total_steps=run.position.total,
         ),
-        timesteps=middles(low, max(high, low + 1)),
+        timesteps=middles(*run.objective.steps),
         most_batches=wanted.max_validation_steps,
     )
 
@@ -109,7 +107,7 @@ def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[
         yield Pictures(
             paths,
             encode=prompts,
-            load_vae=_loading_vae(plan, run),
+            vae_dtype=vae_dtype(run.family, plan.options),
             prompts=output.compare_prompts,
             size=plan.datasets[0].resolution,
             steps=output.compare_steps,
@@ -120,11 +118,10 @@ def _monitor(plan: Plan, run: Run, record: RunFile) -> Iterator[Monitor]:
     wanted = plan.options.monitoring
     if wanted.monitoring:
         by_name = {group["name"]: group["params"] for group in run.groups}
-        timesteps = len(run.objective.alphas_cumprod)
         yield Monitor(
-            Meter(by_name, run.network, run.accelerator, timesteps=timesteps),
+            Meter(by_name, run.network, run.accelerator, process=run.objective.process),
             every=wanted.every,
-            bins=timestep_ranges(timesteps),
+            bins=run.objective.process.bins(BINS),
             record=record,
         )
 
@@ -160,7 +157,7 @@ def _sampling(plan: Plan, times: SampleTimes, run: Run, prompts: render.EncodedP
         family=run.family,
         network=run.network,
         encode=prompts,
-        load_vae=_loading_vae(plan, run),
+        vae_dtype=vae_dtype(run.family, plan.options),
         autocast=run.accelerator.autocast,
         device=run.accelerator.device,
         show=partial(trackers.log_image, run.accelerator),
@@ -170,8 +167,3 @@ def _sampling(plan: Plan, times: SampleTimes, run: Run, prompts: render.EncodedP
         since=plan.started_at,
         steps_per_epoch=run.saves.steps_per_epoch,
     )
-
-
-def _loading_vae(plan: Plan, run: Run) -> Callable[[], None]:
-    dtype, device = vae_dtype(run.family, plan.options), run.accelerator.device
-    return lambda: run.family.load_vae(dtype, device)

@@ -37,7 +37,7 @@ def make_network(
     network: TrainableNetwork
     if (kind := kinds.kind_of(wanted.network_module)) is None:
         views = foreign.BaseModel(
-            family.vae, family.third_party_text_encoders(), family.third_party_unet(), family.unet
+            family.components.get("vae"), *family.third_party_views(), family.components.get("denoiser")
         )
         network = foreign.create(wanted.network_module, views, targets, asked, arguments, file=sizes)
     else:

@@ -1,4 +1,4 @@
-"""From the options of noise, timesteps and loss to the objective of the steps, its tables computed."""
+"""From the options of noise, timesteps and loss to the objective of the steps."""
 
 from __future__ import annotations
 
@@ -11,58 +11,77 @@ from torch import Tensor
 
 from library.config import registry
 from library.config.options.objective import ObjectiveOptions
-from library.diffusion import ddpm, timesteps
+from library.diffusion import levels
 from library.diffusion.noise import Noise
+from library.diffusion.process import Process
 from library.errors import UserError
 from library.losses import LOSSES, huber, snr
+from library.losses.main import MainLoss
 from library.models.family import ModelFamily
-from library.training.step import Objective
+from library.training.step import Level, Objective
 
 logger = logging.getLogger(__name__)
+
+
+OfLevels = Callable[[Tensor], Tensor]
+"""A number for each noise level [B]."""
 
 
 def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
     """What these options minimise with this model. Raises UserError where they do not fit it.
 
-    Every table is made from the model's final noise schedule, in which --zero_terminal_snr is done already.
+    All weights come from the model's final noise schedule, in which --zero_terminal_snr is done already.
     """
     for sentence in options.without_effect():
         logger.warning("%s", sentence)
-    if options.noise_offset and family.prediction_type == "v_prediction":
+    process = family.process
+    if options.noise_offset and process.prediction_type == "v_prediction":
         logger.warning(
             "--noise_offset %g: %s predicts v, and users report that the offset ruins LoRAs of such models; it is for "
             "those that predict noise. --noise_offset 0 leaves it out",
             *(options.noise_offset, family.path),
         )
     return Objective(
-        prediction_type=family.prediction_type,
-        alphas_cumprod=family.alphas_cumprod,
-        loss=registry.load(LOSSES, options.loss_type, where="--loss_type"),
-        timestep=_timestep(options, len(family.alphas_cumprod)),
+        process=process,
+        level=_level(options, process),
+        steps=_step_range(options, process),
         noise=_noise(options),
-        thresholds=_thresholds(options, family.alphas_cumprod),
-        weights=_weights(options, family),
+        main=MainLoss(
+            loss=registry.load(LOSSES, options.loss_type, where="--loss_type"),
+            thresholds=_thresholds(options, process),
+            weights=_weights(options, family),
+        ),
     )
 
 
-def _timestep(options: ObjectiveOptions, count: int) -> Callable[[torch.Generator], int]:
-    """Draws one timestep in --min_timestep ... --max_timestep - 1; of two that are equal, that one, as in kohya."""
+def _step_range(options: ObjectiveOptions, process: Process) -> tuple[int, int]:
+    """--min_timestep and --max_timestep, the end excluded; of two that are equal, that one, as in kohya."""
     low = options.min_timestep or 0
-    high = count if options.max_timestep is None else options.max_timestep
-    if low == high:
-        high += 1
-    if high > count:
-        raise UserError(f"--max_timestep {options.max_timestep}: this model has the timesteps 0 to {count - 1}")
-    if options.density == "uniform" and options.training_shift == 1:
-        return partial(timesteps.uniform_timestep, low=low, high=high)
-    densities: dict[str, timesteps.Density] = {
-        "uniform": timesteps.uniform,
-        "sigmoid": partial(timesteps.logit_normal, mean=0.0, std=options.sigmoid_scale),
-        "logit_normal": partial(timesteps.logit_normal, mean=options.logit_mean, std=options.logit_std),
-        "mode": partial(timesteps.mode, scale=options.mode_scale),
+    high = process.steps if options.max_timestep is None else options.max_timestep
+    return low, max(high, low + 1)
+
+
+def _level(options: ObjectiveOptions, process: Process) -> Level:
+    """Draws one noise level in the trained range."""
+    low, high = _step_range(options, process)
+    if high > process.steps:
+        raise UserError(f"--max_timestep {options.max_timestep}: this model has the timesteps 0 to {process.steps - 1}")
+    densities: dict[str, levels.Density] = {
+        "uniform": levels.uniform,
+        "sigmoid": partial(levels.logit_normal, mean=0.0, std=options.sigmoid_scale),
+        "logit_normal": partial(levels.logit_normal, mean=options.logit_mean, std=options.logit_std),
+        "mode": partial(levels.mode, scale=options.mode_scale),
     }
-    density = densities[options.density]
-    return partial(timesteps.timestep, density=density, shift=options.training_shift, low=low, high=high)
+    density: levels.Density | None = densities[options.density]
+    if options.training_shift != 1:
+        density = partial(levels.shifted_density, densities[options.density], shift=options.training_shift)
+    elif options.density == "uniform":
+        density = None
+
+    def draw(generator: torch.Generator, size: tuple[int, int]) -> float:
+        return process.draw(generator, density=density, low=low, high=high, size=size)
+
+    return draw
 
 
 def _noise(options: ObjectiveOptions) -> Noise:
@@ -77,34 +96,44 @@ def _noise(options: ObjectiveOptions) -> Noise:
     )
 
 
-def _thresholds(options: ObjectiveOptions, alphas_cumprod: Tensor) -> Tensor | None:
+def _thresholds(options: ObjectiveOptions, process: Process) -> OfLevels | None:
     if options.loss_type not in ("huber", "smooth_l1"):
         return None
-    return huber.thresholds(options.huber_schedule, alphas_cumprod, c=options.huber_c, scale=options.huber_scale)
+
+    def thresholds(level_B: Tensor) -> Tensor:
+        ratios, shares = process.signal_to_noise(level_B), process.share(level_B)
+        return huber.thresholds(options.huber_schedule, ratios, shares, c=options.huber_c, scale=options.huber_scale)
+
+    return thresholds
 
 
-def _weights(options: ObjectiveOptions, family: ModelFamily) -> Tensor | None:
-    """The product of the weightings that are asked for, per timestep."""
-    predicts = family.prediction_type
+def _weights(options: ObjectiveOptions, family: ModelFamily) -> OfLevels | None:
+    """The product of the weightings that are asked for."""
+    process = family.process
+    predicts = process.prediction_type
     if options.scale_v_pred_loss_like_noise_pred and predicts != "v_prediction":
         raise UserError(
             f"--scale_v_pred_loss_like_noise_pred: {family.path} predicts noise, not v, so there is nothing to scale"
         )
     if options.v_pred_like_loss and predicts == "v_prediction":
         raise UserError(f"--v_pred_like_loss: {family.path} predicts v already; the option is for models of noise")
-    ratios = ddpm.signal_to_noise(family.alphas_cumprod)
-    factors: dict[str, Tensor] = {}
+    factors: dict[str, OfLevels] = {}
     if options.min_snr_gamma:
-        gamma = options.min_snr_gamma
-        factors["min_snr_gamma"] = snr.min_snr_weight(ratios, gamma=gamma, prediction_type=predicts)
+        factors["min_snr_gamma"] = partial(snr.min_snr_weight, gamma=options.min_snr_gamma, prediction_type=predicts)
     if options.scale_v_pred_loss_like_noise_pred:
-        factors["scale_v_pred_loss_like_noise_pred"] = snr.like_noise_weight(ratios)
+        factors["scale_v_pred_loss_like_noise_pred"] = snr.like_noise_weight
     if options.v_pred_like_loss:
-        factors["v_pred_like_loss"] = snr.v_like_weight(ratios, strength=options.v_pred_like_loss)
+        factors["v_pred_like_loss"] = partial(snr.v_like_weight, strength=options.v_pred_like_loss)
     if options.debiased_estimation_loss:
-        factors["debiased_estimation_loss"] = snr.debiased_weight(ratios, prediction_type=predicts)
+        factors["debiased_estimation_loss"] = partial(snr.debiased_weight, prediction_type=predicts)
+    if factors and predicts == "velocity":
+        raise UserError(
+            f"--{next(iter(factors))}: {family.path} is trained by flow matching, and the weight is for models that "
+            "predict noise or v; leave it out"
+        )
+    every_ratio = process.signal_to_noise(process.at(torch.arange(process.steps)))
     for name, factor in factors.items():
-        if not factor.isfinite().all():
+        if not factor(every_ratio).isfinite().all():
             raise UserError(
                 f"--{name}: its weight is infinite at the last timestep of {family.path}, whose noise schedule ends "
                 "in pure noise (zero terminal SNR)"
@@ -112,4 +141,9 @@ def _weights(options: ObjectiveOptions, family: ModelFamily) -> Tensor | None:
     if len(factors) > 1:
         names = " and ".join(f"--{name}" for name in factors)
         logger.warning("%s each weight the timesteps: their weights are multiplied, as in kohya's scripts", names)
-    return torch.stack(list(factors.values())).prod(dim=0) if factors else None
+
+    def weights(level_B: Tensor) -> Tensor:
+        ratios = process.signal_to_noise(level_B)
+        return torch.stack([factor(ratios) for factor in factors.values()]).prod(dim=0)
+
+    return weights if factors else None

@@ -20,12 +20,12 @@ from library.config.options.validation import check_validation
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
-from library.models import open_family
+from library.models.opening import open_family
 from library.parallel import together
 from library.record.metadata import check_user_metadata
 from library.record.trackers import TrackerPlan
 from library.run.trackers import plan_trackers
-from library.sampling.prompts import SampleTimes, plan_samples
+from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
 from library.training.state import State
 from library.training.state import find as find_state
 from networks import kinds
@@ -114,18 +114,16 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = open_family(
         options.model.pretrained_model_name_or_path,
-        v2=options.model.v2,
-        v_parameterization=options.model.v_parameterization,
         vae=options.model.vae,
-        clip_skip=options.model.clip_skip,
-        max_token_length=options.model.max_token_length,
-        zero_terminal_snr=options.objective.zero_terminal_snr,
-        weighted_captions=options.model.weighted_captions,
         only=only_family,
+        options=vars(options.model) | vars(options.objective),
+        given=options.given,
     )
+    if samples is not None:
+        samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
     prepared = prepare(
         datasets,
-        multiple_of=family.vae_factor,
+        multiple_of=family.size_divisor,
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )

@@ -62,7 +62,7 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
     return facts.Model(
         path=family.path,
         version=family.base_model_version,
-        prediction_type=family.prediction_type,
+        prediction_type=family.process.prediction_type,
         vae=family.vae_path,
         precision=options.precision.mixed_precision.replace("no", "fp32"),
         device=str(run.accelerator.device),

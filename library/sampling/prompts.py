@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,21 @@ def plan_samples(options: SampleOptions) -> SampleTimes | None:
         every_n_steps=options.sample_every_n_steps,
         every_n_epochs=options.sample_every_n_epochs,
     )
+
+
+def with_samplers_of(times: SampleTimes, known: Sequence[str], *, given: bool) -> SampleTimes:
+    """The same for a model that can be drawn with the samplers `known`, the first of which is its default.
+
+    given: whether the user chose --sample_sampler. UserError for a chosen one that is not among them.
+    """
+    wanted = [("--sample_sampler", times.sampler)] * given
+    wanted += [("--sample_prompts: sampler", item.sample_sampler) for item in times.prompts if item.sample_sampler]
+    for where, name in wanted:
+        if name not in known:
+            raise UserError(
+                f"{where} {name}: this model can be drawn with {', '.join(known)}{did_you_mean(name, known)}"
+            )
+    return times if given or times.sampler in known else dataclasses.replace(times, sampler=known[0])
 
 
 def read_prompts(path: Path) -> tuple[SamplePrompt, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from library import rng
-from library.config.samplers import SAMPLERS
 from library.errors import UserError
 from library.files.atomic import replacing
 from library.gpu import kept_random_state
@@ -31,14 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPARE_SCALE = 4.0  # of classifier-free guidance
-
-# What the classes of diffusers need beside the model's own noise schedule
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own configuration has it
-    "dpmsolver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},  # "zero" divides by it
-    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
-    "dpmsingle": {"lower_order_final": True},  # else only some numbers of steps work
-}
 
 
 class EncodedPrompts:
@@ -65,15 +55,6 @@ class EncodedPrompts:
         return self._kept[text] if self._kept else self._family.encode_prompts([text])
 
 
-def new_scheduler(sampler: str, config: Any) -> Any:
-    """diffusers' scheduler for one of SAMPLERS, with the noise schedule and prediction type of `config`."""
-    module, _, name = SAMPLERS[sampler].rpartition(".")
-    scheduler = getattr(importlib.import_module(module), name)
-    names = inspect.signature(scheduler).parameters
-    own = {key: value for key, value in config.items() if key in names}
-    return scheduler(**{**own, **_SETTINGS.get(sampler, {})})
-
-
 def check_sampler(sampler: str) -> None:
     """`UserError` if it needs a package that is absent."""
     if sampler == "lms" and importlib.util.find_spec("scipy") is None:
@@ -90,9 +71,13 @@ def render(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Image:
-    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's."""
+    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's.
+
+    Sides are rounded down to the family's `size_divisor`.
+    """
+    width, height = (side - side % family.size_divisor for side in (item.width, item.height))
     own = pipeline.scheduler
-    pipeline.scheduler = new_scheduler(item.sample_sampler or sampler, own.config)
+    pipeline.scheduler = family.process.scheduler(item.sample_sampler or sampler)
     with torch.no_grad():
         try:
             with autocast():
@@ -100,15 +85,23 @@ def render(
                     **encode(item.prompt, item.negative_prompt),
                     num_inference_steps=item.sample_steps,
                     guidance_scale=item.scale,
-                    width=item.width,
-                    height=item.height,
+                    width=width,
+                    height=height,
                     generator=generator,
                     output_type="latent",
                 ).images
         finally:
-            pipeline.scheduler = own  # another sampler's lacks some of what the model's says
+            pipeline.scheduler = own
         pixels = family.decode_latents(latents)
-    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+    return to_image(pixels[0])
+
+
+def to_image(pixels_CHW: Tensor) -> Image:
+    """Pixels in [-1, 1], [3, H, W], as an image of 8 bits."""
+    from PIL import Image
+
+    shares = (pixels_CHW.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu()
+    return Image.fromarray((shares.numpy() * 255).round().astype("uint8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +112,7 @@ class Sampling:
     family: ModelFamily
     network: Any  # a kohya-style network, which is a torch.nn.Module
     encode: Callable[[str, str], dict[str, Tensor]]
-    load_vae: Callable[[], None]  # used if the VAE is not in memory, and given back then
+    vae_dtype: torch.dtype  # of the VAE, which is loaded and released where it is not in memory
     autocast: Callable[[], AbstractContextManager[Any]]
     device: torch.device
     show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
@@ -134,9 +127,10 @@ class Sampling:
         moment = self._moment(step)
         if moment is None:
             return
-        lacks_vae = self.family.vae is None
+        parts = self.family.components
+        lacks_vae = "vae" not in parts
         if lacks_vae:
-            self.load_vae()
+            parts.load("vae", self.vae_dtype, self.device)
         training = self.network.training
         self.network.eval()  # no dropout
         try:
@@ -145,7 +139,7 @@ class Sampling:
         finally:
             self.network.train(training)
             if lacks_vae:
-                self.family.release_vae()
+                parts.release("vae")
 
     def is_due(self, step: int) -> bool:
         """Whether `step` is one after which samples are drawn."""
@@ -155,7 +149,7 @@ class Sampling:
         return self.times.due(step, steps_per_epoch=self.steps_per_epoch)
 
     def _draw(self, step: int, moment: str) -> None:
-        pipeline = self.family.sampling_pipeline()
+        pipeline = self.family.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         for number, item in enumerate(bar(self.times.prompts, desc="samples", unit="image")):
             generator = rng.torch_generator(self.seed, number, "sample")
@@ -194,11 +188,11 @@ def draw(
     steps: int,
     seed: int,
 ) -> list[Image]:
-    """One image of `size` (width, height) per prompt, with the network as it stands; UNet and VAE must be loaded.
+    """One image of `size` (width, height) per prompt, with the network as it stands; denoiser and VAE must be loaded.
 
     Every prompt has its own noise, keyed by its text: the same prompt gives the same image, whatever else is drawn.
     """
-    pipeline = family.sampling_pipeline()
+    pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     width, height = size
     return [
@@ -207,7 +201,7 @@ def draw(
             pipeline,
             encode,
             SamplePrompt(prompt=prompt, width=width, height=height, sample_steps=steps, scale=COMPARE_SCALE),
-            sampler="ddim",
+            sampler=family.process.samplers[0],
             generator=rng.torch_generator(seed, prompt, "sample"),
         )
         for prompt in bar(prompts, desc="drawing", unit="image")

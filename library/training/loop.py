@@ -226,7 +226,6 @@ def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
             seed=run.seed,
             device=run.accelerator.device,
             train_text=train_text,
-            without=run.network.off,
         )
 
 

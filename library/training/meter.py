@@ -6,7 +6,6 @@ samples' losses to the sums by timestep.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.process import PARTS, Process
 from library.gpu import to_device
 
 if TYPE_CHECKING:
@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
     from networks.network import TrainableNetwork
 
-BINS = 5  # of the timesteps, of equal width
-
-
-def timestep_ranges(timesteps: int) -> list[str]:
-    """The bins by name: "000-199" …"""
-    edges = [timesteps * i // BINS for i in range(BINS + 1)]
-    return [f"{low:03d}-{high - 1:03d}" for low, high in itertools.pairwise(edges)]
+BINS = PARTS  # of the noise levels, of equal width
 
 
 @dataclass(frozen=True)
@@ -54,21 +48,20 @@ class Meter:
         network: TrainableNetwork,
         accelerator: Accelerator,
         *,
-        timesteps: int,
+        process: Process,
     ) -> None:
-        """`groups`: the trained parameters by the names of their groups.
-        `timesteps`: of the noise schedule, 1000 as a rule."""
+        """`groups`: the trained parameters by the names of their groups. `process`: the bins divide its levels."""
         self._parameters = [parameter for group in groups.values() for parameter in group]
         self._members = {name: len(group) for name, group in groups.items()}
         self._sizes = {name: sum(parameter.numel() for parameter in group) for name, group in groups.items()}
-        self._network, self._accelerator, self._timesteps = network, accelerator, timesteps
+        self._network, self._accelerator, self._process = network, accelerator, process
         self._before: list[Tensor] | None = None
         self._bins = torch.zeros(2, BINS, device=accelerator.device)  # sums, counts
         self._new = torch.zeros_like(self._bins)  # of the running step, of this process
 
-    def batch(self, per_sample_B: Tensor, t_B: Tensor) -> None:
-        """The losses of a batch, detached, with their timesteps, which lie on the CPU."""
-        places = to_device(t_B * BINS // self._timesteps, self._bins.device)
+    def batch(self, per_sample_B: Tensor, level_B: Tensor) -> None:
+        """The losses of a batch, detached, with their noise levels, which lie on the CPU."""
+        places = to_device(self._process.bin_of(level_B, BINS), self._bins.device)
         losses = per_sample_B.to(self._bins)
         counted = losses.isfinite()
         self._new.index_add_(1, places, torch.stack((losses.nan_to_num(0, 0, 0), counted.to(losses))))

@@ -175,7 +175,7 @@ def main(folder: str) -> None:
     """Write results.json: for each row the exit code, the error, and by how many MiB the process has grown by then."""
     import resource
 
-    from library.models.stable_diffusion import StableDiffusion
+    from library.models.components import Components
     from train_network import main as program
 
     class ModelWanted(Exception):
@@ -184,8 +184,7 @@ def main(folder: str) -> None:
     def load(*_arguments: object) -> None:
         raise ModelWanted
 
-    for part in ("vae", "text_encoders", "unet"):
-        setattr(StableDiffusion, f"load_{part}", load)
+    Components.load = load
     os.chdir(folder)
     Path("good").mkdir()
     os.chdir("good")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from library.models.stable_diffusion import StableDiffusion
+from library.models.components import Components
 from tests.bad_input import wrong_files, wrong_settings
 from tests.bad_input.wrong import IMAGES, USUAL, Wrong, good_inputs, write
 from train_network import main
@@ -68,8 +68,7 @@ def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_arguments: object) -> None:
         pytest.fail("a model is loaded")
 
-    for part in ("vae", "text_encoders", "unet"):
-        monkeypatch.setattr(StableDiffusion, f"load_{part}", load)
+    monkeypatch.setattr(Components, "load", load)
 
 
 def _written() -> list[Path]:

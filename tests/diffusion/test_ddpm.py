@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from library.diffusion import ddpm
+from library.diffusion.ddpm import DDPM
 
 T = torch.tensor([0, 1, 500, 999])
 
@@ -24,13 +24,13 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_add_noise_is_diffusers(scheduler, pair):
     latents, noise = pair
-    ours = ddpm.add_noise(latents, noise, T, scheduler.alphas_cumprod.double())
+    ours = DDPM("epsilon", scheduler.alphas_cumprod.double()).noisy(latents, noise, T)
     torch.testing.assert_close(ours, scheduler.add_noise(latents, noise, T), rtol=1e-5, atol=1e-6)
 
 
 def test_velocity_is_diffusers(scheduler, pair):
     latents, noise = pair
-    ours = ddpm.prediction_target("v_prediction", latents, noise, T, scheduler.alphas_cumprod.double())
+    ours = DDPM("v_prediction", scheduler.alphas_cumprod.double()).target(latents, noise, T)
     torch.testing.assert_close(ours, scheduler.get_velocity(latents, noise, T), rtol=1e-5, atol=1e-6)
 
 
@@ -38,21 +38,21 @@ def test_noise_and_velocity_give_back_the_image(scheduler, pair):
     """x_0 = sqrt(a) x_t - sqrt(1 - a) v, exactly (arXiv 2202.00512)."""
     latents, noise = (x.double() for x in pair)
     table = scheduler.alphas_cumprod.double()
-    noisy = ddpm.add_noise(latents, noise, T, table)
-    v = ddpm.velocity(latents, noise, T, table)
+    process = DDPM("v_prediction", table)
+    noisy, v = process.noisy(latents, noise, T), process.target(latents, noise, T)
     a = table[T].view(-1, 1, 1, 1)
     torch.testing.assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, latents, rtol=0, atol=1e-12)
 
 
 def test_epsilon_target_is_the_noise(scheduler, pair):
     latents, noise = pair
-    assert ddpm.prediction_target("epsilon", latents, noise, T, scheduler.alphas_cumprod) is noise
+    assert DDPM("epsilon", scheduler.alphas_cumprod).target(latents, noise, T) is noise
 
 
 def test_signal_to_noise_falls_and_is_zero_without_signal(scheduler):
-    snr = ddpm.signal_to_noise(scheduler.alphas_cumprod.double())
+    snr = DDPM("epsilon", scheduler.alphas_cumprod.double()).signal_to_noise(torch.arange(1000))
     assert (snr.diff() < 0).all()
-    assert ddpm.signal_to_noise(torch.tensor([0.0])).item() == 0.0
+    assert DDPM("epsilon", torch.tensor([0.0])).signal_to_noise(torch.tensor([0])).item() == 0.0
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -60,8 +60,18 @@ def test_a_last_timestep_without_signal_is_finite(prediction_type, pair):
     """Zero terminal SNR: x_t is the noise, v is -x_0 (arXiv 2305.08891)."""
     latents, noise = pair
     t, table = torch.full((4,), 2), torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(ddpm.add_noise(latents, noise, t, table), noise, rtol=0, atol=0)
+    process = DDPM(prediction_type, table)
+    torch.testing.assert_close(process.noisy(latents, noise, t), noise, rtol=0, atol=0)
     expected = noise if prediction_type == "epsilon" else -latents
-    torch.testing.assert_close(
-        ddpm.prediction_target(prediction_type, latents, noise, t, table), expected, rtol=0, atol=0
-    )
+    torch.testing.assert_close(process.target(latents, noise, t), expected, rtol=0, atol=0)
+
+
+def test_steps_bins_and_shares():
+    process = DDPM("epsilon", torch.linspace(0.99, 0.01, 1000, dtype=torch.float64))
+    assert process.steps == 1000
+    assert process.bins(5) == ["000-199", "200-399", "400-599", "600-799", "800-999"]
+    t = torch.tensor([0, 199, 200, 999])
+    assert process.bin_of(t, 5).tolist() == [0, 0, 1, 4]
+    assert process.share(t).tolist() == [0, 0.199, 0.2, 0.999]
+    assert torch.equal(process.at(t), t)
+    assert process.stacked([3, 4]).dtype == torch.int64

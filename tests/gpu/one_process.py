@@ -35,10 +35,10 @@ if __name__ == "__main__":
     assert torch.distributed.is_initialized()
     assert run.accelerator.num_processes == 1
     if what == "fsdp":
-        shard.share_out(run.family.unet, run.accelerator)  # type: ignore[arg-type]
+        shard.share_out(run.family.components["denoiser"], run.family.denoiser_blocks(), run.accelerator)  # type: ignore[arg-type]
         from torch.distributed.tensor import DTensor
 
-        assert all(isinstance(parameter, DTensor) for parameter in run.family.unet.parameters())  # type: ignore[union-attr]
+        assert all(isinstance(parameter, DTensor) for parameter in run.family.components["denoiser"].parameters())  # type: ignore[union-attr]
     if what == "zero":
         zero = ZeroTwo(run.network, run.optimizer.optimizer, run.accelerator, accumulation=1, max_grad_norm=1.0)
         run = replace(run, optimizer=zero, gradients=zero)

@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from PIL import Image
 
 from library.data.loader import PixelLoader
 from library.data.views import View
-from library.models import open_family
+from library.models.opening import open_family
 from library.quantization.float8 import FLOAT8
 from tests.conftest import IMAGES, run_training
 from tests.gpu.conftest import GPU, REHEARSED, Trained
@@ -170,12 +169,11 @@ def test_latents_on_disk_are_those_in_memory(on_gpu: Train, tmp_path: Path) -> N
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
 def test_latents_are_those_of_a_cpu(tiny_sdxl: Path, dtype: torch.dtype, bound: float) -> None:
     """Of an SDXL-like VAE in each precision."""
-    nothing: dict[str, Any] = dict.fromkeys(("vae", "clip_skip", "max_token_length"))
     pixels = torch.rand(2, 3, 128, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     moments = []
     for device, kind in ((torch.device("cpu"), torch.float32), (GPU, dtype)):
-        family = open_family(str(tiny_sdxl), v2=False, v_parameterization=False, **nothing)
-        family.load_vae(kind, device)
+        family = open_family(str(tiny_sdxl))
+        family.components.load("vae", kind, device)
         mean, std = family.encode_images(pixels)
         moments.append(torch.cat([mean, std]).cpu())
     found = float((moments[0] - moments[1]).norm() / moments[0].norm())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from library.config.options import declared_options
 from library.config.parser import parse
 from library.guidance import recommend
+from library.models.components import Components
 from library.models.stable_diffusion import StableDiffusion
 from library.run.plan import make_plan
 from tests.conftest import BASE
@@ -101,8 +102,7 @@ def test_it_loads_and_trains_nothing_and_its_file_trains(
         raise AssertionError("weights were loaded")
 
     with monkeypatch.context() as patch:
-        for part in ("unet", "vae", "text_encoders"):
-            patch.setattr(StableDiffusion, f"load_{part}", loaded)
+        patch.setattr(Components, "load", loaded)
         assert train("--recommend", "--optimizer_type", "CustomAdamW") == 0
     said = capsys.readouterr().out
     path = tmp_path / "out" / "test-recommended.toml"
@@ -155,7 +155,7 @@ def test_a_base_of_full_size_and_sdxl(advice: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("library.models.latent_diffusion.native_resolution", lambda *given, **more: 512)
     full = advice(20)
     assert (full["learning_rate"], full["text_encoder_lr"]) == (1e-4, 5e-5)
-    monkeypatch.setattr(StableDiffusion, "name", "sdxl")
+    monkeypatch.setattr(StableDiffusion, "LEAVE_TEXT_ENCODERS", "they are easily spoilt")
     found = advice(20)
     assert (found["learning_rate"], found["network_train_unet_only"], "text_encoder_lr" in found) == (1e-4, True, False)
     assert "text_encoder_lr" not in advice(20, "--optimizer_type", "Prodigy")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from library.config import registry
+from library.diffusion.ddpm import DDPM
 from library.losses import LOSSES
 from library.losses.huber import SCHEDULES, pseudo_huber, smooth_l1, thresholds
 from library.losses.l1 import l1
@@ -55,19 +56,22 @@ def test_huber_is_l2_for_small_errors_and_l1_for_large_ones():
 def test_thresholds_at_known_timesteps():
     """Kohya's formulas (sd-scripts 0.10, train_util.py, get_huber_threshold_if_needed), worked out by hand."""
     table = torch.tensor([0.9, 0.5, 0.2, 0.0], dtype=torch.float64)
-    assert thresholds("constant", table, c=0.1, scale=3.0).tolist() == pytest.approx([0.3] * 4)
+    levels = table / (1 - table), torch.arange(4) / 4
+    assert thresholds("constant", *levels, c=0.1, scale=3.0).tolist() == pytest.approx([0.3] * 4)
     # exp(ln(0.0001) / 4 · t) = 0.1^t
-    exponential = thresholds("exponential", table, c=0.0001, scale=2.0)
+    exponential = thresholds("exponential", *levels, c=0.0001, scale=2.0)
     assert exponential.tolist() == pytest.approx([2.0, 0.2, 0.02, 0.002])
     # sigma: 1/3, 1, 2, infinite
-    snr = thresholds("snr", table, c=0.1, scale=2.0)
+    snr = thresholds("snr", *levels, c=0.1, scale=2.0)
     assert snr.tolist() == pytest.approx([0.9 * 9 / 16 + 0.1, 0.9 / 4 + 0.1, 0.9 / 9 + 0.1, 0.1])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_thresholds_of_a_real_table_are_positive_and_never_rise(schedule):
     betas = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000, dtype=torch.float64) ** 2
-    found = thresholds(schedule, torch.cumprod(1 - betas, 0), c=0.1, scale=1.0)
+    process = DDPM("epsilon", torch.cumprod(1 - betas, 0))
+    t = torch.arange(1000)
+    found = thresholds(schedule, process.signal_to_noise(t), process.share(t), c=0.1, scale=1.0)
     assert found.shape == (1000,)
     assert found.min() > 0
     assert (found.diff() <= 0).all()

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from library.diffusion.ddpm import signal_to_noise
+from library.diffusion.ddpm import DDPM
 from library.losses.snr import debiased_weight, like_noise_weight, min_snr_weight, v_like_weight
 
 
@@ -69,7 +69,7 @@ def test_the_loss_on_v_becomes_the_loss_on_the_noise_that_it_means(a):
 def test_the_ratio_is_diffusers():
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     t = torch.arange(1000)
-    ours = signal_to_noise(scheduler.alphas_cumprod.double()).float()
+    ours = DDPM("epsilon", scheduler.alphas_cumprod.double()).signal_to_noise(t).float()
     torch.testing.assert_close(ours, compute_snr(scheduler, t), rtol=2e-4, atol=0)
 
 
@@ -78,7 +78,7 @@ def test_min_snr_is_diffusers():
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     snr = compute_snr(scheduler, torch.arange(1000))
     clipped = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0]
-    ours = signal_to_noise(scheduler.alphas_cumprod.double())
+    ours = DDPM("epsilon", scheduler.alphas_cumprod.double()).signal_to_noise(torch.arange(1000))
     for name, divisor in (("epsilon", snr), ("v_prediction", snr + 1)):
         weights = min_snr_weight(ours, gamma=5.0, prediction_type=name).float()
         torch.testing.assert_close(weights, clipped / divisor, rtol=2e-4, atol=0)

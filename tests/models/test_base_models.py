@@ -13,16 +13,15 @@ from original_layout import weights_of
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.models import open_family
 from library.models.checkpoints.folder import choose_weights, shards_of
-from library.models.checkpoints.opening import open_base_model, open_vae
+from library.models.checkpoints.opening import open_vae
+from library.models.opening import open_base_model, open_family
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 
 
 def _open(path: Path | str, **options: Any) -> Any:
-    given: dict[str, Any] = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None}
-    return open_family(str(path), **{**given, "max_token_length": None, **options})
+    return open_family(str(path), vae=options.pop("vae", None), options=options)
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ def test_single_files_of_both_versions_are_told_apart(tmp_path: Path, caplog: py
     caplog.set_level("INFO")
     first = _open(_file(tmp_path / "1.safetensors", **_UNET, **_CLIP, **_VAE, model_ema__x=(1,)))
     assert (first.base_model_version, first.architecture) == ("sd_v1", "stable-diffusion-v1")
-    assert (first.vae_factor, first.latent_channels, first.native_resolution) == (8, 4, 512)
+    assert (first.latents.factor, first.latents.channels, first.native_resolution) == (8, 4, 512)
     assert "averaged (EMA) weights; they are not used" in caplog.text
     wide = {_CONTEXT: (320, 1024)}
     clip = {"cond_stage_model__model__ln_final__weight": (1024,)}
@@ -117,7 +116,7 @@ def test_single_files_of_both_versions_are_told_apart(tmp_path: Path, caplog: py
     assert "1 tensors of no known part are ignored: extra.thing" in caplog.text
     third = _open(path, v_parameterization=True)
     assert (third.base_model_version, third.architecture) == ("sd_v2_v", "stable-diffusion-v2-768-v")
-    assert (third.prediction_type, third.native_resolution) == ("v_prediction", 768)
+    assert (third.process.prediction_type, third.native_resolution) == ("v_prediction", 768)
     with pytest.raises(UserError, match=r"--v2 was given, but .* is a Stable Diffusion 1.x model"):
         _open(tmp_path / "1.safetensors", v2=True)
 
@@ -128,20 +127,20 @@ def test_what_a_file_says_of_its_prediction_is_heard(tmp_path: Path, caplog: pyt
     save_file({**states, "v_pred": torch.zeros(0)}, path)
     assert _open(path).base_model_version == "sd_v1_v"
     save_file(states, path, metadata={"modelspec.prediction_type": "v"})
-    assert _open(path).prediction_type == "v_prediction"
+    assert _open(path).process.prediction_type == "v_prediction"
     save_file(states, path, metadata={"modelspec.prediction_type": "epsilon"})
-    assert _open(path).prediction_type == "epsilon"
-    assert _open(path, v_parameterization=True).prediction_type == "v_prediction"
+    assert _open(path).process.prediction_type == "epsilon"
+    assert _open(path, v_parameterization=True).process.prediction_type == "v_prediction"
     assert "going by the flag" in caplog.text
 
 
 def test_folders_say_what_they_predict(folder: Path, tiny_v2: Path, caplog: pytest.LogCaptureFixture) -> None:
     second = _open(tiny_v2)
-    assert (second.base_model_version, second.prediction_type) == ("sd_v2_v", "v_prediction")
+    assert (second.base_model_version, second.process.prediction_type) == ("sd_v2_v", "v_prediction")
     assert _open(tiny_v2, v2=True, v_parameterization=True).base_model_version == "sd_v2_v"
     caplog.clear()
     family = _open(folder, v_parameterization=True)  # converted folders carry wrong configurations
-    assert (family.base_model_version, family.prediction_type) == ("sd_v1_v", "v_prediction")
+    assert (family.base_model_version, family.process.prediction_type) == ("sd_v1_v", "v_prediction")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "--v_parameterization was given, but" in warning
     assert "scheduler_config.json; going by the flag" in warning
@@ -162,7 +161,7 @@ def test_other_folders_are_named_for_what_they_are(folder: Path) -> None:
     shutil.move(folder / "vae", folder / "other_vae")
     with pytest.raises(UserError, match=r"holds no VAE; give one with --vae"):
         _open(folder)
-    assert _open(folder, vae=str(folder / "other_vae")).vae_factor == 4
+    assert _open(folder, vae=str(folder / "other_vae")).latents.factor == 4
     _edit(folder / "unet" / "config.json", in_channels=9)
     with pytest.raises(UserError, match=r"takes 9 channels .* an inpainting model"):
         _open(folder, vae=str(folder / "other_vae"))
@@ -261,15 +260,15 @@ def test_shards_variants_and_pickles_of_a_folder_are_read(folder: Path) -> None:
     assert _entries_equal(folder)
     (folder / "unet" / half[names[0]]).unlink()
     with pytest.raises(UserError, match="which is missing"):
-        open_base_model(str(folder)).parts["unet"].entries()
+        open_base_model(str(folder)).parts["denoiser"].entries()
     index.write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}))
     with pytest.raises(UserError, match="no table of files in the same folder"):
-        open_base_model(str(folder)).parts["unet"].entries()
+        open_base_model(str(folder)).parts["denoiser"].entries()
     index.unlink()
     for shard in set(half.values()):
         (folder / "unet" / shard).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"holds no weights, but config\.json"):
-        open_base_model(str(folder)).parts["unet"].entries()
+        open_base_model(str(folder)).parts["denoiser"].entries()
 
 
 def test_a_folder_without_tokenizer_gets_the_shipped_one(folder: Path) -> None:

@@ -10,25 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from library.models import FAMILIES, open_family
+from library.models import FAMILIES
 from library.models.family import ModelFamily
+from library.models.opening import open_family
 from networks.create import create
 from networks.settings import Asked
 from tests.conftest import BASE
 
 CAPTIONS = ["a cat", "a dog, at night", ""]
 SIZES: dict[str, Any] = {"original_sizes": [(70, 64), (64, 90), (64, 64)], "crops": [(3, 0), (0, 13), (0, 0)]}
-NOTHING: dict[str, Any] = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tiny_sdxl: Path) -> ModelFamily:
     models = {"sd": BASE, "sdxl": tiny_sdxl}
-    family = open_family(str(models[request.param]), **NOTHING, max_token_length=None)
-    assert family.name == request.param
-    family.load_vae(torch.float32, "cpu")
-    family.load_text_encoders(torch.float32, "cpu")
-    family.load_unet(torch.float32, "cpu")
+    family = open_family(str(models[request.param]))
+    assert request.param == family.NAME
+    family.components.load("vae", torch.float32, "cpu")
+    family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+    family.components.load("denoiser", torch.float32, "cpu")
     return family
 
 
@@ -37,8 +37,8 @@ def conditions(family: ModelFamily) -> dict[str, torch.Tensor]:
 
 
 def noise(family: ModelFamily) -> torch.Tensor:
-    side = 64 // family.vae_factor
-    shape = (len(CAPTIONS), family.latent_channels, side, side)
+    side = 64 // family.latents.factor
+    shape = (len(CAPTIONS), family.latents.channels, side, side)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -51,7 +51,11 @@ def test_it_has_every_member_of_the_protocol(family: ModelFamily) -> None:
 def test_images_become_scaled_distributions(family: ModelFamily) -> None:
     pixels = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
     mean, std = family.encode_images(pixels)
-    assert mean.shape == std.shape == (2, family.latent_channels, 64 // family.vae_factor, 96 // family.vae_factor)
+    assert (
+        mean.shape
+        == std.shape
+        == (2, family.latents.channels, 64 // family.latents.factor, 96 // family.latents.factor)
+    )
     assert mean.dtype == std.dtype == torch.float32
     assert (std > 0).all()
     assert torch.allclose(family.encode_images(pixels[1:])[0][0], mean[1], atol=1e-5)
@@ -71,21 +75,20 @@ def test_latents_are_decoded_with_the_scale_that_they_were_encoded_with(
     config = json.loads(file.read_text())
     config.pop("scaling_factor", None)
     file.write_text(json.dumps(config | stated))
-    opened = open_family(str(tmp_path / "model"), **NOTHING, max_token_length=None)
-    for load in (opened.load_vae, opened.load_text_encoders, opened.load_unet):
-        load(torch.float32, "cpu")
+    opened = open_family(str(tmp_path / "model"))
+    opened.components.load_all(opened.PARTS, torch.float32, "cpu")
 
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    latents = opened.vae.encode(pixels).latent_dist.mean
-    scale = stated.get("scaling_factor") or USUAL_SCALE[opened.name]
+    latents = opened.components["vae"].encode(pixels).latent_dist.mean
+    scale = stated.get("scaling_factor") or USUAL_SCALE[opened.NAME]
     mean, _ = opened.encode_images(pixels)
     assert torch.equal(mean, (latents - stated.get("shift_factor", 0.0)) * scale)
-    expected = opened.vae.decode(latents).sample
+    expected = opened.components["vae"].decode(latents).sample
     torch.testing.assert_close(opened.decode_latents(mean), expected, rtol=0, atol=1e-4)  # scaled there and back
-    assert opened.sampling_pipeline().vae.config.scaling_factor == scale
+    assert opened.pipeline().vae.config.scaling_factor == scale
     if not stated:
         file.write_text(json.dumps(config | {"scaling_factor": scale}))
-        same = open_family(str(tmp_path / "model"), **NOTHING, max_token_length=None)
+        same = open_family(str(tmp_path / "model"))
         assert same.vae_fingerprint() == opened.vae_fingerprint()  # a cache of another scale is another one
 
 
@@ -122,13 +125,13 @@ def test_every_part_learns(family: ModelFamily) -> None:
 
 
 def test_the_pipeline_takes_the_familys_own_words(family: ModelFamily) -> None:
-    pipeline = family.sampling_pipeline()
+    pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         words = family.pipeline_arguments(family.encode_prompts(["a cat"]), family.encode_prompts([""]))
         size = {"width": 64, "height": 64, "num_inference_steps": 2, "output_type": "latent"}
         images = [pipeline(**words, **size, generator=torch.Generator().manual_seed(seed)).images for seed in (0, 0, 1)]
-    assert images[0].shape == (1, family.latent_channels, 64 // family.vae_factor, 64 // family.vae_factor)
+    assert images[0].shape == (1, family.latents.channels, 64 // family.latents.factor, 64 // family.latents.factor)
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
 
@@ -137,6 +140,6 @@ def test_fingerprints_tell_the_parts_apart_and_stay(family: ModelFamily) -> None
     assert (
         family.vae_fingerprint() == family.vae_fingerprint() != family.text_fingerprint() == family.text_fingerprint()
     )
-    longer = open_family(family.path, **NOTHING, max_token_length=150)
+    longer = open_family(family.path, options={"max_token_length": 150})
     assert longer.text_fingerprint() != family.text_fingerprint()
     assert longer.vae_fingerprint() == family.vae_fingerprint()

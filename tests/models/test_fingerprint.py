@@ -15,9 +15,9 @@ from original_layout import configuration
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.models.checkpoints.opening import open_base_model
 from library.models.checkpoints.single_file import open_file
 from library.models.fingerprint import part_fingerprint
+from library.models.opening import open_base_model
 from library.models.stable_diffusion import StableDiffusion
 from library.models.text import prompts
 
@@ -102,7 +102,9 @@ def test_every_kind_of_file_can_be_read(
 ) -> None:
     """Among them transposed tensors and one tensor that is three."""
     config = configuration(BASE if name.startswith("sd1") else tiny_v2, like=name[:3])
-    opened = family(open_file(name, tiny_files[name], config=config), v_parameterization=name.startswith("sd2"))
+    opened = family(
+        open_file(name, tiny_files[name], kind="sd", config=config), v_parameterization=name.startswith("sd2")
+    )
     assert len({opened.vae_fingerprint(), opened.text_fingerprint()}) == 2
     assert opened.text_fingerprint() == opened.text_fingerprint()
 

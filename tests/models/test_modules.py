@@ -10,18 +10,17 @@ ROOT = Path(__file__).parents[2]
 
 _OPEN = """
 import sys
-from library.models import open_family
-options = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
-family = open_family("quickstart/base", **options)
+from library.models.opening import open_family
+family = open_family("quickstart/base")
 """
 _STEP = """
 import torch
-family.load_vae(torch.float32, "cpu")
+family.components.load("vae", torch.float32, "cpu")
 family.encode_images(torch.zeros(1, 3, 64, 64))
-family.load_text_encoders(torch.float32, "cpu")
-family.load_unet(torch.float32, "cpu")
+family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+family.components.load("denoiser", torch.float32, "cpu")
 family.predict(torch.zeros(1, 4, 16, 16), torch.tensor([1]), family.encode_prompts(["a cat"]))
-family.sampling_pipeline()
+family.pipeline()
 """
 _LOADED = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
 
@@ -45,7 +44,7 @@ def test_a_step_imports_no_optional_package_and_says_nothing() -> None:
 
 
 _LORA_AFTERWARDS = """
-pipeline = family.sampling_pipeline()
+pipeline = family.pipeline()
 names = [n for n, m in pipeline.unet.named_modules() if n.endswith("to_q")]
 states = {}
 for name in names:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from library.models.checkpoints.base_model import ASSETS
-from library.models.checkpoints.opening import open_base_model
 from library.models.modules import read_tokenizer
+from library.models.opening import open_base_model
 from library.models.stable_diffusion import StableDiffusion
 from library.models.text.prompt_weights import weighted_texts
 from library.models.text.prompts import chunked_ids, weighted_ids
@@ -49,7 +49,7 @@ def test_weights(caption: str) -> None:
 
 def _loaded(family: Callable[..., StableDiffusion], base: str, **options: Any) -> StableDiffusion:
     made = family(open_base_model(base), **options)
-    made.load_text_encoders(torch.float32, "cpu")
+    made.components.load_all(made.components.text_encoders, torch.float32, "cpu")
     return made
 
 
@@ -106,7 +106,7 @@ def test_tokens_are_counted_without_the_brackets(family: Callable[..., StableDif
 
 def test_gradients_pass_through_the_weights(family: Callable[..., StableDiffusion]) -> None:
     made = _loaded(family, str(BASE), weighted_captions=True)
-    weight = made.text_encoders[0].encoder.layers[0].mlp.fc1.weight.requires_grad_(True)
+    weight = made.components["text_encoder"].encoder.layers[0].mlp.fc1.weight.requires_grad_(True)
     made.encode_prompts(["a (cat:2)"])["hidden_states"].sum().backward()
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0

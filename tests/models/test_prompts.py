@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from library.models.checkpoints.base_model import ASSETS
-from library.models.checkpoints.opening import open_base_model
 from library.models.modules import read_tokenizer
+from library.models.opening import open_base_model
 from library.models.stable_diffusion import StableDiffusion
 from library.models.text.prompts import chunked_ids, content_tokens, weighted_tokens
 
@@ -144,7 +144,7 @@ def base(request: pytest.FixtureRequest, tiny_v2: Path) -> str:
 
 def _loaded(family: Callable[..., StableDiffusion], base: str, **options: Any) -> StableDiffusion:
     made = family(open_base_model(base), **options)
-    made.load_text_encoders(torch.float32, "cpu")
+    made.components.load_all(made.components.text_encoders, torch.float32, "cpu")
     return made
 
 
@@ -153,16 +153,16 @@ def test_states_equal_those_of_diffusers_pipeline(
     family: Callable[..., StableDiffusion], base: str, clip_skip: int | None
 ) -> None:
     made = _loaded(family, base, clip_skip=clip_skip)
-    made.load_vae(torch.float32, "cpu")
-    made.load_unet(torch.float32, "cpu")
+    made.components.load("vae", torch.float32, "cpu")
+    made.components.load("denoiser", torch.float32, "cpu")
     captions = ["a cat", "", "a dog, running on the beach at night"]
     found = made.encode_prompts(captions)["hidden_states"]
     # diffusers counts the skipped layers, kohya the layer's place from the end
     skipped = None if clip_skip is None else clip_skip - 1
-    encoder = made.text_encoders[0]
+    encoder = made.components["text_encoder"]
     # where diffusers 0.42 looks for the norm, a level that transformers 5 no longer has
     object.__setattr__(encoder, "text_model", SimpleNamespace(final_layer_norm=encoder.final_layer_norm))
-    expected, _ = made.sampling_pipeline().encode_prompt(captions, "cpu", 1, False, clip_skip=skipped or None)
+    expected, _ = made.pipeline().encode_prompt(captions, "cpu", 1, False, clip_skip=skipped or None)
     assert found.shape == (3, 77, made._text_width)
     assert torch.allclose(found, expected, atol=1e-6)
     assert made.count_tokens("a cat") == 2
@@ -181,7 +181,7 @@ def test_the_states_of_chunks_are_joined(family: Callable[..., StableDiffusion],
     captions = ["one two three " * 40, "a cat"]
     found = made.encode_prompts(captions)["hidden_states"]
     assert found.shape[:2] == (2, limit + 2)
-    encoder, ids = made.text_encoders[0], chunked_ids(made._tokenizer, captions, limit=limit)
+    encoder, ids = made.components["text_encoder"], chunked_ids(made._tokenizer, captions, limit=limit)
     for row in range(2):
         parts = [encoder(ids[row, i : i + 1]).last_hidden_state[0] for i in range(limit // 75)]
         expected = torch.cat([parts[0][:1], *[part[1:76] for part in parts], parts[-1][76:]])
@@ -198,7 +198,7 @@ def test_captions_within_the_limit_are_the_same_however_long_it_is(
 
 def test_gradients_reach_the_text_encoder(family: Callable[..., StableDiffusion]) -> None:
     made = _loaded(family, str(BASE), clip_skip=2)
-    weights = [layer.mlp.fc1.weight.requires_grad_(True) for layer in made.text_encoders[0].encoder.layers]
+    weights = [layer.mlp.fc1.weight.requires_grad_(True) for layer in made.components["text_encoder"].encoder.layers]
     made.encode_prompts(["a cat"])["hidden_states"].sum().backward()
     assert weights[0].grad is not None
     assert weights[0].grad.abs().sum() > 0

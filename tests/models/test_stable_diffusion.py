@@ -13,12 +13,11 @@ import torch
 from original_layout import configuration
 from torch import nn
 
-from library.models import open_family
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part
-from library.models.checkpoints.opening import open_base_model
 from library.models.checkpoints.single_file import open_file
 from library.models.family import AdapterTargets
 from library.models.modules import new_text_encoder, new_unet
+from library.models.opening import open_base_model, open_family
 from library.models.stable_diffusion import StableDiffusion
 from tests.rounding import BOUND
 
@@ -27,23 +26,20 @@ Make = Callable[..., StableDiffusion]
 
 
 def _load(family: StableDiffusion, dtype: torch.dtype = torch.float32) -> StableDiffusion:
-    family.load_vae(dtype, "cpu")
-    family.load_text_encoders(dtype, "cpu")
-    family.load_unet(dtype, "cpu")
+    family.components.load("vae", dtype, "cpu")
+    family.components.load_all(family.components.text_encoders, dtype, "cpu")
+    family.components.load("denoiser", dtype, "cpu")
     return family
 
 
 def _open(path: Path = BASE) -> StableDiffusion:
-    options: dict[str, Any] = {"v2": False, "v_parameterization": False, "vae": None}
-    family = open_family(str(path), **options, clip_skip=None, max_token_length=None)
+    family = open_family(str(path))
     assert isinstance(family, StableDiffusion)
     return family
 
 
 def _modules(family: StableDiffusion) -> list[nn.Module]:
-    assert family.unet is not None
-    assert family.vae is not None
-    return [family.unet, family.vae, *family.text_encoders]
+    return family.components.loaded()
 
 
 def _outputs(family: StableDiffusion) -> list[torch.Tensor]:
@@ -67,7 +63,7 @@ def test_a_single_file_gives_exactly_what_the_folder_gives(
     folder = tiny_v2 if name.startswith("sd2") else BASE
     config = configuration(folder, like=name[:3])
     options = {"v_parameterization": name.startswith("sd2")}
-    single = _load(family(open_file(name, tiny_files[name], config=config), **options), dtype)
+    single = _load(family(open_file(name, tiny_files[name], kind="sd", config=config), **options), dtype)
     whole = _load(_open(folder), dtype)
     for ours, theirs in zip(_modules(single), _modules(whole), strict=True):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
@@ -99,8 +95,8 @@ def test_the_modules_are_those_that_diffusers_and_transformers_load() -> None:
         mean, std = family.encode_images(pixels)
     for found, expected in ((mean, latents.mean), (std, latents.std)):
         torch.testing.assert_close(found, expected * vae.config.scaling_factor, rtol=0, atol=BOUND[torch.float32])
-    assert mean.shape == (1, family.latent_channels, 64 // family.vae_factor, 64 // family.vae_factor)
-    assert family.vae_factor == 4
+    assert mean.shape == (1, family.latents.channels, 64 // family.latents.factor, 64 // family.latents.factor)
+    assert family.latents.factor == 4
     assert family.native_resolution == 64
 
 
@@ -113,7 +109,7 @@ def test_precision_is_the_weights_outside_autocast_and_the_vaes_own_within() -> 
         with torch.autocast("cpu", torch.bfloat16):
             assert family.predict(noisy, t, family.encode_prompts(["a cat"])).isfinite().all()
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
-    family.load_vae(torch.float32, "cpu")
+    family.components.load("vae", torch.float32, "cpu")
     exact = family.encode_images(pixels)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(family.encode_images(pixels), exact, strict=True))
@@ -123,18 +119,17 @@ def test_precision_is_the_weights_outside_autocast_and_the_vaes_own_within() -> 
 
 def test_parts_are_released() -> None:
     family = _load(_open())
-    family.release_vae()
-    family.release_text_encoders()
-    assert family.vae is None
-    assert family.text_encoders == []
+    family.components.release("vae", *family.components.text_encoders)
+    assert "vae" not in family.components
+    assert family.components.loaded() == [family.components["denoiser"]]
     assert [target.part for target in family.adapter_targets()] == ["unet"]
-    assert list(family.third_party_text_encoders().named_modules())[1:] == []
-    with pytest.raises(AssertionError, match="the VAE is not loaded"):
+    assert list(family.third_party_views()[0].named_modules())[1:] == []
+    with pytest.raises(AssertionError, match="the part 'vae' is not loaded"):
         family.encode_images(torch.zeros(1, 3, 8, 8))
 
 
 def test_the_schedule_is_that_of_stable_diffusion() -> None:
-    table = _open().alphas_cumprod
+    table = _open().process.alphas_cumprod
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     torch.testing.assert_close(table, (1 - betas).cumprod(0), rtol=1e-12, atol=0)  # fp64, a thousand roundings
 
@@ -143,11 +138,12 @@ def test_the_schedule_is_that_of_stable_diffusion() -> None:
 def true_size(request: pytest.FixtureRequest) -> StableDiffusion:
     """The true architectures, without weights."""
     config = json.loads((ASSETS / f"{request.param}.json").read_text())
-    parts = {name: Part(config[name], name, dict) for name in ("unet", "vae", "text_encoder")}
+    names = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}
+    parts = {name: Part(config[folder], name, dict) for name, folder in names.items()}
     base = BaseModel("sd", "x", ASSETS, parts, config["scheduler"], ASSETS, {}, "epsilon", "x")
-    family = StableDiffusion(base, v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
-    family.unet = new_unet(config["unet"])
-    family.text_encoders = [new_text_encoder(config["text_encoder"])]
+    family = StableDiffusion(base)
+    family.components["denoiser"] = new_unet(config["unet"])
+    family.components["text_encoder"] = new_text_encoder(config["text_encoder"])
     return family
 
 
@@ -210,7 +206,7 @@ def test_names_are_those_of_kohyas_files(true_size: StableDiffusion) -> None:
 
 
 def test_a_module_that_goes_missing_is_noticed(true_size: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = true_size.unet.get_submodule("up_blocks.1.attentions.0.transformer_blocks.0.attn1")
+    block = true_size.components["denoiser"].get_submodule("up_blocks.1.attentions.0.transformer_blocks.0.attn1")
     renamed = {("to_query" if name == "to_q" else name): module for name, module in block._modules.items()}
     monkeypatch.setattr(block, "_modules", renamed)
     with pytest.raises(AssertionError, match="191 targets in unet, where this architecture has 192"):
@@ -219,11 +215,11 @@ def test_a_module_that_goes_missing_is_noticed(true_size: StableDiffusion, monke
 
 def test_third_party_modules_see_kohyas_paths() -> None:
     family = _load(_open())
-    view = family.third_party_text_encoders()
+    view, _ = family.third_party_views()
     paths = [path for path, _ in view.named_modules()][1:]
     assert all(path.startswith("text_model") for path in paths)
     assert "text_model.encoder.layers.0.self_attn.q_proj" in paths
-    encoder = family.text_encoders[0]
+    encoder = family.components["text_encoder"]
     assert view.text_model is encoder
     ids = torch.randint(0, 40000, (1, 77))
     assert torch.equal(view(ids).last_hidden_state, encoder(ids).last_hidden_state)
@@ -231,8 +227,7 @@ def test_third_party_modules_see_kohyas_paths() -> None:
 
 def test_third_party_modules_see_the_unet_with_its_own_paths() -> None:
     family = _load(_open())
-    unet, view = family.unet, family.third_party_unet()
-    assert unet is not None
+    unet, (_, view) = family.components["denoiser"], family.third_party_views()
     named, shown = dict(unet.named_modules()), dict(view.named_modules())
     assert named.keys() == shown.keys()
     differing = [path for path in named if named[path] is not shown[path]]
@@ -248,13 +243,13 @@ def test_third_party_modules_see_the_unet_with_its_own_paths() -> None:
 def test_lycoris_finds_its_targets_and_takes_effect() -> None:
     lycoris = pytest.importorskip("lycoris.kohya")
     family = _load(_open())
-    view = family.third_party_text_encoders()
-    network = lycoris.create_network(1.0, 4, 1, family.vae, view, family.unet, algo="lora", preset="attn-mlp")
+    view, unet = family.third_party_views()
+    network = lycoris.create_network(1.0, 4, 1, family.components["vae"], view, unet, algo="lora", preset="attn-mlp")
     names = {module.lora_name for module in network.text_encoder_loras}
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in names
     assert len(names) == 18
     before = family.encode_prompts(["a cat"])["hidden_states"].detach()
-    network.apply_to(view, family.unet, True, True)
+    network.apply_to(view, unet, True, True)
     for parameter in network.parameters():
         nn.init.constant_(parameter, 0.5)
     assert not torch.allclose(family.encode_prompts(["a cat"])["hidden_states"], before, atol=1e-3)
@@ -262,9 +257,9 @@ def test_lycoris_finds_its_targets_and_takes_effect() -> None:
 
 def test_the_sampling_pipeline_draws_with_the_loaded_parts() -> None:
     family = _load(_open())
-    pipeline = family.sampling_pipeline()
-    assert pipeline.unet is family.unet
-    assert pipeline.vae is family.vae
+    pipeline = family.pipeline()
+    assert pipeline.unet is family.components["denoiser"]
+    assert pipeline.vae is family.components["vae"]
     assert pipeline.scheduler.config.clip_sample is False
     assert pipeline.scheduler.config.prediction_type == "epsilon"
     pipeline.set_progress_bar_config(disable=True)
@@ -275,7 +270,7 @@ def test_the_sampling_pipeline_draws_with_the_loaded_parts() -> None:
 
 
 def test_the_pipeline_predicts_velocity_where_the_model_does(tiny_v2: Path) -> None:
-    pipeline = _load(_open(tiny_v2)).sampling_pipeline()
+    pipeline = _load(_open(tiny_v2)).pipeline()
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.tokenizer.pad_token_id == 0  # the folder has none of its own: the shipped one serves
 
@@ -287,11 +282,11 @@ def test_a_checkpoints_own_vae_can_be_replaced(
     """By that of the other model: the factor, the scaling and the encoder are the other's."""
     other = tiny_v2 if name.startswith("sd1") else BASE
     config = configuration(BASE if name.startswith("sd1") else tiny_v2, like=name[:3])
-    made = family(open_file(name, tiny_files[name], config=config), vae=str(other))
+    made = family(open_file(name, tiny_files[name], kind="sd", config=config), vae=str(other))
     reference = _open(other)
-    assert (made.vae_factor, made.vae_path) == (reference.vae_factor, str(other))
-    made.load_vae(torch.float32, "cpu")
-    reference.load_vae(torch.float32, "cpu")
+    assert (made.latents.factor, made.vae_path) == (reference.latents.factor, str(other))
+    made.components.load("vae", torch.float32, "cpu")
+    reference.components.load("vae", torch.float32, "cpu")
     pixels = torch.rand(1, 3, 32, 32)
     assert torch.equal(made.encode_images(pixels)[0], reference.encode_images(pixels)[0])
 

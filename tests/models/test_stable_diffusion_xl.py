@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.errors import UserError
-from library.models import open_family
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part
 from library.models.checkpoints.single_file import open_file
 from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet
+from library.models.opening import open_family
 from library.models.stable_diffusion_xl import StableDiffusionXL
 from tests.rounding import BOUND
 from tests.tiny_sdxl import configuration
@@ -28,19 +28,18 @@ SIZES: dict[str, Any] = {
     "crops": [(3, 0), (0, 8)],
     "target_size": (96, 64),
 }
-OPTIONS: dict[str, Any] = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None}
 
 
 def _open(path: Path, **options: Any) -> StableDiffusionXL:
-    family = open_family(str(path), **{**OPTIONS, "max_token_length": None, **options})
+    family = open_family(str(path), vae=options.pop("vae", None), options=options)
     assert isinstance(family, StableDiffusionXL)
     return family
 
 
 def _load(family: StableDiffusionXL, dtype: torch.dtype = torch.float32) -> StableDiffusionXL:
-    family.load_vae(dtype, "cpu")
-    family.load_text_encoders(dtype, "cpu")
-    family.load_unet(dtype, "cpu")
+    family.components.load("vae", dtype, "cpu")
+    family.components.load_all(family.components.text_encoders, dtype, "cpu")
+    family.components.load("denoiser", dtype, "cpu")
     return family
 
 
@@ -67,9 +66,7 @@ def _assert_alike(found: StableDiffusionXL, expected: StableDiffusionXL, dtype: 
 
 
 def _modules(family: StableDiffusionXL) -> list[nn.Module]:
-    assert family.unet is not None
-    assert family.vae is not None
-    return [family.unet, family.vae, *family.text_encoders]
+    return family.components.loaded()
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +85,8 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory, states: dict[str, torch.
 
 
 def _from_file(path: Path, **options: Any) -> StableDiffusionXL:
-    base = open_file(str(path), path, config=configuration())
-    return StableDiffusionXL(base, **{**OPTIONS, "max_token_length": None, **options})
+    base = open_file(str(path), path, kind="sdxl", config=configuration())
+    return StableDiffusionXL(base, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -189,25 +186,25 @@ def test_what_the_model_says_of_itself(
     save_file(states, path)
     family = _from_file(path, clip_skip=2)
     assert (family.base_model_version, family.architecture) == ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
-    assert (family.prediction_type, family.clip_skip) == ("epsilon", None)
+    assert (family.process.prediction_type, family.clip_skip) == ("epsilon", None)
     assert "--clip_skip 2: has no effect" in caplog.text
-    assert family.vae_overflows_fp16
+    assert family.latents.overflows_fp16
     with pytest.raises(UserError, match=r"--v2 was given, but .* is an SDXL model"):
         _from_file(path, v2=True)
     with pytest.raises(UserError, match=r"--zero_terminal_snr: .* predicts noise"):
         _from_file(path, zero_terminal_snr=True)
-    assert _from_file(path, v_parameterization=True, zero_terminal_snr=True).alphas_cumprod[-1] == 0
+    assert _from_file(path, v_parameterization=True, zero_terminal_snr=True).process.alphas_cumprod[-1] == 0
     save_file({**states, "v_pred": torch.zeros(0)}, path)
-    assert _from_file(path).prediction_type == "v_prediction"
-    assert _from_file(path).alphas_cumprod[-1] > 0
+    assert _from_file(path).process.prediction_type == "v_prediction"
+    assert _from_file(path).process.alphas_cumprod[-1] > 0
     save_file({**states, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
     family = _from_file(path)
-    assert family.alphas_cumprod[-1] == 0
+    assert family.process.alphas_cumprod[-1] == 0
     # the schedule's mark alone: the user says the rest, or is asked to
     save_file({**states, "ztsnr": torch.zeros(0)}, path)
-    assert _from_file(path, v_parameterization=True).alphas_cumprod[-1] == 0
+    assert _from_file(path, v_parameterization=True).process.alphas_cumprod[-1] == 0
     assert "if it predicts v, give --v_parameterization" not in caplog.text
-    assert _from_file(path).alphas_cumprod[-1] > 0
+    assert _from_file(path).process.alphas_cumprod[-1] > 0
     assert "if it predicts v, give --v_parameterization" in caplog.text
     assert "of no known part" not in caplog.text
 
@@ -218,8 +215,8 @@ def test_a_folder_says_what_it_predicts(tmp_path: Path, tiny_sdxl: Path) -> None
     changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     family = _open(folder)
-    assert family.prediction_type == "v_prediction"
-    assert family.alphas_cumprod[-1] == 0
+    assert family.process.prediction_type == "v_prediction"
+    assert family.process.alphas_cumprod[-1] == 0
     shutil.rmtree(folder / "tokenizer")
     assert _open(folder).count_tokens("a photo of a cat") == 5
     unet = folder / "unet" / "config.json"
@@ -253,7 +250,7 @@ def test_another_vae_from_a_file_of_its_own(tmp_path: Path, tiny_sdxl: Path) -> 
     folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "model"))
     shutil.move(folder / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "fixed.safetensors")
     family = _open(folder, vae=str(tmp_path / "fixed.safetensors"))
-    family.load_vae(torch.float32, "cpu")
+    family.components.load("vae", torch.float32, "cpu")
     pixels = torch.rand(1, 3, 64, 64)
     assert torch.equal(family.encode_images(pixels)[0], _load(_open(tiny_sdxl)).encode_images(pixels)[0])
 
@@ -261,7 +258,7 @@ def test_another_vae_from_a_file_of_its_own(tmp_path: Path, tiny_sdxl: Path) -> 
 def test_the_pipeline_draws_what_diffusers_own_would(tiny_sdxl: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
-    ours = _load(_open(tiny_sdxl)).sampling_pipeline()
+    ours = _load(_open(tiny_sdxl)).pipeline()
     theirs = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     theirs.scheduler = DDIMScheduler.from_config(ours.scheduler.config)
     images = []
@@ -278,20 +275,20 @@ def test_the_pipeline_draws_what_diffusers_own_would(tiny_sdxl: Path) -> None:
 def true_size() -> StableDiffusionXL:
     """The true architecture, without weights."""
     config = json.loads((ASSETS / "sdxl.json").read_text())
-    parts = {name: Part(config[name], name, dict) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    names = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    parts = {name: Part(config[folder], name, dict) for name, folder in names.items()}
     base = BaseModel("sdxl", "x", ASSETS, parts, config["scheduler"], ASSETS, {}, "epsilon", "x")
-    family = StableDiffusionXL(base, **OPTIONS, max_token_length=None)
-    family.unet = new_unet(config["unet"])
-    family.text_encoders = [
-        new_text_encoder(config["text_encoder"]), new_projected_text_encoder(config["text_encoder_2"])
-    ]  # fmt: skip
+    family = StableDiffusionXL(base)
+    family.components["denoiser"] = new_unet(config["unet"])
+    family.components["text_encoder"] = new_text_encoder(config["text_encoder"])
+    family.components["text_encoder_2"] = new_projected_text_encoder(config["text_encoder_2"])
     return family
 
 
 def test_the_true_architecture_has_kohyas_targets(true_size: StableDiffusionXL) -> None:
     assert true_size.expected_modules() == {"unet": 722, "text_encoder_1": 72, "text_encoder_2": 192}
-    assert true_size.unet is not None
-    assert sum(parameter.numel() for parameter in true_size.unet.parameters()) == 2_567_463_684
+    assert true_size.components["denoiser"] is not None
+    assert sum(parameter.numel() for parameter in true_size.components["denoiser"].parameters()) == 2_567_463_684
     unet, first, second = true_size.adapter_targets()
     assert (unet.prefix, first.prefix, second.prefix) == ("lora_unet", "lora_te1", "lora_te2")
     # all Linear layers and 1 × 1 convolutions of the attention blocks, by class: what kohya goes by
@@ -309,7 +306,7 @@ def test_the_true_architecture_has_kohyas_targets(true_size: StableDiffusionXL) 
 
 
 def test_a_module_that_goes_missing_is_noticed(true_size: StableDiffusionXL, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = true_size.text_encoders[1].get_submodule("text_model.encoder.layers.31.mlp")
+    block = true_size.components["text_encoder_2"].get_submodule("text_model.encoder.layers.31.mlp")
     renamed = {("first" if name == "fc1" else name): module for name, module in block._modules.items()}
     monkeypatch.setattr(block, "_modules", renamed)
     with pytest.raises(AssertionError, match="191 targets in text_encoder_2, where this architecture has 192"):

@@ -20,20 +20,19 @@ _LOAD = """
 import sys, torch
 from pathlib import Path
 import library.models.modules as modules
-from library.models import open_family
+from library.models.opening import open_family
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
-options = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
-family = open_family(sys.argv[1], **options)
-modules.new_unet(family._base.parts["unet"].config)  # the imports
+family = open_family(sys.argv[1])
+modules.new_unet(family.components.config("denoiser"))  # the imports
 before = peak()
-family.load_unet(torch.bfloat16, "cpu")
+family.components.load("denoiser", torch.bfloat16, "cpu")
 grown = peak() - before
-family.load_vae(torch.bfloat16, "cpu")
-family.load_text_encoders(torch.bfloat16, "cpu")
+family.components.load("vae", torch.bfloat16, "cpu")
+family.components.load_all(family.components.text_encoders, torch.bfloat16, "cpu")
 modules_found = [sum(bool(t.linear.fullmatch(p)) for p, _ in t.root.named_modules()) for t in family.adapter_targets()]
 with torch.no_grad():
     answer = family.predict(torch.randn(1, 4, 8, 8), torch.tensor([9]), family.encode_prompts(["a cat"]))
@@ -68,13 +67,12 @@ def test_the_true_size_loads_from_one_file(tmp_path: Path) -> None:
 _MAP = """
 import sys, torch
 from pathlib import Path
-from library.models import open_family
+from library.models.opening import open_family
 
-options = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
-family = open_family(sys.argv[1], **options)
-family.load_vae(torch.float16, "cpu")
-family.load_text_encoders(torch.float16, "cpu")
-family.load_unet(torch.float16, "cpu")
+family = open_family(sys.argv[1])
+family.components.load("vae", torch.float16, "cpu")
+family.components.load_all(family.components.text_encoders, torch.float16, "cpu")
+family.components.load("denoiser", torch.float16, "cpu")
 found = [sum(bool(t.linear.fullmatch(p)) for p, _ in t.root.named_modules()) for t in family.adapter_targets()]
 lines = Path("/proc/self/status").read_text().splitlines()
 print(family.base_model_version, *found, next(int(l.split()[1]) for l in lines if l.startswith("VmHWM")) / 2**20)

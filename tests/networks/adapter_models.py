@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from library.models import open_family
 from library.models.checkpoints.base_model import BaseModel as BaseFiles
 from library.models.checkpoints.base_model import Part
 from library.models.family import AdapterTargets, ModelFamily
+from library.models.opening import open_family
 from library.models.stable_diffusion_xl import StableDiffusionXL
 from networks import kinds
 from networks.create import create, create_from_file
@@ -25,9 +25,6 @@ from networks.foreign import BaseModel, ForeignNetwork
 from networks.network import Network
 from networks.settings import Asked
 
-UNSAID: dict[str, Any] = {
-    "v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None
-}  # fmt: skip
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 MADE_UP = Path(__file__).parent / "made_up"
 
@@ -74,18 +71,21 @@ def text_targets(text_encoder: nn.Module, prefix: str = "lora_te") -> AdapterTar
 
 def sd_family(unet: nn.Module, text_encoder: nn.Module) -> ModelFamily:
     """The Stable Diffusion family with these modules as its own, whatever their size."""
-    family = open_family(str(BASE), **UNSAID)
-    family.unet, family.text_encoders = unet, [text_encoder]
+    family = open_family(str(BASE))
+    family.components["denoiser"], family.components["text_encoder"] = unet, text_encoder
     return family
 
 
 def sdxl_family(config: Path, unet: nn.Module, *text_encoders: nn.Module) -> ModelFamily:
     """The family SDXL of the size that `config` (as assets/sdxl.json) has, with these modules as its own."""
     asset = json.loads(config.read_text())
-    parts = {name: Part(asset[name], name, dict) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    names = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    parts = {name: Part(asset[folder], name, dict) for name, folder in names.items()}
     base = BaseFiles("sdxl", "x", config, parts, asset["scheduler"], config, {}, "epsilon", "x")
-    family = StableDiffusionXL(base, **UNSAID)
-    family.unet, family.text_encoders = unet, list(text_encoders)
+    family = StableDiffusionXL(base)
+    family.components["denoiser"] = unet
+    for name, encoder in zip(family.components.text_encoders, text_encoders, strict=False):
+        family.components[name] = encoder
     return family
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from adapter_models import BASE, UNSAID, Toy, sd_targets, sdxl_family, unet_targets
+from adapter_models import BASE, Toy, sd_targets, sdxl_family, unet_targets
 
-from library.models import open_family
 from library.models.checkpoints.base_model import ASSETS
+from library.models.opening import open_family
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,9 +67,9 @@ def true_sizes() -> dict[str, list[AdapterTargets]]:
 @pytest.fixture
 def sdxl(tiny_sdxl: Path) -> ModelFamily:
     """The tiny SDXL, loaded."""
-    family = open_family(str(tiny_sdxl), **UNSAID)
-    family.load_text_encoders(torch.float32, "cpu")
-    family.load_unet(torch.float32, "cpu")
+    family = open_family(str(tiny_sdxl))
+    family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+    family.components.load("denoiser", torch.float32, "cpu")
     return family
 
 

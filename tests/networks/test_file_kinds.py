@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import UserError
-from library.models import open_family
 from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.opening import open_vae
+from library.models.opening import open_family
 from networks.files import AdapterFile, check
 from networks.merge import BaseWeights
 from networks.tools import convert
@@ -101,7 +101,7 @@ OTHERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 
 
 def _open_model(path: Path) -> Any:
-    return open_family(str(path), v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
+    return open_family(str(path))
 
 
 def said(read: Callable[[], object]) -> str:

@@ -119,7 +119,7 @@ def lycoris_network(tiny, algo: str):
     """On the layers that networks.lora has, too."""
     kohya = pytest.importorskip("lycoris.kohya")
     unet, text_encoder = tiny
-    text_encoder = sd_family(unet, text_encoder).third_party_text_encoders()  # LyCORIS takes names from its paths
+    text_encoder, _ = sd_family(unet, text_encoder).third_party_views()  # LyCORIS takes names from its paths
     network = kohya.create_network(
         1.0, 4, 2.0, None, text_encoder, unet, neuron_dropout=None, algo=algo, preset="attn-mlp"
     )

@@ -77,7 +77,8 @@ def test_diffusers_takes_every_tensor_and_gives_the_same_output(
     ]
     parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     assert sum("lora_A" in name for part in parts for name, _ in part.named_parameters()) == modules
-    sdxl.unet, sdxl.text_encoders = parts[0], list(parts[1:])
+    for name, part in zip(("denoiser", "text_encoder", "text_encoder_2"), parts, strict=True):
+        sdxl.components[name] = part
     for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):
         assert difference(actual, wanted) < BOUND
 
@@ -216,7 +217,7 @@ def test_a_file_for_stable_diffusion_does_not_fit(sdxl, tiny, tmp_path):
 
 def test_lycoris_sees_kohyas_names_and_takes_effect(sdxl):
     lycoris = pytest.importorskip("lycoris.kohya")
-    encoders, unet = sdxl.third_party_text_encoders(), sdxl.third_party_unet()
+    encoders, unet = sdxl.third_party_views()
     network = lycoris.create_network(
         1.0, 4, 1, None, encoders, unet, algo="locon", preset="full", conv_dim=2, conv_alpha=1
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.guidance.estimate import parameter_bytes
-from library.models import open_family
-from library.models.family import AdapterTargets
+from library.models.opening import open_family
 from library.quantization.float8 import FLOAT8, hold_in_float8
 
 LAYERS = {
@@ -25,11 +23,6 @@ LAYERS = {
 }
 
 
-def targets(layer: nn.Module) -> AdapterTargets:
-    root = nn.ModuleDict({"it": layer})
-    return AdapterTargets("unet", "lora_unet", root, re.compile("it"), re.compile("(?!)"), lambda path: path)
-
-
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_acts_as_one_whose_weights_were_rounded(name: str, autocast: bool) -> None:
@@ -38,7 +31,7 @@ def test_a_layer_acts_as_one_whose_weights_were_rounded(name: str, autocast: boo
     layer, rounded = make().to(torch.bfloat16), make().to(torch.bfloat16)
     rounded.load_state_dict(layer.state_dict())
     rounded.weight.data = rounded.weight.data.to(FLOAT8).to(torch.bfloat16)
-    assert hold_in_float8([targets(layer)]) == 1
+    assert hold_in_float8([("lora_unet it", layer)]) == 1
     assert layer.weight.dtype == FLOAT8
     assert layer.bias is None or layer.bias.dtype == torch.bfloat16
 
@@ -60,7 +53,7 @@ def test_a_layer_acts_as_one_whose_weights_were_rounded(name: str, autocast: boo
 
 def test_the_backward_pass_keeps_eight_bits() -> None:
     layer = nn.Linear(64, 64).to(torch.bfloat16)
-    hold_in_float8([targets(layer)])
+    hold_in_float8([("lora_unet it", layer)])
     kept: list[Tensor] = []
     x = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -73,16 +66,14 @@ def test_what_does_not_fit_is_refused(value: float) -> None:
     layer = nn.Linear(2, 2)
     layer.weight.data[0, 1] = value
     with pytest.raises(UserError, match="lora_unet it has weights beyond 448"):
-        hold_in_float8([targets(layer)])
+        hold_in_float8([("lora_unet it", layer)])
     assert layer.weight.dtype == torch.float32
 
 
 def test_a_model(tiny_sdxl: Path) -> None:
-    given: dict[str, Any] = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None}
-    family = open_family(str(tiny_sdxl), **given, max_token_length=None)
-    family.load_text_encoders(torch.bfloat16, "cpu")
-    family.load_unet(torch.bfloat16, "cpu")
-    assert family.unet is not None
+    family = open_family(str(tiny_sdxl))
+    family.components.load_all(family.components.text_encoders, torch.bfloat16, "cpu")
+    family.components.load("denoiser", torch.bfloat16, "cpu")
     noisy, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     sizes: dict[str, Any] = {"original_sizes": [(64, 64)], "crops": [(0, 0)], "target_size": (64, 64)}
 
@@ -90,13 +81,13 @@ def test_a_model(tiny_sdxl: Path) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             return family.predict(noisy, t, family.condition(family.encode_prompts(["a cat"]), **sizes)).float()
 
-    before, whole = answer(), parameter_bytes([family.unet])
+    before, whole = answer(), parameter_bytes([family.components["denoiser"]])
     # Linear, 1 × 1 and wide convolutions of the UNet; the attention and MLP of two encoders of three layers
-    assert hold_in_float8(family.adapter_targets()) == 192 + 65 + 18 + 18
+    assert family.components.hold("denoiser", "text_encoder", "text_encoder_2", format="float8") == 192 + 65 + 18 + 18
     for kept in ("conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2"):
-        assert family.unet.get_submodule(kept).weight.dtype == torch.bfloat16
-    assert parameter_bytes([family.unet]) < 0.56 * whole
+        assert family.components["denoiser"].get_submodule(kept).weight.dtype == torch.bfloat16
+    assert parameter_bytes([family.components["denoiser"]]) < 0.56 * whole
     # diffusers casts prompts to these
-    assert family.unet.dtype == family.text_encoders[1].dtype == torch.bfloat16
+    assert family.components["denoiser"].dtype == family.components["text_encoder_2"].dtype == torch.bfloat16
     difference = (answer() - before).norm() / before.norm()
     assert 0 < difference < 0.1

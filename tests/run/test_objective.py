@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,36 +15,29 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 from library.config.options.objective import ObjectiveOptions
 from library.config.parser import parse
 from library.data.dataset import Batch, Draw
-from library.diffusion.draws import stacked_normal, stacked_timesteps
+from library.diffusion.draws import stacked_normal
 from library.diffusion.noise import Noise, draw_noise
 from library.errors import UserError
-from library.models import open_family
+from library.models.opening import open_family
 from library.run.objective import make_objective
 from library.training.step import Objective, batch_loss
 from tests.conftest import BASE
 
 SEED = 1  # timesteps 18 to 917: on both sides of an SNR of 5
 CPU = torch.device("cpu")
+EVERY = torch.arange(1000)
 
 
 def opened(path: Path, *, zero_terminal_snr: bool = False):
-    return open_family(
-        str(path),
-        v2=False,
-        v_parameterization=False,
-        vae=None,
-        clip_skip=None,
-        max_token_length=None,
-        zero_terminal_snr=zero_terminal_snr,
-    )
+    return open_family(str(path), options={"zero_terminal_snr": zero_terminal_snr})
 
 
 @pytest.fixture(scope="module")
 def noise_model():
     """The small base, which predicts noise; UNet and text encoder loaded."""
     family = opened(BASE)
-    family.load_text_encoders(torch.float32, "cpu")
-    family.load_unet(torch.float32, "cpu")
+    family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+    family.components.load("denoiser", torch.float32, "cpu")
     return family
 
 
@@ -100,9 +92,7 @@ class Silent:
 
 
 def loss_of(objective: Objective, family, count: int = 6) -> float:
-    return batch_loss(
-        batch_of(count), family, objective, seed=SEED, device=CPU, train_text=False, without=nullcontext
-    ).loss.item()
+    return batch_loss(batch_of(count), family, objective, seed=SEED, device=CPU, train_text=False).loss.item()
 
 
 # -- on the real network: no option is without effect
@@ -196,7 +186,7 @@ def keyed(objective: Objective) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     mean, std = batch.moments
     noise, _ = draw_noise(Noise(), mean, SEED, batch.samples)
     latents = mean + std * stacked_normal(mean.shape[1:], SEED, batch.samples, "vae")
-    return latents, noise, stacked_timesteps(objective.timestep, SEED, batch.samples)
+    return latents, noise, objective.levels(SEED, batch.samples, (16, 16))
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
@@ -205,7 +195,7 @@ def test_losses_in_closed_form(predicts, words, v_folder):
     family = opened(v_folder if predicts == "v_prediction" else BASE)
     objective = make_objective(options(*words.split()), family)
     latents, noise, t = keyed(objective)
-    a = family.alphas_cumprod[t]
+    a = family.process.alphas_cumprod[t]
     snr = a / (1 - a)
     v = a.sqrt().view(-1, 1, 1, 1) * noise - (1 - a).sqrt().view(-1, 1, 1, 1) * latents
     target = (noise if predicts == "epsilon" else v).double()
@@ -227,7 +217,7 @@ def test_what_the_network_sees_and_what_it_answers():
     plain = make_objective(options(), family)
     _, noise, t = keyed(plain)
     plain_loss = loss_of(plain, silent)
-    sigma = (1 - family.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1).float()
+    sigma = (1 - family.process.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1).float()
     seen = silent.noisy
     assert loss_of(make_objective(options("--ip_noise_gamma", "0.5"), family), silent) == plain_loss
     extra = (silent.noisy - seen) / sigma / 0.5
@@ -255,11 +245,11 @@ def test_every_table_comes_from_the_rescaled_noise_schedule(v_folder):
     }
     for words, expected in weights.items():
         objective = make_objective(options("--zero_terminal_snr", *words.split()), family)
-        torch.testing.assert_close(objective.weights, expected, rtol=1e-9, atol=1e-15)
-        torch.testing.assert_close(objective.alphas_cumprod, table, rtol=1e-9, atol=1e-15)
-        assert objective.alphas_cumprod[999] == 0
+        torch.testing.assert_close(objective.main.weights(EVERY), expected, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(objective.process.alphas_cumprod, table, rtol=1e-9, atol=1e-15)
+        assert objective.process.alphas_cumprod[999] == 0
     huber = make_objective(options("--zero_terminal_snr", "--loss_type", "huber"), family)
-    assert huber.thresholds[999] == pytest.approx(0.1)
+    assert huber.main.thresholds(EVERY)[999] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("words", ["", *[line for line in ON_V if "zero" in line]])
@@ -280,7 +270,7 @@ def test_the_last_timestep_is_pure_noise_and_finite(words, v_folder):
 def test_zero_terminal_snr_is_for_models_of_v(v_folder):
     with pytest.raises(UserError, match=r"--zero_terminal_snr: .*base predicts noise"):
         opened(BASE, zero_terminal_snr=True)
-    assert opened(v_folder, zero_terminal_snr=False).alphas_cumprod[-1] > 0
+    assert opened(v_folder, zero_terminal_snr=False).process.alphas_cumprod[-1] > 0
 
 
 def test_an_infinite_weight_is_refused(tmp_path):
@@ -289,7 +279,7 @@ def test_an_infinite_weight_is_refused(tmp_path):
     shutil.copytree(BASE, folder)
     set_scheduler(folder, rescale_betas_zero_snr=True)
     family = opened(folder)
-    assert make_objective(options("--min_snr_gamma", "5"), family).weights[999] == 1
+    assert make_objective(options("--min_snr_gamma", "5"), family).main.weights(EVERY)[999] == 1
     for words in ("--debiased_estimation_loss", "--v_pred_like_loss 1"):
         with pytest.raises(UserError, match=f"{words.split()[0]}: its weight is infinite at the last timestep"):
             make_objective(options(*words.split()), family)
@@ -309,7 +299,7 @@ def test_what_does_not_fit_the_model(noise_model, v_folder, tmp_path):
     short = opened(folder)
     with pytest.raises(UserError, match=r"--max_timestep 1000: this model has the timesteps 0 to 499"):
         make_objective(options("--max_timestep", "1000"), short)
-    assert stacked_timesteps(make_objective(options(), short).timestep, SEED, batch_of().samples).max() < 500
+    assert make_objective(options(), short).levels(SEED, batch_of().samples, (16, 16)).max() < 500
 
 
 @pytest.mark.parametrize(

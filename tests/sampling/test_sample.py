@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.config.samplers import SAMPLERS
-from library.models import open_family
+from library.diffusion.ddpm import DDPM
+from library.models.opening import open_family
 from library.sampling.prompts import SamplePrompt, SampleTimes
-from library.sampling.render import EncodedPrompts, Sampling, new_scheduler, render
+from library.sampling.render import EncodedPrompts, Sampling, render
 from tests.conftest import BASE
 
 PROMPTS = "emoji of cat --w 64 --h 64 --s 2 --d 5\nemoji of dog --n cat --w 72 --h 64 --s 2 --ss euler_a\n"
@@ -63,17 +64,17 @@ def test_samples_follow_the_steps_of_a_schedule_free_optimizer_with_all_caches(t
 
 @pytest.fixture(scope="module")
 def family():
-    family = open_family(str(BASE), v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
-    family.load_vae(torch.float32, "cpu")
-    family.load_text_encoders(torch.float32, "cpu")
-    family.load_unet(torch.float32, "cpu")
+    family = open_family(str(BASE))
+    family.components.load("vae", torch.float32, "cpu")
+    family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+    family.components.load("denoiser", torch.float32, "cpu")
     return family
 
 
 def picture(family, sampler: str, *, steps: int = 6, seed: int = 3) -> torch.Tensor:
     item = SamplePrompt(prompt="emoji of grinning cat", width=64, height=64, sample_steps=steps, scale=3.0)
     encode = EncodedPrompts(family, [item.prompt, ""])
-    pipeline = family.sampling_pipeline()
+    pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     state = torch.get_rng_state()
     image = render(family, pipeline, encode, item, sampler=sampler, generator=torch.Generator().manual_seed(seed))
@@ -106,17 +107,17 @@ def _exact(family) -> torch.Tensor:
 
 
 def test_schedulers_have_the_models_noise_schedule_and_prediction(family):
-    config = {**family.sampling_pipeline().scheduler.config, "prediction_type": "v_prediction", "beta_end": 0.015}
+    process = DDPM("v_prediction", family.process.alphas_cumprod, {**family.process.settings, "beta_end": 0.015})
     for sampler in SAMPLERS:
         if sampler == "lms":
             pytest.importorskip("scipy")
-        scheduler = new_scheduler(sampler, config)
+        scheduler = process.scheduler(sampler)
         assert (scheduler.config.prediction_type, scheduler.config.beta_end) == ("v_prediction", 0.015), sampler
 
 
 def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_path):
     network, shown, modes = torch.nn.Dropout(0.5), [], []
-    family.release_vae()
+    family.components.release("vae")
 
     def show(name, image, *, caption, step) -> None:
         modes.append(network.training)
@@ -126,7 +127,7 @@ def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_p
     sampling = Sampling(
         times=SampleTimes(prompts=(item,), sampler="ddim", at_first=False, every_n_steps=2, every_n_epochs=None),
         family=family, network=network, encode=EncodedPrompts(family, []), folder=tmp_path, name=None, seed=1, since=0,
-        load_vae=lambda: family.load_vae(torch.float32, "cpu"), autocast=torch.no_grad, show=show, steps_per_epoch=5,
+        vae_dtype=torch.float32, autocast=torch.no_grad, show=show, steps_per_epoch=5,
         device=torch.device("cpu"),
     )  # fmt: skip
     for step in range(4):
@@ -134,6 +135,6 @@ def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_p
     assert shown == [("sample_0", "emoji of cat", 2, (64, 64))]
     assert modes == [False]
     assert network.training
-    assert family.vae is None
+    assert "vae" not in family.components
     names = sorted(re.sub(r"\d{14}", "T", path.name) for path in tmp_path.iterdir())
     assert names == ["000002_00_T.png", "last_over_time_00.png"]

@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from library.models.components import Components
 from library.models.stable_diffusion import StableDiffusion
 from library.units import human_bytes
 from tests.conftest import BASE, PATIENCE, ROOT
@@ -38,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the model is asked to do; it does it."""
     count = Calls()
     encode_images, encode_prompts = StableDiffusion.encode_images, StableDiffusion.encode_prompts
-    load_vae, load_text_encoders = StableDiffusion.load_vae, StableDiffusion.load_text_encoders
+    load = Components.load
 
     def images(self, pixels):
         count.images += len(pixels)
@@ -48,18 +49,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         count.captions += len(captions)
         return encode_prompts(self, captions)
 
-    def vae(self, *words):
-        count.vaes += 1
-        return load_vae(self, *words)
-
-    def text_encoders(self, *words):
-        count.text_encoders += 1
-        return load_text_encoders(self, *words)
+    def part(self, name, *words):
+        count.vaes += name == "vae"
+        count.text_encoders += name == "text_encoder"
+        return load(self, name, *words)
 
     monkeypatch.setattr(StableDiffusion, "encode_images", images)
     monkeypatch.setattr(StableDiffusion, "encode_prompts", prompts)
-    monkeypatch.setattr(StableDiffusion, "load_vae", vae)
-    monkeypatch.setattr(StableDiffusion, "load_text_encoders", text_encoders)
+    monkeypatch.setattr(Components, "load", part)
     return count
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.config.parser import parse
+from library.diffusion.ddpm import DDPM
 from library.errors import UserError
 from library.record.metrics import lines
 from library.record.validation_history import Validation
@@ -267,7 +268,7 @@ def test_what_moved_is_counted_by_group() -> None:
 
     first, second, text = (torch.nn.Parameter(torch.ones(size)) for size in (12, 12, 5))
     groups = {"unet": [first, second], "text": [text]}
-    meter = Meter(groups, None, Accelerator(cpu=True), timesteps=1000)
+    meter = Meter(groups, None, Accelerator(cpu=True), process=DDPM("epsilon", torch.linspace(0.9, 0.1, 1000)))
     meter.before()
     with torch.no_grad():
         second[:3] += 1

@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from library.data.dataset import Batch, Draw
+from library.diffusion.ddpm import DDPM
 from library.diffusion.noise import Noise
 from library.losses.l2 import l2
+from library.losses.main import MainLoss
+from library.losses.preservation import Preservation
 from library.training.step import Objective, batch_loss
 
 ALPHAS = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
@@ -62,10 +65,15 @@ def loss(*preserved: bool, base: Base | None = None) -> float:
         crops=[(0, 0)] * len(samples),
         target_size=(8, 8),
     )
-    objective = Objective("epsilon", ALPHAS, l2, timestep=lambda generator: 500, noise=Noise())
-    found = batch_loss(
-        batch, base, objective, seed=1, device=torch.device("cpu"), train_text=False, without=base.without
-    )  # type: ignore[arg-type]
+    objective = Objective(
+        process=DDPM("epsilon", ALPHAS),
+        level=lambda generator, size: 500,
+        steps=(0, 1000),
+        noise=Noise(),
+        main=MainLoss(l2),
+        more=(Preservation(base.predict, base.without),),
+    )
+    found = batch_loss(batch, base, objective, seed=1, device=torch.device("cpu"), train_text=False)  # type: ignore[arg-type]
     return found.loss.item()
 
 

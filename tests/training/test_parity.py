@@ -49,8 +49,8 @@ def first_step(image_folder, tmp_path):
 
 def test_the_vae_is_given_back_once_the_latents_are_cached(first_step):
     run, _ = first_step
-    assert run.family.vae is None
-    assert run.family.text_encoders, "it is trained, so it stays"
+    assert "vae" not in run.family.components
+    assert run.family.components.have_text_encoders, "it is trained, so it stays"
 
 
 def plain_loss_and_gradients(run, batch):

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library.models import open_family
+from library.models.components import Components
+from library.models.opening import open_family
 from library.models.stable_diffusion_xl import StableDiffusionXL
-from library.quantization.float8 import hold_in_float8
 from tests.conftest import BASE, ROOT
 from tests.tiny_sdxl import TEXTS
 from tests.training.written import ROUNDED, distance, same, weights
@@ -113,14 +113,14 @@ def test_settings_train(train_sdxl, tmp_path, words):
 def test_eight_bits_are_as_if_the_model_had_been_rounded(train_sdxl, tiny_sdxl, tmp_path, cached):
     """Of all layers that can be adapted; where captions are cached, they are encoded before."""
     rounded = Path(shutil.copytree(tiny_sdxl, tmp_path / "rounded"))
-    given = {"v2": False, "v_parameterization": False, "vae": None, "clip_skip": None, "max_token_length": None}
-    family = open_family(str(tiny_sdxl), **given)
-    family.load_unet(torch.bfloat16, "cpu")
+    family = open_family(str(tiny_sdxl))
+    family.components.load("denoiser", torch.bfloat16, "cpu")
     if not cached:
-        family.load_text_encoders(torch.bfloat16, "cpu")
-    hold_in_float8(family.adapter_targets())
-    for part, module in {"unet": family.unet, **dict(zip(TEXTS, family.text_encoders, strict=False))}.items():
-        module.save_pretrained(rounded / part)
+        family.components.load_all(family.components.text_encoders, torch.bfloat16, "cpu")
+    held = [name for name in ("denoiser", *TEXTS) if name in family.components]
+    family.components.hold(*held, format="float8")
+    for name in held:
+        family.components[name].save_pretrained(rounded / family.PARTS[name].folder)
 
     common = ("--mixed_precision", "bf16", "--gradient_checkpointing", *cached)
     assert train_sdxl(*common, "--output_name", "own", "--fp8_base") == 0
@@ -159,15 +159,16 @@ def test_presets_train(train_sdxl, tmp_path, preset):
 @pytest.mark.parametrize("half", [True, False])
 def test_a_vae_that_overflows_in_fp16_computes_in_fp32(train_sdxl, capsys, half):
     dtypes = []
-    load = StableDiffusionXL.load_vae
+    load = Components.load
 
-    def watched(self, dtype, device):
-        dtypes.append(dtype)
-        load(self, dtype, device)
+    def watched(self, name, dtype, device):
+        if name == "vae":
+            dtypes.append(dtype)
+        return load(self, name, dtype, device)
 
     words = ["--mixed_precision", "fp16", *CACHED, "--max_train_steps", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StableDiffusionXL, "load_vae", watched)
+        patch.setattr(Components, "load", watched)
         assert train_sdxl(*words, *([] if half else ["--no_half_vae"])) == 0
     assert dtypes == [torch.float32]
     assert ("(--no_half_vae)" in capsys.readouterr().err) == half
@@ -219,7 +220,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_sdxl, tmp_
     ],
 )
 def test_what_does_not_fit_the_family_is_told_before_images_are_encoded(train_sdxl, capsys, monkeypatch, words, said):
-    monkeypatch.setattr(StableDiffusionXL, "load_vae", None)
+    monkeypatch.setattr(Components, "load", None)
     assert train_sdxl(*words) == 2
     assert said in capsys.readouterr().err
 

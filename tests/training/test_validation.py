@@ -12,10 +12,12 @@ import torch
 
 from benchmarks.fixed_noise_loss import fixed_noise_loss, mean_squares
 from library.config.options.validation import ValidationOptions, check_validation
+from library.diffusion.process import middles
+from library.models.components import Components
 from library.models.stable_diffusion import StableDiffusion
 from library.optimizers.weight_decay_hook import WeightDecayHook
 from library.training import state
-from library.training.fixed_noise import image_losses, middles
+from library.training.fixed_noise import image_losses
 from tests.conftest import BASE, IMAGES
 from tests.training.test_resume import stop_after
 from tests.training.written import metadata, same, weights
@@ -35,11 +37,11 @@ def measured(folder: Path, name: str = "test") -> list[tuple[int, float, dict[in
 
 @pytest.fixture(scope="module")
 def family() -> StableDiffusion:
-    from library.models import open_family
+    from library.models.opening import open_family
 
-    family = open_family(str(BASE), v2=False, v_parameterization=False, vae=None, clip_skip=None, max_token_length=None)
-    family.load_text_encoders(torch.float32, "cpu")
-    family.load_unet(torch.float32, "cpu")
+    family = open_family(str(BASE))
+    family.components.load_all(family.components.text_encoders, torch.float32, "cpu")
+    family.components.load("denoiser", torch.float32, "cpu")
     return family
 
 
@@ -59,12 +61,6 @@ def test_the_noise_of_an_image_does_not_depend_on_its_batch(family: StableDiffus
     torch.testing.assert_close(turned, together[[4, 2, 0]], rtol=1e-5, atol=0)
     assert torch.equal(together, losses([0, 1, 2, 3, 4]))
     assert not torch.allclose(together, losses([0, 1, 2, 3, 4], seed=1), rtol=1e-3)
-
-
-def test_the_bins_are_five_equal_parts() -> None:
-    assert middles() == (100, 300, 500, 700, 900)
-    assert middles(200, 300) == (210, 230, 250, 270, 290)
-    assert middles(7, 8) == (7,)
 
 
 def test_fixed_noise_loss_is_the_same_for_any_batch_size(family: StableDiffusion) -> None:
@@ -140,7 +136,7 @@ def test_what_is_said_and_written(train: Train, tmp_path: Path, capsys: pytest.C
     (event,) = (tmp_path / "logs").rglob("events*")
     events = EventAccumulator(str(event.parent))
     events.Reload()
-    curves = [f"loss/validation/t{t}" for t in middles()]
+    curves = [f"loss/validation/t{t}" for t in middles(0, 1000)]
     curves += ["loss/validation/step_average", "loss/validation/step_divergence"]
     assert {name for name in events.Tags()["scalars"] if "validation" in name} == set(curves)
     history = measured(tmp_path)
@@ -293,8 +289,13 @@ def test_the_caches_on_disk_hold_both(
     words = ("--no-cache_latents", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
     words = (*SPLIT, *words, "--network_train_unet_only", "--max_train_steps", "1", "--save_state_on_train_end")
     assert train(*words, "--output_name", "first") == 0
-    monkeypatch.setattr(StableDiffusion, "load_vae", lambda *_: pytest.fail("encoded again"))
-    monkeypatch.setattr(StableDiffusion, "load_text_encoders", lambda *_: pytest.fail("encoded again"))
+    load = Components.load
+
+    def denoiser(self: Components, name: str, *to: Any) -> torch.nn.Module:
+        assert name == "denoiser", "encoded again"
+        return load(self, name, *to)
+
+    monkeypatch.setattr(Components, "load", denoiser)
     assert train(*words, "--output_name", "second") == 0
     assert "of other images" not in capsys.readouterr().err
     assert measured(tmp_path, "first") == measured(tmp_path, "second")

@@ -23,6 +23,7 @@ from library.data.caches import files as cache_files
 from library.data.caches.files import BrokenEntry
 from library.data.caches.keys import caption_key, file_digest, files_of, view_key
 from library.data.caches.memory import encoded_captions, encoded_images
+from library.data.caches.rows import stacked
 from library.data.images import load_pixels
 from library.data.views import View
 from library.errors import UserError
@@ -114,7 +115,7 @@ class _OnDisk(Generic[Item]):
                     f"the cache file {path} cannot be used: {error}. Start again, without --skip_cache_check: what is "
                     "missing or broken is encoded anew"
                 ) from error
-        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        return {name: stacked([entry[name] for entry in entries]) for name in entries[0]}
 
 
 class DiskLatents(_OnDisk[View]):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from library.cpus import thread_count
+from library.data.caches.rows import stacked
 from library.data.images import load_pixels
 from library.data.samples import Size
 from library.data.views import View
@@ -42,20 +43,19 @@ class LatentCache:
 
 
 class TextCache:
-    """What the text encoders give for each caption: one tensor [N, …] a name, on the CPU."""
+    """What the text encoders give for each caption: its tensors by name, on the CPU."""
 
-    def __init__(self, rows: dict[str, int], outputs: dict[str, Tensor]) -> None:
-        self._rows = rows
+    def __init__(self, outputs: dict[str, dict[str, Tensor]]) -> None:
         self._outputs = outputs
 
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Name → [B, …]."""
-        rows = [self._rows[caption] for caption in captions]
-        return {name: output[rows] for name, output in self._outputs.items()}
+        """Name → [B, …]; see `rows.stacked`."""
+        found = [self._outputs[caption] for caption in captions]
+        return {name: stacked([one[name] for one in found]) for name in found[0]}
 
     @property
     def nbytes(self) -> int:
-        return sum(output.nbytes for output in self._outputs.values())
+        return sum(output.nbytes for own in self._outputs.values() for output in own.values())
 
 
 @torch.no_grad()
@@ -110,18 +110,14 @@ def encoded_images(
 def encode_captions(
     captions: Iterable[str], encode: Callable[[list[str]], dict[str, Tensor]], *, batch_size: int
 ) -> TextCache:
-    """Encode each distinct caption once. `encode` returns name → [B, …], of one shape for every caption."""
+    """Encode each distinct caption once. `encode` returns name → [B, …]; the second axis may differ between batches."""
     distinct = list(dict.fromkeys(captions))
-    rows: dict[str, int] = {}
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, dict[str, Tensor]] = {}
     for batch, found in encoded_captions(distinct, encode, batch_size=batch_size):
-        start, end = len(rows), len(rows) + len(batch)
-        for name, new in found.items():
-            if name not in outputs:
-                outputs[name] = _room(new, len(distinct))
-            outputs[name][start:end] = new
-        rows.update(zip(batch, range(start, end), strict=True))
-    cache = TextCache(rows, outputs)
+        on_cpu = {name: output.cpu() for name, output in found.items()}
+        for row, caption in enumerate(batch):
+            outputs[caption] = {name: output[row].clone() for name, output in on_cpu.items()}
+    cache = TextCache(outputs)
     logger.info("text encoder outputs of %d captions held in memory: %.1f MB", len(distinct), cache.nbytes / 1e6)
     return cache
 

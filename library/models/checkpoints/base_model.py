@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,28 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A folder that may hold a model, as diffusers writes one: a folder for each part, with its config.json."""
+
+    path: Path
+
+    @cached_property
+    def pipeline(self) -> str:
+        """The class that its model_index.json names; "" where there is none."""
+        index = self.path / "model_index.json"
+        return str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+
+    def config(self, part: str) -> dict[str, Any] | None:
+        """The configuration in a part's folder; None where there is none."""
+        file = self.path / part / "config.json"
+        return read_json(file) if file.is_file() else None
+
+
+@dataclass(frozen=True)
 class BaseModel:
     """Everything that a family needs to know before it loads weights.
 
-    kind: the family's name. path: as the user gave it. location: where it lies. parts: by "unet", "vae",
+    kind: the family's name. path: as the user gave it. location: where it lies. parts: by "denoiser", "vae",
     "text_encoder" and, where there are two, "text_encoder_2"; a folder or file without a VAE has none. scheduler: the
     configuration of the noise schedule. tokenizer, tokenizer_options: the (first) text encoder's folder and what to
     change in it. prediction: "epsilon" or "v_prediction" where the model says so itself, else None. prediction_from:
@@ -45,11 +64,11 @@ class BaseModel:
     path: str
     location: Path
     parts: Mapping[str, Part]
-    scheduler: Mapping[str, Any]
-    tokenizer: Path
-    tokenizer_options: Mapping[str, Any]
-    prediction: str | None
-    prediction_from: str
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Path = Path()
+    tokenizer_options: Mapping[str, Any] = field(default_factory=dict)
+    prediction: str | None = None
+    prediction_from: str = ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

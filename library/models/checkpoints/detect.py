@@ -1,20 +1,28 @@
-"""What a weights file or a diffusers folder is, from names and shapes alone."""
+"""What a weights file or a diffusers folder is, from names and shapes alone.
+
+Every family of `library.models.FAMILIES` is asked whether it claims the file. What none claims explains itself: as an
+adapter, a part of a model, or a model of a kind that cannot be trained here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from library.config.registry import load_path
 from library.errors import UserError
-from library.files.tensors import WeightsIndex
+from library.files.tensors import TensorEntry, WeightsIndex
+from library.models import FAMILIES
 from library.models.checkpoints.adapter_file import AdapterContents, describe
-from library.models.checkpoints.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+from library.models.checkpoints.base_model import Folder
+from library.models.checkpoints.checkpoint import UNET_PREFIX, VAE_PREFIX
 
-# What a file can be, as messages call it. "{path} is …" is how they begin.
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily
+
+# What a file can be that is no model of a family. "{path} is …" is how messages begin.
 TITLES = {
-    "sd": "a Stable Diffusion 1.x or 2.x model",
-    "sdxl": "an SDXL model",
     "embedding": "a textual inversion embedding",
     "hypernetwork": "a hypernetwork",
     "controlnet": "a ControlNet",
@@ -54,6 +62,7 @@ _AFTER_MODELS = {
     "image_encoder": ("vision_model.", "visual."),
 }
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
+_PIPELINES = {"StableDiffusion3": "sd3", "Flux": "flux"}  # by what the class in a folder's model_index.json contains
 _REFINER_POOLED = 2560  # width of the refiner's added conditions; SDXL base: 2816
 _SEVERAL = 3  # names shown of a file of no known kind
 
@@ -72,11 +81,13 @@ def kind_of_file(index: WeightsIndex) -> FileKind:
     """UserError for a file without tensors."""
     if not index.entries:
         raise UserError(f"{index.path}: holds no tensors")
-    kind = next((kind for kind, starts in _BEFORE_ADAPTERS.items() if _begins(index, *starts)), "")
+    kind = next((kind for kind, starts in _BEFORE_ADAPTERS.items() if begins(index, *starts)), "")
     if not kind and any(".motion_modules." in name for name in index.entries):
         kind = "motion_module"
     if not kind and (adapter := describe({name: e.shape for name, e in index.entries.items()}, index.metadata)):
         return FileKind("adapter", adapter.title, adapter)
+    if not kind and (family := claimed_by(index)):
+        return FileKind(family.NAME, family.TITLE)
     kind = kind or _model(index) or _other(index)
     if kind:
         return FileKind(kind, TITLES[kind])
@@ -84,6 +95,16 @@ def kind_of_file(index: WeightsIndex) -> FileKind:
     return FileKind(
         "", f"of no known kind ({len(index.entries)} tensors: {some}{', …' * (len(index.entries) > _SEVERAL)})"
     )
+
+
+def families() -> list[type[ModelFamily]]:
+    """All that there are, in the order of `library.models.FAMILIES`."""
+    return [load_path(path, where="FAMILIES") for path in FAMILIES.values()]
+
+
+def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
+    """The family whose model a file or a folder holds."""
+    return next((family for family in families() if family.claims(content)), None)
 
 
 def not_a_base(found: FileKind) -> str:
@@ -96,38 +117,62 @@ def not_a_base(found: FileKind) -> str:
     return f"{found.title}, not a base model" + (f"; {instead}" if instead else "")
 
 
-def _begins(index: WeightsIndex, *prefixes: str) -> bool:
+def begins(index: WeightsIndex, *prefixes: str) -> bool:
+    """Whether the name of a tensor begins so."""
     return any(name.startswith(prefixes) for name in index.entries)
 
 
-def _model(index: WeightsIndex) -> str:
-    """A model, or a part of one; "" where nothing is recognised."""
-    names = index.entries
-    label = next((entry for name, entry in names.items() if name.endswith("label_emb.0.0.weight")), None)
-    if _begins(index, "conditioner.embedders.") or label:
-        if label and label.shape[-1] == _REFINER_POOLED:
+def is_of_xl(content: WeightsIndex | Folder) -> bool:
+    """Whether it is an SDXL model, a relative of it, or a part of one."""
+    if isinstance(content, Folder):
+        return "XL" in content.pipeline or (content.config("unet") or {}).get("addition_embed_type") == "text_time"
+    return begins(content, "conditioner.embedders.") or _label(content) is not None
+
+
+def _label(index: WeightsIndex) -> TensorEntry | None:
+    """The layer that takes in what an SDXL UNet is conditioned on beside the text."""
+    return next((entry for name, entry in index.entries.items() if name.endswith("label_emb.0.0.weight")), None)
+
+
+def other_family(content: WeightsIndex | Folder) -> str:
+    """The model of a family that is not supported which this is by its marks; "" for none."""
+    if isinstance(content, Folder):
+        if is_of_xl(content):
+            pooled = (content.config("unet") or {}).get("projection_class_embeddings_input_dim")
+            return "sdxl_refiner" if pooled == _REFINER_POOLED else ""
+        return next((kind for name, kind in _PIPELINES.items() if name in content.pipeline), "")
+    if is_of_xl(content):
+        label = _label(content)
+        if label is not None and label.shape[-1] == _REFINER_POOLED:
             return "sdxl_refiner"
-        if not _begins(index, UNET_PREFIX) or not _begins(index, "conditioner.embedders."):
-            return "unet"
-        return "edm" if names.keys() & _EDM_MARKS else "sdxl"
-    if _begins(index, "double_blocks.", f"{UNET_PREFIX}double_blocks.", "single_transformer_blocks."):
+        return "edm" if content.entries.keys() & _EDM_MARKS else ""
+    if begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks.", "single_transformer_blocks."):
         return "flux"
-    if _begins(index, "joint_blocks.", f"{UNET_PREFIX}joint_blocks."):
-        return "sd3"
-    if _begins(index, UNET_PREFIX):
-        return "sd" if _begins(index, CLIP_PREFIX, OPEN_CLIP_PREFIX) else "unet"
-    if _begins(index, "down_blocks.0.resnets.") and _begins(index, "time_embedding."):
+    return "sd3" if begins(content, "joint_blocks.", f"{UNET_PREFIX}joint_blocks.") else ""
+
+
+def _model(index: WeightsIndex) -> str:
+    """A model of no family, or a part of one; "" where nothing is recognised."""
+    other = other_family(index)
+    if is_of_xl(index):
+        whole = begins(index, UNET_PREFIX) and begins(index, "conditioner.embedders.")
+        return other if whole or other == "sdxl_refiner" else "unet"
+    if other:
+        return other
+    if begins(index, UNET_PREFIX):
+        return "unet"
+    if begins(index, "down_blocks.0.resnets.") and begins(index, "time_embedding."):
         return "diffusers_unet"
     if is_vae(index):
         return "vae"
     encoder = ("text_model.", "embeddings.token_embedding.", "transformer.text_model.", "encoder.layers.0.self_attn")
-    return "text_encoder" if _begins(index, *encoder) else ""
+    return "text_encoder" if begins(index, *encoder) else ""
 
 
 def _other(index: WeightsIndex) -> str:
     """What is neither a model nor an adapter."""
     names = index.entries
-    if kind := next((kind for kind, starts in _AFTER_MODELS.items() if _begins(index, *starts)), ""):
+    if kind := next((kind for kind, starts in _AFTER_MODELS.items() if begins(index, *starts)), ""):
         return kind
     if all(name.partition(".")[0].isdecimal() for name in names):  # A1111 calls the layers of one after their widths
         return "hypernetwork"
@@ -145,15 +190,3 @@ def is_vae(index: WeightsIndex) -> bool:
 def is_v2(unet: Mapping[str, Any]) -> bool:
     """Whether a UNet's configuration is that of 2.x: by the width of the text states, at unknown widths by its form."""
     return {768: False, 1024: True}.get(unet["cross_attention_dim"], bool(unet.get("use_linear_projection")))
-
-
-def kind_of_folder(pipeline: str, unet: Mapping[str, Any] | None) -> str | None:
-    """The same for a diffusers folder, from the class in model_index.json and the UNet's configuration, if any."""
-    if "XL" in pipeline or (unet or {}).get("addition_embed_type") == "text_time":
-        pooled = (unet or {}).get("projection_class_embeddings_input_dim")
-        return "sdxl_refiner" if pooled == _REFINER_POOLED else "sdxl" if unet is not None else None
-    if "StableDiffusion3" in pipeline:
-        return "sd3"
-    if "Flux" in pipeline:
-        return "flux"
-    return "sd" if unet is not None else None

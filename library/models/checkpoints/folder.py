@@ -11,9 +11,9 @@ from typing import Any
 from library.errors import UserError, nearest_path
 from library.files.index import read_index
 from library.files.tensors import TensorEntry
-from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, few, read_json
+from library.models.checkpoints.base_model import ASSETS, BaseModel, Folder, Part, few, read_json
 from library.models.checkpoints.checkpoint import TEXT_PREFIXES, text_entries_of, vae_entries
-from library.models.checkpoints.detect import TITLES, FileKind, is_v2, kind_of_folder, not_a_base
+from library.models.checkpoints.detect import TITLES, FileKind, is_v2, not_a_base, other_family
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +25,11 @@ _PREDICTIONS = ("epsilon", "v_prediction")
 _OTHER_SCHEDULES = ("EDM", "FlowMatch")  # how the classes begin that know nothing of betas and timesteps 0 … 999
 
 
-def open_folder(path: str, folder: Path) -> BaseModel:
-    """Read the configurations in a diffusers folder. UserError where it is none, or of a family not supported."""
-    index = folder / "model_index.json"
-    pipeline = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    unet = read_json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else None
-    kind = kind_of_folder(pipeline, unet)
-    if kind is None:
-        raise UserError(f"{path}: no diffusers folder of a Stable Diffusion model; {_contents(folder, pipeline)}")
-    if kind not in TEXT_PREFIXES:
-        raise UserError(f"{path} is {not_a_base(FileKind(kind, TITLES[kind]))}")
-    assert unet is not None
+def open_folder(path: str, folder: Path, *, kind: str) -> BaseModel:
+    """Read the configurations in the diffusers folder of a model of the family "sd" or "sdxl". Raises UserError."""
+    unet = read_json(folder / "unet" / "config.json")
     _require(unet, folder / "unet", cross_attention_dim=int, block_out_channels=list)
-    parts = {"unet": Part(unet, _where("UNet", folder / "unet"), lambda: _entries(folder / "unet"))}
+    parts = {"denoiser": Part(unet, _where("UNet", folder / "unet"), lambda: entries_in(folder / "unet"))}
     parts |= {part: _text_encoder_part(folder / part) for part in TEXT_PREFIXES[kind]}
     if (folder / "vae" / "config.json").is_file():
         parts["vae"] = vae_part(folder / "vae")
@@ -51,13 +43,22 @@ def open_folder(path: str, folder: Path) -> BaseModel:
     return BaseModel(kind, path, folder, parts, scheduler, *_tokenizer(folder, unet), prediction, str(schedule))
 
 
+def not_a_model(path: str, folder: Folder) -> UserError:
+    """Why no family claims a folder."""
+    if kind := other_family(folder):
+        return UserError(f"{path} is {not_a_base(FileKind(kind, TITLES[kind]))}")
+    return UserError(
+        f"{path}: no diffusers folder of a Stable Diffusion model; {_contents(folder.path, folder.pipeline)}"
+    )
+
+
 def vae_part(folder: Path) -> Part:
     """The VAE in a folder of its own."""
     config = read_json(folder / "config.json")
     _require(config, folder, block_out_channels=list)
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise UserError(f"{folder}: an {kind}, where Stable Diffusion needs an AutoencoderKL")
-    return Part(config, _where("VAE", folder), lambda: vae_entries(_entries(folder)))
+    return Part(config, _where("VAE", folder), lambda: vae_entries(entries_in(folder)))
 
 
 def choose_weights(names: Iterable[str]) -> str | None:
@@ -82,7 +83,7 @@ def shards_of(index: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(begin) and name.endswith(f".{match['format']}")]
 
 
-def _entries(folder: Path) -> dict[str, TensorEntry]:
+def entries_in(folder: Path) -> dict[str, TensorEntry]:
     """The tensors in a part's folder, from one file or from the shards that an index lists."""
     name = choose_weights(path.name for path in folder.iterdir())
     if name is None:
@@ -105,7 +106,7 @@ def _text_encoder_part(folder: Path) -> Part:
     config = read_json(folder / "config.json")
     _require(config, folder, hidden_size=int, num_hidden_layers=int)
     layers, entries = config["num_hidden_layers"], text_entries_of(folder.name)
-    return Part(config, _where("text encoder", folder), lambda: entries(_entries(folder), layers=layers))
+    return Part(config, _where("text encoder", folder), lambda: entries(entries_in(folder), layers=layers))
 
 
 def _tokenizer(folder: Path, unet: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:

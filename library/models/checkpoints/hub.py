@@ -7,11 +7,11 @@ from pathlib import Path
 
 from library.errors import UserError, nearest_path
 from library.models.checkpoints.base_model import few
+from library.models.checkpoints.detect import families
 from library.models.checkpoints.folder import choose_weights, shards_of
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TIMEOUT = 10.0  # seconds for the list of files
 
 
@@ -51,7 +51,7 @@ def fetch(name: str) -> Path:
 def wanted(files: list[str]) -> list[str]:
     """Of a repository's files, those that are needed: one set of weights a part, not all precisions and formats."""
     chosen = [file for file in files if file == "model_index.json" or file.startswith(("scheduler/", "tokenizer/"))]
-    for part in _PARTS:
+    for part in dict.fromkeys(kind.folder for family in families() for kind in family.PARTS.values()):
         chosen += _of_part(f"{part}/", files)
     return chosen or _of_part("", files)  # a VAE has a repository of its own
 

@@ -1,4 +1,4 @@
-"""From a path or a hub id to a base model or a VAE that is opened."""
+"""From a path or a hub id to where a model lies; and another VAE for a model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,12 @@ from typing import Any
 
 from library.errors import UserError, nearest_path
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
-from library.models.checkpoints.folder import open_folder, vae_part
+from library.models.checkpoints.folder import vae_part
 from library.models.checkpoints.hub import fetch
-from library.models.checkpoints.single_file import open_file, vae_part_of_file
+from library.models.checkpoints.single_file import vae_part_of_file
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VAE_OF = {"sd": "sd1.json", "sdxl": "sdxl.json"}  # where the base model has none itself
-
-
-def open_base_model(path: str) -> BaseModel:
-    """Recognise a file, a diffusers folder or a hub id. UserError names the nearest existing path otherwise."""
-    location = locate(path)
-    if location.is_dir():
-        return open_folder(path, location)
-    return open_file(path, location)
 
 
 def open_vae(path: str, *, default_config: Mapping[str, Any]) -> Part:

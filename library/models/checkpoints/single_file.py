@@ -21,7 +21,7 @@ from library.models.checkpoints.checkpoint import (
     unet_entries,
     vae_entries,
 )
-from library.models.checkpoints.detect import is_vae, kind_of_file, not_a_base
+from library.models.checkpoints.detect import is_vae, kind_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +38,18 @@ _OTHER_INPUTS = {9: "an inpainting model", 8: "an instruction-editing model", 5:
 _V_PREDICTION_MARK, _ZERO_TERMINAL_MARK = "v_pred", "ztsnr"
 
 
-def open_file(path: str, location: Path, *, config: Mapping[str, Any] | None = None) -> BaseModel:
-    """Recognise a checkpoint from its names and shapes. UserError says what another file is.
+def open_file(path: str, location: Path, *, kind: str, config: Mapping[str, Any] | None = None) -> BaseModel:
+    """Read the names and shapes in the checkpoint of a model of the family "sd" or "sdxl". Raises UserError.
 
     `config`, in the form of assets/sd1.json, takes the place of the shipped ones: for architectures of other sizes,
     whose number of attention heads no file tells.
     """
     index = read_index(location)
-    found = kind_of_file(index)
-    if found.kind not in TEXT_PREFIXES:
-        raise UserError(f"{path} is {not_a_base(found)}")
-    kind = found.kind
     config = config or read_json(ASSETS / f"{_asset(index, kind)}.json")
     _mention_leftovers(index, kind)
     layers_per_block = config["unet"]["layers_per_block"]
     parts = {
-        "unet": Part(
+        "denoiser": Part(
             config["unet"],
             f"the UNet in {path}",
             lambda: unet_entries(index.entries, layers_per_block=layers_per_block),

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from library.errors import UserError
@@ -27,14 +28,14 @@ class Pictures(Hook[Run]):
         paths: Mapping[str, Path],
         *,
         encode: Callable[[str, str], dict[str, Tensor]],
-        load_vae: Callable[[], None],
+        vae_dtype: torch.dtype,
         prompts: Sequence[str],
         size: tuple[int, int],
         steps: int,
     ) -> None:
         """`paths`: of "loss" and "compare", those that are wanted. `size`: width and height of the pictures of the
         `prompts`, drawn in `steps` steps; `encode`: see `render.EncodedPrompts`."""
-        self._paths, self._encode, self._load_vae = paths, encode, load_vae
+        self._paths, self._encode, self._vae_dtype = paths, encode, vae_dtype
         self._prompts, self._size, self._steps = prompts, size, steps
 
     def end(self, run: Run, *, stopped_by: str, conclusion: str) -> None:
@@ -51,8 +52,8 @@ class Pictures(Hook[Run]):
             loss_plot.plot(path, run.losses, steps_per_epoch=steps_per_epoch, title=title)
             logger.info("drew %s", path)
         if path := self._paths.get("compare"):
-            if run.family.vae is None:
-                self._load_vae()
+            if "vae" not in run.family.components:
+                run.family.components.load("vae", self._vae_dtype, run.accelerator.device)
             with run.weights_for("sample"):
                 render.compare(
                     path,

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
+from library.diffusion.process import Predicted
 from library.gpu import kept_random_state, to_device
+from library.losses.main import MainLoss
 from library.progress import bar
 from library.record import trackers
 from library.record.validation_history import History, Validation
 from library.training.fixed_noise import image_losses
 from library.training.hook import Hook, Step
 from library.training.run import Run
-from library.training.step import Objective, condition_of, sample_losses
+from library.training.step import condition_of
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ def measure(
     added up in the same order: so the number does not depend on how many processes there are.
     """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    # All run the UNet equally often, whose weights may be shared out: who has nothing left repeats the last batch.
+    # All run the denoiser equally often, whose weights may be shared out: who has nothing left repeats the last batch.
     each = math.ceil(len(batches) / world)
     mine = [(number, batches[number]) for i in range(each) for number in [min(i * world + rank, len(batches) - 1)]]
     device = run.accelerator.device
@@ -152,7 +154,7 @@ def measure(
                 latents = to_device(batch.moments[0], device).float()
                 condition = condition_of(batch, run.family, device, train_text=False)
                 keys = [draw.sample.key for draw in batch.samples]
-                loss = partial(_loss, run.objective, batch.masks)
+                loss = partial(_loss, run.objective.main, batch.masks)
                 for t in timesteps:
                     losses = image_losses(run.family, latents, condition, t, keys=keys, seed=data.seed, loss=loss)
                     queued[number, t] = losses
@@ -164,7 +166,8 @@ def measure(
     return {t: math.fsum(losses) / len(losses) for t, losses in by_timestep.items()}
 
 
-def _loss(objective: Objective, masks: Tensor | None, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
-    """What training minimises, per image: its loss and the weights of its timesteps, so that the two compare."""
-    losses = sample_losses(objective, prediction, target, t, masks)
-    return losses if objective.weights is None else losses * to_device(objective.weights[t], losses.device).to(losses)
+def _loss(main: MainLoss, masks: Tensor | None, seen: Predicted) -> Tensor:
+    """What training minimises, per image: its loss and the weights of its noise levels, so that the two compare."""
+    losses = main.unweighted(seen, masks)
+    weights = main.of_levels(seen.level_B, losses)
+    return losses if weights is None else losses * weights

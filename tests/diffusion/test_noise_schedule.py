@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from library.diffusion.noise_schedule import alphas_cumprod, zero_terminal
 from library.errors import UserError
-from library.models.noise_schedule import alphas_cumprod, zero_terminal
 
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -1,4 +1,5 @@
-"""Which timestep a sample is trained at: distributions over 0 (no noise) ... 1 (only noise), and from there to t.
+"""At which noise level a sample is trained: distributions over 0 (no noise) ... 1 (only noise). A process makes its
+levels of them (`Process.draw`).
 
 logit_normal and mode are those of Esser et al. 2024, arXiv 2403.03206, §3.1.
 """
@@ -13,20 +14,14 @@ import torch
 Density = Callable[[torch.Generator], float]
 
 
-def uniform_timestep(generator: torch.Generator, *, low: int = 0, high: int = 1000) -> int:
-    """One t, uniform in low ... high - 1."""
-    return int(torch.randint(low, high, (), generator=generator))
-
-
-def timestep(generator: torch.Generator, *, density: Density, shift: float, low: int, high: int) -> int:
-    """One t in low ... high - 1: that part of the range which `density` draws, shifted."""
-    u = shifted(density(generator), shift=shift)
-    return min(low + int(u * (high - low)), high - 1)
-
-
 def shifted(u: float, *, shift: float) -> float:
     """shift · u / (1 + (shift - 1) u), in 0 ... 1 as u: nearer to 1 for a shift above 1 (arXiv 2403.03206, §5.3.2)."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+def shifted_density(density: Density, generator: torch.Generator, *, shift: float) -> float:
+    """A draw of `density`, shifted."""
+    return shifted(density(generator), shift=shift)
 
 
 def uniform(generator: torch.Generator) -> float:

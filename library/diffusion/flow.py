@@ -1,0 +1,115 @@
+"""The process of flow matching along straight lines (rectified flow): x = (1 - σ) x_0 + σ eps, σ in 0 … 1.
+
+Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747). The network predicts the velocity
+dx / dσ = eps - x_0, which is the same everywhere on the line. Levels are moved towards noise by a shift, after Esser
+et al. 2024 (arXiv 2403.03206, §5.3.2): a constant of the model, or one that grows with the number of latent cells,
+because averaging over more cells takes noise away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.diffusion.levels import Density, shifted, uniform
+from library.diffusion.process import per_sample, range_names
+
+_HIGHEST = 1.0 - 2.0**-24  # the largest float32 below 1
+
+_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
+
+
+@dataclass(frozen=True)
+class ResolutionShift:
+    """A shift of exp(mu), with mu linear in the number of tokens, latent cells / patch² (FLUX.1, flux/sampling.py)."""
+
+    patch: int = 2
+    few_tokens: int = 256
+    many_tokens: int = 4096
+    mu_of_few: float = 0.5
+    mu_of_many: float = 1.15
+
+    def of(self, size: tuple[int, int]) -> float:
+        """The shift for latents of `size` (height, width)."""
+        tokens = (size[0] // self.patch) * (size[1] // self.patch)
+        slope = (self.mu_of_many - self.mu_of_few) / (self.many_tokens - self.few_tokens)
+        return math.exp(self.mu_of_few + slope * (tokens - self.few_tokens))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A `library.diffusion.process.Process` whose level is σ, float32 in 0 … 1.
+
+    shift: of the levels, in training and sampling: 1 is none, above 1 more noise. `steps`: options and reports count σ
+    in thousandths, as the time that such networks are given.
+    """
+
+    shift: float | ResolutionShift = 1.0
+    steps: int = 1000
+
+    @property
+    def prediction_type(self) -> str:
+        """The velocity of flow matching."""
+        return "velocity"
+
+    @property
+    def samplers(self) -> Sequence[str]:
+        """Solvers of an ordinary differential equation; those of DDPM are for another one."""
+        return ("euler",) if isinstance(self.shift, ResolutionShift) else tuple(_SAMPLERS)
+
+    def shift_at(self, size: tuple[int, int]) -> float:
+        """The shift for latents of `size` (height, width)."""
+        return self.shift.of(size) if isinstance(self.shift, ResolutionShift) else self.shift
+
+    def at(self, step_B: Tensor) -> Tensor:
+        """step / steps."""
+        return (step_B.double() / self.steps).float()
+
+    def draw(
+        self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
+    ) -> float:
+        """σ in low / steps … high / steps, never 1: that part of the range which `density` draws, shifted."""
+        u = shifted((density or uniform)(generator), shift=self.shift_at(size))
+        return min((low + u * (high - low)) / self.steps, _HIGHEST)
+
+    def stacked(self, levels: Sequence[float]) -> Tensor:
+        """float32."""
+        return torch.tensor(levels, dtype=torch.float32)
+
+    def noisy(self, latents_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Tensor:
+        """(1 - σ) x_0 + σ eps; 1 - σ is formed in float64."""
+        sigma = level_B.double()
+        return per_sample(1 - sigma, latents_BCHW) * latents_BCHW + per_sample(sigma, latents_BCHW) * noise_BCHW
+
+    def target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Tensor:
+        """eps - x_0, whatever the level."""
+        return noise_BCHW - latents_BCHW
+
+    def signal_to_noise(self, level_B: Tensor) -> Tensor:
+        """((1 - σ) / σ)²."""
+        sigma = level_B.double()
+        return ((1 - sigma) / sigma).square()
+
+    def share(self, level_B: Tensor) -> Tensor:
+        """σ."""
+        return level_B.double()
+
+    def bins(self, count: int) -> list[str]:
+        """In thousandths of σ: "000-199" …"""
+        return range_names(self.steps, count)
+
+    def bin_of(self, level_B: Tensor, count: int) -> Tensor:
+        return (level_B.double() * count).long().clamp(max=count - 1)
+
+    def scheduler(self, sampler: str) -> Any:
+        """One with the same shift; where that depends on the resolution, `set_timesteps` is given mu = log(shift)."""
+        import diffusers
+
+        by_resolution = isinstance(self.shift, ResolutionShift)
+        settings = {"use_dynamic_shifting": True} if by_resolution else {"shift": self.shift}
+        return getattr(diffusers, _SAMPLERS[sampler])(num_train_timesteps=self.steps, **settings)

@@ -1,0 +1,46 @@
+"""The space that a VAE encodes images to and decodes them from. Every image goes through `LatentSpace`, both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.gpu import to_device
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Latents of `channels`, each cell `factor` pixels wide, shifted and scaled for the network.
+
+    overflows_fp16: whether the VAE's own configuration says that fp16 is too small for its activations.
+    """
+
+    channels: int
+    factor: int
+    scaling: float
+    shift: float = 0.0
+    overflows_fp16: bool = False
+
+    def encode(self, vae: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1].
+
+        Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
+        """
+        import torch
+
+        weight = next(vae.parameters())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            latents = vae.encode(to_device(pixels_BCHW, weight.device).to(weight.dtype)).latent_dist
+        return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
+
+    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """The pixels of scaled latents, [B, 3, H, W] in about [-1, 1]; in the precision that the VAE was loaded in."""
+        import torch
+
+        weight = next(vae.parameters())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            latents = latents_BCHW.to(weight.device, weight.dtype) / self.scaling + self.shift
+            return vae.decode(latents, return_dict=False)[0]

@@ -1,0 +1,171 @@
+"""The parts of a base model: loaded, outlined, held in a format, fingerprinted and released one by one, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from library.config.registry import load, load_path
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from library.models.blocks import Blocks
+    from library.models.checkpoints.base_model import Part
+
+NOTHING = re.compile(r"(?!)")
+# transformers has a newer name since 5.23, diffusers its own
+_CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable", "enable_gradient_checkpointing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartKind:
+    """What a family declares of one part.
+
+    folder: its folder in a diffusers folder. title: what messages call it. new: the import path of a function that
+    makes the module from its configuration, with its parameters on the meta device. section: "unet" for the denoiser
+    and "text_encoder" for the text encoders, as rates, groups and metadata have it; "" where adapters never sit.
+    prefix: what its keys in adapter files begin with. linear: the paths of Linear and 1 × 1 convolution layers that
+    adapters sit on. conv: of those that come in addition where convolutions are adapted. blocks: its numbered blocks,
+    by which rates and ranks can differ. layer: elsewhere a pattern of the names in adapter files, whose first group is
+    a layer's number from the input on.
+    """
+
+    folder: str
+    title: str
+    new: str
+    section: str = ""
+    prefix: str = ""
+    linear: re.Pattern[str] = NOTHING
+    conv: re.Pattern[str] = NOTHING
+    blocks: Blocks | None = None
+    layer: re.Pattern[str] | None = None
+
+
+class Components:
+    """A base model's parts by name: "denoiser", "vae", "text_encoder", "text_encoder_2", …
+
+    `kinds`: what the family declares of them. `sources`: where the weights of each are.
+    """
+
+    def __init__(self, kinds: Mapping[str, PartKind], sources: Mapping[str, Part]) -> None:
+        self._kinds, self._sources = kinds, sources
+        self._modules: dict[str, nn.Module] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the part is there: loaded, or as an outline."""
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> nn.Module:
+        assert name in self._modules, f"the part '{name}' is not loaded"
+        return self._modules[name]
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        """Take a module that was made elsewhere."""
+        self._modules[name] = module
+
+    def get(self, name: str) -> nn.Module | None:
+        """The part, or None where it is not there."""
+        return self._modules.get(name)
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """The names of all text encoders of the model, loaded or not."""
+        return [name for name in self._kinds if name.startswith("text_encoder")]
+
+    @property
+    def have_text_encoders(self) -> bool:
+        """Whether all of them are there."""
+        return all(name in self for name in self.text_encoders)
+
+    def loaded(self, *names: str) -> list[nn.Module]:
+        """Those of these parts that are there; all parts if none is named."""
+        return [self._modules[name] for name in names or self._kinds if name in self._modules]
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        """The part's configuration."""
+        return self._sources[name].config
+
+    def load(self, name: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """Make the part and read its weights, as `dtype` on `device`: frozen and in evaluation mode."""
+        from library.models.checkpoints.weights import fill
+
+        source = self._sources[name]
+        module = self._new(name)
+        fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
+        self._modules[name] = module.to(device).eval()  # `to` for buffers: the parameters are there
+        return self._modules[name]
+
+    def load_all(self, names: Iterable[str], dtype: torch.dtype, device: torch.device | str) -> None:
+        """`load` each of them."""
+        for name in names:
+            self.load(name, dtype, device)
+
+    def release(self, *names: str) -> None:
+        """Forget these parts, so that their memory can be used."""
+        for name in names:
+            self._modules.pop(name, None)
+
+    @contextmanager
+    def outlined(self) -> Iterator[None]:
+        """A context in which all parts are there without their weights, on the meta device, so that adapters and files
+        can be held against them. UserError where a part's weights do not fit its configuration."""
+        before, self._modules = self._modules, {}
+        try:
+            for name in self._kinds:
+                self._modules[name] = self._outline(name)
+            yield
+        finally:
+            self._modules = before
+
+    def _outline(self, name: str) -> nn.Module:
+        from library.models.checkpoints.weights import check_fit
+
+        source = self._sources[name]
+        try:
+            module = self._new(name)
+        except Exception as error:  # diffusers and transformers refuse configurations in all ways that there are
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"{source.where}: no model can be made of this configuration: {reason}") from error
+        check_fit(module, source.entries(), source.where)
+        return module
+
+    def _new(self, name: str) -> nn.Module:
+        make = load_path(self._kinds[name].new, where=f"the part '{name}'")
+        module: nn.Module = make(self._sources[name].config)
+        return module
+
+    def hold(self, *names: str, format: str, device: torch.device | None = None) -> int:
+        """Hold the weights of the layers that adapters can sit on in one of quantization.FORMATS; their number.
+
+        To be done before adapters are attached and after others are merged in. device: where each weight is rounded,
+        and stays; None: where it is.
+        """
+        from library.quantization import FORMATS
+
+        layers = [
+            (f"{kind.prefix} {path}", layer)
+            for name in names
+            for kind in [self._kinds[name]]
+            for path, layer in self[name].named_modules()
+            if kind.linear.fullmatch(path) or kind.conv.fullmatch(path)
+        ]
+        count: int = load(FORMATS, format, where="the format of frozen weights")(layers, device)
+        return count
+
+    def checkpoint(self, *names: str) -> None:
+        """Compute the activations of these parts anew in the backward pass, which takes time and saves memory."""
+        for name in names:
+            module: Any = self[name]
+            next(getattr(module, enable) for enable in _CHECKPOINTING if hasattr(module, enable))()
+
+    def fingerprint(self, name: str) -> str:
+        """A hash of the part's configuration and weights, which are read once."""
+        from library.models.fingerprint import part_fingerprint
+
+        return part_fingerprint(self._sources[name])

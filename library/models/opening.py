@@ -1,0 +1,72 @@
+"""From a path or a hub id to the family of the base model that lies there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from library.config.registry import load
+from library.errors import UserError
+from library.files.index import read_index
+from library.models import FAMILIES
+from library.models.checkpoints.base_model import BaseModel, Folder
+from library.models.checkpoints.detect import claimed_by, families, kind_of_file, not_a_base
+from library.models.checkpoints.folder import not_a_model
+from library.models.checkpoints.opening import locate
+
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily
+
+
+def open_family(
+    path: str,
+    *,
+    vae: str | None = None,
+    only: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> ModelFamily:
+    """The family of the base model at `path`: a diffusers folder, a single file or a hub id.
+
+    Reads headers and small configurations only. vae: a folder or file of another VAE. only: the one family that is
+    wanted. options: values by name, of which the family takes those that it declares. given: the options that the user
+    set, with the place where each stands; those that only other families declare are refused. Raises UserError where
+    the model is not found, not supported, or not as said.
+    """
+    base = open_base_model(path)
+    family: type[ModelFamily] = load(FAMILIES, base.kind, where="FAMILIES")
+    if only is not None and base.kind != only:
+        wanted = load(FAMILIES, only, where="FAMILIES").TITLE
+        raise UserError(f"{path} is {family.TITLE}, where {wanted} is wanted; train_network.py takes both")
+    own = options_of(family)
+    for other in families():
+        for name in options_of(other) - own:
+            if name in (given or {}):
+                raise UserError(f"{(given or {})[name]}: {path} is {family.TITLE}; the option is for {other.TITLE}")
+    for name, part in base.parts.items():
+        if name != "vae" or vae is None:
+            part.entries()  # a missing or damaged file is found now, not when all images are encoded
+    return family(base, vae=vae, **{name: value for name, value in (options or {}).items() if name in own})
+
+
+def options_of(family: type[ModelFamily]) -> set[str]:
+    """The names of the command line's options that a family takes: the keyword-only parameters of its constructor."""
+    parameters = inspect.signature(family.__init__).parameters.values()
+    return {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} - {"vae"}
+
+
+def open_base_model(path: str) -> BaseModel:
+    """Ask every family for a file, a diffusers folder or a hub id. UserError says what else it is, or names the nearest
+    existing path."""
+    location = locate(path)
+    if location.is_dir():
+        folder = Folder(location)
+        if (family := claimed_by(folder)) is None:
+            raise not_a_model(path, folder)
+        return family.read(path, location)
+    found = kind_of_file(read_index(location))
+    if found.kind not in FAMILIES:
+        raise UserError(f"{path} is {not_a_base(found)}")
+    family = load(FAMILIES, found.kind, where="FAMILIES")
+    return family.read(path, location)

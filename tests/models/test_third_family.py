@@ -1,0 +1,162 @@
+"""A family is one file and one line: a made-up one goes through the real command line, with all that a run can do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from library.models import FAMILIES
+from library.models.opening import open_family
+from tests import toy_family
+from tests.training.written import metadata, same, weights
+
+Train = Callable[..., int]
+CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs", "--text_encoder_batch_size", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_family.write(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def train_toy(monkeypatch: pytest.MonkeyPatch, train: Train, model: Path) -> Train:
+    """The one line, and `train` on the model."""
+    monkeypatch.setitem(FAMILIES, "toy", "tests.toy_family.Toy")
+    return lambda *words: train("--pretrained_model_name_or_path", str(model), *words)
+
+
+def test_it_trains_validates_samples_and_saves(train_toy: Train, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("emoji of cat --w 72 --h 64 --s 2 --d 5\n", encoding="utf-8")
+    samples = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "4")
+    compare = ("--compare_prompts", "emoji of dog", "--compare_steps", "2")
+    more = (
+        "--validation_split",
+        "0.3",
+        "--report",
+        "--loss_plot",
+        "--learning_rate",
+        "1e-2",
+        "--optimizer_type",
+        "AdamW",
+    )
+    assert train_toy(*samples, *compare, *more, "--max_train_steps", "12") == 0
+    facts = metadata(tmp_path)
+    assert (facts["ss_base_model_version"], facts["modelspec.architecture"]) == ("toy", "toy-v1/lora")
+    assert (facts["modelspec.prediction_type"], facts["ss_zero_terminal_snr"]) == ("velocity", "False")
+    found = weights(tmp_path)
+    assert {key.split("_blocks_")[0] for key in found} == {"lora_unet", "lora_te"}
+    assert len(found) == 3 * 6 * (2 + 1)  # LoRAs of six layers in two blocks, and in the text encoder's one
+    assert all(tensor.abs().max() > 0 for key, tensor in found.items() if "lora_up" in key)
+    for name in ("test-report.html", "test-loss.png", "test-compare.png", "test-best.safetensors"):
+        assert (tmp_path / "out" / name).is_file(), name
+    (first, *_) = sorted((tmp_path / "out" / "sample").glob("*_00_*.png"))
+    assert np.asarray(Image.open(first)).shape == (64, 64, 3)  # 72 is no multiple of 16
+
+
+def test_the_loss_falls(train_toy: Train, tmp_path: Path) -> None:
+    assert train_toy("--validation_split", "0.3", "--learning_rate", "2e-2", "--max_train_steps", "60") == 0
+    with safe_open(tmp_path / "out" / "test-best.safetensors", framework="pt") as file:
+        assert int(file.metadata()["ss_steps"]) > 30, "the best is late: it goes on learning"
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_toy: Train, tmp_path: Path) -> None:
+    common = ("--network_dropout", "0.1", "--flip_aug")
+    assert train_toy(*common, "--output_name", "whole") == 0
+    assert train_toy(*common, "--output_name", "part", "--save_every_n_steps", "2", "--save_state") == 0
+    state = tmp_path / "out" / "part-step00000002-state"
+    assert train_toy(*common, "--output_name", "part", "--overwrite", "--resume", str(state)) == 0
+    assert same(weights(tmp_path, "whole"), weights(tmp_path, "part"))
+
+
+def test_texts_of_several_lengths_train_the_same_from_every_cache(train_toy: Train, tmp_path: Path) -> None:
+    disk = ("--cache_text_encoder_outputs_to_disk", "--cache_latents_to_disk")
+    for name, words in {
+        "none": CACHED[:1],
+        "memory": CACHED,
+        "first": (*CACHED, *disk),
+        "again": (*CACHED, *disk),
+    }.items():
+        assert train_toy(*words, "--output_name", name) == 0
+    expected = weights(tmp_path, "none")
+    for name in ("memory", "first", "again"):
+        for key, tensor in weights(tmp_path, name).items():
+            # a batch of other lengths rounds otherwise: a step of Adam may differ by a part of the rate
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=2e-4, msg=f"{name} {key}")
+    assert same(weights(tmp_path, "first"), weights(tmp_path, "again"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--gradient_checkpointing", "--train_batch_size", "3"),
+        ("--mixed_precision", "bf16", *CACHED),
+        ("--mixed_precision", "bf16", "--fp8_base"),
+        (
+            "--loss_type",
+            "huber",
+            "--noise_offset",
+            "0.1",
+            "--multires_noise_iterations",
+            "4",
+            "--ip_noise_gamma",
+            "0.1",
+        ),
+        ("--timestep_sampling", "sigmoid", "--min_timestep", "100", "--max_timestep", "900", "--training_shift", "2"),
+        (
+            "--no-cache_latents",
+            "--random_crop",
+            "--enable_bucket",
+            "--min_bucket_reso",
+            "32",
+            "--bucket_reso_steps",
+            "16",
+        ),
+        ("--lr_layer_decay", "0.5"),
+        ("--network_args", "block_dims=2,4", "down_lr_weight=0.5,1"),
+        ("--dry_run",),
+        ("--recommend",),
+        ("--find_lr", "--find_lr_steps", "20"),
+        ("--max_token_length", "225"),
+    ],
+    ids=" ".join,
+)
+def test_settings_work(train_toy: Train, tmp_path: Path, words: tuple[str, ...]) -> None:
+    assert train_toy(*words, "--max_train_steps", "2") == 0
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--clip_skip", "2"), "is a toy model; the option is for a Stable Diffusion 1.x or 2.x model"),
+        (("--v2",), "is a toy model; the option is for"),
+        (("--min_snr_gamma", "5"), "--min_snr_gamma: .* is trained by flow matching"),
+    ],
+)
+def test_what_belongs_to_other_families_is_refused(
+    train_toy: Train, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    import re
+
+    assert train_toy(*words) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_damaged_part_is_named(train_toy: Train, model: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    (broken / "transformer" / "model.safetensors").write_bytes(b"")
+    from library.errors import UserError
+
+    with pytest.raises(UserError, match=r"transformer.model\.safetensors"):
+        open_family(str(broken))
