@@ -1,8 +1,8 @@
 """Frozen layers whose weights are held in 8 bits (kohya's --fp8_base): half of bf16's memory, computed in bf16 or fp16.
 
 Only the weights of the layers that adapters can sit on are held so, over 99 % of Stable Diffusion's denoiser; biases,
-norms, embeddings and what comes first and last keep their precision. float8_e4m3fn has three bits of mantissa and no scale: a weight is off
-by 1/16 of itself at most, and below 2⁻⁶ by 2⁻¹⁰.
+norms, embeddings and what comes first and last keep their precision. float8_e4m3fn has three bits of mantissa and no
+scale: a weight is off by 1/16 of itself at most, and below 2⁻⁶ by 2⁻¹⁰.
 """
 
 from __future__ import annotations
