@@ -9,6 +9,7 @@ from library.errors import UserError
 from networks import kinds, rates
 from networks.adapter import Adapter
 from networks.files import AdapterFile
+from networks.fused import split
 from networks.network import Network
 from networks.settings import Asked, PlusSettings, RateSettings
 from networks.sites import blocks_of, find_sites, in_names_of
@@ -91,6 +92,8 @@ def _as_in_file(
 ) -> list[Adapter]:
     """An adapter for each layer of the model that the file has, of one of these kinds."""
     sites = find_sites(targets, conv=True)
+    if any(site.fused for site in sites):
+        file = AdapterFile.of(split(file.tensors, sites), file.source)
     layers = {name: layer for name, layer in file.layers.items() if layer.kind in classes}
     names = in_names_of(sites, layers)
     adapters = [

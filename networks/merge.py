@@ -84,7 +84,11 @@ class BaseWeights:
             network = create_to_merge(part, targets, multiplier=file.multiplier)
             network.load(part)
             network.merge()
-            adapted = {name for adapter in network.adapters for name in (adapter.site.name, adapter.site.alias)}
+            adapted = {
+                name
+                for adapter in network.adapters
+                for name in (adapter.site.name, adapter.site.alias, adapter.site.fused)
+            }
             file.merged.update(part.layers.keys() & adapted)
 
     def report(self) -> None:

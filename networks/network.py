@@ -22,6 +22,7 @@ from library.errors import UserError
 from networks import rates
 from networks.adapter import Adapter
 from networks.files import AdapterFile
+from networks.fused import fuse, split
 from networks.load_report import LoadReport, by_module, check_loaded, compare
 from networks.settings import LearningRates
 from networks.sites import in_names_of
@@ -278,12 +279,13 @@ class Network(TrainableNetwork):
 
     def tensors(self) -> dict[str, Tensor]:
         """All adapters but those that are frozen at zero, which would only fill the file."""
-        return {
+        tensors = {
             f"{adapter.site.name}.{end}": tensor
             for adapter in self.adapters
             if not adapter.stays_zero()
             for end, tensor in adapter.export().items()
         }
+        return fuse(tensors, (adapter.site for adapter in self.adapters))
 
     def save(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """In kohya's names."""
@@ -312,7 +314,8 @@ class Network(TrainableNetwork):
 
     def compare(self, file: AdapterFile) -> tuple[LoadReport, dict[str, dict[str, Tensor]]]:
         """How a file's layers fit, and what each adapter's `load_state_dict` takes."""
-        modules = by_module(in_names_of((adapter.site for adapter in self.adapters), file.tensors))
+        sites = [adapter.site for adapter in self.adapters]
+        modules = by_module(in_names_of(sites, split(file.tensors, sites)))
         for adapter in self.adapters:
             own = modules.get(adapter.site.name)
             if own is not None:

@@ -28,6 +28,7 @@ class Site:
     path: str = ""  # the same with dots and without the prefix: down_blocks.0.attentions.0.proj_in
     alias: str = ""  # its name in files in diffusers' or PEFT's naming, where that is another one
     block: int | None = None  # the numbered block that it lies in
+    fused: str = ""  # its name in files where it shares one with others, in the model's order: see networks.fused
     depth: int | None = None  # its block, or its layer of a text encoder: the larger, the farther from the input
 
     @property
@@ -70,7 +71,9 @@ def _site(target: AdapterTargets, section: str, path: str, module: nn.Linear | n
     layer = None if target.layer is None else target.layer.fullmatch(name)
     depth = block if layer is None else int(layer[1])
     flat, alias = (f"{target.prefix}.{dotted}".replace(".", "_") for dotted in (name, path))
-    return Site(flat, section, target.part, module, name, alias, block, depth)
+    fused = target.fused(name)
+    shared = f"{target.prefix}.{fused}".replace(".", "_") if fused else ""
+    return Site(flat, section, target.part, module, name, alias, block, fused=shared, depth=depth)
 
 
 def blocks_of(targets: Iterable[AdapterTargets]) -> Blocks | None:

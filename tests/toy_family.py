@@ -246,6 +246,10 @@ class Toy(ModelFamily):
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(ids.device)
         return {"hidden_states": encoder(ids, mask), "mask": mask}
 
+    def fused_name(self, part: str, name: str) -> str:
+        """The transformer's query, key and value are one layer in files."""
+        return re.sub(r"to_[qkv]$", "qkv", name) if part == "denoiser" and re.search(r"to_[qkv]$", name) else ""
+
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """The velocity; levels are σ in 0 … 1."""
         import torch

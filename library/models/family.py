@@ -34,6 +34,7 @@ class AdapterTargets:
     convolution targets. conv: paths of those that come in addition where convolutions are adapted. name: from a path to
     the dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer:
     elsewhere a pattern of the dotted names, whose first group is a layer's number, counted from the input.
+    fused: the dotted name that a layer shares with others in files, where they are held as one there; else "".
     """
 
     part: str
@@ -44,6 +45,7 @@ class AdapterTargets:
     name: Callable[[str], str]
     blocks: Blocks | None = None
     layer: re.Pattern[str] | None = None
+    fused: Callable[[str], str] = lambda name: ""
 
 
 class ModelFamily(ABC):
@@ -172,6 +174,7 @@ class ModelFamily(ABC):
                 name=lambda path, part=name: self.adapter_name(part, path),  # type: ignore[misc]
                 blocks=kind.blocks,
                 layer=kind.layer,
+                fused=lambda name, part=name: self.fused_name(part, name),  # type: ignore[misc]
             )
             for name, kind in kinds.items()
             if not names or name in names
@@ -180,6 +183,10 @@ class ModelFamily(ABC):
     def adapter_name(self, part: str, path: str) -> str:
         """The dotted name that keys in adapter files have for a layer of a part."""
         return path
+
+    def fused_name(self, part: str, name: str) -> str:
+        """The dotted name under which files hold a layer together with others (query, key and value); "" for none."""
+        return ""
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
         """How many targets each part has in the sizes that are known, with those of `conv` or without; else None.

@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 from library.models import FAMILIES
 from library.models.opening import open_family
+from networks.fused import fuse, split
+from networks.merge import BaseWeights
+from networks.sites import Site
 from tests import toy_family
 from tests.training.written import metadata, same, weights
 
@@ -55,7 +58,10 @@ def test_it_trains_validates_samples_and_saves(train_toy: Train, tmp_path: Path)
     assert (facts["modelspec.prediction_type"], facts["ss_zero_terminal_snr"]) == ("velocity", "False")
     found = weights(tmp_path)
     assert {key.split("_blocks_")[0] for key in found} == {"lora_unet", "lora_te"}
-    assert len(found) == 3 * 6 * (2 + 1)  # LoRAs of six layers in two blocks, and in the text encoder's one
+    # LoRAs of six layers in the text encoder's block, and of four in the transformer's two: qkv is one
+    assert len(found) == 3 * (6 + 2 * 4)
+    assert found["lora_unet_blocks_0_attn_qkv.lora_down.weight"].shape == (3 * 4, 32)
+    assert found["lora_unet_blocks_0_attn_qkv.lora_up.weight"].shape == (3 * 32, 3 * 4)
     assert all(tensor.abs().max() > 0 for key, tensor in found.items() if "lora_up" in key)
     for name in ("test-report.html", "test-loss.png", "test-compare.png", "test-best.safetensors"):
         assert (tmp_path / "out" / name).is_file(), name
@@ -76,6 +82,71 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_toy: Train
     state = tmp_path / "out" / "part-step00000002-state"
     assert train_toy(*common, "--output_name", "part", "--overwrite", "--resume", str(state)) == 0
     assert same(weights(tmp_path, "whole"), weights(tmp_path, "part"))
+
+
+def test_fused_layers_are_split_where_they_are_read(train_toy: Train, model: Path, tmp_path: Path) -> None:
+    """As starting weights, with the sizes of the file, and merged into the base."""
+    assert train_toy("--network_train_unet_only", "--learning_rate", "1e-2", "--max_train_steps", "3") == 0
+    file = tmp_path / "out" / "test.safetensors"
+    (fused,) = (key for key in load_file(file) if key.endswith("blocks_1_attn_qkv.lora_up.weight"))
+    tensors = {
+        key.removeprefix(fused.removesuffix("lora_up.weight")): tensor for key, tensor in load_file(file).items()
+    }
+    product = tensors["lora_up.weight"] @ tensors["lora_down.weight"] * tensors["alpha"] / 12
+
+    family = open_family(str(model))
+    family.components.load("denoiser", torch.float32, "cpu")
+    attention = family.components["denoiser"].get_submodule("blocks.1.attn")
+    before = [getattr(attention, name).weight.clone() for name in ("to_q", "to_k", "to_v")]
+    merged = BaseWeights([str(file)], [])
+    merged.merge_into(family.adapter_targets())
+    merged.report()
+    after = [getattr(attention, name).weight for name in ("to_q", "to_k", "to_v")]
+    change = torch.cat([now - was for now, was in zip(after, before, strict=True)])
+    torch.testing.assert_close(change, product, rtol=0, atol=1e-6)
+
+    # a step at a rate that moves nothing: what is loaded is what is written
+    again = ("--network_train_unet_only", "--network_weights", str(file), "--learning_rate", "1e-12")
+    again += ("--optimizer_type", "SGD", "--max_train_steps", "1")
+    for name, words in {"loaded": (), "sized": ("--dim_from_weights",)}.items():
+        assert (
+            train_toy(*again, *words, "--max_train_steps", "1", "--output_name", name, "--optimizer_type", "SGD") == 0
+        )
+        for key, tensor in weights(tmp_path, name).items():
+            torch.testing.assert_close(tensor, load_file(file)[key], rtol=0, atol=1e-7, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("alphas", [(2.0, 2.0, 2.0), (1.0, 2.0, 4.0)])
+def test_a_fused_pair_is_the_members_one_above_the_other(alphas: tuple[float, ...]) -> None:
+    """Also where they have different scales, and one of them adds nothing and has no tensors."""
+    generator = torch.Generator().manual_seed(0)
+    sites = [Site(f"to_{name}", "unet", "unet", torch.nn.Linear(8, 6), fused="qkv") for name in ("q", "k", "v")]
+    tensors = {}
+    for site, alpha in zip(sites, alphas, strict=True):
+        tensors[f"{site.name}.lora_down.weight"] = torch.randn(4, 8, generator=generator)
+        tensors[f"{site.name}.lora_up.weight"] = torch.randn(6, 4, generator=generator)
+        tensors[f"{site.name}.alpha"] = torch.tensor(alpha)
+    for absent in ("", "to_k"):
+        given = {key: tensor for key, tensor in tensors.items() if not absent or not key.startswith(absent)}
+        fused = fuse(given, sites)
+        assert fused.keys() == {"qkv.lora_down.weight", "qkv.lora_up.weight", "qkv.alpha"}
+
+        def product(named: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
+            down, up, alpha = (named[f"{layer}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+            return up @ down * alpha / len(down)
+
+        expected = [torch.zeros(6, 8) if site.name == absent else product(tensors, site.name) for site in sites]
+        torch.testing.assert_close(product(fused, "qkv"), torch.cat(expected))
+        apart = split(fused, sites)
+        for site, own in zip(sites, expected, strict=True):
+            torch.testing.assert_close(product(apart, site.name), own)
+        if not absent:
+            assert all(len(apart[f"{site.name}.lora_down.weight"]) == 4 for site in sites)
+    # of another program, whose members share their `down`
+    shared = {"qkv.lora_down.weight": torch.randn(6, 8), "qkv.lora_up.weight": torch.randn(18, 6)}
+    for place, site in enumerate(sites):
+        rows = product(shared | {"qkv.alpha": torch.tensor(6.0)}, "qkv")[6 * place : 6 * place + 6]
+        torch.testing.assert_close(product(split(shared, sites), site.name), rows)
 
 
 def test_texts_of_several_lengths_train_the_same_from_every_cache(train_toy: Train, tmp_path: Path) -> None:
