@@ -16,11 +16,14 @@ import time
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import sd15_folder
 from benchmarks.step_time import image_folder, words
 from library.config.options.monitoring import EVERY_N_STEPS
+
+if TYPE_CHECKING:
+    from library.record.run_file import RunFile
 
 PARTS = ("batch", "before_step", "after_step", "report")
 
@@ -47,7 +50,14 @@ class Stopwatch:
 
 
 def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step with everything, and of these the monitor's."""
+    """Seconds of each step with everything, and of these the monitor's. The run's record is kept up meanwhile."""
+    from library.record.run_file import RunFile
+
+    with RunFile() as record:
+        return _measure(command, steps, record)
+
+
+def _measure(command: list[str], steps: int, record: RunFile) -> tuple[list[float], list[float]]:
     from library.config.parser import parse
     from library.run.build import build
     from library.run.plan import make_plan
@@ -55,7 +65,7 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
     from library.run.watch import watch
     from library.training import loop
 
-    built = build(make_plan(parse(command)))
+    built = build(make_plan(parse(command)), record)
     watch(built, facts_of(built))
     run, stopwatch = built.run, Stopwatch()
     for part in PARTS:
