@@ -16,11 +16,14 @@ import time
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from benchmarks.common import sd15_folder
 from benchmarks.step_time import image_folder, words
 from library.config.options.monitoring import EVERY_N_STEPS
+
+if TYPE_CHECKING:
+    from library.record.run_file import RunFile
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,9 +52,15 @@ class Stopwatch:
 
 
 def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step with everything, and of these the monitor's."""
-    from library.config.parser import parse
+    """Seconds of each step with everything, and of these the monitor's. The run's record is kept up meanwhile."""
     from library.record.run_file import RunFile
+
+    with RunFile() as record:
+        return _measure(command, steps, record)
+
+
+def _measure(command: list[str], steps: int, record: RunFile) -> tuple[list[float], list[float]]:
+    from library.config.parser import parse
     from library.run.build import build
     from library.run.plan import make_plan
     from library.run.summary import facts_of
@@ -60,8 +69,8 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
     from library.training.hooks.monitor import Monitor
 
     plan = make_plan(parse(command))
-    run, stopwatch = build(plan), Stopwatch()
-    watch(plan, run, facts_of(plan, run), RunFile())
+    run, stopwatch = build(plan, record), Stopwatch()
+    watch(plan, run, facts_of(plan, run), record)
     monitor = run.hook(Monitor)
     assert monitor is not None
     monitor.before_training(run)

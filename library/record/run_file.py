@@ -127,7 +127,6 @@ class RunFile:
         self._record: Record | None = None
         self._done = 0
         self._over = threading.Event()
-        self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failed = False
         self._secrets: Collection[str] = ()
@@ -205,14 +204,14 @@ class RunFile:
             self._write()
 
     def _write(self) -> None:
-        """A disk that does not take it costs a message, not the run."""
+        """By the thread while there is one. A disk that does not take it costs a message, not the run."""
         record, path = self._record, self._path
         assert record is not None
         assert path is not None
         session = replace(record.session, heartbeat=time.time(), steps_done=self._done)
         text = _text(replace(record, sessions=[*record.sessions[:-1], session]))
         try:
-            with self._writing, replacing(path) as beside:
+            with replacing(path) as beside:
                 beside.write_text(text, encoding="utf-8")
         except UserError as error:
             if not self._failed:

@@ -232,10 +232,12 @@ def _metrics(path: Path, places: Places, layouts: Layouts) -> Json:
 def _record(path: Path, places: Places, layouts: Layouts) -> Json:
     """How the run stands and its typed facts; of the options those that are given, for the metrics have all."""
     table = json.loads(path.read_text(encoding="utf-8"))
-    settings = table.pop("settings")
-    table["given"] = {name: item["place"] for name, item in settings["given"].items()}
-    table["options"] = len(settings["in_effect"])
-    return {"record": _masked(table, places)}
+    settings, sessions = table.pop("settings"), table.pop("sessions")
+    table["command"] = " ".join(table["command"])
+    table["given"] = " ".join(settings["given"])
+    told = ("status", "reason", "first_step", "steps_done")
+    table["sessions"] = [{name: session[name] for name in told} for session in sessions]
+    return {"record": _masked({name: item for name, item in table.items() if name not in MASKED}, places)}
 
 
 def _facts(path: Path, places: Places, layouts: Layouts) -> Json:
