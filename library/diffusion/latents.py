@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from library.gpu import to_device
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+
+AutoEncoder: TypeAlias = Any
+"""An AutoencoderKL of diffusers, which has no types."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class LatentSpace:
     shift: float = 0.0
     overflows_fp16: bool = False
 
-    def encode(self, vae: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: AutoEncoder, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1].
 
         Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
@@ -36,7 +40,7 @@ class LatentSpace:
             latents = vae.encode(to_device(pixels_BCHW, weight.device).to(weight.dtype)).latent_dist
         return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
 
-    def decode(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+    def decode(self, vae: AutoEncoder, latents_BCHW: Tensor) -> Tensor:
         """The pixels of scaled latents, [B, 3, H, W] in about [-1, 1]; in the precision that the VAE was loaded in."""
         import torch
 

@@ -21,6 +21,7 @@ from library.data.samples import Size
 from library.diffusion.process import predict_and_target
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.optimizers.create import state_bytes, tensor_bytes
+from library.optimizers.small_lora import has_modes
 from library.record import metrics, run_file
 from library.record.summary import count, line, lines
 from library.run import disk
@@ -60,9 +61,10 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
     """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
     data = plan.options.data
     parameters = sum(parameter.numel() for parameter in run.parameters)
-    if plan.choice.has_modes:
-        run.optimizer.optimizer.train()
-    state = state_bytes(run.optimizer.optimizer)
+    optimizer = run.optimizer.optimizer
+    if has_modes(optimizer):
+        optimizer.train()
+    state = state_bytes(optimizer)
     yield line("optimizer", f"{human_bytes(state)} of state, {state / parameters:.2f} bytes a parameter")
 
     average = _average_bytes(run)

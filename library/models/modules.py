@@ -108,7 +108,7 @@ def new_projected_text_encoder(config: Mapping[str, Any]) -> nn.Module:
     return encoder
 
 
-def _give_positions(encoder: nn.Module) -> None:
+def _give_positions(encoder: Any) -> None:  # transformers has no types
     """A table of 0, 1, 2, … that is in no file."""
     positions = torch.arange(encoder.config.max_position_embeddings, device="cpu").expand(1, -1)
     encoder.embeddings.register_buffer("position_ids", positions, persistent=False)

@@ -142,7 +142,7 @@ class StableDiffusion(LatentDiffusion):
         """The text encoder with paths below "text_model.", empty if it is not loaded; the UNet with its own paths."""
         from library.models.kohya_view import PlainUNetView, TextModelView
 
-        (encoder,) = self.components.loaded("text_encoder") or [None]
+        encoder = self.components.get("text_encoder")
         unet = self.components.get("denoiser")
         return TextModelView(encoder), None if unet is None else PlainUNetView(unet)
 
@@ -153,7 +153,7 @@ class StableDiffusion(LatentDiffusion):
         """A diffusers StableDiffusionPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_pipeline
 
-        (encoder,) = self.components.loaded("text_encoder") or [None]  # prompts can be encoded before
+        encoder = self.components.get("text_encoder")  # None where prompts were encoded before
         parts = {"vae": self.components["vae"], "text_encoder": encoder, "tokenizer": self._tokenizer}
         return new_pipeline({**parts, "unet": self.components["denoiser"]}, self.process.scheduler("ddim"))
 

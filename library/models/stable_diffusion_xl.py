@@ -185,6 +185,7 @@ class StableDiffusionXL(LatentDiffusion):
         from library.models.kohya_view import OriginalUNetView, TextModelView
 
         encoders = self.components.loaded(*_PARTS)
+        texts: list[nn.Module]
         texts = [TextModelView(encoders[0]), encoders[1]] if encoders else [TextModelView(None), TextModelView(None)]
         unet = self.components.get("denoiser")
         return texts, None if unet is None else OriginalUNetView(unet, self._original_name)

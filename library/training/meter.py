@@ -51,7 +51,7 @@ class Meter:
         process: Process,
     ) -> None:
         """`groups`: the trained parameters by the names of their groups. `process`: the bins divide its levels."""
-        self._parameters = [parameter for group in groups.values() for parameter in group]
+        self._parameters: list[Tensor] = [parameter for group in groups.values() for parameter in group]
         self._members = {name: len(group) for name, group in groups.items()}
         self._sizes = {name: sum(parameter.numel() for parameter in group) for name, group in groups.items()}
         self._network, self._accelerator, self._process = network, accelerator, process

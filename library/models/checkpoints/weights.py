@@ -148,7 +148,7 @@ class _Reader:
 
 def _read_bytes(file: BinaryIO, target: torch.Tensor, path: Path) -> None:
     """Fill `target` (uint8, on the CPU) from the file's position on."""
-    view = memoryview(target.numpy())
+    view = target.numpy().data
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]

@@ -127,7 +127,7 @@ def encode(text_encoder: nn.Module, ids_BN77: Tensor, *, clip_skip: int | None, 
         hidden = text_encoder(flat, output_hidden_states=True).hidden_states
         # hidden[0] are the embeddings, hidden[i] is what layer i gives. Counted from the front, because versions of
         # transformers differ in whether the last entry has gone through the final norm
-        states = text_encoder.final_layer_norm(hidden[layers + 1 - clip_skip])
+        states = text_encoder.get_submodule("final_layer_norm")(hidden[layers + 1 - clip_skip])
     return _joined(states.view(batch, chunks, width, -1))
 
 
