@@ -152,15 +152,15 @@ class Adapter(nn.Module):
     def attach(self) -> None:
         """Run on every forward of the layer from now on."""
         self.base_forward = self.site.module.forward
-        self.site.module.forward = self.forward
+        vars(self.site.module)["forward"] = self.forward
 
     def detach(self) -> None:
         """Give the layer its own forward back."""
         layer = self.site.module
         assert vars(layer).get("forward") == self.forward, f"{self.site.name}: not attached, or something sits on top"
-        del layer.forward  # the class's forward shows again …
+        del vars(layer)["forward"]  # the class's forward shows again …
         if layer.forward != self.base_forward:
-            layer.forward = self.base_forward  # … unless another adapter was there before
+            vars(layer)["forward"] = self.base_forward  # … unless another adapter was there before
 
     def set_multiplier(self, multiplier: float) -> None:
         """1 as trained, 0 exactly the base."""
