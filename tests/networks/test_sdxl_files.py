@@ -46,6 +46,12 @@ def acts(family: Any, file: Path) -> tuple[torch.Tensor, ...]:
     return answer
 
 
+def take_parts(family: Any, pipeline: Any) -> None:
+    """Have the family compute with the parts of one of diffusers' pipelines."""
+    for name, kind in family.PARTS.items():
+        family.components[name] = getattr(pipeline, kind.folder)
+
+
 def with_diffusers_blocks(tensors: dict[str, torch.Tensor], family: Any) -> dict[str, torch.Tensor]:
     """The same file as other trainers write it: the UNet's layers by diffusers' names."""
     unet = family.adapter_targets()[0]
@@ -77,8 +83,7 @@ def test_diffusers_takes_every_tensor_and_gives_the_same_output(
     ]
     parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     assert sum("lora_A" in name for part in parts for name, _ in part.named_parameters()) == modules
-    for name, part in zip(("denoiser", "text_encoder", "text_encoder_2"), parts, strict=True):
-        sdxl.components[name] = part
+    take_parts(sdxl, pipeline)
     for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):
         assert difference(actual, wanted) < BOUND
 
@@ -129,7 +134,7 @@ def test_a_file_of_diffusers_own_acts_as_there(sdxl, tiny_sdxl, tmp_path):
         text_encoder_2_lora_layers=states["text_encoder_2"],
     )
     answer = acts(sdxl, tmp_path / "pytorch_lora_weights.safetensors")
-    sdxl.unet, sdxl.text_encoders = pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2]
+    take_parts(sdxl, pipeline)
     for actual, wanted in zip(answer, sdxl_outputs(sdxl), strict=True):
         assert difference(actual, wanted) < BOUND
 
@@ -175,7 +180,7 @@ def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     pipeline.load_lora_weights(str(tmp_path), weight_name="there.safetensors")
-    sdxl.unet, sdxl.text_encoders = pipeline.unet, [pipeline.text_encoder, pipeline.text_encoder_2]
+    take_parts(sdxl, pipeline)
     for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):
         assert difference(actual, wanted) < BOUND
 
