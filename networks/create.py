@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from library.config.registry import Arguments
 from library.errors import UserError
 from networks import kinds, rates
 from networks.adapter import Adapter
@@ -17,14 +18,14 @@ from networks.sites import blocks_of, find_sites, in_names_of
 if TYPE_CHECKING:
     from library.models.family import AdapterTargets
 
-NOTHING: Mapping[str, Any] = {}
+NOTHING: Arguments = {}
 
 
 def make(
     kind: str,
     targets: Sequence[AdapterTargets],
     asked: Asked,
-    arguments: Mapping[str, Any],
+    arguments: Arguments,
     *,
     file: AdapterFile | None,
 ) -> Network:
@@ -38,7 +39,7 @@ def create(
     kind: str,
     targets: Sequence[AdapterTargets],
     asked: Asked,
-    arguments: Mapping[str, Any] = NOTHING,
+    arguments: Arguments = NOTHING,
     *,
     multiplier: float = 1.0,
 ) -> Network:
@@ -61,7 +62,7 @@ def create_from_file(
     file: AdapterFile,
     targets: Sequence[AdapterTargets],
     asked: Asked,
-    arguments: Mapping[str, Any] = NOTHING,
+    arguments: Arguments = NOTHING,
     *,
     multiplier: float = 1.0,
 ) -> Network:

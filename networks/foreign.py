@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from library.config.registry import Arguments
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import describe
 from networks import kinds
@@ -56,7 +57,7 @@ def create(
     model: BaseModel,
     targets: Sequence[AdapterTargets],
     asked: Asked,
-    arguments: Mapping[str, Any],
+    arguments: Arguments,
     *,
     file: AdapterFile | None = None,
 ) -> ForeignNetwork:
@@ -90,9 +91,7 @@ def _refusals(module: str) -> Iterator[None]:
 class ForeignNetwork(TrainableNetwork):
     """A third party's network, which is a `torch.nn.Module` with kohya's methods."""
 
-    def __init__(
-        self, network: Any, model: BaseModel, *, module: str = "", arguments: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, network: Any, model: BaseModel, *, module: str = "", arguments: Arguments | None = None) -> None:
         """`module`, `arguments`: --network_module and --network_args, for messages."""
         super().__init__()
         self.network, self.training = network, network.training

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.files.json_text import parse_json
+from library.files.json_text import Config, parse_json
 from library.models.checkpoints.adapter_file import KOHYA_PREFIXES
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
 
@@ -74,9 +74,7 @@ class _Place:
     path: str
 
 
-def to_kohya(
-    tensors: Mapping[str, Tensor], *, config: Mapping[str, Any] | None = None, source: str
-) -> dict[str, Tensor]:
+def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, source: str) -> dict[str, Tensor]:
     """The tensors of another program's file under kohya's names, each layer with its alpha.
 
     `config`: what stands beside the tensors about their scale: PEFT's adapter_config.json, or the content of diffusers'
@@ -139,7 +137,7 @@ def _kohya_name(place: _Place, *, xl: bool) -> str:
     return f"lora_te{number}_{above}" + place.path.replace(".", "_")
 
 
-def _alpha(config: Mapping[str, Any], place: _Place, rank: int, source: str) -> float:
+def _alpha(config: Config, place: _Place, rank: int, source: str) -> float:
     """The layer's alpha, by which kohya's programs scale as alpha / rank."""
     try:
         # diffusers keeps one configuration a part in one table, "unet.lora_alpha"; PEFT's file has one only

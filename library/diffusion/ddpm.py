@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from library.config.samplers import SAMPLERS
 from library.diffusion.levels import Density
-from library.diffusion.process import per_sample, range_names
+from library.diffusion.process import Scheduler, per_sample, range_names
+from library.files.json_text import Config
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -40,7 +41,7 @@ class DDPM:
 
     prediction_type: str
     alphas_cumprod: Tensor
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Config = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.prediction_type in PREDICTION_TYPES, self.prediction_type
@@ -110,13 +111,13 @@ class DDPM:
     def bin_of(self, level_B: Tensor, count: int) -> Tensor:
         return level_B * count // self.steps
 
-    def scheduler(self, sampler: str) -> Any:
+    def scheduler(self, sampler: str) -> Scheduler:
         """With the process's own noise schedule and prediction type."""
         own = _new("ddim", {**self.settings, "prediction_type": self.prediction_type})
         return own if sampler == "ddim" else _new(sampler, own.config)
 
 
-def _new(sampler: str, config: Mapping[str, Any]) -> Any:
+def _new(sampler: str, config: Config) -> Scheduler:
     """diffusers' scheduler for one of SAMPLERS with those of the settings that it knows."""
     module, _, name = SAMPLERS[sampler].rpartition(".")
     scheduler = getattr(importlib.import_module(module), name)

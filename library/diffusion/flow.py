@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.diffusion.levels import Density, shifted, uniform
-from library.diffusion.process import per_sample, range_names
+from library.diffusion.process import Scheduler, per_sample, range_names
 
 _HIGHEST = 1.0 - 2.0**-24  # the largest float32 below 1
 
@@ -106,7 +105,7 @@ class Flow:
     def bin_of(self, level_B: Tensor, count: int) -> Tensor:
         return (level_B.double() * count).long().clamp(max=count - 1)
 
-    def scheduler(self, sampler: str) -> Any:
+    def scheduler(self, sampler: str) -> Scheduler:
         """One with the same shift; where that depends on the resolution, `set_timesteps` is given mu = log(shift)."""
         import diffusers
 

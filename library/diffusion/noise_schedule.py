@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError, did_you_mean
+from library.files.json_text import Config
 
 _MOST_STEPS = 100_000  # a table of so many is kept; models have 1000
 
 
-def alphas_cumprod(config: Mapping[str, Any], *, where: str) -> Tensor:
+def alphas_cumprod(config: Config, *, where: str) -> Tensor:
     """The products of all alphas up to each timestep, [num_train_timesteps] in float64, from 1 towards 0.
 
     The same as diffusers' DDPMScheduler has for this configuration, in which a single precision table is kept.
@@ -54,7 +54,7 @@ def _trained(betas: Any, *, where: str) -> Tensor:
     return torch.tensor(betas, dtype=torch.float64)
 
 
-def _number(config: Mapping[str, Any], name: str, default: float, *, where: str) -> float:
+def _number(config: Config, name: str, default: float, *, where: str) -> float:
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{where}: {name} is {value!r}, which is not a number above 0")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Predict = Callable[["Tensor", "Tensor", "Mapping[str, Tensor]"], "Tensor"]
 """A family's `predict`: (noisy latents [B, C, h, w], level [B] on their device, condition) → of the latents' shape."""
+
+Scheduler: TypeAlias = Any
+"""A scheduler of diffusers, which has no types."""
 
 
 class Process(Protocol):
@@ -80,7 +83,7 @@ class Process(Protocol):
         """Which of these ranges each level lies in, int64."""
         ...
 
-    def scheduler(self, sampler: str) -> Any:
+    def scheduler(self, sampler: str) -> Scheduler:
         """diffusers' scheduler of this name of `samplers`, which solves this process's equation."""
         ...
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from library.errors import UserError, is_utf8
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+Config: TypeAlias = Mapping[str, Any]
+"""A configuration of diffusers or transformers, as its JSON has it: values are checked where they are read."""
 
 
 def parse_json(text: str, place: str, *, first_line: int = 1) -> Json:

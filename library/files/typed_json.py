@@ -26,7 +26,7 @@ def to_json(value: object) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def from_json(kind: type[T], value: Any, name: str = "") -> T:
+def from_json(kind: type[T], value: object, name: str = "") -> T:
     """A dataclass of `kind` from its JSON. Keys that it does not know are passed over: a later version may write more.
 
     Raises ValueError, which names the key, for what is missing or of another type.
@@ -34,7 +34,7 @@ def from_json(kind: type[T], value: Any, name: str = "") -> T:
     return typing.cast(T, _read(kind, value, name or kind.__name__))
 
 
-def _read(kind: Any, value: Any, name: str) -> Any:
+def _read(kind: Any, value: object, name: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -59,7 +59,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
     return _checked(value, kind, name)
 
 
-def _dataclass(kind: Any, table: dict[str, Any], name: str) -> Any:
+def _dataclass(kind: Any, table: dict[str, object], name: str) -> Any:
     hints, values = get_type_hints(kind), {}
     for field in fields(kind):
         if field.name in table:
@@ -69,7 +69,7 @@ def _dataclass(kind: Any, table: dict[str, Any], name: str) -> Any:
     return kind(**values)
 
 
-def _checked(value: Any, kind: type, name: str) -> Any:
+def _checked(value: object, kind: type, name: str) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{name}: {type(value).__name__} where {kind.__name__} is expected")
     return value

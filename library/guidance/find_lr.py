@@ -13,13 +13,13 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from library.config.options import Options
+from library.config.registry import Arguments
 from library.data.dataset import Batch
 from library.errors import UserError
 from library.gpu import kept_random_state, to_device
@@ -204,7 +204,7 @@ def report(plan: Plan, run: Run, found: Found) -> None:
         logger.warning("the loss still falls at the last rate, %.1e: look further, with --find_lr_end", last)
 
 
-def _other_rates(network_arguments: Mapping[str, Any], factor: float) -> Iterator[str]:
+def _other_rates(network_arguments: Arguments, factor: float) -> Iterator[str]:
     """What else has a rate of its own, which grew with the others."""
     if network_arguments.get("network_reg_lrs"):
         yield f"             and {factor:.2g} times each rate in network_reg_lrs"

@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SMOOTHING = 0.6  # decades of the rate that a point of the smoothed curve is the mean of
 LEAST_FALL = 0.01  # of the loss before; what falls less says little
@@ -143,7 +146,7 @@ def draw(path: Path, sweep: Sweep, suggestion: Suggestion, *, label: str) -> Non
         figure.savefig(beside, dpi=120, format="png")
 
 
-def _mark(axes: Any, suggestion: Suggestion) -> None:
+def _mark(axes: Axes, suggestion: Suggestion) -> None:
     axes.axvline(suggestion.steepest, color="tab:green", linewidth=1.8, label=f"falls fastest: {suggestion.rate:.1e}")
     tenth = f"a tenth of the lowest's: {suggestion.tenth:.1e}"
     axes.axvline(suggestion.tenth, color="tab:orange", linewidth=1.2, linestyle="--", label=tenth)

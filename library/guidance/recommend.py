@@ -207,7 +207,7 @@ def _now(plan: Plan, name: str) -> Any:
     return getattr(getattr(plan.options, group), name)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_shown, value))
     if isinstance(value, bool) or value is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config.registry import load, load_path
 from library.errors import UserError
+from library.files.json_text import Config
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ class Components:
         """Those of these parts that are there; all parts if none is named."""
         return [self._modules[name] for name in names or self._kinds if name in self._modules]
 
-    def config(self, name: str) -> Mapping[str, Any]:
+    def config(self, name: str) -> Config:
         """The part's configuration."""
         return self._sources[name].config
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from library.files.tensors import WeightsIndex
     from library.models.blocks import Blocks
     from library.models.checkpoints.base_model import BaseModel, Folder
+    from library.models.modules import Pipeline
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class ModelFamily(ABC):
         """The pipeline's own names for two prompts, each as of `encode_prompts`."""
 
     @abstractmethod
-    def pipeline(self) -> Any:
+    def pipeline(self) -> Pipeline:
         """A diffusers pipeline over the loaded parts, or what is called as one.
 
         With the arguments of `pipeline_arguments`, num_inference_steps, guidance_scale, width, height, generator and

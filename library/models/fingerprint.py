@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from library.errors import UserError
 from library.files.tensors import ITEM_SIZE, TensorEntry
@@ -33,7 +32,7 @@ def folder_fingerprint(folder: Path) -> str:
     return combined({path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in files})
 
 
-def combined(values: Mapping[str, Any]) -> str:
+def combined(values: Mapping[str, object]) -> str:
     """One hash of several plain values."""
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -25,7 +25,7 @@ class TextModelView(nn.Module):
         if encoder is not None:
             self.text_model = encoder
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """The encoder's answer."""
         return self.text_model(*args, **kwargs)
 
@@ -57,7 +57,7 @@ class PlainUNetView(nn.Module):
                 raise
             return getattr(self.__dict__["_unet"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """The UNet's answer."""
         return self._unet(*args, **kwargs)
 
@@ -85,7 +85,7 @@ class OriginalUNetView(nn.Module):
         for path, layer in _layers(unet):
             _put(self, name(path).split("."), layer)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         raise NotImplementedError("a view of the layers alone")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from library.diffusion.ddpm import DDPM
     from library.diffusion.latents import LatentSpace
+    from library.models.modules import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ class LatentDiffusion(ModelFamily):
         return DDPM(self._predicts, table, SCHEDULER | self._scheduler)
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer:
         from library.models.modules import read_tokenizer
 
         return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)

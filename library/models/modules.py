@@ -14,12 +14,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from library.diffusion.process import Scheduler
+from library.files.json_text import Config
+
 _OPTIONAL = ("bitsandbytes", "peft", "scipy")
+
+# Objects of transformers and diffusers, which have no types
+Tokenizer: TypeAlias = Any
+Pipeline: TypeAlias = Any
 
 
 @contextmanager
@@ -69,7 +76,7 @@ def _spare_peft() -> None:
         setattr(names, name, scale)
 
 
-def new_unet(config: Mapping[str, Any]) -> nn.Module:
+def new_unet(config: Config) -> nn.Module:
     """A UNet2DConditionModel on the meta device."""
     with lean_diffusers():
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -78,7 +85,7 @@ def new_unet(config: Mapping[str, Any]) -> nn.Module:
         return UNet2DConditionModel.from_config(dict(config))
 
 
-def new_vae(config: Mapping[str, Any]) -> nn.Module:
+def new_vae(config: Config) -> nn.Module:
     """An AutoencoderKL on the meta device."""
     with lean_diffusers():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -86,7 +93,7 @@ def new_vae(config: Mapping[str, Any]) -> nn.Module:
         return AutoencoderKL.from_config(dict(config))
 
 
-def new_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+def new_text_encoder(config: Config) -> nn.Module:
     """A CLIPTextModel, its parameters on the meta device."""
     with lean_diffusers():
         from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -97,7 +104,7 @@ def new_text_encoder(config: Mapping[str, Any]) -> nn.Module:
     return encoder
 
 
-def new_projected_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+def new_projected_text_encoder(config: Config) -> nn.Module:
     """A CLIPTextModelWithProjection, its parameters on the meta device."""
     with lean_diffusers():
         from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -114,7 +121,7 @@ def _give_positions(encoder: Any) -> None:  # transformers has no types
     encoder.embeddings.register_buffer("position_ids", positions, persistent=False)
 
 
-def read_tokenizer(folder: Path, options: Mapping[str, Any]) -> Any:
+def read_tokenizer(folder: Path, options: Config) -> Tokenizer:
     """A CLIPTokenizer. Reading one takes half a second, and each drawing with SDXL wants a second one: they are kept.
 
     Only from_pretrained reads vocab.json and merges.txt; the constructor ignores file names.
@@ -123,13 +130,13 @@ def read_tokenizer(folder: Path, options: Mapping[str, Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(folder: Path, options: str) -> Any:
+def _tokenizer(folder: Path, options: str) -> Tokenizer:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **json.loads(options))
 
 
-def new_pipeline(parts: Mapping[str, Any], scheduler: Any) -> Any:
+def new_pipeline(parts: Mapping[str, object], scheduler: Scheduler) -> Pipeline:
     """A StableDiffusionPipeline over `parts` (vae, text_encoder, tokenizer, unet)."""
     with lean_diffusers():
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -143,7 +150,7 @@ def new_pipeline(parts: Mapping[str, Any], scheduler: Any) -> Any:
         )
 
 
-def new_xl_pipeline(parts: Mapping[str, Any], scheduler: Any) -> Any:
+def new_xl_pipeline(parts: Mapping[str, object], scheduler: Scheduler) -> Pipeline:
     """A StableDiffusionXLPipeline over `parts` (as above, and text_encoder_2, tokenizer_2)."""
     with lean_diffusers():
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline

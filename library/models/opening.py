@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.config.registry import load
 from library.errors import UserError
@@ -24,7 +24,7 @@ def open_family(
     *,
     vae: str | None = None,
     only: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     given: Mapping[str, str] | None = None,
 ) -> ModelFamily:
     """The family of the base model at `path`: a diffusers folder, a single file or a hub id.

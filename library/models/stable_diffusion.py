@@ -25,6 +25,8 @@ from library.models.latent_diffusion import TEXT_LAYER, TEXT_LINEAR, UNET, VAE, 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from library.models.modules import Pipeline
+
 logger = logging.getLogger(__name__)
 
 # What kohya's networks.lora finds in the true sizes, by the width of the text states.
@@ -149,7 +151,7 @@ class StableDiffusion(LatentDiffusion):
     def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"prompt_embeds": positive["hidden_states"], "negative_prompt_embeds": negative["hidden_states"]}
 
-    def pipeline(self) -> Any:
+    def pipeline(self) -> Pipeline:
         """A diffusers StableDiffusionPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_pipeline
 

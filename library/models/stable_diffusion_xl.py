@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.models.modules import Pipeline
+
 logger = logging.getLogger(__name__)
 
 _SECOND_LINEAR = re.compile(rf"text_model\.{TEXT_LINEAR.pattern}")
@@ -198,11 +200,11 @@ class StableDiffusionXL(LatentDiffusion):
             "negative_pooled_prompt_embeds": negative["pooled"],
         }
 
-    def pipeline(self) -> Any:
+    def pipeline(self) -> Pipeline:
         """A diffusers StableDiffusionXLPipeline with DDIM over the loaded parts, which it shares."""
         from library.models.modules import new_xl_pipeline, read_tokenizer
 
-        parts: dict[str, Any] = {"vae": self.components["vae"], "unet": self.components["denoiser"]}
+        parts: dict[str, object] = {"vae": self.components["vae"], "unet": self.components["denoiser"]}
         parts |= dict.fromkeys((*_PARTS, "tokenizer", "tokenizer_2"))
         if encoders := self.components.loaded(*_PARTS):  # prompts can be encoded before
             options = {**self._base.tokenizer_options, "pad_token": "!"}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from library.config import registry
+from library.config.registry import Arguments
 from library.errors import UserError
 from library.record.saves import SavePlan
 from library.record.validation_history import Validation
@@ -47,7 +48,7 @@ def is_asked_for() -> bool:
     return os.environ.get(ASKED, "false").lower() == "true"
 
 
-def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arguments: Mapping[str, Any]) -> None:
+def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arguments: Arguments) -> None:
     """UserError for what DeepSpeed's configuration asks for beside ZeRO-2, and for options that do not go with it."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("accelerate's configuration asks for DeepSpeed, which is not installed: pip install deepspeed")

@@ -32,7 +32,7 @@ Line = dict[str, Any]
 class MetricsFile:
     """The file of a run that goes on. Nothing is written before the first line."""
 
-    def __init__(self, path: Path, run: Mapping[str, Any], *, done: int) -> None:
+    def __init__(self, path: Path, run: Line, *, done: int) -> None:
         """`run`: what the first line says; it has a "session_id". After a resume at step `done` the lines of this
         session's file up to there are kept. Raises UserError if the file cannot be written."""
         self.path = path
@@ -126,7 +126,7 @@ def lines(path: Path) -> Iterator[Line]:
                 yield line
 
 
-def _text(line: Mapping[str, Any]) -> bytes:
+def _text(line: Line) -> bytes:
     return (json.dumps(plain(line), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
 
 

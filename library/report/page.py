@@ -6,7 +6,7 @@ import json
 import logging
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from library.errors import UserError
 from library.files.atomic import replacing
 from library.record import run_file, summary
-from library.record.metrics import report_path, session_of_report
+from library.record.metrics import Line, report_path, session_of_report
 from library.record.run_file import Session
 from library.report import charts, images
 from library.report.read import Story, read_story, samples, saved_files
@@ -24,6 +24,9 @@ from library.units import human_bytes, human_time
 logger = logging.getLogger(__name__)
 
 THUMBNAIL, SAMPLE, PICTURE = 160, 256, 1200  # pixels, the longer side
+
+Row: TypeAlias = dict[str, Any]
+"""What the page's template shows in one row, by the names that it uses."""
 
 
 def write(metrics: Path) -> Path:
@@ -152,21 +155,21 @@ def _session(session: Session) -> str:
     return f"{_moment(session.started)} to {until} on {session.host}, {steps}: {session.status}{end}"
 
 
-def _options(run: dict[str, Any]) -> list[dict[str, Any]]:
+def _options(run: Line) -> list[Row]:
     return [
         {"group": group, "name": name, "value": _shown(value), "default": _shown(default), "changed": value != default}
         for group, name, value, default in run.get("options", ())
     ]
 
 
-def _groups(options: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def _groups(options: list[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
     for option in options:
         groups.setdefault(option["group"], []).append(option)
     return groups
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None or value == []:
         return ""
     if isinstance(value, bool):
@@ -184,7 +187,7 @@ def _pictures(story: Story) -> list[tuple[str, str]]:
     return [("Without and with the LoRA", url)] if url else []
 
 
-def _samples(found: list[Sample], prompts: list[str]) -> list[dict[str, Any]]:
+def _samples(found: list[Sample], prompts: list[str]) -> list[Row]:
     """One row a prompt: the pictures at some moments, the first and the last among them."""
     rows: dict[int, list[Sample]] = {}
     for sample in found:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from library.errors import UserError, nearest_path
 from library.files.hashes import sha256
 from library.files.header import read_metadata
 from library.record import run_file, summary
 from library.record.facts import Facts
-from library.record.metrics import SUFFIX, lines
+from library.record.metrics import SUFFIX, Line, lines
 from library.record.run_file import Record
 from library.sampling import files as sample_files
 from library.sampling.files import Sample
@@ -54,13 +52,13 @@ class Story:
     wrote none, and where it is no longer there."""
 
     path: Path  # of the metrics
-    run: dict[str, Any]  # the first line of the metrics
+    run: Line  # the first line of the metrics
     record: Record | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
     warnings: list[tuple[int, str, str]] = field(default_factory=list)  # step, sign, text
     last_step: int = 0
     seconds: float = 0.0
-    end: dict[str, Any] = field(default_factory=dict)  # empty: the run was killed, or is still going on
+    end: Line = field(default_factory=dict)  # empty: the run was killed, or is still going on
     largest: list[tuple[str, float]] = field(default_factory=list)  # adapters with the largest deltas at the end
 
     @property
@@ -134,13 +132,13 @@ def read_story(path: Path) -> Story:
     return story
 
 
-def _record_of(metrics: Path, run: Mapping[str, Any]) -> Record | None:
+def _record_of(metrics: Path, run: Line) -> Record | None:
     """The record beside the metrics, if it is of the same run."""
     record = run_file.read(metrics.with_name(metrics.name.removesuffix(SUFFIX) + run_file.SUFFIX))
     return record if record is not None and record.id == run.get("session_id") else None
 
 
-def _step(story: Story, step: int, line: Mapping[str, Any]) -> None:
+def _step(story: Story, step: int, line: Line) -> None:
     story.seconds = line.get("seconds") or story.seconds
     for name in ("loss", "loss_average", "gradient_norm", "update_ratio", "weight_norm"):
         _add(story, name, step, line.get(name))

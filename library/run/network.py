@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from library import rng
 from library.config.options import Options
+from library.config.registry import Arguments
 from library.errors import UserError
 from library.run.encode import DTYPES, trains_text
 from networks import create, files, foreign, kinds
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def make_network(
-    options: Options, family: ModelFamily, *, arguments: Mapping[str, Any], seed: int, device: torch.device
+    options: Options, family: ModelFamily, *, arguments: Arguments, seed: int, device: torch.device
 ) -> TrainableNetwork:
     """Attached to the loaded parts of the model, in its precision, on its device. Raises UserError.
 

@@ -17,6 +17,7 @@ from library.config.idle import warn_of_idle_options
 from library.config.masks import check_masks
 from library.config.options import NetworkOptions, Options, OutputOptions
 from library.config.options.validation import check_validation
+from library.config.registry import Arguments
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
@@ -47,7 +48,7 @@ class Plan:
     prepared: Prepared
     family: ModelFamily
     choice: OptimizerChoice
-    network_arguments: dict[str, Any]
+    network_arguments: Arguments
     seed: int
     trackers: TrackerPlan
     samples: SampleTimes | None

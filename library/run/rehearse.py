@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from library import log
+from library.config.registry import Arguments
 from library.errors import UserError
 from library.run.network import parameter_groups, parts_of
 from library.training.state import State, network_of
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from library.models.family import ModelFamily
 
 
-def rehearse(
-    family: ModelFamily, options: Options, arguments: Mapping[str, Any], *, resume: State | None
-) -> frozenset[int]:
+def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, resume: State | None) -> frozenset[int]:
     """`UserError` where model, LoRA files, settings of the network, rates or a state's network do not fit together.
 
     Returns the sizes of the kernels that the network trains. Networks of other packages cannot be made without
@@ -45,7 +43,7 @@ def rehearse(
         return frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4)
 
 
-def _network(kind: str, family: ModelFamily, options: Options, arguments: Mapping[str, Any]) -> Network:
+def _network(kind: str, family: ModelFamily, options: Options, arguments: Arguments) -> Network:
     """As the run's own, without content."""
     wanted = options.network
     start = None if wanted.network_weights is None else files.read(wanted.network_weights)

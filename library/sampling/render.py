@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library import rng
 from library.errors import UserError
@@ -69,7 +69,7 @@ def render(
     *,
     sampler: str,
     generator: torch.Generator,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Image:
     """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's.
 
@@ -110,10 +110,10 @@ class Sampling:
 
     times: SampleTimes
     family: ModelFamily
-    network: Any  # a kohya-style network, which is a torch.nn.Module
+    network: nn.Module
     encode: Callable[[str, str], dict[str, Tensor]]
     vae_dtype: torch.dtype  # of the VAE, which is loaded and released where it is not in memory
-    autocast: Callable[[], AbstractContextManager[Any]]
+    autocast: Callable[[], AbstractContextManager[object]]
     device: torch.device
     show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
     folder: Path

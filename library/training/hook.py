@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from library.data.dataset import Batch
     from library.record.validation_history import Validation
     from library.training.divergence import Diverged
     from library.training.step import BatchLoss
+
+StateDict: TypeAlias = Mapping[str, Any]
+"""A part of a saved state: tables of tensors, numbers and text. Who reads one checks it."""
 
 R = TypeVar("R")  # library.training.run.Run, which has hooks: the parameter keeps the two files apart
 
@@ -114,14 +117,14 @@ class Hook(Generic[R]):
 
     # -- the state
 
-    def state_dict(self) -> Mapping[str, Any]:
+    def state_dict(self) -> StateDict:
         """What a resumed run needs: tensors and plain values only. Always empty, or never."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Go on from this state. Raises ValueError (or what reading a wrong table raises) if it does not fit."""
 
-    def adopt(self, state: Mapping[str, Any] | None, *, step: int) -> bool:
+    def adopt(self, state: StateDict | None, *, step: int) -> bool:
         """Go on at `step` with this run's settings, which are others than the state's (--resume_anyway); called before
         the optimizer's state is loaded. `state`: None if it has nothing of this hook. False: `load_state_dict` does."""
         return False

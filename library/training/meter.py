@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from library.diffusion.process import PARTS, Process
 from library.gpu import to_device
+from library.training.hook import StateDict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -114,11 +115,11 @@ class Meter:
         counts = torch.stack([torch.count_nonzero(difference) for difference in differences])
         return torch.stack([part.sum() for part in counts.split(list(self._members.values()))]).float()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Of the steps since the last measured one."""
         return {"loss_by_timestep": self._bins}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Raises ValueError for what is no such state."""
         if state["loss_by_timestep"].shape != self._bins.shape:
             raise ValueError(f"its losses by timestep have the shape {list(state['loss_by_timestep'].shape)}")

@@ -129,7 +129,7 @@ def _read_facts(folder: Path) -> Facts:
     return facts
 
 
-def _facts(content: Any) -> Facts:
+def _facts(content: object) -> Facts:
     """What was read as JSON, checked. Raises ValueError."""
     if not isinstance(content, dict):
         raise ValueError("it holds no table")
@@ -270,7 +270,7 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
     return frozenset(changed)
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
     """A line for each option, by name.
 
     What an earlier version did not know yet had its default; what is gone counts if it was set.
@@ -284,7 +284,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str
     }
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "not set" if value is None else json.dumps(value, ensure_ascii=False)
 
 

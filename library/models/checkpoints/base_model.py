@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, nearest_path, why_not
-from library.files.json_text import parse_json
+from library.files.json_text import Config, parse_json
 from library.files.tensors import TensorEntry
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -26,7 +26,7 @@ class Part:
     weights, under the module's own names.
     """
 
-    config: Mapping[str, Any]
+    config: Config
     where: str
     entries: Callable[[], Mapping[str, TensorEntry]]
 
@@ -64,9 +64,9 @@ class BaseModel:
     path: str
     location: Path
     parts: Mapping[str, Part]
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Config = field(default_factory=dict)
     tokenizer: Path = Path()
-    tokenizer_options: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_options: Config = field(default_factory=dict)
     prediction: str | None = None
     prediction_from: str = ""
 

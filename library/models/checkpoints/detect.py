@@ -6,12 +6,12 @@ adapter, a part of a model, or a model of a kind that cannot be trained here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.config.registry import load_path
 from library.errors import UserError
+from library.files.json_text import Config
 from library.files.tensors import TensorEntry, WeightsIndex
 from library.models import FAMILIES
 from library.models.checkpoints.adapter_file import AdapterContents, describe
@@ -187,6 +187,6 @@ def is_vae(index: WeightsIndex) -> bool:
     return any(name.removeprefix(VAE_PREFIX) == "encoder.conv_in.weight" for name in index.entries)
 
 
-def is_v2(unet: Mapping[str, Any]) -> bool:
+def is_v2(unet: Config) -> bool:
     """Whether a UNet's configuration is that of 2.x: by the width of the text states, at unknown widths by its form."""
     return {768: False, 1024: True}.get(unet["cross_attention_dim"], bool(unet.get("use_linear_projection")))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError, nearest_path
 from library.files.index import read_index
+from library.files.json_text import Config
 from library.files.tensors import TensorEntry
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Folder, Part, few, read_json
 from library.models.checkpoints.checkpoint import TEXT_PREFIXES, text_entries_of, vae_entries
@@ -109,7 +110,7 @@ def _text_encoder_part(folder: Path) -> Part:
     return Part(config, _where("text encoder", folder), lambda: entries(entries_in(folder), layers=layers))
 
 
-def _tokenizer(folder: Path, unet: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+def _tokenizer(folder: Path, unet: Config) -> tuple[Path, dict[str, Any]]:
     """The folder's own tokenizer, or the shipped vocabulary, which is every Stable Diffusion model's."""
     own = folder / "tokenizer"
     if (own / "vocab.json").is_file() or (own / "tokenizer.json").is_file():
@@ -119,7 +120,7 @@ def _tokenizer(folder: Path, unet: Mapping[str, Any]) -> tuple[Path, dict[str, A
     return ASSETS / "clip_tokenizer", read_json(ASSETS / f"{asset}.json")["tokenizer"]
 
 
-def _require(config: Mapping[str, Any], folder: Path, **keys: type) -> None:
+def _require(config: Config, folder: Path, **keys: type) -> None:
     """`keys`: a whole number, or a list of at most ten."""
     place = folder / "config.json"
     for key, kind in keys.items():

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from library.errors import UserError, nearest_path
+from library.files.json_text import Config
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.folder import vae_part
 from library.models.checkpoints.hub import fetch
@@ -19,7 +18,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _VAE_OF = {"sd": "sd1.json", "sdxl": "sdxl.json"}  # where the base model has none itself
 
 
-def open_vae(path: str, *, default_config: Mapping[str, Any]) -> Part:
+def open_vae(path: str, *, default_config: Config) -> Part:
     """A VAE of its own. A file without a config.json beside it is taken to be configured as the base model's."""
     location = locate(path)
     if location.is_dir():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from library.errors import UserError
 from library.files.index import read_index
+from library.files.json_text import Config
 from library.files.tensors import WeightsIndex
 from library.models.checkpoints.base_model import ASSETS, ZERO_TERMINAL, BaseModel, Part, few, read_json
 from library.models.checkpoints.checkpoint import (
@@ -38,7 +37,7 @@ _OTHER_INPUTS = {9: "an inpainting model", 8: "an instruction-editing model", 5:
 _V_PREDICTION_MARK, _ZERO_TERMINAL_MARK = "v_pred", "ztsnr"
 
 
-def open_file(path: str, location: Path, *, kind: str, config: Mapping[str, Any] | None = None) -> BaseModel:
+def open_file(path: str, location: Path, *, kind: str, config: Config | None = None) -> BaseModel:
     """Read the names and shapes in the checkpoint of a model of the family "sd" or "sdxl". Raises UserError.
 
     `config`, in the form of assets/sd1.json, takes the place of the shipped ones: for architectures of other sizes,
@@ -68,15 +67,13 @@ def open_file(path: str, location: Path, *, kind: str, config: Mapping[str, Any]
     return BaseModel(kind, path, location, parts, scheduler, *tokenizer, prediction, stated_by)
 
 
-def _text_encoder_part(
-    index: WeightsIndex, part: str, prefixes: tuple[str, ...], config: Mapping[str, Any], path: str
-) -> Part:
+def _text_encoder_part(index: WeightsIndex, part: str, prefixes: tuple[str, ...], config: Config, path: str) -> Part:
     own = {name: entry for name, entry in index.entries.items() if name.startswith(prefixes)}
     layers, entries = config["num_hidden_layers"], text_entries_of(part)
     return Part(config, f"the {part.replace('_', ' ')} in {path}", lambda: entries(own, layers=layers))
 
 
-def vae_part_of_file(path: Path, config: Mapping[str, Any]) -> Part:
+def vae_part_of_file(path: Path, config: Config) -> Part:
     """The VAE in a file of its own, or in a whole checkpoint."""
     index = read_index(path)
     if not is_vae(index):

@@ -8,15 +8,14 @@ vanish.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from library.training.hook import Hook, Step
+from library.training.hook import Hook, StateDict, Step
 from library.training.run import Run
 
 
@@ -61,10 +60,10 @@ class Ema(Hook[Run]):
         for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.copy_(weight)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"steps": self.steps, "average": self.average}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Raises ValueError for the state of another network."""
         if [average.shape for average in state["average"]] != [average.shape for average in self.average]:
             raise ValueError("its tensors have other shapes")

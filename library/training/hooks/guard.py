@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 from library.training import snapshot
 from library.training.divergence import Diverged, is_finite
-from library.training.hook import Hook
+from library.training.hook import Hook, StateDict
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.run import Run
 
@@ -85,10 +85,10 @@ class Guard(Hook[Run]):
             )
         return True
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"count": self.count}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Raises ValueError for what is no count."""
         count = state["count"]
         if not isinstance(count, int) or count < 0:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from library.training.hook import Hook, Step
+from library.training.hook import Hook, StateDict, Step
 from library.training.run import Run
 
 if TYPE_CHECKING:
@@ -31,13 +30,13 @@ class LrSchedule(Hook[Run]):
         if bases is not None:
             bases[:] = [rate * factor for rate in bases]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return self.schedule.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.schedule.load_state_dict(dict(state))
 
-    def adopt(self, state: Mapping[str, Any] | None, *, step: int) -> bool:
+    def adopt(self, state: StateDict | None, *, step: int) -> bool:
         """This run's curve, from where the state stood on its own."""
         with warnings.catch_warnings():
             # no step of the optimizer comes before each of these

@@ -12,7 +12,7 @@ from library.optimizers.create import effective_weight_decays
 from library.record import metrics
 from library.record.run_file import RunFile
 from library.record.validation_history import Validation
-from library.training.hook import Hook, Step
+from library.training.hook import Hook, StateDict, Step
 from library.training.meter import Measured, Meter
 from library.training.run import Run
 from library.training.warning_signs import WEIGHT_DECAY_GONE, Sign, Watch
@@ -117,10 +117,10 @@ class Monitor(Hook[Run]):
         if self._file is not None:
             self._file.close()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return self._meter.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self._meter.load_state_dict(state)
 
     def _is_due(self, run: Run, step: Step) -> bool:

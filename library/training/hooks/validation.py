@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -22,7 +21,7 @@ from library.progress import bar
 from library.record import trackers
 from library.record.validation_history import History, Validation
 from library.training.fixed_noise import image_losses
-from library.training.hook import Hook, Step
+from library.training.hook import Hook, StateDict, Step
 from library.training.run import Run
 from library.training.step import condition_of
 
@@ -116,10 +115,10 @@ class Validator(Hook[Run]):
         values |= {f"loss/validation/t{t}": loss for t, loss in now.by_timestep.items()}
         trackers.tell(run.accelerator, values, step=step)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return self.history.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.history.load_state_dict(state)
 
 
