@@ -27,7 +27,7 @@ class TrackerPlan:
     logging_dir: str | None
     folder: str | None
     settings_file: str | None
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, dict[str, object]]
     config: dict[str, bool | int | float | str] | None
     wandb_key: str | None = dataclasses.field(default=None, repr=False)
 

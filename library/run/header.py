@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
 from library.config.options import Options, declared_options, option_groups
 from library.data.prepare import Prepared
 from library.record.facts import Facts
+from library.record.metrics import Line
 from library.record.summary import rows
 from library.run.plan import Plan
 from library.run.recording import in_effect
@@ -21,7 +21,7 @@ EXAMPLES = 24  # images that are named
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
-def describe(plan: Plan, run: Run, facts: Facts) -> dict[str, Any]:
+def describe(plan: Plan, run: Run, facts: Facts) -> Line:
     """As JSON has it, but for paths, which are text there."""
     saves = run.saves
     sampling = plan.samples
@@ -65,7 +65,7 @@ def describe(plan: Plan, run: Run, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _options(options: Options, *, seed: int) -> list[list[Any]]:
+def _options(options: Options, *, seed: int) -> list[list[object]]:
     """[group, name, value, default] of each, with the seed that was drawn, and without what nobody should see."""
     known, values, rows = declared_options(), in_effect(options, seed=seed), []
     for group_name, group in option_groups().items():
@@ -76,7 +76,7 @@ def _options(options: Options, *, seed: int) -> list[list[Any]]:
     return rows
 
 
-def _examples(prepared: Prepared) -> list[dict[str, Any]]:
+def _examples(prepared: Prepared) -> list[dict[str, object]]:
     """Images from all over the data."""
     count = len(prepared.samples)
     chosen = sorted({index * count // min(EXAMPLES, count) for index in range(min(EXAMPLES, count))})

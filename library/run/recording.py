@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from library.config.options import SECRETS, Options, option_groups
 from library.record.run_file import HIDDEN, Given, Record, RunFile, Settings, new_session, run_path
 from library.record.saves import SavePlan
@@ -41,12 +39,12 @@ def settings(options: Options, *, seed: int) -> Settings:
     )
 
 
-def in_effect(options: Options, *, seed: int) -> dict[str, Any]:
+def in_effect(options: Options, *, seed: int) -> dict[str, object]:
     """The value of every option, with the seed that was drawn, and without secrets."""
     values = _values(options)
     hidden = {name: HIDDEN for name in SECRETS if values[name] is not None}
     return {**values, "seed": seed, **hidden}
 
 
-def _values(options: Options) -> dict[str, Any]:
+def _values(options: Options) -> dict[str, object]:
     return {name: value for group in option_groups() for name, value in vars(getattr(options, group)).items()}

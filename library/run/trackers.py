@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from library.config.options import SECRETS, LoggingOptions, Options, option_groups
 from library.config.other_files import refuse_other_file
@@ -68,9 +67,9 @@ def _names(wanted: LoggingOptions) -> tuple[str, ...]:
     return ("tensorboard", "wandb") if wanted.log_with == "all" else (wanted.log_with,)
 
 
-def _settings(wanted: LoggingOptions, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _settings(wanted: LoggingOptions, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
     """One table a tracker; --wandb_run_name goes before the file's."""
-    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    settings: dict[str, dict[str, object]] = {name: {} for name in names}
     if wanted.log_tracker_config is not None:
         path = Path(wanted.log_tracker_config)
         content = read_toml(path)
