@@ -96,7 +96,7 @@ def test_first_loss_and_gradients_are_the_plain_loops(first_step):
     plain_loss, adapters = plain_loss_and_gradients(run, batch)
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     # every adapter of ours was found in the plain model, in both parts
-    assert len(adapters) == sum(run.network.module_counts().values())
+    assert len(adapters) == sum(run.network.counts().values())
     pairs = {}
     for name, adapter in adapters.items():
         ours = run.network.get_submodule(name)
