@@ -35,12 +35,6 @@ ORDER = """
 ROOMS = {room: place for place, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}
 """Where each stands; those of one line may import each other."""
 
-UPWARD: set[tuple[str, str | None]] = {("library.quantization.float8", "library.models")}
-"""(module, room that it imports from): what is still to go."""
-
-CIRCLES: set[frozenset[str]] = set()
-"""Of modules: what is still to go."""
-
 Graph = Mapping[str, set[str]]
 
 
@@ -116,14 +110,17 @@ def test_imports_go_upwards(graph: Graph) -> None:
         for other in others
         if ROOMS[room_of(other) or "library.errors"] > ROOMS[room_of(module) or "library.job"]
     }
-    assert sorted(wrong - UPWARD) == []
-    assert sorted(UPWARD - wrong) == [], "is gone: take it off the list"
+    assert sorted(wrong) == []
 
 
 def test_there_are_no_circles(graph: Graph) -> None:
-    found = set(circles(graph))
-    assert found - CIRCLES == set()
-    assert CIRCLES - found == set(), "is gone: take it off the list"
+    assert list(circles(graph)) == []
+
+
+def test_no_room_is_a_long_list() -> None:
+    """More than 20 files in one folder are a room that has been missed, unless they are the members of one registry."""
+    folders = [path.parent for top in ("library", "networks") for path in (ROOT / top).rglob("*.py")]
+    assert [str(folder) for folder in set(folders) if folders.count(folder) - 1 > 20] == []  # but for __init__.py
 
 
 def test_a_circle_is_found() -> None:
