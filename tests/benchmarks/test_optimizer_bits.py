@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import optimizer_bits
-from library.optimizers.custom_adamw import native, tam
+from library.optimizers.custom_adamw import native
+from library.optimizers.custom_adamw.techniques import tam
 
 
 def test_it_is_repeatable_and_sees_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
