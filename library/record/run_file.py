@@ -52,7 +52,7 @@ class Settings:
     """Options by name. `given`: those that the user set. `in_effect`: all of them, with the seed that was drawn."""
 
     given: dict[str, Given]
-    in_effect: dict[str, object]
+    in_effect: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

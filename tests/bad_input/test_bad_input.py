@@ -65,7 +65,7 @@ def here(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_arguments: object) -> None:
+    def load(*_arguments: object, **_more: object) -> None:
         pytest.fail("a model is loaded")
 
     monkeypatch.setattr(Components, "load", load)

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import InitProcessGroupKwargs
 
 from library import job, processes
-from library.run import build
+from library.run import start
 from library.training import loop
 from tests.conftest import PATIENCE
 
@@ -138,7 +138,7 @@ def test_how_long_processes_wait_for_each_other(train: Train, monkeypatch: pytes
             seen.extend(handler.timeout for handler in kwargs_handlers)
             super().__init__(kwargs_handlers=kwargs_handlers, **more)
 
-    monkeypatch.setattr(build, "Accelerator", Watched)
+    monkeypatch.setattr(start, "Accelerator", Watched)
     assert train("--dry_run", "--ddp_timeout", "45") == 0
     assert seen == [timedelta(minutes=45)]
 

@@ -114,7 +114,9 @@ def test_the_same_lora_as_one_process_with_accumulation(runs: Any, tmp_path: Pat
     assert distance(one, two) < ROUNDED
     losses = [final_state(folder, name)["losses"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
-    schedules = [final_state(folder, name)["schedule"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))]
+    schedules = [
+        final_state(folder, name)["hooks"]["schedule"] for folder, name in ((tmp_path, "one"), (runs.folder, "sum"))
+    ]
     assert schedules[0]["last_epoch"] == schedules[1]["last_epoch"] == 8
     trained = [
         final_state(folder, name)["optimizer"]["state"].keys()
@@ -220,7 +222,7 @@ def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, t
     single = words(tmp_path, "one", *VALIDATED, "--save_state_on_train_end", "--gradient_accumulation_steps", "2")
     assert main(single) == 0
     one, two = (
-        final_state(folder, name)["validation"]["validations"]
+        final_state(folder, name)["hooks"]["validation"]["validations"]
         for folder, name in ((tmp_path, "one"), (runs.folder, "validated"))
     )
     assert one[0][1] == pytest.approx(two[0][1], rel=1e-6)

@@ -29,7 +29,7 @@ SPLIT = ("--validation_split", "0.34")  # two of six
 def measured(folder: Path, name: str = "test") -> list[tuple[int, float, dict[int, float]]]:
     """(step, loss, by timestep) of each validation of a run that has saved its state."""
     tensors = torch.load(folder / "out" / f"{name}-state" / state.TENSORS, weights_only=True)
-    return [tuple(one) for one in tensors["validation"]["validations"]]
+    return [tuple(one) for one in tensors["hooks"]["validation"]["validations"]]
 
 
 # --- the measure ------------------------------------------------------------------------------------------------------
