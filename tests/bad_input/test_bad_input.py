@@ -111,7 +111,7 @@ def test_what_they_are_changed_from_is_right(monkeypatch: pytest.MonkeyPatch) ->
     ):
         write("m.json", '{"a.png": {"caption": "a"}}')
         with pytest.raises(pytest.fail.Exception, match="a model is loaded"):
-            main([*USUAL, *words, "--resume_anyway"])
+            main([*USUAL, *words, "--resume_anyway", "--overwrite"])  # the record of one that has not ended
 
 
 # -- rights
