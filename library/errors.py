@@ -1,4 +1,4 @@
-"""What a user did wrong, said plainly."""
+"""Errors of the user's, in plain words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class CommonError(UserError):
-    """What all processes of a run raise at the same point: it is told by the first, and no other has to wait for it."""
+    """An error that all processes of a run raise at the same point: the first prints it, no other waits for it."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

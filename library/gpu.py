@@ -87,6 +87,6 @@ def explained(error: BaseException) -> str | None:
 
 
 def memory_of(error: BaseException) -> str:
-    """What was asked for and what was free, of torch's much longer message."""
+    """The memory that was asked for and that was free, cut out of torch's much longer message."""
     sentences = str(error).strip().split("\n")[0].removeprefix("CUDA out of memory. ").split(". ")
     return ". ".join(sentences[:2]).strip().rstrip(".")

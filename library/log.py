@@ -117,7 +117,7 @@ class _AboveTheBar(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """What cannot be written, as the disk is full, goes to stderr."""
+    """Print a message to stderr that cannot be written because the disk is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         _AboveTheBar().handle(record)

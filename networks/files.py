@@ -46,7 +46,7 @@ class AdapterLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter file holds, on the CPU.
+    """The content of an adapter file, on the CPU.
 
     source: where it comes from, for messages. layers: by their names in kohya's naming, `lora_unet_…`, whatever naming
     the file has. embeddings: tensors of textual inversion embeddings beside the layers. metadata: of the file itself.
@@ -106,7 +106,7 @@ def read(
 
 
 def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | None = None) -> AdapterContents:
-    """What an adapter file holds, by its header alone, before any model is loaded. Raises as `read` does."""
+    """Check the content of an adapter file by its header alone, before any model is loaded. Raises as `read` does."""
     path = Path(file)
     index = read_index(path)
     found = kind_of_file(index)
@@ -145,7 +145,7 @@ def _refuse_halves(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """What a file of diffusers or PEFT says about its scale, in its metadata or in the file beside it."""
+    """The scale settings of a file of diffusers or PEFT, from its metadata or the file beside it."""
     if (text := metadata.get("lora_adapter_metadata")) is not None:
         return read_config(text, f"{path}: lora_adapter_metadata")
     beside = path.with_name("adapter_config.json")

@@ -184,7 +184,7 @@ class ForeignNetwork(TrainableNetwork):
         return None if hasattr(self.network, method) else refusal
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What is trained: the module may write something else."""
+        """The trained tensors: the module may write something else."""
         tensors: Mapping[str, Tensor] = self.network.state_dict()
         return tensors
 

@@ -20,7 +20,7 @@ _NAMES_SHOWN = 5  # of those that do not fit; --console_log_level DEBUG shows al
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What of a file went where. The names are those of adapted layers, `lora_unet_…`, each with all its tensors."""
+    """The result of loading a file. The names are those of adapted layers, `lora_unet_…`, each with all its tensors."""
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]  # in the network, not in the file: they start fresh

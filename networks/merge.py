@@ -51,7 +51,7 @@ class BaseWeights:
             raise UserError(f"--base_weights {error}") from None
 
     def fingerprint(self) -> str:
-        """What these files change, as text, for the names of caches; empty without files."""
+        """A text that identifies these files' effect, for the names of caches; empty without files."""
         digest = hashlib.sha256()
         for file in self._files:
             digest.update(repr(file.multiplier).encode())

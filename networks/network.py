@@ -37,7 +37,7 @@ Group = dict[str, Any]  # of parameters, as torch's optimizers take it: its valu
 
 
 class TrainableNetwork(nn.Module, ABC):
-    """What the trainer asks of a network.
+    """The interface of every network that the trainer trains.
 
     Its `state_dict` and `load_state_dict` are its part of a run's state; `tensors` are those that its file holds.
     """

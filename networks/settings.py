@@ -1,4 +1,4 @@
-"""What a user can set about a network: `--network_args` as typed fields. Imports no torch.
+"""The settings of a network: `--network_args` as typed fields. Imports no torch.
 
 A kind of adapter has two dataclasses of such fields. `Settings`: how it trains. `Sizes`: where it sits and how large it
 is, which a file settles if the network takes its layers from one (`--dim_from_weights`). Fields are checked by name and

@@ -75,7 +75,7 @@ class SubsetSpec:
 
     @property
     def source(self) -> Path:
-        """What the samples are found by, and the subset is called after."""
+        """The path that the samples are found by, which also names the subset."""
         return self.metadata_file or self.image_dir
 
     @property

@@ -47,7 +47,7 @@ UNSET = Unset()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Details:
-    """What an option's annotation and default do not say; see `option`."""
+    """The details of an option beyond its annotation and default; see `option`."""
 
     help: str
     minimum: float | None = None

@@ -46,7 +46,7 @@ def listing() -> str:
 
 
 def settings_of(names: Iterable[str], *, where: str) -> list[Setting]:
-    """What these presets set, in their order. Raises UserError for a name that is none, with the nearest one."""
+    """The settings of these presets, in their order. Raises UserError for an unknown name, with the nearest one."""
     known = presets()
     settings: list[Setting] = []
     for name in names:

@@ -51,7 +51,7 @@ class Signature:
 
 
 def load(table: Mapping[str, str], name: str, *, where: str = "registry") -> Any:  # a name can stand for anything
-    """What `name` stands for in a registry; case does not matter. Raises UserError with the nearest name."""
+    """The entry of a registry with this name; case does not matter. Raises UserError with the nearest name."""
     lowered = {known.lower(): path for known, path in table.items()}
     path = lowered.get(name.lower())
     if path is None:

@@ -1,4 +1,4 @@
-"""What the user set and where: words of the command line and of a TOML file, alike."""
+"""The user's settings and their places: words of the command line and of a TOML file, alike."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _parsed(file: Path) -> ast.Module:
 
 
 def _definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.ClassDef | ast.ImportFrom | None:
-    """What gives `name` its meaning in a module: a definition, or an import, a lazy one in a function as well."""
+    """The statement that defines `name` in a module: a definition or an import, also a lazy one in a function."""
     for item in tree.body:
         if isinstance(item, ast.FunctionDef | ast.ClassDef) and item.name == name:
             return item

@@ -72,7 +72,7 @@ def _shown(line: str) -> str:
 
 
 def _explain(line: str, message: str) -> str:
-    """What is wrong with `line`: plainer words than the toml package's for the commonest mistakes."""
+    """The mistake in `line`, in plainer words than the toml package's for the commonest ones."""
     text = line.partition("=")[2].strip()
     if "escape" in message.lower():
         return "write paths with / or in single quotes: in double quotes \\ has a meaning of its own"

@@ -66,7 +66,7 @@ def bucket_sizes(max_area: int, smallest: int, largest: int, step: int) -> list[
 
 
 def _problems(spec: DatasetSpec, multiple_of: int) -> Iterator[str]:
-    """What is wrong with the options, each with its name, its value and right ones."""
+    """The mistakes in the options, each with its name, its value and right ones."""
     sides = {"bucket_reso_steps": [spec.bucket_reso_steps]} if spec.enable_bucket else {"resolution": spec.resolution}
     for option, values in sides.items():
         for value in values:

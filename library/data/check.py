@@ -78,7 +78,7 @@ def report_bad_images(bad: dict[Path, str], *, skip: bool) -> None:
 
 
 def _measure(path: Path, *, contents: bool) -> Measured | str:
-    """What an image is that decodes to the end, else the reason why it does not."""
+    """The facts about an image that decodes to the end, else the reason why it does not."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

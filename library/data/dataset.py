@@ -46,7 +46,7 @@ class Batch:
     """(mean, std) of the latents, each [B, C, h, w]."""
     captions: list[str]
     condition: dict[str, Tensor] | None
-    """What the text encoders gave: name → [B, …]."""
+    """The states of the text encoders: name → [B, …]."""
     loss_weights: Tensor
     """float32 [B]."""
     original_sizes: list[Size]
@@ -197,7 +197,7 @@ class TrainingData:
         }
 
     def views(self, planned: PlannedBatch, epoch: int) -> list[View]:
-        """What is seen of each image of a batch."""
+        """The view of each image of a batch."""
         return [
             drawn_view(self.samples[index], self.placements[index], seed=self.seed, epoch=epoch, repeat=repeat)
             for index, repeat in planned

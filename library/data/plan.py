@@ -62,5 +62,5 @@ def split_into_steps(batches: Sequence[T], *, world_size: int, accumulation: int
 
 
 def of_rank(steps: Sequence[Sequence[Sequence[T | None]]], rank: int) -> list[T]:
-    """What one process has to load for these steps, in order, without the gaps."""
+    """The batches that one process has to load for these steps, in order, without the gaps."""
     return [batch for step in steps for micro in step if (batch := micro[rank]) is not None]

@@ -1,4 +1,4 @@
-"""What every source of data delivers: images, their captions, and how often each is seen."""
+"""The samples that every source of data delivers: images, their captions, and how often each is seen."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """What was found in one subset, for the dry run and the log. `images` counts those that are trained."""
+    """A subset's counts, for the dry run and the log. `images` counts those that are trained."""
 
     subset: SubsetSpec
     images: int
@@ -69,7 +69,7 @@ class SubsetSummary:
 
 
 class Scan(NamedTuple):
-    """What a source found in a subset. The samples are not measured yet."""
+    """The samples that a source found in a subset, before their sizes are read."""
 
     samples: list[Sample]
     summary: SubsetSummary

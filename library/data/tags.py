@@ -40,7 +40,7 @@ def split(text: str, spec: SubsetSpec) -> Tags:
 
 
 def stripped(text: str, separator: str) -> list[str]:
-    """What lies between separators, without the spaces around it; it may be empty."""
+    """The tags between separators, without the spaces around them; they may be empty."""
     return [tag.strip() for tag in text.split(separator)]
 
 

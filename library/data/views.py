@@ -1,4 +1,4 @@
-"""What is seen of an image at one draw: its size, cut, mirroring and colours. Everything that varies is keyed."""
+"""The view of an image in one draw: its size, cut, mirroring and colours. Everything that varies is keyed."""
 
 from __future__ import annotations
 

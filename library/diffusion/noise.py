@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """What is added to plain noise; 0 is off. `random`: of that strength each image has a random share of its own."""
+    """The additions to plain noise; 0 is off. `random`: each image has a random share of that strength."""
 
     offset: float = 0.0
     offset_random: bool = False

@@ -25,11 +25,11 @@ Scheduler: TypeAlias = Any
 
 
 class Process(Protocol):
-    """What training, validation and sampling ask of a process. `level_B` is one noise level per sample, [B]."""
+    """The interface that training, validation and sampling use. `level_B` is one noise level per sample, [B]."""
 
     @property
     def prediction_type(self) -> str:
-        """What the network predicts: "epsilon", "v_prediction" or "velocity" (of flow matching)."""
+        """The target of the network: "epsilon", "v_prediction" or "velocity" (of flow matching)."""
         ...
 
     @property
@@ -108,7 +108,7 @@ def predict_and_target(
     *,
     added_BCHW: Tensor | None = None,
 ) -> Predicted:
-    """What the network predicts for noisy latents, and what it should have: for training and every measurement.
+    """The network's prediction for noisy latents, and its target: for training and every measurement.
 
     level_B: on the CPU. added_BCHW: the noise that is added, where it is not the noise that is to be found (input
     perturbation).

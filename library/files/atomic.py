@@ -133,7 +133,7 @@ def _sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _user_errors(path: Path) -> Iterator[None]:
-    """What the system refuses while `path` is written, as `UserError`."""
+    """Raise the system's errors while `path` is written as `UserError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

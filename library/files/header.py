@@ -9,7 +9,7 @@ _MOST_BYTES = 100_000_000  # of a header, the format's own limit
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a file says of itself; empty for a file that is no safetensors or says nothing. Raises OSError."""
+    """The metadata of a file; empty for a file that is no safetensors or has none. Raises OSError."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > _MOST_BYTES:

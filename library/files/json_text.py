@@ -15,7 +15,7 @@ Config: TypeAlias = Mapping[str, Any]
 
 
 def parse_json(text: str, place: str, *, first_line: int = 1) -> Json:
-    """What the text says, which begins in line `first_line` of `place`. Raises UserError for what is no JSON."""
+    """The parsed text, which begins in line `first_line` of `place`. Raises UserError if it is no JSON."""
     try:
         content: Json = json.loads(text)
     except json.JSONDecodeError as error:

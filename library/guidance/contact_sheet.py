@@ -1,4 +1,4 @@
-"""What the network will see, on one sheet: each image with its cut beside what comes out of it, and its caption."""
+"""The contact sheet of the training images: each with its crop, the result beside it, and its caption."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
 
 
 def _average_bytes(run: Run) -> int:
-    """What --ema_decay keeps."""
+    """The bytes that --ema_decay keeps."""
     ema = run.hook(Ema)
     return 0 if ema is None else sum(tensor.nbytes for tensor in ema.average)
 

@@ -1,4 +1,4 @@
-"""What the work will take, before it is done."""
+"""Estimates of memory and time before the work is done."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _EPOCH = 999_983
 
 @dataclass(frozen=True)
 class Found:
-    """What the finder found. `reference`: the configured rate that the sweep's rates stand for, that of `part`."""
+    """The finder's result. `reference`: the configured rate that the sweep's rates stand for, that of `part`."""
 
     sweep: lr_curve.Sweep
     suggestion: lr_curve.Suggestion
@@ -205,7 +205,7 @@ def report(plan: Plan, run: Run, found: Found) -> None:
 
 
 def _other_rates(network_arguments: Arguments, factor: float) -> Iterator[str]:
-    """What else has a rate of its own, which grew with the others."""
+    """The other options with a rate of their own, which grew with it."""
     if network_arguments.get("network_reg_lrs"):
         yield f"             and {factor:.2g} times each rate in network_reg_lrs"
 

@@ -1,4 +1,4 @@
-"""What the curve of a rate finder says: two rules for a rate, the picture and the numbers."""
+"""The curve of a rate finder: two rules for a rate, the picture and the numbers."""
 
 from __future__ import annotations
 

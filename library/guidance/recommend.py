@@ -51,7 +51,7 @@ def views(images: int) -> int:
 
 
 def advise(plan: Plan) -> list[Advice]:
-    """What to set, in the order of a config file."""
+    """The recommended settings, in the order of a config file."""
     options, images = plan.options, plan.prepared.train_images
     rank, batch = _by_size(images)
     own_batch = {spec.batch_size for spec in plan.datasets} if options.data.dataset_config else set()

@@ -22,11 +22,11 @@ class LossTerm:
     """One term. A subclass overrides what it needs."""
 
     def target(self, seen: Predicted, batch: Batch) -> Tensor:
-        """What the prediction is compared with, [B, C, h, w]: as it is, or with other targets for some samples."""
+        """The targets of the prediction, [B, C, h, w]: as they are, or others for some samples."""
         return seen.target_BCHW
 
     def per_sample(self, seen: Predicted, batch: Batch) -> Tensor | None:
-        """What this term adds to the loss of each sample, [B], with all weights; None: it only changes targets."""
+        """The term's part of each sample's loss, [B], with all weights; None: it only changes targets."""
         return None
 
 

@@ -26,7 +26,7 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 
 @dataclass(frozen=True, kw_only=True)
 class PartKind:
-    """What a family declares of one part.
+    """A family's declaration of one part.
 
     folder: its folder in a diffusers folder. title: what messages call it. new: the import path of a function that
     makes the module from its configuration, with its parameters on the meta device. section: "unet" for the denoiser

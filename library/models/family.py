@@ -59,7 +59,7 @@ class ModelFamily(ABC):
     NAME: ClassVar[str]
     """As in FAMILIES."""
     TITLE: ClassVar[str]
-    """What messages call it: "an SDXL model"."""
+    """The family's name in messages: "an SDXL model"."""
     PARTS: ClassVar[Mapping[str, PartKind]]
     """By "denoiser", "vae", "text_encoder", … in the order in which they are checked."""
 
@@ -129,7 +129,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the text encoders give, each [B, …]. Differentiable.
+        """The states of the text encoders by name, each [B, …]. Differentiable.
 
         The second axis may be as long as the longest caption. Caches put rows of several lengths together with zeros at
         their ends, so such a family returns a mask as well, which is 0 there.
@@ -197,7 +197,7 @@ class ModelFamily(ABC):
         return None
 
     def third_party_views(self) -> tuple[Any, Any]:
-        """What a network module of kohya's protocol is given as `text_encoder` and `unet`."""
+        """The `text_encoder` and `unet` that a network module of kohya's protocol gets."""
         encoders = self.components.loaded(*self.components.text_encoders)
         denoiser = self.components.get("denoiser")
         return (encoders[0] if len(encoders) == 1 else encoders), denoiser

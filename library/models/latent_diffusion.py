@@ -157,7 +157,7 @@ def check_counts(targets: Sequence[AdapterTargets], expected: Mapping[str, int] 
 
 
 class LatentDiffusion(ModelFamily):
-    """What is the same for all of them. A family adds what its UNet is conditioned on and how it reads prompts."""
+    """The common part of these families. Each adds the condition of its UNet and its way to read prompts."""
 
     DEFAULT_SCALING: ClassVar[float]
     """Of the latents, where the VAE's configuration is older than its field."""

@@ -177,7 +177,7 @@ def _path(name: str) -> str:
 
 
 def _defaults(path: str, name: str) -> Arguments:
-    """What kohya sets where the user says nothing."""
+    """The defaults of kohya's scripts."""
     if name.lower().startswith("sgdnesterov"):
         return {"momentum": 0.9, "nesterov": True}
     if name.lower() == "adafactor":

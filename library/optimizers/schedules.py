@@ -114,7 +114,7 @@ def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleCh
 
 
 def _arguments(options: ScheduleOptions, *, total_steps: int, warmup: int, decay: int) -> Arguments:
-    """What the function of a schedule by name is given, apart from --lr_scheduler_args."""
+    """The arguments of a named schedule's function, apart from --lr_scheduler_args."""
     name, cycles, ratio = options.lr_scheduler, options.lr_scheduler_num_cycles, options.lr_scheduler_min_lr_ratio
     if name in _WITHOUT_WARMUP:
         return {}

@@ -115,7 +115,7 @@ class Curve(NamedTuple):  # not a dataclass: CustomAdamW makes one a step and gr
     interpolate: bool = False
 
     def factor(self, step: int, *, flat_since: int | None = None) -> float:
-        """What the configured weight decay is multiplied by at `step`. `flat_since`: see `adaptive`."""
+        """The factor of the configured weight decay at `step`. `flat_since`: see `adaptive`."""
         if self.schedule == "multi_stage":
             return multi_stage(step, stages=self.stages, interpolate=self.interpolate)
         if self.schedule in WITH_AN_END:

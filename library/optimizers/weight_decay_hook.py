@@ -29,7 +29,7 @@ class WeightDecayHook:
         optimizer.register_step_pre_hook(self._before_step)
 
     def observe(self, loss: float, gradient_norm: float | None = None, validation_loss: float | None = None) -> None:
-        """What the adaptive curve goes by; to be called before each step."""
+        """Observe a loss for the adaptive curve; to be called before each step."""
         self.plateau.tell(
             self.optimizer.param_groups,
             counter="wd_step",

@@ -1,4 +1,4 @@
-"""What the processes of a run must agree on before they train together."""
+"""The settings that the processes of a run must agree on before they train together."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class ZeroTwo:
         return {"state": {number: entry for number, entry in state.items() if entry}, "param_groups": groups}
 
     def _parts(self, share: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-        """What the shares of all processes say of each parameter; a single number, the steps done, of each the same."""
+        """The state of each parameter, joined from the shards of all processes; single numbers are the same in all."""
         if not share.dim():
             return [share.clone() for _ in shapes]
         sizes = [shape.numel() for shape in shapes]

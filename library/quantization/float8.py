@@ -57,7 +57,7 @@ def _forward(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class _Context(Protocol):
-    """What torch hands to `forward` and, when it is time, to `backward`."""
+    """The context that torch passes to `forward` and later to `backward`."""
 
     saved_tensors: tuple[Tensor, ...]
 

@@ -1,4 +1,4 @@
-"""What a saved file's metadata say about the data: kohya's `ss_datasets`, `ss_tag_frequency` and their like."""
+"""The part of a saved file's metadata that is about the data: kohya's `ss_datasets`, `ss_tag_frequency` …"""
 
 from __future__ import annotations
 

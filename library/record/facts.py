@@ -1,4 +1,4 @@
-"""What a run is, as typed facts: model, network, data, length, rates. The console's lines, `run.json` and the report
+"""Typed facts about a run: model, network, data, length, rates. The console's lines, `run.json` and the report
 page are all made of these.
 """
 
@@ -43,7 +43,7 @@ class Adapters:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What is trained. `ranks`: the lowest and the highest of our own adapters; None for networks of other packages,
+    """The trained network. `ranks`: the lowest and the highest of our own adapters; None for those of other packages,
     which know only the rank that was asked for, `dim`. `parameters`: all that are trained."""
 
     module: str
@@ -90,7 +90,7 @@ class Captions:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What is measured on held-out images: `batches` at each of `timesteps` levels, `times` times in the run.
+    """The validation on held-out images: `batches` at each of `timesteps` levels, `times` times in the run.
     `patience`: validations without improvement that end the run; None: it never ends early."""
 
     images: int

@@ -151,7 +151,7 @@ class RunFile:
         self._thread.start()
 
     def describe(self, facts: Facts) -> None:
-        """What the run is, which is known once all is loaded."""
+        """Add the run's facts, which are known once all is loaded."""
         self._change(facts=facts)
 
     def step(self, done: int) -> None:

@@ -277,7 +277,7 @@ def check_finite(file: Path, name: str, precision: str | None) -> None:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """What a file holds, read as other programs will read it."""
+    """The content of a file, read as other programs will read it."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict

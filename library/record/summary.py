@@ -10,7 +10,7 @@ _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make d
 
 
 def lines(facts: Facts) -> Iterator[str]:
-    """What the options were understood to mean, each line with its label."""
+    """The lines of the console's summary of a run, each with its label."""
     return (line(label, text) for label, text in rows(facts))
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TrackerPlan:
-    """What logs are kept. `settings`: arguments of each tracker, from the file `settings_file`.
+    """The trackers of a run. `settings`: arguments of each tracker, from the file `settings_file`.
 
     `folder` is this run's, in `logging_dir`. `config`: options to log with the curves; None: none.
     """

@@ -1,4 +1,4 @@
-"""What the validations of a run have shown: which was best, whether it is time to stop, what to say at the end."""
+"""The history of a run's validations: the best one, whether it is time to stop, and the conclusion."""
 
 from __future__ import annotations
 

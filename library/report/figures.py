@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Key:
-    """What a curve is called, and the names of the parts that draw it, by which the page shows and hides it."""
+    """The name of a curve, and those of the parts that draw it, by which the page shows and hides it."""
 
     label: str
     colour: str

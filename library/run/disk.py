@@ -1,4 +1,4 @@
-"""What a run will write, in bytes, and whether there is room for it."""
+"""The bytes that a run will write, and whether there is room for them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def vae_dtype(family: ModelFamily, options: Options) -> torch.dtype:
-    """What the VAE computes in."""
+    """The dtype that the VAE computes in."""
     dtype = DTYPES[options.precision.mixed_precision]
     if options.model.no_half_vae or (dtype == torch.float16 and family.latents.overflows_fp16):
         return torch.float32

@@ -44,7 +44,7 @@ def run_metadata(
 
 
 def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
-    """What kohya has no keys for; written where it is used."""
+    """Settings that kohya has no keys for; written where they are used."""
     layer_decay, presets = plan.options.optimizer.lr_layer_decay, plan.options.guidance.preset
     ours: dict[str, object] = {"preset": ",".join(presets)} if presets else {}
     if (network := plan.options.network).base_weights:
@@ -133,7 +133,7 @@ def _ends_in_noise(process: Process) -> bool:
 
 
 def _timestep_distribution(options: ObjectiveOptions) -> dict[str, object] | None:
-    """What kohya's scripts for SD3 and FLUX write, where the timesteps are not drawn uniformly."""
+    """The keys of kohya's scripts for SD3 and FLUX, where the timesteps are not drawn uniformly."""
     if options.density == "uniform" and options.training_shift == 1:
         return None
     names = ("timestep_sampling", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
@@ -147,7 +147,7 @@ def _timestep_range(options: ObjectiveOptions) -> tuple[int, int] | None:
 
 
 def _option_of_all(plan: Plan, name: str) -> Any:
-    """What all subsets have for this option; where they differ, the option itself, as in kohya's files."""
+    """The value that all subsets have for this option; where they differ, the option itself, as in kohya's files."""
     return _shared(plan, name, getattr(plan.options.data, name))
 
 

@@ -1,4 +1,4 @@
-"""What the first line of `NAME-metrics.jsonl` says of a run: all that a report needs beside what the steps tell."""
+"""The first line of `NAME-metrics.jsonl`: all that a report needs beside the lines of the steps."""
 
 from __future__ import annotations
 

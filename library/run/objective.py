@@ -28,7 +28,7 @@ OfLevels = Callable[[Tensor], Tensor]
 
 
 def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
-    """What these options minimise with this model. Raises UserError where they do not fit it.
+    """The objective of these options with this model. Raises UserError where they do not fit it.
 
     All weights come from the model's final noise schedule, in which --zero_terminal_snr is done already.
     """

@@ -1,4 +1,4 @@
-"""What is known of a run before anything large is loaded: options, data, model headers. Most mistakes end here."""
+"""The plan of a run, before anything large is loaded: options, data, model headers. Most mistakes end here."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
 
 def _check_metadata(output: OutputOptions) -> None:
-    """What the user wants to stand in the files' metadata; only safetensors have any."""
+    """Check the user's texts for the files' metadata; only safetensors have any."""
     if output.save_model_as == "safetensors":
         texts = {name: text for name, text in vars(output).items() if name.startswith("metadata_")}
         check_user_metadata({**texts, "training_comment": output.training_comment})
@@ -178,7 +178,7 @@ def _rates(options: Options) -> dict[str, float]:
 
 
 def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
-    """What the data sets and the options about them ask for together, before any file is looked at."""
+    """Check the data sets against the options about them, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
     check_validation(options.validation, validated=is_validated(datasets))
     warn_of_idle_options(options)

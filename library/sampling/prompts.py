@@ -44,7 +44,7 @@ class SamplePrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTimes:
-    """What is drawn, and when."""
+    """The samples to render, and when."""
 
     prompts: tuple[SamplePrompt, ...]
     sampler: str

@@ -48,7 +48,7 @@ class EncodedPrompts:
             self._kept = {text: encode([text]) for text in self._texts}
 
     def __call__(self, prompt: str, negative: str) -> dict[str, Tensor]:
-        """What the family's pipeline is given for the two."""
+        """The arguments of the family's pipeline for the two."""
         return self._family.pipeline_arguments(*map(self._encoded, (prompt, negative)))
 
     def _encoded(self, text: str) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def is_finite(parameters: Iterable[Tensor]) -> bool:
 
 
 def named(step: int, losses: Sequence[float], images: Sequence[Sequence[str]]) -> Diverged:
-    """What is wrong with a step, from the loss and the images (their paths) of each batch of all processes."""
+    """The error of a step, from the loss and the images (their paths) of each batch of all processes."""
     bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
     if not bad:
         together = [path for paths in images for path in paths]

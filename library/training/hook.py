@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run, each in one class: a hook has a method for every moment of training."""
+"""Hooks: actions beside the steps of a run. A hook is a class with a method for every moment of training."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Hook(Generic[R]):
     # -- the state
 
     def state_dict(self) -> StateDict:
-        """What a resumed run needs: tensors and plain values only. Always empty, or never."""
+        """The values that a resumed run needs: tensors and plain values only. Always empty, or never."""
         return {}
 
     def load_state_dict(self, state: StateDict) -> None:

@@ -277,7 +277,7 @@ def _only_scaled_too_far(run: Run) -> bool:
 
 
 def _diverged(run: Run, item: StepBatches, losses: list[torch.Tensor]) -> Diverged:
-    """What went wrong, with the batches of all processes: every one of them comes here."""
+    """The error of a step, from the batches of all processes: each of them must call this."""
     batches = [batch for batch in item.batches if batch is not None]
     mine = [
         (float(loss), [str(draw.sample.path) for draw in batch.samples])

@@ -88,7 +88,7 @@ class Meter:
 
     @torch.no_grad()
     def after(self) -> Measured:
-        """What has happened since `before`."""
+        """The measurements of the step since `before`."""
         assert self._before is not None, "before() comes first"
         torch._foreach_sub_(self._before, self._parameters)
         parts = [

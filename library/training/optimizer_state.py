@@ -1,4 +1,4 @@
-"""What an optimizer remembers, back in the types that it keeps it in."""
+"""The loaded state of an optimizer, in the types that the optimizer keeps it in."""
 
 from __future__ import annotations
 

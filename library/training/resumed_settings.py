@@ -47,7 +47,7 @@ def kept(run: Run, tensors: Mapping[str, Any], *, changed: Collection[str], step
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> Settings:
-    """What its groups were made with, by the optimizer's own signature; not what it has counted or found since."""
+    """The settings that its groups were made with, by the optimizer's signature, without what it has counted since."""
     names = {*inspect.signature(type(optimizer)).parameters, *_OURS} - {"params"}
     return [{name: value for name, value in group.items() if name in names} for group in optimizer.param_groups]
 

@@ -29,7 +29,7 @@ H = TypeVar("H")
 
 
 class StepOptimizer(Protocol):
-    """What is around the optimizer: accelerate's wrapper, or what shards its state."""
+    """The wrapper of the optimizer: accelerate's, or the one that shards its state."""
 
     optimizer: torch.optim.Optimizer
 

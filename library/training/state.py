@@ -130,7 +130,7 @@ def _read_facts(folder: Path) -> Facts:
 
 
 def _facts(content: object) -> Facts:
-    """What was read as JSON, checked. Raises ValueError."""
+    """The facts that were read as JSON, checked. Raises ValueError."""
     if not isinstance(content, dict):
         raise ValueError("it holds no table")
     if content.get("format") not in READABLE:  # of another one nothing else is known

@@ -46,7 +46,7 @@ class Objective:
 
 
 class BatchLoss(NamedTuple):
-    """What a batch cost: `loss` is the mean of `per_sample`."""
+    """The loss of a batch: `loss` is the mean of `per_sample`."""
 
     loss: Tensor  # a scalar in fp32
     per_sample: Tensor  # [B], each with its weights
@@ -82,7 +82,7 @@ def refuse_broken_latents(batch: Batch, family: ModelFamily, device: torch.devic
 
 
 def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, train_text: bool) -> dict[str, Tensor]:
-    """What the network is conditioned on: the text from the cache, or encoded now, and what the images were like."""
+    """The network's condition: the text from the cache, or encoded now, and the sizes and crops of the images."""
     if batch.condition is not None:
         texts = {name: to_device(value, device) for name, value in batch.condition.items()}
     else:

@@ -32,5 +32,5 @@ class EmaOptions:
 
     @property
     def purposes(self) -> tuple[str, ...]:
-        """What the average is used for."""
+        """The purposes that the average is used for."""
         return self.ema_for or ("validate", "sample", "save")

@@ -117,7 +117,7 @@ class ObjectiveOptions:
         }
 
     def without_effect(self) -> list[str]:
-        """What was changed from its default and, beside the other options, does nothing: one sentence each."""
+        """One sentence for each option that was changed from its default and has no effect beside the other options."""
         fields = type(self).__dataclass_fields__
         return [
             f"--{name} {getattr(self, name)} has no effect{why}"

@@ -76,7 +76,7 @@ class ScheduleOptions:
         return f"--lr_scheduler_type {custom}" if custom else f"--lr_scheduler {self.lr_scheduler}"
 
     def without_effect(self) -> list[str]:
-        """What was changed from its default and the schedule does not read: one sentence each."""
+        """One sentence for each option that was changed from its default and that the schedule does not read."""
         fields = type(self).__dataclass_fields__
         sentences = [
             f"--{option} {getattr(self, option)} has no effect{why}"

@@ -88,7 +88,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Found:
-    """What of a cache is there: bytes by file, what is not there, and why what is there is of no use."""
+    """The state of a cache: bytes by file, missing files, and the reasons why others cannot be used."""
 
     sizes: dict[Path, int]
     missing: set[Path]
@@ -161,7 +161,7 @@ def _file(folder: Path, key: str) -> Path:
 
 
 def look(files: Iterable[Path], disk: Disk) -> Found:
-    """What is there. Reads and checks every file, unless the cache is trusted; the processes share this work."""
+    """The state of the cache. Reads and checks every file, unless it is trusted; the processes share this work."""
     paths = list(dict.fromkeys(files))
     states = disk.team.map(partial(_state, trust=disk.trust), paths, desc="checking the cache", unit="file")
     pairs = list(zip(paths, states, strict=True))

@@ -44,7 +44,7 @@ def packed(key: str, tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpacked(key: str, data: bytes) -> dict[str, Tensor]:
-    """What `packed` was given. Raises BrokenEntry."""
+    """Unpack the tensors that `packed` was given. Raises BrokenEntry."""
     if not data:
         raise BrokenEntry("it is empty")
     header_end = 8 + int.from_bytes(data[:8], "little")

@@ -1,4 +1,4 @@
-"""What a cached result depends on, as the name of its file. Another image, caption, size or encoder: another name."""
+"""The names of cached files, made from everything that a result depends on: image, caption, size, encoder."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class LatentCache:
 
 
 class TextCache:
-    """What the text encoders give for each caption: its tensors by name, on the CPU."""
+    """The states of each caption: its tensors by name, on the CPU."""
 
     def __init__(self, outputs: dict[str, dict[str, Tensor]]) -> None:
         self._outputs = outputs

@@ -27,7 +27,7 @@ _OTHER_IMAGES = frozenset((".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", "
 
 @dataclass(frozen=True)
 class _Caption:
-    """What the caption file of an image says; `file` is None where there is none. `more_lines`: some are left out."""
+    """The caption of an image; `file` is None where there is none. `more_lines`: some are left out."""
 
     file: str | None
     text: str

@@ -73,7 +73,7 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
 
 
 def _read(file: Path) -> Entries:
-    """What the file says about each image."""
+    """The file's entry for each image."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -107,7 +107,7 @@ def describe(
     *,
     more: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> AdapterContents | None:
-    """What the tensors of these names and shapes are; None if no name is an adapter's. `metadata`: of the file.
+    """The kinds of adapters in tensors of these names and shapes; None if there are none. `metadata`: of the file.
 
     `more`: kinds beside those of `_KINDS`, each with how the names of its tensors end.
     """
@@ -211,7 +211,7 @@ def _made_by(metadata: Mapping[str, str]) -> str:
 
 
 def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bool) -> str:
-    """What makes such a network, where LyCORIS can: its files have kohya's names."""
+    """The LyCORIS arguments that make such a network, where it can: its files have kohya's names."""
     arguments = [_KINDS[kind].lycoris if kind in _KINDS else "" for kind in layers] + ["dora_wd=True"] * decomposed
     algorithms = [words for words in arguments if words.startswith("algo=")]
     if naming != "kohya" or not all(arguments) or len(algorithms) > 1 or layers.keys() == {"lora"}:

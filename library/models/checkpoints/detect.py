@@ -170,7 +170,7 @@ def _model(index: WeightsIndex) -> str:
 
 
 def _other(index: WeightsIndex) -> str:
-    """What is neither a model nor an adapter."""
+    """The kind of a file that is neither a model nor an adapter."""
     names = index.entries
     if kind := next((kind for kind, starts in _AFTER_MODELS.items() if begins(index, *starts)), ""):
         return kind

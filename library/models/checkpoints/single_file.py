@@ -100,7 +100,7 @@ def _asset(index: WeightsIndex, kind: str) -> str:
 
 
 def _stated_prediction(index: WeightsIndex) -> tuple[str | None, str]:
-    """What the file says it predicts, and what in it says so; the weights themselves do not tell."""
+    """The prediction type that the file names, and where; the weights themselves do not show it."""
     if _V_PREDICTION_MARK in index.entries:
         return "v_prediction", f"its tensor '{_V_PREDICTION_MARK}'"
     stated = index.metadata.get("modelspec.prediction_type", "").lower()

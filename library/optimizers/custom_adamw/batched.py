@@ -31,7 +31,7 @@ Maps = tuple[codec.Map, codec.Map]
 
 
 class Fixed(TypedDict):
-    """What a call of `advance` is given beside its tensors' rows."""
+    """The arguments of `advance` beside its tensors' rows."""
 
     recipe: Recipe
     rates: Rates

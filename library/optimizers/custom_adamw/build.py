@@ -70,7 +70,7 @@ def compile_into(file: Path, source: Path, compiler: str, headers: Mapping[str, 
 
 
 def run(command: list[str]) -> str:
-    """What a command prints. Raises `Unavailable` with its first complaint."""
+    """The output of a command. Raises `Unavailable` with its first complaint."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -183,7 +183,7 @@ class CustomAdamW(Optimizer):
         return self._plan
 
     def _items(self, current: plan.Plan, grads: list[Tensor | None], decays: list[float]) -> list[plan.Item]:
-        """What has a gradient, with its rates; counts the parameters' steps."""
+        """The parameters with a gradient, and their rates; counts the parameters' steps."""
         items = []
         everything = zip(grads, current.places, current.states, strict=True)
         for group, decay in zip(self.param_groups, decays, strict=True):

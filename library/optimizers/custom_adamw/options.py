@@ -1,4 +1,4 @@
-"""What a parameter group says, checked once, and what follows from it for one tensor."""
+"""The settings of a parameter group, checked once, and what follows from them for one tensor."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Implementation = Literal["auto", "native", "compiled", "eager"]
 
 
 class Settings(NamedTuple):
-    """What holds for the whole optimizer and is not part of its state dict."""
+    """The settings of the whole optimizer that are not part of its state dict."""
 
     optim_bits: Literal[8, 32]
     min_8bit_size: int
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def tiers(self) -> list[str]:
-        """What does the work, for people."""
+        """The name of the tier that does the work, for messages."""
         names = ["native CPU kernel"] if self.native is not None else []
         names += sorted({"compiled" if tier.compiled else "plain torch operations" for tier in self.batched.values()})
         return names

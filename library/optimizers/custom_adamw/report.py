@@ -1,4 +1,4 @@
-"""What the optimizer says about itself."""
+"""The optimizer's reports about itself."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _unmet(groups: list[Group], hint: str, halves: Halves) -> list[str]:
 
 
 def announce_tier(plan: Plan, settings: Settings) -> None:
-    """What runs the step, and what a faster one lacks."""
+    """The tier that runs the step, and what a faster one lacks."""
     logger.info("CustomAdamW: the step runs as %s", " and ".join(plan.tiers) or "nothing: no parameter has a gradient")
     wanted, devices = settings.implementation, {s.layout.device.type for s in plan.stacks if not s.layout.native}
     if "cpu" in devices and wanted in ("auto", "native"):

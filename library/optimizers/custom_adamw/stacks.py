@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the rows of a stack have in common."""
+    """The common properties of a stack's rows."""
 
     group: int
     recipe: Recipe

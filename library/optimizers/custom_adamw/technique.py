@@ -1,4 +1,4 @@
-"""What a technique of CustomAdamW declares: its settings, its state, and what it does at the stages of a step.
+"""The declaration of a technique of CustomAdamW: its settings, its state, and its work at the stages of a step.
 
 A technique is one file with one class, and a line in `techniques.py`. The class is a frozen dataclass:
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class About(NamedTuple):
-    """What is known about a parameter before its first step."""
+    """The facts about a parameter before its first step."""
 
     role: Role  # which half of a LoRA pair, by its name
     paired: bool  # whether it is a lora_up whose lora_down is there
@@ -57,7 +57,7 @@ class Buffer(NamedTuple):
 
 @dataclass
 class Step:
-    """What a technique can look at while a step of some parameters is made. Tensors are [k, n]: a row is a parameter.
+    """The inputs of a technique in a step of some parameters. Tensors are [k, n]: a row is a parameter.
 
     `before` holds the state before the step: "exp_avg", "exp_avg_sq" [k, n] and the buffers ([k, 1] or [k, n]);
     `after` takes what changes. `updates` counts the updates of the momentum, this one included.
@@ -88,7 +88,7 @@ class Technique:
         return g
 
     def entering(self, x: Tensor, step: Step) -> Tensor:
-        """What enters the momentum: at first the gradient."""
+        """The input of the momentum: at first the gradient."""
         return x
 
     def direction(self, u: Tensor, step: Step) -> Tensor:
@@ -108,7 +108,7 @@ class Technique:
         return w
 
     def decay_factor(self, step: int) -> float:
-        """What the weight decay is multiplied by at a step of the group, counted from 1."""
+        """The factor of the weight decay at a step of the group, counted from 1."""
         return 1.0
 
     # Its state, where it applies, what it says
@@ -133,7 +133,7 @@ class Technique:
         return ""
 
     def remark(self) -> str:
-        """What its settings mean, for the start-up message; "" for nothing."""
+        """Its settings in words, for the start-up message; "" for none."""
         return ""
 
     # What follows from the declaration

@@ -41,7 +41,7 @@ class Monitor(Hook[Run]):
         self._began = time.monotonic()
 
     def open(self, file: metrics.MetricsFile) -> None:
-        """What is reported goes into this file, from the first step on."""
+        """Write the reports into this file, from the first step on."""
         self._file = file
 
     def before_training(self, run: Run) -> None:
@@ -131,7 +131,7 @@ class Monitor(Hook[Run]):
             self._file.write(step, values)
 
     def _look(self, step: int, line: Mapping[str, Any]) -> list[Sign]:
-        """What the rules find in a step's line."""
+        """The warning signs that the rules find in a step's line."""
         signs = self._watch.step(
             loss=_number(line["loss"]),
             gradient_norm=line["gradient_norm"],

@@ -166,7 +166,7 @@ def measure(
 
 
 def _loss(main: MainLoss, masks: Tensor | None, seen: Predicted) -> Tensor:
-    """What training minimises, per image: its loss and the weights of its noise levels, so that the two compare."""
+    """The loss of each image as training minimises it, with the weights of its noise levels, to compare the two."""
     losses = main.unweighted(seen, masks)
     weights = main.of_levels(seen.level_B, losses)
     return losses if weights is None else losses * weights

@@ -95,7 +95,7 @@ def for_tensors() -> tuple[str, ...]:
 
 
 def switched_on(group: Options) -> list[Technique]:
-    """What a group has on, with its settings."""
+    """The techniques that a group has switched on, with its settings."""
     return [kind.of(group) for kind in techniques() if group[kind.switch().name]]
 
 
@@ -105,7 +105,7 @@ def names_on(group: Options) -> list[str]:
 
 
 def acting(group: Options) -> list[Technique]:
-    """What of it works on tensors, without what others exclude."""
+    """The techniques of a group that work on tensors, without those that others exclude."""
     on = [kind.of(group) for kind in acting_at(*STAGES) if group[kind.switch().name]]
     excluded = {option for technique in on for option in technique.excludes}
     return [technique for technique in on if technique.switch().name not in excluded]
@@ -117,7 +117,7 @@ def _decaying() -> tuple[tuple[str, type[Technique]], ...]:
 
 
 def decay_factor(group: Options, step: int) -> float:
-    """What a group's weight decay is multiplied by at its `step`-th step."""
+    """The factor of a group's weight decay at its `step`-th step."""
     factor = 1.0
     for switch, kind in _decaying():
         if group[switch]:

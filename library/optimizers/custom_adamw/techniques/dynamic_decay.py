@@ -67,7 +67,7 @@ def waiting(groups: Sequence[Group]) -> list[Group]:
 
 
 def plateau(wd_flat: Mapping[str, float] | None) -> Plateau:
-    """What counts as a flat loss. Raises `UserError`."""
+    """The criterion of a flat loss. Raises `UserError`."""
     flat: Options = wd_flat or {}
     try:
         return Plateau(**flat)
