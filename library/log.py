@@ -66,7 +66,7 @@ def lasting_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_only() -> Iterator[None]:
-    """A context for what is made for nothing: only errors are told, the rest when it is made in earnest."""
+    """A context for objects that are made only to check their arguments: only errors are logged."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

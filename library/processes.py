@@ -22,7 +22,7 @@ def is_first() -> bool:
 
 
 def let_the_first_speak() -> None:
-    """Wait before an error is told: as a rule all processes find the same one, and the launcher ends the others as
+    """Wait before an error is printed: as a rule all processes find the same one, and the launcher ends the others as
     soon as the first has ended. Who lives on after that has something of its own to say."""
     if not is_first():
         time.sleep(_PATIENCE)

@@ -57,7 +57,7 @@ def prepare(
 
     `multiple_of`: what widths and heights must be a multiple of, in pixels, as the model's family declares it.
     `seed`: of validation, for subsets without one of their own. Raises UserError for whatever is wrong with the
-    options, the folders or the files; what can be told fast is told first.
+    options, the folders or the files; quick checks come first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     index = count()  # of a subset over all data sets: part of its samples' keys

@@ -187,7 +187,7 @@ def _custom(options: ScheduleOptions, *, total_steps: int, warmup: int) -> Sched
 
 
 def rehearse(choice: ScheduleChoice, *, rate: float) -> None:
-    """Make one of the schedules by name for nothing: what it refuses is refused before anything large is loaded."""
+    """Make one of the schedules by name once, so that invalid arguments fail before anything large is loaded."""
     if choice.path in SCHEDULES.values():
         create_schedule(choice, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
 

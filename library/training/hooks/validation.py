@@ -107,7 +107,7 @@ class Validator(Hook[Run]):
         moment = f"after {step} steps" if step else "before training"
         logger.info("validation %s: %.4f (%s)%s", moment, now.loss, parts, known)
         if not math.isfinite(now.loss):
-            logger.warning("the validation loss is %s: the weights or the images give no numbers any more", now.loss)
+            logger.warning("the validation loss is %s: weights or latents are no longer finite", now.loss)
         values = {f"loss/validation/{curve}_average": now.loss for curve in curves}
         if math.isfinite(recent := run.losses.average):
             gap = now.loss - recent
