@@ -62,16 +62,16 @@ class Worker:
         raise RuntimeError("a worker has ended; its messages stand above")
 
     def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # which closes its streams and waits
+            self._process.kill()
 
 
 def work(model: str, folder: Path) -> None:
     """What a worker does: build a run, then make steps whenever it is asked to."""
-    from library.training.build import build
-    from library.training.plan import make_plan
 
     from library.config.parser import parse
+    from library.run.build import build
+    from library.run.plan import make_plan
     from library.training import loop
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -82,7 +82,7 @@ def work(model: str, folder: Path) -> None:
             images = image_folder(Path(temporary) / "data")
             command = words(ROOT / "quickstart" / "base", images, Path(temporary), 64)
             command += ["--train_batch_size", "4"]
-        run = build(make_plan(parse(command))).run
+        run = build(make_plan(parse(command)))
         steps = cycle([item for item, _ in zip(loop.step_batches(run), range(8), strict=False)])
         for _ in sys.stdin:
             start = time.perf_counter()

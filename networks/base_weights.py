@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from library.files.hashes import safetensors_hashes, sha256
@@ -39,15 +40,22 @@ def with_multipliers(files: Sequence[str], multipliers: Sequence[float]) -> list
 
 
 def of_files(files: Sequence[str], multipliers: Sequence[float]) -> list[BaseFile]:
-    """The record of these files; each is read once, for its hashes."""
+    """The record of these files; each is read once in a process, for its hashes, unless it changes."""
     return [_of_file(Path(file), multiplier) for file, multiplier in with_multipliers(files, multipliers)]
 
 
 def _of_file(path: Path, multiplier: float) -> BaseFile:
+    now = path.stat()
+    return BaseFile(path.name, float(multiplier), *_hashes(path, now.st_size, now.st_mtime_ns))
+
+
+@lru_cache
+def _hashes(path: Path, size: int, changed_ns: int) -> tuple[str, str | None]:
+    """Of the whole file and, of safetensors, of its tensors. The plan, the metadata and the run's record want them."""
     with path.open("rb") as file:
         safe = file.read(9)[8:] == b"{"
     model_hash = safetensors_hashes(path)["sshs_model_hash"] if safe else None
-    return BaseFile(path.name, float(multiplier), sha256(path), model_hash)
+    return sha256(path), model_hash
 
 
 def to_text(files: Iterable[BaseFile]) -> str:

@@ -35,6 +35,9 @@ ORDER = """
 ROOMS = {room: place for place, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}
 """Where each stands; those of one line may import each other."""
 
+OURS = ("library", "networks")
+PROGRAMS = (*OURS, "benchmarks", "docs", "examples", "tests")
+
 Graph = Mapping[str, set[str]]
 
 
@@ -121,6 +124,18 @@ def test_no_room_is_a_long_list() -> None:
     """More than 20 files in one folder are a room that has been missed, unless they are the members of one registry."""
     folders = [path.parent for top in ("library", "networks") for path in (ROOT / top).rglob("*.py")]
     assert [str(folder) for folder in set(folders) if folders.count(folder) - 1 > 20] == []  # but for __init__.py
+
+
+def test_what_is_imported_exists() -> None:
+    """Also by lazy imports in programs that few tests start; mypy takes a module that is gone for a third party's."""
+    known, wrong = modules(), []
+    for path in (path for top in PROGRAMS for path in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [str(node.module)]
+            wrong += [(str(path), name) for name in names if name.split(".")[0] in OURS and name not in known]
+    assert wrong == []
 
 
 def test_a_circle_is_found() -> None:

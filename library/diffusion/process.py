@@ -121,12 +121,12 @@ def predict_and_target(
     return Predicted(prediction, target, noisy, level_B, condition)
 
 
-PARTS = 5  # equal parts of the levels, for validation and reports
+BINS = 5  # of the noise levels, of equal width: for validation and reports
 
 
 def middles(low: int, high: int) -> tuple[int, ...]:
     """The middle of each of five equal parts of the steps low … high - 1; fewer where there are fewer."""
-    return tuple(dict.fromkeys(low + (2 * part + 1) * (high - low) // (2 * PARTS) for part in range(PARTS)))
+    return tuple(dict.fromkeys(low + (2 * part + 1) * (high - low) // (2 * BINS) for part in range(BINS)))
 
 
 def range_names(steps: int, count: int) -> list[str]:

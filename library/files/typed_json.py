@@ -36,7 +36,7 @@ def from_json(kind: type[T], value: object, name: str = "") -> T:
 
 def _read(kind: Any, value: object, name: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if kind in (Any, object):
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in inner:

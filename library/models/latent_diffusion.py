@@ -51,6 +51,15 @@ UNET = PartKind(
     conv=UNET_CONV,
 )
 _SECTIONS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder_1", "lora_te2": "text_encoder_2"}
+TEXT_ENCODER = PartKind(
+    folder="text_encoder",
+    title="text encoder",
+    new="library.models.modules.new_text_encoder",
+    section="text_encoder",
+    prefix="lora_te",
+    linear=TEXT_LINEAR,
+    layer=TEXT_LAYER,
+)
 VAE = PartKind(folder="vae", title="VAE", new="library.models.modules.new_vae")
 
 

@@ -20,7 +20,7 @@ from library.models.checkpoints.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX,
 from library.models.checkpoints.detect import begins, is_of_xl, is_v2, other_family
 from library.models.checkpoints.opening import with_vae
 from library.models.components import PartKind
-from library.models.latent_diffusion import TEXT_LAYER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
+from library.models.latent_diffusion import TEXT_ENCODER, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,15 +42,7 @@ class StableDiffusion(LatentDiffusion):
     PARTS: ClassVar[Mapping[str, PartKind]] = {
         "denoiser": replace(UNET, blocks=SD),
         "vae": VAE,
-        "text_encoder": PartKind(
-            folder="text_encoder",
-            title="text encoder",
-            new="library.models.modules.new_text_encoder",
-            section="text_encoder",
-            prefix="lora_te",
-            linear=TEXT_LINEAR,
-            layer=TEXT_LAYER,
-        ),
+        "text_encoder": TEXT_ENCODER,
     }
     DEFAULT_SCALING, DEFAULT_CELLS = 0.18215, 64
     implementation = "diffusers"

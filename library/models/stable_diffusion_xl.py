@@ -21,7 +21,7 @@ from library.models.checkpoints.checkpoint import UNET_PREFIX, original_unet_nam
 from library.models.checkpoints.detect import begins, is_of_xl, other_family
 from library.models.checkpoints.opening import with_vae
 from library.models.components import PartKind
-from library.models.latent_diffusion import TEXT_LAYER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
+from library.models.latent_diffusion import TEXT_ENCODER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
     import torch
@@ -48,23 +48,14 @@ class StableDiffusionXL(LatentDiffusion):
     PARTS: ClassVar[Mapping[str, PartKind]] = {
         "denoiser": replace(UNET, blocks=SDXL),
         "vae": VAE,
-        "text_encoder": PartKind(
-            folder="text_encoder",
-            title="text encoder",
-            new="library.models.modules.new_text_encoder",
-            section="text_encoder",
-            prefix="lora_te1",
-            linear=TEXT_LINEAR,
-            layer=TEXT_LAYER,
-        ),
-        "text_encoder_2": PartKind(
+        "text_encoder": replace(TEXT_ENCODER, prefix="lora_te1"),
+        "text_encoder_2": replace(
+            TEXT_ENCODER,
             folder="text_encoder_2",
             title="second text encoder",
             new="library.models.modules.new_projected_text_encoder",
-            section="text_encoder",
             prefix="lora_te2",
             linear=_SECOND_LINEAR,
-            layer=TEXT_LAYER,
         ),
     }
     LEAVE_TEXT_ENCODERS = "SDXL's text encoders are easily spoilt; most of its LoRAs leave them alone"

@@ -43,7 +43,7 @@ LOST = "lost"  # never written by the run itself: it ended without a word
 class Given:
     """An option as the user gave it: its value, and the place where it stands ("command line: --seed")."""
 
-    value: Any
+    value: object
     place: str
 
 
@@ -52,7 +52,7 @@ class Settings:
     """Options by name. `given`: those that the user set. `in_effect`: all of them, with the seed that was drawn."""
 
     given: dict[str, Given]
-    in_effect: dict[str, Any]
+    in_effect: dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ import torch
 
 from library.config.options import Options, declared_options, option_groups
 from library.data.prepare import Prepared
+from library.diffusion.process import BINS
 from library.record.facts import Facts
 from library.record.metrics import Line
 from library.record.summary import rows
 from library.run.plan import Plan
 from library.run.recording import in_effect
-from library.training.meter import BINS
 from library.training.run import Run
 
 EXAMPLES = 24  # images that are named

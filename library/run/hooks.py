@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.config.options import Options
 from library.data.dataset import TrainingData
-from library.diffusion.process import middles
+from library.diffusion.process import BINS, middles
 from library.parallel import zero
 from library.record import trackers
 from library.record.run_file import RunFile
@@ -33,7 +33,7 @@ from library.training.hooks.sampler import Sampler
 from library.training.hooks.saver import Saver
 from library.training.hooks.validation import Times, Validator
 from library.training.hooks.weight_decay import Observe, WeightDecay
-from library.training.meter import BINS, Meter
+from library.training.meter import Meter
 from library.training.run import Run
 from library.training.state import Facts
 from library.training.unwritten import Unwritten

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library.diffusion.process import PARTS, Process
+from library.diffusion.process import BINS, Process
 from library.gpu import to_device
 from library.training.hook import StateDict
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from networks.network import TrainableNetwork
-
-BINS = PARTS  # of the noise levels, of equal width
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from library.config.options import Options, declared_options, option_groups
+from library.config.options import SECRETS, Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
 from library.files import atomic
 from library.record.saves import is_state_name
@@ -51,7 +51,7 @@ _FREE = frozenset(
 )
 _UNSAID = frozenset(
     {
-        *("resume", "resume_anyway", "overwrite", "config_file", "preset", "wandb_api_key"),
+        *("resume", "resume_anyway", "overwrite", "config_file", "preset", *SECRETS),
         *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared as what they mean
     }
 )

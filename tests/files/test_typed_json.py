@@ -27,9 +27,12 @@ class Fox:
     tags: dict[str, int] = field(default_factory=dict)
     other: list[Any] = field(default_factory=list)
     wild: bool = True
+    free: object = None
 
 
-REYNARD = Fox("Reynard", (Leg(0.1), Leg(2.0)), (3, 4), Leg(1.5), {"red": 1}, [None, "x", [1]], wild=False)
+REYNARD = Fox(
+    "Reynard", (Leg(0.1), Leg(2.0)), (3, 4), Leg(1.5), {"red": 1}, [None, "x", [1]], wild=False, free={"a": [1]}
+)
 
 
 def test_there_and_back():

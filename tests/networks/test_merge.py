@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from adapter_models import difference, lora, lora_from_file, outputs, randomize,
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from networks import base_weights
 from networks.files import read
 from networks.merge import BaseWeights
 
@@ -116,3 +118,17 @@ def test_the_fingerprint_follows_tensors_and_multipliers(tiny, tmp_path):
     assert len(set(found)) == 4
     assert BaseWeights([a], [1.0]).fingerprint() == found[0]
     assert BaseWeights([], []).fingerprint() == ""
+
+
+def test_base_weights_are_read_for_their_hashes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "style.safetensors", []
+    real = base_weights.sha256
+    monkeypatch.setattr(base_weights, "sha256", lambda file: read.append(file) or real(file))
+    save_file({"x": torch.zeros(2)}, path)
+    first = base_weights.of_files([str(path), str(path)], [0.5])
+    assert [one.multiplier for one in first] == [0.5, 1.0]
+    assert base_weights.of_files([str(path)], [0.5]) == first[:1]
+    assert len(read) == 1
+    save_file({"x": torch.ones(3)}, path)  # another file under its name
+    (changed,) = base_weights.of_files([str(path)], [0.5])
+    assert not changed.is_same(first[0])
