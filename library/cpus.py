@@ -22,7 +22,7 @@ def spin_briefly() -> None:
     """Have the threads of libgomp, with which torch computes on Linux, wait for each other with less spinning.
 
     By default a thread spins about 300,000 times before it sleeps, and beside another program on the same cores that
-    wastes whole time slices: a step of the quickstart takes 3.4 times as long as with 10,000 times, and alone as long
+    wastes whole time slices: a step of the quickstart takes 5 times as long as with 10,000 times, and alone as long
     (DECISIONS.md, 2026-11-28; `python -m benchmarks.thread_waiting`). A GOMP_SPINCOUNT or OMP_WAIT_POLICY of the
     user's is kept. No effect once torch is imported.
     """
