@@ -6,9 +6,9 @@ tensors it has and what they add to a layer's weight; everything else has a defa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.rng import torch_generator
 from networks.ranks import ranks_of
-from networks.settings import Asked, NoSizes, RankSettings, RankSizes, RateSettings
+from networks.settings import Asked, LayerSizes, RankSettings, RankSizes, RateSettings
 from networks.sites import Site, blocks_of, find_sites
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from library.optimizers.custom_adamw.pairs import Role
 
 Shape = Sequence[int]
+Capability = Literal["off", "scale_weight_norms"]
 
 _UNSET = {"dim": None, "alpha": 1.0, "dropout": 0.0}  # the options' defaults
 
@@ -41,8 +42,8 @@ class Holder(nn.Module):
 class Adapter(nn.Module):
     """An adapter that adds `multiplier * delta()` to the weight of its layer.
 
-    A kind has `NAME`, `MARK`, `shapes`, `initialise`, `delta_of` and `rescale`. It may have a faster `forward` or
-    `norm`. One that is not additive has an `effective_weight` and a `forward` of its own.
+    A kind has `NAME`, `NOUN`, `NAMES`, `shapes`, `initialise`, `delta_of` and `rescale`. It may have a faster
+    `share` or `norm`. One that is not additive has an `effective_weight` and a `forward` of its own.
 
     The adapter takes the place of the layer's `forward` and calls the layer's own as `base_forward`. The layer itself
     is held outside of the module tree, so that `state_dict` and `parameters` see the adapter alone.
@@ -50,18 +51,20 @@ class Adapter(nn.Module):
 
     NAME: ClassVar[str]  # in KINDS
     NOUN: ClassVar[str]  # in messages, behind "only": "plain LoRA"
-    MARK: ClassVar[str]  # the tensor that a layer of this kind has in a file, and no other kind's has
+    NAMES: ClassVar[tuple[str, ...]]  # the names that its tensors can have in files
+    READS: ClassVar[tuple[str, ...]] = ()  # the kinds of files' layers that it reads (`adapter_file`); (): its own name
     RAISED: ClassVar[str | None] = None  # LoRA+: the tensor that gets the raised rate
     ROLES: ClassVar[Mapping[str, Role]] = MappingProxyType({})  # for optimizers: the halves of a product, by tensor
     SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
-    SIZES: ClassVar[type[RankSizes] | type[NoSizes]] = NoSizes  # `Sizes` of its file
+    SIZES: ClassVar[type[LayerSizes]] = LayerSizes  # `Sizes` of its file
 
-    rank: int = 0
     scale: float = 1.0  # of `delta`, for optimizers
 
-    def __init__(self, site: Site, *, rank: int = 0, seed: int | None = None) -> None:
-        """`seed`: draw the initial weights by (seed, name), whatever other layers there are; None: torch's stream."""
+    def __init__(self, site: Site, *, rank: int = 0, form: object = None, seed: int | None = None) -> None:
+        """`form`: what else decides its shapes, for the kinds that have such. `seed`: draw the initial weights by
+        (seed, name), whatever other layers there are; None: torch's stream."""
         super().__init__()
+        self.rank, self.form = rank, form
         layer = site.module
         if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
             raise UserError(
@@ -71,7 +74,7 @@ class Adapter(nn.Module):
         self.multiplier = 1.0
         self.base_forward: Callable[[Tensor], Tensor] = layer.forward
         outline = layer.weight.is_meta  # not trained: its adapter costs nothing
-        for name, shape in self.shapes(layer.weight.shape, rank).items():
+        for name, shape in self.shapes(layer.weight.shape).items():
             self._declare(name, torch.empty(tuple(shape), device="meta" if outline else "cpu"))
         if not outline:
             self.initialise()
@@ -86,11 +89,20 @@ class Adapter(nn.Module):
 
     # -- what a kind says
 
-    @classmethod
-    def shapes(cls, weight: Shape, rank: int) -> dict[str, Shape]:
-        """The shape of each trained tensor, by its name in files, on a layer whose weight has the shape `weight`: of
-        a Linear (out, in), of a convolution (out, in, height, width). `rank`: 0 for kinds without one."""
+    def shapes(self, weight: Shape) -> dict[str, Shape]:
+        """The shape of each tensor, by its name in files, on a layer whose weight has the shape `weight`: of a Linear
+        (out, in), of a convolution (out, in, height, width). It follows from `rank` and `form`."""
         raise NotImplementedError
+
+    @classmethod
+    def reads(cls) -> tuple[str, ...]:
+        """The kinds of files' layers that it reads, as `library.models.checkpoints.adapter_file` names them."""
+        return cls.READS or (cls.NAME,)
+
+    @classmethod
+    def lacking(cls, names: Collection[str]) -> str | None:
+        """The tensor that a layer with some of this kind's tensors needs as well; None if it is complete."""
+        return next((name for name in cls.NAMES if name not in names), None)
 
     def initialise(self) -> None:
         """Give the tensors their first values, with which the adapter adds nothing."""
@@ -108,13 +120,13 @@ class Adapter(nn.Module):
     # -- where it sits, and how large it is
 
     @classmethod
-    def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: RankSizes | NoSizes) -> list[Site]:
-        """The layers that a new network adapts."""
+    def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: LayerSizes) -> list[Site]:
+        """The layers that a new network can adapt, before the user's choice among them."""
         return find_sites(targets, conv=False)
 
     @classmethod
     def new(
-        cls, site: Site, asked: Asked, sizes: RankSizes | NoSizes, settings: RateSettings, blocks: Blocks | None
+        cls, site: Site, asked: Asked, sizes: LayerSizes, settings: RateSettings, blocks: Blocks | None
     ) -> Self | None:
         """A new adapter on a layer; None where it would have the size 0. `UserError` for options without effect."""
         return cls.as_in_file(site, {}, asked, settings)
@@ -131,19 +143,21 @@ class Adapter(nn.Module):
     # -- on the layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output for `x`, and the adapter's share.
-
-        The delta takes the dtype of `x`. Where autocast is on it has the last word; where it is off, a base in bf16
-        runs with adapters in fp32.
-        """
+        """The layer's output for `x`, and the adapter's share."""
         if self.multiplier == 0:
             return self.base_forward(x)
+        return self.share(x).add_(self.base_forward(x))
+
+    def share(self, x: Tensor) -> Tensor:
+        """The adapter's part of the layer's output, times the multiplier; a tensor of its own.
+
+        The delta takes the dtype of `x`, not the other way round: it is small and `x` is not. Where autocast is on it
+        has the last word; where it is off, a base in bf16 runs with adapters in fp32.
+        """
         layer, delta = self.site.module, (self.delta_in_forward() * self.multiplier).to(x.dtype)
         if isinstance(layer, nn.Conv2d):
-            share = F.conv2d(x, delta, None, layer.stride, layer.padding, layer.dilation)
-        else:
-            share = F.linear(x, delta)
-        return share.add_(self.base_forward(x))
+            return F.conv2d(x, delta, None, layer.stride, layer.padding, layer.dilation)
+        return F.linear(x, delta)
 
     def delta_in_forward(self) -> Tensor:
         """`delta`, or in training what is left of it."""
@@ -198,6 +212,30 @@ class Adapter(nn.Module):
         """`norm` of each of these, all of this class; where that pays, a subclass takes many at once."""
         return [adapter.norm() for adapter in adapters]
 
+    # -- in training, for kinds that do more than their forward
+
+    def refuses(self, capability: Capability) -> str | None:
+        """As `TrainableNetwork.refuses`."""
+        return None
+
+    @classmethod
+    def joined(cls, adapters: Sequence[Adapter]) -> None:
+        """Once, when a network of these adapters, all of this class, is made: for what they share."""
+
+    def before_batch(self) -> None:
+        """Before each batch that is trained on."""
+
+    @classmethod
+    def penalty(cls, adapters: Sequence[Adapter]) -> Tensor | None:
+        """A term of the training loss that these adapters, all of this class, add; 0-d, fp32."""
+        return None
+
+    @classmethod
+    def after_step(cls, adapters: Sequence[Adapter], done: int, total: int) -> None:
+        """After optimizer step `done` of `total`, with the gradients still there."""
+
+    # -- files without weight
+
     def stays_zero(self) -> bool:
         """Whether it is not trained and adds nothing to its layer: it never will. Not known on the meta device."""
         if any(parameter.requires_grad or parameter.is_meta for parameter in self.parameters()):
@@ -226,14 +264,14 @@ class WithRank(Adapter):
         *,
         rank: int,
         alpha: float | None,
+        form: object = None,
         dropout: float = 0.0,
         rank_dropout: float = 0.0,
         module_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
         """`alpha` None or 0 means `rank`. Dropout rates in [0, 1): of single values, whole ranks, the whole adapter."""
-        super().__init__(site, rank=rank, seed=seed)
-        self.rank = rank
+        super().__init__(site, rank=rank, form=form, seed=seed)
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
         self.factor = self.scale = self.scale_for(float(alpha or rank), rank)
         self.rank_axis = 1 if isinstance(site.module, nn.Conv2d) else -1
@@ -266,12 +304,21 @@ class WithRank(Adapter):
     def delta(self) -> Tensor:
         return self.product_of(self.tensors(), self.site.module.weight.shape) * self.scale
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.factor == 0 or (self.drops and self.training and self._left_out()):
+            return self.base_forward(x)
+        return self.with_share(x)
+
+    def with_share(self, x: Tensor) -> Tensor:
+        """The layer's output for `x`, and the adapter's share, which is added in place."""
+        return self.share(x).add_(self.base_forward(x))
+
     def set_multiplier(self, multiplier: float) -> None:
         super().set_multiplier(multiplier)
         self.factor = multiplier * self.scale
 
     @classmethod
-    def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: RankSizes | NoSizes) -> list[Site]:
+    def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: LayerSizes) -> list[Site]:
         """With the ResNet blocks and resamplers where convolutions get a rank."""
         assert isinstance(sizes, RankSizes)
         sites = find_sites(targets, conv=True)
@@ -280,14 +327,16 @@ class WithRank(Adapter):
 
     @classmethod
     def new(
-        cls, site: Site, asked: Asked, sizes: RankSizes | NoSizes, settings: RateSettings, blocks: Blocks | None
+        cls, site: Site, asked: Asked, sizes: LayerSizes, settings: RateSettings, blocks: Blocks | None
     ) -> Self | None:
         assert isinstance(sizes, RankSizes)
         assert isinstance(settings, RankSettings)
         usual, spatial = ranks_of(asked, sizes, blocks)
         rank, alpha = (spatial if site.spatial else usual).of(site)
-        dropouts = settings.with_values(asked.dropout)
-        return cls(site, rank=rank, alpha=alpha, seed=asked.seed, **dropouts) if rank else None
+        if not rank:
+            return None
+        form, dropouts = cls.form_for(site, rank, sizes, settings), settings.with_values(asked.dropout)
+        return cls(site, rank=rank, alpha=alpha, form=form, seed=asked.seed, **dropouts)
 
     @classmethod
     def as_in_file(cls, site: Site, tensors: Mapping[str, Tensor], asked: Asked, settings: RateSettings) -> Self:
@@ -295,7 +344,18 @@ class WithRank(Adapter):
         assert isinstance(settings, RankSettings)
         rank = cls.rank_of(tensors)
         alpha = float(tensors.get("alpha", torch.tensor(rank)))
-        return cls(site, rank=rank, alpha=alpha, seed=asked.seed, **settings.with_values(asked.dropout))
+        form, dropouts = cls.form_in(site, tensors), settings.with_values(asked.dropout)
+        return cls(site, rank=rank, alpha=alpha, form=form, seed=asked.seed, **dropouts)
+
+    @classmethod
+    def form_for(cls, site: Site, rank: int, sizes: RankSizes, settings: RankSettings) -> object:
+        """The `form` of a new adapter. `UserError` for settings that do not fit the layer."""
+        return None
+
+    @classmethod
+    def form_in(cls, site: Site, tensors: Mapping[str, Tensor]) -> object:
+        """The `form` that a layer's tensors have in a file."""
+        return None
 
     def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Old files have no alpha: it is the rank; some programs write it as a list of one."""

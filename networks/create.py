@@ -72,16 +72,16 @@ def create_from_file(
     """
     adapter = kinds.load(kind)
     settings = adapter.SETTINGS(**kinds.fields_of(adapter.SETTINGS, arguments))
-    if not any(layer.kind == kind for layer in file.layers.values()):
+    readers = dict.fromkeys(adapter.reads(), adapter)
+    if not any(layer.kind in readers for layer in file.layers.values()):
         raise UserError(f"{file.source}: holds no {adapter.NOUN}; the first tensor is {next(iter(file.tensors), '')!r}")
-    made = _as_in_file({kind: adapter}, file, targets, asked, settings)
+    made = _as_in_file(readers, file, targets, asked, settings)
     return _network(made, settings, rates.block_weights(settings, blocks_of(targets)), multiplier=multiplier)
 
 
 def create_to_merge(file: AdapterFile, targets: Sequence[AdapterTargets], *, multiplier: float) -> Network:
     """A network with the layers of a file, of whatever kinds of ours they are."""
-    every = {kind: kinds.load(kind) for kind in kinds.KINDS}
-    return Network(_as_in_file(every, file, targets, Asked(), None), multiplier=multiplier)
+    return Network(_as_in_file(kinds.readers(), file, targets, Asked(), None), multiplier=multiplier)
 
 
 def _as_in_file(

@@ -115,7 +115,7 @@ def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | Non
     shapes = {name: entry.shape for name, entry in index.entries.items()}
     adapter = describe(shapes, index.metadata, more=kinds.tensor_names()) or found.adapter
     allowed = tuple(kinds.KINDS if allowed is None else allowed)
-    if purpose and not adapter.holds_only(allowed):
+    if purpose and not adapter.holds_only({read for kind in allowed for read in kinds.load(kind).reads()}):
         nouns = " or ".join(kinds.load(kind).NOUN for kind in allowed)
         advice = f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by and "train" in purpose else ""
         raise UserError(f"{path} is {adapter.title}, and only {nouns} {purpose}{advice}")
@@ -137,11 +137,11 @@ def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | Non
 
 def _refuse_halves(path: Path, entries: Mapping[str, object]) -> None:
     """`UserError` for a layer that has some of the tensors of one of our kinds, and not all."""
-    names = kinds.tensor_names()
+    classes = list(dict.fromkeys(kinds.readers().values()))
     for module, own in by_module(entries).items():
-        for tensors in map(set, names.values()):
-            if (present := tensors & own.keys()) and present != tensors:
-                raise UserError(f"{path}: {module} has a {min(present)} and no {min(tensors - present)}")
+        for kind in classes:
+            if (present := set(kind.NAMES) & own.keys()) and (lacking := kind.lacking(own)) is not None:
+                raise UserError(f"{path}: {module} has a {min(present)} and no {lacking}")
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -25,9 +25,10 @@ from library.config.registry import Arguments
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import describe
 from networks import kinds
+from networks.adapter import Capability
 from networks.files import AdapterFile
 from networks.load_report import LoadReport, by_module, check_loaded, compare
-from networks.network import Capability, Group, TrainableNetwork
+from networks.network import Group, TrainableNetwork
 from networks.settings import Asked, LearningRates
 
 if TYPE_CHECKING:
@@ -161,6 +162,12 @@ class ForeignNetwork(TrainableNetwork):
         """Some modules have something to do before each step."""
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start(None, self._model.denoiser)
+
+    def penalty(self) -> None:
+        """Kohya's protocol has none."""
+
+    def after_step(self, done: int, total: int) -> None:
+        """No-op: kohya's protocol has none."""
 
     @contextmanager
     def off(self) -> Iterator[None]:

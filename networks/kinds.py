@@ -14,9 +14,12 @@ from library.errors import UserError
 
 if TYPE_CHECKING:
     from networks.adapter import Adapter
-    from networks.settings import NoSizes, RankSizes, RateSettings
+    from networks.settings import LayerSizes, RateSettings
 
-KINDS = {"lora": "networks.lora.LoRA"}
+KINDS = {
+    "lora": "networks.lora.LoRA",
+    "dora": "networks.dora.DoRA",
+}
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's
 _GIVEN = (
@@ -48,8 +51,20 @@ def load(kind: str) -> type[Adapter]:
 
 
 def tensor_names() -> dict[str, tuple[str, ...]]:
-    """The names of each kind's tensors in files."""
-    return {kind: tuple(load(kind).shapes((1, 1), 1)) for kind in KINDS}
+    """The names that each kind's tensors can have in files."""
+    return {kind: load(kind).NAMES for kind in KINDS}
+
+
+def readers() -> dict[str, type[Adapter]]:
+    """The class that reads a file's layer of each kind, by the names of `library.models.checkpoints.adapter_file`.
+
+    Where several could, it is the first of KINDS.
+    """
+    found: dict[str, type[Adapter]] = {}
+    for kind in KINDS:
+        for read in load(kind).reads():
+            found.setdefault(read, load(kind))
+    return found
 
 
 def creator(module: str, *, from_file: bool) -> str:
@@ -99,7 +114,7 @@ def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str,
     return values
 
 
-def fields_of(schema: type[RankSizes | NoSizes | RateSettings], values: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(schema: type[LayerSizes | RateSettings], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that are fields of a dataclass."""
     names = {field.name for field in fields(schema)}
     return {name: value for name, value in values.items() if name in names}

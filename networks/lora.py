@@ -1,74 +1,89 @@
 """LoRA: a low-rank pair beside each layer, `W x + multiplier * alpha / r * up(down(x))` (Hu et al. 2021).
 
-`--network_module networks.lora`. On convolutions, `down` has the layer's kernel and stride and `up` is 1x1.
+`--network_module networks.lora`. On convolutions, `down` has the layer's kernel and stride and `up` is 1x1; with
+`use_tucker` wide kernels have a core `mid` with the kernel between a 1x1 `down` and `up` (LyCORIS' LoCon).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.adapter import Adapter, Holder, Shape, WithRank, generator_for
+from networks.adapter import Adapter, Holder, Shape, generator_for
+from networks.magnitude import DORA_SCALE, Axis, Form, WithMagnitude, low_rank_squares
 from networks.settings import RankSettings as Settings
-from networks.settings import RankSizes as Sizes
+from networks.settings import TuckerSizes as Sizes
+from networks.sites import Site
 
-DOWN, UP = "lora_down.weight", "lora_up.weight"
+DOWN, MID, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 
 
-class LoRA(WithRank):
+class LoRA(WithMagnitude):
     """The pair on one layer. `up` starts at 0, so that a new adapter changes nothing."""
 
     NAME = "lora"
     NOUN = "plain LoRA"
-    MARK = DOWN
+    NAMES = (DOWN, MID, UP, DORA_SCALE)
+    READS: ClassVar[tuple[str, ...]] = ("lora", "tucker")
     RAISED = UP  # Hayou, Ghosh, Yu 2024
     ROLES = MappingProxyType({DOWN: "down", UP: "up"})
     SETTINGS = Settings
     SIZES = Sizes
 
     lora_down: Holder
+    lora_mid: Holder
     lora_up: Holder
 
+    def shapes(self, weight: Shape) -> dict[str, Shape]:
+        """down (r, in, …), up (out, r, 1 …); with a core mid (r, r, height, width), and down (r, in, 1, 1)."""
+        if not self.form.tucker:
+            return pair_shapes(weight, self.rank)
+        down, up = pair_shapes((*weight[:2], 1, 1), self.rank).values()
+        return {DOWN: down, MID: (self.rank, self.rank, *weight[2:]), UP: up}
+
     @classmethod
-    def shapes(cls, weight: Shape, rank: int) -> dict[str, Shape]:
-        """down (r, in, …), up (out, r, 1 …)."""
-        return {DOWN: (rank, *weight[1:]), UP: (weight[0], rank, *(1 for _ in weight[2:]))}
+    def lacking(cls, names: Collection[str]) -> str | None:
+        return next((name for name in (DOWN, UP) if name not in names), None)
+
+    @classmethod
+    def form_in(cls, site: Site, tensors: Mapping[str, Tensor]) -> Form:
+        return replace(super().form_in(site, tensors), tucker=MID in tensors)
 
     def initialise(self) -> None:
         """`down` uniform within 1 / sqrt(fan in), as Microsoft's and kohya's."""
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=generator_for(self, "lora_down"))
+        if self.form.tucker:
+            nn.init.kaiming_uniform_(self.lora_mid.weight, a=math.sqrt(5), generator=generator_for(self, "lora_mid"))
         nn.init.zeros_(self.lora_up.weight)
 
     @functools.cached_property
     def _project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-        """The layer's own operation for `down`, and that of a 1x1 layer for `up`."""
+        """The layer's own operation for `down` (or the core), and that of a 1x1 layer for `up`."""
         layer = self.site.module
         if not isinstance(layer, nn.Conv2d):
             return F.linear, F.linear
         shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         return functools.partial(F.conv2d, **shape), F.conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output for `x`, and the adapter's share.
-
-        The weights take the dtype of `x`, not the other way round: they are small and `x` is not. Where autocast is on
-        it has the last word; where it is off, a base in bf16 runs with adapters in fp32.
-        """
-        if self.factor == 0 or (self.drops and self.training and self._left_out()):
-            return self.base_forward(x)
+    def share(self, x: Tensor) -> Tensor:
+        """Down, dropout, up. The weights take the dtype of `x`, as `Adapter.share` has it."""
         project_down, project_up = self._project
-        hidden = project_down(x, self.lora_down.weight.to(x.dtype))
+        if self.form.tucker:
+            hidden = project_down(F.conv2d(x, self.lora_down.weight.to(x.dtype)), self.lora_mid.weight.to(x.dtype))
+        else:
+            hidden = project_down(x, self.lora_down.weight.to(x.dtype))
         if self.drops and self.training:
             hidden = self._drop(hidden)
-        # scaled while it has r channels, added in place: the output has hundreds or thousands of them
-        share = project_up(hidden * self.factor, self.lora_up.weight.to(x.dtype))
-        return share.add_(self.base_forward(x))
+        # scaled while it has r channels, the output has hundreds or thousands of them
+        return project_up(hidden * self.factor, self.lora_up.weight.to(x.dtype))
 
     @classmethod
     def rank_of(cls, tensors: Mapping[str, Tensor]) -> int:
@@ -77,7 +92,7 @@ class LoRA(WithRank):
     @classmethod
     def product_of(cls, tensors: Mapping[str, Tensor], weight: Shape) -> Tensor:
         """up @ down, with down as [r, in * k * k] and up as [out, r]."""
-        down, up = _matrices(tensors[DOWN], tensors[UP])
+        down, up = _matrices(tensors)
         return (up @ down).view(tuple(weight))
 
     @classmethod
@@ -88,23 +103,32 @@ class LoRA(WithRank):
         """
         left, values, right = torch.linalg.svd(delta.float().flatten(1), full_matrices=False)
         root = values[:rank].sqrt()
-        shapes = cls.shapes(delta.shape, len(root))
+        shapes = pair_shapes(delta.shape, len(root))
         pair = {DOWN: root[:, None] * right[:rank], UP: left[:, :rank] * root}
         tensors = {name: tensor.reshape(tuple(shapes[name])).contiguous() for name, tensor in pair.items()}
         return {"alpha": torch.tensor(float(len(root))), **tensors}
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        return _matrices(self.lora_down.weight, self.lora_up.weight)
+        return _matrices(self.tensors())
+
+    def squares_more(self, axis: Axis) -> Tensor:
+        down, up = self._pair()
+        weight = self.site.module.weight
+        return low_rank_squares(weight, down.view(self.rank, *weight.shape[1:]), up, self.scale, axis)
 
     def norm(self) -> Tensor:
         """Without forming the product: |UD|² = tr((UᵀU)(DDᵀ)), two r x r matrices."""
+        if self.form.axis is not None:
+            return super().norm()
         down, up = self._pair()
         return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * abs(self.scale)
 
     @classmethod
     def norms(cls, adapters: Sequence[Adapter]) -> list[Tensor]:
         """On a GPU pairs of the same shapes in one batch: a UNet has hundreds of them and a dozen different shapes."""
-        if all(parameter.device.type == "cpu" for adapter in adapters for parameter in adapter.parameters()):
+        if any(isinstance(adapter, LoRA) and adapter.form.axis is not None for adapter in adapters) or all(
+            parameter.device.type == "cpu" for adapter in adapters for parameter in adapter.parameters()
+        ):
             return super().norms(adapters)  # stacking would cost more than hundreds of small products
         return cls._batched_norms(adapters)
 
@@ -124,6 +148,8 @@ class LoRA(WithRank):
 
     def is_zero(self) -> bool:
         """Whether a factor is zero: `up` is in a new adapter. Two factors with a zero product count as something."""
+        if self.form.axis is not None:
+            return super().is_zero()
         return not (self.lora_up.weight.any() and self.lora_down.weight.any())
 
     def rescale(self, ratio: float) -> None:
@@ -131,6 +157,14 @@ class LoRA(WithRank):
         self.lora_up.weight.mul_(ratio**0.5)
 
 
-def _matrices(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """down as [r, in * k * k] and up as [out, r], fp32."""
-    return down.float().flatten(1), up.float().flatten(1)
+def pair_shapes(weight: Shape, rank: int) -> dict[str, Shape]:
+    """down (r, in, …), up (out, r, 1 …), for a layer whose weight has the shape `weight`."""
+    return {DOWN: (rank, *weight[1:]), UP: (weight[0], rank, *(1 for _ in weight[2:]))}
+
+
+def _matrices(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """down as [r, in * k * k], with the core if there is one, and up as [out, r], fp32."""
+    down, up = tensors[DOWN].float().flatten(1), tensors[UP].float().flatten(1)
+    if (mid := tensors.get(MID)) is not None:
+        down = torch.einsum("pqhw,qi->pihw", mid.float(), down).flatten(1)
+    return down, up

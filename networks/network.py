@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks import rates
-from networks.adapter import Adapter
+from networks.adapter import Adapter, Capability
 from networks.files import AdapterFile
 from networks.fused import fuse, split
 from networks.load_report import LoadReport, by_module, check_loaded, compare
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Capability = Literal["off", "scale_weight_norms"]
 Group = dict[str, Any]  # of parameters, as torch's optimizers take it: its values have many types
 
 
@@ -62,6 +61,14 @@ class TrainableNetwork(nn.Module, ABC):
     @abstractmethod
     def before_batch(self) -> None:
         """Before each batch that is trained on."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor | None:
+        """A term that the network adds to the training loss, 0-d; None: it adds none."""
+
+    @abstractmethod
+    def after_step(self, done: int, total: int) -> None:
+        """After optimizer step `done` of `total`, with the gradients still there."""
 
     @abstractmethod
     def off(self) -> AbstractContextManager[None]:
@@ -128,6 +135,8 @@ class Network(TrainableNetwork):
         super().__init__()
         for adapter in adapters:
             self.add_module(adapter.site.name, adapter)
+        for kind, members in self.by_class().items():
+            kind.joined(members)
         self.plus_ratios = dict(plus_ratios or {})
         self.block_weights, self.pattern_rates = block_weights, pattern_rates
         self.set_multiplier(multiplier)
@@ -162,7 +171,14 @@ class Network(TrainableNetwork):
         return min(ranks), max(ranks)
 
     def refuses(self, capability: Capability) -> str | None:
-        return None
+        return next(filter(None, (adapter.refuses(capability) for adapter in self.adapters)), None)
+
+    def by_class(self) -> dict[type[Adapter], list[Adapter]]:
+        """The adapters of each class, in their order."""
+        found: dict[type[Adapter], list[Adapter]] = {}
+        for adapter in self.adapters:
+            found.setdefault(type(adapter), []).append(adapter)
+        return found
 
     # -- on the model
 
@@ -219,7 +235,18 @@ class Network(TrainableNetwork):
         self.train()
 
     def before_batch(self) -> None:
-        """No-op."""
+        for adapter in self.adapters:
+            adapter.before_batch()
+
+    def penalty(self) -> Tensor | None:
+        found = [kind.penalty(adapters) for kind, adapters in self.by_class().items()]
+        terms = [term for term in found if term is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    @torch.no_grad()
+    def after_step(self, done: int, total: int) -> None:
+        for kind, adapters in self.by_class().items():
+            kind.after_step(adapters, done, total)
 
     @torch.no_grad()
     def norms(self) -> Tensor:

@@ -76,7 +76,12 @@ class RankSettings(RateSettings, PlusSettings, DropoutSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankSizes:
+class LayerSizes:
+    """Which layers get an adapter, for every kind. See `networks.layers` for what the texts mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSizes(LayerSizes):
     """Ranks and alphas beside `--network_dim` and `--network_alpha`: of convolutions, and by block of the denoiser."""
 
     conv_dim: int | None = None
@@ -88,8 +93,18 @@ class RankSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoSizes:
-    """For a kind whose size follows from the layer alone."""
+class TuckerSizes(RankSizes):
+    """use_tucker: on kernels wider than 1 x 1, a core of rank x rank x kernel between two 1 x 1 parts."""
+
+    use_tucker: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecomposeSizes(TuckerSizes):
+    """dora_wd: train the norms of the layer's rows as well, or with wd_on_output=False those of its input channels."""
+
+    dora_wd: bool = False
+    wd_on_output: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,6 +167,8 @@ def optimizer_step(run: Run, item: StepBatches) -> Step:
     run.optimizer.step()
     step.rates = effective_rates(run.optimizer.optimizer)  # before a schedule goes on to the next step's
     step.was_skipped = run.optimizer.step_was_skipped
+    if not step.was_skipped:
+        run.network.after_step(step.number, run.position.total)
     run.optimizer.zero_grad(set_to_none=True)
     for hook in run.hooks:
         hook.after_step(run, step)
@@ -209,6 +211,8 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     first = batch.samples[0]
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     found = loss_of(run, batch, train_text=run.train_text)
+    if (penalty := run.network.penalty()) is not None:
+        found = found._replace(loss=found.loss + penalty)
     if weight:
         for hook in run.hooks:
             hook.after_batch(run, batch, found)

@@ -8,7 +8,7 @@ from adapter_models import Toy, lora, randomize, sd_targets, text_targets, unet_
 from torch import nn
 
 from library.errors import UserError
-from networks.lora import LoRA
+from networks.lora import LoRA, pair_shapes
 from networks.settings import LearningRates
 from networks.sites import Site, find_sites
 
@@ -347,8 +347,8 @@ def test_from_delta_is_the_nearest_of_its_rank(shape):
     """Its error is the root of the sum of the squares of the singular values that are left out (Eckart, Young 1936)."""
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tensors = LoRA.from_delta(delta, 3)
-    assert {name: tuple(tensors[name].shape) for name in LoRA.shapes(shape, 3)} == {
-        name: tuple(wanted) for name, wanted in LoRA.shapes(shape, 3).items()
+    assert {name: tuple(tensors[name].shape) for name in pair_shapes(shape, 3)} == {
+        name: tuple(wanted) for name, wanted in pair_shapes(shape, 3).items()
     }
     error = (LoRA.delta_of(tensors, shape) - delta).norm()
     values = torch.linalg.svdvals(delta.flatten(1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks.adapter import Adapter, Shape
 from networks.settings import Asked, RateSettings
-from networks.settings import NoSizes as Sizes
+from networks.settings import LayerSizes as Sizes
 from networks.sites import Site
 
 
@@ -29,15 +29,14 @@ class Settings(RateSettings):
 class Diagonal(Adapter):
     NAME = "diagonal"
     NOUN = "diagonal adapters"
-    MARK = "diag_v"
+    NAMES = ("diag_v",)
     SETTINGS = Settings
     SIZES = Sizes
 
     diag_v: nn.Parameter
-    share = 0.0
+    dropped = 0.0
 
-    @classmethod
-    def shapes(cls, weight: Shape, rank: int) -> dict[str, Shape]:
+    def shapes(self, weight: Shape) -> dict[str, Shape]:
         return {"diag_v": (min(weight[:2]),)}
 
     def initialise(self) -> None:
@@ -59,11 +58,11 @@ class Diagonal(Adapter):
         if not 0 <= settings.diag_dropout < 1:
             raise UserError(f"diag_dropout: {settings.diag_dropout:g} is not in [0, 1)")
         made = super().as_in_file(site, tensors, asked, settings)
-        made.share = settings.diag_dropout
+        made.dropped = settings.diag_dropout
         return made
 
     def delta_in_forward(self) -> Tensor:
-        v = F.dropout(self.diag_v, self.share, self.training)
+        v = F.dropout(self.diag_v, self.dropped, self.training)
         return self.delta_of({"diag_v": v}, self.site.module.weight.shape)
 
     def rescale(self, ratio: float) -> None:
