@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.rng import torch_generator
-from networks.ranks import ranks_of
+from networks.ranks import check_reg_dims, ranks_of, reg_dim
 from networks.settings import Asked, LayerSizes, RankSettings, RankSizes, RateSettings
 from networks.sites import Site, blocks_of, find_sites
 
@@ -319,11 +319,14 @@ class WithRank(Adapter):
 
     @classmethod
     def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: LayerSizes) -> list[Site]:
-        """With the ResNet blocks and resamplers where convolutions get a rank."""
+        """With the ResNet blocks and resamplers where convolutions get a rank, or where a pattern gives them one."""
         assert isinstance(sizes, RankSizes)
-        sites = find_sites(targets, conv=True)
-        _, spatial = ranks_of(asked, sizes, blocks_of(targets))
-        return sites if spatial.any else find_sites(targets, conv=False)
+        every = find_sites(targets, conv=True)
+        check_reg_dims(sizes.network_reg_dims, every)
+        if ranks_of(asked, sizes, blocks_of(targets))[1].any:
+            return every
+        usual = {site.name for site in find_sites(targets, conv=False)}
+        return [site for site in every if site.name in usual or reg_dim(site, sizes.network_reg_dims)]
 
     @classmethod
     def new(
@@ -333,6 +336,7 @@ class WithRank(Adapter):
         assert isinstance(settings, RankSettings)
         usual, spatial = ranks_of(asked, sizes, blocks)
         rank, alpha = (spatial if site.spatial else usual).of(site)
+        rank = reg_dim(site, sizes.network_reg_dims) or rank
         if not rank:
             return None
         form, dropouts = cls.form_for(site, rank, sizes, settings), settings.with_values(asked.dropout)

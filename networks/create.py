@@ -11,6 +11,7 @@ from networks import kinds, rates
 from networks.adapter import Adapter
 from networks.files import AdapterFile
 from networks.fused import split
+from networks.layers import choose, of_preset, preset_of
 from networks.network import Network
 from networks.settings import Asked, PlusSettings, RateSettings
 from networks.sites import blocks_of, find_sites, in_names_of
@@ -51,7 +52,8 @@ def create(
     sizes = adapter.SIZES(**kinds.fields_of(adapter.SIZES, arguments))
     settings = adapter.SETTINGS(**kinds.fields_of(adapter.SETTINGS, arguments))
     blocks = blocks_of(targets)
-    sites = adapter.sites(targets, asked, sizes)
+    preset = preset_of(sizes.preset)
+    sites = choose(adapter.sites(targets, asked, sizes) if preset is None else of_preset(targets, preset), sizes)
     weights = rates.block_weights(settings, blocks)
     made = [adapter.new(site, asked, sizes, settings, blocks) for site in rates.without_zero_blocks(sites, weights)]
     return _network([one for one in made if one is not None], settings, weights, multiplier=multiplier)

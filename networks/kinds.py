@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config import kohya, registry, source
 from library.errors import UserError
+from networks import lycoris
 
 if TYPE_CHECKING:
     from networks.adapter import Adapter
@@ -33,15 +34,18 @@ _OURS_ONLY = {
 }
 
 
-def kind_of(module: str) -> str | None:
-    """The kind that a `--network_module` stands for: "lora" for "networks.lora"; None for other packages' modules."""
+def kind_of(module: str, words: Iterable[str] = ()) -> str | None:
+    """The kind that a `--network_module` stands for, with these `--network_args`: "lora" for "networks.lora"; None for
+    other packages' modules. Raises UserError."""
+    if module == lycoris.MODULE:
+        return lycoris.kind_of(tuple(words))
     package, _, name = module.partition(".")
     return name if package == "networks" and name in KINDS else None
 
 
 def refuses(module: str, capability: str) -> str | None:
     """Why networks of a `--network_module` cannot do something, a key of `_OURS_ONLY`; None if they can."""
-    return None if kind_of(module) is not None else _OURS_ONLY[capability].format(module)
+    return None if source.is_ours(module) else _OURS_ONLY[capability].format(module)
 
 
 def load(kind: str) -> type[Adapter]:
@@ -93,15 +97,20 @@ def arguments(module: str, words: Iterable[str], *, from_file: bool) -> tuple[di
 
 def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str, Any]:
     source.find(module, where="--network_module")
-    if kind_of(module) is None:
-        known = ", ".join(f"networks.{kind}" for kind in KINDS)
-        raise UserError(f"--network_module {module}: is no kind of adapter; known: {known}")
     words = tuple(words)
+    if (kind := kind_of(module, words)) is None:
+        known = ", ".join(f"networks.{kind}" for kind in (*KINDS, "lycoris"))
+        raise UserError(f"--network_module {module}: is no kind of adapter; known: {known}")
     for name in registry.split_words(words, where="--network_args"):
         if name in kohya.NETWORK_ARGS_NOT_YET:
             hint = kohya.NETWORK_ARGS_NOT_YET[name]
             raise UserError(f"--network_args: {name} is known to kohya's scripts, not supported here yet ({hint})")
-    sizes, settings = f"{module}.Sizes", f"{module}.Settings"
+    sizes, settings = f"networks.{kind}.Sizes", f"networks.{kind}.Settings"
+    if module == lycoris.MODULE:
+        takes = [
+            name for path in (sizes, settings) for name in registry.signature(path, where="--network_module").parameters
+        ]
+        words = tuple(lycoris.translate(words, takes=takes))
     values, _ = registry.bind(
         settings if from_file else sizes,
         words,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from library.errors import UserError
+from networks.layers import compiled, matches, preset_of
 
 if TYPE_CHECKING:
     from library.models.blocks import Blocks
@@ -41,7 +43,8 @@ def ranks_of(asked: Asked, sizes: RankSizes, blocks: Blocks | None) -> tuple[Ran
     """Those of Linear and 1x1 convolutions, and those of wider kernels. Raises UserError.
 
     Linear and 1x1 convolutions take `--network_dim` (None: 4) and `--network_alpha` (None: 1; 0: the rank), wider
-    kernels `conv_dim` (None: not adapted) and `conv_alpha` (None: 1; 0: the rank); blocks may have their own.
+    kernels `conv_dim` (None: not adapted, unless a preset takes them: as the others then) and `conv_alpha` (None: 1; 0:
+    the rank); blocks may have their own.
     """
     usual = _by_block(
         _rank("network_dim", 4 if asked.dim is None else asked.dim),
@@ -51,6 +54,9 @@ def ranks_of(asked: Asked, sizes: RankSizes, blocks: Blocks | None) -> tuple[Ran
         blocks=blocks,
         names=("block_dims", "block_alphas"),
     )
+    preset = preset_of(sizes.preset)
+    if preset is not None and preset.conv == "all" and sizes.conv_dim is None and sizes.conv_block_dims is None:
+        return usual, usual
     if sizes.conv_alpha is not None and sizes.conv_alpha < 0:
         raise UserError(f"conv_alpha: {sizes.conv_alpha:g} is below 0")
     spatial = _by_block(
@@ -99,3 +105,26 @@ def _numbers(name: str, text: str, read: Callable[[str], Value], blocks: Blocks)
     if min(numbers) < 0:
         raise UserError(f"{name}: {min(numbers):g} is not in question, it must be 0 or more")
     return numbers
+
+
+@lru_cache(maxsize=8)  # asked for each layer
+def reg_dims(text: str | None) -> tuple[tuple[re.Pattern[str], int], ...]:
+    """Patterns with their ranks, from `network_reg_dims`: "pattern=rank,pattern=rank". Raises UserError."""
+    found = []
+    for word in filter(None, (word.strip() for word in re.split(r",(?=[^,=]*=)", text or ""))):
+        pattern, equals, rank = word.rpartition("=")
+        if not equals or not rank.strip().isdecimal():
+            raise UserError(f"network_reg_dims: '{word}' is not of the form pattern=rank,pattern=rank")
+        found.append((compiled("network_reg_dims", pattern.strip(), ()), _rank("network_reg_dims", int(rank))))
+    return tuple(found)
+
+
+def reg_dim(site: Site, text: str | None) -> int | None:
+    """The rank of the first pattern of `network_reg_dims` that matches the layer; None if none does."""
+    return next((rank for regex, rank in reg_dims(text) if matches(site, (regex,))), None)
+
+
+def check_reg_dims(text: str | None, sites: Sequence[Site]) -> None:
+    """`UserError` for a pattern that matches no layer."""
+    for regex, _ in reg_dims(text):
+        compiled("network_reg_dims", regex.pattern, sites)

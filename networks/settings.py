@@ -77,12 +77,20 @@ class RankSettings(RateSettings, PlusSettings, DropoutSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
-    """Which layers get an adapter, for every kind. See `networks.layers` for what the texts mean."""
+    """Which layers get an adapter, for every kind. See `networks.layers` for what the texts mean.
+
+    preset: a key of `networks.layers.PRESETS`; None: the kind's usual layers.
+    """
+
+    preset: str | None = None
+    include_patterns: str | None = None
+    exclude_patterns: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSizes(LayerSizes):
-    """Ranks and alphas beside `--network_dim` and `--network_alpha`: of convolutions, and by block of the denoiser."""
+    """Ranks and alphas beside `--network_dim` and `--network_alpha`: of convolutions, by block of the denoiser, and by
+    pattern of the layers' names ("pattern=rank,pattern=rank", the first that matches)."""
 
     conv_dim: int | None = None
     conv_alpha: float | None = None
@@ -90,6 +98,7 @@ class RankSizes(LayerSizes):
     block_alphas: str | None = None
     conv_block_dims: str | None = None
     conv_block_alphas: str | None = None
+    network_reg_dims: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

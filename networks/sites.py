@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,12 +29,21 @@ class Site:
     alias: str = ""  # its name in files in diffusers' or PEFT's naming, where that is another one
     block: int | None = None  # the numbered block that it lies in
     fused: str = ""  # its name in files where it shares one with others, in the model's order: see networks.fused
+    prefix: str = ""  # that of its part, of which `name` begins
     depth: int | None = None  # its block, or its layer of a text encoder: the larger, the farther from the input
 
     @property
     def spatial(self) -> bool:
         """Whether this is a convolution wider than 1x1: such layers have a rank of their own."""
-        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+        return is_spatial(self.module)
+
+
+def is_spatial(module: nn.Module) -> bool:
+    """Whether this is a convolution wider than 1x1."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+
+
+Wanted = Callable[["AdapterTargets", str, nn.Module], bool]  # a part, the path of a layer in it, the layer
 
 
 def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
@@ -43,6 +52,20 @@ def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
     `conv` adds the paths of `AdapterTargets.conv` (the ResNet blocks and resamplers of a UNet).
     A part in which nothing matches is a `UserError`: training it would do nothing.
     """
+
+    def wanted(target: AdapterTargets, path: str, module: nn.Module) -> bool:
+        return target.linear.fullmatch(path) is not None or (conv and target.conv.fullmatch(path) is not None)
+
+    sites = sites_where(targets, wanted)
+    found = {site.prefix for site in sites}
+    for target in targets:
+        if target.prefix not in found:
+            raise UserError(f"{target.part}: no layer of this model matches the pattern {target.linear.pattern!r}")
+    return sites
+
+
+def sites_where(targets: Sequence[AdapterTargets], wanted: Wanted) -> list[Site]:
+    """Every Linear and Conv2d that is wanted, in the order of the model."""
     several = sum(target.part == "text_encoder" for target in targets) > 1
     sites: list[Site] = []
     encoders = 0
@@ -51,15 +74,11 @@ def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
         if target.part == "text_encoder" and several:
             encoders += 1
             section = f"text_encoder_{encoders}"
-        found = [
+        sites += [
             _site(target, section, path, module)
             for path, module in target.root.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
-            and (target.linear.fullmatch(path) or (conv and target.conv.fullmatch(path)))
+            if isinstance(module, nn.Linear | nn.Conv2d) and wanted(target, path, module)
         ]
-        if not found:
-            raise UserError(f"{section}: no layer of this model matches the pattern {target.linear.pattern!r}")
-        sites += found
     names = {site.name for site in sites}
     assert len(names) == len(sites), "two layers have the same name in files"
     return sites
@@ -73,7 +92,7 @@ def _site(target: AdapterTargets, section: str, path: str, module: nn.Linear | n
     flat, alias = (f"{target.prefix}.{dotted}".replace(".", "_") for dotted in (name, path))
     fused = target.fused(name)
     shared = f"{target.prefix}.{fused}".replace(".", "_") if fused else ""
-    return Site(flat, section, target.part, module, name, alias, block, fused=shared, depth=depth)
+    return Site(flat, section, target.part, module, name, alias, block, fused=shared, prefix=target.prefix, depth=depth)
 
 
 def blocks_of(targets: Iterable[AdapterTargets]) -> Blocks | None:

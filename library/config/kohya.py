@@ -325,11 +325,7 @@ MODULES_NOT_YET = {
     **dict.fromkeys(("networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
     **dict.fromkeys(("networks.lora_hunyuan_image", "networks.lora_anima"), ""),
 }
-_FREEZE = "network_reg_lrs=PATTERN=0 freezes layers, which are then not in the file"
 NETWORK_ARGS_NOT_YET = {
-    "exclude_patterns": _FREEZE,
-    "include_patterns": _FREEZE,
-    "network_reg_dims": "ranks by block of the UNet: block_dims",
     "train_llm_adapter": "it is for Anima",
 }
 

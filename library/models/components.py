@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.config.registry import load, load_path
@@ -32,9 +32,10 @@ class PartKind:
     makes the module from its configuration, with its parameters on the meta device. section: "unet" for the denoiser
     and "text_encoder" for the text encoders, as rates, groups and metadata have it; "" where adapters never sit.
     prefix: what its keys in adapter files begin with. linear: the paths of Linear and 1 × 1 convolution layers that
-    adapters sit on. conv: of those that come in addition where convolutions are adapted. blocks: its numbered blocks,
-    by which rates and ranks can differ. layer: elsewhere a pattern of the names in adapter files, whose first group is
-    a layer's number from the input on.
+    adapters sit on. conv: of those that come in addition where convolutions are adapted. more: of those beside that a
+    preset for everything takes. choices: paths by names of presets that take a part of `linear`. blocks: its numbered
+    blocks, by which rates and ranks can differ. layer: elsewhere a pattern of the names in adapter files, whose first
+    group is a layer's number from the input on.
     """
 
     folder: str
@@ -44,6 +45,8 @@ class PartKind:
     prefix: str = ""
     linear: re.Pattern[str] = NOTHING
     conv: re.Pattern[str] = NOTHING
+    more: re.Pattern[str] = NOTHING
+    choices: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     blocks: Blocks | None = None
     layer: re.Pattern[str] | None = None
 

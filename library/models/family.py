@@ -9,10 +9,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.models.components import Components, PartKind
+from library.models.components import NOTHING, Components, PartKind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +35,7 @@ class AdapterTargets:
     convolution targets. conv: paths of those that come in addition where convolutions are adapted. name: from a path to
     the dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer:
     elsewhere a pattern of the dotted names, whose first group is a layer's number, counted from the input.
+    more, choices: as `library.models.components.PartKind` has them.
     fused: the dotted name that a layer shares with others in files, where they are held as one there; else "".
     """
 
@@ -46,6 +47,8 @@ class AdapterTargets:
     name: Callable[[str], str]
     blocks: Blocks | None = None
     layer: re.Pattern[str] | None = None
+    more: re.Pattern[str] = NOTHING
+    choices: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     fused: Callable[[str], str] = lambda name: ""
 
 
@@ -175,6 +178,8 @@ class ModelFamily(ABC):
                 name=lambda path, part=name: self.adapter_name(part, path),  # type: ignore[misc]
                 blocks=kind.blocks,
                 layer=kind.layer,
+                more=kind.more,
+                choices=kind.choices,
                 fused=lambda name, part=name: self.fused_name(part, name),  # type: ignore[misc]
             )
             for name, kind in kinds.items()

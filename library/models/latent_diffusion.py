@@ -38,6 +38,15 @@ UNET_LINEAR = re.compile(
 UNET_CONV = re.compile(
     rf"{_BLOCK}\.(?:resnets\.\d+\.(?:conv1|conv2|time_emb_proj|conv_shortcut)|(?:down|up)samplers\.\d+\.conv)"
 )
+UNET_MORE = re.compile(r"conv_in|conv_out|time_embedding\.linear_[12]")
+UNET_CHOICES = {
+    "attn-only": re.compile(r".*\.attn[12]\..*"),
+    "attn-qv": re.compile(r".*\.attn[12]\.to_[qv]"),
+}
+TEXT_CHOICES = {
+    "attn-only": re.compile(r".*\.self_attn\..*"),
+    "attn-qv": re.compile(r".*\.self_attn\.[qv]_proj"),
+}
 TEXT_LINEAR = re.compile(r"encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 TEXT_LAYER = re.compile(r".*\.layers\.(\d+)\..*")
 
@@ -49,6 +58,8 @@ UNET = PartKind(
     prefix="lora_unet",
     linear=UNET_LINEAR,
     conv=UNET_CONV,
+    more=UNET_MORE,
+    choices=UNET_CHOICES,
 )
 _SECTIONS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder_1", "lora_te2": "text_encoder_2"}
 TEXT_ENCODER = PartKind(
@@ -58,6 +69,7 @@ TEXT_ENCODER = PartKind(
     section="text_encoder",
     prefix="lora_te",
     linear=TEXT_LINEAR,
+    choices=TEXT_CHOICES,
     layer=TEXT_LAYER,
 )
 VAE = PartKind(folder="vae", title="VAE", new="library.models.modules.new_vae")

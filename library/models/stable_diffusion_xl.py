@@ -20,7 +20,7 @@ from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, original_unet_name
 from library.models.checkpoints.detect import begins, is_of_xl, other_family
 from library.models.checkpoints.opening import with_vae
-from library.models.components import PartKind
+from library.models.components import NOTHING, PartKind
 from library.models.latent_diffusion import TEXT_ENCODER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     NAME, TITLE = "sdxl", "an SDXL model"
     PARTS: ClassVar[Mapping[str, PartKind]] = {
-        "denoiser": replace(UNET, blocks=SDXL),
+        "denoiser": replace(UNET, blocks=SDXL, more=NOTHING),  # LyCORIS finds none of them in SDXL
         "vae": VAE,
         "text_encoder": replace(TEXT_ENCODER, prefix="lora_te1"),
         "text_encoder_2": replace(

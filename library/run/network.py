@@ -35,7 +35,7 @@ def make_network(
     # A third party's initial weights come from torch's own stream, which every process begins anywhere.
     torch.manual_seed(rng.key_of(seed, "network") >> 1)
     network: TrainableNetwork
-    if (kind := kinds.kind_of(wanted.network_module)) is None:
+    if (kind := kinds.kind_of(wanted.network_module, wanted.network_args)) is None:
         views = foreign.BaseModel(
             family.components.get("vae"), *family.third_party_views(), family.components.get("denoiser")
         )

@@ -92,7 +92,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.run.rehearse import rehearse
     from networks import merge
 
-    kind = kinds.kind_of(options.network.network_module)
+    kind = kinds.kind_of(options.network.network_module, options.network.network_args)
     trains = "" if kind is None else f"is trained by {options.network.network_module}"
     _check_weights("network_weights", options.network.network_weights, purpose=trains, allowed=kind and [kind])
     _check_weights("base_weights", *options.network.base_weights, purpose=merge.PURPOSE)

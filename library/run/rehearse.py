@@ -32,7 +32,7 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
         BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
             family.adapter_targets()
         )
-        if (kind := kinds.kind_of(options.network.network_module)) is None:
+        if (kind := kinds.kind_of(options.network.network_module, options.network.network_args)) is None:
             return frozenset()
         network = _network(kind, family, options, arguments)
         parameter_groups(network, options)

@@ -1,0 +1,136 @@
+"""Which layers get an adapter: a preset, patterns of their names, and ranks by pattern.
+
+The presets have the names and the choice that LyCORIS' have. Patterns are regular expressions that a layer's dotted
+name, or its name in files, matches as a whole (kohya's rule).
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from library.errors import UserError, did_you_mean
+from networks.sites import Site, is_spatial, sites_where
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from library.models.family import AdapterTargets
+    from networks.settings import LayerSizes
+
+logger = logging.getLogger(__name__)
+
+Patterns = tuple[re.Pattern[str], ...]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A choice of layers.
+
+    blocks: those of transformer blocks. within: of these only a part that the family names ("attn-only", "attn-qv").
+    conv: the ResNet blocks and resamplers, of them the Linear and 1 x 1 layers or all. more: the first and last
+    convolution and the time embedding as well. text: the text encoders.
+    """
+
+    blocks: bool = True
+    within: str = ""
+    conv: Literal["", "linear", "all"] = ""
+    more: bool = False
+    text: bool = True
+
+
+PRESETS = {
+    "attn-mlp": Preset(),
+    "attn-only": Preset(within="attn-only"),
+    "attn-qv": Preset(within="attn-qv"),
+    "full": Preset(conv="all", more=True),
+    "full-lin": Preset(conv="linear", more=True),
+    "unet-only": Preset(conv="all", more=True, text=False),
+    "unet-transformer-only": Preset(text=False),
+    "unet-convblock-only": Preset(blocks=False, conv="all", text=False),
+}
+
+
+def preset_of(name: str | None) -> Preset | None:
+    """Raises UserError for an unknown name."""
+    if name is None:
+        return None
+    if name not in PRESETS:
+        raise UserError(f"preset: '{name}' is unknown{did_you_mean(name, PRESETS) or '.'} Known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def of_preset(targets: Sequence[AdapterTargets], preset: Preset) -> list[Site]:
+    """The preset's layers of the model, in the model's order. Raises UserError if the model has no such choice."""
+
+    def wanted(target: AdapterTargets, path: str, module: nn.Module) -> bool:
+        if target.part == "text_encoder" and not preset.text:
+            return False
+        if target.linear.fullmatch(path):
+            return preset.blocks and (not preset.within or target.choices[preset.within].fullmatch(path) is not None)
+        if not (target.conv.fullmatch(path) and preset.conv) and not (preset.more and target.more.fullmatch(path)):
+            return False
+        return preset.conv == "all" or not is_spatial(module)
+
+    if preset.within and not all(preset.within in target.choices for target in targets):
+        known = ", ".join(name for name, other in PRESETS.items() if not other.within)
+        raise UserError(f"preset: this model does not define '{preset.within}'; it has {known}")
+    return sites_where(targets, wanted)
+
+
+def choose(sites: Sequence[Site], sizes: LayerSizes) -> list[Site]:
+    """Those that the patterns leave. Raises UserError for patterns that match none of them, or leave nothing.
+
+    As in kohya's networks, a layer that an exclude pattern matches is left out unless an include pattern matches it;
+    include patterns alone leave the others out.
+    """
+    include = patterns_of("include_patterns", sizes.include_patterns, sites)
+    exclude = patterns_of("exclude_patterns", sizes.exclude_patterns, sites)
+    if not include and not exclude:
+        return list(sites)
+    left_out = [site for site in sites if (not exclude or matches(site, exclude)) and not matches(site, include)]
+    kept = [site for site in sites if site not in left_out]
+    if not kept:
+        raise UserError("include_patterns, exclude_patterns: they leave no layer to adapt")
+    logger.info("%d of %d layers get no adapter, by include_patterns and exclude_patterns", len(left_out), len(sites))
+    return kept
+
+
+def patterns_of(name: str, text: str | None, sites: Sequence[Site]) -> Patterns:
+    """From a list of regular expressions in Python's form, as kohya has it, or a single one. Raises UserError."""
+    if text is None:
+        return ()
+    words: object = text
+    if text.lstrip().startswith(("[", "(")):
+        try:
+            words = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            if text.lstrip().startswith("["):
+                raise UserError(f"{name}: {text} is no list of texts, such as ['.*attn1.*', '.*ff.*']") from None
+    listed = [words] if isinstance(words, str) else list(words) if isinstance(words, list | tuple) else []
+    if not listed or not all(isinstance(word, str) for word in listed):
+        raise UserError(f"{name}: {text} is no list of texts, such as ['.*attn1.*', '.*ff.*']")
+    return tuple(compiled(name, str(word), sites) for word in listed)
+
+
+def compiled(name: str, pattern: str, sites: Sequence[Site]) -> re.Pattern[str]:
+    """A regular expression that matches a layer. Raises UserError."""
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{name}: '{pattern}' is not a regular expression: {error}") from None
+    if sites and not any(matches(site, (regex,)) for site in sites):
+        plain = re.sub(r"\\\.|\.\*|[\\^$*+?()|]", lambda found: "." if found[0] == r"\." else "", pattern)
+        names = [site.path or site.name for site in sites]
+        near = did_you_mean(plain, names) or f"; the first layer is {names[0]}"
+        raise UserError(f"{name}: '{pattern}' matches no layer as a whole{near}")
+    return regex
+
+
+def matches(site: Site, patterns: Patterns) -> bool:
+    """Whether one of them matches the layer's dotted name, or its name in files, as a whole."""
+    return any(regex.fullmatch(text) for regex in patterns for text in (site.path, site.name))

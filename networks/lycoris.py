@@ -1,0 +1,91 @@
+"""LyCORIS' words for our own kinds: `--network_module networks.lycoris` takes what `lycoris.kohya` takes.
+
+`algo` names the kind; its other arguments become those of the kind, with LyCORIS' defaults where they differ from ours.
+Imports no torch. `lycoris.kohya` itself is the other package.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from library.errors import UserError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+MODULE = "networks.lycoris"
+# algo, as LyCORIS 4 spells it in lower case → our kind
+ALGORITHMS = {
+    "lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "glora": "glora", "diag-oft": "oft",
+    "boft": "boft", "ia3": "ia3", "full": "full", "dylora": "dylora", "tlora": "tlora",
+}  # fmt: skip
+# Other spellings of an argument → ours
+_SPELLINGS = {
+    "use_cp": "use_tucker", "use_conv_cp": "use_tucker", "weight_decompose": "dora_wd", "constrain": "constraint",
+    "rescale": "rescaled", "rs_lora": "rs_lora",
+}  # fmt: skip
+# What LyCORIS has and we do not: why it changes nothing, or "" where it would change the result and is refused
+_WITHOUT = {
+    "bypass_mode": "adapters here never form the whole weight where a product is cheaper",
+    "use_scalar": "",
+    "rank_dropout_scale": "",
+    "train_llm_adapter": "it is for Anima",
+    "train_t5xxl": "no text encoder of this kind is there",
+}
+_FALSE = ("false", "0", "none", "")
+# Arguments that GUIs write for every algo, whether it has them or not
+_OFTEN_WITHOUT_MEANING = (
+    *("conv_dim", "conv_alpha", "use_tucker", "rank_dropout", "module_dropout", "dora_wd", "wd_on_output", "factor"),
+    *("decompose_both", "full_matrix", "unbalanced_factorization", "constraint", "rescaled", "block_size", "rs_lora"),
+    *("train_on_input",),
+)
+
+
+def kind_of(words: Sequence[str]) -> str:
+    """The kind that `algo` names; LyCORIS' default is LoRA. Raises UserError."""
+    given = _split(words)
+    algorithm = given.get("algo", "lora").strip("\"'").lower()
+    if algorithm not in ALGORITHMS:
+        raise UserError(
+            f"--network_args: algo={algorithm}: unknown{did_you_mean(algorithm, ALGORITHMS) or '.'} "
+            f"Known: {', '.join(ALGORITHMS)}"
+        )
+    kind = ALGORITHMS[algorithm]
+    if kind == "lora" and given.get("dora_wd", given.get("weight_decompose", "")).lower() not in _FALSE:
+        return "dora"
+    return kind
+
+
+def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
+    """The words for the kind that `algo` names, which takes arguments of these names. Raises UserError.
+
+    A preset and a rank for convolutions are LyCORIS' defaults: everything. What a GUI writes for all kinds and this one
+    does not have is left out with a warning.
+    """
+    given = {name: text for name, text in _split(words).items() if name != "algo"}
+    given = {_SPELLINGS.get(name, name): text for name, text in given.items()}
+    without = []
+    for name in list(given):
+        text = given[name].strip("\"'")
+        if name in _WITHOUT:
+            off = text.lower() in _FALSE
+            if not off and not _WITHOUT[name]:
+                raise UserError(f"--network_args: {name}={text}: {MODULE} does not have it, lycoris.kohya does")
+            if not off:
+                logger.warning("--network_args: %s has no effect: %s", name, _WITHOUT[name])
+            del given[name]
+        elif name in _OFTEN_WITHOUT_MEANING and name not in takes:
+            if text.lower() not in _FALSE:
+                without.append(name)
+            del given[name]
+    if without:
+        logger.warning("--network_args: without effect with %s: %s", kind_of(words), ", ".join(without))
+    if given.get("preset") == "ia3":  # LyCORIS' matches nothing; our kind sits there by itself
+        del given["preset"]
+    elif kind_of(words) != "ia3":
+        given.setdefault("preset", "full")
+    return [f"{name}={text}" for name, text in given.items()]
+
+
+def _split(words: Sequence[str]) -> dict[str, str]:
+    return {name.strip(): text for name, _, text in (word.partition("=") for word in words)}

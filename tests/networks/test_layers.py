@@ -1,0 +1,166 @@
+"""Which layers get an adapter: presets, patterns, ranks by pattern, and LyCORIS' words for them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from adapter_models import Toy, lora, unet_targets
+
+from library.errors import UserError
+from networks import kinds
+from networks.create import create
+from networks.kinds import KINDS
+from networks.layers import PRESETS, Preset, of_preset
+from networks.settings import Asked
+from networks.sites import Site, is_spatial
+
+# Linear, 1 x 1 and wider layers of the UNet, and layers of the text encoders: LyCORIS 3.3's own counts
+COUNTS = {
+    ("sd15", "full"): ((184, 46, 52), 72),
+    ("sd15", "full-lin"): ((184, 46, 0), 72),
+    ("sd15", "attn-mlp"): ((160, 32, 0), 72),
+    ("sd15", "attn-only"): ((128, 0, 0), 48),
+    ("sd15", "attn-qv"): ((64, 0, 0), 24),
+    ("sd15", "unet-only"): ((184, 46, 52), 0),
+    ("sd15", "unet-transformer-only"): ((160, 32, 0), 0),
+    ("sd15", "unet-convblock-only"): ((22, 14, 52 - 2), 0),
+    ("sdxl", "full"): ((739, 11, 38), 264),
+    ("sdxl", "full-lin"): ((739, 11, 0), 264),
+    ("sdxl", "attn-mlp"): ((722, 0, 0), 264),
+    ("sdxl", "attn-only"): ((560, 0, 0), 176),
+    ("sdxl", "unet-convblock-only"): ((17, 11, 38), 0),
+}
+
+
+def counted(sites: list[Site]) -> tuple[tuple[int, int, int], int]:
+    unet = [site.module for site in sites if site.part == "unet"]
+    linear = sum(isinstance(module, torch.nn.Linear) for module in unet)
+    wide = sum(is_spatial(module) for module in unet)
+    return (linear, len(unet) - linear - wide, wide), len(sites) - len(unet)
+
+
+@pytest.mark.parametrize(("size", "preset"), COUNTS)
+def test_a_preset_takes_what_lycoris_takes(size: str, preset: str, true_sizes: Any) -> None:
+    assert counted(of_preset(true_sizes[size], PRESETS[preset])) == COUNTS[size, preset]
+
+
+def test_a_preset_of_everything_gives_convolutions_the_same_rank(toy: Toy) -> None:
+    network = lora(3, 1.5, targets=[unet_targets(toy)], preset="unet-only")
+    assert {adapter.site.path: adapter.rank for adapter in network.adapters} == {
+        "downsamplers.0": 3, "resnets.0": 3, "attentions.0.proj_in": 3, "attentions.0.to_q": 3
+    }  # fmt: skip
+    network = lora(3, 1.5, targets=[unet_targets(toy)], preset="unet-only", conv_dim=2)
+    assert {adapter.site.path for adapter in network.adapters if adapter.rank == 2} == {"downsamplers.0"}
+
+
+def test_patterns_leave_layers_out_of_model_and_file(toy: Toy, caplog: Any) -> None:
+    targets = [unet_targets(toy)]
+
+    def adapted(**arguments: str) -> set[str]:
+        return {adapter.site.path for adapter in lora(2, 1, targets=targets, conv_dim=2, **arguments).adapters}
+
+    everything = adapted()
+    assert len(everything) == 4
+    with caplog.at_level(logging.INFO):
+        assert adapted(exclude_patterns="['.*resnets.*', r'.*to_q']") == everything - {"resnets.0", "attentions.0.to_q"}
+    assert "2 of 4 layers get no adapter" in caplog.text
+    assert adapted(exclude_patterns=".*attentions.*", include_patterns="['.*to_q']") == everything - {
+        "attentions.0.proj_in"
+    }
+    assert adapted(include_patterns="attentions.*") == {"attentions.0.proj_in", "attentions.0.to_q"}
+    assert adapted(include_patterns="lora_unet_resnets_0") == {"resnets.0"}  # its name in files
+    network = lora(2, 1, targets=targets, include_patterns=".*to_q")
+    network.attach()
+    assert {key.partition(".")[0] for key in network.tensors()} == {"lora_unet_attentions_0_to_q"}
+
+
+def test_ranks_by_pattern(toy: Toy) -> None:
+    network = lora(4, 2, targets=[unet_targets(toy)], network_reg_dims=".*proj_in=2, .*to_q=8,.*attentions.*=1")
+    assert {adapter.site.path: (adapter.rank, adapter.scale) for adapter in network.adapters} == {
+        "attentions.0.proj_in": (2, 1.0), "attentions.0.to_q": (8, 0.25)
+    }  # fmt: skip
+    network = lora(4, 2, targets=[unet_targets(toy)], network_reg_dims="downsamplers.*=2")
+    assert {adapter.site.path for adapter in network.adapters} == {
+        "downsamplers.0", "attentions.0.proj_in", "attentions.0.to_q"
+    }  # fmt: skip
+
+
+MISTAKES = {
+    "preset=attn-onyl": "preset: 'attn-onyl' is unknown, did you mean 'attn-only'? Known: attn-mlp, ",
+    "preset=attn-only": "preset: this model does not define 'attn-only'; it has attn-mlp, full, ",
+    "include_patterns=.*(": "include_patterns: '.*(' is not a regular expression: ",
+    "include_patterns=attentions.0.to_p": "'attentions.0.to_p' matches no layer as a whole, did you mean 'attentions",
+    "include_patterns=[1]": "include_patterns: [1] is no list of texts, such as ['.*attn1.*', '.*ff.*']",
+    "exclude_patterns=['a'": "exclude_patterns: ['a' is no list of texts",
+    "exclude_patterns=.*": "include_patterns, exclude_patterns: they leave no layer to adapt",
+    "network_reg_dims=.*=x": "network_reg_dims: '.*=x' is not of the form pattern=rank,pattern=rank",
+    "network_reg_dims=.*=0": "network_reg_dims: 0 is not a rank",
+    "network_reg_dims=.*tok=3": "network_reg_dims: '.*tok' matches no layer as a whole",
+}
+
+
+@pytest.mark.parametrize("word", MISTAKES)
+def test_mistakes(word: str, toy: Toy) -> None:
+    name, _, text = word.partition("=")
+    with pytest.raises(UserError) as caught:
+        lora(2, 1, targets=[unet_targets(toy)], **{name: text})
+    assert MISTAKES[word] in str(caught.value)
+
+
+def test_presets_are_described() -> None:
+    assert PRESETS["attn-mlp"] == Preset()
+    assert all(preset.blocks or preset.conv for preset in PRESETS.values())
+
+
+# -- networks.lycoris
+
+
+def arguments(*words: str) -> tuple[str | None, dict[str, Any]]:
+    values, unchecked = kinds.arguments("networks.lycoris", words, from_file=False)
+    assert not unchecked
+    return kinds.kind_of("networks.lycoris", words), values
+
+
+def test_algo_names_the_kind() -> None:
+    assert arguments() == ("lora", {"preset": "full"})
+    assert arguments("algo=LoCon", "conv_dim=4", "use_cp=True") == (
+        "lora", {"preset": "full", "conv_dim": 4, "use_tucker": True}
+    )  # fmt: skip
+    assert arguments("algo=lora", "preset=attn-mlp", "dora_wd=True") == (
+        "dora",
+        {"preset": "attn-mlp", "dora_wd": True},
+    )
+
+
+def test_arguments_that_guis_write_for_every_algo_are_left_out_with_a_warning(caplog: Any) -> None:
+    assert arguments("factor=8", "train_on_input=False", "bypass_mode=False")[1] == {"preset": "full"}
+    assert "--network_args: without effect with lora: factor" in caplog.text
+    assert "train_on_input" not in caplog.text
+    assert "bypass_mode" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("algo=lorka",), "--network_args: algo=lorka: unknown, did you mean 'lora'? Known: lora, locon, "),
+        (("use_scalar=True",), "use_scalar=True: networks.lycoris does not have it, lycoris.kohya does"),
+        (("fcator=8",), "takes no 'fcator'"),
+    ],
+)
+def test_wrong_words_of_lycoris(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        arguments(*words)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_takes_presets_and_patterns(kind: str, toy: Toy) -> None:
+    for arguments, expected in (
+        ({"include_patterns": ".*to_q"}, {"attentions.0.to_q"}),
+        ({"preset": "attn-mlp"}, {"attentions.0.to_q", "attentions.0.proj_in"}),
+    ):
+        network = create(kind, [unet_targets(toy)], Asked(seed=1), arguments)
+        assert {adapter.site.path for adapter in network.adapters} == expected
