@@ -235,6 +235,9 @@ class ForeignNetwork(TrainableNetwork):
     def counts(self) -> dict[str, int]:
         return {}
 
+    def layer_counts(self) -> dict[str, dict[str, int]]:
+        return {}
+
     def parameter_counts(self) -> dict[str, int]:
         return {}
 

@@ -106,6 +106,10 @@ class TrainableNetwork(nn.Module, ABC):
         """Adapted layers per section of the model, text encoders first; empty: not known."""
 
     @abstractmethod
+    def layer_counts(self) -> dict[str, dict[str, int]]:
+        """The same by the last words of the layers' names ("attn1.to_q"), for the sections of `counts`."""
+
+    @abstractmethod
     def parameter_counts(self) -> dict[str, int]:
         """Trained numbers per section, for the sections of `counts`."""
 
@@ -156,6 +160,12 @@ class Network(TrainableNetwork):
 
     def counts(self) -> dict[str, int]:
         return {section: len(adapters) for section, adapters in self.sections().items()}
+
+    def layer_counts(self) -> dict[str, dict[str, int]]:
+        return {
+            section: dict(Counter(adapter.site.short for adapter in adapters))
+            for section, adapters in self.sections().items()
+        }
 
     def layers(self) -> list[str]:
         return [adapter.site.name for adapter in self.adapters]

@@ -33,6 +33,11 @@ class Site:
     depth: int | None = None  # its block, or its layer of a text encoder: the larger, the farther from the input
 
     @property
+    def short(self) -> str:
+        """The last two words of its path, without numbers: "attn1.to_q"."""
+        return ".".join([word for word in self.path.split(".") if not word.isdecimal()][-2:])
+
+    @property
     def spatial(self) -> bool:
         """Whether this is a convolution wider than 1x1: such layers have a rank of their own."""
         return is_spatial(self.module)

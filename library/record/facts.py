@@ -34,11 +34,13 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """The adapters on one part of the model ("unet"), and their parameters."""
+    """The adapters on one part of the model ("unet"), and their parameters. `layers`: how many on the layers of each
+    name ("attn1.to_q"); empty where it is not known."""
 
     part: str
     count: int
     parameters: int
+    layers: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from library.record.facts import Captions, Decay, Facts, Images, Model, Network, Rates, Validation
+from library.record.facts import Adapters, Captions, Decay, Facts, Images, Model, Network, Rates, Validation
 
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
@@ -28,11 +28,14 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     """Label and text of each line; a line without a label belongs to the one before."""
     yield "model", model(facts.model)
     if files := facts.model.base_weights:
-        merged = ", ".join(f"{item.file} × {item.multiplier:g}" for item in files)
+        merged = ", ".join(f"{file.file} × {file.multiplier:g}" for file in files)
         yield "", f"merged into it: {merged}"
     yield "network", f"{network(facts.network)}: {_parameters(facts.network)}"
-    for item in facts.images:
-        yield "images", _images(item)
+    for item in facts.network.adapters:
+        if item.layers:
+            yield "", f"{item.part}: {_layers(item)}"
+    for folder in facts.images:
+        yield "images", _images(folder)
     yield from _captions(facts.captions)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
@@ -69,6 +72,15 @@ def network(facts: Network) -> str:
 def _parameters(facts: Network) -> str:
     parts = "".join(f"{item.part} {item.count} modules, " for item in facts.adapters)
     return f"{parts}{facts.parameters:,} trainable parameters"
+
+
+def _layers(facts: Adapters) -> str:
+    """ "16 each of attn1.to_q, attn1.to_k; 1 of conv_in"."""
+    names: dict[int, list[str]] = {}
+    for name, number in facts.layers:
+        names.setdefault(number, []).append(name)
+    each = (f"{number}{' each' * (len(own) > 1)} of {', '.join(own)}" for number, own in names.items())
+    return "; ".join(each)
 
 
 def _images(facts: Images) -> str:

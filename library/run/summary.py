@@ -73,14 +73,16 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
 
 def _network(plan: Plan, run: Run) -> facts.Network:
     network, wanted = run.network, plan.options.network
-    parameters = network.parameter_counts()
+    parameters, layers = network.parameter_counts(), network.layer_counts()
     return facts.Network(
         module=wanted.network_module,
         dim=wanted.network_dim,
         ranks=network.ranks(),
         alpha=wanted.network_alpha,
         adapters=tuple(
-            facts.Adapters(part=part, count=count, parameters=parameters[part])
+            facts.Adapters(
+                part=part, count=count, parameters=parameters[part], layers=tuple(layers.get(part, {}).items())
+            )
             for part, count in network.counts().items()
         ),
         parameters=sum(parameter.numel() for parameter in run.parameters),
