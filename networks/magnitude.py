@@ -189,7 +189,7 @@ class WithMagnitude(WithRank):
 def norms_of(weight: Tensor, axis: Axis) -> Tensor:
     """The norm of each row, [out, 1, …], or input channel, [1, in, …], in fp32."""
     other = [place for place in range(weight.ndim) if place != _AXES[axis]]
-    return torch.linalg.vector_norm(weight.detach(), dim=other, keepdim=True, dtype=torch.float32)
+    return torch.linalg.vector_norm(weight.detach().float(), dim=other, keepdim=True)
 
 
 def _shape(weight: Shape, axis: Axis) -> list[int]:
