@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -226,10 +225,10 @@ def test_a_row_scale_without_its_axis_is_read() -> None:
 
 
 @pytest.fixture
-def tucker() -> Iterator[LoRA]:
+def tucker() -> LoRA:
     adapter = adapter_on(layer_of("3x3"), Form(tucker=True))
     randomize(adapter, 0.5)
-    yield adapter
+    return adapter
 
 
 def test_tucker_is_its_sum(tucker: LoRA) -> None:
