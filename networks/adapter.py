@@ -43,7 +43,7 @@ class Adapter(nn.Module):
     """An adapter that adds `multiplier * delta()` to the weight of its layer.
 
     A kind has `NAME`, `NOUN`, `NAMES`, `shapes`, `initialise`, `delta_of` and `rescale`. It may have a faster
-    `share` or `norm`. One that is not additive has an `effective_weight` and a `forward` of its own.
+    `share` or `norm`. One that is not additive (`OnWeight`) has an `effective_weight` and a `forward` of its own.
 
     The adapter takes the place of the layer's `forward` and calls the layer's own as `base_forward`. The layer itself
     is held outside of the module tree, so that `state_dict` and `parameters` see the adapter alone.
@@ -57,6 +57,8 @@ class Adapter(nn.Module):
     ROLES: ClassVar[Mapping[str, Role]] = MappingProxyType({})  # for optimizers: the halves of a product, by tensor
     SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
     SIZES: ClassVar[type[LayerSizes]] = LayerSizes  # `Sizes` of its file
+    LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)  # that it can sit on
+    LINEAR: ClassVar[bool] = True  # whether the effective weight is W + multiplier * delta
 
     scale: float = 1.0  # of `delta`, for optimizers
 
@@ -203,6 +205,11 @@ class Adapter(nn.Module):
         """The weight with which the layer alone gives what it gives with the adapter; fp32, where `weight` lies."""
         return weight.float() + cls.delta_of(tensors, weight.shape).to(weight.device) * multiplier
 
+    @classmethod
+    def effective_bias(cls, bias: Tensor, tensors: Mapping[str, Tensor], multiplier: float) -> Tensor:
+        """The bias that goes with `effective_weight`: the layer's own, for kinds that leave it alone."""
+        return bias
+
     def norm(self) -> Tensor:
         """Frobenius norm of `delta`, a 0-d fp32 tensor."""
         return self.delta().norm()
@@ -245,6 +252,14 @@ class Adapter(nn.Module):
     def is_zero(self) -> bool:
         """Whether `delta` is zero everywhere."""
         return not bool(self.delta().any())
+
+
+class OnWeight(Adapter):
+    """An adapter whose difference depends on the layer's weight. A kind has an `effective_weight` and a `forward`."""
+
+    def delta(self) -> Tensor:
+        weight = self.site.module.weight.detach().float()
+        return self.effective_weight(weight, self.tensors(), 1.0) - weight
 
 
 class WithRank(Adapter):

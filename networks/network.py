@@ -223,8 +223,10 @@ class Network(TrainableNetwork):
         """
         for adapter in self.adapters:
             assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
-            weight = adapter.site.module.weight
-            weight.copy_(adapter.effective_weight(weight, adapter.tensors(), adapter.multiplier))
+            layer, tensors = adapter.site.module, adapter.tensors()
+            layer.weight.copy_(adapter.effective_weight(layer.weight, tensors, adapter.multiplier))
+            if layer.bias is not None:
+                layer.bias.copy_(adapter.effective_bias(layer.bias, tensors, adapter.multiplier))
 
     # -- training
 
