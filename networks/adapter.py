@@ -7,6 +7,7 @@ tensors it has and what they add to a layer's weight; everything else has a defa
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -142,8 +143,9 @@ class Adapter(nn.Module):
     @classmethod
     def refuse_without(cls, asked: Asked, *names: str) -> None:
         """`UserError` for options of these names, which this kind has no use for, unless they have their defaults."""
+        given = asdict(asked)
         for name in names:
-            value = getattr(asked, name)
+            value = given[name]
             if value is not None and value != _UNSET[name]:
                 lacks = "rank" if name == "dim" else name
                 raise UserError(f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {lacks}")

@@ -1,8 +1,8 @@
 """BOFT: rotates the outputs of a layer in stages of blocks, which mix ever farther ones.
 
-`--network_module networks.boft` (Liu et al. 2024, arXiv 2311.06243). The stages are those of a butterfly, as in a fast Fourier transform, each with OFT's
-rotations (networks/oft.py) between outputs that lie 2^stage half blocks apart: a full orthogonal matrix from few
-numbers. With the multiplier m each stage is `I + m * (R - I)`. The tensors are those of LyCORIS' boft.
+`--network_module networks.boft` (Liu et al. 2024, arXiv 2311.06243). The stages are those of a butterfly, as in a fast
+Fourier transform, each with OFT's rotations (networks/oft.py) between outputs that lie 2^stage half blocks apart: a
+full orthogonal matrix from few numbers. With the multiplier m each stage is `I + m * (R - I)`. The tensors are those of LyCORIS' boft.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _USUAL_SIZE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes(RotationSizes):
-    """`--network_dim` is the largest size of a block, conv_dim that on k x k convolutions; without it they are left out,
-    and with them the ResNet blocks."""
+    """`--network_dim` is the largest size of a block, conv_dim that on k x k convolutions; without it the ResNet blocks
+    are left out."""
 
     conv_dim: int | None = None
 

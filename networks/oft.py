@@ -1,8 +1,8 @@
 """OFT: rotates the outputs of a layer in blocks (Qiu et al. 2023, arXiv 2306.07280).
 
 `--network_module networks.oft`. Block k of the weight's rows becomes `R_k^T W_k`, with R = (I + Q)(I - Q)^-1 (Cayley)
-and Q = B - B^T, which is skew, so that R is orthogonal. B starts at 0. With the multiplier m: `W + m * (R^T W - W)`. The
-tensors are those of LyCORIS' diag-oft and of kohya's networks.oft.
+and Q = B - B^T, which is skew, so that R is orthogonal. B starts at 0. With the multiplier m: `W + m * (R^T W - W)`.
+The tensors are those of LyCORIS' diag-oft and of kohya's networks.oft.
 """
 
 from __future__ import annotations
