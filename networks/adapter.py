@@ -7,7 +7,8 @@ tensors it has and what they add to a layer's weight; everything else has a defa
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import asdict
+from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -42,8 +43,8 @@ class Holder(nn.Module):
 class Adapter(nn.Module):
     """An adapter that adds `multiplier * delta()` to the weight of its layer.
 
-    A kind has `NAME`, `NOUN`, `NAMES`, `shapes`, `initialise`, `delta_of` and `rescale`. It may have a faster
-    `share` or `norm`. One that is not additive has an `effective_weight` and a `forward` of its own.
+    A kind has `NAME`, `NOUN`, `NAMES`, `shapes`, `initialise`, `delta_of` and `shrink`. It may have a faster
+    `share` or `norm`. One that is not additive (`OnWeight`) has an `effective_weight` and a `forward` of its own.
 
     The adapter takes the place of the layer's `forward` and calls the layer's own as `base_forward`. The layer itself
     is held outside of the module tree, so that `state_dict` and `parameters` see the adapter alone.
@@ -57,6 +58,8 @@ class Adapter(nn.Module):
     ROLES: ClassVar[Mapping[str, Role]] = MappingProxyType({})  # for optimizers: the halves of a product, by tensor
     SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
     SIZES: ClassVar[type[LayerSizes]] = LayerSizes  # `Sizes` of its file
+    LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)  # that it can sit on
+    LINEAR: ClassVar[bool] = True  # whether the effective weight is W + multiplier * delta
 
     scale: float = 1.0  # of `delta`, for optimizers
 
@@ -72,7 +75,7 @@ class Adapter(nn.Module):
             )
         self.site, self.seed = site, seed
         self.multiplier = 1.0
-        self.base_forward: Callable[[Tensor], Tensor] = layer.forward
+        self._on_top_of(layer.forward)
         outline = layer.weight.is_meta  # not trained: its adapter costs nothing
         for name, shape in self.shapes(layer.weight.shape).items():
             self._declare(name, torch.empty(tuple(shape), device="meta" if outline else "cpu"))
@@ -113,7 +116,7 @@ class Adapter(nn.Module):
         """The difference that a layer's tensors, as files have them, make to a weight of this shape; fp32."""
         raise NotImplementedError
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         """Multiply `delta` by `ratio`, in place."""
         raise NotImplementedError
 
@@ -134,11 +137,23 @@ class Adapter(nn.Module):
     @classmethod
     def as_in_file(cls, site: Site, tensors: Mapping[str, Tensor], asked: Asked, settings: RateSettings) -> Self:
         """An adapter of the size that a layer has in a file; the tensors are not loaded yet."""
-        without = {"dim": "rank", "alpha": "alpha", "dropout": "dropout"}
-        for name, value in (("dim", asked.dim), ("alpha", asked.alpha), ("dropout", asked.dropout)):
+        cls.refuse_without(asked, "dim", "alpha", "dropout")
+        return cls(site, form=cls.form_in(site, tensors), seed=asked.seed)
+
+    @classmethod
+    def refuse_without(cls, asked: Asked, *names: str) -> None:
+        """`UserError` for options of these names, which this kind has no use for, unless they have their defaults."""
+        given = asdict(asked)
+        for name in names:
+            value = given[name]
             if value is not None and value != _UNSET[name]:
-                raise UserError(f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {without[name]}")
-        return cls(site, seed=asked.seed)
+                lacks = "rank" if name == "dim" else name
+                raise UserError(f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {lacks}")
+
+    @classmethod
+    def form_in(cls, site: Site, tensors: Mapping[str, Tensor]) -> object:
+        """The `form` that a layer's tensors have in a file."""
+        return None
 
     # -- on the layer
 
@@ -154,18 +169,20 @@ class Adapter(nn.Module):
         The delta takes the dtype of `x`, not the other way round: it is small and `x` is not. Where autocast is on it
         has the last word; where it is off, a base in bf16 runs with adapters in fp32.
         """
-        layer, delta = self.site.module, (self.delta_in_forward() * self.multiplier).to(x.dtype)
-        if isinstance(layer, nn.Conv2d):
-            return F.conv2d(x, delta, None, layer.stride, layer.padding, layer.dilation)
-        return F.linear(x, delta)
+        return product(self.site.module, x, (self.delta_in_forward() * self.multiplier).to(x.dtype), None)
 
     def delta_in_forward(self) -> Tensor:
         """`delta`, or in training what is left of it."""
         return self.delta()
 
+    def _on_top_of(self, forward: Callable[[Tensor], Tensor]) -> None:
+        self.base_forward = forward
+        # whether that is the layer's own, with its weight and bias, and not another adapter's
+        self.alone = forward == MethodType(type(self.site.module).forward, self.site.module)
+
     def attach(self) -> None:
         """Run on every forward of the layer from now on."""
-        self.base_forward = self.site.module.forward
+        self._on_top_of(self.site.module.forward)
         vars(self.site.module)["forward"] = self.forward
 
     def detach(self) -> None:
@@ -202,6 +219,11 @@ class Adapter(nn.Module):
     def effective_weight(cls, weight: Tensor, tensors: Mapping[str, Tensor], multiplier: float) -> Tensor:
         """The weight with which the layer alone gives what it gives with the adapter; fp32, where `weight` lies."""
         return weight.float() + cls.delta_of(tensors, weight.shape).to(weight.device) * multiplier
+
+    @classmethod
+    def effective_bias(cls, bias: Tensor, tensors: Mapping[str, Tensor], multiplier: float) -> Tensor:
+        """The bias that goes with `effective_weight`: the layer's own, for kinds that leave it alone."""
+        return bias
 
     def norm(self) -> Tensor:
         """Frobenius norm of `delta`, a 0-d fp32 tensor."""
@@ -245,6 +267,14 @@ class Adapter(nn.Module):
     def is_zero(self) -> bool:
         """Whether `delta` is zero everywhere."""
         return not bool(self.delta().any())
+
+
+class OnWeight(Adapter):
+    """An adapter whose difference depends on the layer's weight. A kind has an `effective_weight` and a `forward`."""
+
+    def delta(self) -> Tensor:
+        weight = self.site.module.weight.detach().float()
+        return self.effective_weight(weight, self.tensors(), 1.0) - weight
 
 
 class WithRank(Adapter):
@@ -356,11 +386,6 @@ class WithRank(Adapter):
         """The `form` of a new adapter. `UserError` for settings that do not fit the layer."""
         return None
 
-    @classmethod
-    def form_in(cls, site: Site, tensors: Mapping[str, Tensor]) -> object:
-        """The `form` that a layer's tensors have in a file."""
-        return None
-
     def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Old files have no alpha: it is the rank; some programs write it as a list of one."""
         alpha = tensors.get("alpha", torch.tensor(float(self.rank)))
@@ -386,6 +411,13 @@ def _read_scale(module: WithRank, _: object) -> None:
     """A file's alpha is part of what it does: weights loaded with it act as they did when they were saved."""
     module.scale = module.scale_for(module.alpha.item(), module.rank)
     module.set_multiplier(module.multiplier)
+
+
+def product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The operation of a Linear or a Conv2d with another weight and bias."""
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+    return F.linear(x, weight, bias)
 
 
 def generator_for(adapter: Adapter, tensor: str) -> torch.Generator | None:

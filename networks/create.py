@@ -14,7 +14,7 @@ from networks.fused import split
 from networks.layers import choose, of_preset, preset_of
 from networks.network import Network
 from networks.settings import Asked, PlusSettings, RateSettings
-from networks.sites import blocks_of, find_sites, in_names_of
+from networks.sites import blocks_of, find_norms, find_sites, in_names_of
 
 if TYPE_CHECKING:
     from library.models.family import AdapterTargets
@@ -94,7 +94,7 @@ def _as_in_file(
     settings: RateSettings | None,
 ) -> list[Adapter]:
     """An adapter for each layer of the model that the file has, of one of these kinds."""
-    sites = find_sites(targets, conv=True)
+    sites = [*find_sites(targets, conv=True), *find_norms(targets, conv=True)]
     if any(site.fused for site in sites):
         file = AdapterFile.of(split(file.tensors, sites), file.source)
     layers = {name: layer for name, layer in file.layers.items() if layer.kind in classes}
@@ -102,7 +102,7 @@ def _as_in_file(
     adapters = [
         classes[layer.kind].as_in_file(site, layer.tensors, asked, settings or classes[layer.kind].SETTINGS())
         for site in sites
-        if (layer := names.get(site.name)) is not None
+        if (layer := names.get(site.name)) is not None and isinstance(site.module, classes[layer.kind].LAYERS)
     ]
     if not adapters:
         raise UserError(

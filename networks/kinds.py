@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 KINDS = {
     "lora": "networks.lora.LoRA",
     "dora": "networks.dora.DoRA",
+    "oft": "networks.oft.OFT",
+    "boft": "networks.boft.BOFT",
+    "ia3": "networks.ia3.IA3",
+    "full": "networks.full.Full",
+    "norm": "networks.norm.Norm",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

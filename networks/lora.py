@@ -152,7 +152,7 @@ class LoRA(WithMagnitude):
             return super().is_zero()
         return not (self.lora_up.weight.any() and self.lora_down.weight.any())
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         self.lora_down.weight.mul_(ratio**0.5)
         self.lora_up.weight.mul_(ratio**0.5)
 

@@ -199,7 +199,7 @@ def _shape(weight: Shape, axis: Axis) -> list[int]:
 def low_rank_squares(weight: Tensor, down: Tensor, up: Tensor, scale: float, axis: Axis) -> Tensor:
     """By how much scale * up @ down changes the squared norms of `weight`, through products of r columns.
 
-    down: [r, in, …] in the weight's form. up: [out, r]. |w + d|² = |w|² + 2 w·d + |d|², |d|² through a Gram matrix.
+    down: [r, in, …] in the weight's form. up: [out, r]. |w + d|² = |w|² + 2 w·d + |d|², with |d|² from a Gram matrix.
     The product with the weight is formed in the weight's dtype (fp16 and bf16: 8 bits of it matter, since it is small
     beside |w|²).
     """

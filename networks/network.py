@@ -233,8 +233,10 @@ class Network(TrainableNetwork):
         """
         for adapter in self.adapters:
             assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
-            weight = adapter.site.module.weight
-            weight.copy_(adapter.effective_weight(weight, adapter.tensors(), adapter.multiplier))
+            layer, tensors = adapter.site.module, adapter.tensors()
+            layer.weight.copy_(adapter.effective_weight(layer.weight, tensors, adapter.multiplier))
+            if layer.bias is not None:
+                layer.bias.copy_(adapter.effective_bias(layer.bias, tensors, adapter.multiplier))
 
     # -- training
 
@@ -273,7 +275,7 @@ class Network(TrainableNetwork):
         norms: list[float] = self.norms().tolist()  # the host waits for the device once
         over = [(adapter, norm) for adapter, norm in zip(adapters, norms, strict=True) if norm > limit]
         for adapter, norm in over:
-            adapter.rescale(limit / norm)
+            adapter.shrink(limit / norm)
         norms = [min(norm, limit) for norm in norms]
         return len(over), sum(norms) / len(norms), max(norms)
 
@@ -326,7 +328,10 @@ class Network(TrainableNetwork):
 
     def save(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """In kohya's names."""
-        tensors = {key: value.to("cpu", dtype or value.dtype).contiguous() for key, value in self.tensors().items()}
+        tensors = {
+            key: value.to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+            for key, value in self.tensors().items()
+        }
         if str(file).endswith(".safetensors"):
             save_file(tensors, file, dict(metadata) if metadata else None)
         else:
@@ -340,9 +345,9 @@ class Network(TrainableNetwork):
         for name in report.matched:
             adapter = self.get_submodule(name)
             assert isinstance(adapter, Adapter)
-            before = adapter.scale
+            before = _alpha(adapter)
             adapter.load_state_dict(modules[name])
-            changed += adapter.scale != before
+            changed += _alpha(adapter) != before
         if changed:
             logger.warning(
                 "%s: alpha differs from the one given in %d modules: the file's is used", file.source, changed
@@ -359,6 +364,11 @@ class Network(TrainableNetwork):
                 modules[adapter.site.name] = adapter.completed(own)
         flat = {f"{name}.{key}": tensor for name, own in modules.items() for key, tensor in own.items()}
         return compare(self.state_dict(), flat), modules
+
+
+def _alpha(adapter: Adapter) -> float | None:
+    alpha = dict(adapter.named_buffers()).get("alpha")
+    return None if alpha is None else alpha.item()
 
 
 def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[float | None]:

@@ -24,7 +24,7 @@ class Site:
     name: str  # in files: lora_unet_down_blocks_0_attentions_0_proj_in
     section: str  # "unet", "text_encoder"; with several encoders "text_encoder_1", "text_encoder_2"
     part: str  # "unet" or "text_encoder"
-    module: nn.Linear | nn.Conv2d
+    module: nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
     path: str = ""  # the same with dots and without the prefix: down_blocks.0.attentions.0.proj_in
     alias: str = ""  # its name in files in diffusers' or PEFT's naming, where that is another one
     block: int | None = None  # the numbered block that it lies in
@@ -58,10 +58,7 @@ def find_sites(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
     A part in which nothing matches is a `UserError`: training it would do nothing.
     """
 
-    def wanted(target: AdapterTargets, path: str, module: nn.Module) -> bool:
-        return target.linear.fullmatch(path) is not None or (conv and target.conv.fullmatch(path) is not None)
-
-    sites = sites_where(targets, wanted)
+    sites = sites_where(targets, lambda target, path, module: _matches(target, path, conv=conv))
     found = {site.prefix for site in sites}
     for target in targets:
         if target.prefix not in found:
@@ -89,7 +86,43 @@ def sites_where(targets: Sequence[AdapterTargets], wanted: Wanted) -> list[Site]
     return sites
 
 
-def _site(target: AdapterTargets, section: str, path: str, module: nn.Linear | nn.Conv2d) -> Site:
+def _matches(target: AdapterTargets, path: str, *, conv: bool) -> bool:
+    return target.linear.fullmatch(path) is not None or (conv and target.conv.fullmatch(path) is not None)
+
+
+def find_norms(targets: Sequence[AdapterTargets], *, conv: bool) -> list[Site]:
+    """The LayerNorms and GroupNorms that lie in one module with layers that `find_sites` finds, or around them; those
+    of a UNet are in its blocks.
+
+    Text encoders are left out: their norms have no names in LyCORIS' files, and ComfyUI reads none of them.
+    """
+    return [
+        _site(target, target.part, path, module)
+        for target in targets
+        if target.part != "text_encoder"
+        for path, module in _norms_around(target, conv=conv)
+    ]
+
+
+def _norms_around(target: AdapterTargets, *, conv: bool) -> list[tuple[str, nn.LayerNorm | nn.GroupNorm]]:
+    """Without those that have no weight, and those of the whole model."""
+    around: set[str] = set()
+    for path, module in target.root.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and _matches(target, path, conv=conv):
+            while path := path.rpartition(".")[0]:
+                around.add(path)
+    return [
+        (path, module)
+        for path, module in target.root.named_modules()
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm)
+        and module.weight is not None
+        and path.rpartition(".")[0] in around
+    ]
+
+
+def _site(
+    target: AdapterTargets, section: str, path: str, module: nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
+) -> Site:
     name = target.name(path)
     block = None if target.blocks is None else target.blocks.number(name)
     layer = None if target.layer is None else target.layer.fullmatch(name)

@@ -36,15 +36,19 @@ class Toy(nn.Module):
         super().__init__()
         self.downsamplers = nn.ModuleList([nn.Conv2d(4, 8, 3, stride=2, padding=1)])
         self.resnets = nn.ModuleList([nn.Linear(8, 8)])
-        self.attentions = nn.ModuleList([nn.ModuleDict({"proj_in": nn.Conv2d(8, 8, 1), "to_q": nn.Linear(8, 6)})])
+        attention = {"proj_in": nn.Conv2d(8, 8, 1), "to_q": nn.Linear(8, 6)}
+        self.attentions = nn.ModuleList(
+            [nn.ModuleDict(attention | {"norm": nn.GroupNorm(2, 8), "norm1": nn.LayerNorm(8)})]
+        )
         self.conv_out = nn.Linear(6, 6)  # never adapted
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.downsamplers[0](x)
         hidden = hidden + self.resnets[0](hidden.mean((2, 3)))[:, :, None, None]
-        tokens = self.attentions[0]["proj_in"](hidden).flatten(2).transpose(1, 2)
-        return self.conv_out(self.attentions[0]["to_q"](tokens)).mean(1)
+        attention = self.attentions[0]
+        tokens = attention["proj_in"](attention["norm"](hidden)).flatten(2).transpose(1, 2)
+        return self.conv_out(attention["to_q"](attention["norm1"](tokens))).mean(1)
 
 
 def unet_targets(unet: nn.Module) -> AdapterTargets:

@@ -65,5 +65,5 @@ class Diagonal(Adapter):
         v = F.dropout(self.diag_v, self.dropped, self.training)
         return self.delta_of({"diag_v": v}, self.site.module.weight.shape)
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         self.diag_v.mul_(ratio)
