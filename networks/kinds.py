@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KINDS = {
     "lora": "networks.lora.LoRA",
     "dora": "networks.dora.DoRA",
+    "lokr": "networks.lokr.LoKr",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

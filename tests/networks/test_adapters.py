@@ -25,6 +25,7 @@ from networks.settings import Asked
 SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "lora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
     "dora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
+    "lokr": (Asked(dim=1, alpha=0.5, seed=1), {"conv_dim": 1}),
 }
 
 
@@ -70,7 +71,7 @@ def test_the_bases_weights_are_not_part_of_the_network(kind, toy):
 
 def test_merging_gives_the_same_output(kind, toy):
     network = create(kind, toy)
-    randomize(network, 0.3)
+    randomize(network, 0.5)
     network.set_multiplier(0.7)
     with_adapter, base = toy(pixels()), None
     network.detach()
