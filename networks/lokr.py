@@ -22,7 +22,7 @@ from library.errors import UserError
 from networks import magnitude
 from networks.adapter import Adapter, Shape, generator_for
 from networks.magnitude import DORA_SCALE, Axis, WithMagnitude, axis_in
-from networks.settings import DecomposeSizes, RankSizes
+from networks.settings import DecomposeSizes, RankSettings, RankSizes
 from networks.settings import RankSettings as Settings
 from networks.sites import Site
 
@@ -74,9 +74,9 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 class LoKr(WithMagnitude):
     """The two factors on one layer. `w2`, or its part `w2_b`, starts at 0, so that a new adapter changes nothing.
 
-    Dropout is that of kohya's LoRA, between the factors: `network_dropout` drops values of what `w2_b` (or a whole `w2`)
-    returns, `rank_dropout` its channels per sample, and both make up for what is missing. (LyCORIS drops rows of delta,
-    and does not make up for them.)
+    Dropout is that of kohya's LoRA, between the factors: `network_dropout` drops values of what `w2_b` (or a whole
+    `w2`) returns, `rank_dropout` its channels per sample, and both make up for what is missing. (LyCORIS drops rows of
+    delta, and does not make up for them.)
     """
 
     NAME = "lokr"
@@ -105,8 +105,8 @@ class LoKr(WithMagnitude):
         module_dropout: float = 0.0,
         seed: int | None = None,
     ) -> None:
-        """`rank` and `alpha` have no effect where both factors are whole: the rank is then the highest that w2 can have,
-        and alpha the same, which every 16-bit format holds."""
+        """`rank` and `alpha` have no effect where both factors are whole: the rank is then the highest that w2 can
+        have, and alpha the same, which every 16-bit format holds."""
         assert isinstance(form, Form)
         if not (form.pair1 or form.pair2):
             rank, alpha = min(_inner(site.module.weight.shape, form.outer)[:2]), None
@@ -143,12 +143,12 @@ class LoKr(WithMagnitude):
         return None
 
     @classmethod
-    def form_for(cls, site: Site, rank: int, sizes: RankSizes, settings: object) -> Form:
+    def form_for(cls, site: Site, rank: int, sizes: RankSizes, settings: RankSettings) -> Form:
         """`UserError` for a factor that is none, and for decompose_both beside full_matrix."""
         assert isinstance(sizes, Sizes)
         if sizes.factor == 0 or sizes.factor < -1:
             raise UserError(
-                f"factor: {sizes.factor} is not in question, it must be 1 or more, or -1 for the nearest pair"
+                f"factor: {sizes.factor} is not in question, it must be 1 or more, or -1 for the square root"
             )
         if sizes.full_matrix and sizes.decompose_both:
             raise UserError("decompose_both: has no effect with full_matrix, which keeps both factors whole")
@@ -163,8 +163,8 @@ class LoKr(WithMagnitude):
 
     @classmethod
     def form_in(cls, site: Site, tensors: Mapping[str, Tensor]) -> Form:
-        """The shape of w1 is the file's; where the layer's sizes are no multiples of it another one, so that it does not
-        fit and `Network.load` refuses it."""
+        """The shape of w1 is the file's; where the layer's sizes are no multiples of it another one, so that it does
+        not fit and `Network.load` refuses it."""
         out, inputs = site.module.weight.shape[:2]
         o_l, i_m = _matrix(tensors, W1).shape[:2]
         if out % o_l or inputs % i_m:
@@ -174,18 +174,18 @@ class LoKr(WithMagnitude):
     @classmethod
     def joined(cls, adapters: Sequence[Adapter]) -> None:
         """Log where the factor that was asked for, the rank or alpha have no effect."""
-        adapters = [adapter for adapter in adapters if isinstance(adapter, LoKr)]
-        other = [adapter for adapter in adapters if adapter.form.factor > 0 and _takes_another_factor(adapter)]
+        ours = [adapter for adapter in adapters if isinstance(adapter, LoKr)]
+        other = [adapter for adapter in ours if adapter.form.factor > 0 and _takes_another_factor(adapter)]
         if other:
             (o_l, i_m), (o_k, i_n, *_) = other[0].form.outer, other[0].inner
             logger.warning(
                 "factor: %d divides not both sizes of %d of %d layers, which take the nearest below it, such as %s: "
                 "%d = %d x %d outputs, %d = %d x %d inputs",
-                *(other[0].form.factor, len(other), len(adapters), other[0].site.name),
+                *(other[0].form.factor, len(other), len(ours), other[0].site.name),
                 *(o_l * o_k, o_l, o_k, i_m * i_n, i_m, i_n),
             )
-        if whole := sum(not (adapter.form.pair1 or adapter.form.pair2) for adapter in adapters):
-            logger.info("LoKr: both factors are whole in %d of %d layers: no rank, no alpha", whole, len(adapters))
+        if whole := sum(not (adapter.form.pair1 or adapter.form.pair2) for adapter in ours):
+            logger.info("LoKr: both factors are whole in %d of %d layers: no rank, no alpha", whole, len(ours))
 
     @property
     def inner(self) -> tuple[int, ...]:
@@ -275,12 +275,13 @@ class LoKr(WithMagnitude):
         return found
 
     def squares_more(self, axis: Axis) -> Tensor:
-        """With the weight as [o_l, o_k, i_m, i_n, kernel]: two small products with it, and |delta|² from the factors'."""
-        o_l, i_m = self.form.outer
+        """With the weight as [o_l, o_k, i_m, i_n, kernel]: a product with w1, one with w2; |delta|² is that of both."""
         o_k, i_n, *kernel = self.inner
         tensors = self.tensors()
         w1, w2 = _matrix(tensors, W1) * self.scale, _matrix(tensors, W2).view(o_k, i_n, -1)
-        weight = self.site.module.weight.detach().to(w1.device, torch.float32).view(o_l, o_k, i_m, i_n, -1)
+        weight = (
+            self.site.module.weight.detach().to(w1.device, torch.float32).view(len(w1), o_k, -1, i_n, math.prod(kernel))
+        )
         if axis == "output":
             cross = (torch.einsum("acbdk,ab->acdk", weight, w1) * w2).sum((2, 3))
             squares = torch.outer(w1.square().sum(1), w2.square().sum((1, 2)))

@@ -90,7 +90,7 @@ def test_names_shapes_and_outputs_are_those_of_lycoris(layer_name, form):
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert {name: tuple(tensor.shape) for name, tensor in new.state_dict().items()} == shapes
     new.detach()
-    adapter = on_layer_from("lokr", layer, tensors)
+    on_layer_from("lokr", layer, tensors)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
