@@ -20,6 +20,7 @@ KINDS = {
     "lora": "networks.lora.LoRA",
     "dora": "networks.dora.DoRA",
     "lokr": "networks.lokr.LoKr",
+    "loha": "networks.loha.LoHa",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

@@ -26,6 +26,7 @@ SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "lora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
     "dora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
     "lokr": (Asked(dim=1, alpha=0.5, seed=1), {"conv_dim": 1}),
+    "loha": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 1}),
 }
 
 
