@@ -54,7 +54,7 @@ class Adapter(nn.Module):
     NOUN: ClassVar[str]  # in messages, behind "only": "plain LoRA"
     NAMES: ClassVar[tuple[str, ...]]  # the names that its tensors can have in files
     READS: ClassVar[tuple[str, ...]] = ()  # the kinds of files' layers that it reads (`adapter_file`); (): its own name
-    RAISED: ClassVar[str | None] = None  # LoRA+: the tensor that gets the raised rate
+    RAISED: ClassVar[str | None] = None  # LoRA+: the tensor that gets the raised rate (see `raises`)
     ROLES: ClassVar[Mapping[str, Role]] = MappingProxyType({})  # for optimizers: the halves of a product, by tensor
     SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
     SIZES: ClassVar[type[LayerSizes]] = LayerSizes  # `Sizes` of its file
@@ -234,6 +234,17 @@ class Adapter(nn.Module):
         """`norm` of each of these, all of this class; where that pays, a subclass takes many at once."""
         return [adapter.norm() for adapter in adapters]
 
+    # -- for optimizers
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The (down, up) tensors of ROLES whose plain product up @ down counts in the delta."""
+        names = {role: name for name, role in self.ROLES.items()}
+        return [(names["down"], names["up"])] if names else []
+
+    def raises(self, name: str) -> bool:
+        """Whether LoRA+ raises the rate of one of its tensors."""
+        return name == self.RAISED
+
     # -- in training, for kinds that do more than their forward
 
     def refuses(self, capability: Capability) -> str | None:
@@ -401,7 +412,7 @@ class WithRank(Adapter):
             hidden = F.dropout(hidden, self.dropout)
         if self.rank_dropout:
             shape = [1] * hidden.ndim
-            shape[0], shape[self.rank_axis] = hidden.shape[0], self.rank
+            shape[0], shape[self.rank_axis] = hidden.shape[0], hidden.shape[self.rank_axis]
             kept = torch.rand(shape, device=hidden.device) > self.rank_dropout
             hidden = hidden * kept / (1 - self.rank_dropout)
         return hidden

@@ -131,17 +131,18 @@ def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | Non
         if "float" not in entry.dtype and not name.endswith(_WHOLE_NUMBERS):
             raise UserError(f"{path}: {name} holds {entry.dtype}, which are no weights")
     if adapter.naming == "kohya":
-        _refuse_halves(path, index.entries)
+        _refuse_halves(path, shapes)
     return adapter
 
 
-def _refuse_halves(path: Path, entries: Mapping[str, object]) -> None:
-    """`UserError` for a layer that has some of the tensors of one of our kinds, and not all."""
-    classes = list(dict.fromkeys(kinds.readers().values()))
-    for module, own in by_module(entries).items():
-        for kind in classes:
-            if (present := set(kind.NAMES) & own.keys()) and (lacking := kind.lacking(own)) is not None:
-                raise UserError(f"{path}: {module} has a {min(present)} and no {lacking}")
+def _refuse_halves(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """`UserError` for a layer that has some of the tensors of its kind, one of ours, and not all."""
+    readers, more = kinds.readers(), kinds.tensor_names()
+    for module, own in by_module(shapes).items():
+        kind = readers.get(kind_of_layer(own, more=more))
+        if kind is not None and (lacking := kind.lacking(own)) is not None:
+            present = min(set(kind.NAMES) & own.keys())
+            raise UserError(f"{path}: {module} has a {present} and no {lacking}")
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -166,9 +167,16 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: is not a flat table of tensors, as adapter files are")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all() and not _is_idle_alpha(name, tensors):
             raise UserError(f"{path}: {name} holds NaN or infinity: the run that wrote it had diverged")
     return tensors
+
+
+def _is_idle_alpha(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is the alpha of a LoKr with two whole factors, where it has no effect: LyCORIS writes the rank, and an
+    enormous rank, which means "whole", is infinity in fp16."""
+    layer, _, end = name.rpartition(".")
+    return end == "alpha" and f"{layer}.lokr_w1" in tensors and f"{layer}.lokr_w2" in tensors
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -25,6 +25,8 @@ KINDS = {
     "ia3": "networks.ia3.IA3",
     "full": "networks.full.Full",
     "norm": "networks.norm.Norm",
+    "lokr": "networks.lokr.LoKr",
+    "loha": "networks.loha.LoHa",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

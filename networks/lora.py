@@ -146,6 +146,10 @@ class LoRA(WithMagnitude):
             norms |= zip(places, squares.sqrt().unbind(), strict=True)
         return [norms[index] * abs(adapter.scale) for index, adapter in enumerate(adapters)]
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """None with a core between the two."""
+        return [] if self.form.tucker else super().pairs()
+
     def is_zero(self) -> bool:
         """Whether a factor is zero: `up` is in a new adapter. Two factors with a zero product count as something."""
         if self.form.axis is not None:

@@ -400,20 +400,19 @@ def _groups(section: str, adapters: list[Adapter], rate: float, ratio: float | N
     """
     found: dict[tuple[float, bool], list[_Member]] = {}
     for adapter in adapters:
-        by_role = {role: adapter.get_parameter(name) for name, role in adapter.ROLES.items()}
+        partners = {up: adapter.get_parameter(down) for down, up in adapter.pairs()}
         for name, parameter in adapter.named_parameters():
             role = adapter.ROLES.get(name, "")
-            partner = by_role.get("down") if role == "up" else None
-            plus = ratio is not None and name == adapter.RAISED
-            member = _Member(f"{adapter.site.name}.{name}", parameter, role, partner)
+            plus = ratio is not None and adapter.raises(name)
+            member = _Member(f"{adapter.site.name}.{name}", parameter, role, partners.get(name))
             found.setdefault((adapter.scale, plus), []).append(member)
     usual = Counter(adapter.scale for adapter in adapters).most_common(1)[0][0]
     groups = []
     for (scale, plus), members in found.items():
         name = section + ("" if scale == usual else f"_scale_{scale:g}") + ("_plus" if plus else "")
-        names, parameters, roles, partners = map(list, zip(*members, strict=True))
+        names, parameters, roles, halves = map(list, zip(*members, strict=True))
         group: Group = {"params": parameters, "lr": rate, "name": name, "lora_scale": scale}
-        group |= {"param_names": names, "roles": roles, "partners": partners}
+        group |= {"param_names": names, "roles": roles, "partners": halves}
         if plus and ratio is not None:
             group |= {"lr": rate * ratio, "lora_plus_ratio": ratio}
         groups.append(group)

@@ -30,6 +30,8 @@ SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "ia3": (Asked(seed=1), {"enable_all_linear": True, "enable_conv": True}),
     "full": (Asked(seed=1), {"enable_conv": True}),
     "norm": (Asked(seed=1), {"enable_conv": True}),
+    "lokr": (Asked(dim=1, alpha=0.5, seed=1), {"conv_dim": 1}),
+    "loha": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 1}),
 }
 
 
@@ -75,7 +77,7 @@ def test_the_bases_weights_are_not_part_of_the_network(kind, toy):
 
 def test_merging_gives_the_same_output(kind, toy):
     network = create(kind, toy)
-    randomize(network, 0.3)
+    randomize(network, 0.5)
     network.set_multiplier(0.7)
     with_adapter, base = toy(pixels()), None
     network.detach()
