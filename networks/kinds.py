@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KINDS = {
     "lora": "networks.lora.LoRA",
     "dora": "networks.dora.DoRA",
+    "lora_fa": "networks.lora_fa.LoRAFA",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

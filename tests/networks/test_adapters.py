@@ -25,6 +25,7 @@ from networks.settings import Asked
 SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "lora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
     "dora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
+    "lora_fa": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
 }
 
 
