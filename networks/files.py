@@ -19,6 +19,7 @@ from library.files.atomic import replacing
 from library.files.hashes import UNKNOWN_HASHES, write_hashes
 from library.files.header import read_metadata
 from library.files.index import read_index
+from library.files.tensors import TensorEntry
 from library.models.checkpoints.adapter_file import (
     AdapterContents,
     Naming,
@@ -135,13 +136,14 @@ def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | Non
     return adapter
 
 
-def _refuse_halves(path: Path, entries: Mapping[str, object]) -> None:
+def _refuse_halves(path: Path, entries: Mapping[str, TensorEntry]) -> None:
     """`UserError` for a layer that has some of the tensors of one of our kinds, and not all."""
-    classes = list(dict.fromkeys(kinds.readers().values()))
+    classes, more = kinds.readers(), kinds.tensor_names()
     for module, own in by_module(entries).items():
-        for kind in classes:
-            if (present := set(kind.NAMES) & own.keys()) and (lacking := kind.lacking(own)) is not None:
-                raise UserError(f"{path}: {module} has a {min(present)} and no {lacking}")
+        kind = classes.get(kind_of_layer({name: entry.shape for name, entry in own.items()}, more=more))
+        if kind is not None and (lacking := kind.lacking(own)) is not None:
+            present = min(set(kind.NAMES) & own.keys())
+            raise UserError(f"{path}: {module} has a {present} and no {lacking}")
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ KINDS = {
     "lora": "networks.lora.LoRA",
     "dora": "networks.dora.DoRA",
     "lora_fa": "networks.lora_fa.LoRAFA",
+    "adalora": "networks.adalora.AdaLoRA",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's
