@@ -22,6 +22,7 @@ KINDS = {
     "dora": "networks.dora.DoRA",
     "lora_fa": "networks.lora_fa.LoRAFA",
     "adalora": "networks.adalora.AdaLoRA",
+    "pissa": "networks.pissa.PiSSA",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

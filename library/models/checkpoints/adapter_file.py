@@ -34,6 +34,7 @@ class _Kind(NamedTuple):
 # Of the kinds whose tensors a layer has, the first counts: a DoRA is a LoRA with a dora_scale.
 _KINDS = {
     "adalora": _Kind("an AdaLoRA", r"lora_E(?:\.\w+)?|lora_target", ""),
+    "pissa": _Kind("a PiSSA", r"pissa_(?:down|up)\.weight", ""),
     "bias": _Kind("a LoRA with biases", r"lora_(?:B(?:\.\w+)?|up)\.bias|bias_(?:indices|values|size)", ""),
     "tucker": _Kind("a LoRA with Tucker cores (lora_mid)", r"lora_mid\.weight", "algo=lora use_tucker=True"),
     "loha": _Kind("a LoHa", r"hada_(?:w[12]_[ab]|t[12])", "algo=loha"),

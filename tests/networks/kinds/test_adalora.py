@@ -137,7 +137,13 @@ def test_sensitivity_budget_and_masks_are_those_of_peft_step_by_step() -> None:
     )
     made.attach()
     config = AdaLoraConfig(
-        **{"init_r": 6, "target_r": 4, "tinit": 4, "tfinal": 10, "deltaT": 2, "total_step": TOTAL, "lora_alpha": 6},
+        init_r=6,
+        target_r=4,
+        tinit=4,
+        tfinal=10,
+        deltaT=2,
+        total_step=TOTAL,
+        lora_alpha=6,
         target_modules=["attentions.0", "attentions.1"],
     )
     theirs = get_peft_model(base, config)
