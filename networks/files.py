@@ -34,7 +34,13 @@ from networks.naming import read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 
-_WHOLE_NUMBERS = (".alpha", ".on_input", ".bias_indices", ".bias_size")  # ends of names that may hold them
+_WHOLE_NUMBERS = (
+    ".alpha",
+    ".on_input",
+    ".bias_indices",
+    ".bias_size",
+    ".vera_projection",
+)  # ends of names that may hold them
 
 
 class AdapterLayer(NamedTuple):

@@ -23,6 +23,7 @@ KINDS = {
     "lora_fa": "networks.lora_fa.LoRAFA",
     "adalora": "networks.adalora.AdaLoRA",
     "pissa": "networks.pissa.PiSSA",
+    "vera": "networks.vera.VeRA",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

@@ -326,7 +326,10 @@ class Network(TrainableNetwork):
 
     def save(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """In kohya's names."""
-        tensors = {key: value.to("cpu", dtype or value.dtype).contiguous() for key, value in self.tensors().items()}
+        tensors = {
+            key: value.to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+            for key, value in self.tensors().items()
+        }
         if str(file).endswith(".safetensors"):
             save_file(tensors, file, dict(metadata) if metadata else None)
         else:

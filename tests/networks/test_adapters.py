@@ -27,6 +27,7 @@ SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "dora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
     "lora_fa": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
     "pissa": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2, "keep_form": True}),
+    "vera": (Asked(dim=3, seed=1), {"conv_dim": 2, "keep_form": True}),
     "adalora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2, "keep_form": True}),
 }
 

@@ -46,7 +46,7 @@ _KINDS = {
     "ia3": _Kind("an (IA)³", r"on_input|ia3_l(?:\.\w+)?", "algo=ia3"),
     "full": _Kind("a file of whole weight differences (diff)", r"diff(?:_b)?|set_weight|reshape_weight", "algo=full"),
     "norm": _Kind("a file of normalisation layers (w_norm)", r"[wb]_norm", "train_norm=True"),
-    "vera": _Kind("a VeRA", r"vera_lambda_[bd](?:\.\w+)?", ""),
+    "vera": _Kind("a VeRA", r"vera_lambda_[bd](?:\.\w+)?|vera_projection", ""),
     "tlora": _Kind("a T-LoRA", r"[pq]_layer\.weight|lambda_layer", "algo=tlora"),
     "lora": _Kind("a LoRA", _LORA_ENDS, "algo=lora"),
 }
