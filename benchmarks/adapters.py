@@ -80,7 +80,9 @@ def ours(unet: nn.Module, case: Case) -> Attach:
     from networks.settings import Asked
 
     where = AdapterTargets("unet", "lora_unet", unet, UNET_LINEAR, UNET_CONV, lambda path: path, blocks=SD)
-    network = create(case.kind, [where], Asked(dim=case.dim, alpha=case.alpha, seed=1), {"preset": "attn-mlp", **case.arguments})
+    network = create(
+        case.kind, [where], Asked(dim=case.dim, alpha=case.alpha, seed=1), {"preset": "attn-mlp", **case.arguments}
+    )
     network.attach(["unet"])
     network.detach()
     network.train()
@@ -203,7 +205,10 @@ def main() -> None:
             memory[0] = f"{peak(name, 'ours', options):.0f}"
             memory[1] = f"{peak(name, 'lycoris', options):.0f}" if case.lycoris is not None else "–"
         seconds = statistics.median(taken[1] for taken in rounds)
-        print(f"| {name} | {trained:,} | {seconds:.2f} | {ratio(rounds, 1, 0)} | {peer} | {' | '.join(memory)} |", flush=True)
+        print(
+            f"| {name} | {trained:,} | {seconds:.2f} | {ratio(rounds, 1, 0)} | {peer} | {' | '.join(memory)} |",
+            flush=True,
+        )
         gc.collect()
 
 

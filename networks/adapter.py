@@ -54,6 +54,7 @@ class Adapter(nn.Module):
     NOUN: ClassVar[str]  # in messages, behind "only": "plain LoRA"
     NAMES: ClassVar[tuple[str, ...]]  # the names that its tensors can have in files
     READS: ClassVar[tuple[str, ...]] = ()  # the kinds of files' layers that it reads (`adapter_file`); (): its own name
+    FROZEN: ClassVar[tuple[str, ...]] = ()  # those of its tensors that are never trained: buffers, no parameters
     RAISED: ClassVar[str | None] = None  # LoRA+: the tensor that gets the raised rate (see `raises`)
     ROLES: ClassVar[Mapping[str, Role]] = MappingProxyType({})  # for optimizers: the halves of a product, by tensor
     SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
@@ -83,12 +84,15 @@ class Adapter(nn.Module):
             self.initialise()
 
     def _declare(self, name: str, tensor: Tensor) -> None:
-        """A parameter under its name in files: "w" or "w.weight"."""
+        """A parameter, or one of the FROZEN buffers, under its name in files: "w" or "w.weight"."""
         first, dot, rest = name.partition(".")
         if dot and first not in self._modules:
             self.add_module(first, Holder())
         owner = self.get_submodule(first) if dot else self
-        owner.register_parameter(rest or first, nn.Parameter(tensor))
+        if name in self.FROZEN:
+            owner.register_buffer(rest or first, tensor)
+        else:
+            owner.register_parameter(rest or first, nn.Parameter(tensor))
 
     # -- what a kind says
 
@@ -380,8 +384,9 @@ class WithRank(Adapter):
         rank = reg_dim(site, sizes.network_reg_dims) or rank
         if not rank:
             return None
-        form, dropouts = cls.form_for(site, rank, sizes, settings), settings.with_values(asked.dropout)
-        return cls(site, rank=rank, alpha=alpha, form=form, seed=asked.seed, **dropouts)
+        form = cls.form_for(site, rank, sizes, settings)
+        rank, alpha = cls.sized(rank, alpha or rank, sizes)
+        return cls._made(site, rank, alpha, form, asked, settings)
 
     @classmethod
     def as_in_file(cls, site: Site, tensors: Mapping[str, Tensor], asked: Asked, settings: RateSettings) -> Self:
@@ -389,8 +394,25 @@ class WithRank(Adapter):
         assert isinstance(settings, RankSettings)
         rank = cls.rank_of(tensors)
         alpha = float(tensors.get("alpha", torch.tensor(rank)))
-        form, dropouts = cls.form_in(site, tensors), settings.with_values(asked.dropout)
-        return cls(site, rank=rank, alpha=alpha, form=form, seed=asked.seed, **dropouts)
+        return cls._made(site, rank, alpha, cls.form_in(site, tensors), asked, settings)
+
+    @classmethod
+    def _made(cls, site: Site, rank: int, alpha: float, form: object, asked: Asked, settings: RankSettings) -> Self:
+        dropouts = settings.with_values(asked.dropout)
+        made = cls(site, rank=rank, alpha=alpha, form=form, seed=asked.seed, **dropouts)
+        made.take(settings)
+        return made
+
+    @classmethod
+    def sized(cls, rank: int, alpha: float, sizes: RankSizes) -> tuple[int, float]:
+        """The rank and the alpha of a new adapter, from those that are asked for; neither is 0.
+
+        rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by alpha / sqrt(r): programs divide a file's alpha by r.
+        """
+        return rank, alpha * rank**0.5 if sizes.rs_lora else alpha
+
+    def take(self, settings: RankSettings) -> None:
+        """Keep what of the settings is needed after the adapter is made; checked. Raises UserError."""
 
     @classmethod
     def form_for(cls, site: Site, rank: int, sizes: RankSizes, settings: RankSettings) -> object:
@@ -407,7 +429,10 @@ class WithRank(Adapter):
         return bool(self.module_dropout) and torch.rand(()).item() < self.module_dropout
 
     def _drop(self, hidden: Tensor) -> Tensor:
-        """Dropout of single values, and of whole ranks per sample; both make up for what is missing."""
+        """Dropout of single values, and of whole ranks per sample; both make up for what is missing.
+
+        hidden: what `down` gives, with its ranks along `rank_axis`.
+        """
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout)
         if self.rank_dropout:

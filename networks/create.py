@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from library.config.registry import Arguments
 from library.errors import UserError
+from library.progress import progress
 from networks import kinds, rates
 from networks.adapter import Adapter
 from networks.files import AdapterFile
@@ -55,7 +56,9 @@ def create(
     preset = preset_of(sizes.preset)
     sites = choose(adapter.sites(targets, asked, sizes) if preset is None else of_preset(targets, preset), sizes)
     weights = rates.block_weights(settings, blocks)
-    made = [adapter.new(site, asked, sizes, settings, blocks) for site in rates.without_zero_blocks(sites, weights)]
+    left = rates.without_zero_blocks(sites, weights)
+    with progress(left, desc="initial weights", unit="layer", delay=2.0) as bar:  # seconds before it shows
+        made = [adapter.new(site, asked, sizes, settings, blocks) for site in bar]
     return _network([one for one in made if one is not None], settings, weights, multiplier=multiplier)
 
 

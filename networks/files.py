@@ -33,7 +33,13 @@ from networks.naming import read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 
-_WHOLE_NUMBERS = (".alpha", ".on_input", ".bias_indices", ".bias_size")  # ends of names that may hold them
+_WHOLE_NUMBERS = (
+    ".alpha",
+    ".on_input",
+    ".bias_indices",
+    ".bias_size",
+    ".vera_projection",
+)  # ends of names that may hold them
 
 
 class AdapterLayer(NamedTuple):
@@ -116,7 +122,7 @@ def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | Non
     adapter = describe(shapes, index.metadata, more=kinds.tensor_names()) or found.adapter
     allowed = tuple(kinds.KINDS if allowed is None else allowed)
     if purpose and not adapter.holds_only({read for kind in allowed for read in kinds.load(kind).reads()}):
-        nouns = " or ".join(kinds.load(kind).NOUN for kind in allowed)
+        nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in allowed))
         advice = f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by and "train" in purpose else ""
         raise UserError(f"{path} is {adapter.title}, and only {nouns} {purpose}{advice}")
     if adapter.naming is None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from networks.sites import Site
 
 _PAIR = {"lora_down.weight", "lora_up.weight"}
+_PLAIN = {*_PAIR, "alpha"}
 
 
 def members(sites: Iterable[Site]) -> dict[str, list[Site]]:
@@ -37,7 +38,7 @@ def fuse(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Tens
     modules = by_module(tensors)
     for name, group in members(sites).items():
         own = [modules.get(site.name, {}) for site in group]
-        if any(own) and all(not one or one.keys() >= _PAIR for one in own):
+        if any(own) and all(not one or _PAIR <= one.keys() <= _PLAIN for one in own):
             modules = {key: value for key, value in modules.items() if key not in {site.name for site in group}}
             modules[name] = _fused(own, [site.module.weight.shape[0] for site in group])
     return {f"{name}.{end}": tensor for name, own in modules.items() for end, tensor in own.items()}
@@ -72,7 +73,7 @@ def split(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Ten
     for name, group in members(sites).items():
         own = modules.get(name)
         rows = [site.module.weight.shape[0] for site in group]
-        if own is not None and own.keys() >= _PAIR and own["lora_up.weight"].shape[0] == sum(rows):
+        if own is not None and _PAIR <= own.keys() <= _PLAIN and own["lora_up.weight"].shape[0] == sum(rows):
             del modules[name]
             modules |= {site.name: pair for site, pair in zip(group, _split(own, rows), strict=True)}
     return {f"{name}.{end}": tensor for name, own in modules.items() for end, tensor in own.items()}

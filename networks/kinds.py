@@ -27,6 +27,10 @@ KINDS = {
     "norm": "networks.norm.Norm",
     "lokr": "networks.lokr.LoKr",
     "loha": "networks.loha.LoHa",
+    "lora_fa": "networks.lora_fa.LoRAFA",
+    "adalora": "networks.adalora.AdaLoRA",
+    "pissa": "networks.pissa.PiSSA",
+    "vera": "networks.vera.VeRA",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

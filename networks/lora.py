@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from networks.adapter import Adapter, Holder, Shape, generator_for
 from networks.magnitude import DORA_SCALE, Axis, Form, WithMagnitude, low_rank_squares
 from networks.settings import RankSettings as Settings
+from networks.settings import RankSizes
 from networks.settings import TuckerSizes as Sizes
 from networks.sites import Site
 
@@ -31,12 +32,12 @@ class LoRA(WithMagnitude):
 
     NAME = "lora"
     NOUN = "plain LoRA"
-    NAMES = (DOWN, MID, UP, DORA_SCALE)
+    NAMES: ClassVar[tuple[str, ...]] = (DOWN, MID, UP, DORA_SCALE)
     READS: ClassVar[tuple[str, ...]] = ("lora", "tucker")
     RAISED = UP  # Hayou, Ghosh, Yu 2024
     ROLES = MappingProxyType({DOWN: "down", UP: "up"})
-    SETTINGS = Settings
-    SIZES = Sizes
+    SETTINGS: ClassVar[type[Settings]] = Settings
+    SIZES: ClassVar[type[RankSizes]] = Sizes
 
     lora_down: Holder
     lora_mid: Holder
@@ -65,7 +66,7 @@ class LoRA(WithMagnitude):
         nn.init.zeros_(self.lora_up.weight)
 
     @functools.cached_property
-    def _project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    def project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         """The layer's own operation for `down` (or the core), and that of a 1x1 layer for `up`."""
         layer = self.site.module
         if not isinstance(layer, nn.Conv2d):
@@ -75,15 +76,20 @@ class LoRA(WithMagnitude):
 
     def share(self, x: Tensor) -> Tensor:
         """Down, dropout, up. The weights take the dtype of `x`, as `Adapter.share` has it."""
-        project_down, project_up = self._project
+        project_down, project_up = self.project
+        down, up = self.factors()
         if self.form.tucker:
-            hidden = project_down(F.conv2d(x, self.lora_down.weight.to(x.dtype)), self.lora_mid.weight.to(x.dtype))
+            hidden = project_down(F.conv2d(x, down.to(x.dtype)), self.lora_mid.weight.to(x.dtype))
         else:
-            hidden = project_down(x, self.lora_down.weight.to(x.dtype))
+            hidden = project_down(x, down.to(x.dtype))
         if self.drops and self.training:
             hidden = self._drop(hidden)
         # scaled while it has r channels, the output has hundreds or thousands of them
-        return project_up(hidden * self.factor, self.lora_up.weight.to(x.dtype))
+        return project_up(hidden * self.factor, up.to(x.dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down and up as the forward uses them, in the shapes of `pair_shapes`."""
+        return self.lora_down.weight, self.lora_up.weight
 
     @classmethod
     def rank_of(cls, tensors: Mapping[str, Tensor]) -> int:
@@ -92,8 +98,16 @@ class LoRA(WithMagnitude):
     @classmethod
     def product_of(cls, tensors: Mapping[str, Tensor], weight: Shape) -> Tensor:
         """up @ down, with down as [r, in * k * k] and up as [out, r]."""
-        down, up = _matrices(tensors)
+        down, up = cls.matrices(tensors, weight)
         return (up @ down).view(tuple(weight))
+
+    @classmethod
+    def matrices(cls, tensors: Mapping[str, Tensor], weight: Shape) -> tuple[Tensor, Tensor]:
+        """down as [r, in * k * k], with the core if there is one, and up as [out, r], fp32."""
+        down, up = tensors[DOWN].float().flatten(1), tensors[UP].float().flatten(1)
+        if (mid := tensors.get(MID)) is not None:
+            down = torch.einsum("pqhw,qi->pihw", mid.float(), down).flatten(1)
+        return down, up
 
     @classmethod
     def from_delta(cls, delta: Tensor, rank: int) -> dict[str, Tensor]:
@@ -109,12 +123,12 @@ class LoRA(WithMagnitude):
         return {"alpha": torch.tensor(float(len(root))), **tensors}
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        return _matrices(self.tensors())
+        return self.matrices(self.tensors(), self.site.module.weight.shape)
 
     def squares_more(self, axis: Axis) -> Tensor:
         down, up = self._pair()
         weight = self.site.module.weight
-        return low_rank_squares(weight, down.view(self.rank, *weight.shape[1:]), up, self.scale, axis)
+        return low_rank_squares(weight, down.view(-1, *weight.shape[1:]), up, self.scale, axis)
 
     def norm(self) -> Tensor:
         """Without forming the product: |UD|² = tr((UᵀU)(DDᵀ)), two r x r matrices."""
@@ -164,11 +178,3 @@ class LoRA(WithMagnitude):
 def pair_shapes(weight: Shape, rank: int) -> dict[str, Shape]:
     """down (r, in, …), up (out, r, 1 …), for a layer whose weight has the shape `weight`."""
     return {DOWN: (rank, *weight[1:]), UP: (weight[0], rank, *(1 for _ in weight[2:]))}
-
-
-def _matrices(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """down as [r, in * k * k], with the core if there is one, and up as [out, r], fp32."""
-    down, up = tensors[DOWN].float().flatten(1), tensors[UP].float().flatten(1)
-    if (mid := tensors.get(MID)) is not None:
-        down = torch.einsum("pqhw,qi->pihw", mid.float(), down).flatten(1)
-    return down, up

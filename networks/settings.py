@@ -76,6 +76,14 @@ class RankSettings(RateSettings, PlusSettings, DropoutSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnFormSettings(RankSettings):
+    """Of kinds that other programs read as plain LoRA. keep_form: write files in the kind's own form instead, with
+    which a later run can go on (`--network_weights`)."""
+
+    keep_form: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSizes:
     """Which layers get an adapter, for every kind. See `networks.layers` for what the texts mean.
 
@@ -90,8 +98,12 @@ class LayerSizes:
 @dataclass(frozen=True, kw_only=True)
 class RankSizes(LayerSizes):
     """Ranks and alphas beside `--network_dim` and `--network_alpha`: of convolutions, by block of the denoiser, and by
-    pattern of the layers' names ("pattern=rank,pattern=rank", the first that matches)."""
+    pattern of the layers' names ("pattern=rank,pattern=rank", the first that matches).
 
+    rs_lora: scale by alpha / sqrt(rank) instead of alpha / rank.
+    """
+
+    rs_lora: bool = False
     conv_dim: int | None = None
     conv_alpha: float | None = None
     block_dims: str | None = None

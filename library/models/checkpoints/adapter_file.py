@@ -33,7 +33,8 @@ class _Kind(NamedTuple):
 
 # Of the kinds whose tensors a layer has, the first counts: a DoRA is a LoRA with a dora_scale.
 _KINDS = {
-    "adalora": _Kind("an AdaLoRA", r"lora_E(?:\.\w+)?", ""),
+    "adalora": _Kind("an AdaLoRA", r"lora_E(?:\.\w+)?|lora_target", ""),
+    "pissa": _Kind("a PiSSA", r"pissa_(?:down|up)\.weight", ""),
     "bias": _Kind("a LoRA with biases", r"lora_(?:B(?:\.\w+)?|up)\.bias|bias_(?:indices|values|size)", ""),
     "tucker": _Kind("a LoRA with Tucker cores (lora_mid)", r"lora_mid\.weight", "algo=lora use_tucker=True"),
     "loha": _Kind("a LoHa", r"hada_(?:w[12]_[ab]|t[12])", "algo=loha"),
@@ -45,7 +46,7 @@ _KINDS = {
     "ia3": _Kind("an (IA)³", r"on_input|ia3_l(?:\.\w+)?", "algo=ia3"),
     "full": _Kind("a file of whole weight differences (diff)", r"diff(?:_b)?|set_weight|reshape_weight", "algo=full"),
     "norm": _Kind("a file of normalisation layers (w_norm)", r"[wb]_norm", "train_norm=True"),
-    "vera": _Kind("a VeRA", r"vera_lambda_[bd](?:\.\w+)?", ""),
+    "vera": _Kind("a VeRA", r"vera_lambda_[bd](?:\.\w+)?|vera_projection", ""),
     "tlora": _Kind("a T-LoRA", r"[pq]_layer\.weight|lambda_layer", "algo=tlora"),
     "lora": _Kind("a LoRA", _LORA_ENDS, "algo=lora"),
 }

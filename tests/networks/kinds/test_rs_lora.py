@@ -1,0 +1,68 @@
+"""rsLoRA: alpha is written as alpha * sqrt(r), so that a file's alpha / r is the scale that was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_models import BASE, difference, lora, outputs, randomize, sd_targets, unet_targets
+from safetensors.torch import load_file
+
+from networks.adapter import WithRank
+from networks.create import create
+from networks.kinds import KINDS, load
+from networks.settings import Asked
+
+
+def has_alpha(kind: str) -> bool:
+    """Whether the alpha that is asked for changes that of an adapter: VeRA has none."""
+    adapter = load(kind)
+    if not issubclass(adapter, WithRank):
+        return False
+    sizes = adapter.SIZES()
+    return adapter.sized(4, 3.0, sizes)[1] != adapter.sized(4, 4.0, sizes)[1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if has_alpha(kind)])
+def test_every_kind_with_a_rank_and_an_alpha_scales_by_its_root(kind, toy) -> None:
+    asked = Asked(dim=4, alpha=3.0, seed=1)
+    sizes = {"conv_dim": 4, "conv_alpha": 3.0}
+    plain = create(kind, [unet_targets(toy)], asked, sizes)
+    rooted = create(kind, [unet_targets(toy)], asked, {**sizes, "rs_lora": True})
+    for one, other in zip(plain.adapters, rooted.adapters, strict=True):
+        assert one.scale == pytest.approx(0.75)
+        assert other.scale == pytest.approx(1.5)  # 3 / sqrt(4)
+        assert other.alpha.item() / other.rank == pytest.approx(other.scale)
+
+
+def test_no_alpha_means_the_rank_before_the_root(toy) -> None:
+    network = lora(9, 0.0, targets=[unet_targets(toy)], rs_lora=True)
+    assert {adapter.alpha.item() for adapter in network.adapters} == {27.0}
+
+
+def test_a_file_acts_as_in_peft_with_rslora(tiny, tmp_path) -> None:
+    """peft's own rsLoRA on the same tensors; in fp32 the orders of products differ, nothing else."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig, inject_adapter_in_model
+
+    unet, text_encoder = tiny
+    network = lora(4, 3.0, targets=sd_targets(unet, text_encoder), rs_lora=True)
+    network.attach(["unet"])
+    randomize(network, 0.2)
+    network.save(tmp_path / "x.safetensors", None, None)
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert {tensor.item() for name, tensor in tensors.items() if name.endswith(".alpha")} == {6.0}
+
+    theirs = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", dtype=torch.float32).eval()
+    paths = [adapter.site.path for adapter in network.adapters]
+    ours = {adapter.site.path: adapter for adapter in network.adapters}
+    config = LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=paths)
+    inject_adapter_in_model(config, theirs)
+    with torch.no_grad():
+        for path, adapter in ours.items():
+            layer = theirs.get_submodule(path)
+            layer.lora_A.default.weight.copy_(adapter.lora_down.weight)
+            layer.lora_B.default.weight.copy_(adapter.lora_up.weight)
+    expected, actual = outputs(unet, text_encoder)[1], outputs(theirs, text_encoder)[1]
+    assert difference(actual, expected) < 1e-5
+    network.detach()
+    assert difference(outputs(unet, text_encoder)[1], expected) > 0.02
