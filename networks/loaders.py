@@ -108,7 +108,10 @@ _FORMS: Mapping[str, Mapping[Program, Rule]] = {
     ),
     "oft": _rules(ComfyUI=_YES, A1111=_YES, LyCORIS=_YES),
     "oft with rescale": _rules(ComfyUI=_otherwise("rescale is ignored"), A1111=_YES, LyCORIS=_YES),
-    "oft of kohya": _rules(A1111=_YES, kohya=_kohya("oft")),
+    "oft of few blocks": _rules(
+        ComfyUI=_YES, A1111=_YES, LyCORIS=_breaks("it wants no block to be larger than their number")
+    ),
+    "oft of kohya": _rules(A1111=_YES, kohya=_kohya("oft"), LyCORIS=_not("the prefix is kohya's, oft_unet_")),
     "boft": _rules(ComfyUI=_YES, A1111=_YES, LyCORIS=_YES),
     "boft without alpha": _rules(ComfyUI=_not("no alpha"), A1111=_YES),
     "glora": _rules(ComfyUI=_YES, A1111=_otherwise("it reads the older form alone"), Forge=_YES, LyCORIS=_YES),
@@ -236,6 +239,8 @@ def _form(kind: str, name: str, own: Shapes) -> str:
         return _form_of_dora(own["dora_scale"]) if "dora_scale" in own else "dora of PEFT"
     if kind == "oft" and name.startswith(KOHYA_OFT):
         return "oft of kohya"
+    if kind == "oft" and len(blocks := own.get("oft_blocks", ())) > 1 and blocks[0] < blocks[1]:
+        return "oft of few blocks"
     variants = {
         "loha": ("of four axes", len(own.get("hada_w1_b", ())) == _AXES_OF_A_KERNEL),
         "lokr": ("with a core", "lokr_t2" in own),
