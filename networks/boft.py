@@ -2,7 +2,8 @@
 
 `--network_module networks.boft` (Liu et al. 2024, arXiv 2311.06243). The stages are those of a butterfly, as in a fast
 Fourier transform, each with OFT's rotations (networks/oft.py) between outputs that lie 2^stage half blocks apart: a
-full orthogonal matrix from few numbers. With the multiplier m each stage is `I + m * (R - I)`. The tensors are those of LyCORIS' boft.
+full orthogonal matrix from few numbers. With the multiplier m each stage is `I + m * (R - I)`. The tensors are those of
+LyCORIS' boft.
 """
 
 from __future__ import annotations

@@ -19,27 +19,31 @@ from library.files.atomic import replacing
 from library.files.hashes import UNKNOWN_HASHES, write_hashes
 from library.files.header import read_metadata
 from library.files.index import read_index
+from library.files.tensors import WeightsIndex
 from library.models.checkpoints.adapter_file import (
     AdapterContents,
     Naming,
     describe,
     is_of_embedding,
     kind_of_layer,
+    short_title,
 )
 from library.models.checkpoints.detect import kind_of_file
 from networks import kinds
 from networks.load_report import by_module
-from networks.naming import read_config, to_kohya
+from networks.naming import from_kohya, read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 
-_WHOLE_NUMBERS = (
-    ".alpha",
-    ".on_input",
-    ".bias_indices",
-    ".bias_size",
-    ".vera_projection",
-)  # ends of names that may hold them
+# Axes that are the rank of both tensors; of those that have a Tucker core, the core says which axes are
+_SAME_RANK = (
+    ("lora_down.weight", 0, "lora_up.weight", 1),
+    *((f"hada_w{n}_a", 1, f"hada_w{n}_b", 0) for n in (1, 2)),
+    *((f"lokr_w{n}_a", 1, f"lokr_w{n}_b", 0) for n in (1, 2)),
+)
+_TUCKER = {"hada_w1_a": "hada_t1", "hada_w2_a": "hada_t2", "lokr_w2_a": "lokr_t2"}
+# Ends of names that may hold whole numbers
+_WHOLE_NUMBERS = (".alpha", ".on_input", ".bias_indices", ".bias_size", ".vera_projection")
 
 
 class AdapterLayer(NamedTuple):
@@ -90,7 +94,7 @@ def read(
 
     Embeddings beside the layers are left out with a warning, unless they are to be kept. `UserError` if it is no such
     file, or, where a `purpose` is given, if it holds other kinds of layers than those `allowed` (None: all of ours);
-    the purpose ends that sentence: "and only plain LoRA {purpose}".
+    the purpose ends that sentence: "and only plain LoRA {purpose}", which says what else trains it.
     """
     path = Path(file)
     contents, tensors = check(path, purpose=purpose, allowed=allowed), read_tensors(path)
@@ -101,54 +105,113 @@ def read(
         logger.warning("%s: textual inversion embeddings beside the LoRA are left out: %s", path, words)
         embeddings = {}
     metadata = read_metadata(path)
+    tensors = _in_our_names(tensors, contents, path, metadata)
     if contents.naming != "kohya":
         config = _config_of(path, metadata)
         alphas = "the alphas of its configuration" if config else "alpha = rank, since it has none"
         if any(name.endswith(".alpha") for name in tensors):
             alphas = "its own alphas"
-        tensors = to_kohya(tensors, config=config, source=str(path))
         logger.info("%s: names in %s's style, read with %s", path, contents.naming, alphas)
     return AdapterFile(str(file), _layers(tensors), contents.naming, embeddings, metadata)
 
 
-def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | None = None) -> AdapterContents:
-    """Check the content of an adapter file by its header alone, before any model is loaded. Raises as `read` does."""
+def contents_of(file: str | Path) -> tuple[AdapterContents, WeightsIndex]:
+    """The kinds of layers that an adapter file holds, and its table, by its header alone. `UserError` if it is none."""
     path = Path(file)
     index = read_index(path)
     found = kind_of_file(index)
     if found.adapter is None:
         raise UserError(f"{path} is {found.title}, and no LoRA")
     shapes = {name: entry.shape for name, entry in index.entries.items()}
-    adapter = describe(shapes, index.metadata, more=kinds.tensor_names()) or found.adapter
-    allowed = tuple(kinds.KINDS if allowed is None else allowed)
-    if purpose and not adapter.holds_only({read for kind in allowed for read in kinds.load(kind).reads()}):
-        nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in allowed))
-        advice = f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by and "train" in purpose else ""
-        raise UserError(f"{path} is {adapter.title}, and only {nouns} {purpose}{advice}")
-    if adapter.naming is None:
-        raise UserError(
-            f"{path} is {adapter.title}, whose names no known program writes, such as {min(index.entries)!r}"
-        )
-    if adapter.naming != "kohya" and not adapter.is_plain:
-        raise UserError(f"{path} is {adapter.title}: names in {adapter.naming}'s style are read in plain LoRA only")
+    return describe(shapes, index.metadata, more=kinds.tensor_names()) or found.adapter, index
+
+
+def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | None = None) -> AdapterContents:
+    """Check the content of an adapter file by its header alone, before any model is loaded. Raises as `read` does."""
+    path = Path(file)
+    adapter, index = contents_of(path)
     for name, entry in index.entries.items():
         if not entry.count:
             raise UserError(f"{path}: {name} has the shape {list(entry.shape)}: it holds nothing")
         if "float" not in entry.dtype and not name.endswith(_WHOLE_NUMBERS):
             raise UserError(f"{path}: {name} holds {entry.dtype}, which are no weights")
-    if adapter.naming == "kohya":
-        _refuse_halves(path, shapes)
+    outline = {
+        name: torch.empty(entry.shape, device="meta")
+        for name, entry in index.entries.items()
+        if not is_of_embedding(name)
+    }
+    if adapter.naming is None or adapter.unknown:
+        _refuse_other_kinds(path, adapter, adapter, purpose, allowed)
+    if adapter.naming is None:
+        raise UserError(
+            f"{path} is {adapter.title}, whose names no known program writes, such as {min(index.entries)!r}"
+        )
+    shapes = _shapes(_in_our_names(outline, adapter, path, index.metadata))
+    ours = describe(shapes, more=kinds.tensor_names()) or adapter
+    _refuse_other_kinds(path, adapter, ours, purpose, allowed)
+    for module, own in by_module(shapes).items():
+        _refuse_wrong_layer(f"{path}: {module}", own)
     return adapter
 
 
-def _refuse_halves(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """`UserError` for a layer that has some of the tensors of its kind, one of ours, and not all."""
-    readers, more = kinds.readers(), kinds.tensor_names()
-    for module, own in by_module(shapes).items():
-        kind = readers.get(kind_of_layer(own, more=more))
-        if kind is not None and (lacking := kind.lacking(own)) is not None:
-            present = min(set(kind.NAMES) & own.keys())
-            raise UserError(f"{path}: {module} has a {present} and no {lacking}")
+def _in_our_names(
+    tensors: Mapping[str, Tensor], contents: AdapterContents, path: Path, metadata: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """A file's tensors in kohya's names and LyCORIS' forms. `UserError` for what is not read, with the reason."""
+    if contents.naming == "kohya":
+        return from_kohya(tensors, source=str(path))
+    return to_kohya(tensors, config=_config_of(path, metadata), source=f"{path} is {contents.title}")
+
+
+def _refuse_other_kinds(
+    path: Path, adapter: AdapterContents, ours: AdapterContents, purpose: str, allowed: Collection[str] | None
+) -> None:
+    """`UserError` for kinds of layers that are not `allowed`, with the way to have such a file trained or merged.
+    `ours`: what the file holds once its tensors have our names."""
+    readers = kinds.readers()
+    wanted = set(readers) if allowed is None else {read for kind in allowed for read in kinds.load(kind).reads()}
+    if not purpose or ours.holds_only(wanted):
+        return
+    unread = [kind for kind in ours.layers if kind not in readers]
+    some = len(ours.layers) > 1 and not adapter.unknown
+    if allowed is None:
+        of_these = f"of which {' and '.join(map(short_title, unread))}" if some else "which"
+        advice = f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by and "train" in purpose else ""
+        raise UserError(f"{path} is {adapter.title}, {of_these} no kind of adapter here reads{advice}")
+    nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in allowed))
+    said = f"{path} is {adapter.title}, and only {nouns} {purpose}"
+    if able := [kind for kind in kinds.KINDS if ours.holds_only(kinds.load(kind).reads())]:
+        said += f". {' or '.join(f'--network_module networks.{kind}' for kind in able)} trains it"
+    elif not unread and not adapter.unknown:
+        said += ". No kind has layers of all of these: --base_weights merges it"
+    elif adapter.made_by:
+        said += f". LyCORIS trains it: {adapter.made_by}"
+    raise UserError(said)
+
+
+def _refuse_wrong_layer(where: str, own: Mapping[str, tuple[int, ...]]) -> None:
+    """`UserError` for a layer of one of our kinds that has not all of its tensors, has tensors of another kind as well,
+    or tensors whose shapes do not belong together."""
+    more = kinds.tensor_names()
+    reader = kinds.readers().get(kind_of_layer(own, more=more))
+    if reader is None:
+        return
+    if (lacking := reader.lacking(own)) is not None:
+        raise UserError(f"{where} has a {min(set(own) - {'alpha'})} and no {lacking}")
+    for end, shape in own.items():
+        other = kind_of_layer({end: shape}, more=more)
+        if other and end not in reader.NAMES:
+            raise UserError(f"{where} has tensors of two kinds: {end} is no part of {reader.NOUN}")
+    for first, axis, second, other_axis in _SAME_RANK:
+        if first not in own or second not in own or _TUCKER.get(first, "") in own:
+            continue
+        a, b = own[first], own[second]
+        if len(a) <= axis or len(b) <= other_axis or a[axis] != b[other_axis]:
+            raise UserError(f"{where}: {first} {list(a)} and {second} {list(b)} are not of one rank")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Other programs' names for the tensors of a LoRA, turned into kohya's, and back.
+"""Other programs' names for the tensors of an adapter, turned into kohya's, and back.
 
 Five ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Diffusion:
 
@@ -18,19 +18,22 @@ for SDXL, that is settled when the model is known (`sites.in_names_of`).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.errors import UserError
 from library.files.json_text import Config, parse_json
-from library.models.checkpoints.adapter_file import KOHYA_PREFIXES
+from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
+from networks import forms, kinds
+from networks.load_report import by_module
+from networks.magnitude import DORA_SCALE
 
-# (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight"
+# (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight" or behind the name
 _ENDINGS = (
     (re.compile(r"\.lora_down\.weight"), "lora_down.weight"),
     (re.compile(r"\.lora_up\.weight"), "lora_up.weight"),
@@ -38,8 +41,14 @@ _ENDINGS = (
     (re.compile(r"\.lora_B(?:\.\w+)?\.weight"), "lora_up.weight"),
     (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight"), "lora_down.weight"),
     (re.compile(r"(?:\.lora|\.lora_linear_layer|_lora)\.up\.weight"), "lora_up.weight"),
-    (re.compile(r"\.alpha"), "alpha"),
+    (re.compile(r"\.lora_A(?:\.(?!bias)\w+)?"), "lora_down.weight"),  # of AdaLoRA
+    (re.compile(r"\.lora_B(?:\.(?!bias)\w+)?"), "lora_up.weight"),
+    (re.compile(r"\.lora_E(?:\.\w+)?"), forms.SINGULAR_VALUES),
+    (re.compile(r"\.lora_magnitude_vector(?:\.\w+)*"), forms.MAGNITUDES),
+    (re.compile(r"\.ia3_l(?:\.\w+)?"), forms.IA3),
 )
+_OWN_ENDING = re.compile(r"\.((?:hada|lokr)_\w+?)\.\w+")  # PEFT's, with the adapter's name behind
+_OF_SEVERAL = ("alpha", "dora_scale", "rescale", "on_input")  # ends of names that no one kind has
 _WRAPPER = "base_model.model."
 # How the names of a part's tensors begin, by the program that writes them
 _PARTS = {
@@ -75,38 +84,56 @@ class _Place:
 
 
 def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, source: str) -> dict[str, Tensor]:
-    """The tensors of another program's file under kohya's names, each layer with its alpha.
+    """The tensors of another program's file under kohya's names, in LyCORIS' forms, each layer of a kind that has an
+    alpha with one.
 
     `config`: what stands beside the tensors about their scale: PEFT's adapter_config.json, or the content of diffusers'
     `lora_adapter_metadata`. Without one alpha is the rank, as both programs have it. Raises UserError for a tensor
-    that is no part of a low-rank pair (DoRA's magnitudes, biases), because the pairs alone would act differently.
+    that is read in no kind of adapter, because the others alone would act differently.
     """
     found: dict[_Place, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        place, kind = _read(key, source)
-        if found.setdefault(place, {}).setdefault(kind, tensor) is not tensor:
-            raise UserError(f"{source}: two tensors for one layer's {kind}; the second is {key}")
+        place, end = _read(key, source)
+        if found.setdefault(place, {}).setdefault(end, tensor) is not tensor:
+            raise UserError(f"{source}: two tensors for one layer's {end}; the second is {key}")
     xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     xl = xl or any(key.startswith(_OF_SDXL) for key in tensors)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
-        lacking = {"lora_down.weight", "lora_up.weight"} - own.keys()
-        if lacking:
-            raise UserError(f"{source}: {place.part}.{place.path} has no {lacking.pop()}")
-        rank = own["lora_down.weight"].shape[0]
-        own.setdefault("alpha", torch.tensor(_alpha(config or {}, place, rank, source)))
+        settings = _settings(config or {}, place, source)
+        own = forms.to_lycoris(own, settings, where=f"{source}: {place.part}.{place.path}", path=place.path)
         name = _kohya_name(place, xl=xl)
-        converted |= {f"{name}.{kind}": tensor for kind, tensor in own.items()}
+        converted |= {f"{name}.{end}": tensor for end, tensor in own.items()}
     return converted
+
+
+def from_kohya(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """The tensors of a file in kohya's names with LyCORIS' prefixes and forms: kohya's networks.oft has a prefix of its
+    own. Raises UserError for one of its layers with the constraint 0, which LyCORIS takes for none."""
+    found: dict[str, Tensor] = {}
+    for name, own in by_module(tensors).items():
+        ours = name
+        if name.startswith(KOHYA_OFT):
+            ours = "lora_unet_" + name.removeprefix(KOHYA_OFT)
+            alpha = own.get("alpha")
+            if alpha is not None and not alpha.is_meta and float(alpha) == 0:
+                raise UserError(f"{source}: {name}.alpha is 0: kohya's networks.oft allows this layer no rotation then")
+        found |= {f"{ours}.{end}": tensor for end, tensor in forms.flat(own).items()}
+    return found
 
 
 def _read(key: str, source: str) -> tuple[_Place, str]:
     """Which layer a tensor belongs to, and what it is there, in kohya's words."""
-    for ending, kind in _ENDINGS:
+    for ending, end in _ENDINGS:
         match = ending.search(key)
         if match and match.end() == len(key):
-            return _place(key[: match.start()], key, source, old=match[0].startswith("_lora")), kind
-    raise UserError(f"{source}: {key} belongs to no low-rank pair; a file that holds more than pairs is not supported")
+            return _place(key[: match.start()], key, source, old=match[0].startswith("_lora")), end
+    ends = {*_OF_SEVERAL, *(name for names in kinds.tensor_names().values() for name in names)}
+    plain = key.removesuffix(match[0]) + f".{match[1]}" if (match := _OWN_ENDING.search(key)) else key
+    for end in sorted(ends, key=len, reverse=True):
+        if plain.endswith(f".{end}"):
+            return _place(plain.removesuffix(f".{end}"), key, source, old=False), end
+    raise UserError(f"{source}: {key}: {forms.why_not_read(key)}")
 
 
 def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
@@ -137,46 +164,76 @@ def _kohya_name(place: _Place, *, xl: bool) -> str:
     return f"lora_te{number}_{above}" + place.path.replace(".", "_")
 
 
-def _alpha(config: Config, place: _Place, rank: int, source: str) -> float:
-    """The layer's alpha, by which kohya's programs scale as alpha / rank."""
+def _settings(config: Config, place: _Place, source: str) -> forms.Settings:
+    """What a configuration of diffusers or PEFT says about a layer; without one all is None."""
     try:
         # diffusers keeps one configuration a part in one table, "unet.lora_alpha"; PEFT's file has one only
         own = {key.removeprefix(f"{place.part}."): value for key, value in config.items()}
-        alpha = own.get("lora_alpha")
+        alpha = own.get("lora_alpha", own.get("alpha"))
+        rank = own.get("r")
         for pattern, value in (own.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern.removeprefix('text_model.')})", place.path):
+            if _is_meant(pattern, place):
                 alpha = value
                 break  # PEFT takes the first that matches
-        if alpha is None:
-            return float(rank)
-        # rank-stabilised LoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023)
-        return float(alpha) * (rank**0.5 if own.get("use_rslora") else 1.0)
+        for pattern, value in (own.get("rank_pattern") or {}).items():
+            if not isinstance(value, list) and _is_meant(pattern, place):
+                rank = value
+                break
+        return forms.Settings(
+            alpha=None if alpha is None else float(alpha),
+            rank=None if rank is None else float(rank),
+            first_rank=None if own.get("init_r") is None else float(own["init_r"]),
+            by_root=bool(own.get("use_rslora")),
+        )
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise UserError(f"{source}: its LoRA configuration cannot be read: {error}") from error
+
+
+def _is_meant(pattern: str, place: _Place) -> bool:
+    return bool(re.fullmatch(rf"(?:.*\.)?(?:{pattern.removeprefix('text_model.')})", place.path))
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
     """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, as `load_lora_weights` takes them.
 
-    These files have no alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else rounded
-    once. Raises UserError for a file that holds more than low-rank pairs.
+    These names have none for alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else
+    rounded once. Whoever ignores the file's `lora_adapter_metadata` scales it as it should be, too. Raises UserError
+    for a file that holds more than low-rank pairs and DoRA's norms of rows.
     """
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, kind = key.partition(".")
-        if kind not in ("lora_down.weight", "lora_up.weight", "alpha"):
-            raise UserError(f"{source}: {key} is no part of a plain LoRA; only those have names in diffusers")
-        modules.setdefault(name, {})[kind] = tensor
     converted: dict[str, Tensor] = {}
-    for name, own in modules.items():
-        lacking = {"lora_down.weight", "lora_up.weight"} - own.keys()
-        if lacking:
-            raise UserError(f"{source}: {name} has no {lacking.pop()}")
+    for name, own in by_module(tensors).items():
+        if other := own.keys() - {"lora_down.weight", "lora_up.weight", "alpha", DORA_SCALE}:
+            raise UserError(
+                f"{source}: {name}.{min(other)} has no name in diffusers, which knows plain LoRA and DoRA of rows alone"
+            )
+        if lacking := {"lora_down.weight", "lora_up.weight"} - own.keys():
+            raise UserError(f"{source}: {name} has no {min(lacking)}")
         down, up = own["lora_down.weight"], own["lora_up.weight"]
         scale = float(own["alpha"]) / len(down) if "alpha" in own else 1.0
         place = diffusers_path(name, source=source)
         converted |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": (up.float() * scale).to(up.dtype)}
+        if DORA_SCALE in own:
+            converted[f"{place}.lora_magnitude_vector"] = forms.magnitudes(own, where=f"{source}: {name}")
     return converted
+
+
+def diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """The `lora_adapter_metadata` of tensors in diffusers' names: the ranks, with the same alphas. With it versions of
+    diffusers that take one rank for the whole file scale one of several ranks as it should be."""
+    config: dict[str, object] = {}
+    parts: dict[str, dict[str, int]] = {}
+    for key, tensor in tensors.items():
+        if key.endswith(end := ".lora_A.weight"):
+            part, _, path = key.removesuffix(end).partition(".")
+            parts.setdefault(part, {})[path.removeprefix("text_model.")] = len(tensor)  # transformers 5 has it no more
+    for part, ranks in parts.items():
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        others = {path: rank for path, rank in ranks.items() if rank != usual}
+        own = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
+        own |= {"target_modules": sorted(ranks), "peft_type": "LORA"}
+        own["use_dora"] = any(key.startswith(f"{part}.") and "lora_magnitude_vector" in key for key in tensors)
+        config |= {f"{part}.{key}": value for key, value in own.items()}
+    return config
 
 
 def diffusers_path(name: str, *, source: str) -> str:

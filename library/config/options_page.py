@@ -31,7 +31,8 @@ error with the nearest right one.
 
 # Where an option is kohya's and yet not quite the same
 DIFFERS: Mapping[str, str] = {
-    "base_weights": "only plain LoRA files are merged, whatever --network_module is; what does not fit is reported",
+    "base_weights": "files of every kind that is read here are merged, whatever --network_module is; what does not fit "
+    "is reported",
     "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops; "
     "with one that no captions have, such as .none, it goes on without them",
     "caption_separator": "joins shuffled tags and parts those that are counted, too; kohya's is a comma there",

@@ -193,8 +193,8 @@ LORA = [
         "a base model's part to merge", lambda: None, "--base_weights", "base/unet/diffusion_pytorch_model.safetensors"
     ),
     lora(
-        "LoHa to merge",
-        lambda: save_file({"lora_unet_a.hada_w1_a": torch.zeros(4, 4)}, "lora.safetensors"),
+        "T-LoRA to merge",
+        lambda: save_file({"lora_unet_a.lambda_layer": torch.zeros(1, 4)}, "lora.safetensors"),
         "--base_weights",
         "lora.safetensors",
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import foreign, lora_from_file
+from adapter_models import foreign
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.opening import open_vae
 from library.models.opening import open_family
+from networks import files, kinds
 from networks.files import AdapterFile, check
 from networks.merge import BaseWeights
 from networks.tools import convert
@@ -59,7 +60,10 @@ ADAPTERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "AdaLoRA": ({**PEFT_PAIR, **of(PEFT, lora_E=(R, 1))}, "an AdaLoRA"),
     "T-LoRA": (of(LAYER, q_layer__weight=(R, I), p_layer__weight=(O, R), lambda_layer=(1, R)), "a T-LoRA"),
     "biases": ({**PEFT_PAIR, **of(PEFT, lora_B__bias=(O,))}, "a LoRA with biases"),
-    "OneTrainer's LoHa": (of("unet.middle_block.1.proj_in", hada_w1_a=(O, R), hada_w1_b=(R, I)), "a LoHa"),
+    "OneTrainer's LoHa": (
+        of("unet.middle_block.1.proj_in", hada_w1_a=(O, R), hada_w1_b=(R, I), hada_w2_a=(O, R), hada_w2_b=(R, I)),
+        "a LoHa",
+    ),
     "two kinds": (
         {**PAIR, **of(f"{LAYER}x", w_norm=(O,)), **of(f"{LAYER}y", w_norm=(O,))},
         "an adapter of 2 layers of norm and 1 layers of LoRA",
@@ -68,6 +72,14 @@ ADAPTERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         {**PAIR, **of(LAYER, gate=(O,))},
         f"an adapter of 1 layers of LoRA and 1 tensors of no known kind, such as {LAYER}.gate",
     ),
+}
+# Why files are not read although there is a kind of that name here
+REASONS = {
+    "OFT of PEFT": "PEFT and OneTrainer rotate what goes into the layer",
+    "BOFT of PEFT": "PEFT rotates what goes into the layer",
+    "VeRA": "the tables that all layers share do not say how wide each layer is",
+    "AdaLoRA": "needs its adapter_config.json beside it",
+    "biases": "no kind of adapter here has a bias beside a low-rank pair",
 }
 OTHERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "kohya's embedding": ({"emb_params": torch.ones(2, I)}, "a textual inversion embedding"),
@@ -110,21 +122,95 @@ def said(read: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+def refusal(read: Callable[[], object]) -> str:
+    """The message of the error, "" if there is none."""
+    try:
+        read()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_of_another_kind_is_named_by_every_reader(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_an_adapter_is_read_by_the_kinds_that_have_such_layers_and_named_otherwise(
+    name: str, tmp_path: Path, capsys: Any
+) -> None:
     tensors, title = ADAPTERS[name]
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
-    for read in (
-        lambda: check(path, purpose="is trained by networks.lora"),
-        lambda: lora_from_file(str(path), targets=[]),
-    ):
-        assert said(read).startswith(f"{path} is {title}, and only plain LoRA is trained by networks.lora")
-    assert said(lambda: BaseWeights([str(path)], [])).startswith(f"--base_weights {path} is {title}, and only plain")
+    contents = described(tensors)
+    readable = name not in REASONS and contents.holds_only(kinds.readers())
+
+    trained = refusal(lambda: check(path, purpose="is trained by networks.lora", allowed=["lora"]))
+    trainers = [kind for kind in kinds.KINDS if readable and contents.holds_only(kinds.load(kind).reads())]
+    if "lora" in trainers:
+        assert trained == ""
+    elif reason := REASONS.get(name):
+        assert trained.startswith(f"{path} is {title}: ")
+        assert reason in trained
+    elif contents.naming == "OneTrainer" and not readable:
+        assert trained.startswith(f"{path} is {title}: ")
+    else:
+        assert trained.startswith(f"{path} is {title}, and only plain LoRA is trained by networks.lora")
+        assert all(f"--network_module networks.{kind}" in trained for kind in trainers)
+
+    merged, converted = refusal(lambda: BaseWeights([str(path)], [])), tmp_path / "y.safetensors"
+    code = convert.main([str(path), str(converted), "--to", "kohya"])
+    if readable:
+        assert (merged, code) == ("", 0)
+        assert described(load_file(converted)).layers == contents.layers
+    else:
+        assert merged.startswith(f"--base_weights {path} is {title}")
+        assert REASONS.get(name, "no kind of adapter here reads") in merged
+        assert code == 2
+        assert f"{path} is {title}" in capsys.readouterr().err
     assert said(lambda: _open_model(path)) == f"{path} is {title}, not a base model"
     assert said(lambda: open_vae(str(path), default_config={})) == f"{path} is {title}, and holds no VAE"
-    assert convert.main([str(path), str(tmp_path / "y.safetensors"), "--to", "kohya"]) == 2
-    assert f"{path} is {title}, and only plain LoRA is renamed" in capsys.readouterr().err
+
+
+HALVES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "a half": (of(LAYER, lora_up__weight=(O, R)), "has a lora_up.weight and no lora_down.weight"),
+    "ranks": (of(LAYER, lora_down__weight=(3, I), lora_up__weight=(O, R)), "are not of one rank"),
+    "axes": (of(LAYER, lora_down__weight=(R, I), lora_up__weight=(O,)), "are not of one rank"),
+    "rank 0": (
+        {f"{LAYER}.lora_down.weight": torch.ones(0, I), f"{LAYER}.lora_up.weight": torch.ones(O, 0)},
+        "it holds nothing",
+    ),
+    "two kinds": (
+        {**PAIR, **of(LAYER, dora_scale=(O, 1), w_norm=(O,))},
+        "has tensors of two kinds: w_norm is no part of DoRA",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_layer_that_is_wrong_in_itself_is_named_before_weights_are_read(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    tensors, words = HALVES[name]
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr(files, "read_tensors", None)
+    message = said(lambda: files.read(tmp_path / "x.safetensors", purpose="is merged"))
+    assert message.startswith(f"{tmp_path / 'x.safetensors'}: {LAYER}")
+    assert words in message
+
+
+def test_a_dora_given_to_lora_is_told_what_trains_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(ADAPTERS["DoRA"][0], path)
+    assert said(lambda: check(path, purpose="is trained by networks.lora", allowed=["lora"])) == (
+        f"{path} is a DoRA, and only plain LoRA is trained by networks.lora. --network_module networks.dora trains it"
+    )
+
+
+def test_a_file_of_layers_of_two_kinds_is_merged_and_not_trained(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(
+        {**PAIR, **{name.replace(LAYER, f"{LAYER}x"): t.clone() for name, t in ADAPTERS["DoRA"][0].items()}}, path
+    )
+    check(path, purpose="is merged into the base")
+    message = said(lambda: check(path, purpose="is trained by networks.dora", allowed=["dora"]))
+    assert message.endswith("trained by networks.dora. No kind has layers of all of these: --base_weights merges it")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -200,7 +286,7 @@ def test_the_kinds_of_peft_are_recognised(config: str, settings: dict[str, Any],
     model.save_pretrained(tmp_path)
     found = described(load_file(tmp_path / "adapter_model.safetensors"))
     assert (found.layers, found.unknown) == ({kind: 1}, ())
-    assert found.naming == {"lora": "PEFT", "dora": "PEFT", "bias": "PEFT", "adalora": "PEFT"}.get(kind)
+    assert found.naming == "PEFT"
 
 
 @pytest.mark.parametrize(
@@ -257,8 +343,11 @@ def test_the_metadata_of_lycoris_says_how_a_file_was_made(tmp_path: Path) -> Non
     assert described(loha, metadata | {"ss_network_args": "[" * 100}).made_by.endswith("--network_alpha 4.0")
     assert described(loha, metadata | {"ss_network_args": "[" * 9999}).made_by == usual
     save_file(loha, tmp_path / "x.safetensors", metadata)
+    own = ADAPTERS["T-LoRA"][0]  # a kind that LyCORIS alone has
+    save_file(own, tmp_path / "x.safetensors", {**metadata, "ss_network_args": '{"algo": "tlora"}'})
     message = said(lambda: check(tmp_path / "x.safetensors", purpose="is trained by networks.lora"))
-    assert message.endswith(f"is trained by networks.lora. LyCORIS trains it: {made}")
+    made = "--network_module lycoris.kohya --network_dim 8 --network_alpha 4.0 --network_args algo=tlora"
+    assert message.endswith(f"which no kind of adapter here reads. LyCORIS trains it: {made}")
     assert described(ADAPTERS["DoRA of PEFT"][0]).made_by == ""  # LyCORIS reads its own names only
 
 

@@ -150,19 +150,19 @@ def test_every_way_to_name_a_layer_is_read(key, name):
     ("key", "said"),
     [
         (
-            f"unet.{ATTENTION}.to_q.lora_magnitude_vector",
-            "is a DoRA: names in diffusers's style are read in plain LoRA only",
+            f"unet.{ATTENTION}.to_q.lora_B.bias",
+            "is a LoRA with biases: unet.*lora_B.bias: no kind of adapter here has a bias",
         ),
-        (f"unet.{ATTENTION}.to_q.lora_B.bias", "is a LoRA with biases: names in"),
+        (f"unet.{ATTENTION}.to_q.gate", "1 tensors of no known kind, such as unet.*gate, which no kind of adapter"),
         ("transformer.blocks.0.attn.lora_A.weight", "neither a UNet's layer nor a text encoder's"),
-        (f"unet.{ATTENTION}.to_v.lora_B.weight", "to_v has no lora_down.weight"),
+        (f"unet.{ATTENTION}.to_v.lora_B.weight", "to_v has a lora_up.weight and no lora_down.weight"),
     ],
 )
 def test_what_cannot_be_converted_is_named(tmp_path, key, said):
     pair = {f"unet.{ATTENTION}.to_q.lora_{x}.weight": t for x, t in zip("AB", PAIR.values(), strict=True)}
     save_file(pair | {key: torch.ones(6)}, tmp_path / "f.safetensors")
     with pytest.raises(UserError, match=f"f.safetensors.*{said}"):
-        read(tmp_path / "f.safetensors")
+        read(tmp_path / "f.safetensors", purpose="is merged")
 
 
 def test_a_configuration_that_is_broken_is_named(tmp_path):

@@ -109,7 +109,7 @@ def test_it_converts_and_says_where_it_has_no_names(tiny: Any, tmp_path: Path, c
     assert metadata["ss_steps"] == "7"
     assert metadata["sshs_model_hash"] == safetensors_hashes(target)["sshs_model_hash"]
     assert convert.main([str(source), str(tmp_path / "z.safetensors"), "--to", "diffusers"]) == 2
-    assert "diag_v is no part of a plain LoRA; only those have names in diffusers" in capsys.readouterr().err
+    assert "diag_v has no name in diffusers, which knows plain LoRA and DoRA of rows alone" in capsys.readouterr().err
     assert not (tmp_path / "z.safetensors").exists()
 
 

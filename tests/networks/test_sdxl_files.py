@@ -188,7 +188,7 @@ def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     for key, said in (
-        ("lora_unet_x.hada_w1_a", "is a LoHa, and only plain LoRA"),
+        ("lora_unet_x.lambda_layer", "is a T-LoRA, which no kind of adapter here reads"),
         ("lora_te_x.alpha", "no known kind, such as lora_te"),
     ):
         save_file({key: torch.ones(2)}, source)

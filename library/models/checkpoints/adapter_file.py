@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 
 Naming = Literal["kohya", "diffusers", "PEFT", "OneTrainer", "ComfyUI"]
 
-KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+KOHYA_OFT = "oft_unet_"  # kohya's networks.oft has a prefix of its own
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", KOHYA_OFT)
 _BUNDLE = "bundle_emb."  # a textual inversion embedding that is shipped in a LoRA file: bundle_emb.WORD.KEY
 
 _LORA_ENDS = (
@@ -63,6 +64,7 @@ _LONGEST_ARGUMENTS = 500  # characters of ss_network_args that a message can hol
 _ONETRAINER = ("lora_unet.", "lora_te.", "lora_te1.", "lora_te2.", "clip_l.", "clip_g.")
 _ORIGINAL_UNET = re.compile(r"unet\.(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
 _COMFYUI = ("diffusion_model.", "text_encoders.")
+_PEFT = "base_model.model."
 _DIFFUSERS_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
 
 
@@ -96,7 +98,7 @@ class AdapterContents:
         if len(self.layers) == 1 and not self.unknown:
             (kind,) = self.layers
             return (_KINDS[kind].title if kind in _KINDS else f"a {kind} adapter") + " with DoRA" * self.decomposed
-        parts = [f"{count} layers of {_short(kind)}" for kind, count in self.layers.items()]
+        parts = [f"{count} layers of {short_title(kind)}" for kind, count in self.layers.items()]
         if self.unknown:
             parts.append(f"{len(self.unknown)} tensors of no known kind, such as {self.unknown[0]}")
         return f"an adapter of {' and '.join(parts)}"
@@ -131,6 +133,30 @@ def describe(
     naming = naming_of(names)
     made_by = _made_by(metadata or {}) or _lycoris(layers, naming, decomposed=decomposed)
     return AdapterContents(naming, layers, tuple(embeddings), tuple(unknown), decomposed, made_by)
+
+
+def layers_of(
+    names: Mapping[str, tuple[int, ...]], *, more: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The layers of an adapter file in whatever naming: by their names there, the shapes of their tensors by the names
+    behind the layer's. Embeddings and the tables that a VeRA shares are no layers."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    rest: list[str] = []
+    for name, shape in names.items():
+        if name.startswith(KOHYA_PREFIXES):
+            layer, _, end = name.partition(".")
+        elif marked := _layer_and_kind(name, shape) or _of_more(name, more):
+            layer = marked[0]
+            end = name.removeprefix(layer).lstrip("._")
+        else:
+            rest.append(name)
+            continue
+        found.setdefault(layer, {})[end] = shape
+    for name in rest:
+        layer, _, end = name.rpartition(".")
+        if layer in found:
+            found[layer][end] = names[name]
+    return found
 
 
 def kind_of_layer(tensors: Mapping[str, tuple[int, ...]], *, more: Mapping[str, Collection[str]]) -> str:
@@ -169,8 +195,12 @@ def naming_of(names: Iterable[str]) -> Naming | None:
         return "OneTrainer"
     if any(name.startswith(_COMFYUI) for name in marked):
         return "ComfyUI"
-    if any(re.search(r"\.lora_[AB](?:\.|\Z)", name) and not name.startswith(_DIFFUSERS_PARTS) for name in marked):
+    if any(name.startswith(_PEFT) for name in marked) or any(
+        re.search(r"\.lora_[AB](?:\.|\Z)", name) and not name.startswith(_DIFFUSERS_PARTS) for name in marked
+    ):
         return "PEFT"
+    if any(name.startswith(_DIFFUSERS_PARTS) for name in marked):
+        return "diffusers"
     pairs = (_layer_and_kind(name, ()) for name in marked)
     return "diffusers" if any(found and found[1] == "lora" for found in pairs) else None
 
@@ -221,5 +251,6 @@ def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bo
     return " ".join(["--network_module lycoris.kohya --network_args", *(algorithms or ["algo=lora"]), *more])
 
 
-def _short(kind: str) -> str:
+def short_title(kind: str) -> str:
+    """A kind's name without its article, for messages."""
     return _SHORT.get(kind) or (_KINDS[kind].title.split(" ", 1)[1] if kind in _KINDS else kind)
