@@ -48,16 +48,7 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
     accelerator = start.make_accelerator(plan)
     per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
     saves = start.plan_saves(plan, accelerator, batches_per_step=per_step)
-    facts = state.facts_of(
-        options,
-        plan.datasets,
-        plan.prepared,
-        seed=plan.seed,
-        session_id=plan.session_id,
-        started_at=plan.started_at,
-        total_steps=saves.total_steps,
-        batches_per_step=per_step,
-    )
+    facts = _facts(plan, saves, batches_per_step=per_step)
     together.refuse_different(accelerator, facts)
     curves = curves_of(plan, total_steps=saves.total_steps)
     changed: frozenset[str] = frozenset()
@@ -99,6 +90,20 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
         for hook in run.hooks:
             hook.resumed(run)
     return run
+
+
+def _facts(plan: Plan, saves: SavePlan, *, batches_per_step: int) -> state.Facts:
+    """The facts that a resumed run, and every process of this one, must agree on."""
+    return state.facts_of(
+        plan.options,
+        plan.datasets,
+        plan.prepared,
+        seed=plan.seed,
+        session_id=plan.session_id,
+        started_at=plan.started_at,
+        total_steps=saves.total_steps,
+        batches_per_step=batches_per_step,
+    )
 
 
 def _core(

@@ -57,8 +57,25 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     return ours | ({} if decay is None else decay.metadata())
 
 
+_OF_OBJECTIVE = (
+    "min_snr_gamma",
+    "loss_type",
+    "huber_schedule",
+    "huber_scale",
+    "huber_c",
+    "noise_offset",
+    "noise_offset_random_strength",
+    "adaptive_noise_scale",
+    "multires_noise_iterations",
+    "multires_noise_discount",
+    "ip_noise_gamma",
+    "ip_noise_gamma_random_strength",
+)
+"""Options of the objective that are facts of the same name."""
+
+
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:
-    options, family, wanted, choice = plan.options, plan.family, plan.options.objective, plan.choice
+    options, family, choice = plan.options, plan.family, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
     text_rates = options.optimizer.text_encoder_lr and list(options.optimizer.text_encoder_lr)
@@ -105,23 +122,12 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         caption_dropout_every_n_epochs=_option_of_all(plan, "caption_dropout_every_n_epochs"),
         caption_tag_dropout_rate=_option_of_all(plan, "caption_tag_dropout_rate"),
         prior_loss_weight=options.data.prior_loss_weight,
-        min_snr_gamma=wanted.min_snr_gamma,
         scale_weight_norms=options.network.scale_weight_norms,
         face_crop_aug_range=options.data.face_crop_aug_range,
         resize_interpolation=options.data.resize_interpolation,
-        loss_type=wanted.loss_type,
-        huber_schedule=wanted.huber_schedule,
-        huber_scale=wanted.huber_scale,
-        huber_c=wanted.huber_c,
-        noise_offset=wanted.noise_offset,
-        noise_offset_random_strength=wanted.noise_offset_random_strength,
-        adaptive_noise_scale=wanted.adaptive_noise_scale,
-        multires_noise_iterations=wanted.multires_noise_iterations,
-        multires_noise_discount=wanted.multires_noise_discount,
-        ip_noise_gamma=wanted.ip_noise_gamma,
-        ip_noise_gamma_random_strength=wanted.ip_noise_gamma_random_strength,
-        debiased_estimation=wanted.debiased_estimation_loss,
-        # what was trained on: a base model's own noise schedule can be such a one, too
+        **{name: getattr(options.objective, name) for name in _OF_OBJECTIVE},
+        debiased_estimation=options.objective.debiased_estimation_loss,
+        # of the process, not the option: a base model's own noise schedule can have it, too
         zero_terminal_snr=_ends_in_noise(family.process),
     )
 

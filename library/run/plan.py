@@ -71,46 +71,16 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     _refuse_missing_weights("base_weights", *options.network.base_weights)
     trackers = plan_trackers(options)
     samples = plan_samples(options.samples)
-    resume = None
-    if options.run.resume is not None:
-        output = options.output
-        resume = find_state(options.run.resume, output_dir=Path(output.output_dir), output_name=output.output_name)
-    seed = options.training.seed
-    if seed is None and resume is not None:
-        seed = resume.facts.seed
+    resume = _state_to_resume(options)
 
     # torch loads from here on
-    if seed is None:
-        seed = together.agreed(
-            random.SystemRandom().randrange(2**32), timeout=together.patience(options.run.ddp_timeout)
-        )
-        logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
+    seed = _seed(options, resume)
     from library.data.prepare import prepare
-    from library.optimizers import weight_decay_choice
-    from library.optimizers.create import choose_optimizer
     from library.optimizers.trial import refuse_useless
     from library.run.rehearse import rehearse
-    from networks import merge
 
-    kind = kinds.kind_of(options.network.network_module)
-    trains = "" if kind is None else f"is trained by {options.network.network_module}"
-    _check_weights("network_weights", options.network.network_weights, purpose=trains, allowed=kind and [kind])
-    _check_weights("base_weights", *options.network.base_weights, purpose=merge.PURPOSE)
-    _warn_of_other_base(options.network)
-    choice = choose_optimizer(
-        options.optimizer.optimizer_name,
-        options.optimizer.optimizer_args,
-        weight_decay=options.optimizer.weight_decay,
-        custom_adamw=options.custom_adamw.given(),
-    )
-    if options.optimizer.lr_layer_decay is not None and (choice.finds_its_rate or choice.relative_step):
-        raise UserError(f"--lr_layer_decay: {choice.name} finds its rate itself, one for all layers")
-    weight_decay_choice.check_options(
-        options.weight_decay,
-        choice,
-        clips_gradients=options.optimizer.max_grad_norm > 0,
-        validates=is_validated(datasets),
-    )
+    _check_weight_files(options.network)
+    choice = _choose_optimizer(options, validates=is_validated(datasets))
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = open_family(
@@ -146,6 +116,47 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
         resume=resume,
     )
+
+
+def _state_to_resume(options: Options) -> State | None:
+    """The state of --resume; None without that option."""
+    if options.run.resume is None:
+        return None
+    output = options.output
+    return find_state(options.run.resume, output_dir=Path(output.output_dir), output_name=output.output_name)
+
+
+def _seed(options: Options, resume: State | None) -> int:
+    """The user's seed, else that of the resumed run, else a random one that all processes share."""
+    if options.training.seed is not None:
+        return options.training.seed
+    if resume is not None and resume.facts.seed is not None:
+        return resume.facts.seed
+    seed = together.agreed(random.SystemRandom().randrange(2**32), timeout=together.patience(options.run.ddp_timeout))
+    logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
+    return seed
+
+
+def _choose_optimizer(options: Options, *, validates: bool) -> OptimizerChoice:
+    """The optimizer and its arguments, checked against the options of rates and weight decay."""
+    from library.optimizers import weight_decay_choice
+    from library.optimizers.create import choose_optimizer
+
+    choice = choose_optimizer(
+        options.optimizer.optimizer_name,
+        options.optimizer.optimizer_args,
+        weight_decay=options.optimizer.weight_decay,
+        custom_adamw=options.custom_adamw.given(),
+    )
+    if options.optimizer.lr_layer_decay is not None and (choice.finds_its_rate or choice.relative_step):
+        raise UserError(f"--lr_layer_decay: {choice.name} finds its rate itself, one for all layers")
+    weight_decay_choice.check_options(
+        options.weight_decay,
+        choice,
+        clips_gradients=options.optimizer.max_grad_norm > 0,
+        validates=validates,
+    )
+    return choice
 
 
 def _check_metadata(output: OutputOptions) -> None:
@@ -195,6 +206,17 @@ def _refuse_missing_weights(option: str, *files: str | None) -> None:
     for file in files:
         if file is not None and not os.path.isfile(file):
             raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
+
+
+def _check_weight_files(network: NetworkOptions) -> None:
+    """Check the files of --network_weights and --base_weights by their headers."""
+    from networks import merge
+
+    kind = kinds.kind_of(network.network_module)
+    trains = "" if kind is None else f"is trained by {network.network_module}"
+    _check_weights("network_weights", network.network_weights, purpose=trains, allowed=kind and [kind])
+    _check_weights("base_weights", *network.base_weights, purpose=merge.PURPOSE)
+    _warn_of_other_base(network)
 
 
 def _check_weights(option: str, *given: str | None, purpose: str, allowed: Sequence[str] | None = None) -> None:
