@@ -29,9 +29,9 @@ def idle(options: Options) -> dict[str, str]:
     if options.samples.sample_prompts is None:
         elsewhere["sample_every_n_steps"] = elsewhere["sample_every_n_epochs"] = " without --sample_prompts"
     if options.network.network_train_unet_only:
-        elsewhere["text_encoder_lr"] = ": --network_train_unet_only leaves that part out"
+        elsewhere["text_encoder_lr"] = ": with --network_train_unet_only that part is not trained"
     if options.network.network_train_text_encoder_only:
-        elsewhere["unet_lr"] = ": --network_train_text_encoder_only leaves that part out"
+        elsewhere["unet_lr"] = ": with --network_train_text_encoder_only that part is not trained"
     groups = (options.schedule, options.objective, options.weight_decay)
     return {name: why for group in groups for name, why in group.idle().items()} | elsewhere | _unsaid(options)
 

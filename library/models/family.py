@@ -121,8 +121,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def text_fingerprint(self) -> str:
-        """A hash of everything that `encode_prompts` depends on except the precision; reads the text encoders' weights
-        once."""
+        """A hash of everything that `encode_prompts` depends on except the precision; reads the encoders' weights."""
 
     @abstractmethod
     def count_tokens(self, caption: str) -> int:

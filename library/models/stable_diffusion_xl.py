@@ -174,8 +174,7 @@ class StableDiffusionXL(LatentDiffusion):
         return _EXPECTED | {"unet": _EXPECTED["unet"] + _EXPECTED_CONV * conv}
 
     def third_party_views(self) -> tuple[list[nn.Module], nn.Module | None]:
-        """Both text encoders with paths below "text_model.", empty ones if they are not loaded; the UNet with the
-        original names."""
+        """Both text encoders with paths below "text_model.", empty if not loaded; the UNet with the original names."""
         from library.models.kohya_view import OriginalUNetView, TextModelView
 
         encoders = self.components.loaded(*_PARTS)

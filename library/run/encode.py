@@ -1,4 +1,4 @@
-"""Load the parts of a model one after the other, and encode images and captions for the caches on the way."""
+"""Loads the parts of a model one after the other, and encodes images and captions for the caches on the way."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vae_dtype(family: ModelFamily, options: Options) -> torch.dtype:
 
 
 def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
-    """How --cache_latents_to_disk keeps latents; None without it."""
+    """The cache of --cache_latents_to_disk; None without that option."""
     if not options.data.cache_latents_to_disk:
         return None
     encoder = f"VAE {family.vae_fingerprint()} in {_precision(vae_dtype(family, options), options)}"
@@ -42,7 +42,7 @@ def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelera
 def texts_on_disk(
     family: ModelFamily, base_weights: BaseWeights, options: Options, accelerator: Accelerator
 ) -> Disk | None:
-    """How --cache_text_encoder_outputs_to_disk keeps them; None without it."""
+    """The cache of --cache_text_encoder_outputs_to_disk; None without that option."""
     if not options.data.cache_text_encoder_outputs_to_disk:
         return None
     dtype = DTYPES[options.precision.mixed_precision]
@@ -98,7 +98,7 @@ def load_and_encode(
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         disk = texts_on_disk(family, base_weights, options, accelerator)
         if options.network.base_weights:
-            parts.load_text_encoders()  # or no layer would be known that the files fit, if all captions are on disk
+            parts.load_text_encoders()  # base weights are matched to loaded layers, even if all captions are on disk
         data.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=validation)
         if validation is not None:
             validation.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=data)
@@ -175,5 +175,5 @@ class _Parts:
 
 
 def trains_text(options: Options) -> bool:
-    """Whether the text encoders learn."""
+    """Whether the text encoders are trained."""
     return not options.network.network_train_unet_only

@@ -1,4 +1,4 @@
-"""Gathers what the metadata of a run's files say from its options, data and model."""
+"""Gathers the metadata of a run's files from its options, data and model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from networks import base_weights
 def run_metadata(
     plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int, decay: DecayChoice | None
 ) -> RunMetadata:
-    """The metadata of every file of this run; only time, step and epoch are still to come."""
+    """The metadata of every file of this run, without the time, step and epoch of each."""
     options, family = plan.options, plan.family
     datasets = list(_datasets(plan, data))
     per_device = max(spec.batch_size for spec in plan.datasets)
@@ -133,7 +133,7 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
 
 
 def _ends_in_noise(process: Process) -> bool:
-    """Whether there is no signal at the last step."""
+    """Whether the last step is pure noise."""
     last = process.at(torch.tensor([process.steps - 1]))
     return not process.signal_to_noise(last).item()
 
@@ -147,13 +147,13 @@ def _timestep_distribution(options: ObjectiveOptions) -> dict[str, object] | Non
 
 
 def _timestep_range(options: ObjectiveOptions) -> tuple[int, int] | None:
-    """As kohya writes it: only where it was limited."""
+    """The range as kohya writes it: only if it was limited."""
     low, high = options.min_timestep, options.max_timestep
     return None if low is None and high is None else (low or 0, 1000 if high is None else high)
 
 
 def _option_of_all(plan: Plan, name: str) -> Any:
-    """The value that all subsets have for this option; where they differ, the option itself, as in kohya's files."""
+    """The value that all subsets have for this option; if they differ, the option's own value, as in kohya's files."""
     return _shared(plan, name, getattr(plan.options.data, name))
 
 
@@ -198,7 +198,7 @@ def _of_all(values: set[str | None]) -> str | None:
 
 
 def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
-    """One for each folder that the samples of a data set come from."""
+    """The facts about each folder that the samples of a data set come from."""
     by_origin: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
         by_origin.setdefault((sample.subset.origin, str(sample.subset.source)), []).append(sample)

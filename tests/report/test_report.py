@@ -307,12 +307,12 @@ def test_images_that_are_held_back_and_captions_that_are_missing(tmp_path):
     path = tmp_path / "fox-metrics.jsonl"
     write_metrics(path, {**run, "subsets": [{**subset, "held_out": 2, "captions_missing": 3}]}, (1, {}))
     texts = [text for text in Page(page.render(read_story(path))).texts if text]
-    heads = ["images from", "images", "held back to validate", "repeats", "captions found", "missing"]
+    heads = ["images from", "images", "held out for validation", "repeats", "captions found", "missing"]
     start = texts.index("images from")
     assert texts[start : start + 12] == [*heads, "cats", "7", "2", "3", "6", "3"]
     path.unlink()
     write_metrics(path, {**run, "subsets": [subset]}, (1, {}))  # as earlier versions wrote it
-    assert "held back to validate" not in Page(page.render(read_story(path))).texts
+    assert "held out for validation" not in Page(page.render(read_story(path))).texts
 
 
 def test_a_list_of_sentences_has_a_line_each():

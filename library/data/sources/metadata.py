@@ -135,8 +135,7 @@ def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[st
 
 
 def _name(spec: SubsetSpec, image: str) -> str:
-    """The image's name in keys: for a path below `image_dir` the same on every machine, also if the file has absolute
-    paths."""
+    """The image's name in keys, the same on every machine for a path below `image_dir`, even an absolute one."""
     path, folder = Path(image), spec.image_dir.absolute()
     return path.relative_to(folder).as_posix() if path.is_absolute() and path.is_relative_to(folder) else image
 
