@@ -11,7 +11,7 @@ from library.errors import CommonError, UserError
 
 
 def main(argv: list[str] | None = None, *, family: str | None = None) -> int:
-    """Read the options, build the run, train. Returns the exit code: 2 for what the user can put right.
+    """Read the options, build the run, train. Returns the exit code: 2 for mistakes that the user can correct.
 
     family: the only one to train, as in `library.models.FAMILIES`; None finds it from the model.
     """

@@ -1,11 +1,11 @@
-"""How long one optimizer step takes, and how many bytes of state it keeps, on the LoRA of an SD 1.5 UNet.
+"""The time of an optimizer step, and the bytes of its state, on the LoRA of an SD 1.5 UNet.
 
     python -m benchmarks.optimizer_step                      # everything at ranks 8, 16 and 32: some minutes
     python -m benchmarks.optimizer_step --quick              # rank 16, ours and the baseline: half a minute
     python -m benchmarks.optimizer_step --only adamw8bit,ours --ranks 16 --rounds 30
     python -m benchmarks.optimizer_step --training_step 512  # also the share of a whole training step at 512 px
 
-In every round each optimizer makes one step, so that what disturbs the machine disturbs all alike; the ratio is the
+In every round each optimizer makes one step, so that disturbances of the machine affect all alike; the ratio is the
 median over the rounds of time / time of torch's fused AdamW in that round. Prints Markdown tables.
 """
 
@@ -92,7 +92,7 @@ def ours(**settings: bool | int | str) -> Make:
 
 
 def others(path: str, **options: bool) -> Make:
-    """An optimizer of another package; imported when it is wanted."""
+    """An optimizer of another package, imported when it is measured."""
 
     def make(named: Named) -> torch.optim.Optimizer:
         package, name = path.rsplit(".", 1)

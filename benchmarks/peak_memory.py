@@ -20,7 +20,7 @@ from benchmarks.step_time import SETTINGS, image_folder, words
 
 ROOT = Path(__file__).parent.parent
 
-# Runs in a process of its own: the whole job, then what it took.
+# Runs in a process of its own: the whole job, then its costs.
 WATCHED = """
 import json, resource, sys, time
 start = time.perf_counter()

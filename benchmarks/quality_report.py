@@ -24,7 +24,7 @@ from benchmarks.optimizer_quality import (
 PLOT = Path(__file__).parent.parent / "docs" / "images" / "optimizer-quality.png"
 # Student's t, 97.5 %, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 14: 2.145}
-# What a kind of variant is compared with, and what an interval below or above zero then says.
+# The reference of each kind of variant, and the verdicts for an interval below or above zero.
 REFERENCES = {"peer": ADAMW, "whole": ADAMW, "alone": NOTHING, "left out": SHIPPED, "added": SHIPPED}
 VERDICTS = {"left out": ("does harm", "pays")}
 
@@ -149,7 +149,7 @@ def plot(found: Sequence[Result], path: Path) -> None:
 
 
 def report(variants: Sequence[Variant], rows: Mapping[Key, Row]) -> None:
-    """Print the tables and draw the plot of what is finished."""
+    """Print the tables and draw the plot of the finished runs."""
     found = results(variants, rows)
     if not found:
         print("nothing to compare yet: two finished seeds of a variant and of its reference are needed")

@@ -1,8 +1,8 @@
 """Does the rate finder's suggestion train well? The quickstart (160 steps) at the suggested rates, at ten times and
-at a tenth of them, and at the rates of the other rule, judged on images that no training saw.
+at a tenth of them, and at the rates of the other rule, measured on held-out images.
 
-    python -m benchmarks.rate_finder             # runs what is missing (3 seeds, half an hour), then reports
-    python -m benchmarks.rate_finder --report    # the table of what is there
+    python -m benchmarks.rate_finder             # makes the missing runs (3 seeds, half an hour), then reports
+    python -m benchmarks.rate_finder --report    # the table of the finished runs
 
 Each finished run is one row of benchmarks/results/rate_finder.csv. A seed fixes the LoRA's start, the order of the
 images, the noise and the timesteps. The loss is the mean squared error of the predicted noise on the validation images,
@@ -123,7 +123,7 @@ def report(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--report", action="store_true", help="only report what is there")
+    parser.add_argument("--report", action="store_true", help="only report the finished runs")
     options = parser.parse_args()
     if not options.report:
         run_missing(options.seeds)

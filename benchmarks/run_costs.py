@@ -1,4 +1,4 @@
-"""What a save costs, and what a second process gains, on the quickstart's model and images.
+"""The cost of a save, and the gain of a second process, on the quickstart's model and images.
 
     python -m benchmarks.run_costs saves        # a LoRA and a state of 4.5 million parameters
     python -m benchmarks.run_costs processes    # two processes of one thread, one of one, one of two; same global batch

@@ -1,10 +1,10 @@
-"""What SDXL at its true size takes: estimates for GPUs, and peak memory and time of real steps on this machine.
+"""Memory of SDXL at its true size: estimates for GPUs, and peak memory and time of real steps on this machine.
 
     python -m benchmarks.sdxl_memory estimate          # no memory to speak of: shapes only
     python -m benchmarks.sdxl_memory measure           # needs about 8 GiB of free memory
 
 The model has random weights in bf16, drawn in place into one folder at the first call (6.9 GB on disk, --folder).
-Estimates are those of `--dry_run`; they hold for any device, but for what it keeps for itself (CUDA: about 0.5 GiB).
+Estimates are those of `--dry_run`; they hold for any device, without its own overhead (CUDA: about 0.5 GiB).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SETTINGS = {
     "UNet only, cached text, no checkpointing, 768 px": (768, 1, 16, CACHED),
     "UNet and text encoders, no checkpointing": (1024, 1, 16, ()),
 }
-# Runs in a process of its own: the whole job, then what it took.
+# Runs in a process of its own: the whole job, then its costs.
 WATCHED = """
 import json, resource, sys, time
 from library.training import loop
@@ -126,7 +126,7 @@ def words(model: Path, data: Path, *, resolution: int, batch: int, rank: int, mo
 
 
 def estimates(model: Path, data: Path, only: list[str] | None) -> None:
-    """A table of what `--dry_run` says."""
+    """A table of the estimates of `--dry_run`."""
     print(
         "| setting | px | batch | rank | in a step, GiB | weights | state | activations, gradients | encoding images |"
     )
@@ -153,7 +153,7 @@ def computed(command: list[str]) -> list[float]:
 
 
 def measure(model: Path, data: Path, resolution: int, more: tuple[str, ...]) -> None:
-    """Peak and seconds of three steps of the first setting, in a process of its own, and what was computed for it."""
+    """Peak and seconds of three steps of the first setting, in a process of its own, and the estimate for it."""
     command = words(model, data, resolution=resolution, batch=1, rank=8, more=(*CACHED, *CHECKPOINTED, *more))
     print(f"{resolution} px, computed: {computed(command)[0]:.2f} GiB in a step, beside the program itself", flush=True)
     result = subprocess.run(
@@ -161,7 +161,7 @@ def measure(model: Path, data: Path, resolution: int, more: tuple[str, ...]) -> 
     )
     numbers = json.loads(result.stdout.splitlines()[-1])
     seconds = ", ".join(f"{value:.1f}" for value in numbers["seconds"])
-    peak = f"{numbers['peak_gib']:.2f} GiB at the most, {numbers['imports_gib']:.2f} of them after the imports"
+    peak = f"{numbers['peak_gib']:.2f} GiB at most, {numbers['imports_gib']:.2f} of them after the imports"
     print(f"{resolution} px, measured: {peak}; steps {seconds} s; the whole job {numbers['whole']:.0f} s")
 
 

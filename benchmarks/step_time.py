@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def image_folder(folder: Path, count: int = 8) -> Path:
-    """Images of 512 × 512 with captions, as --train_data_dir wants them."""
+    """Images of 512 × 512 with captions, in the form of --train_data_dir."""
     from PIL import Image
 
     images = folder / "1_thing"

@@ -1,8 +1,8 @@
-"""How torch's threads should wait for each other: a step alone on the machine and beside one busy process.
+"""Ways of torch's threads to wait for each other: a step alone on the machine and beside one busy process.
 
     python -m benchmarks.thread_waiting [--rounds 10] [--folder output/sd15]
 
-A thread that has done its share of an operation can spin until the others are there, or sleep. Spinning saves
+A thread that has done its share of an operation can spin until the others are done, or sleep. Spinning saves
 microseconds where each thread has a core, and wastes time slices where another program wants it. Every way of waiting
 has a process of its own, because OpenMP reads the environment once; they take turns. Each is measured on the
 quickstart's base at 64 px (short operations) and on SD 1.5 at 256 px, UNet only, cached text (long ones; the model is
@@ -59,7 +59,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("seconds "):
                 return float(line.split()[1])
-        raise RuntimeError("a worker has ended; its messages stand above")
+        raise RuntimeError("a worker has ended; its messages are above")
 
     def end(self) -> None:
         with self._process:  # which closes its streams and waits
@@ -67,7 +67,7 @@ class Worker:
 
 
 def work(model: str, folder: Path) -> None:
-    """What a worker does: build a run, then make steps whenever it is asked to."""
+    """The worker: builds a run, then makes steps on request."""
 
     from library.config.parser import parse
     from library.run.build import build

@@ -1,11 +1,11 @@
-"""CPUs and threads: how many there are for decoding, hashing and reading, and how long torch's threads spin."""
+"""CPUs and threads: the number for decoding, hashing and reading, and the time that torch's threads spin."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-MOST_THREADS = 16  # more wait for the disk or for memory
+MOST_THREADS = 16  # more threads only wait for the disk or for memory
 
 
 def cpu_count() -> int:
@@ -19,7 +19,7 @@ def thread_count() -> int:
 
 
 def spin_briefly() -> None:
-    """Have the threads of libgomp, with which torch computes on Linux, wait for each other with less spinning.
+    """Reduce the spinning of libgomp's threads, with which torch computes on Linux, while they wait for each other.
 
     By default a thread spins about 300,000 times before it sleeps, and beside another program on the same cores that
     wastes whole time slices: a step of the quickstart takes 5 times as long as with 10,000 times, and alone as long

@@ -1,4 +1,4 @@
-"""Errors of the user's, in plain words."""
+"""Errors that the user can correct, and hints for their messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used: the message names the place, the value and the nearest right one.
+    """A value from the user cannot be used: the message names the place, the value and the nearest right one.
 
     The command line prints it without a traceback and ends with exit code 2. Faults of the program itself are
     `AssertionError` or whatever Python raises, and keep their traceback.
@@ -30,11 +30,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """A hint for a path that cannot be used: what hinders it, or the nearest name to its first part that is missing."""
+    """A hint for a path that cannot be used: the obstacle, or the nearest name to its first missing part."""
     if path.parts[:1] and path.parts[0].startswith("~"):
         return f"; '{path.parts[0]}' is not replaced by a home folder here: write it in full"
     if path.name.endswith('"'):
-        return "; it ends with a quote: before it stands a backslash, which on Windows makes it a letter"
+        return "; it ends with a quote: on Windows, a backslash before the closing quote escapes it"
     hindrance = _hindrance(path)
     if hindrance:
         return f"; {hindrance}"
@@ -54,12 +54,12 @@ def nearest_path(path: Path) -> str:
 
 
 def look_alike(*names: str) -> bool:
-    """Whether different names are the same but for the form of Unicode: "é" in one piece, or "e" and an accent."""
+    """Whether different names differ only in their form of Unicode: "é" in one piece, or "e" and an accent."""
     return len({unicodedata.normalize("NFC", name) for name in names}) < len(set(names))
 
 
 def told_apart(names: Sequence[str]) -> list[str]:
-    """The names for a message, with the codes of characters where some look alike."""
+    """The names for a message, with the codes of their characters if some look alike."""
     return [ascii(name) for name in names] if look_alike(*names) else list(names)
 
 
@@ -78,21 +78,21 @@ _REASONS = {
     errno.EEXIST: "it is a file",
     errno.EISDIR: "it is a folder",
     errno.ENOTDIR: "a part of this path is a file",
-    errno.ELOOP: "it is a link that leads in a circle",
+    errno.ELOOP: "it is a link that leads back to itself",
     errno.ENAMETOOLONG: "the name is longer than the file system takes",
     errno.ENOENT: "no such file (a broken link?)",
 }
 
 
 def why_not(error: OSError | ValueError, *, verb: str = "read") -> str:
-    """In plain words what the system said about a path that it would not read, or write."""
+    """The system's error about a path that cannot be read, or written, in plain words."""
     if isinstance(error, OSError):
         return _REASONS.get(error.errno or 0, error.strerror or str(error)).format(verb=verb)
     return "a path cannot hold a null character"
 
 
 def _hindrance(path: Path) -> str:
-    """Why a path cannot be used although something may be there; empty where nothing is."""
+    """Why an existing path cannot be used; empty for one that does not exist."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""cuBLAS reads it at its first call; what it asks for is what cuBLAS takes on recent GPUs anyway."""
+"""cuBLAS reads it at its first call; recent GPUs use this value by default."""
 
-_FILL = "fill_uninitialized_memory"  # of a class that torch gives to its module, so type checkers do not know it
+_FILL = "fill_uninitialized_memory"  # a property of the module's class, which type checkers do not see
 LESS_MEMORY = (
     "Each of these needs less: --gradient_checkpointing, a smaller --train_batch_size or --vae_batch_size, "
     "--mixed_precision bf16, --cache_latents, --network_train_unet_only with --cache_text_encoder_outputs, --fp8_base, "
@@ -23,9 +23,9 @@ LESS_MEMORY = (
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, queued behind what the GPU has still to do.
+    """`tensor` on `device`; the copy is queued behind the GPU's pending work.
 
-    A copy from ordinary memory would make the host wait until all of that is done, and the GPU would then wait for the
+    A copy from ordinary memory would make the host wait until that work is done, and the GPU would then wait for the
     host. torch keeps the pinned memory until it has been read.
     """
     import torch
@@ -37,7 +37,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def settle(*, deterministic: bool, allow_tf32: bool) -> None:
-    """Choose CUDA's algorithms for the rest of the process, before the first of them runs.
+    """Set the rules by which CUDA's algorithms are chosen in this process; to be called before the first of them runs.
 
     `deterministic`: only those that give the same bits each time. By default cuDNN's and the attention kernels'
     backward passes add in any order. `allow_tf32`: products of fp32 numbers in TF32, with ten bits of mantissa; torch
@@ -64,8 +64,8 @@ def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 
 def unscale_fp16(scaler: torch.amp.GradScaler) -> None:
-    """Have the scaler divide gradients in fp16 too. torch refuses that by default, for fp16 can then become 0; who asks
-    for --full_fp16 trades that for memory, as in kohya's scripts."""
+    """Have the scaler divide gradients in fp16 too. torch refuses that by default, because they can then underflow to
+    0; --full_fp16 accepts that to save memory, as in kohya's scripts."""
     unscale = scaler._unscale_grads_
 
     def unscale_all(
@@ -77,7 +77,7 @@ def unscale_fp16(scaler: torch.amp.GradScaler) -> None:
 
 
 def explained(error: BaseException) -> str | None:
-    """The cause in plain words and a way out, if `error` is one of CUDA's that the options can avoid; else None."""
+    """The cause in plain words and a remedy, if `error` is one of CUDA's that options can avoid; else None."""
     reason = str(error).strip().split("\n")[0]
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return f"the GPU's memory is too small: {memory_of(error)}. {LESS_MEMORY}"
@@ -87,6 +87,6 @@ def explained(error: BaseException) -> str | None:
 
 
 def memory_of(error: BaseException) -> str:
-    """The memory that was asked for and that was free, cut out of torch's much longer message."""
+    """The requested and the free memory, cut out of torch's much longer message."""
     sentences = str(error).strip().split("\n")[0].removeprefix("CUDA out of memory. ").split(". ")
     return ". ".join(sentences[:2]).strip().rstrip(".")

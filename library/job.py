@@ -46,7 +46,7 @@ def run(options: Options, *, family: str | None = None) -> int:
 
 def _carry_out(plan: Plan, record: RunFile) -> int:
     """Build the run, then a dry run, the rate finder, or the training. Returns the exit code."""
-    # torch and all that needs it load only now, when the commonest mistakes are out of the way
+    # torch and all modules that need it load only now, after the commonest mistakes have been refused
     from library.guidance import dry_run, find_lr
     from library.record import summary
     from library.run.build import build
@@ -103,7 +103,7 @@ def _train(plan: Plan, run: Run, record: RunFile) -> int:
 
 @contextlib.contextmanager
 def _naming_places(options: Options) -> Iterator[None]:
-    """Errors about options say where in a file these stand: in a preset the user may not know of them."""
+    """Adds to errors about options the place of each in a file: in a preset the user may not know of them."""
     try:
         yield
     except UserError as error:
@@ -111,8 +111,8 @@ def _naming_places(options: Options) -> Iterator[None]:
 
 
 def _leave(run: Run, *, together: bool) -> None:
-    """Close the logs, and leave the other processes: `together` where this one ends with another code than 0, for a
-    launcher then ends all of them, and the first may still be writing files."""
+    """Close the logs and leave the process group. `together`: first wait for the others, because this process ends with
+    a code other than 0: a launcher then kills all of them, and the first may still be writing files."""
     from library.record import trackers
 
     trackers.end(run.accelerator)
@@ -122,7 +122,7 @@ def _leave(run: Run, *, together: bool) -> None:
 
 
 def _conclude(plan: Plan, run: Run, *, stopped_by: str, conclusion: str) -> None:
-    """Pictures and the end of the metrics, then the report of them. None matters so much as what was trained."""
+    """Render the pictures, end the metrics, then write the report. A failure here must not lose the trained network."""
     from library.record import metrics
 
     for hook in run.hooks:

@@ -1,4 +1,4 @@
-"""Where messages go, and how they look there."""
+"""Destination and format of log messages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _OURS = ("library", "networks")
 
 
 def set_up() -> None:
-    """Hold messages back until `configure` says where they go: warnings about options come before that is known."""
+    """Buffer messages until `configure` sets their destination: warnings about options come before that is known."""
     _install(logging.handlers.MemoryHandler(1000, flushLevel=sys.maxsize, target=_AboveTheBar(), flushOnClose=False))
 
 
 def configure(*, level: str | None = None, file: str | None = None) -> None:
-    """Plain lines on stderr, or in `file` instead, from `level` on (INFO); a warning says that it is one.
+    """Log plain lines to stderr, or to `file` instead, from `level` on (INFO); warnings are marked as such.
 
-    Other packages' messages appear from warnings on. Of several processes only the first tells what happens.
+    Other packages' messages appear from warnings on. Of several processes only the first logs.
     """
     held = list(logging.getLogger().handlers)
     target: logging.Handler = _AboveTheBar()
@@ -43,15 +43,16 @@ def configure(*, level: str | None = None, file: str | None = None) -> None:
 
 
 def give_up_waiting() -> None:
-    """Show what is still held back, on stderr: the options turned out to be wrong."""
+    """Write the buffered messages to stderr: the options turned out to be wrong."""
     _release(logging.getLogger().handlers, _AboveTheBar())
 
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """A context in which nothing ends because stdout or stderr takes no more: what they do not take is left out.
+    """A context in which the program survives a closed or full stdout or stderr: such output is dropped.
 
-    Ctrl-C reaches every program of `train_network.py … | tee log`, a terminal is closed, the disk of `2> log` is full.
+    Causes: Ctrl-C ends every program of `train_network.py … | tee log`, a terminal is closed, the disk of `2> log` is
+    full.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)
@@ -66,7 +67,7 @@ def lasting_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_only() -> Iterator[None]:
-    """A context for objects that are made only to check their arguments: only errors are logged."""
+    """A context in which only errors are logged, for objects that are made only to check their arguments."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -87,7 +88,7 @@ def _install(handler: logging.Handler, *, level: int = logging.INFO) -> None:
 
 
 def _release(handlers: list[logging.Handler], target: logging.Handler) -> None:
-    """Hand what was held back to `target`, as far as the levels that are in force now let it through."""
+    """Pass the buffered messages to `target`, if they reach the current levels."""
     for handler in handlers:
         if isinstance(handler, logging.handlers.MemoryHandler):
             for record in handler.buffer:
@@ -103,7 +104,7 @@ class _Plain(logging.Formatter):
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes to stderr, past a progress bar that is drawn there."""
+    """Writes to stderr, above a progress bar that is drawn there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class _AboveTheBar(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """Print a message to stderr that cannot be written because the disk is full."""
+    """Writes to a file, or to stderr if the disk is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         _AboveTheBar().handle(record)
@@ -128,7 +129,7 @@ class _File(logging.FileHandler):
 
 
 class _Lasting:
-    """A text stream that leaves out what the one below it does not take."""
+    """A text stream that drops the output that its underlying stream cannot take."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -141,7 +142,7 @@ class _Lasting:
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             try:
                 self._stream.write(text)
-            except UnicodeEncodeError:  # a console that knows no more than ASCII
+            except UnicodeEncodeError:  # a console with ASCII only
                 encoding = self._stream.encoding
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
@@ -151,7 +152,7 @@ class _Lasting:
             self._stream.flush()
 
     def give_up(self) -> None:
-        """Leave nothing behind that Python would try to write when it ends, and end with another exit code for."""
+        """Discard all buffered output: Python would try to write it at exit, and end with another exit code."""
         try:
             self._stream.flush()
         except OSError:

@@ -1,4 +1,4 @@
-"""The memory that this process has held."""
+"""The peak memory of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes that this process has held so far: "of the process", and on a GPU "of the GPU"."""
+    """The peak memory of this process so far in bytes: "of the process", and on a GPU "of the GPU"."""
     peaks = {}
     if sys.platform != "win32":
         import resource

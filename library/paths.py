@@ -1,7 +1,7 @@
 """Names of files in two forms of Unicode, which look alike: "é" as one character, or as "e" and an accent.
 
 macOS stores names decomposed (NFD) on some disks, and files that come from there keep that form on Linux and Windows,
-where "é.png" typed composed (NFC) is another name. Nobody means two files by them.
+where "é.png" typed composed (NFC) is another name. Users mean the same file by both.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def composed(name: str) -> str:
 
 
 def on_disk(path: Path) -> Path:
-    """The path under the names that lie there, where it differs from them in nothing but the form of Unicode.
+    """The path with its names as they are on the disk, if they differ only in the form of Unicode.
 
-    `path` itself where it exists, or where nothing of that name does. UserError for two of one name.
+    `path` itself if it exists, or if no such name exists. UserError if two names match.
     """
     if os.path.exists(path) or path.parent == path:
         return path

@@ -16,7 +16,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Bar(Protocol[T_co]):
-    """The part of `tqdm.tqdm`, which carries no types, that is used here."""
+    """The part of `tqdm.tqdm` that is used here; tqdm has no types."""
 
     n: float
 
@@ -45,10 +45,9 @@ def progress(items: None = None, **settings: Unpack[Settings]) -> Bar[None]: ...
 @overload
 def progress(items: Iterable[T], **settings: Unpack[Settings]) -> Bar[T]: ...
 def progress(items: Iterable[T] | None = None, **settings: Unpack[Settings]) -> Bar[T] | Bar[None]:
-    """A tqdm bar on stderr, of the first process; where that is no terminal, a line every ten seconds instead of
-    redrawing one.
+    """A tqdm bar on stderr, shown by the first process. If stderr is no terminal, it prints a line every ten seconds.
 
-    `items` may be missing: then `update()` moves it.
+    Without `items`, `update()` advances it.
     """
     from tqdm import tqdm
 

@@ -66,7 +66,7 @@ def test_a_step_without_memory_keeps_what_was_trained(
     monkeypatch.setattr(loop, "backward", backward)
     assert train() == 2
     error = capsys.readouterr().err
-    kept = "What was trained until step 2 is saved" if step == 3 else "Nothing was trained yet, and nothing is written"
+    kept = "The run is saved as of step 2" if step == 3 else "Nothing was trained yet, and nothing was written"
     assert f"error: step {step}: the GPU's memory is too small: {WHAT}. {kept}. {gpu.LESS_MEMORY}\n" in error
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == (["test-step00000002.safetensors"] if step == 3 else [])

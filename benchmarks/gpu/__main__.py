@@ -43,7 +43,7 @@ class Found(TypedDict):
 
 
 def environment(*, tiny: bool) -> dict[str, str | bool | None]:
-    """What the figures belong to."""
+    """The machine and the versions that the figures are for."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {name: installed(name) for name in PACKAGES}
     return {"card": card, "cuda": torch.version.cuda, "python": platform.python_version(), "tiny": tiny, **versions}

@@ -29,7 +29,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything is, and whether it is of true size: `tiny` lets the code run on a CPU in a minute."""
+    """The folders, the device and the size: with `tiny` the code runs on a CPU in a minute."""
 
     folder: Path
     device: torch.device
@@ -39,11 +39,11 @@ class Bench:
         return 64 if self.tiny else {"sd15": 512, "sdxl": 1024}[kind]
 
     def steps(self, wanted: int) -> int:
-        """How many steps are measured, after those that warm up."""
+        """The number of measured steps, after those that warm up."""
         return 2 if self.tiny else wanted
 
     def images(self) -> Path:
-        """Eight captioned images as --train_data_dir wants them; 32 for what is encoded."""
+        """Captioned images for --train_data_dir: eight, or 32 for the encoding benchmark."""
         return image_folder(self.folder / "images", count=8 if self.tiny else 32)
 
     def model(self, kind: str) -> Path:
@@ -77,7 +77,7 @@ class Bench:
 
 
 def configuration(kind: str, *, tiny: bool) -> Configs:
-    """Of every part, and of the scheduler."""
+    """The configurations of every part and of the scheduler."""
     file = ASSETS / f"{ {'sd15': 'sd1', 'sdxl': 'sdxl'}[kind] }.json"
     config: Configs = json.loads(file.read_text(encoding="utf-8"))
     return shrunk(config) if tiny else config

@@ -1,4 +1,4 @@
-"""A run of this program on the device: what a step takes and holds, and how long it waits for data."""
+"""A run of this program on the device: the time and memory of a step, and the time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def words(bench: Bench, kind: str, output: Path, *, batch: int, steps: int, rank
 
 
 def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, steps: int) -> Measured:
-    """Train `warmup` steps and `steps` more as the command line does, and look at the latter."""
+    """Train `warmup` steps and `steps` more as the command line does, and measure the latter."""
     from accelerate.state import AcceleratorState
 
     from library.config.parser import parse

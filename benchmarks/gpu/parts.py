@@ -1,4 +1,4 @@
-"""What is measured, the most important first. A part yields rows: a name, and numbers by column."""
+"""The measurements, the most important first. A part yields rows: a name, and numbers by column."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def sdxl_stored(bench: Bench) -> Iterator[Row]:
 
 
 def sdxl_float8(bench: Bench) -> Iterator[Row]:
-    """8-bit weights need half the memory; here is what converting them costs."""
+    """8-bit weights need half the memory; this measures the cost of converting them."""
     for more in ((), CHECKPOINTED):
         run = ours.train(bench, "sdxl", *ours.CACHED, "--fp8_base", *more, steps=bench.steps(10))
         yield row(
@@ -109,7 +109,7 @@ def computed(bench: Bench) -> Iterator[Row]:
 
 
 def optimizers(bench: Bench) -> Iterator[Row]:
-    """A step of the optimizer on the 384 tensors of SD 1.5's UNet; the first compiles where that is done."""
+    """A step of the optimizer on the 384 tensors of SD 1.5's UNet; the first step compiles, if the step is compiled."""
     from benchmarks.optimizer_step import contenders, lora_parameters, state_bytes
 
     chosen = {name: make for name, make in contenders().items() if name in OPTIMIZERS}

@@ -41,7 +41,7 @@ class Peer:
         self.count = 0
 
     def step(self) -> float:
-        """On the next of eight batches."""
+        """Make a step on the next of eight batches."""
         index, self.count = self.count % 8, self.count + 1
         latents = self.latents[index]
         t = torch.randint(0, 1000, (len(latents),), device=self.device)
@@ -63,7 +63,7 @@ def bare(unet: nn.Module, rank: int) -> list[nn.Parameter]:
 
 
 def with_peft(unet: nn.Module, rank: int) -> list[nn.Parameter]:
-    """On the same layers."""
+    """peft's LoRA on the same layers."""
     from peft import LoraConfig, inject_adapter_in_model
 
     blocks = [name for name, module in unet.named_modules() if type(module).__name__ == "Transformer2DModel"]

@@ -11,8 +11,8 @@ _LISTS = ("Sequence", "Iterable", "list", "tuple", "List", "Tuple")
 def fit(value: object, text: str, annotation: str) -> tuple[object] | None:
     """The value in the annotated type, as a 1-tuple, or None if it does not fit.
 
-    `value` is what `text` was read as. An annotation that is not understood fits everything. 1 and 0 fit bool; a whole
-    number fits float; any text fits str.
+    `value` is the Python value of `text`. An annotation of an unsupported form fits everything. 1 and 0 fit bool; a
+    whole number fits float; any text fits str.
     """
     if not annotation:
         return (value,)

@@ -75,12 +75,12 @@ class SubsetSpec:
 
     @property
     def source(self) -> Path:
-        """The path that the samples are found by, which also names the subset."""
+        """The folder or metadata file that lists the samples; it also names the subset."""
         return self.metadata_file or self.image_dir
 
     @property
     def learns(self) -> bool:
-        """Whether its images are what is to be learnt, not what is to be kept as it is."""
+        """Whether its images are to be learnt; regularisation images and output preservation are not."""
         return not (self.is_reg or self.diff_output_preservation)
 
     @property
@@ -107,7 +107,7 @@ class DatasetSpec:
 
 _MASKS = ("alpha_mask", "conditioning_data_dir")
 _SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "validation_dir", *_MASKS)
-# What a metadata file says itself, or has no place for.
+# Keys that a metadata file contains itself, or cannot have.
 _FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg", "validation_dir")
 _NO_KEYS = ("diff_output_preservation", "origin")  # the first stands in custom_attributes
 _SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, *_NO_KEYS))
@@ -124,7 +124,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
 
 
 def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
-    """Whether any images are to be held back, or stand apart, to validate on."""
+    """Whether any images are held out for validation, or lie in a validation folder."""
     return any(subset.validates for dataset in datasets for subset in dataset.subsets)
 
 
@@ -155,7 +155,7 @@ def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
 def _warn_of_others(options: Options, chosen: str, others: tuple[str, ...]) -> None:
     for name in others:
         if getattr(options.data, name) is not None:
-            logger.warning("%s: has no effect: --%s says what to train", _place(options, name), chosen)
+            logger.warning("%s: has no effect: the data is given by --%s", _place(options, name), chosen)
 
 
 def _place(options: Options, name: str) -> str:
@@ -200,7 +200,7 @@ def _dataset(levels: list[Values], options: Options, subsets: tuple[SubsetSpec, 
 
 
 class _DatasetFile:
-    """The file of `--dataset_config`, read strictly: all that is wrong is collected, then reported at once."""
+    """The file of `--dataset_config`, read strictly: all mistakes are collected, then reported at once."""
 
     def __init__(self, path: Path, options: Options) -> None:
         self.path = path
@@ -253,7 +253,7 @@ class _DatasetFile:
     def _dataset(self, table: Values, place: str, general: Values) -> DatasetSpec:
         own = {key: value for key, value in table.items() if key != "subsets"}
         levels = [self._checked("[[datasets]]", own, place), general]
-        subsets: dict[Path, SubsetSpec] = {}  # by what they are found by
+        subsets: dict[Path, SubsetSpec] = {}  # by their source
         for number, content in self._tables(table, "subsets", f"{place}, [[datasets.subsets]]"):
             subset = self._subset(content, f"{place}, [[datasets.subsets]] {number}", levels)
             if subset is not None and subset.source in subsets:
@@ -280,7 +280,7 @@ class _DatasetFile:
         elif "image_dir" not in own:
             if all(
                 content.get(key, "") == "" for key in ("image_dir", "metadata_file")
-            ):  # else something is said of it
+            ):  # otherwise it has a message of its own
                 self.problems.append(f"{place}: image_dir is missing: the folder of the images")
             return None
         self._check_validation(own, place)
@@ -298,10 +298,10 @@ class _DatasetFile:
         elif wanted and own.get("is_reg"):
             self.problems.append(f"{place}: {wanted[0]}: regularisation images are not validated")
         elif "validation_dir" in own:
-            own["validation_split"] = 0.0  # whatever stands further out
+            own["validation_split"] = 0.0  # whatever an outer table says
 
     def _checked(self, level: str, content: object, place: str) -> Values:
-        """The values of one table, each in its type; keys that say nothing ("") are left out."""
+        """The values of one table, each in its type; keys with an empty value ("") are left out."""
         if not isinstance(content, dict):
             self.problems.append(f"{place}: is a table of keys and values, not a list")
             return {}

@@ -1,7 +1,7 @@
 """The keys of a data set's file: where each may stand, and its value in its type.
 
 An implemented key is a field of the specs in `dataset_config.py`. Its type and bounds are those of the option of the
-same name. A key of kohya's that is not supported yet asks for nothing if the option's row in `kohya.py` says so.
+same name. The row in `kohya.py` decides which values of an unsupported key of kohya's have no effect and are accepted.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ NOT_YET_SUBSET: tuple[str, ...] = ()
 NOT_YET_DATASET = ("network_multiplier",)
 NOT_YET_ANYWHERE = ("cache_info",)
 NOT_YET = (*NOT_YET_SUBSET, *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
-# What asks for nothing, for keys that are no option of kohya's.
+# The values without effect of keys that are no option of kohya's.
 NEUTRAL: dict[str, object] = {"network_multiplier": 1.0}
-# Where "" switches off what a table further out, or an option, sets: the value that it stands for. Elsewhere "" says
-# nothing.
+# Keys where "" switches off the value of an outer table or an option, with the value that "" means. Elsewhere "" has
+# no effect.
 EMPTY_IS_OFF: dict[str, object] = {
     "caption_prefix": None,
     "caption_suffix": None,
@@ -47,7 +47,7 @@ EMPTY_IS_OFF: dict[str, object] = {
     "keep_tokens_separator": "",
     "secondary_separator": None,
 }
-# The one that is read of custom_attributes, by kohya's trainer, too.
+# The only key of custom_attributes that is read; kohya's trainer reads it, too.
 PRESERVATION = "diff_output_preservation"
 
 _KINDS: dict[type, str] = {
@@ -59,7 +59,7 @@ _KINDS: dict[type, str] = {
 
 
 def check_key(key: str, value: object, *, level: str, levels: dict[str, tuple[str, ...]], place: str) -> object:
-    """The value of `key` in its type, or UNSET if it asks for nothing. Raises BadValue.
+    """The value of `key` in its type, or UNSET if it has no effect. Raises BadValue.
 
     `level` is the kind of table in which it stands, one of `levels`, which lists the keys of each.
     """
@@ -126,7 +126,7 @@ def _attributes(value: object, place: str) -> dict[str, object]:
     if not isinstance(value.get(PRESERVATION, False), bool):
         raise BadValue(f"{PRESERVATION}: {_shown(value[PRESERVATION])} is not {_KINDS[bool]}")
     if idle := [name for name in value if name != PRESERVATION]:
-        logger.warning("%s: custom_attributes: nothing reads %s", place, ", ".join(idle))
+        logger.warning("%s: custom_attributes: %s has no effect: nothing reads it", place, ", ".join(idle))
     return value
 
 

@@ -21,25 +21,25 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REQUIRED: Any = dataclasses.MISSING  # the default of an option that must be given, whatever its type
-MAX_SIDE = 16384  # pixels of an image to train on or to draw; a slip of the finger is larger
+MAX_SIDE = 16384  # pixels of an image to train on or to render; a larger number is a typing mistake
 
 
 class BadValue(Exception):
-    """A value that does not fit its option; the message says why, the caller adds where it stood."""
+    """A value that does not fit its option. The message says why; the caller adds the place."""
 
 
 class OutOfRange(BadValue):
-    """A number beyond the bounds of its option. Where other options leave that one without effect, no one minds."""
+    """A number beyond the bounds of its option. It is no error where other options leave that one without effect."""
 
 
 class ControlCharacters(BadValue):
-    """A path or name with a tab or the like in it: in a file that is what a backslash has become."""
+    """A path or name that contains a tab or the like: in a file, a backslash in double quotes becomes one."""
 
     in_a_file = "in double quotes \\t is a tab and \\n a line break: write paths with /, in TOML also in single quotes"
 
 
 class Unset:
-    """The type of `UNSET`: what a user gives to say nothing, such as `vae = ""`; the default holds."""
+    """The type of `UNSET`: the value of an option that is given but empty, such as `vae = ""`; the default holds."""
 
 
 UNSET = Unset()
@@ -144,7 +144,7 @@ def _without_none(annotation: object) -> object:
 
 
 def convert(item: Declared, words: tuple[str, ...]) -> object:
-    """The value of `item` for these words, or UNSET if they say nothing. Raises BadValue."""
+    """The value of `item` for these words, or UNSET if they are empty. Raises BadValue."""
     if not words:
         if item.kind is bool:
             return True
@@ -203,7 +203,7 @@ _CONTROL = {
 
 
 def control_characters(word: str) -> list[str]:
-    """Those in `word`, each once: of "D:\\train", in a file, the tab that its \\t is read as."""
+    """The control characters in `word`, each once: for "D:\\train" in a file, the tab that its \\t becomes."""
     return list(dict.fromkeys(letter for letter in word if ord(letter) < 32 or ord(letter) == 127))
 
 
@@ -211,7 +211,7 @@ def refuse_control_characters(word: str) -> None:
     """Raises ControlCharacters if there are any in `word`."""
     if found := control_characters(word):
         named = " and ".join(_CONTROL.get(letter, f"the character {letter!r}") for letter in found)
-        raise ControlCharacters(f"{word!r} holds {named}, which no name or path should")
+        raise ControlCharacters(f"{word!r} contains {named}, which no name or path should")
 
 
 def _choice(item: Declared, word: str) -> str:
@@ -311,7 +311,7 @@ def read_steps(word: str) -> int | float | str:
 
 
 def read_schedule(word: str) -> str:
-    """The name of a schedule. kohya's "adafactor:1e-3" names a rate to show before the first step: only that."""
+    """The name of a schedule. The rate in kohya's "adafactor:1e-3" is only shown before the first step: ignored."""
     name, colon, rate = word.partition(":")
     if colon and name == "adafactor":
         read_float(rate)

@@ -1,4 +1,4 @@
-"""Options that do nothing beside the others: what they are about was not asked for."""
+"""Options without effect, because the feature that they configure is off."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ logger = logging.getLogger(__name__)
 
 
 def idle(options: Options) -> dict[str, str]:
-    """Every option that does nothing beside the others, each with the words that follow "has no effect".
+    """Every option that has no effect beside the others, each with the words that follow "has no effect".
 
-    As far as the options alone tell: the keys of a dataset config, the model and the optimizer are not asked.
+    Only the options are looked at, not the keys of a dataset config, the model or the optimizer.
     """
     wanted = options.validation
-    elsewhere: dict[str, str] = {}  # what others warn of, who know more
+    elsewhere: dict[str, str] = {}  # options that other modules warn of, in more detail
     if options.data.dataset_config is None:
         if not wanted.validation_split:
             for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
@@ -29,15 +29,15 @@ def idle(options: Options) -> dict[str, str]:
     if options.samples.sample_prompts is None:
         elsewhere["sample_every_n_steps"] = elsewhere["sample_every_n_epochs"] = " without --sample_prompts"
     if options.network.network_train_unet_only:
-        elsewhere["text_encoder_lr"] = ": --network_train_unet_only leaves that part out"
+        elsewhere["text_encoder_lr"] = ": with --network_train_unet_only that part is not trained"
     if options.network.network_train_text_encoder_only:
-        elsewhere["unet_lr"] = ": --network_train_text_encoder_only leaves that part out"
+        elsewhere["unet_lr"] = ": with --network_train_text_encoder_only that part is not trained"
     groups = (options.schedule, options.objective, options.weight_decay)
     return {name: why for group in groups for name, why in group.idle().items()} | elsewhere | _unsaid(options)
 
 
 def _unsaid(options: Options) -> dict[str, str]:
-    """Those of which nobody else warns."""
+    """The options without effect that no other module warns of."""
     output, data, described = options.output, options.data, options.data.dataset_config is not None
     by_steps = bool(output.save_every_n_steps)
     by_epochs = bool(output.save_every_n_epochs or output.save_n_epoch_ratio)
@@ -68,7 +68,7 @@ def _unsaid(options: Options) -> dict[str, str]:
 
 
 def warn_of_idle_options(options: Options) -> None:
-    """A warning for each that was given a value other than its default: files that do not come to be, states, …"""
+    """Warn of each option without effect that was given a value other than its default."""
     for name, why in _unsaid(options).items():
         group = next(group for group in vars(options).values() if hasattr(group, name))
         value = getattr(group, name)

@@ -13,14 +13,14 @@ from library.paths import on_disk
 
 logger = logging.getLogger(__name__)
 
-# Only to give better advice; what is an image is decided where images are read.
+# Only for better advice in a message: `library.data.images` decides which files are images.
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _NAME = re.compile(r"(?P<repeats>\d+)(?:_(?P<name>.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder, its repeats, and the caption of its images that have none (the name behind the number)."""
+    """A folder, its repeats, and the caption for images without one (the folder's name behind the number)."""
 
     path: Path
     num_repeats: int

@@ -1,12 +1,12 @@
-"""Every option name that kohya's scripts and its GUIs write, and what becomes of it here.
+"""Every option name that kohya's scripts and its GUIs write, and how it is treated here.
 
-A name is *implemented* if `options.py` declares it: no row here. Every other name has one row, in the table that says
-what happens to it:
+A name is *implemented* if `options.py` declares it: no row here. Every other name has one row, in the table of its
+treatment:
 
 * `WITHOUT_EFFECT`: accepted, with one warning that says why ignoring it does not change the result;
-* `NOT_YET`: known, not supported yet: an error, unless its value asks for nothing (kohya's default, 0, "");
+* `NOT_YET`: known, not supported yet: an error, unless its value has no effect (kohya's default, 0, "");
 * `GUI_EXTRAS`: names that GUIs write and kohya's scripts never read;
-* `OTHER_SCRIPTS`: of scripts that train other models or in other ways, or of tools: an error, as for `NOT_YET`.
+* `OTHER_SCRIPTS`: options of tools and of scripts that train other models or in other ways: an error, as `NOT_YET`.
 
 When a name becomes implemented, its row goes.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A known name. `default` is kohya's; `neutral` are further values that ask for nothing.
+    """A known name. `default` is kohya's; `neutral` are further values without effect.
 
     `why`: ignoring it changes nothing, because of this. `only_with`: it matters only together with this other option,
     which is refused itself. `needs`: it matters only together with one of these, and then is refused. `instead`:
@@ -45,7 +45,7 @@ class Row:
     script: str = ""
 
     def asks_for_nothing(self, words: tuple[str, ...]) -> bool:
-        """Whether these words leave everything as if the option were not given."""
+        """Whether these words have no effect, as if the option were not given."""
         if not words:
             return self.kind == "list" or self.default is True
         values = (self.default, *self.neutral)
@@ -66,7 +66,7 @@ def _same(word: str, value: object) -> bool:
 
 
 class _Rest(TypedDict, total=False):
-    """The fields of a `Row` behind the value that asks for nothing."""
+    """The fields of a `Row` behind the values without effect."""
 
     why: str
     only_with: str
@@ -97,7 +97,7 @@ WITHOUT_EFFECT: dict[str, Row] = {
     "mem_eff_attn": flag(why=_ATTENTION),
     "sdpa": flag(why=_ATTENTION),
     "lowram": flag(why=_MEMORY),
-    "highvram": flag(why="memory is not given back to the driver between steps in any case"),
+    "highvram": flag(why="torch keeps freed memory between steps in any case"),
     "disable_mmap_load_safetensors": flag(why=_MEMORY),
     "tokenizer_cache_dir": value(why="the tokenizer ships with this program"),
     "cache_info": flag(why="images and captions are read and checked at each start in any case"),
@@ -105,7 +105,7 @@ WITHOUT_EFFECT: dict[str, Row] = {
     "ddp_gradient_as_bucket_view": flag(why="it only tunes the traffic between devices"),
     "ddp_static_graph": flag(why="it only tunes the traffic between devices"),
     "console_log_simple": flag(why="messages are plain lines in any case"),
-    "cuda_allow_tf32": flag(why="it only trades digits for speed: products of fp32 numbers keep all of theirs"),
+    "cuda_allow_tf32": flag(why="it only tunes speed: products of fp32 numbers keep their precision"),
     "cuda_cudnn_benchmark": flag(why="it only tunes speed, and may choose other kernels in each run"),
 }
 
@@ -294,7 +294,7 @@ OTHER_SCRIPTS: dict[str, Row] = {
     ),
 }
 
-# Options of kohya's tools (merge, extract, resize, convert, check): they ask for work that training does not do.
+# Options of kohya's tools (merge, extract, resize, convert, check), for work that training does not do.
 _TOOL_NAMES = """
     clamp_quantile clip_l_save_to concat conv_dim device diffusers dim dst dst_path dynamic_method dynamic_param
     flux_model input_image_dir lbws load_original_model_to load_precision load_tuned_model_to loading_device
@@ -332,7 +332,7 @@ NETWORK_ARGS_NOT_YET = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a known name that was given: `error` or `warning`, or neither if it asks for nothing."""
+    """The treatment of a known name that was given: `error` or `warning`, or neither if its value has no effect."""
 
     error: str = ""
     warning: str = ""
@@ -346,9 +346,9 @@ def rows() -> dict[str, Row]:
 
 
 def judge(name: str, words: tuple[str, ...], *, given: Collection[str] = (), asked: Collection[str] = ()) -> Verdict:
-    """What becomes of the known name `name` with these words.
+    """The treatment of the known name `name` with these words.
 
-    `given`: the implemented options that are set, too; `asked`: the other known names that ask for something.
+    `given`: the implemented options that are set, too; `asked`: the other known names whose values have an effect.
     """
     row = rows()[name]
     if row.kind == "flag" and words and not (words[0] == "" or is_truth(words[0])):

@@ -1,4 +1,4 @@
-"""Which options about masks fit together."""
+"""Checks that the options about masks fit together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from library.errors import UserError
 
 
 def check_masks(datasets: Iterable[DatasetSpec], *, masked_loss: bool) -> None:
-    """Raises UserError where masks are asked for but there are none, and the other way round.
+    """Raises UserError if masks are enabled but there are none, or there are masks that are not enabled.
 
     An alpha_mask is enough by itself; masks from conditioning_data_dir count only with --masked_loss, as in kohya,
     whose data sets for ControlNet have the same key.
@@ -20,7 +20,7 @@ def check_masks(datasets: Iterable[DatasetSpec], *, masked_loss: bool) -> None:
             continue
         if subset.alpha_mask:
             raise UserError(
-                f"{subset.origin}: alpha_mask and conditioning_data_dir both say where the mask is: give one of them"
+                f"{subset.origin}: alpha_mask and conditioning_data_dir both name the mask: give one of them"
             )
         if not masked_loss:
             raise UserError(f"{subset.origin}: conditioning_data_dir needs --masked_loss: its images are the masks")

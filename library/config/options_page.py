@@ -22,42 +22,42 @@ flag needs no value; `--no-name` takes it back. A `0` or an empty value means "n
 The last column says how an option relates to the one of the same name in kohya's sd-scripts:
 
 - **as kohya**: same name, same meaning, same default.
-- **differs**: the same, but for what is said there.
+- **differs**: the same, except for the difference given there.
 - **ours**: kohya's scripts do not have it.
 
-Names that are accepted without effect, and those that are refused, follow at the end. A name that nobody knows is an
-error with the nearest right one.
+Names that are accepted without effect, and those that are refused, follow at the end. An unknown name is an error; the
+message names the nearest known one.
 """
 
-# Where an option is kohya's and yet not quite the same
+# How options of kohya's differ here
 DIFFERS: Mapping[str, str] = {
-    "base_weights": "files of every kind that is read here are merged, whatever --network_module is; what does not fit "
-    "is reported",
+    "base_weights": "files of every kind that is read here are merged, whatever --network_module is; layers that do not fit are "
+    "logged",
     "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops; "
     "with one that no captions have, such as .none, it goes on without them",
-    "caption_separator": "joins shuffled tags and parts those that are counted, too; kohya's is a comma there",
+    "caption_separator": "used to join shuffled tags and to split counted ones, too, where kohya has a comma",
     "console_log_level": "other packages' messages appear from warnings on",
     "fp8_base": "biases, norms, embeddings, the first and the last layers keep their precision; networks.lora only",
-    "full_fp16": "refused with an optimizer that does not move or ends in NaN in fp16",
+    "full_fp16": "refused with an optimizer whose steps in fp16 are zero or NaN",
     "log_config": "keys and paths are left out, as in kohya; the other files that options name, too",
     "log_tracker_config": "only [tensorboard] and [wandb]; --wandb_run_name goes before the file's name",
     "max_data_loader_n_workers": "an upper bound: no more are started than there is work for",
     "network_args": f"an unknown name is an error; not supported yet: {', '.join(kohya.NETWORK_ARGS_NOT_YET)}",
     "network_module": "networks.lora by default",
-    "network_weights": "reads diffusers' and PEFT's names, too; nothing matched and other shapes are errors",
+    "network_weights": "reads diffusers' and PEFT's names, too; no matching layer, or other shapes, is an error",
     "output_name": "files that exist stop the run, unless --overwrite is given",
     "sample_prompts": "read once, at the start; an unknown flag or key is an error; a prompt without a seed has the "
-    "same noise each time; the first process draws all; the latents are not clipped",
+    "same noise each time; the first process renders all; the latents are not clipped",
     "sample_sampler": "an unknown name is an error, where kohya takes ddim",
     "save_last_n_epochs": "counts files, as in kohya",
-    "seed": "draws are made for each image and purpose by themselves, so results differ from kohya's, and do not "
-    "depend on the number of workers or processes",
+    "seed": "each image and purpose has random draws of its own, so results differ from kohya's, and do not depend on "
+    "the number of workers or processes",
     "vae_batch_size": "1 is fastest on a CPU",
-    "max_validation_steps": "batches of all processes together",
-    "validate_every_n_epochs": "beside --validate_every_n_steps only if it is given",
+    "max_validation_steps": "counts the batches of all processes together",
+    "validate_every_n_epochs": "has effect beside --validate_every_n_steps only if it is given",
     "validate_every_n_steps": "also before the first step and after the last",
-    "validation_seed": "decides about the noise, too, which is the same for an image each time",
-    "validation_split": "no image is on both sides, copies included; every image counts once, whatever its repeats",
+    "validation_seed": "seeds the noise, too, which is the same for an image each time",
+    "validation_split": "copies of an image are on the same side; every image counts once, whatever its repeats",
 }
 
 
@@ -68,7 +68,7 @@ def page() -> str:
     parts.append(
         _names(
             "Not supported yet",
-            "An error before training, unless the value asks for nothing (kohya's default, `0` or an empty one).",
+            "An error before training, unless the value has no effect (kohya's default, `0` or an empty one).",
             kohya.NOT_YET,
         )
     )
@@ -146,7 +146,7 @@ def _other_scripts() -> str:
         scripts.setdefault(row.script, []).append(f"`{name}`")
     rows = [*scripts.items(), ("merging, extracting, resizing, converting", [f"`{x}`" for x in sorted(kohya.TOOLS)])]
     table = _table(("of the scripts for", "names"), ((script, ", ".join(names)) for script, names in rows))
-    return f"## Of kohya's other scripts\n\nRefused: they ask for what is not done here.\n\n{table}\n"
+    return f"## Of kohya's other scripts\n\nRefused: this program does not do their work.\n\n{table}\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TOML and JSON files that were given to another option than the one they are for, told by what they hold."""
+"""Recognises, by their content, TOML and JSON files that were given to the wrong option."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from library.config import kohya
 from library.config.options import declared_options
 from library.errors import UserError
 
-# What each kind of file holds, and the option that it belongs to
+# The content of each kind of file, and the option that it belongs to
 _KINDS = {
     "config_file": "options of training",
     "dataset_config": "the description of a data set",
@@ -31,7 +31,7 @@ _OF_AN_IMAGE = {"caption", "tags", "train_resolution"}
 
 
 def refuse_other_file(content: object, path: str | Path, option: str) -> None:
-    """UserError if what a file holds is plainly for another option than `option`: one message instead of one a line."""
+    """UserError if a file's content is plainly for another option than `option`: one message instead of one a line."""
     kind = _kind_of(content)
     if kind and kind != option:
         instead = _INSTEAD.get(kind, f"give it as --{kind}")
@@ -39,7 +39,7 @@ def refuse_other_file(content: object, path: str | Path, option: str) -> None:
 
 
 def _kind_of(content: object) -> str:
-    """A key of `_KINDS`; "" where that is not plain."""
+    """A key of `_KINDS`; "" if the content is of none."""
     if isinstance(content, list):
         prompts = [row for row in content if isinstance(row, dict) and "prompt" in row]
         return "sample_prompts" if prompts and len(prompts) == len(content) else ""

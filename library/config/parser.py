@@ -25,7 +25,7 @@ from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-# These say where to read or write, so a file cannot say them about itself.
+# Options of the command line only: they name files to read or write.
 _COMMAND_LINE_ONLY = ("config_file", "output_config", "list_presets")
 
 
@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> Options:
     if any(setting.name == "help" for setting in settings):
         help_parser().print_help()
         raise SystemExit(0)
-    # what must be known before the files are read; all settings are checked once, with those of the files
+    # the options that are needed before the files are read; all settings are checked once, later, with the files'
     reading = _read(setting for setting in settings if _without_no(setting).name in _COMMAND_LINE_ONLY)
     reading.refuse()
     if reading.values.get("list_presets"):
@@ -93,9 +93,9 @@ def _add_argument(section: argparse._ArgumentGroup, item: Declared) -> None:
 
 @dataclass
 class _Reading:
-    """What one pass over the settings found: values by option, the place of each, and what is to be said.
+    """The results of one pass over the settings: values by option, the place of each, problems and warnings.
 
-    out_of_range: by option, numbers that are wrong unless that option does nothing, with the place of each.
+    out_of_range: by option, numbers that are errors unless that option has no effect, with the place of each.
     """
 
     values: dict[str, object] = field(default_factory=dict)
@@ -204,7 +204,7 @@ def _options(reading: _Reading, *, command: Iterable[str]) -> Options:
 
 
 def _judge_out_of_range(reading: _Reading, idle: Mapping[str, str]) -> None:
-    """Raise UserError for numbers out of range. Those of options that do nothing get a warning: kohya's scripts never
+    """Raise UserError for numbers out of range. Those of options without effect get a warning: kohya's scripts never
     look at them. `idle`: these, each with the words that follow "has no effect"."""
     for name, (place, problem) in reading.out_of_range.items():
         if name in idle:
@@ -224,7 +224,7 @@ def _stands_in(name: str, reading: _Reading) -> str:
 
 
 def _write_config(path: Path | None, reading: _Reading) -> None:
-    """Write what differs from the defaults, in the form that kohya's scripts read, too: of presets, what they set."""
+    """Write the values that differ from the defaults, as kohya's scripts read them, too. Presets are resolved."""
     if path is None:
         raise UserError("--output_config needs --config_file, the file to write")
     if os.path.exists(path):

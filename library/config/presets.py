@@ -27,7 +27,7 @@ class Preset:
 
 
 def presets() -> dict[str, Preset]:
-    """All that there are, by name."""
+    """All presets by name."""
     found = {}
     for path in sorted(FOLDER.glob("*.toml")):
         with path.open(encoding="utf-8") as file:
@@ -52,7 +52,7 @@ def settings_of(names: Iterable[str], *, where: str) -> list[Setting]:
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
-            own = "; a file of your own is --config_file's" if name.endswith(".toml") else ""
+            own = "; give a file of your own as --config_file" if name.endswith(".toml") else ""
             raise UserError(f"{where}: no preset '{name}'{hint}{own}")
         settings += from_toml(shown_path(known[name].path))
     return settings

@@ -21,7 +21,7 @@ from library.config import source
 from library.config.annotations import describe, fit
 from library.errors import UserError, did_you_mean
 
-# Packages whose name for pip is not their name for import.
+# Packages whose name for pip differs from their name for import.
 _PIP_NAMES = {
     "dadaptation": "dadaptation",
     "lion_pytorch": "lion-pytorch",
@@ -221,7 +221,7 @@ def _value(target: Signature, key: str, text: str, *, where: str, as_text: bool)
             raise UserError(f"{where}: {key}: '{text}' is not {describe(annotation)}")
         return fitted[0]
     if as_text:
-        # Such modules are written for text: some compare with "True", some only ask whether the text is empty. "True"
+        # Such modules expect text: some compare with "True", some only test whether the text is empty. "True"
         # for yes and False for no is understood by both.
         return {True: "True", False: False, None: None}[value] if value is None or isinstance(value, bool) else text
     return value

@@ -26,14 +26,14 @@ SAMPLERS: dict[str, str] = {
     "dpmsingle": f"{_SCHEDULERS}dpmsolver_singlestep.DPMSolverSinglestepScheduler",
 }
 _SAME = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
-# Names of other programs that stand in users' files. Kohya's scripts take them for ddim without a word.
+# Other programs' names that occur in users' files. Kohya's scripts silently use ddim for them.
 _OTHERS = {"dpmpp_2m": "dpmsolver++", "dpm++_2m": "dpmsolver++", "euler_ancestral": "euler_a"}
 
 
 def read_sampler(word: str) -> str:
     """One of SAMPLERS. Names of other programs for one of them are taken with a warning. Raises BadValue."""
     if word in _OTHERS:
-        logger.warning("sample_sampler %s: that is %s here", word, _OTHERS[word])
+        logger.warning("sample_sampler %s: its name here is %s", word, _OTHERS[word])
         return _OTHERS[word]
     name = _SAME.get(word, word)
     if name not in SAMPLERS:

@@ -37,7 +37,7 @@ class Setting:
 
 
 def places_of(message: str, places: Mapping[str, str]) -> str:
-    """Where in files (not on the command line) the options stand that `message` names, a line each."""
+    """The places in files, a line each, of the options that `message` names; none for the command line."""
     named = dict.fromkeys(re.findall(r"--(\w+)", message))
     found = (places[name] for name in named if name in places)
     return "".join(f"\n  {place}" for place in found if not place.startswith(COMMAND_LINE))
@@ -120,7 +120,7 @@ def _setting(key: str, value: object, place: str) -> Setting:
     if isinstance(value, dict):
         raise UserError(f"{place}: a table inside a section; sections are one level deep")
     if isinstance(value, list):
-        # An empty list says as little as an empty string.
+        # An empty list means "not given", as an empty string does.
         return Setting(key, tuple(_word(item, place) for item in value) or ("",), place)
     return Setting(key, (_word(value, place),), place)
 

@@ -34,7 +34,7 @@ def read_toml(path: Path) -> dict[str, object]:
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         raise UserError(f"{path}, line {error.lineno}: {_shown(line)}: {_explain(line, error.msg)}") from None
     except RecursionError:
-        raise UserError(f"{path}: lists or tables are nested too deeply in it") from None
+        raise UserError(f"{path}: its lists or tables are nested too deeply") from None
     except (IndexError, KeyError, TypeError, AttributeError):
         # The toml package trips over some unfinished files instead of reporting them,
         _refuse_open_brackets(path, text)
@@ -75,13 +75,13 @@ def _explain(line: str, message: str) -> str:
     """The mistake in `line`, in plainer words than the toml package's for the commonest ones."""
     text = line.partition("=")[2].strip()
     if "escape" in message.lower():
-        return "write paths with / or in single quotes: in double quotes \\ has a meaning of its own"
+        return "write paths with / or in single quotes: in double quotes \\ is an escape character"
     if re.search(r'[^\\]\\"\s*(?:#.*)?$', text):
         return "a backslash before the closing quote makes it a letter: write paths with / or in single quotes"
     if "lowercase booleans" in message:
         return "write true and false in lower case"
     if line.startswith("{"):
-        return "this is JSON; here TOML is read: seed = 1"
+        return "this is JSON, and TOML is expected: seed = 1"
     if ":" in message and re.match(r"[\w-]+\s*:", line):
         return f"between name and value stands =, not a colon: {line.replace(':', ' =', 1)}"
     if text[:1] in ("“", "”", "‘", "’", "„", "«"):

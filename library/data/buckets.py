@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes there are, and which image goes where. The sizes are kohya's."""
+"""Aspect-ratio buckets: their sizes, which are kohya's, and the bucket of each image."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Placement:
 
 
 class Buckets:
-    """The buckets of a data set. `multiple_of` is what every width and height must be a multiple of, in pixels."""
+    """The buckets of a data set. Every width and height is a multiple of `multiple_of` pixels."""
 
     def __init__(self, spec: DatasetSpec, *, multiple_of: int) -> None:
-        """Raises UserError for options that cannot be."""
+        """Raises UserError for impossible options."""
         if problems := list(dict.fromkeys(_problems(spec, multiple_of))):  # width and height can share one
             origin = f" (data set of {spec.subsets[0].origin})" if spec.subsets else ""
             raise UserError("\n".join(problem + origin for problem in problems))
@@ -42,8 +42,8 @@ class Buckets:
     def place(self, size: Size, *, keep_size: bool = False) -> Placement:
         """Raises ValueError where a bucket without enlargement would be empty.
 
-        `keep_size`: without buckets an image that is large enough is not resized, only cut. So kohya's --random_crop
-        does it there: what is seen is a piece of the image at its full size.
+        `keep_size`: without buckets an image that is large enough is not resized, only cropped, as with kohya's
+        --random_crop: the network sees a piece of the image at its full size.
         """
         width, height = self.spec.resolution
         if keep_size and not self.spec.enable_bucket and size[0] >= width and size[1] >= height:

@@ -1,4 +1,4 @@
-"""The text that is trained, made from a raw caption."""
+"""Makes the trained text from a raw caption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Options whose effect on a text is another one each time it is seen, in the order in which they act.
+# Options that change a caption's text from one sight to the next, in the order in which they act.
 _DRAWN = (
     *("caption_dropout_rate", "caption_dropout_every_n_epochs", "enable_wildcard"),
     *("token_warmup_step", "shuffle_caption", "caption_tag_dropout_rate"),
@@ -30,16 +30,16 @@ LONGEST_CAPTION = 131_072
 
 
 def refuse_long_caption(size: int, place: str) -> None:
-    """Raises UserError where a caption is so long that it is something else, or was joined by mistake."""
+    """Raises UserError for a text that is too long to be a caption, or was joined by mistake."""
     if size > LONGEST_CAPTION:
-        raise UserError(f"{place}: {size} bytes, of which no more than {LONGEST_CAPTION} are a caption")
+        raise UserError(f"{place}: {size} bytes; a caption has at most {LONGEST_CAPTION}")
 
 
 @dataclass(frozen=True)
 class Sight:
-    """One sight of a caption: when it is, and where its draws come from.
+    """One sight of a caption: its time, and the source of its random draws.
 
-    `draw` gives the random numbers for a purpose: one each, so that no option changes what another one draws.
+    `draw` returns the random numbers for a purpose: a generator each, so that no option changes another one's draws.
     `epoch` counts from 0; `step` counts the optimizer's steps done before, of `total_steps`.
     """
 
@@ -129,17 +129,17 @@ def _with_second_separator(text: str, spec: SubsetSpec) -> str:
 def refuse_text_cache_of_changing_captions(
     datasets: Iterable[DatasetSpec], *, option: str = "cache_text_encoder_outputs"
 ) -> None:
-    """Raises UserError where text encoder outputs cannot be cached, because the text is drawn anew each time."""
+    """Raises UserError if text encoder outputs cannot be cached because the text changes from one sight to the next."""
     for subset in _subsets(datasets):
         if options := changing_options(subset):
             raise UserError(
-                f"{option} and {' and '.join(options)} exclude each other: a caption is another text "
-                f"each time then ({subset.origin}, {subset.source}). Leave one of them out"
+                f"{option} and {' and '.join(options)} exclude each other: a caption would "
+                f"change each time it is seen ({subset.origin}, {subset.source}). Leave one of them out"
             )
 
 
 def warn_of_captions_options(datasets: Iterable[DatasetSpec]) -> None:
-    """Say which options about captions do not do what whoever gave them will expect."""
+    """Warn of options about captions that do not have the effect that a user will expect."""
     for message in dict.fromkeys(message for subset in _subsets(datasets) for message in _doubts(subset)):
         logger.warning(message)
 
@@ -157,7 +157,7 @@ def _doubts(spec: SubsetSpec) -> Iterator[str]:
 
 
 def warn_of_captions_without_tags(samples: Iterable[Sample]) -> None:
-    """Say where no caption has the separator that options about tags go by."""
+    """Warn of subsets without any caption that has the separator of tags."""
     found: dict[SubsetSpec, list[str]] = {}
     for sample in samples:
         if any(getattr(sample.subset, name) for name in _ON_TAGS):
@@ -168,7 +168,7 @@ def warn_of_captions_without_tags(samples: Iterable[Sample]) -> None:
             effects = [f"{' and '.join(idle)} change nothing"] * bool(idle)
             effects += ["caption_tag_dropout_rate drops whole captions"] * bool(spec.caption_tag_dropout_rate)
             logger.warning(
-                "%s: the caption_separator '%s' stands in no caption of %s: each is one tag, and %s",
+                "%s: the caption_separator '%s' occurs in no caption of %s: each is one tag, and %s",
                 *(spec.origin, spec.caption_separator, spec.source, ", ".join(effects)),
             )
 

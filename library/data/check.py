@@ -26,8 +26,8 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """What an image is: its size, upright, and whether parts of it may be transparent. `content`: a hash of its pixels,
-    the same for every copy, whatever else its file says; "" if it was not asked for."""
+    """An image's size, upright, and whether parts of it may be transparent. `content`: a hash of its pixels, the same
+    for every copy, whatever else its file says; "" if it was not computed."""
 
     size: Size
     transparent: bool
@@ -36,7 +36,7 @@ class Measured:
 
 
 def check_images(paths: Iterable[Path], *, contents: bool = False) -> tuple[dict[Path, Measured], dict[Path, str]]:
-    """Decode every image. Returns what the good ones are, and why each of the bad ones cannot be read.
+    """Decode every image. Returns the measures of the good ones, and the reason why each bad one cannot be read.
 
     With `contents` JPEGs are decoded at their full size, which takes three times as long.
     """

@@ -14,7 +14,7 @@ LARGEST_GAMMA = 0.05  # away from 1
 
 @dataclass(frozen=True)
 class Jitter:
-    """How the colours of one sight of an image are changed: the hue turned by degrees, or brightness ** gamma."""
+    """The change of colours in one sight of an image: the hue turned by degrees, or brightness ** gamma."""
 
     hue: float = 0.0
     gamma: float = 1.0

@@ -1,4 +1,4 @@
-"""Cuts that are drawn anew each time an image is seen: anywhere, or about a face. Geometry only."""
+"""Random crops, anew each time an image is seen: anywhere, or around a face. Geometry only."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from library.data.samples import Face, Size
 
 
 def random_crop(resized: Size, size: Size, rng: random.Random) -> tuple[int, int]:
-    """(left, top) of a cut of `size`, each place in the resized image as likely as any other."""
+    """(left, top) of a crop of `size`, uniform over the resized image."""
     return rng.randint(0, resized[0] - size[0]), rng.randint(0, resized[1] - size[1])
 
 
 def face_in_name(path: Path) -> Face | None:
-    """The face that a detector has written into the name, "photo_120_80_64_64.png": its centre, width and height."""
+    """The face that a detector has written into a file name, "photo_120_80_64_64.png": its centre, width and height."""
     numbers = path.stem.rsplit("_", 4)[1:]
     if len(numbers) < 4 or not all(number.isdecimal() for number in numbers):
         return None
@@ -29,12 +29,12 @@ def is_within(face: Face, size: Size) -> bool:
 def face_crop(
     face: Face, *, image: Size, size: Size, among: tuple[float, float], anywhere: bool, rng: random.Random
 ) -> tuple[Size, tuple[int, int]]:
-    """(resized, (left, top)) of a cut of `size` about a face, as kohya draws it.
+    """(resized, (left, top)) of a crop of `size` around a face, as kohya draws it.
 
-    The shorter side of the cut is as many times the face's longer side as is drawn from `among`, as far as the image
-    reaches and without enlarging it more than it takes to fill the cut. The face is in the middle, moved by up to a
-    twentieth of its size; with `anywhere` (--random_crop) by up to the image's width and height, less likely the
-    farther.
+    The shorter side of the crop is the face's longer side times a random factor from the range `among`, limited by the
+    image's size; the image is enlarged no more than it takes to fill the crop. The face is in the middle, moved by up
+    to a twentieth of its size; with `anywhere` (--random_crop) by up to the image's width and height, larger moves
+    being less likely.
     """
     longer, shorter = max(face.width, face.height), min(size)
     covers = max(size[0] / image[0], size[1] / image[1])

@@ -51,17 +51,17 @@ class Batch:
     """float32 [B]."""
     original_sizes: list[Size]
     crops: list[tuple[int, int]]
-    """(left, top) of what is seen within the resized image."""
+    """(left, top) of the crop within the resized image."""
     target_size: Size
     masks: Tensor | None = None
     """float32 [B, 1, h, w] in 0 … 1, of the latents' size or the pixels': how much each place counts in the loss."""
 
 
 class TrainingData:
-    """All that is trained. It has no state but its caches: a batch is a function of (seed, epoch, planned batch).
+    """The training data. Its only state is its caches: a batch is a function of (seed, epoch, planned batch).
 
     `batches_per_step`: the batches of one optimizer step, of all processes; `total_steps`: the steps of the run. Token
-    warm-up goes by these.
+    warm-up depends on these.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class TrainingData:
         return None
 
     def cached_views(self) -> list[View]:
-        """Every way in which an image is seen: where `flip_aug` is set, both ways round."""
+        """Every view of the images: with `flip_aug` also the mirrored ones."""
         return [
             fixed_view(sample, placement, flip=flip)
             for sample, placement in zip(self.samples, self.placements, strict=True)
@@ -172,7 +172,7 @@ class TrainingData:
         return PixelLoader(workers=workers, most_batches=most_batches, persistent=persistent, pin=pin)
 
     def batches(self, plan: Sequence[PlannedBatch], *, epoch: int, loader: PixelLoader) -> Iterator[Batch]:
-        """The planned batches that this process is to train, in order: a whole epoch's share or the rest of one."""
+        """The planned batches of this process, in order: a whole epoch's share or the rest of one."""
         views: Iterator[list[View]] = (self.views(planned, epoch) for planned in plan)
         steps = self._steps(epoch)
         if self.latents is not None:
@@ -189,7 +189,7 @@ class TrainingData:
     def _steps(self, epoch: int) -> Mapping[tuple[int, int], int]:
         """(sample, repeat) → the optimizer's steps done before its batch of this epoch, by its place in the plan.
 
-        So neither what a process has of the epoch nor where a run was resumed matters.
+        So it depends neither on a process's share of the epoch nor on where a run was resumed.
         """
         before = epoch * -(-self.batches_per_epoch // self.batches_per_step)  # an epoch ends with a step
         return {

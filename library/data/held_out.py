@@ -1,4 +1,4 @@
-"""Which images are held back to validate on. An image is its content: all its copies stand on one side."""
+"""Chooses the images that are held out for validation. Images are told apart by content: copies stay on one side."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def plain(subset: SubsetSpec) -> SubsetSpec:
-    """The subset without anything that makes an image or a caption another one each time.
+    """The subset without the options that change an image or a caption from one sight to the next.
 
-    Wildcards stay, because a caption with braces is no caption: they are drawn by the image's content, once for all.
+    Wildcards stay, because a caption must not contain their braces: they are drawn once, keyed by the image's content.
     """
     return replace(
         subset,
@@ -56,10 +56,10 @@ def beside(subset: SubsetSpec) -> SubsetSpec | None:
 
 
 def held_out(samples: Iterable[Sample], contents: Mapping[Path, str], *, seed: int) -> set[str]:
-    """The contents that are held back from each subset with a `validation_split`: that share of its different images.
+    """The contents that are held out from each subset with a `validation_split`: that share of its different images.
 
-    Which ones follows from the seed and the contents alone, not from names, order or repeats. `contents`: by file.
-    Raises UserError if no share comes to a whole image.
+    The choice depends on the seed and the contents alone, not on names, order or repeats. `contents`: by file.
+    Raises UserError if the shares are less than one image.
     """
     by_subset: dict[SubsetSpec, set[str]] = {}
     for sample in samples:
@@ -89,8 +89,8 @@ def split(
 ) -> tuple[list[Sample], list[Sample]]:
     """(to train, to validate) of one data set. `apart`: those of folders for validation; `chosen`: see `held_out`.
 
-    No image of either is in both, whatever subset it comes from. What is validated is seen once, in the order of its
-    content, which is its key as well: so what is drawn for it does not depend on where it lies.
+    No image is in both, whatever subset it comes from. Each validation image is seen once, in the order of contents.
+    Its content is also its key, so its random draws do not depend on its path.
     """
     train = [sample for sample in samples if contents[sample.path] not in chosen]
     candidates = [
@@ -110,11 +110,11 @@ def split(
 
 
 def tell(found: Sequence[Sample], train: Sequence[Sample], validation: Sequence[Sample]) -> None:
-    """Say how many are held back, and how many copies of them are therefore not trained."""
-    logger.info("%d images are held back to validate on; %d are left to train", len(validation), len(train))
+    """Log how many images are held out, and how many copies of them are therefore not trained."""
+    logger.info("%d images are held out for validation; %d are left to train", len(validation), len(train))
     gone = Counter(sample.subset for sample in found) - Counter(sample.subset for sample in train)
     for subset, count in gone.items():
         if not (subset.learns and subset.validation_split):
             logger.warning(
-                "%s: %d images are left out of training: the same pictures are validated on", subset.source, count
+                "%s: %d images are not trained: they are copies of images held out for validation", subset.source, count
             )

@@ -21,7 +21,7 @@ with contextlib.suppress(ImportError):
 
 # Pillow only warns between one and two times its limit; `open_image` refuses both, with a message of its own.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Image generators write their whole workflow into a PNG: Pillow's 1 MB would cost such an image its place.
+# Image generators write their whole workflow into a PNG: with Pillow's limit of 1 MB such an image could not be read.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 Image.init()
@@ -51,7 +51,7 @@ def image_extensions() -> frozenset[str]:
 
 
 def open_image(path: Path) -> ImageFile.ImageFile:
-    """The opened, not yet decoded image. Raises UserError for a decompression bomb, what Pillow raises for the rest."""
+    """The opened, not yet decoded image. Raises UserError for a decompression bomb, else whatever Pillow raises."""
     limit = Image.MAX_IMAGE_PIXELS
     too_large = UserError(f"more than {limit} pixels (a decompression bomb?): make it smaller")
     try:
@@ -68,7 +68,7 @@ def orientation(image: Image.Image) -> int:
     """The EXIF orientation of a decoded image: 1 is upright, from 5 on width and height are exchanged."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow raises anything on a broken EXIF block, which costs nobody a pixel
+    except Exception:  # Pillow raises anything on a broken EXIF block; the pixels are good all the same
         return 1
     return value if value in _UPRIGHT else 1
 
@@ -106,10 +106,10 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def _gray_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit by 1/257. "I" and "F" do not say what is white: the least usual full scale that holds the brightest."""
+    """16-bit by 1/257. "I" and "F" have no defined white: the smallest usual full scale that holds the brightest."""
     values = np.asarray(image, np.float32)
     if not np.isfinite(values).all():
-        raise ValueError("some of its pixels are no numbers")
+        raise ValueError("some of its pixels are NaN")
     scales = _FULL_SCALES.get(image.mode, (65535.0,))
     brightest = values.max()
     white = next((scale for scale in scales if brightest <= scale), scales[-1])
@@ -125,7 +125,7 @@ def _alpha(image: Image.Image) -> Image.Image | None:
 
 
 def load_pixels(view: View) -> torch.Tensor:
-    """The view as float32 [3, H, W] in [-1, 1]. Raises UserError where the file cannot be read any more."""
+    """The view as float32 [3, H, W] in [-1, 1]. Raises UserError if the file can no longer be read."""
     return _pixels(view, _decode(view.path))
 
 
@@ -150,7 +150,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 def _pixels(view: View, image: Image.Image) -> torch.Tensor:
-    # A mask painted into the alpha channel leaves the picture as it is: white would be learnt at its edges.
+    # A mask in the alpha channel does not change the colours: white in masked parts would be learnt at its edges.
     rgb = _without_alpha(image) if view.alpha_mask else _on_white(image)
     pixels = _cut(resize(rgb, view.resized, view.interpolation), view)
     if view.jitter is not None:

@@ -41,8 +41,8 @@ class _Order:
 class PixelLoader:
     """Batches of views → batches of pixels, in order, the same for any number of workers.
 
-    `workers` is the most that are wanted: no more than CPUs or `most_batches`, the batches of an epoch, are started.
-    `pin`: put what is loaded into pinned memory, from which a GPU reads by itself.
+    `workers` is an upper bound, as are the number of CPUs and `most_batches`, the batches of an epoch.
+    `pin`: put the pixels into pinned memory, from which a GPU reads by itself.
     """
 
     def __init__(self, *, workers: int, most_batches: int, persistent: bool = False, pin: bool = False) -> None:

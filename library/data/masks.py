@@ -46,13 +46,13 @@ class MaskCache:
 def latent_mask(view: View, size: tuple[int, int]) -> Tensor:
     """The mask of a view, float32 [1, h, w] in 0 … 1: each latent cell the mean over its pixels.
 
-    `size` is the latents' (h, w). Parts without a mask are 1. Raises UserError where the file cannot be read any more.
+    `size` is the latents' (h, w). Parts without a mask are 1. Raises UserError if the file can no longer be read.
     """
     return torch.nn.functional.interpolate(load_mask(view)[None], size=size, mode="area")[0]
 
 
 def cache_masks(views: Iterable[View], latent_size: Callable[[View], tuple[int, int]]) -> MaskCache:
-    """Read the mask of each distinct masked view once; `latent_size` says the (h, w) of a view's latents."""
+    """Read the mask of each distinct masked view once; `latent_size` returns the (h, w) of a view's latents."""
     by_size: dict[Size, list[View]] = {}
     for view in dict.fromkeys(views):
         if view.masked:
@@ -72,7 +72,7 @@ def cache_masks(views: Iterable[View], latent_size: Callable[[View], tuple[int, 
 def find_masks(samples: Sequence[Sample]) -> list[Sample]:
     """The samples of a subset, each with the image of the same name in `conditioning_data_dir` as its mask.
 
-    Raises UserError where the folder or a mask is missing. What belongs to no image is counted in a warning.
+    Raises UserError where the folder or a mask is missing. Masks that belong to no image are counted in a warning.
     """
     subset = samples[0].subset if samples else None
     if subset is None or subset.conditioning_data_dir is None:
@@ -101,7 +101,7 @@ def find_masks(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def refuse_other_sizes(samples: Iterable[Sample], sizes: dict[Path, Size]) -> None:
-    """Raises UserError where a mask and its image are not of one size, upright both: which part belongs to which?"""
+    """Raises UserError if a mask and its image, both upright, differ in size: the pixels would not correspond."""
     wrong = []
     for sample in samples:
         if sample.mask is not None and (found := sizes[sample.mask]) != sample.size:
@@ -109,4 +109,4 @@ def refuse_other_sizes(samples: Iterable[Sample], sizes: dict[Path, Size]) -> No
     if wrong:
         rest = [f"  and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         listed = "\n".join([*wrong[:_SHOWN], *rest])
-        raise UserError(f"{len(wrong)} masks are not of the size of their image:\n{listed}")
+        raise UserError(f"{len(wrong)} masks differ in size from their image:\n{listed}")

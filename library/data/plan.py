@@ -1,4 +1,4 @@
-"""Who is seen when: the batches of an epoch, and their split into optimizer steps, micro steps and processes."""
+"""The order of training: the batches of an epoch, and their split into optimizer steps, micro steps and processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PlannedBatch = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Group:
-    """One bucket of one data set: what may stand in a batch together."""
+    """One bucket of one data set: the samples that may be batched together."""
 
     dataset: int
     size: Size
@@ -31,7 +31,7 @@ class Group:
 
     @property
     def batches(self) -> int:
-        """In an epoch; the last may be short."""
+        """The number of batches of an epoch; the last may be short."""
         return -(-self.draws // self.batch_size)
 
 
@@ -50,8 +50,8 @@ def split_into_steps(batches: Sequence[T], *, world_size: int, accumulation: int
     """Optimizer steps → micro steps → processes → batch.
 
     Step s, micro step k, process r gets batch number (s · accumulation + k) · world_size + r: a step has the same
-    batches however `world_size` · `accumulation` is shared out. The last step is filled up with None, and every
-    process has as many steps and micro steps as the others.
+    batches however `world_size` · `accumulation` is shared out. The last step is padded with None, so that all
+    processes have equally many steps and micro steps.
     """
     per_step = world_size * accumulation
     filled: list[T | None] = [*batches, *[None] * (-len(batches) % per_step)]
@@ -62,5 +62,5 @@ def split_into_steps(batches: Sequence[T], *, world_size: int, accumulation: int
 
 
 def of_rank(steps: Sequence[Sequence[Sequence[T | None]]], rank: int) -> list[T]:
-    """The batches that one process has to load for these steps, in order, without the gaps."""
+    """The batches that one process loads for these steps, in order, without the padding."""
     return [batch for step in steps for micro in step if (batch := micro[rank]) is not None]

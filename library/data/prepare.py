@@ -31,7 +31,7 @@ _MOST_DRAWS = 20_000_000  # in an epoch
 
 @dataclass(frozen=True)
 class Prepared:
-    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `validation`: what is held back."""
+    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `validation`: the images held out."""
 
     samples: list[Sample]
     placements: list[Placement]
@@ -46,21 +46,21 @@ class Prepared:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Of all processes together."""
+        """The number of batches of an epoch over all processes."""
         return sum(group.batches for group in self.groups)
 
 
 def prepare(
     datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_images: bool = False, seed: int = 0
 ) -> Prepared:
-    """Find all images and captions, decode every image once, hold back those of validation, place each in a bucket.
+    """Find all images and captions, decode every image once, hold out those of validation, place each in a bucket.
 
-    `multiple_of`: what widths and heights must be a multiple of, in pixels, as the model's family declares it.
-    `seed`: of validation, for subsets without one of their own. Raises UserError for whatever is wrong with the
-    options, the folders or the files; quick checks come first.
+    `multiple_of`: widths and heights are multiples of this many pixels, as the model's family declares it.
+    `seed`: of validation, for subsets without one of their own. Raises UserError for any mistake in the options, the
+    folders or the files; quick checks come first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
-    index = count()  # of a subset over all data sets: part of its samples' keys
+    index = count()  # numbers the subsets of all data sets: part of their samples' keys
     scans = [[_scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
     apart = [[_scan(own, 0) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
     found = [sample for of_dataset in (*scans, *apart) for scan in of_dataset for sample in scan.samples]
@@ -120,7 +120,7 @@ def _usable(scans: Sequence[Scan], measured: dict[Path, Measured], spec: Dataset
             width, height = spec.skip_image_resolution
             small = next(sample for sample in readable if _is_too_small(sample.size, spec))
             logger.info(
-                "%s: %d of %d images are no larger than %d × %d and left out, as skip_image_resolution says (such as "
+                "%s: %d of %d images are left out, no larger than the %d × %d of skip_image_resolution (such as "
                 "%s, %d × %d)",
                 *(small.subset.source, len(readable) - len(large), len(readable), width, height),
                 *(small.path.name, *small.size),
@@ -141,12 +141,12 @@ def _why(spec: DatasetSpec, usable: Sequence[Sample], to_train: Sequence[Sample]
         width, height = spec.skip_image_resolution
         return f": none is larger than the {width} × {height} of skip_image_resolution"
     if any(sample.subset.learns for sample in usable) and len(to_train) < len(usable):
-        return ": all of them are held back to validate on: a smaller validation_split leaves some"
+        return ": all of them are held out for validation: a smaller validation_split leaves some"
     return ", or only regularisation images"
 
 
 def _refuse_endless_epoch(samples: Sequence[Sample]) -> None:
-    """Each draw of an epoch is an entry in a list: a slip in the repeats would fill the memory."""
+    """Each draw of an epoch is an entry in a list: a typing mistake in the repeats would fill the memory."""
     draws = sum(sample.repeats for sample in samples)
     if draws > _MOST_DRAWS:
         most = max(samples, key=lambda sample: sample.repeats)
@@ -166,7 +166,7 @@ def _is_readable(sample: Sample, measured: dict[Path, Measured]) -> bool:
 
 
 def _with_measures(samples: Sequence[Sample], measured: dict[Path, Measured], *, bucketed: bool) -> list[Sample]:
-    """The readable samples of a subset with what their images tell: size and, where it is used, face."""
+    """The readable samples of a subset with their sizes and, where they are used, faces."""
     readable = [
         replace(sample, size=measured[sample.path].size) for sample in samples if _is_readable(sample, measured)
     ]
@@ -200,7 +200,7 @@ def _with_faces(samples: Sequence[Sample]) -> list[Sample]:
         )
     if without:
         where = subset.image_dir, len(without), without[0].path.name
-        logger.warning("%s: %d images have no face in their name and are cut without one (such as %s)", *where)
+        logger.warning("%s: %d images have no face in their name and are cropped without one (such as %s)", *where)
     return found
 
 
@@ -237,7 +237,7 @@ def _counted(
     to_train: Sequence[Sample],
     used: Sequence[Sample],
 ) -> Iterator[SubsetSummary]:
-    """The summaries of a data set with what became of the images of each subset."""
+    """The summaries of a data set's subsets, with how many images are trained, held out and too small."""
     are_usable = Counter(sample.subset for sample in usable)
     are_left = Counter(sample.subset for sample in to_train)
     are_used = Counter(sample.subset for sample in used)

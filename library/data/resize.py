@@ -1,4 +1,4 @@
-"""Images of another size, with kohya's filters. No filter rounds but Pillow's own."""
+"""Resizes images with kohya's filters. Only Pillow's own filters round the result."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from PIL import Image
 
 from library.data.samples import Size
 
-# kohya leaves these to Pillow; nearest is the same pixel in OpenCV's exact form, which it uses there
+# kohya uses Pillow for these, and for nearest OpenCV's exact form, which takes the same pixel
 _PILLOWS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
     "nearest": Image.Resampling.NEAREST,
 }
-# and these to OpenCV, which takes the 2 or 4 nearest pixels a side, however much it shrinks; so does torch
+# kohya uses OpenCV for these, which takes the 2 or 4 nearest pixels a side, however much it shrinks; so does torch
 _SAMPLED = {"linear": "bilinear", "bilinear": "bilinear", "cubic": "bicubic", "bicubic": "bicubic"}
 
 
 def resize(image: Image.Image, size: Size, interpolation: str | None = None) -> np.ndarray:
     """8-bit image → [H, W, C], or [H, W] for one channel, in 0 … 255.
 
-    `interpolation` is one of --resize_interpolation; None is kohya's rule: area where nothing grows, else Lanczos.
+    `interpolation` is one of --resize_interpolation; None is kohya's rule: area if no side grows, else Lanczos.
     """
     if image.size == size:
         return np.asarray(image)

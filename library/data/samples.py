@@ -34,9 +34,9 @@ class Sample:
 
     `key` names it in every keyed draw: "{subset index}/{path inside the subset}", the same on every machine.
     `caption` is the text as the source has it, several lines if `enable_wildcard` is set;
-    `captions.caption_text` makes what is trained out of it.
+    `captions.caption_text` makes the trained text of it.
     `size` is that of the upright image, `UNMEASURED` until the image has been opened. `mask` is an image that weighs
-    the loss; `face` is there where the cuts are made about it.
+    the loss; `face` is set if the crops are made around it.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Scan(NamedTuple):
 
 
 def warn_of(place: Path, findings: Iterable[tuple[Sequence[object], str]]) -> None:
-    """A warning for each kind of thing that was found at all: how many there are, what that means, and one of them."""
+    """Log a warning for each kind of finding: how many there are, what that means, and one of them."""
     for found, what in findings:
         if found:
             logger.warning("%s: %d %s (such as %s)", place, len(found), what, found[0])

@@ -1,4 +1,4 @@
-"""A caption as a row of tags, most of which can be shuffled, held back at first, and dropped."""
+"""A caption as a list of tags, most of which can be shuffled, withheld at first (warm-up), and dropped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Tags(NamedTuple):
-    """The tags of one caption, stripped. Only those of `loose` are shuffled, held back and dropped."""
+    """The tags of one caption, stripped. Only those of `loose` are shuffled, withheld and dropped."""
 
     front: list[str]
     loose: list[str]
@@ -27,8 +27,8 @@ class Tags(NamedTuple):
 def split(text: str, spec: SubsetSpec) -> Tags:
     """The tags of `text`, between separators.
 
-    `keep_tokens_separator`, where the text has one, says what stays in front, and a second one what stays behind; what
-    is empty between separators is left out then. Otherwise the first `keep_tokens` tags stay in front.
+    The tags before a `keep_tokens_separator` in the text stay in front, and those behind a second one at the end; empty
+    tags are then left out. Without one the first `keep_tokens` tags stay in front.
     """
     mark = spec.keep_tokens_separator
     if mark and mark in text:
@@ -54,7 +54,7 @@ def warmup_length(spec: SubsetSpec, total_steps: int) -> float:
 def warmed_up(loose: Sequence[str], spec: SubsetSpec, *, step: int, total_steps: int) -> list[str]:
     """The first tags of `loose`: `token_warmup_min` of them at step 0, all from the end of the warm-up on.
 
-    `step` counts the optimizer's steps done before. Where there are fewer tags than the minimum, all of them.
+    `step` counts the optimizer's steps done before. If there are fewer tags than the minimum, all are returned.
     """
     length = warmup_length(spec, total_steps)
     if step >= length:

@@ -38,7 +38,7 @@ class View:
 
     @property
     def offset(self) -> tuple[int, int]:
-        """(left, top) of what is seen in the resized image, which is mirrored too where `flip` is set."""
+        """(left, top) of the crop in the resized image; with `flip`, in the mirrored one."""
         left, top = self.crop
         return (self.resized[0] - self.size[0] - left if self.flip else left), top
 
@@ -64,7 +64,7 @@ def fixed_view(sample: Sample, placement: Placement, *, flip: bool) -> View:
 
 
 def drawn_view(sample: Sample, placement: Placement, *, seed: int, epoch: int, repeat: int) -> View:
-    """The view at one draw; each thing that varies has a key of its own."""
+    """The view at one draw; each varying property has a key of its own."""
 
     def rng(purpose: str) -> random.Random:
         return python_random(seed, epoch, repeat, sample.key, purpose)
@@ -89,18 +89,18 @@ def drawn_view(sample: Sample, placement: Placement, *, seed: int, epoch: int, r
 
 
 def refuse_latent_cache_of_changing_images(datasets: Iterable[DatasetSpec], *, option: str = "cache_latents") -> None:
-    """Raises UserError where latents cannot be cached, because the image is another one each time it is seen."""
+    """Raises UserError if latents cannot be cached, because the image changes from one sight to the next."""
     for dataset in datasets:
         for subset in dataset.subsets:
             varying = {
                 "random_crop": subset.random_crop,
                 "color_aug": subset.color_aug,
-                # buckets decide about the cut: see `prepare`
+                # buckets decide the crop: see `prepare`
                 "face_crop_aug_range": subset.face_crop_aug_range is not None and not dataset.enable_bucket,
             }
             for name, varies in varying.items():
                 if varies:
                     raise UserError(
-                        f"{option} and {name} exclude each other: the image is another one each time it is seen "
+                        f"{option} and {name} exclude each other: the image would change each time it is seen "
                         f"({subset.origin}, {subset.image_dir}). Leave one of them out"
                     )

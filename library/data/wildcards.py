@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-# Stand for doubled braces while the single ones are read: control characters, which no caption holds.
+# Placeholders for doubled braces while the single ones are read: control characters, which no caption contains.
 _OPEN, _CLOSE = "\0", "\1"
 _WILDCARD = re.compile(r"\{([^}]+)\}")
 

@@ -22,7 +22,7 @@ from library.files.json_text import Config
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-# What the classes of diffusers need beside the model's own noise schedule
+# Settings of diffusers' classes beside the model's own noise schedule
 _SETTINGS: dict[str, dict[str, Any]] = {
     "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own configuration has it
     "dpmsolver": {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},  # "zero" divides by it
@@ -36,7 +36,7 @@ class DDPM:
     """A `library.diffusion.process.Process` whose levels are the whole numbers t in 0 … len(alphas_cumprod) - 1.
 
     prediction_type: "epsilon" or "v_prediction". alphas_cumprod: a_t, [T] in float64 (see `noise_schedule`).
-    settings: the same schedule in the words of diffusers' schedulers, for sampling.
+    settings: the same schedule as the configuration of diffusers' schedulers, for sampling.
     """
 
     prediction_type: str
@@ -48,7 +48,7 @@ class DDPM:
 
     @property
     def steps(self) -> int:
-        """The length of the table, 1000 as a rule."""
+        """The length of the table, usually 1000."""
         return len(self.alphas_cumprod)
 
     @property
@@ -63,7 +63,7 @@ class DDPM:
     def draw(
         self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
     ) -> int:
-        """One t in low ... high - 1: that part of the range which `density` draws."""
+        """One t in low ... high - 1; `density` draws the position within the range."""
         if density is None:
             return int(torch.randint(low, high, (), generator=generator))
         return min(low + int(density(generator) * (high - low)), high - 1)
@@ -87,7 +87,7 @@ class DDPM:
     def _rates(self, level_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), each [B, 1, 1, 1] on the device and in the dtype of `like`.
 
-        The roots are taken in the table's own precision: 1 - a_t loses its digits in low precision near t = 0.
+        The roots are taken in the table's own precision: in a low one, 1 - a_t is inexact near t = 0.
         """
         a = self._of_table(level_B)
         return per_sample(a.sqrt(), like), per_sample((1 - a).sqrt(), like)
@@ -118,7 +118,7 @@ class DDPM:
 
 
 def _new(sampler: str, config: Config) -> Scheduler:
-    """diffusers' scheduler for one of SAMPLERS with those of the settings that it knows."""
+    """diffusers' scheduler for one of SAMPLERS, with the settings that its class has."""
     module, _, name = SAMPLERS[sampler].rpartition(".")
     scheduler = getattr(importlib.import_module(module), name)
     names = inspect.signature(scheduler).parameters

@@ -3,7 +3,7 @@
 Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747). The network predicts the velocity
 dx / dσ = eps - x_0, which is the same everywhere on the line. Levels are moved towards noise by a shift, after Esser
 et al. 2024 (arXiv 2403.03206, §5.3.2): a constant of the model, or one that grows with the number of latent cells,
-because averaging over more cells takes noise away.
+because averaging over more cells reduces the noise.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Flow:
     """A `library.diffusion.process.Process` whose level is σ, float32 in 0 … 1.
 
     shift: of the levels, in training and sampling: 1 is none, above 1 more noise. `steps`: options and reports count σ
-    in thousandths, as the time that such networks are given.
+    in thousandths, the unit in which such networks get the time.
     """
 
     shift: float | ResolutionShift = 1.0
@@ -58,7 +58,7 @@ class Flow:
 
     @property
     def samplers(self) -> Sequence[str]:
-        """Solvers of an ordinary differential equation; those of DDPM are for another one."""
+        """Solvers of flow matching's differential equation; DDPM's samplers solve another one."""
         return ("euler",) if isinstance(self.shift, ResolutionShift) else tuple(_SAMPLERS)
 
     def shift_at(self, size: tuple[int, int]) -> float:
@@ -72,7 +72,7 @@ class Flow:
     def draw(
         self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
     ) -> float:
-        """σ in low / steps … high / steps, never 1: that part of the range which `density` draws, shifted."""
+        """σ in low / steps … high / steps, never 1: the position in the range is drawn by `density`, then shifted."""
         u = shifted((density or uniform)(generator), shift=self.shift_at(size))
         return min((low + u * (high - low)) / self.steps, _HIGHEST)
 

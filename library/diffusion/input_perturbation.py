@@ -1,4 +1,4 @@
-"""More noise in what the network sees than in what it is to answer, as its own errors will put there when it draws."""
+"""Additional noise in the network's input but not in its target: it imitates the network's errors in sampling."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class LatentSpace:
     def encode(self, vae: AutoEncoder, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1].
 
-        Computed in the precision that the VAE was loaded in, whatever autocast is in force around it.
+        Computed in the precision that the VAE was loaded in, even under autocast.
         """
         import torch
 

@@ -1,5 +1,5 @@
-"""At which noise level a sample is trained: distributions over 0 (no noise) ... 1 (only noise). A process makes its
-levels of them (`Process.draw`).
+"""Distributions of the noise level of a training sample, over 0 (no noise) ... 1 (only noise). A process maps them to
+its own levels (`Process.draw`).
 
 logit_normal and mode are those of Esser et al. 2024, arXiv 2403.03206, §3.1.
 """
@@ -25,12 +25,12 @@ def shifted_density(density: Density, generator: torch.Generator, *, shift: floa
 
 
 def uniform(generator: torch.Generator) -> float:
-    """In 0 ... 1."""
+    """Uniform in 0 ... 1."""
     return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
 def logit_normal(generator: torch.Generator, *, mean: float, std: float) -> float:
-    """1 / (1 + exp(-z)) with z normal: most where z = mean, nothing at the ends."""
+    """1 / (1 + exp(-z)) with z normal: densest around z = mean, never at the ends."""
     z = mean + std * torch.randn((), generator=generator, dtype=torch.float64)
     return torch.sigmoid(z).item()
 

@@ -1,4 +1,4 @@
-"""Noise of several resolutions, which changes large areas together.
+"""Noise of several resolutions, which is correlated over large areas.
 
 Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training",
 https://wandb.ai/johnowhitaker/multires_noise/reports/Multi-Resolution-Noise-for-Diffusion-Model-Training--VmlldzozNjYyOTU2

@@ -1,4 +1,4 @@
-"""The noise of a step: of which kinds, and drawn."""
+"""The noise of a step: its kinds, and its random draws."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """The additions to plain noise; 0 is off. `random`: each image has a random share of that strength."""
+    """The additions to plain noise; 0 is off. `random`: each image has that strength times a random factor in 0 … 1."""
 
     offset: float = 0.0
     offset_random: bool = False
@@ -33,9 +33,9 @@ class Noise:
 
 
 def draw_noise(noise: Noise, latents_BCHW: Tensor, seed: int, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """(what the network is to find, what is added to the latents): each [B, C, h, w] in fp32 on the latents' device.
+    """(the noise to predict, the noise added to the latents): each [B, C, h, w] in fp32 on the latents' device.
 
-    They differ by the perturbation only.
+    They differ only by the perturbation.
     """
     device, shape = latents_BCHW.device, latents_BCHW.shape[1:]
     eps = to_device(stacked_normal(shape, seed, draws, "noise"), device)

@@ -1,4 +1,4 @@
-"""Noise whose mean is moved, so that dark and bright images can be learnt.
+"""Noise with an offset of its mean, so that dark and bright images can be learnt.
 
 Guttenberg 2023, "Diffusion with offset noise", https://www.crosslabs.org/blog/diffusion-with-offset-noise
 """

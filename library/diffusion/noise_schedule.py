@@ -11,14 +11,14 @@ from torch import Tensor
 from library.errors import UserError, did_you_mean
 from library.files.json_text import Config
 
-_MOST_STEPS = 100_000  # a table of so many is kept; models have 1000
+_MOST_STEPS = 100_000  # the longest accepted table; models have 1000
 
 
 def alphas_cumprod(config: Config, *, where: str) -> Tensor:
     """The products of all alphas up to each timestep, [num_train_timesteps] in float64, from 1 towards 0.
 
-    The same as diffusers' DDPMScheduler has for this configuration, in which a single precision table is kept.
-    `where` names the configuration in errors. Raises UserError for values that are no schedule.
+    The same schedule as in diffusers' DDPMScheduler, whose table is in single precision. `where` names the
+    configuration in errors. Raises UserError for values that are no schedule.
     """
     steps = _number(config, "num_train_timesteps", 1000, where=where)
     if steps != int(steps) or steps > _MOST_STEPS:

@@ -1,8 +1,8 @@
-"""A diffusion process: how noise is mixed into an image at a noise level, and what the network is to predict then.
+"""A diffusion process: how noise is added to latents at a noise level, and what the network predicts.
 
 A noise level is a number in the process's own unit: a timestep 0 … 999 of DDPM (int64), σ in 0 … 1 of flow matching
-(float32). Only the processes and the model families, whose networks are given it, look into it. Options and reports
-count in steps (`--min_timestep`, "t 300", "000-199"), of which every process has `steps`; `at` translates.
+(float32). Only the processes, and the model families, whose networks get it as input, interpret it. Options and reports
+count in steps (`--min_timestep`, "t 300", "000-199"), of which every process has `steps`; `at` converts them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Process(Protocol):
     def draw(
         self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
     ) -> float:
-        """One level between the steps `low` and `high`. density: draws a share of that range, None is uniform.
+        """One level between the steps `low` and `high`. density: draws the position in that range, None is uniform.
 
         size: (height, width) of the latents, for processes whose levels depend on the resolution.
         """
@@ -64,7 +64,7 @@ class Process(Protocol):
         ...
 
     def target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, level_B: Tensor) -> Tensor:
-        """The network's right answer for `noisy` of the same arguments."""
+        """The target of the network's prediction for `noisy` of the same arguments."""
         ...
 
     def signal_to_noise(self, level_B: Tensor) -> Tensor:
@@ -110,8 +110,7 @@ def predict_and_target(
 ) -> Predicted:
     """The network's prediction for noisy latents, and its target: for training and every measurement.
 
-    level_B: on the CPU. added_BCHW: the noise that is added, where it is not the noise that is to be found (input
-    perturbation).
+    level_B: on the CPU. added_BCHW: the added noise, if it differs from the noise to predict (input perturbation).
     """
     from library.gpu import to_device
 
@@ -125,7 +124,7 @@ BINS = 5  # of the noise levels, of equal width: for validation and reports
 
 
 def middles(low: int, high: int) -> tuple[int, ...]:
-    """The middle of each of five equal parts of the steps low … high - 1; fewer where there are fewer."""
+    """The middle of each of five equal parts of the steps low … high - 1; fewer if there are fewer steps."""
     return tuple(dict.fromkeys(low + (2 * part + 1) * (high - low) // (2 * BINS) for part in range(BINS)))
 
 

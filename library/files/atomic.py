@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, whenever the program is killed or the disk is full.
+"""Writes files and folders atomically: whole or not at all, even if the program is killed or the disk is full.
 
-What is written lies beside its place under a hidden name until it is whole, `.NAME.part`; a folder that is replaced
-lies there for a moment as `.NAME.old`, and one that is removed as `.NAME.gone`.
+A file is written beside its place under the hidden name `.NAME.part` and renamed when it is complete; a folder that is
+replaced exists for a moment as `.NAME.old`, and one that is removed as `.NAME.gone`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _OLD = ".old"
 def replacing(path: Path) -> Iterator[Path]:
     """A name in the same folder to write to; moved to `path` when the block ends, removed if the block fails.
 
-    After the move `path` is on the disk, whatever happens to the machine. OS errors come out as `UserError`.
+    After the move `path` is on the disk, whatever happens to the machine. OS errors are raised as `UserError`.
     """
-    # keeps the ending, from which network modules tell the format; no random part: a leftover of a killed run goes
+    # keeps the extension, by which network modules choose the format; no random part: the next run replaces a leftover
     beside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         with _user_errors(path):
@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder of files: it appears whole or not at all. An older one at `path` goes last.
+    """As `replacing`, for a folder of files: it appears whole or not at all. An older one at `path` is removed last.
 
     A full folder cannot be replaced in one move: after a kill between the two, `bring_back` returns the older one.
     """
@@ -81,30 +81,30 @@ def bring_back(path: Path) -> None:
 
 
 def half_replaced(folder: Path) -> list[Path]:
-    """The folders in `folder` for which there is something to bring back."""
+    """The folders in `folder` that `bring_back` can restore."""
     return [path.with_name(path.name[1 : -len(_OLD)]) for path in folder.glob(f".*{_OLD}")]
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder that is no longer to be kept, if it is there: all of it is gone at once."""
+    """Delete a file or a folder, if it exists; a folder disappears in one move."""
     try:
-        _remove_folder(_old(path))  # or it would come back
+        _remove_folder(_old(path))  # or `bring_back` would restore it
         there = path.is_file() or path.is_symlink()
         if there:
             path.unlink()
         else:
             there = _remove_folder(path)
     except OSError as error:  # on Windows: another program has it open
-        logger.warning("%s should go now but cannot be removed: %s", path, error.strerror)
+        logger.warning("%s is no longer needed but cannot be removed: %s", path, error.strerror)
         return
     if there:
         logger.info("removed %s", path)
 
 
 def _remove_folder(path: Path) -> bool:
-    """Whether it was there. Deleted in its place it would be half a folder there after a kill."""
+    """Returns whether it was there. It is renamed first, so that a kill leaves no half of it at its place."""
     going = path.with_name(f".{path.name.removeprefix('.')}.gone")
-    shutil.rmtree(going, ignore_errors=True)  # of a removal that was killed
+    shutil.rmtree(going, ignore_errors=True)  # left by a removal that was killed
     if not path.is_dir():
         return False
     os.replace(path, going)
@@ -139,10 +139,10 @@ def _user_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not written: {_reason(error)}") from error
     except RuntimeError as error:
-        # torch.save does not pass on what the system said, only where its own writer noticed
+        # torch.save does not pass on the system's error, only the place where its own writer noticed it
         if not any(mark in str(error) for mark in ("PytorchStreamWriter", "inline_container", "iostream")):
             raise
-        raise UserError(f"{path}: not written: the disk is full, or takes no more of this file") from error
+        raise UserError(f"{path}: not written: the disk is full, or the file is too large for it") from error
 
 
 def _reason(error: OSError | SafetensorError) -> str:

@@ -24,8 +24,8 @@ def model_metadata(part: str, given: str) -> dict[str, str]:
     named = {f"ss_{part}_name": path.name}
     try:
         return {f"ss_{part}_hash": old_hash(path), f"ss_new_{part}_hash": sha256(path), **named}
-    except OSError as error:  # a drive that is gone by now: no reason to lose what was trained
-        logger.warning("%s: no hash of it in the metadata: %s", path, why_not(error))
+    except OSError as error:  # a drive that is gone by now: no reason to lose the trained network
+        logger.warning("%s: the metadata has no hash of this file: %s", path, why_not(error))
         return named
 
 
@@ -51,8 +51,8 @@ def sha256(path: Path, *, start: int = 0) -> str:
 def safetensors_hashes(path: Path) -> dict[str, str]:
     """`sshs_model_hash` and `sshs_legacy_hash` of a safetensors file, read in blocks.
 
-    They are defined over the file as it would be with its `ss_*` metadata only: the first is the SHA-256 of all that
-    follows the header, the second the old 8-digit hash of that whole file.
+    They are defined over the file as it would be with its `ss_*` metadata only: the first is the SHA-256 of the bytes
+    after the header, the second the old 8-digit hash of that whole file.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -77,7 +77,7 @@ UNKNOWN_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
 def write_hashes(path: Path) -> None:
     """Put the true hashes in the place of `UNKNOWN_HASHES` in a safetensors file's header.
 
-    A third-party network module may have written a value of its own or none: that is left alone.
+    A value that a third-party network module has written itself is left alone, as is a file without one.
     """
     hashes = safetensors_hashes(path)
     with path.open("r+b") as file:

@@ -11,11 +11,11 @@ from library.files.tensors import WeightsIndex, read_safetensors_index
 
 
 def read_index(path: Path) -> WeightsIndex:
-    """The table of a .safetensors, .ckpt, .pt or .bin file. The content decides which it is, not the file's name.
+    """The table of a .safetensors, .ckpt, .pt or .bin file. The content decides the format, not the file's name.
 
-    Raises UserError where the file is none of them or is cut off.
+    Raises UserError if the file is none of them or is cut off.
     """
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(path):  # reading a pipe would block
         raise UserError(f"{path}: no such file{nearest_path(path)}")
     try:
         size = path.stat().st_size

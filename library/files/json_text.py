@@ -22,9 +22,9 @@ def parse_json(text: str, place: str, *, first_line: int = 1) -> Json:
         hint = ": write paths with /, or each \\ twice" if "escape" in error.msg else ""
         raise UserError(f"{place}, line {first_line + error.lineno - 1}: not valid JSON: {error.msg}{hint}") from None
     except RecursionError:
-        raise UserError(f"{place}: lists or tables are nested too deeply in it") from None
+        raise UserError(f"{place}: its lists or tables are nested too deeply") from None
     except ValueError:  # Python's limit on the length of whole numbers
-        raise UserError(f"{place}: a number in it has thousands of digits") from None
+        raise UserError(f"{place}: contains a number with thousands of digits") from None
     if "\\ud" in text.lower() and not is_utf8(json.dumps(content, ensure_ascii=False)):
-        raise UserError(f"{place}: half a character in it, such as \\ud83d without its other half")
+        raise UserError(f"{place}: contains half a character, such as \\ud83d without its other half")
     return content

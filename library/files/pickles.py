@@ -57,7 +57,7 @@ class _StorageType(NamedTuple):
 
 
 class _Stub:
-    """Stands for any object of the file that is not a tensor. Takes everything, does nothing."""
+    """Stands for any object of the file that is not a tensor. Accepts any use and does nothing."""
 
     def __new__(cls, *_args: object, **_kwargs: object) -> _Stub:
         return super().__new__(cls)
@@ -96,7 +96,7 @@ class _RebuildTensor:
 
 
 class _RebuildParameter:
-    """Stands for torch._utils._rebuild_parameter and …_with_state: the parameter's data is all that is wanted."""
+    """Stands for torch._utils._rebuild_parameter and …_with_state: returns the parameter's data only."""
 
     __slots__ = ()
 
@@ -115,7 +115,7 @@ _KNOWN: dict[str, Callable[[], object]] = {
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Gives stand-ins for every name; notes the foreign ones in `foreign`, the storages' element types in `dtypes`."""
+    """Resolves every name to a stand-in; notes foreign names in `foreign`, the storages' element types in `dtypes`."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
@@ -151,7 +151,7 @@ class _InertUnpickler(pickle.Unpickler):
 def read_pickle_index(path: Path) -> WeightsIndex:
     """The weights in a torch checkpoint of either format: those under "state_dict" if there is one, else at the top.
 
-    Raises UserError where the file is damaged, is no torch checkpoint, or holds no weights.
+    Raises UserError if the file is damaged, is no torch checkpoint, or has no weights.
     """
     try:
         with path.open("rb") as file:
@@ -163,15 +163,15 @@ def read_pickle_index(path: Path) -> WeightsIndex:
                 content, positions, foreign = _read_legacy(file)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle can fail in any way whatever
+    except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(f"{path}: damaged, or no torch checkpoint ({type(error).__name__}: {error})") from None
     if hostile := {name for name in foreign if _runs_commands(name)}:
         raise UserError(
             f"{path}: names {_few(hostile)}, which no model needs and which programs that open such files carelessly "
-            "would run: delete it. Nothing in it was run"
+            "would execute: delete the file. Nothing in it was executed"
         )
     if foreign:
-        logger.info("%s names foreign classes or functions, left unexecuted: %s", path, _few(foreign))
+        logger.info("%s names foreign classes or functions, which are not executed: %s", path, _few(foreign))
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     tensors = {k: v for k, v in weights.items() if type(v) is _Tensor} if isinstance(weights, dict) else {}
     tensors = tensors or _of_the_web_ui(content)
@@ -186,7 +186,7 @@ def read_pickle_index(path: Path) -> WeightsIndex:
 def _of_the_web_ui(content: object) -> dict[str, _Tensor]:
     """The tensors of A1111's embeddings, {"string_to_param": {"*": tensor}}, and hypernetworks, {width: (layers, …)}.
 
-    Nothing here uses them; they are there to be recognised."""
+    They are read only so that such files can be recognised."""
     if not isinstance(content, dict):
         return {}
     tables = [("string_to_param", content.get("string_to_param"))]
@@ -246,7 +246,7 @@ def _read_legacy(file: BinaryIO) -> tuple[object, Callable[[str], int], set[str]
 
 
 def _entry(path: Path, name: str, tensor: _Tensor, position: Callable[[str], int], size: int) -> TensorEntry:
-    """Check what the pickle says about a tensor: it may say anything."""
+    """Check the pickle's description of a tensor, which can be arbitrary."""
     storage, start, shape, stride = tensor
     if type(storage) is not _Storage:
         raise UserError(f"{path}: '{name}' has an element type that is not supported")
@@ -265,7 +265,7 @@ def _entry(path: Path, name: str, tensor: _Tensor, position: Callable[[str], int
 
 
 def _runs_commands(name: str) -> bool:
-    """Whether a name that a pickle mentions is there to run commands or code; Lightning and others never name these."""
+    """Whether a name in a pickle serves to run commands or code; Lightning and others never name these."""
     module, _, function = name.rpartition(".")
     return module.partition(".")[0] in _COMMAND_MODULES or (
         module in ("builtins", "__builtin__") and function in _CODE_FUNCTIONS

@@ -1,4 +1,4 @@
-"""Where each tensor lies in a weights file, found without reading a single weight.
+"""The position of each tensor in a weights file, found without reading any weight.
 
 A weights file, whatever its format, becomes a table from names to `TensorEntry`: a byte position, an element type and
 a shape. Nothing here imports torch, so that a wrong file is refused at once.
@@ -49,7 +49,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, strides apart."""
+        """Bytes of the elements, without gaps between strides."""
         return self.count * ITEM_SIZE[self.dtype]
 
     def rows(self, part: int, parts: int) -> TensorEntry:
@@ -71,7 +71,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class WeightsIndex:
-    """The tensors of a file by name, and the text that the file carries about itself."""
+    """The tensors of a file by name, and the file's metadata."""
 
     path: Path
     entries: Mapping[str, TensorEntry]

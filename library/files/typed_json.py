@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def to_json(value: object) -> Any:
-    """As JSON has it: tables of dataclasses, lists of tuples, None for floats that are not finite, text for paths and
+    """JSON values: objects for dataclasses, lists for tuples, None for floats that are not finite, text for paths and
     the like."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
@@ -27,9 +27,9 @@ def to_json(value: object) -> Any:
 
 
 def from_json(kind: type[T], value: object, name: str = "") -> T:
-    """A dataclass of `kind` from its JSON. Keys that it does not know are passed over: a later version may write more.
+    """A dataclass of `kind` from its JSON. Unknown keys are ignored: a later version may write more.
 
-    Raises ValueError, which names the key, for what is missing or of another type.
+    Raises ValueError, which names the key, for a value that is missing or of another type.
     """
     return typing.cast(T, _read(kind, value, name or kind.__name__))
 

@@ -62,7 +62,7 @@ def draw(plan: Plan) -> Path:
 
 
 def sights(data: TrainingData, *, most: int = MOST) -> Iterator[Sight]:
-    """The first images of the first epoch in the order of training; where buckets are many, one of each before all."""
+    """The first images of the first epoch in the order of training; with many buckets, first one of each."""
     order = [draw for planned in data.plan(0) for draw in planned]
     first = {data.placements[index].bucket: number for number, (index, _) in reversed(list(enumerate(order)))}
     numbers = list(dict.fromkeys([*sorted(first.values()), *range(len(order))]))[:most]
@@ -103,7 +103,7 @@ def sheet(seen: Sequence[Sight], *, title: str) -> Image.Image:
 
 
 def tile(sight: Sight) -> Image.Image:
-    """The image and its cut, what is seen of it, and what there is to say."""
+    """The image with its crop, the network's view of it, and its facts."""
     name = shortened(sight.sample.path.name, _font(), width=WIDTH)
     facts = wrapped(_sizes(sight), _font(), width=WIDTH, most=1)
     facts += wrapped(_treatment(sight), _font(), width=WIDTH, most=1)
@@ -150,7 +150,7 @@ def shortened(name: str, font: ImageFont.FreeTypeFont, *, width: int) -> str:
 
 
 def _font() -> ImageFont.FreeTypeFont:
-    """Matplotlib brings it along, so the sheet looks the same everywhere."""
+    """A font of Matplotlib's, so that the sheet looks the same everywhere."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)
 
 
@@ -184,7 +184,7 @@ def _whole(view: View) -> Image.Image:
 
 
 def _seen(sight: Sight) -> Image.Image:
-    """The very pixels, with masked parts in pink."""
+    """The pixels that the network sees, with masked parts in pink."""
     pixels = (sight.pixels.permute(1, 2, 0).numpy() + 1) * 127.5
     if sight.mask is not None:
         hidden = 0.7 * (1 - sight.mask.permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""A dry run: what a run will do and cost, in words."""
+"""A dry run: describes a run and its costs in words, without training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
 
     average = _average_bytes(run)
     if average:
-        yield line("average", f"{human_bytes(average)}, and the weights once more while it is in their place")
+        yield line("average", f"{human_bytes(average)}, and a copy of the weights while it replaces them")
 
     family = run.family
     names = ["denoiser"]
@@ -90,7 +90,7 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
 
 
 def _average_bytes(run: Run) -> int:
-    """The bytes that --ema_decay keeps."""
+    """The bytes of the average of --ema_decay."""
     ema = run.hook(Ema)
     return 0 if ema is None else sum(tensor.nbytes for tensor in ema.average)
 
@@ -114,7 +114,7 @@ def dummy_loss(plan: Plan, run: Run, fake: Callable[[Tensor], Tensor]) -> Tensor
 
 
 def synthetic_batch(plan: Plan, run: Run) -> Batch:
-    """A full batch of the bucket that takes most memory, with its real captions and images of nothing."""
+    """A full batch of the bucket that needs most memory, with its real captions and dummy images."""
     data = plan.options.data
     group = max(plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
     members = [(index, repeat) for index, repeats in group.members for repeat in range(repeats)][: group.batch_size]
@@ -191,12 +191,12 @@ def _paths(what: str, paths: Sequence[Path]) -> Iterator[str]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or that above it which is there: the one will lie on the other's disk."""
+    """The folder, or its nearest parent that exists, which is on the same disk."""
     return folder if os.path.exists(folder) else _existing(folder.absolute().parent)
 
 
 def _caches(plan: Plan, run: Run) -> Iterator[str]:
-    """What the caches on disk will take, and how much of that is there. Reads the images and what is there."""
+    """The size of the caches on disk, and how much of that exists. Reads the images and the existing files."""
     options = plan.options
     validator = run.hook(Validator)
     cached = [run.data, *([] if validator is None else [validator.data])]

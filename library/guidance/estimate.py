@@ -17,11 +17,11 @@ def parameter_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def peak_of(work: Callable[[Callable[[Tensor], Tensor]], object]) -> int:
-    """The most bytes that tensors made by `work` hold at one time, gradients and saved activations included.
+    """The peak bytes of the tensors that `work` makes, gradients and saved activations included.
 
     `work` runs on fake tensors, which have shapes and dtypes only: nothing is computed and nothing allocated, on any
-    device. It is given a function that makes its inputs fake. What libraries use inside an operation (convolution
-    workspaces) is not seen.
+    device. It is given a function that makes its inputs fake. Memory that libraries use inside an operation
+    (convolution workspaces) is not counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

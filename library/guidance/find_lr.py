@@ -1,9 +1,9 @@
-"""The rate finder: train while the learning rate grows from step to step, see where the loss falls and where it breaks,
-and put everything back (L. N. Smith 2017, arXiv 1506.01186, section 3.3).
+"""The rate finder: trains while the learning rate grows from step to step, finds where the loss falls and where it
+diverges, and restores everything (L. N. Smith 2017, arXiv 1506.01186, section 3.3).
 
-Each step trains as the run would, on its batches in their order. What is measured after it is the loss on a few batches
-that are always the same, with the same noise and timesteps: a single step's own loss moves more with the noise level
-that was drawn than with anything learnt.
+Each step trains as the run would, on its batches in their order. After it the loss is measured on a few fixed batches,
+with the same noise and noise levels each time: a single step's own loss depends more on the noise levels drawn than on
+learning.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from library.training.run import Position, Run
 logger = logging.getLogger(__name__)
 
 MEASURED_IMAGES = 16  # at least so many; fewer only where there are no more
-BROKEN = 3.0  # the loss has left: this many times the lowest so far
-# whose draws no training uses, and a prime: --caption_dropout_every_n_epochs would have to divide it
+BROKEN = 3.0  # the loss has diverged: this many times the lowest so far
+# no training uses the draws of this epoch; a prime, so that no --caption_dropout_every_n_epochs divides it
 _EPOCH = 999_983
 
 
@@ -59,8 +59,8 @@ def refuse(choice: OptimizerChoice) -> None:
         reason = "derives its rate from the step: --optimizer_args relative_step=False lets you give one"
     elif choice.averages:
         reason = (
-            "averages its weights over all steps, so what it shows after a step is not that step's doing: "
-            "look with --optimizer_type AdamW, and take that rate"
+            "averages its weights over all steps, so the loss after a step is not the effect of that step: "
+            "find the rate with --optimizer_type AdamW, and use that"
         )
     if reason:
         raise UserError(f"--find_lr: {choice.name} {reason}")
@@ -70,9 +70,7 @@ def find(plan: Plan, run: Run) -> Found:
     """Try the rates of --find_lr_start … --find_lr_end on a run that is ready to start, and leave it as it was."""
     guidance = plan.options.guidance
     if run.accelerator.num_processes > 1:
-        raise UserError(
-            "--find_lr: one process is enough, and what it finds holds for all: start it without a launcher"
-        )
+        raise UserError("--find_lr: one process is enough, and its result holds for all: start it without a launcher")
     part, reference = _reference(plan.options, plan.family.PARTS["denoiser"].title)
     rates = geometric(guidance.find_lr_start, guidance.find_lr_end, guidance.find_lr_steps)
     tried = sweep(run, reference=reference, rates=rates)
@@ -80,7 +78,7 @@ def find(plan: Plan, run: Run) -> Found:
 
 
 def _reference(options: Options, title: str) -> tuple[str, float]:
-    """Whose rate the finder speaks of, and what it is configured to be; the others keep their proportion to it.
+    """The part whose rate the finder reports, and its configured rate; the others keep their proportion to it.
 
     `title`: of the denoiser.
     """
@@ -99,11 +97,11 @@ def geometric(start: float, end: float, steps: int) -> list[float]:
 
 
 def sweep(run: Run, *, reference: float, rates: Sequence[float]) -> lr_curve.Sweep:
-    """One step at each of the rates, until the loss is more than `BROKEN` times its lowest or no number.
+    """One step at each of the rates, until the loss is more than `BROKEN` times its lowest or NaN.
 
-    Each group's configured rate is multiplied by rate / `reference`. It runs without hooks, but for the max norm, which
-    makes a step another one. Afterwards weights, optimizer, loss scale and torch's random numbers are as they were, bit
-    for bit.
+    Each group's configured rate is multiplied by rate / `reference`. It runs without hooks, except the max norm, which
+    changes the weights of a step. Afterwards weights, optimizer, loss scale and torch's random numbers are as they
+    were, bit for bit.
     """
     limits = tuple(hook for hook in run.hooks if isinstance(hook, MaxNorm))
     trial = replace(run, position=Position(total=len(rates)), hooks=limits)
@@ -127,7 +125,7 @@ def sweep(run: Run, *, reference: float, rates: Sequence[float]) -> lr_curve.Swe
             if math.isfinite(loss):
                 losses.append(loss)
                 lowest = min(lowest, loss)
-            broken = not loss <= BROKEN * lowest  # also of what is no number
+            broken = not loss <= BROKEN * lowest  # true for NaN, too
             if broken:
                 break
         bar.close()
@@ -135,7 +133,7 @@ def sweep(run: Run, *, reference: float, rates: Sequence[float]) -> lr_curve.Swe
 
 
 def measured_batches(run: Run) -> list[Batch]:
-    """The batches that are always the same, encoded once."""
+    """The fixed batches, encoded once."""
     plan = run.data.plan(_EPOCH)
     images = list(itertools.accumulate(map(len, plan)))
     count = next((n for n, seen in enumerate(images, 1) if seen >= MEASURED_IMAGES), len(plan))
@@ -151,7 +149,7 @@ def measured_batches(run: Run) -> list[Batch]:
 
 @torch.no_grad()
 def measure(run: Run, batches: Sequence[Batch]) -> float:
-    """The mean loss over the images of these batches, as training has it but without dropout."""
+    """The mean loss over the images of these batches, as in training but without dropout."""
     run.network.eval()
     total = 0.0
     for batch in batches:
@@ -163,7 +161,7 @@ def measure(run: Run, batches: Sequence[Batch]) -> float:
 
 @contextlib.contextmanager
 def _undone(run: Run) -> Iterator[None]:
-    """Whatever is trained within is forgotten."""
+    """A context after which everything that was trained in it is undone."""
     kept = copy.deepcopy(snapshot.tensors_of(run))
     training = run.network.training
     try:
@@ -176,7 +174,7 @@ def _undone(run: Run) -> Iterator[None]:
 
 
 def report(plan: Plan, run: Run, found: Found) -> None:
-    """Write the plot and the numbers beside where the LoRA would go, and print what was found and why."""
+    """Write the plot and the numbers to the folder of the LoRA, and print the result with its reason."""
     saves, said = run.saves, found.suggestion
     plot = saves.last_file.with_name(f"{saves.last_file.stem}-find-lr.png")
     numbers = plot.with_suffix(".csv")
@@ -184,7 +182,7 @@ def report(plan: Plan, run: Run, found: Found) -> None:
     lr_curve.draw(plot, found.sweep, said, label=found.part)
     tried, last = len(found.sweep.rates), found.sweep.rates[-1]
     ended = ", where the loss broke" if found.sweep.broken else ""
-    why = "larger steps gain less, and sooner break it" if said.turned else "and it had not turned when the rates ended"
+    why = "larger steps gain less, and diverge sooner" if said.turned else "and it had not turned when the rates ended"
     lines = [
         f"tried        {tried} rates of {found.part}, from {found.sweep.rates[0]:.1e} to {last:.1e}{ended}",
         f"loss         {found.sweep.before:.4f} before; lowest at {said.lowest_at:.1e}: {said.lowest:.4f} "
@@ -192,26 +190,26 @@ def report(plan: Plan, run: Run, found: Found) -> None:
         f"suggestion   {' '.join(rate_options(plan.options, said.rate / found.reference))}",
         *_other_rates(plan.network_arguments, said.rate / found.reference),
         f"why          at {said.rate:.1e} the loss falls fastest: {why}",
-        f"             (the other rule, a tenth of the rate at the lowest loss, says {said.tenth:.1e})",
+        f"             (the other rule, a tenth of the rate at the lowest loss, gives {said.tenth:.1e})",
         f"written      {plot}, {numbers}",
     ]
     for line in lines:
         print(line)
     print("\nRate finder: no LoRA was trained or written.", flush=True)
     if said.fall < lr_curve.LEAST_FALL:
-        logger.warning("the loss hardly falls at any rate (%.1f %%): the suggestion rests on little", 100 * said.fall)
+        logger.warning("the loss hardly falls at any rate (%.1f %%): the suggestion is uncertain", 100 * said.fall)
     if not said.turned:
-        logger.warning("the loss still falls at the last rate, %.1e: look further, with --find_lr_end", last)
+        logger.warning("the loss still falls at the last rate, %.1e: try higher rates, with --find_lr_end", last)
 
 
 def _other_rates(network_arguments: Arguments, factor: float) -> Iterator[str]:
-    """The other options with a rate of their own, which grew with it."""
+    """The other options with a rate, which grew in proportion."""
     if network_arguments.get("network_reg_lrs"):
         yield f"             and {factor:.2g} times each rate in network_reg_lrs"
 
 
 def rate_options(options: Options, factor: float) -> list[str]:
-    """The words that set the rates to `factor` times what is configured."""
+    """The words that set the rates to `factor` times the configured ones."""
     rates = options.optimizer
     words = []
     if rates.unet_lr is None or rates.text_encoder_lr is None:

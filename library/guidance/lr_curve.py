@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING = 0.6  # decades of the rate that a point of the smoothed curve is the mean of
-LEAST_FALL = 0.01  # of the loss before; what falls less says little
+LEAST_FALL = 0.01  # of the loss before; a smaller fall is within the noise
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def smoothed(rates: Sequence[float], losses: Sequence[float]) -> list[float]:
 
 
 def slopes(rates: Sequence[float], losses: Sequence[float]) -> list[float]:
-    """By how much the loss changes in a decade of the rate: a straight line through the points near each."""
+    """The change of the loss per decade of the rate: the slope of a straight line through the points near each."""
     reach = _reach(rates)
     x = [math.log10(rate) for rate in rates]
     found = []
@@ -78,15 +78,15 @@ def slopes(rates: Sequence[float], losses: Sequence[float]) -> list[float]:
 
 
 def _reach(rates: Sequence[float]) -> int:
-    """Points on each side of one that the smoothing takes in."""
+    """The number of points on each side that the smoothing includes."""
     return max(1, round(SMOOTHING / 2 / math.log10(rates[1] / rates[0])))
 
 
 def suggest(sweep: Sweep) -> Suggestion:
-    """Both rules. Raises UserError for a curve that says nothing."""
+    """Both rules. Raises UserError for a curve from which no rate follows."""
     if len(sweep.rates) < 5:
         raise UserError(
-            f"--find_lr: the loss broke at rate {len(sweep.rates) + 1} of those tried: begin lower, with a smaller "
+            f"--find_lr: the loss diverged at rate {len(sweep.rates) + 1} of those tried: begin lower, with a smaller "
             "--find_lr_start"
         )
     smooth = smoothed(sweep.rates, sweep.losses)
@@ -95,8 +95,8 @@ def suggest(sweep: Sweep) -> Suggestion:
     if at == 0 or smooth[at] >= sweep.before:
         raise UserError(
             f"--find_lr: the loss does not fall below {sweep.before:.4g}, where it begins, at any rate from "
-            f"{sweep.rates[0]:.1e} to {sweep.rates[-1]:.1e}; with other images, or a network that is not trained "
-            "already, it should"
+            f"{sweep.rates[0]:.1e} to {sweep.rates[-1]:.1e}: use other images, or a network that is not trained "
+            "already"
         )
     steepest = min(range(at + 1), key=slope.__getitem__)
     return Suggestion(

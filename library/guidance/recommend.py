@@ -1,4 +1,4 @@
-"""`--recommend`: what to set for this data and this model, each with its reason. Nothing is loaded, nothing trained.
+"""`--recommend`: settings for this data and this model, each with its reason. Nothing is loaded, nothing trained.
 
 The number of images drives nearly all of it. Rank, length and batch are rules of thumb of this project's own, in the
 range of what kohya's users write; rates are those of the presets; the weight decay's numbers are what `auto` takes.
@@ -45,7 +45,7 @@ class Advice:
 def views(images: int) -> int:
     """How often images are shown in a whole run, together: 400 images ** 0.6.
 
-    Each is shown the less often, the more there are: 20 images 120 times, 100 63, 1,000 25, 10,000 10 times.
+    The more images there are, the less often each is shown: 20 images 120 times, 100 63, 1,000 25, 10,000 10 times.
     """
     return round(400 * images**0.6)
 
@@ -86,7 +86,7 @@ def advise(plan: Plan) -> list[Advice]:
 
 
 def _is_final(options: Options, name: str) -> bool:
-    """Whether the command line sets it, which wins over the file that is written."""
+    """Whether the command line sets this option: it wins over the file that is written."""
     return options.given.get(name, "").startswith(COMMAND_LINE)
 
 
@@ -97,7 +97,7 @@ def _by_size(images: int) -> tuple[int, int]:
 def _rank_reason(images: int) -> str:
     if images < BY_SIZE[0][0]:
         return "a higher rank would learn so few by heart"
-    return "enough to fill this rank, for a subject or a style" if images < BY_SIZE[1][0] else "there is much to hold"
+    return "enough to fill this rank, for a subject or a style" if images < BY_SIZE[1][0] else "there is much to learn"
 
 
 def _rates(plan: Plan) -> Iterator[Advice]:
@@ -118,7 +118,7 @@ def _rates(plan: Plan) -> Iterator[Advice]:
         if lion:
             usual = f"Lion's steps are larger than AdamW's: three tenths of {rate / 0.3:g}"
         if unet:
-            yield Advice(name, two_digits(rate), f"{usual}; --find_lr looks for yours")
+            yield Advice(name, two_digits(rate), f"{usual}; --find_lr finds yours")
         if text:
             why = f"half of the {plan.family.PARTS['denoiser'].title}'s: the text encoder overfits sooner"
             yield Advice("text_encoder_lr", two_digits(rate / 2), why)
@@ -135,7 +135,7 @@ def _weight_decay(plan: Plan, *, steps: int) -> Iterator[Advice]:
     factor, by_size = auto_weight_decay.decay_factor(images, TASK)
     least, _ = auto_weight_decay.min_ratio(images)
     by_size = by_size.removeprefix("auto: ")
-    why = f"{by_size}: {'fewer need regularising longer' if images < FEW else 'so many need little regularising'}"
+    why = f"{by_size}: {'fewer need longer regularisation' if images < FEW else 'so many need little regularisation'}"
     advice = [
         Advice("wd_transition_steps", transition, rule.removeprefix("auto: ")),
         Advice("wd_decay_factor", factor, why),
@@ -147,9 +147,9 @@ def _weight_decay(plan: Plan, *, steps: int) -> Iterator[Advice]:
 
 
 def report(plan: Plan) -> Path:
-    """Print the data, the model and a table, and write the settings as a config file beside where the LoRA would go.
+    """Print the data, the model and a table, and write the settings as a config file to the folder of the LoRA.
 
-    UserError, after all is printed, if another text is there.
+    UserError, after all is printed, if the file exists with other contents.
     """
     advice, options = advise(plan), plan.options
     for line in _facts(plan):
@@ -165,9 +165,7 @@ def report(plan: Plan) -> Path:
     text = snippet(plan, advice)
     print(f"\n{text}")
     if os.path.isfile(path) and path.read_bytes() != text.encode() and not output.overwrite:  # it may have been edited
-        raise UserError(
-            f"{path} is there and says something else: --overwrite replaces it, or give another --output_name"
-        )
+        raise UserError(f"{path} exists with other contents: --overwrite replaces it, or give another --output_name")
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8", newline="\n")
     print(f"written: {path}")
@@ -175,7 +173,7 @@ def report(plan: Plan) -> Path:
         print(f"to use it: the same command with --config_file {path} instead of --recommend")
     else:
         print(f"to use it: put these lines into {options.run.config_file}, instead of those of the same names")
-    print("These are rules of thumb to begin with. Nothing was trained.", flush=True)
+    print("These are rules of thumb to start from. Nothing was trained.", flush=True)
     return path
 
 
@@ -199,7 +197,7 @@ def _facts(plan: Plan) -> Iterator[str]:
     yield f"model    {plan.family.path} ({plan.family.base_model_version})"
     yield f"trained  {plan.options.network.network_module} with {plan.choice.name}"
     if missing:
-        logger.warning("%d images have no caption: they are learnt as if they were the same thing", missing)
+        logger.warning("%d images have no caption: all of them are learnt as the same thing", missing)
 
 
 def _now(plan: Plan, name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Pseudo-Huber losses, and how their threshold falls with the noise.
+"""Pseudo-Huber losses, and the dependence of their threshold on the noise.
 
 Khrapov et al. 2024, arXiv 2403.16728: near 0 such a loss is quadratic, beyond the threshold c linear, so that a wrong
-image in the data pulls less; a threshold that falls with the noise keeps the details of l2 where there is little noise.
+image in the data has less effect. A threshold that decreases with the noise keeps l2's details at low noise.
 The scales of both losses and of the schedules are those of kohya's scripts.
 """
 

@@ -1,4 +1,4 @@
-"""The main loss: how far predictions are from their targets, by element, with masks and weights."""
+"""The main loss: the distance of predictions from their targets, by element, with masks and weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MainLoss(LossTerm):
 
         masks: [B, 1, h, w] in 0 … 1, of the latents' size or the pixels'.
         """
-        # fp32: squares of bf16 differences lose the small errors that late training is about
+        # fp32: squares of bf16 differences lose the small errors that matter late in training
         by_element = self.by_element(seen.prediction_BCHW.float(), seen.target_BCHW.float(), seen.level_B)
         if masks is not None:
             # what is masked counts as zero and stays in the mean, as in kohya: a small part weighs less than a whole

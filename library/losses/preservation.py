@@ -1,5 +1,5 @@
-"""Samples with `diff_output_preservation`: the network is to change nothing there, so their target is the base's own
-prediction. After kohya's trainer."""
+"""Samples with `diff_output_preservation`: the network should change nothing there, so their target is the base
+model's own prediction. After kohya's trainer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preservation(LossTerm):
-    """predict: the family's. without: a context in which the network has no effect."""
+    """predict: of the family. without: a context in which the network has no effect."""
 
     predict: Predict
     without: Callable[[], AbstractContextManager[None]]
 
     def target(self, seen: Predicted, batch: Batch) -> Tensor:
-        """The base's prediction for the samples that ask for it, without a gradient."""
+        """The targets, with the base's prediction for the samples that have the option, without a gradient."""
         rows = [i for i, draw in enumerate(batch.samples) if draw.sample.subset.diff_output_preservation]
         if not rows:
             return seen.target_BCHW

@@ -1,14 +1,14 @@
 """Weights of noise levels by their signal-to-noise ratio, for the loss on what the network predicts.
 
-The errors of one answer, written on eps and on v, are in the ratio |v|² = |eps|² (SNR + 1) / SNR; so a weight for eps,
-times SNR / (SNR + 1), is the same weight for v.
+The squared errors of one prediction in terms of eps and of v have the ratio |v|² = |eps|² (SNR + 1) / SNR; so a weight
+for eps, times SNR / (SNR + 1), is the same weight for v.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-# Kohya's scripts cut the ratio here for all but min-SNR; Stable Diffusion reaches it at t = 0 only (1175).
+# Kohya's scripts clamp the ratio here, except for min-SNR; Stable Diffusion exceeds it at t = 0 only (1175).
 HIGHEST = 1000.0
 
 
@@ -37,14 +37,14 @@ def debiased_weight(snr_B: Tensor, *, prediction_type: str) -> Tensor:
 
 
 def like_noise_weight(snr_B: Tensor) -> Tensor:
-    """SNR / (SNR + 1): the loss on v becomes the loss on the noise that this v means. 0 at SNR = 0."""
+    """SNR / (SNR + 1): the loss on v becomes the loss on the equivalent noise. 0 at SNR = 0."""
     snr_B = snr_B.clamp(max=HIGHEST)
     return snr_B / (snr_B + 1)
 
 
 def v_like_weight(snr_B: Tensor, *, strength: float) -> Tensor:
-    """1 + strength · (SNR + 1) / SNR: to the loss on eps, `strength` times the loss on the v that it means is added.
+    """1 + strength · (SNR + 1) / SNR: adds to the loss on eps `strength` times the loss on the equivalent v.
 
-    Infinite at SNR = 0, where eps says nothing about v.
+    Infinite at SNR = 0, where v cannot be computed from eps.
     """
     return 1 + strength / like_noise_weight(snr_B)

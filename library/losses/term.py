@@ -1,7 +1,7 @@
-"""The loss of a batch as a list of terms, one file each: the main loss, preservation of the base, and what may follow.
+"""The loss of a batch as a list of terms, one file each: the main loss, preservation of the base, and so on.
 
-The terms are asked in their order. Each may first put other targets in the place of some samples', as preservation
-does; then the terms' losses are added up.
+The terms are called in their order. First each may replace the targets of some samples, as preservation does; then the
+terms' losses are added.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class LossTerm:
     """One term. A subclass overrides what it needs."""
 
     def target(self, seen: Predicted, batch: Batch) -> Tensor:
-        """The targets of the prediction, [B, C, h, w]: as they are, or others for some samples."""
+        """The targets of the prediction, [B, C, h, w]: unchanged, or replaced for some samples."""
         return seen.target_BCHW
 
     def per_sample(self, seen: Predicted, batch: Batch) -> Tensor | None:

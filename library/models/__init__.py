@@ -1,4 +1,4 @@
-"""Base models. `opening.open_family` recognises one; a further family is one file and one line here."""
+"""Base models. `opening.open_family` opens one; a new family is one file and one line here."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 class Blocks:
     """sections: the number of blocks in each section, from the input to the output, by the section's name in options.
 
-    ends: how many more there are at either end, the embeddings and the output, in which nothing is adapted: block
-    weights leave them out, block dims name them. number: a layer's block, from its dotted name in adapter files; None
-    for a layer outside of all blocks. titles: the sections in messages, where they differ from their names.
+    ends: the number of further blocks at each end, the embeddings and the output, in which nothing is adapted: lists of
+    block weights leave them out, lists of block dims include them. number: a layer's block, from its dotted name in
+    adapter files; None for a layer outside of all blocks. titles: the sections' names in messages, if they differ.
     """
 
     sections: tuple[tuple[str, int], ...]

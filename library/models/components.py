@@ -28,14 +28,14 @@ _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_ena
 class PartKind:
     """A family's declaration of one part.
 
-    folder: its folder in a diffusers folder. title: what messages call it. new: the import path of a function that
+    folder: its folder in a diffusers folder. title: its name in messages. new: the import path of a function that
     makes the module from its configuration, with its parameters on the meta device. section: "unet" for the denoiser
     and "text_encoder" for the text encoders, as rates, groups and metadata have it; "" where adapters never sit.
-    prefix: what its keys in adapter files begin with. linear: the paths of Linear and 1 × 1 convolution layers that
-    adapters sit on. conv: of those that come in addition where convolutions are adapted. more: of those beside that a
-    preset for everything takes. choices: paths by names of presets that take a part of `linear`. blocks: its numbered
-    blocks, by which rates and ranks can differ. layer: elsewhere a pattern of the names in adapter files, whose first
-    group is a layer's number from the input on.
+    prefix: the beginning of its keys in adapter files. linear: the paths of Linear and 1 × 1 convolution layers that
+    adapters sit on. conv: the paths of further layers, if convolutions are adapted. more: the paths that a preset for
+    everything takes beside these. choices: for presets that take a part of `linear`, that part by the preset's name.
+    blocks: its numbered blocks, by which rates and ranks can differ. layer: for parts without blocks, a pattern of the names in adapter files, whose
+    first group is a layer's number from the input on.
     """
 
     folder: str
@@ -70,7 +70,7 @@ class Components:
         return self._modules[name]
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
-        """Take a module that was made elsewhere."""
+        """Set a part to a module that was made elsewhere."""
         self._modules[name] = module
 
     def get(self, name: str) -> nn.Module | None:
@@ -88,7 +88,7 @@ class Components:
         return all(name in self for name in self.text_encoders)
 
     def loaded(self, *names: str) -> list[nn.Module]:
-        """Those of these parts that are there; all parts if none is named."""
+        """The loaded ones of these parts; of all parts if none is named."""
         return [self._modules[name] for name in names or self._kinds if name in self._modules]
 
     def config(self, name: str) -> Config:
@@ -111,14 +111,14 @@ class Components:
             self.load(name, dtype, device)
 
     def release(self, *names: str) -> None:
-        """Forget these parts, so that their memory can be used."""
+        """Drop these parts, so that their memory becomes free."""
         for name in names:
             self._modules.pop(name, None)
 
     @contextmanager
     def outlined(self) -> Iterator[None]:
-        """A context in which all parts are there without their weights, on the meta device, so that adapters and files
-        can be held against them. UserError where a part's weights do not fit its configuration."""
+        """A context in which all parts exist without their weights, on the meta device, so that adapters and files can
+        be checked against them. UserError if a part's weights do not fit its configuration."""
         before, self._modules = self._modules, {}
         try:
             for name in self._kinds:
@@ -133,7 +133,7 @@ class Components:
         source = self._sources[name]
         try:
             module = self._new(name)
-        except Exception as error:  # diffusers and transformers refuse configurations in all ways that there are
+        except Exception as error:  # diffusers and transformers raise errors of many classes for bad configurations
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"{source.where}: no model can be made of this configuration: {reason}") from error
         check_fit(module, source.entries(), source.where)
@@ -145,10 +145,10 @@ class Components:
         return module
 
     def hold(self, *names: str, format: str, device: torch.device | None = None) -> int:
-        """Hold the weights of the layers that adapters can sit on in one of quantization.FORMATS; their number.
+        """Hold the weights of the layers that adapters can sit on in one of quantization.FORMATS; returns their number.
 
-        To be done before adapters are attached and after others are merged in. device: where each weight is rounded,
-        and stays; None: where it is.
+        To be called before adapters are attached and after others are merged in. device: the device on which each
+        weight is rounded, and stays; None: its current one.
         """
         from library.quantization import FORMATS
 

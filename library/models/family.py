@@ -1,4 +1,4 @@
-"""A model family: what the rest of the project asks of one, and what all of them have in common.
+"""A model family: the interface that the rest of the project uses, and the code that all families share.
 
 A family is one file with a subclass of `ModelFamily`, and one line in `library.models.FAMILIES`.
 """
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 class AdapterTargets:
     """The modules of one part that adapters attach to, by their paths below `root`.
 
-    part: "unet" or "text_encoder". prefix: what keys in adapter files begin with. linear: paths of the Linear and 1 × 1
-    convolution targets. conv: paths of those that come in addition where convolutions are adapted. name: from a path to
-    the dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer:
-    elsewhere a pattern of the dotted names, whose first group is a layer's number, counted from the input.
-    more, choices: as `library.models.components.PartKind` has them.
-    fused: the dotted name that a layer shares with others in files, where they are held as one there; else "".
+    part: "unet" or "text_encoder". prefix: the beginning of keys in adapter files. linear: paths of the Linear and
+    1 × 1 convolution targets. conv: paths of further targets, if convolutions are adapted. name: from a path to the
+    dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer: for
+    parts without blocks, a pattern of the dotted names, whose first group is a layer's number, counted from the input.
+    more, choices: see `library.models.components.PartKind`.
+    fused: the dotted name that a layer shares with others if files hold them as one; else "".
     """
 
     part: str
@@ -76,7 +76,7 @@ class ModelFamily(ABC):
     implementation: str  # modelspec.implementation: whose names the adapters' keys follow
     clip_skip: int | None = None  # as kohya counts: 1 is the text encoder's last layer
     native_resolution: int  # pixels
-    token_limit: int  # tokens of a caption that are read
+    token_limit: int  # the number of a caption's tokens that are read
     latents: LatentSpace
 
     def __init__(self, base: BaseModel, *, vae: str | None) -> None:
@@ -94,37 +94,37 @@ class ModelFamily(ABC):
     @classmethod
     @abstractmethod
     def read(cls, path: str, location: Path) -> BaseModel:
-        """Where the parts of a file or folder that it claims are, and how they are configured. Raises UserError."""
+        """The parts of a file or folder that the family claims, with their configurations. Raises UserError."""
 
     # -- images
 
     @property
     def size_divisor(self) -> int:
-        """Sides of images are multiples of so many pixels."""
+        """The sides of images are multiples of this many pixels."""
         return self.latents.factor
 
     @property
     @abstractmethod
     def process(self) -> Process:
-        """How noise is mixed in, and what the network is to predict then."""
+        """The diffusion process: how noise is added, and what the network predicts."""
 
     def encode_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, each [B, C, h, w] in float32, scaled; pixels in [-1, 1]."""
         return self.latents.encode(self.components["vae"], pixels_BCHW)
 
     def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        """The pixels of latents that are scaled as those of `encode_images`, [B, 3, H, W] in about [-1, 1]."""
+        """The pixels, [B, 3, H, W] in about [-1, 1], of latents scaled as by `encode_images`."""
         return self.latents.decode(self.components["vae"], latents_BCHW)
 
     def vae_fingerprint(self) -> str:
-        """A hash of all that `encode_images` depends on but the precision; reads the VAE's weights once."""
+        """A hash of everything that `encode_images` depends on except the precision; reads the VAE's weights once."""
         return self.components.fingerprint("vae")
 
     # -- texts
 
     @abstractmethod
     def text_fingerprint(self) -> str:
-        """A hash of all that `encode_prompts` depends on but the precision; reads the text encoders' weights once."""
+        """A hash of everything that `encode_prompts` depends on except the precision; reads the encoders' weights."""
 
     @abstractmethod
     def count_tokens(self, caption: str) -> int:
@@ -134,8 +134,8 @@ class ModelFamily(ABC):
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The states of the text encoders by name, each [B, …]. Differentiable.
 
-        The second axis may be as long as the longest caption. Caches put rows of several lengths together with zeros at
-        their ends, so such a family returns a mask as well, which is 0 there.
+        The second axis may be as long as the longest caption. Caches pad shorter rows with zeros, so such a family also
+        returns a mask, which is 0 there.
         """
 
     # -- the network
@@ -148,16 +148,16 @@ class ModelFamily(ABC):
         crops: Sequence[tuple[int, int]],
         target_size: tuple[int, int],
     ) -> dict[str, Tensor]:
-        """What `predict` is conditioned on, each [B, …]: `texts` as of `encode_prompts`, and what more the family asks.
+        """The condition of `predict`, each [B, …]: `texts` as from `encode_prompts`, and further inputs of the family.
 
-        Sizes are (width, height) in pixels: of each image as it is on disk, and of what is seen of all of them. crops:
-        (left, top) of that in the image after resizing, and mirroring if it is seen so.
+        Sizes are (width, height) in pixels: of each image on disk, and the common size of the crops. crops: (left, top)
+        of each crop in the image after resizing and, if the view is mirrored, mirroring.
         """
         return dict(texts)
 
     @abstractmethod
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """The network's answer for noisy latents at noise levels of `process`, of the same shape."""
+        """The network's prediction for noisy latents at noise levels of `process`, of the same shape."""
 
     @abstractmethod
     def denoiser_blocks(self) -> Iterable[nn.Module]:
@@ -170,7 +170,7 @@ class ModelFamily(ABC):
         return self.components.outlined()
 
     def adapter_targets(self, *names: str) -> list[AdapterTargets]:
-        """For each of these parts that is there; of all parts if none is named."""
+        """The targets of each of these parts that is loaded; of all parts if none is named."""
         kinds = {name: kind for name, kind in self.PARTS.items() if kind.section and name in self.components}
         return [
             AdapterTargets(
@@ -195,9 +195,9 @@ class ModelFamily(ABC):
         return ""
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
-        """How many targets each part has in the sizes that are known, with those of `conv` or without; else None.
+        """The number of targets of each part, with those of `conv` or without; None for a model of unknown size.
 
-        Parts are called as in `networks.network.Site.section`.
+        Parts are named as in `networks.network.Site.section`.
         """
         return None
 
@@ -215,7 +215,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def pipeline(self) -> Pipeline:
-        """A diffusers pipeline over the loaded parts, or what is called as one.
+        """A diffusers pipeline over the loaded parts, or an object with the same call.
 
         With the arguments of `pipeline_arguments`, num_inference_steps, guidance_scale, width, height, generator and
         output_type="latent" it returns an object whose `images` are latents [1, C, h, w]; `scheduler` is set before.

@@ -1,6 +1,7 @@
 """Models with the module paths that kohya's network modules expect.
 
-The weights are the models' own, and so is each layer: whatever a network module attaches to them is in force there.
+The layers and their weights are the models' own: whatever a network module attaches to a layer takes effect in the
+model.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class TextModelView(nn.Module):
 
 
 class PlainUNetView(nn.Module):
-    """Shows a diffusers UNet with its paths, but its time embedding as a module of no class in particular.
+    """Shows a diffusers UNet with its paths, but its time embedding as a plain module.
 
     LyCORIS 4 chooses the time embedding by its class (for other models) and its layers by their names as well, and
-    stops because they are there twice. By their names alone they are chosen once, as by LyCORIS 3.
+    stops because it finds them twice. Without the class they are chosen once, by their names, as by LyCORIS 3.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -65,8 +66,8 @@ class PlainUNetView(nn.Module):
 class OriginalUNetView(nn.Module):
     """Shows the layers of a diffusers UNet under their names in the original layout, as kohya's own SDXL UNet has them.
 
-    Modules are often chosen by the class of the block that holds them, so what holds a block's layers is of a class
-    that is called the same.
+    Modules are often chosen by the class name of their block, so the module that holds a block's layers has a class of
+    the same name.
     """
 
     def __init__(self, unet: nn.Module, name: Callable[[str], str]) -> None:

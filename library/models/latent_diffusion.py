@@ -1,4 +1,4 @@
-"""What Stable Diffusion 1.x, 2.x and XL have in common: loading, the latents, what is predicted, the schedule."""
+"""The common part of Stable Diffusion 1.x, 2.x and XL: loading, the latents, the prediction type, the schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKEN_LIMITS = (75, 150, 225)
-SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # of all versions, where not stated
+SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # all versions' defaults
 
 # The layers that adapters attach to, by their paths in diffusers' UNet and transformers' CLIPTextModel
 _BLOCK = r"(?:down_blocks\.\d+|mid_block|up_blocks\.\d+)"
@@ -76,9 +76,9 @@ VAE = PartKind(folder="vae", title="VAE", new="library.models.modules.new_vae")
 
 
 def with_scaling(base: BaseModel, *, default: float) -> BaseModel:
-    """`base` with the family's `default` where the VAE's configuration is older than its field scaling_factor.
+    """`base` with the family's `default` if the VAE's configuration is older than the field scaling_factor.
 
-    diffusers would take Stable Diffusion 1's then, whatever the model.
+    diffusers would then use Stable Diffusion 1's factor for any model.
     """
     part = base.parts.get("vae")
     if part is None or part.config.get("scaling_factor"):
@@ -97,7 +97,7 @@ def latent_space(base: BaseModel) -> LatentSpace:
     inputs, latents = unet.get("in_channels", 4), config.get("latent_channels", 4)
     if inputs != latents:
         hint = "an inpainting model, which is not supported" if inputs == 9 else "another kind of model, or another VAE"
-        raise UserError(f"{base.path}: the UNet takes {inputs} channels and the VAE gives {latents}: {hint}")
+        raise UserError(f"{base.path}: the UNet takes {inputs} channels and the VAE returns {latents}: {hint}")
     if config.get("latents_mean") or config.get("latents_std"):
         raise UserError(
             f"{base.parts['vae'].where}: scales each channel by itself (latents_mean, latents_std), as no Stable "
@@ -117,7 +117,7 @@ def latent_space(base: BaseModel) -> LatentSpace:
 
 
 def native_resolution(base: BaseModel, factor: int, *, default: int) -> int:
-    """Pixels of a side, from the UNet's configuration; `default`: in cells, where that says nothing."""
+    """Pixels of a side, from the UNet's configuration; `default`: latent cells, if the configuration has none."""
     size = base.parts["denoiser"].config.get("sample_size") or default
     return int(size if isinstance(size, int) else size[0]) * factor
 
@@ -131,38 +131,38 @@ def token_limit(max_token_length: int | None) -> int:
 
 
 def prediction_type(base: BaseModel, *, says_v: bool) -> str:
-    """What the network predicts: v if the user says so, else as the model says itself, else noise.
+    """The prediction type: v if the user says so, else as the model states it, else noise.
 
-    Weights do not show it, and configurations are often wrong in converted folders: the flag goes before them.
+    It cannot be seen in the weights, and configurations in converted folders are often wrong: the flag wins over them.
     """
     if says_v:
         if base.prediction == "epsilon":
             logger.warning(
-                "--v_parameterization was given, but %s predicts noise, says %s; going by the flag",
+                "--v_parameterization was given, but %s predicts noise, according to %s; the flag is used",
                 *(base.path, base.prediction_from),
             )
         return "v_prediction"
     if base.prediction == "v_prediction":
-        logger.info("%s predicts velocity, says %s", base.path, base.prediction_from)
+        logger.info("%s predicts velocity, according to %s", base.path, base.prediction_from)
     return base.prediction or "epsilon"
 
 
 def scheduler(base: BaseModel, prediction: str, *, zero_terminal_snr: bool) -> dict[str, Any]:
-    """The scheduler's configuration, for training and drawing alike; rescaled if that is wanted."""
+    """The scheduler's configuration, for training and sampling alike; rescaled for zero_terminal_snr."""
     config = dict(base.scheduler)
     if not zero_terminal_snr:
         if base.location.is_file() and prediction == "epsilon" and config.get("rescale_betas_zero_snr"):
             logger.warning(
-                "%s: it says nothing of v, and noise as the target does not go with such a schedule: the usual one is "
-                "used; if it predicts v, give --v_parameterization",
+                "%s: it does not state that it predicts v, and models that predict noise cannot use such a schedule: "
+                "the usual one is used; if it predicts v, give --v_parameterization",
                 base.path,
             )
             return {name: value for name, value in config.items() if name not in ZERO_TERMINAL}
         return config
     if prediction == "epsilon":
         raise UserError(
-            f"--zero_terminal_snr: {base.path} predicts noise, which at a last timestep of pure noise says nothing "
-            "about the image; it is for models that predict v (--v_parameterization)"
+            f"--zero_terminal_snr: {base.path} predicts noise, and at a last timestep of pure noise that contains "
+            "nothing about the image; the option is for models that predict v (--v_parameterization)"
         )
     return config | ZERO_TERMINAL
 
@@ -178,12 +178,12 @@ def check_counts(targets: Sequence[AdapterTargets], expected: Mapping[str, int] 
 
 
 class LatentDiffusion(ModelFamily):
-    """The common part of these families. Each adds the condition of its UNet and its way to read prompts."""
+    """The common part of these families. Each adds the condition of its UNet and its encoding of prompts."""
 
     DEFAULT_SCALING: ClassVar[float]
-    """Of the latents, where the VAE's configuration is older than its field."""
+    """The scale of the latents, if the VAE's configuration is older than the field."""
     DEFAULT_CELLS: ClassVar[int]
-    """Latent cells of a side, where the UNet's configuration is older than its field."""
+    """Latent cells of a side, if the UNet's configuration is older than the field."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class LatentDiffusion(ModelFamily):
         return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
 
     def _reading(self) -> dict[str, Any]:
-        """How captions become tokens: a part of `text_fingerprint`."""
+        """The settings by which captions become tokens: a part of `text_fingerprint`."""
         from library.models.fingerprint import folder_fingerprint
         from library.models.text.prompts import CLEANING
 
@@ -242,7 +242,7 @@ class LatentDiffusion(ModelFamily):
         }
 
     def count_tokens(self, caption: str) -> int:
-        """Without BOS and EOS; brackets that weigh words do not count."""
+        """The number of tokens without BOS and EOS; brackets that weight words do not count."""
         from library.models.text.prompts import count_tokens
 
         return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)

@@ -31,10 +31,10 @@ Pipeline: TypeAlias = Any
 
 @contextmanager
 def lean_diffusers() -> Iterator[None]:
-    """Inside, diffusers' modules are imported as if those optional packages that are not loaded yet did not exist.
+    """A context in which diffusers' modules are imported as if optional packages that are not loaded yet did not exist.
 
-    Afterwards diffusers sees them again. What it had imported for itself stays without them: loading a LoRA into a
-    pipeline works in the same process, diffusers' `fuse_lora` and its beta noise schedules do not.
+    Afterwards diffusers sees them again. The modules imported inside stay without them: loading a LoRA into a pipeline
+    works in the same process, diffusers' `fuse_lora` and its beta noise schedules do not.
     """
     import diffusers.utils.import_utils as found
 
@@ -57,7 +57,7 @@ def lean_diffusers() -> Iterator[None]:
 def _spare_peft() -> None:
     """Make a UNet's forward not import peft (and with it bitsandbytes) where there is no LoRA of peft's to scale.
 
-    diffusers' own functions import it first and find out then that a weight of 1 leaves nothing to do.
+    diffusers' own functions import it before they check that a weight of 1 leaves nothing to do.
     """
     import diffusers.utils as names
     import diffusers.utils.peft_utils as home
@@ -116,13 +116,13 @@ def new_projected_text_encoder(config: Config) -> nn.Module:
 
 
 def _give_positions(encoder: Any) -> None:  # transformers has no types
-    """A table of 0, 1, 2, … that is in no file."""
+    """Fill the table of positions 0, 1, 2, …, which no file contains."""
     positions = torch.arange(encoder.config.max_position_embeddings, device="cpu").expand(1, -1)
     encoder.embeddings.register_buffer("position_ids", positions, persistent=False)
 
 
 def read_tokenizer(folder: Path, options: Config) -> Tokenizer:
-    """A CLIPTokenizer. Reading one takes half a second, and each drawing with SDXL wants a second one: they are kept.
+    """A CLIPTokenizer. Reading one takes half a second, and SDXL needs a second one for each image: they are cached.
 
     Only from_pretrained reads vocab.json and merges.txt; the constructor ignores file names.
     """

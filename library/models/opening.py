@@ -13,7 +13,7 @@ from library.models import FAMILIES
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import claimed_by, families, kind_of_file, not_a_base
 from library.models.checkpoints.folder import not_a_model
-from library.models.checkpoints.opening import locate
+from library.models.checkpoints.open_file import locate
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -31,14 +31,14 @@ def open_family(
 
     Reads headers and small configurations only. vae: a folder or file of another VAE. only: the one family that is
     wanted. options: values by name, of which the family takes those that it declares. given: the options that the user
-    set, with the place where each stands; those that only other families declare are refused. Raises UserError where
-    the model is not found, not supported, or not as said.
+    set, with the place where each stands; those that only other families declare are refused. Raises UserError if
+    the model is not found, not supported, or not of the family that the user named.
     """
     base = open_base_model(path)
     family: type[ModelFamily] = load(FAMILIES, base.kind, where="FAMILIES")
     if only is not None and base.kind != only:
         wanted = load(FAMILIES, only, where="FAMILIES").TITLE
-        raise UserError(f"{path} is {family.TITLE}, where {wanted} is wanted; train_network.py takes both")
+        raise UserError(f"{path} is {family.TITLE}, where {wanted} is expected; train_network.py trains both")
     own = options_of(family)
     for other in families():
         for name in options_of(other) - own:
@@ -46,7 +46,7 @@ def open_family(
                 raise UserError(f"{(given or {})[name]}: {path} is {family.TITLE}; the option is for {other.TITLE}")
     for name, part in base.parts.items():
         if name != "vae" or vae is None:
-            part.entries()  # a missing or damaged file is found now, not when all images are encoded
+            part.entries()  # finds a missing or damaged file now, not after all images are encoded
     return family(base, vae=vae, **{name: value for name, value in (options or {}).items() if name in own})
 
 
@@ -57,8 +57,8 @@ def options_of(family: type[ModelFamily]) -> set[str]:
 
 
 def open_base_model(path: str) -> BaseModel:
-    """Ask every family for a file, a diffusers folder or a hub id. UserError says what else it is, or names the nearest
-    existing path."""
+    """Open a file, a diffusers folder or a hub id with the family that claims it. UserError if none does, with the kind
+    of file that it is, or the nearest existing path."""
     location = locate(path)
     if location.is_dir():
         folder = Folder(location)

@@ -18,7 +18,7 @@ from library.models.blocks import SD
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.checkpoint import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX
 from library.models.checkpoints.detect import begins, is_of_xl, is_v2, other_family
-from library.models.checkpoints.opening import with_vae
+from library.models.checkpoints.open_file import with_vae
 from library.models.components import PartKind
 from library.models.latent_diffusion import TEXT_ENCODER, UNET, VAE, LatentDiffusion, prediction_type
 
@@ -115,7 +115,7 @@ class StableDiffusion(LatentDiffusion):
 
         unet: Any = self.components["denoiser"]
         states = condition["hidden_states"]
-        # autocast, where it is on, casts what it must and keeps the digits of the rest
+        # no cast here: autocast, if it is on, casts where it must and keeps the precision of the rest
         if not torch.is_autocast_enabled(noisy_BCHW.device.type):
             dtype = unet.conv_in.weight.dtype
             noisy_BCHW, states = noisy_BCHW.to(dtype), states.to(dtype)
@@ -158,7 +158,7 @@ def _checked_v2(base: BaseModel, *, says_v2: bool) -> bool:
     width = unet["cross_attention_dim"]
     if width != text["hidden_size"]:
         raise UserError(
-            f"{base.path}: the UNet wants text states of {width} channels, the text encoder gives {text['hidden_size']}"
+            f"{base.path}: the UNet needs text states of {width} channels, its text encoder has {text['hidden_size']}"
         )
     found = is_v2(unet)
     if says_v2 and not found:

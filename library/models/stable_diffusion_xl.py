@@ -1,7 +1,8 @@
 """Stable Diffusion XL: UNet, VAE and two CLIP text encoders; predicts noise, some descendants velocity.
 
-Podell et al. 2023, arXiv 2307.01952. Beside the text, the UNet is told the size that an image had, where it was cut and
-to what size (§2.2). Both text encoders are read before their last layer; the second gives a summary of the prompt, too.
+Podell et al. 2023, arXiv 2307.01952. Beside the text, the UNet is conditioned on an image's original size, the place of
+its crop and the crop's size (§2.2). Both text encoders are read before their last layer; the second also returns a
+pooled state of the prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from library.models.blocks import SDXL
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, original_unet_name
 from library.models.checkpoints.detect import begins, is_of_xl, other_family
-from library.models.checkpoints.opening import with_vae
+from library.models.checkpoints.open_file import with_vae
 from library.models.components import NOTHING, PartKind
 from library.models.latent_diffusion import TEXT_ENCODER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _SECOND_LINEAR = re.compile(rf"text_model\.{TEXT_LINEAR.pattern}")
 _PARTS = ("text_encoder", "text_encoder_2")
-_PADS = (None, 0)  # open_clip fills up with token 0, which is "!"; the vocabularies are the same
+_PADS = (None, 0)  # open_clip pads with token 0, which is "!"; the vocabularies are the same
 
 # What kohya's networks.lora finds in the true size.
 _TRUE_TRANSFORMERS, _TRUE_WIDTHS = [1, 2, 10], [768, 1280]
@@ -93,7 +94,7 @@ class StableDiffusionXL(LatentDiffusion):
 
     @classmethod
     def claims(cls, content: WeightsIndex | Folder) -> bool:
-        """A UNet with the original names of its two text encoders, or a folder that is told to be of SDXL."""
+        """A UNet with the original names of its two text encoders, or a folder with the marks of SDXL."""
         if isinstance(content, Folder):
             return is_of_xl(content) and content.config("unet") is not None and not other_family(content)
         whole = begins(content, UNET_PREFIX) and begins(content, "conditioner.embedders.")
@@ -149,7 +150,7 @@ class StableDiffusionXL(LatentDiffusion):
 
         unet: Any = self.components["denoiser"]
         states, pooled = condition["hidden_states"], condition["pooled"]
-        # autocast, where it is on, casts what it must and keeps the digits of the rest
+        # no cast here: autocast, if it is on, casts where it must and keeps the precision of the rest
         if not torch.is_autocast_enabled(noisy_BCHW.device.type):
             dtype = unet.conv_in.weight.dtype
             noisy_BCHW, states, pooled = noisy_BCHW.to(dtype), states.to(dtype), pooled.to(dtype)
@@ -173,8 +174,7 @@ class StableDiffusionXL(LatentDiffusion):
         return _EXPECTED | {"unet": _EXPECTED["unet"] + _EXPECTED_CONV * conv}
 
     def third_party_views(self) -> tuple[list[nn.Module], nn.Module | None]:
-        """Both text encoders with paths below "text_model.", empty ones if none is loaded; the UNet with the original
-        names."""
+        """Both text encoders with paths below "text_model.", empty if not loaded; the UNet with the original names."""
         from library.models.kohya_view import OriginalUNetView, TextModelView
 
         encoders = self.components.loaded(*_PARTS)
@@ -209,12 +209,12 @@ def _device_of(encoder: nn.Module) -> torch.device:
 
 
 def _check_widths(base: BaseModel) -> None:
-    """UserError where the UNet wants other text states than the encoders give."""
+    """UserError if the UNet needs other text states than the encoders return."""
     unet = base.parts["denoiser"].config
     first, second = (base.parts[part].config for part in _PARTS)
     given = first["hidden_size"] + second["hidden_size"]
     if unet["cross_attention_dim"] != given:
         raise UserError(
-            f"{base.path}: the UNet wants text states of {unet['cross_attention_dim']} channels, the text encoders "
-            f"give {first['hidden_size']} and {second['hidden_size']}"
+            f"{base.path}: the UNet needs text states of {unet['cross_attention_dim']} channels, the text encoders "
+            f"return {first['hidden_size']} and {second['hidden_size']}"
         )

@@ -1,4 +1,4 @@
-"""The optimizers. `CustomAdamW` and `preset_arguments` can be imported from here, for programs of one's own."""
+"""The optimizers. Other programs can import `CustomAdamW` and `preset_arguments` from here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """`from library.optimizers import CustomAdamW, preset_arguments`: torch loads only when they are asked for."""
+    """`from library.optimizers import CustomAdamW, preset_arguments`: torch loads only when these are imported."""
     if name == "CustomAdamW":
         from library.optimizers.custom_adamw import CustomAdamW
 

@@ -1,6 +1,6 @@
-"""The numbers of a weight-decay curve that follow from the run: its length, its data and its task.
+"""The numbers of a weight-decay curve that are computed from the run: from its length, its data and its task.
 
-Each function returns the number and the rule that decided, in words. Where rules disagree: the size of the data set,
+Each function returns the number and the deciding rule in words. If rules disagree, the size of the data set decides,
 then the task, then the default.
 """
 
@@ -39,7 +39,7 @@ Decided = tuple[float, str]
 
 
 def domain_of(task: str) -> str:
-    """The domain that a task belongs to; "general" and the name of a domain stand for themselves."""
+    """The domain that a task belongs to; "general" and the name of a domain are returned as they are."""
     return next((domain for domain, tasks in FACTORS.items() if task in tasks), task)
 
 
@@ -56,7 +56,7 @@ def transition_steps(total_steps: int, task: str | None) -> tuple[int, str]:
 
 
 def decay_factor(images: int | None, task: str | None) -> Decided:
-    """`images`: how many different ones are trained on; None: not known."""
+    """The decay factor. `images`: the number of distinct training images; None: unknown."""
     if images is not None:
         _, factor, _ = _size(images)
         return factor, f"auto: {images} images"
@@ -67,7 +67,7 @@ def decay_factor(images: int | None, task: str | None) -> Decided:
 
 
 def min_ratio(images: int | None, *, complexity: float | None = None) -> Decided:
-    """The least ratio by the number of images; if that is not known, by the `complexity` of the problem."""
+    """The least ratio by the number of images; if that is unknown, by the `complexity` of the problem."""
     if images is not None:
         _, _, ratio = _size(images)
         return ratio, f"auto: {images} images"
@@ -79,7 +79,7 @@ def min_ratio(images: int | None, *, complexity: float | None = None) -> Decided
 def min_ratio_of(complexity: float, *, images: int | None) -> float:
     """0.05 * clamp(complexity, 0.5, 2) * (2 below 1,000 images, 1.5 below 10,000, else 1).
 
-    `complexity`: trainable parameters over effective samples, as a ratio to what is usual.
+    `complexity`: trainable parameters over effective samples, relative to the usual value.
     """
     of_data = 1.0 if images is None or images >= 10_000 else 1.5 if images >= 1_000 else 2.0
     return 0.05 * min(max(complexity, 0.5), 2.0) * of_data

@@ -1,4 +1,4 @@
-"""From an optimizer's name and `key=value` words to the optimizer, with what kohya's users expect of each name."""
+"""Makes an optimizer from its name and `key=value` words, with the behaviour that kohya's users expect of each name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class OptimizerChoice:
     """An optimizer whose class is importable and whose arguments fit it.
 
-    What it is like is asked of the class, or of one made for dummy parameters, whatever its name and package.
+    Its properties are read from the class, or from an instance for dummy parameters, not from its name or package.
     """
 
     name: str
@@ -35,22 +35,22 @@ class OptimizerChoice:
 
     @property
     def is_custom_adamw(self) -> bool:
-        """Ours, by whatever path, or a class that is made of it."""
+        """Whether it is CustomAdamW, by any path, or a subclass of it."""
         return _is_custom_adamw(self.path)
 
     @property
     def has_modes(self) -> bool:
-        """Its `train()` and `eval()` must be called around training."""
+        """Whether its `train()` and `eval()` must be called around training."""
         return small_lora.has_modes(_class(self.path))
 
     @cached_property
     def averages(self) -> bool:
-        """What it saves, validates and draws with is an average of its own, apart from the weights that it trains."""
+        """Whether the weights for saving, validation and sampling are its own average, apart from the trained ones."""
         return self.has_modes and small_lora.averages(self._on_dummies)
 
     @cached_property
     def schedule_free(self) -> bool:
-        """Its average weighs each step by its rate, which takes the place of a learning-rate schedule."""
+        """Whether its average weights each step by its rate, which replaces a learning-rate schedule."""
         if not self.averages:
             return False
         lora = SmallLora({"unet": 1e-3})
@@ -61,24 +61,24 @@ class OptimizerChoice:
 
     @cached_property
     def finds_its_rate(self) -> bool:
-        """D-Adaptation and Prodigy: the given rate is a factor, 1.0 as a rule, of a "d" that they find."""
+        """Whether, as in D-Adaptation and Prodigy, the given rate is a factor, usually 1.0, on a "d" that it finds."""
         lora = SmallLora({"unet": None if self.takes_no_rate else 1e-3})
         with small_lora.quietly():
             return _has_found_d(_class(self.path), self._on_dummies(lora.groups).param_groups[0])
 
     @cached_property
     def has_a_rate_a_group(self) -> bool:
-        """False if one rate is taken for all parts, as most of those that find it do."""
+        """Whether each group has its own rate; most optimizers that find the rate use one for all."""
         return not self.finds_its_rate or small_lora.has_a_rate_a_group(self._on_dummies)
 
     @property
     def relative_step(self) -> bool:
-        """Adafactor in the mode that derives its rate from the step (kohya's default for it)."""
+        """Whether it is Adafactor in the mode that derives its rate from the step (kohya's default for it)."""
         return bool(self.setting("relative_step"))
 
     @property
     def takes_no_rate(self) -> bool:
-        """With relative steps transformers' Adafactor insists on having no rate at all; others leave theirs unused."""
+        """Whether no rate may be given, as for transformers' Adafactor with relative steps; others ignore theirs."""
         return self.relative_step and _signature(self.path)["lr"].default is None
 
     def setting(self, name: str) -> object:
@@ -88,7 +88,7 @@ class OptimizerChoice:
         return self.arguments.get(name, default)
 
     def in_plain_steps(self) -> OptimizerChoice:
-        """The same without what takes time to set up: CustomAdamW then compiles nothing."""
+        """The same without slow preparations: CustomAdamW then compiles nothing."""
         if not self.is_custom_adamw:
             return self
         return replace(self, arguments={**self.arguments, "implementation": "eager", "is_paged": False})
@@ -122,7 +122,7 @@ def choose_optimizer(
     if weight_decay is not None:
         _refuse_no_weight_decay(name, path)
         words = _joined(words, {"weight_decay": weight_decay})
-    # wd_flat is no single word: --wd_flat gives it
+    # wd_flat is not a single word; --wd_flat sets it
     reserved = ("params", "lr", "wd_flat") if ours else ("params", "lr")
     arguments, unchecked = registry.bind(
         path, words, given=defaults, reserved=reserved, where="--optimizer_args", named_by="--optimizer_type"
@@ -133,7 +133,7 @@ def choose_optimizer(
     choice = OptimizerChoice(name, path, arguments)
     if choice.setting("warmup_init") and choice.setting("relative_step") is False:
         raise UserError(f"--optimizer_args: {name}'s warmup_init=True needs relative_step=True")
-    with small_lora.quietly():  # what it refuses is refused now; what it says of dummy parameters would mislead
+    with small_lora.quietly():  # invalid arguments fail now; messages about dummy parameters would mislead
         rate = None if choice.takes_no_rate else 1e-4
         _new(choice, _understood(choice, SmallLora({"unet": rate}).groups), rate=rate)
     return choice
@@ -149,12 +149,12 @@ def _refuse_no_optimizer(name: str, path: str) -> None:
 def _refuse_no_weight_decay(name: str, path: str) -> None:
     target = registry.signature(path, where="--optimizer_type")
     if "weight_decay" not in target.parameters:
-        unchecked = "; --optimizer_args weight_decay=... hands it over unchecked" if target.takes_any else ""
+        unchecked = "; --optimizer_args weight_decay=... passes it unchecked" if target.takes_any else ""
         raise UserError(f"--weight_decay: {name} has no weight_decay{unchecked}")
 
 
 def _joined(words: Sequence[str], flags: Mapping[str, object]) -> list[str]:
-    """The words and the flags, as words; the same thing said twice is said once."""
+    """The words and the flags, as words; a setting that is given twice with the same value appears once."""
     said = registry.parse_words(words, where="--optimizer_args")
     for flag, value in flags.items():
         if flag in said and said[flag] != value:
@@ -205,8 +205,8 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over `groups` (dicts with "params", "lr" and "name").
 
-    `learning_rate`: of groups without one; and what schedules that end at a certain rate compare that rate with, so it
-    should be the highest of the groups' own.
+    `learning_rate`: the rate of groups without one. Schedules that end at a certain rate compare it with this, so it
+    should be the highest of the groups' rates.
     """
     groups = _understood(choice, groups)
     rates = {group.get("lr", learning_rate) for group in groups}
@@ -214,14 +214,14 @@ def create_optimizer(
     if choice.finds_its_rate:
         if max(rates) <= 0.1:
             logger.warning(
-                "%s finds the rate by itself; the one given is a factor and should be near 1.0, not %g.",
+                "%s finds the rate itself; the given one is a factor and should be near 1.0, not %g.",
                 choice.name,
                 max(rates),
             )
         if len(rates - {0.0}) > 1 and not choice.has_a_rate_a_group:
             first = next(group["lr"] for group in groups if group.get("lr"))
             logger.warning(
-                "%s uses one rate for all parts: of %s the first part's, %g, is taken for all.",
+                "%s uses one rate for all parts: of %s the first one, %g, is used for all.",
                 choice.name,
                 ", ".join(f"{rate:g}" for rate in sorted(rates)),
                 first,
@@ -240,7 +240,7 @@ def create_optimizer(
 
 
 def _understood(choice: OptimizerChoice, groups: ParameterGroups) -> ParameterGroups:
-    """The groups without what only CustomAdamW understands, if it is another."""
+    """The groups; for other optimizers than CustomAdamW without the keys that only it understands."""
     if choice.is_custom_adamw:
         return groups
     of_lora = ("param_names", "lora_scale", "roles", "partners")
@@ -265,7 +265,7 @@ def _arguments_of(optimizer_class: type) -> frozenset[str]:
 
 
 def _has_found_d(optimizer_class: type, group: Options) -> bool:
-    """Whether a group has a "d" that is the optimizer's own: torch's Adafactor calls one of its arguments so."""
+    """Whether a group has a "d" that the optimizer has found: torch's Adafactor has an argument of that name."""
     return "d" in group and "d" not in _arguments_of(optimizer_class)
 
 
@@ -280,7 +280,7 @@ def effective_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def _relative_rate(optimizer: torch.optim.Optimizer, group: Options) -> float:
-    """Adafactor's own rate in the last step: transformers' has it scaled by the size of a parameter, the first."""
+    """Adafactor's own rate in the last step, in transformers' version scaled by the first parameter's size."""
     state: Options = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), {})
     step = state.get("step") or group.get("step")
     if not step:
@@ -297,14 +297,16 @@ def effective_weight_decays(optimizer: torch.optim.Optimizer) -> dict[str, float
     decays = {}
     for index, group in enumerate(optimizer.param_groups):
         if "weight_decay" in group:
-            own = isinstance(optimizer, CustomAdamW)  # keeps the one it began with, and follows its curve in each step
+            own = isinstance(
+                optimizer, CustomAdamW
+            )  # its groups keep the first value; the curve is applied in each step
             decay = decayed_weight_decay(group, group["step"]) if own else float(group["weight_decay"])
             decays[str(group.get("name", f"group{index}"))] = decay
     return decays
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of state that the optimizer holds, measured after a step with gradients of zero: its weights may change."""
+    """Bytes of the optimizer's state, measured after a step with zero gradients, which may change the weights."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Parameter groups and state, as torch types them: the one place of the optimizers where a value's type is open."""
+"""Parameter groups and state, as torch types them: the only place of the optimizers with values of any type."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Whether the training loss has become flat, for the weight decay that waits for it.
+"""Decides whether the training loss has become flat, for the weight decay that waits for it.
 
-The rule this goes back to: over the last 100 steps, and never before step 500, |last loss - first loss| / 100 < 0.001.
-Two single losses of a diffusion model say little: with a standard deviation of 0.1 their difference alone is off by
-0.0014 a step. Here the line of least squares through all losses of the window takes their place (off by 0.00035), and
-its slope must be below the threshold by more than its own standard error.
+The original rule: over the last 100 steps, and never before step 500, |last loss - first loss| / 100 < 0.001. Two
+single losses of a diffusion model are too noisy: with a standard deviation of 0.1 their difference alone has an error
+of 0.0014 a step. Here the line of least squares through all losses of the window replaces them (error 0.00035), and its
+slope must be below the threshold by more than its own standard error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Seen(TypedDict):
-    """Of the last steps, the oldest first: plain tuples, for state dicts. See `Plateau.observe`."""
+    """The numbers of the last steps, the oldest first: plain tuples, for state dicts. See `Plateau.observe`."""
 
     flat: bool
     losses: tuple[float, ...]
@@ -40,7 +40,7 @@ class Trend(NamedTuple):
 
 
 def trend(values: Sequence[float]) -> Trend:
-    """Of three values or more."""
+    """The trend of three values or more."""
     n = len(values)
     middle, mean = (n - 1) / 2, math.fsum(values) / n
     spread = n * (n * n - 1) / 12  # sum of (i - middle)^2
@@ -88,7 +88,7 @@ class Plateau:
         validation_loss: float | None = None,
     ) -> None:
         """Observe for parameter groups that wait for the loss to be flat: from then on "wd_flat_since" is the number of
-        steps that group["<counter>"] had counted. What was seen is kept in the first group, as "wd_seen"."""
+        steps that group["<counter>"] had counted. The observations are stored in the first group, as "wd_seen"."""
         seen = self.observe(
             groups[0].get("wd_seen", NOTHING),
             step=groups[0].get(counter, 0),
@@ -112,9 +112,9 @@ class Plateau:
         gradient_norm: float | None = None,
         validation_loss: float | None = None,
     ) -> Seen:
-        """What has been seen (at first `NOTHING`) with the numbers of one more step; its "flat" is the verdict.
+        """The observations (at first `NOTHING`) with the numbers of one more step; "flat" is the verdict.
 
-        `step`: optimizer steps done before it. Values that are not finite are passed over.
+        `step`: optimizer steps done before it. Values that are not finite are ignored.
         """
         if seen["flat"]:
             return seen
@@ -122,11 +122,11 @@ class Plateau:
         norms = self._added(seen["gradient_norms"], gradient_norm)
         validation = self._added(seen["validation_losses"], validation_loss)
         if step >= self.earliest and self._flat(losses, norms, validation):
-            return {**NOTHING, "flat": True}  # the numbers have served
+            return {**NOTHING, "flat": True}  # the observations are no longer needed
         return {"flat": False, "losses": losses, "gradient_norms": norms, "validation_losses": validation}
 
     def _added(self, values: tuple[float, ...], value: float | None) -> tuple[float, ...]:
-        """A new tuple: state dicts that hold the old one keep what they hold."""
+        """A new tuple, so that state dicts with the old one do not change."""
         return values if value is None or not math.isfinite(value) else (*values, value)[-self.window :]
 
     def _flat(self, losses: Sequence[float], norms: Sequence[float], validation: Sequence[float]) -> bool:

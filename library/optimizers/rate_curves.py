@@ -1,7 +1,7 @@
 """Learning-rate curves that diffusers and transformers lack: exponential, step, REX; each after a linear warm-up.
 
-The first two are torch's ExponentialLR and StepLR, which know no warm-up. Each function takes what `schedules.py` gives
-to theirs: counts of optimizer steps.
+The first two are torch's ExponentialLR and StepLR, which have no warm-up. Each function takes the same arguments from
+`schedules.py` as those libraries' functions: counts of optimizer steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def step(optimizer: Optimizer, *, step_size: int, gamma: float = 0.1, num_warmup
 
 
 def rex(optimizer: Optimizer, *, num_training_steps: int, num_warmup_steps: int = 0) -> LambdaLR:
-    """(1 - z) / (1/2 + (1 - z) / 2), z being the share of the run after the warm-up that is done.
+    """(1 - z) / (1/2 + (1 - z) / 2), z being the completed share of the run after the warm-up.
 
     It falls more slowly than a line at first and faster at the end (Chen, Wolfe, Kyrillidis 2021, arXiv 2107.04197).
     """
@@ -43,7 +43,7 @@ def rex(optimizer: Optimizer, *, num_training_steps: int, num_warmup_steps: int 
 
 
 def _after_warmup(optimizer: Optimizer, warmup: int, factor: Callable[[int], float]) -> LambdaLR:
-    """From 0 in a straight line, as diffusers' schedules begin."""
+    """The curve after a linear warm-up from 0, as in diffusers' schedules."""
     return LambdaLR(optimizer, lambda done: done / warmup if done < warmup else factor(done - warmup))
 
 

@@ -35,7 +35,7 @@ SCHEDULES = {
     "rex": "library.optimizers.rate_curves.rex",
 }
 _WITHOUT_WARMUP = ("constant", "piecewise_constant")
-_ENDLESS = ("exponential", "step", "inverse_sqrt")  # their steps know of no end, only of the warm-up
+_ENDLESS = ("exponential", "step", "inverse_sqrt")  # they do not depend on the run's length, only on the warm-up
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ScheduleChoice:
     warmup: int = 0  # optimizer steps
 
     def depends_on_length(self, options: ScheduleOptions) -> bool:
-        """Whether a run of another length has another curve, but for the warm-up of a constant one."""
+        """Whether a run of another length has another curve, apart from the warm-up of a constant one."""
         if self.path not in SCHEDULES.values() or self.name in (*_WITHOUT_WARMUP, "constant_with_warmup"):
             return False
         share = isinstance(options.lr_warmup_steps, str) or 0 < options.lr_warmup_steps < 1
@@ -73,7 +73,7 @@ def steps_of(value: int | float | str, total_steps: int, *, option: str) -> int:
 
 
 def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleChoice:
-    """Find the function or class and check the words against its signature; nothing is made yet. Raises UserError."""
+    """Find the function or class and check the words against its signature, without calling it. Raises UserError."""
     warmup = steps_of(options.lr_warmup_steps, total_steps, option="lr_warmup_steps")
     for sentence in options.without_effect():
         logger.warning("%s", sentence)
@@ -84,7 +84,7 @@ def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleCh
     if warmup and name in _WITHOUT_WARMUP:
         other = ": use --lr_scheduler constant_with_warmup, or" if name == "constant" else ":"
         raise UserError(
-            f"--lr_scheduler {name} has no warm-up, but --lr_warmup_steps asks for {warmup} steps of it{other} "
+            f"--lr_scheduler {name} has no warm-up, but --lr_warmup_steps gives it {warmup} steps{other} "
             "--lr_warmup_steps 0."
         )
     decay = 0
@@ -159,7 +159,7 @@ def _custom(options: ScheduleOptions, *, total_steps: int, warmup: int) -> Sched
     path = given if "." in given else f"torch.optim.lr_scheduler.{given}"
     if warmup:
         raise UserError(
-            f"--lr_scheduler_type {given} has no warm-up, but --lr_warmup_steps asks for {warmup} steps of it: "
+            f"--lr_scheduler_type {given} has no warm-up, but --lr_warmup_steps gives it {warmup} steps: "
             "use --lr_warmup_steps 0."
         )
     target = registry.load_path(path, where="--lr_scheduler_type")
@@ -171,7 +171,7 @@ def _custom(options: ScheduleOptions, *, total_steps: int, warmup: int) -> Sched
     _, *parameters = inspect.signature(step).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed:
-        raise UserError(f"--lr_scheduler_type {given} must be told '{needed[0]}' at each step, which is not done here")
+        raise UserError(f"--lr_scheduler_type {given} needs '{needed[0]}' at each step, which is not supported here")
     arguments, unchecked = registry.bind(
         path,
         options.lr_scheduler_args,
@@ -195,7 +195,7 @@ def rehearse(choice: ScheduleChoice, *, rate: float) -> None:
 def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """The schedule, to be stepped once per optimizer step whatever the number of processes and of batches a step.
 
-    Raises UserError where the function or class does not take its arguments, or a class breaks off before the end.
+    Raises UserError if the function or class does not take its arguments, or a class fails before the end.
     """
     make = registry.load_path(choice.path, where="--lr_scheduler_type")
     try:
@@ -204,7 +204,7 @@ def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) ->
         schedule: LRScheduler = make(optimizer, **choice.arguments)
     except UserError:
         raise
-    except Exception as error:  # others' code, which refuses in its own ways
+    except Exception as error:  # third-party code, which raises errors of any class
         raise UserError(f"--lr_scheduler {choice.name} does not take these settings: {error}") from error
     return schedule
 
@@ -212,7 +212,7 @@ def create_schedule(choice: ScheduleChoice, optimizer: torch.optim.Optimizer) ->
 def _run_through(choice: ScheduleChoice, make: Callable[..., LRScheduler], optimizer: torch.optim.Optimizer) -> None:
     """The whole curve on stand-ins for the parameters: many mistakes show only at some step."""
     groups = [{**group, "params": [torch.nn.Parameter(torch.zeros(1))]} for group in optimizer.param_groups]
-    stand_in = torch.optim.SGD(groups, lr=0.0)  # which does nothing without gradients
+    stand_in = torch.optim.SGD(groups, lr=0.0)  # does nothing without gradients
     stand_in.defaults |= optimizer.defaults
     schedule = make(stand_in, **choice.arguments)
     for _ in range(choice.total_steps):

@@ -1,4 +1,4 @@
-"""A LoRA of a few thousand weights to try an optimizer on: what its class is like shows in what its steps do."""
+"""A LoRA of a few thousand weights on which an optimizer is tried: its steps show the properties of its class."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _CONVOLUTION = (4, 48)  # (rank, channels)
 class SmallLora:
     """Pairs of lora_down and lora_up = 0, one parameter group for each of `rates`, and the gradients of a regression.
 
-    The target is a low-rank change of each layer, under noise that is ten times as large, as a diffusion model's loss
-    has it. Gradients are computed in fp32 on the CPU and then cast, so that every device and type sees the same. Two
+    The target is a low-rank change of each layer, under noise that is ten times as large, as in a diffusion model's
+    loss. Gradients are computed in fp32 on the CPU and then cast, so that every device and dtype gets the same. Two
     groups have the same numbers.
     """
 
@@ -74,11 +74,11 @@ class SmallLora:
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def copied(self) -> list[Tensor]:
-        """All weights as they are now."""
+        """Copies of all weights."""
         return [parameter.detach().clone() for parameter in self.parameters]
 
     def backward(self) -> None:
-        """Give every parameter the gradient of the next batch."""
+        """Set every parameter's gradient to that of the next batch."""
         batches = [[torch.randn(n, 4, generator=self._draws) for n in target.shape] for target in self._targets]
         for group in self.groups:
             pairs = zip(group["params"][::2], group["params"][1::2], self._targets, batches, strict=True)
@@ -94,7 +94,7 @@ class SmallLora:
 
 
 class HasModes(Protocol):
-    """An optimizer with a mode for training and one for weights to save, validate and draw with."""
+    """An optimizer with two modes: weights for training, and weights for saving, validation and sampling."""
 
     @property
     def state(self) -> Mapping[Tensor, object]: ...
@@ -104,13 +104,13 @@ class HasModes(Protocol):
 
 
 def has_modes(optimizer: object) -> TypeIs[HasModes]:
-    """Whether an optimizer, or its class, has a `train()` and an `eval()`: one for training, the other for weights to
-    save, validate and draw with."""
+    """Whether an optimizer, or its class, has `train()` and `eval()`: weights for training, and weights for saving,
+    validation and sampling."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def train(optimizer: torch.optim.Optimizer, lora: SmallLora, steps: int = STEPS) -> None:
-    """So many steps, in the optimizer's mode for training."""
+    """Make this many steps, in the optimizer's training mode."""
     if has_modes(optimizer):
         optimizer.train()
     for _ in range(steps):
@@ -121,7 +121,7 @@ def train(optimizer: torch.optim.Optimizer, lora: SmallLora, steps: int = STEPS)
 
 @contextlib.contextmanager
 def quietly(device: torch.device | str = "cpu") -> Iterator[None]:
-    """A context in which others' code says nothing and draws from random numbers of its own."""
+    """A context in which third-party code logs nothing and does not change the state of random generators."""
     device = torch.device(device)
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -133,11 +133,11 @@ def quietly(device: torch.device | str = "cpu") -> Iterator[None]:
         yield
 
 
-# -- what a class is like
+# -- properties of a class
 
 
 def averages(make: Make) -> bool:
-    """Whether `eval()` shows other weights than those that are trained."""
+    """Whether `eval()` switches to other weights than the trained ones."""
     lora = SmallLora({"unet": 1e-3})
     with quietly():
         optimizer = make(lora.groups)
@@ -150,13 +150,13 @@ def averages(make: Make) -> bool:
 
 
 def has_a_rate_a_group(make: Make) -> bool:
-    """Whether each group moves at its own rate; else one is taken for all, or groups with two are refused."""
+    """Whether each group moves at its own rate; otherwise one is used for all, or different rates are refused."""
     lora = SmallLora({"unet": 1.0, "text_encoder": 0.5})
     before = lora.copied()
     with quietly():
         try:
             train(make(lora.groups), lora)
-        except Exception:  # others refuse in their own ways
+        except Exception:  # third-party code raises errors of any class
             return False
     moved = torch.stack([(a - b).norm() for a, b in zip(before, lora.parameters, strict=True)])
     unet, text = moved.chunk(2)

@@ -1,4 +1,4 @@
-"""A few steps on a small LoRA before anything is loaded: an optimizer that cannot train this run is refused there."""
+"""Tries an optimizer on a small LoRA before anything is loaded: one that cannot train this run is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE = 300
 """Steps after which even the slowest warm-up must have moved something."""
 
 LARGE = 30
-"""Times the usual gradient: whoever does not move then either, does not move in any run."""
+"""Factor on the usual gradient: an optimizer that does not move even then does not move in any run."""
 
 _DTYPES = {"full_fp16": torch.float16, "full_bf16": torch.bfloat16}
 
@@ -35,9 +35,9 @@ def refuse_useless(
 ) -> None:
     """UserError for an optimizer whose step fails, moves nothing or ends in NaN, with the weights in the run's type.
 
-    `rates`: of the parts that are trained, by name. `precision`: the option that has the trained weights in 16 bits,
-    if there is one. `kernels`: the sizes of convolutions that are trained. Gradients are of the usual size
-    (`GRADIENT`); an optimizer that needs larger ones to move is warned of.
+    `rates`: of the parts that are trained, by name. `precision`: the option that keeps the trained weights in 16 bits,
+    if it is given. `kernels`: the sizes of convolutions that are trained. Gradients are of the usual size
+    (`GRADIENT`); an optimizer that moves only with larger ones gets a warning.
     """
     trained = {name: rate for name, rate in rates.items() if rate > 0}
     if not trained:
@@ -69,8 +69,8 @@ def _refuse_closure(choice: OptimizerChoice, named: str) -> None:
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed:
         raise UserError(
-            f"{named}: its step() asks for '{needed[0]}', to compute the loss anew within a step; here every batch is "
-            "computed once"
+            f"{named}: its step() needs '{needed[0]}', to recompute the loss within a step; here a batch is computed "
+            "once"
         )
 
 
@@ -93,7 +93,7 @@ def _verdict(
                 small_lora.train(optimizer, lora, steps)
                 if small_lora.has_modes(optimizer):
                     optimizer.eval()
-            except Exception as error:  # others' code, which fails in its own ways
+            except Exception as error:  # third-party code, which raises errors of any class
                 reason = str(error) or "without a word"
                 raise UserError(
                     f"{named} cannot train a LoRA: its step ends in {type(error).__name__}: {reason}"
@@ -106,7 +106,7 @@ def _verdict(
 
 
 def _device() -> torch.device:
-    """The one that this process will train on, so that its kernels are those that are tried."""
+    """The device that this process will train on, so that its kernels are tried."""
     from accelerate.utils import parse_flag_from_env
 
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
@@ -127,7 +127,7 @@ def _why(choice: OptimizerChoice, dtype: torch.dtype) -> str:
 def _remedy(dtype: torch.dtype, other: str) -> str:
     if dtype == torch.float16:
         return (
-            ". The numbers that it keeps are too small for fp16: leave --full_fp16 out, so that the LoRA's weights "
+            ". The numbers in its state are too small for fp16: leave --full_fp16 out, so that the LoRA's weights "
             "are trained in fp32, or try --full_bf16"
         )
     if dtype == torch.bfloat16:

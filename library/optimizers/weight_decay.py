@@ -14,8 +14,8 @@ from typing import NamedTuple
 from library.errors import UserError
 
 SCHEDULES = ("exponential", "cosine", "sigmoid", "linear", "multi_stage", "adaptive")
-VANISHED = 1e-8  # a weight decay below regularises nothing
-STEEPNESS = 10.0  # of the logistic curve: it is at 0.7 % of its way at the start, and cut off there
+VANISHED = 1e-8  # a weight decay below this regularises nothing
+STEEPNESS = 10.0  # of the logistic curve, which is cut off at 0.7 % of its way at both ends
 
 Stages = tuple[tuple[int, float], ...]
 
@@ -25,8 +25,8 @@ def exponential(
 ) -> float:
     """1 up to `transition_steps` T, then max(min_ratio, decay_factor ** p) with p = min((step - T) / T, max_progress).
 
-    With the usual numbers (1000, 0.7, 0.1, 2.0): step 1000 → 1, 1500 → 0.8367, 2000 → 0.7, 3000 and later → 0.49.
-    The cap on p keeps the curve above `min_ratio` there; max_progress = inf lets it fall on (5000 → 0.24, floor 0.1
+    With the usual numbers (1000, 0.7, 0.1, 2.0): step 1000 → 1, 1500 → 0.8367, 2000 → 0.7, 3000 and later → 0.49. The
+    cap on p keeps the curve above `min_ratio` there; with max_progress = inf it keeps falling (5000 → 0.24, floor 0.1
     from step 7456).
     """
     if step <= transition_steps:
@@ -91,7 +91,7 @@ def adaptive(
 
 
 def _way(step: int, transition_steps: int, max_progress: float) -> float:
-    """How far between T and the end, in [0, 1]."""
+    """The position between T and the end, in [0, 1]."""
     return min(max(step - transition_steps, 0) / (transition_steps * max_progress), 1.0)
 
 
@@ -142,11 +142,11 @@ class Curve(NamedTuple):  # not a dataclass: CustomAdamW makes one a step and gr
 
 
 def check(curve: Curve, *, owner: str) -> None:
-    """Raise `UserError`, in `owner`'s name, for numbers that do not go together. Ranges are checked before."""
+    """Raise `UserError`, beginning with `owner`, for numbers that do not fit together. Ranges are checked before."""
     if curve.schedule in WITH_AN_END and not 0 < curve.max_progress < math.inf:
         raise UserError(
             f"{owner}: wd_max_progress = {curve.max_progress:g}; with wd_schedule '{curve.schedule}' it must be a "
-            "number above 0: that many times wd_transition_steps after these, the curve ends"
+            "number above 0: the curve ends this many times wd_transition_steps after the transition"
         )
     if curve.schedule != "multi_stage":
         if curve.stages:

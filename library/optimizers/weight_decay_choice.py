@@ -1,6 +1,6 @@
-"""From options to the weight-decay curve of a run: they are checked, and "auto" and "20%" become numbers.
+"""Makes the weight-decay curve of a run from its options: checks them, and turns "auto" and "20%" into numbers.
 
-The optimizers know numbers only; this is done once, before they are made.
+The optimizers take numbers only, so this is done once, before they are made.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _PLATEAU = "library.optimizers.plateau.Plateau"
 
 @dataclass(frozen=True)
 class DecayChoice:
-    """The curve of a run, and where each of its numbers comes from. `flat`: arguments of `Plateau`."""
+    """The curve of a run, and the origin of each of its numbers. `flat`: arguments of `Plateau`."""
 
     curve: Curve
     flat: Arguments = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, object]:
-        """The curve as the files of the run tell it."""
+        """The curve for the metadata of the run's files."""
         numbers = {f"wd_{name}": value for name, value in self.curve._asdict().items() if f"wd_{name}" in self.reasons}
         if self.curve.stages:
             numbers["wd_stages"] = _stages_text(self.curve.stages)
@@ -57,7 +57,7 @@ class DecayChoice:
         return self.curve.transition_steps
 
     def changes(self, total_steps: int) -> bool:
-        """Whether the weight decay is another at some step of a run of this length; the adaptive curve's may be."""
+        """Whether the weight decay changes, or with an adaptive curve may change, within a run of this length."""
         starts = (start for start, _ in self.curve.stages if start <= total_steps)
         earliest = self.held if self.curve.schedule == "adaptive" else None
         return any(self.curve.factor(step, flat_since=earliest) != 1 for step in (total_steps, *starts))
@@ -66,7 +66,7 @@ class DecayChoice:
 def check_options(
     options: WeightDecayOptions, choice: OptimizerChoice, *, clips_gradients: bool, validates: bool = False
 ) -> None:
-    """Everything that can be told before the length of the run is known. Raises UserError."""
+    """Check everything that does not depend on the run's length. Raises UserError."""
     given = options.given()
     asked = {**given, **({} if options.task is None else {"task": options.task})}
     on = _is_on(options, choice)
@@ -106,7 +106,7 @@ def check_options(
 def resolve(
     options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
 ) -> DecayChoice | None:
-    """`decide`, and say in the log what was decided, with the rule behind each number."""
+    """`decide`, and log the numbers with their rules."""
     decided = decide(options, choice, total_steps=total_steps, images=images)
     _warn_of_vanishing(decided, weight_decay_of(choice), total_steps)
     if decided is None:
@@ -114,7 +114,7 @@ def resolve(
     _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
     if options.task is not None and not any(f"task {options.task}" in reason for reason in decided.reasons.values()):
         logger.warning(
-            "--task %s has no effect: it is asked only by --wd_transition_steps auto, in runs of 3,000 to 20,000 steps "
+            "--task %s has no effect: only --wd_transition_steps auto uses it, in runs of 3,000 to 20,000 steps "
             "(the other numbers of auto follow the number of images)",
             options.task,
         )
@@ -124,9 +124,9 @@ def resolve(
 def decide(
     options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
 ) -> DecayChoice | None:
-    """The curve in numbers for a run of this length; None if the weight decay stays as it is.
+    """The curve in numbers for a run of this length; None if the weight decay is constant.
 
-    `images`: how many different ones are trained on. Options must have passed `check_options`. Raises UserError.
+    `images`: the number of distinct training images. Options must have passed `check_options`. Raises UserError.
     """
     if not _is_on(options, choice):
         return None
@@ -155,7 +155,7 @@ def decide(
 
 
 def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: OptimizerChoice) -> OptimizerChoice:
-    """CustomAdamW does it itself: its arguments with the numbers given or decided. Others stay as they are."""
+    """The optimizer choice with the numbers: CustomAdamW gets them as arguments, other choices are unchanged."""
     if not choice.is_custom_adamw:
         return choice
     arguments: Arguments = {}
@@ -169,7 +169,7 @@ def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: Opti
 
 
 class Observe(Protocol):
-    """Takes the numbers by which an adaptive curve goes, before each step."""
+    """Receives the numbers that an adaptive curve depends on, before each step."""
 
     def __call__(
         self, loss: float, gradient_norm: float | None = None, validation_loss: float | None = None
@@ -177,8 +177,8 @@ class Observe(Protocol):
 
 
 def attach(decided: DecayChoice | None, optimizer: torch.optim.Optimizer) -> Observe | None:
-    """Have the optimizer follow the curve. Returns the function that must be told (loss, gradient norm) before each
-    step, or None if the curve does not depend on them."""
+    """Attach the curve to the optimizer. Returns the function to call with (loss, gradient norm) before each step, or
+    None if the curve does not depend on them."""
     if decided is None:
         return None
     from library.optimizers.custom_adamw import CustomAdamW
@@ -202,7 +202,7 @@ def _is_on(options: WeightDecayOptions, choice: OptimizerChoice) -> bool:
 
 
 def _own(choice: OptimizerChoice) -> Curve:
-    """The curve without any option: CustomAdamW's own with what --optimizer_args say, or the usual one."""
+    """The curve without any option: CustomAdamW's own with --optimizer_args, or the default one."""
     if not choice.is_custom_adamw:
         return Curve()
     settings = {**_defaults(), **choice.arguments}
@@ -216,7 +216,7 @@ def _defaults() -> Arguments:
 
 
 def weight_decay_of(choice: OptimizerChoice) -> float | None:
-    """The weight decay that the optimizer will have; None if it knows none."""
+    """The weight decay that the optimizer will have; None if it has none."""
     value = choice.setting("weight_decay")
     return value if isinstance(value, int | float) else None
 
@@ -266,16 +266,16 @@ def _say(decided: DecayChoice, total_steps: int, *, asked: bool) -> None:
         return
     if decided.changes(_FOREVER):
         logger.warning(
-            "the weight decay stays as it is in this run: it would change after step %d, and the run has %d steps",
+            "the weight decay is constant in this run: it would change after step %d, and the run has %d steps",
             decided.held,
             total_steps,
         )
     else:
-        logger.warning("the weight decay stays as it is: with these numbers its curve never falls")
+        logger.warning("the weight decay is constant: with these numbers its curve never falls")
 
 
 def _warn_of_vanishing(decided: DecayChoice | None, base: float | None, total_steps: int) -> None:
-    """A weight decay, as configured or at the end of its curve, that is above 0 and too small to do anything."""
+    """Warn of a weight decay above 0, as configured or at the end of its curve, that is too small for an effect."""
     if base is None or base <= 0:
         return
     if base < VANISHED:

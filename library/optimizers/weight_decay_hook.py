@@ -1,4 +1,4 @@
-"""A weight decay that changes with the steps, for optimizers that do not know of it themselves."""
+"""A weight decay that changes with the steps, for optimizers without one of their own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 class WeightDecayHook:
     """Sets the weight decay of every group before each step of an optimizer.
 
-    What it must remember stands in the groups ("initial_weight_decay", "wd_step", "wd_flat_since" and, in the first,
-    "wd_seen"), so that it is part of the optimizer's state dict. A step that a gradient scaler skips is not counted.
+    Its state is in the groups ("initial_weight_decay", "wd_step", "wd_flat_since" and, in the first, "wd_seen"), so
+    that it is part of the optimizer's state dict. A step that a gradient scaler skips is not counted.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, curve: Curve, plateau: Plateau) -> None:

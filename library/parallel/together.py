@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def patience(minutes: int | None) -> timedelta | None:
-    """--ddp_timeout: how long a process waits for the others; None leaves it to torch."""
+    """--ddp_timeout: how long a process waits for the others; None is torch's default."""
     return None if minutes is None else timedelta(minutes=minutes)
 
 
 def agreed(value: T, *, timeout: timedelta | None) -> T:
-    """The first process's value in all of them, which this joins to a group."""
+    """The first process's value, in all processes; this starts the process group."""
     if not processes.are_several():
         return value
     from accelerate import PartialState
@@ -38,9 +38,9 @@ def agreed(value: T, *, timeout: timedelta | None) -> T:
 
 
 def refuse_different(accelerator: Accelerator, facts: Facts) -> None:
-    """UserError where another process has other data or options: they would wait for each other, or train other things.
+    """UserError if another process has other data or options: they would wait forever, or train different networks.
 
-    Several machines read their own files, so this can be.
+    This can happen, because each machine reads its own files.
     """
     if accelerator.num_processes == 1:
         return

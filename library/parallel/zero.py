@@ -1,10 +1,10 @@
-"""The gradients and the optimizer's state shared out over the processes by DeepSpeed's ZeRO-2, for large networks.
+"""Shards the gradients and the optimizer's state over the processes by DeepSpeed's ZeRO-2, for large networks.
 
-`accelerate launch` with a DeepSpeed configuration asks for it. Accelerate's own way of using DeepSpeed steps inside
-`backward`, before anybody could look at the gradient, so the engine is driven from here: it reduces and keeps each
-process's share of the gradients, and steps when it is told to. (ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.)
+A DeepSpeed configuration of `accelerate launch` turns it on. Accelerate's own use of DeepSpeed steps inside `backward`,
+before the gradient can be checked, so the engine is called from here: it reduces the gradients, keeps each process's
+shard, and steps when `step` is called. (ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.)
 
-A saved state is that of one process: it is put together from all shares, so that any number of processes can go on.
+A saved state is that of one process, gathered from all shards, so that any number of processes can resume.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam)
-"""Those whose state is a number for each weight, so that they may be given any part of all weights as one vector."""
+"""Optimizers whose state is a number for each weight, so that they work on any part of the weights as one vector."""
 
 ASKED = "ACCELERATE_USE_DEEPSPEED"
-_BUCKET = 20_000_000  # gradients that are reduced at a time, at most: a buffer of 80 MB
+_BUCKET = 20_000_000  # the most gradients that are reduced at a time: a buffer of 80 MB
 
 
 def is_asked_for() -> bool:
@@ -49,9 +49,9 @@ def is_asked_for() -> bool:
 
 
 def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arguments: Arguments) -> None:
-    """UserError for what DeepSpeed's configuration asks for beside ZeRO-2, and for options that do not go with it."""
+    """UserError for settings of DeepSpeed's configuration beside ZeRO-2, and for options that do not work with it."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("accelerate's configuration asks for DeepSpeed, which is not installed: pip install deepspeed")
+        raise UserError("accelerate's configuration uses DeepSpeed, which is not installed: pip install deepspeed")
     for variable, key, allowed in (
         ("ZERO_STAGE", "zero_stage", ("2",)),
         ("OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer_device", ("none",)),
@@ -67,7 +67,7 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
     module = options.network.network_module
     shared = registry.load_path(choice.path, where="--optimizer_type") in OPTIMIZERS
     for option, value, why in (
-        ("optimizer_type", None if shared else choice.name, "AdamW and Adam can be shared out"),
+        ("optimizer_type", None if shared else choice.name, "only AdamW and Adam can be sharded"),
         ("network_module", kinds.refuses(module, "fsdp") and module, "networks.lora only"),
         ("network_args module_dropout", network_arguments.get("module_dropout"), "all processes must train the same"),
         ("mixed_precision", options.precision.mixed_precision, "bf16 and no only"),
@@ -82,10 +82,10 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
 
 
 class ZeroTwo:
-    """The optimizer of a run whose state and gradients are shared out, and its gradients (`training.gradients`).
+    """The optimizer of a run whose state and gradients are sharded, and its gradients (`training.gradients`).
 
-    Every process must call `backward` equally often, `accumulation` times a step; and `norm`, `step`, `gathered`
-    and `state_dict` together with the others.
+    Every process must call `backward` equally often, `accumulation` times a step; and all processes must call `norm`,
+    `step`, `gathered` and `state_dict` together.
     """
 
     sharded = True
@@ -107,7 +107,7 @@ class ZeroTwo:
         self._gathered: dict[str, Any] | None = None
         numbers = sum(shape.numel() for shapes in self._shapes for shape in shapes)
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # is not used: the loss comes weighted
+            "train_micro_batch_size_per_gpu": 1,  # not used: the loss is already weighted
             "gradient_clipping": max_grad_norm,
             "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": min(numbers, _BUCKET)},
             "zero_allow_untested_optimizer": True,
@@ -117,9 +117,9 @@ class ZeroTwo:
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.optimizer = optimizer  # with one vector a group: this process's share
+        self.optimizer = optimizer  # with one vector a group: this process's shard
         logger.info(
-            "ZeRO-2: gradients and optimizer state of %d weights are shared out over %d processes, %d each",
+            "ZeRO-2: gradients and optimizer state of %d weights are sharded over %d processes, %d each",
             *(numbers, accelerator.num_processes, sum(group["params"][0].numel() for group in optimizer.param_groups)),
         )
 
@@ -128,39 +128,39 @@ class ZeroTwo:
         return self.optimizer.param_groups
 
     def backward(self, loss: Tensor) -> None:
-        """Add the mean of all processes' gradients to this one's share."""
+        """Add the mean of all processes' gradients to this process's shard."""
         self._micro_steps += 1
         self._engine.set_gradient_accumulation_boundary(self._micro_steps % self._accumulation == 0)
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def average(self) -> None:
-        """Nothing: `backward` has done it."""
+        """No-op: `backward` averages."""
 
     def clip(self) -> Tensor:
-        """The norm; `step` clips."""
+        """Returns the norm only; `step` clips."""
         return torch.tensor(self.norm())
 
     def norm(self) -> float:
-        """Of the whole gradient of the step, before it is clipped; NaN if it is no finite number."""
+        """The norm of the whole gradient of the step, before it is clipped; NaN if it is not finite."""
         norm = float(self._zero.scaled_global_norm())
         return norm if norm >= 0 else float("nan")  # DeepSpeed's -1 means infinite or NaN
 
     def step(self) -> None:
-        """Clip, change this process's share of the weights, and fetch the others'."""
+        """Clip, update this process's shard of the weights, and gather the others."""
         self._engine.step()
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
-        """Forget the gradients, also of a step that is left out."""
+        """Drop the gradients, also of a skipped step."""
         for kept in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
             for group in kept:
                 kept[group] = None
         self._zero.zero_grad(set_to_none=set_to_none)
 
-    # -- the state, as one process has it
+    # -- the state, in the form of a single process
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """A context in which the whole state is at hand, so that the first process can have it without the others."""
+        """A context in which the whole state is gathered, so that the first process can read it without the others."""
         self._gathered = self._whole()
         try:
             yield
@@ -186,11 +186,11 @@ class ZeroTwo:
         if not share.dim():
             return [share.clone() for _ in shapes]
         sizes = [shape.numel() for shape in shapes]
-        whole = self._accelerator.gather(share).cpu()[: sum(sizes)]  # the last share is filled up
+        whole = self._accelerator.gather(share).cpu()[: sum(sizes)]  # the last shard is padded
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take this process's share of it; after the network's own weights. Raises ValueError if it does not fit."""
+        """Load this process's shard, after the network's weights. Raises ValueError if it does not fit."""
         groups = self.optimizer.param_groups
         if [len(group["params"]) for group in saved["param_groups"]] != [len(shapes) for shapes in self._shapes]:
             raise ValueError("its parameters are others")
@@ -218,20 +218,20 @@ def share_out(
     accumulation: int,
     max_grad_norm: float,
 ) -> ZeroTwo | None:
-    """None if there is only one process."""
+    """Shard the optimizer. None if there is only one process."""
     if accelerator.num_processes == 1:
-        logger.warning("DeepSpeed with one process: there is nobody to share with, so it is not used")
+        logger.warning("DeepSpeed with one process: there is nothing to shard, so it is not used")
         return None
     return ZeroTwo(network, optimizer, accelerator, accumulation=accumulation, max_grad_norm=max_grad_norm)
 
 
 class Gathering(Hook[Run]):
-    """Saves by way of the main process's saver, whenever that writes a state with the whole optimizer state at hand."""
+    """Calls the main process's saver, with the whole optimizer state gathered whenever it writes a state."""
 
     name = "gathering"
 
     def __init__(self, saver: Hook[Run] | None, zero: ZeroTwo, saves: SavePlan) -> None:
-        """`saver`: None on all processes but the main one."""
+        """`saver`: None on all processes except the main one."""
         self._saver, self._zero, self._saves = saver, zero, saves
 
     def resumed(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""How frozen weights are held, by name. Import strings of functions (named layers, device) → number of layers."""
+"""The formats of frozen weights by name. Import strings of functions (named layers, device) → number of layers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Frozen layers whose weights are held in 8 bits (kohya's --fp8_base): half of bf16's memory, computed in bf16 or fp16.
 
 Only the weights of the layers that adapters can sit on are held so, over 99 % of Stable Diffusion's denoiser; biases,
-norms, embeddings and what comes first and last keep their precision. float8_e4m3fn has three bits of mantissa and no
+norms, embeddings and the first and last layers keep their precision. float8_e4m3fn has three bits of mantissa and no
 scale: a weight is off by 1/16 of itself at most, and below 2⁻⁶ by 2⁻¹⁰.
 """
 
@@ -22,16 +22,16 @@ from library.progress import bar
 FLOAT8 = torch.float8_e4m3fn
 Pair = tuple[int, ...]
 Shape = tuple[Pair, str | Pair, Pair, int]  # a convolution's stride, padding, dilation and groups
-_LARGEST = torch.finfo(FLOAT8).max  # what is larger would become NaN
+_LARGEST = torch.finfo(FLOAT8).max  # a larger weight would become NaN
 
 
 def hold_in_float8(layers: Sequence[tuple[str, nn.Module]], device: torch.device | None = None) -> int:
-    """Round the weights of these layers, and let them compute from that. Returns their number.
+    """Round the weights of these layers and patch their `forward` to compute with them. Returns their number.
 
-    `layers`: with the names that messages have for them. `device`: where each weight is rounded, and stays; None: where
-    it is.
+    `layers`: (name for messages, layer). `device`: the device on which each weight is rounded, and stays; None: its
+    current one.
 
-    To be done before adapters are attached and after others are merged in. Raises UserError for a weight that is too
+    To be called before adapters are attached and after others are merged in. Raises UserError for a weight that is too
     large for the format, before that layer is changed.
     """
     for name, layer in bar(layers, desc="weights to 8 bits", unit="layer"):
@@ -39,7 +39,7 @@ def hold_in_float8(layers: Sequence[tuple[str, nn.Module]], device: torch.device
         weight = layer.weight.detach().to(device or layer.weight.device)
         least, most = weight.aminmax()
         if not (least >= -_LARGEST and most <= _LARGEST):  # NaN as well
-            raise UserError(f"--fp8_base: {name} has weights beyond {_LARGEST:g}, which 8 bits cannot hold")
+            raise UserError(f"--fp8_base: {name} has weights beyond {_LARGEST:g}, the range of 8 bits")
         layer.weight = nn.Parameter(weight.to(FLOAT8), requires_grad=False)
         vars(layer)["forward"] = partial(_forward, layer)  # of this layer alone
     return len(layers)

@@ -1,4 +1,4 @@
-"""The files about a run, beside its networks: its record, its metrics, and the report that is made of both."""
+"""The files about a run, beside its networks: its record, its metrics, and the report of both."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 def planned_files(last_file: Path, *, monitoring: bool, report: bool) -> list[Path]:
-    """Those that a run writes whose last network is `last_file`."""
+    """The files about the run whose last network is `last_file`."""
     path = metrics.metrics_path(last_file)
     return [run_file.run_path(last_file), path] * monitoring + [metrics.report_path(path)] * report
 
 
 def in_the_way(files: Sequence[Path], *, resumed: int | None, left_anything: bool) -> list[Path]:
-    """Of these the ones that may not be there yet: a resumed run, with this session id, goes on with its own, and the
-    files about a run that ended before it saved anything may go."""
+    """The existing ones of these files that must not be replaced. A resumed run, with this session id, continues its
+    own, and files about a run that ended before it saved anything may be replaced."""
     if resumed is not None:
         return [file for file in files if session_of(file) != resumed]
     if left_anything:

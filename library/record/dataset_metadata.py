@@ -52,13 +52,13 @@ class DatasetFacts:
     buckets: Sequence[tuple[tuple[int, int], int]] = ()  # (width, height), images
     mean_img_ar_error: float = 0.0  # mean |aspect ratio of image - of bucket|
     resize_interpolation: str | None = None
-    skip_image_resolution: tuple[int, int] | None = None  # written where it is set, by sd-scripts 0.11 always
+    skip_image_resolution: tuple[int, int] | None = None  # written only if it is set; sd-scripts 0.11 always writes it
 
 
 def tag_frequency(subsets: Sequence[SubsetFacts], *, most: int | None = None) -> dict[str, dict[str, int]]:
-    """How often each tag stands in the captions, by folder name. Tags lie between separators; case is ignored.
+    """The number of captions with each tag, by folder name. Tags lie between separators; case is ignored.
 
-    `most`: keep so many of each folder, the most frequent ones.
+    `most`: keep this many of each folder, the most frequent ones.
     """
     folders: dict[str, dict[str, int]] = {}
     for subset in subsets:

@@ -1,5 +1,5 @@
-"""Typed facts about a run: model, network, data, length, rates. The console's lines, `run.json` and the report
-page are all made of these.
+"""Typed facts about a run: model, network, data, length, rates. The summary in the console, `run.json` and the report
+are made of these.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class BaseWeight:
-    """A LoRA file that is merged into the base model before training. The hashes are None where nothing is trained, and
-    `model_hash`, which is over the tensors alone, of pickled files."""
+    """A LoRA file that is merged into the base model before training. The hashes are None if nothing is trained;
+    `model_hash`, which is over the tensors alone, is also None for pickled files."""
 
     file: str
     multiplier: float
@@ -46,7 +46,7 @@ class Adapters:
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """The trained network. `ranks`: the lowest and the highest of our own adapters; None for those of other packages,
-    which know only the rank that was asked for, `dim`. `parameters`: all that are trained."""
+    of which only the configured rank, `dim`, is known. `parameters`: the number of trained ones."""
 
     module: str
     dim: int | None
@@ -73,8 +73,8 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A caption as it is trained. `changing`: the settings that make another text of it each time, with their values;
-    a value is empty where a setting is just on."""
+    """A caption as it is trained. `changing`: the settings that change its text each time, with their values; the value
+    of a flag is empty."""
 
     text: str
     changing: tuple[tuple[str, str], ...] = ()
@@ -82,7 +82,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """`too_long`: how many of the different ones are cut off at `token_limit` tokens. `examples`: one a folder."""
+    """`too_long`: the number of distinct captions cut off at `token_limit` tokens. `examples`: one a folder."""
 
     different: int
     too_long: int
@@ -133,7 +133,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """The highest learning rate of a group of parameters; None: the optimizer makes it itself."""
+    """The highest learning rate of a group of parameters; None: the optimizer sets it itself."""
 
     group: str
     rate: float | None
@@ -151,7 +151,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Decay:
-    """The weight decay. `base`: as configured. `curve` None: it stays as it is."""
+    """The weight decay. `base`: as configured. `curve` None: it is constant."""
 
     base: float
     curve: DecayCurve | None = None

@@ -1,6 +1,7 @@
-"""The losses of a run in constant memory: the latest as they came, all of them as means over ever longer stretches.
+"""The losses of a run in constant memory: the latest step by step, all of them as means over longer and longer
+stretches.
 
-NaN stands for a step that was skipped; it counts in no mean.
+NaN stands for a step that was skipped; means ignore it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class LossHistory:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of `state_dict`, or of a state from when every loss was kept: "losses" alone."""
+        """Load a `state_dict`, or that of an earlier version, which kept every loss: "losses" alone."""
         if "loss_stretch" not in state:
             self.__init__()  # type: ignore[misc]
             for loss in state["losses"].tolist():

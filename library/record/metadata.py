@@ -1,4 +1,4 @@
-"""What a saved file says about itself: kohya's `ss_*` and `sshs_*` keys and Stability's `modelspec.*`.
+"""The metadata of saved files: kohya's `ss_*` and `sshs_*` keys and Stability's `modelspec.*`.
 
 Names and forms are those of kohya's sd-scripts 0.10, because A1111, ComfyUI extensions and model sites read them.
 All values are strings; "None" stands for None; nested things are JSON.
@@ -105,7 +105,7 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """All that the files of one run say; `at` is what the file of one moment says.
+    """The metadata of all files of a run; `at` returns that of the file of one moment.
 
     The base model is hashed when the first file is saved (once, a few seconds for 4 GB), so that a run that fails
     early or only measures never reads it, and not at all with `no_metadata`.
@@ -120,7 +120,7 @@ class RunMetadata:
     from_dataset_config: bool  # otherwise from --train_data_dir, for which kohya writes other keys
     network_args: Mapping[str, object] | None = None
     timestep_distribution: Mapping[str, object] | None = None  # None: uniform, for which kohya writes no keys
-    ours: Mapping[str, object] | None = None  # what kohya has no keys for
+    ours: Mapping[str, object] | None = None  # settings that kohya has no keys for
     no_metadata: bool = False
 
     @cached_property
@@ -163,18 +163,18 @@ class RunMetadata:
 
 
 def belongs_to(file: Path, *, session_id: int) -> bool:
-    """Whether a file was written by this run, in this process or in an earlier one that it goes on from."""
+    """Whether a file was written by this run, in this process or in an earlier one that it resumes."""
     return _metadata_of(file).get("ss_session_id") == str(session_id)
 
 
 def step_of(file: Path) -> int | None:
-    """After which step a file was written; None if it does not say."""
+    """The step after which a file was written; None if its metadata does not have it."""
     text = _metadata_of(file).get("ss_steps", "")
     return int(text) if text.isdecimal() else None
 
 
 def _metadata_of(file: Path) -> dict[str, str]:
-    """Empty for a file that is not there."""
+    """The file's metadata; empty for a missing file."""
     try:
         return read_metadata(file)
     except OSError:
@@ -187,7 +187,7 @@ def facts_metadata(facts: RunFacts) -> dict[str, str]:
 
 
 def check_user_metadata(options: Mapping[str, str | None]) -> None:
-    """UserError for texts of the user's that no file's metadata can hold, before anything is trained. `options`: these
+    """UserError, before training, for texts of the user's that do not fit into a file's metadata. `options`: these
     texts by the names of their options."""
     given = {name: text for name, text in options.items() if text}
     if "metadata_thumbnail" in given:
@@ -196,8 +196,8 @@ def check_user_metadata(options: Mapping[str, str | None]) -> None:
     if sum(sizes.values()) > MOST_METADATA:
         largest = max(sizes, key=lambda name: sizes[name])
         raise UserError(
-            f"--{largest}: {sizes[largest] / 1e6:.0f} MB in the file's metadata, which holds {MOST_METADATA / 1e6:.0f} "
-            "MB at most: give a smaller one"
+            f"--{largest}: {sizes[largest] / 1e6:.0f} MB of metadata in a file; at most {MOST_METADATA / 1e6:.0f} MB: "
+            "give a smaller one"
         )
 
 

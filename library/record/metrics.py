@@ -1,9 +1,8 @@
-"""`NAME-metrics.jsonl`: what a run did, one JSON object a line, beside its files.
+"""`NAME-metrics.jsonl`: the log of a run, one JSON object a line, beside its files.
 
-The first line describes the run: {"run": {…}}. Every other line has a "step" and what is told of it: a step of the
-optimizer ("loss", "rates" …), {"validation": {…}} or {"warning": {…}}. Numbers that are not finite are null. Lines are
-appended whole, so that a run may be killed at any time; the last line of a machine that lost power may be torn, and
-is passed over.
+The first line describes the run: {"run": {…}}. Every other line has a "step" and its values: of a step of the optimizer
+("loss", "rates" …), {"validation": {…}} or {"warning": {…}}. Numbers that are not finite are null. Lines are appended
+whole, so that a run may be killed at any time. After a power cut the last line may be incomplete; it is ignored.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ Line = dict[str, Any]
 
 
 class MetricsFile:
-    """The file of a run that goes on. Nothing is written before the first line."""
+    """The metrics file of the current run. Nothing is written before the first line."""
 
     def __init__(self, path: Path, run: Line, *, done: int) -> None:
-        """`run`: what the first line says; it has a "session_id". After a resume at step `done` the lines of this
-        session's file up to there are kept. Raises UserError if the file cannot be written."""
+        """`run`: the first line's contents, which have a "session_id". After a resume at step `done` this session's
+        lines up to there are kept. Raises UserError if the file cannot be written."""
         self.path = path
         self._file: Any = None
         self._run = {"format": FORMAT, **run}
@@ -43,19 +42,19 @@ class MetricsFile:
             self._begin(done)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line. One that the disk does not take is left out, and the first such is said: training goes on."""
+        """Append a line. One that cannot be written is dropped, the first with a warning: training continues."""
         text = _text({"step": step, **values})
         try:
             if self._file is None:
                 self._begin(0)
             before = os.fstat(self._file.fileno()).st_size
-            # unbuffered, in one piece: a process that is killed has written the line or not
+            # unbuffered, in one piece: a killed process has written the whole line or nothing
             if self._file.write(text) < len(text):
                 self._file.truncate(before)
-                raise OSError("the disk took a part of a line")
+                raise OSError("only a part of the line was written")
         except (OSError, UserError) as error:
             if not self._incomplete:
-                logger.warning("%s: lines are missing from step %d on, training goes on: %s", self.path, step, error)
+                logger.warning("%s: lines are missing from step %d on, training continues: %s", self.path, step, error)
             self._incomplete = True
 
     def go_back(self, step: int) -> None:
@@ -65,7 +64,7 @@ class MetricsFile:
             self._begin(step)
 
     def kept(self) -> Iterator[Line]:
-        """The lines that were there before this process's own."""
+        """The lines of earlier processes."""
         return (line for line in lines(self.path) if "step" in line) if self._file is not None else iter(())
 
     def close(self) -> None:
@@ -73,7 +72,7 @@ class MetricsFile:
             self._file.close()
 
     def _begin(self, done: int) -> None:
-        """The first line, and with it what is kept; then open for more."""
+        """Write the first line and the lines to keep, and open the file for more."""
         with replacing(self.path) as beside, beside.open("wb") as file:
             file.write(_text({"run": self._run}))
             for line in lines(self.path) if done else ():
@@ -93,7 +92,7 @@ def report_path(metrics: Path) -> Path:
 
 
 def session_of(path: Path) -> int | None:
-    """The id of the run that a metrics file is about; None for another file, or one that is not there."""
+    """The id of the run that a metrics file is about; None for another file or a missing one."""
     session = read_run(path).get("session_id")
     return session if isinstance(session, int) else None
 
@@ -131,12 +130,12 @@ def _text(line: Line) -> bytes:
 
 
 def rounded(value: float, digits: int = 4) -> float:
-    """To so many digits that count."""
+    """The value rounded to this many significant digits."""
     return float(f"{value:.{digits}g}")
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: floats with 7 digits, which is what fp32 holds; None for those that are not finite."""
+    """A JSON value: floats with 7 digits, the precision of fp32; None for those that are not finite."""
     if isinstance(value, float):
         return rounded(value, 7) if math.isfinite(value) else None
     if isinstance(value, Mapping):

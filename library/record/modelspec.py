@@ -1,4 +1,4 @@
-"""Stability's `modelspec.*`, the part of a saved file's metadata that says what it is and who made it."""
+"""Stability's `modelspec.*`, the part of a saved file's metadata about its kind, its base and its author."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`NAME-run.json`: what a run is and how it stands, beside its files.
+"""`NAME-run.json`: the facts about a run and its status, beside its files.
 
-It is there from before the first model is loaded, and a thread writes it anew every few seconds until the run ends, so
-that its heartbeat goes on while images are encoded, and no step waits for the disk. A process that is killed leaves the
-status "running" with a heartbeat that stands still; `standing` recognises it.
+It is written before the first model is loaded, and again every few seconds by a thread until the run ends, so that its
+heartbeat continues while images are encoded, and no step waits for the disk. A process that is killed leaves the status
+"running" with an old heartbeat; `standing` recognises it.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SUFFIX = "-run.json"
 BEAT = 5.0  # seconds from one writing to the next
-SILENT = 60.0  # seconds without a heartbeat after which a run is taken for dead
+SILENT = 60.0  # seconds without a heartbeat after which a run counts as lost
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 HIDDEN = "(given)"  # stands for the value of a secret option
-LOST = "lost"  # never written by the run itself: it ended without a word
+LOST = "lost"  # never written by the run itself: it ended without writing a status
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """An option as the user gave it: its value, and the place where it stands ("command line: --seed")."""
+    """An option as the user gave it: its value and its place ("command line: --seed")."""
 
     value: object
     place: str
@@ -49,7 +49,7 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options by name. `given`: those that the user set. `in_effect`: all of them, with the seed that was drawn."""
+    """Options by name. `given`: those that the user set. `in_effect`: all of them, with the seed in use."""
 
     given: dict[str, Given]
     in_effect: dict[str, object]
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A file that the run wrote, or a state's folder ("network", "state"), after so many steps. `bytes`: of a file."""
+    """A file or a state's folder, written after `step` steps. `kind`: "network" or "state". `bytes`: of a file."""
 
     name: str
     kind: str
@@ -105,7 +105,7 @@ class Record:
 
 
 def new_session(*, started: float | None, first_step: int, command: list[str]) -> Session:
-    """That of this process. `started` None: now."""
+    """The session of this process. `started` None: now."""
     now = time.time()
     return Session(
         pid=os.getpid(),
@@ -119,8 +119,8 @@ def new_session(*, started: float | None, first_step: int, command: list[str]) -
 
 
 class RunFile:
-    """The record of the run that this process makes. `begin` starts it; before, and in other processes than the first,
-    all else does nothing. As a context it notes what ended the run, if nobody has called `end`."""
+    """The record of this process's run. `begin` starts it; before that, and in all processes but the first, the other
+    methods do nothing. As a context it records the reason of the run's end, unless `end` was called."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -133,13 +133,13 @@ class RunFile:
 
     @property
     def is_kept(self) -> bool:
-        """Whether there is a record of this run, and this process writes it."""
+        """Whether this process writes a record of the run."""
         return self._record is not None
 
     def begin(self, path: Path, record: Record, *, secrets: Collection[str] = ()) -> None:
-        """Write the record for the first time, and keep it up from now on. An earlier one of the same run goes on.
+        """Write the record for the first time, and keep it up to date. An earlier one of this run is continued.
 
-        `secrets`: texts that must not be in it, whatever an error's message says.
+        `secrets`: texts that must not be in it, even if an error's message contains them.
         """
         earlier = read(path)
         if record.session.first_step and earlier is not None and earlier.id == record.id:
@@ -155,11 +155,11 @@ class RunFile:
         self._change(facts=facts)
 
     def step(self, done: int) -> None:
-        """So many steps are done. Costs no more than an assignment: the thread writes it."""
+        """Record the number of steps done. Costs no more than an assignment: the thread writes it."""
         self._done = done
 
     def wrote(self, path: Path, *, kind: str, step: int) -> None:
-        """A file or folder was written; one of the same name is replaced."""
+        """Record a written file or folder, in the place of an earlier one of the same name."""
         if self._record is None:
             return
         size = path.stat().st_size if path.is_file() else None
@@ -192,7 +192,7 @@ class RunFile:
             self.end(FAILED, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
 
     def _change(self, *, session: Session | None = None, **parts: Any) -> None:
-        """Parts are replaced, never changed, so the thread sees a whole record at any time."""
+        """Replace parts. No object is changed in place, so the thread always sees a consistent record."""
         if self._record is None:
             return
         if session is not None:
@@ -204,7 +204,7 @@ class RunFile:
             self._write()
 
     def _write(self) -> None:
-        """By the thread while there is one. A disk that does not take it costs a message, not the run."""
+        """Write the record, on the thread while there is one. A write error is logged and does not end the run."""
         record, path = self._record, self._path
         assert record is not None
         assert path is not None
@@ -215,12 +215,12 @@ class RunFile:
                 beside.write_text(text, encoding="utf-8")
         except UserError as error:
             if not self._failed:
-                logger.warning("%s. Training goes on without the run's record", error)
+                logger.warning("%s. Training continues without the run's record", error)
             self._failed = True
 
 
 def _going_on(earlier: Record, record: Record) -> Record:
-    """The record of a resumed run: with the earlier sessions, and the files written up to where it goes on."""
+    """The record of a resumed run, with the earlier sessions, and the files written before its first step."""
     sessions = list(earlier.sessions)
     if sessions[-1].status == RUNNING:
         sessions[-1] = replace(sessions[-1], status=LOST)
@@ -229,7 +229,7 @@ def _going_on(earlier: Record, record: Record) -> Record:
 
 
 def _text(record: Record) -> str:
-    """As JSON; how the newest session stands comes first, for readers that look no further."""
+    """The record as JSON, beginning with the status of the newest session, for simple readers."""
     table = to_json(record)
     now = table["sessions"][-1]
     head = {"format": table["format"], "id": table["id"], "name": table["name"]}
@@ -249,7 +249,7 @@ def run_path(last_file: Path) -> Path:
 
 
 def read(path: Path) -> Record | None:
-    """The record; None where there is none, or none that this version can read."""
+    """The record; None if there is none, or none that this version can read."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(table, Mapping) or table.get("format") != FORMAT or not table.get("sessions"):
@@ -260,7 +260,7 @@ def read(path: Path) -> Record | None:
 
 
 def standing(record: Record, *, now: float | None = None) -> str:
-    """The status, but "lost" for a run that says it is running and whose process is gone, or silent for too long."""
+    """The status, but "lost" for a "running" one whose process no longer exists or whose heartbeat is old."""
     session = record.session
     if session.status != RUNNING:
         return session.status
@@ -270,7 +270,7 @@ def standing(record: Record, *, now: float | None = None) -> str:
 
 
 def _lives(pid: int) -> bool:
-    """Whether there is such a process on this machine; where only the heartbeat can tell, True."""
+    """Whether this process exists on this machine; True if only the heartbeat can show it."""
     if os.name != "posix":  # on Windows this would end it
         return True
     try:

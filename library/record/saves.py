@@ -1,4 +1,4 @@
-"""When a run writes files, how they are named, and how a network's file is written and checked."""
+"""The schedule and names of a run's files, and the writing and checking of a network's file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PRECISIONS: dict[str | None, torch.dtype | None] = {
 
 ENDINGS = ("safetensors", "ckpt", "pt")  # --save_model_as
 STATE_SUFFIX = "-state"
-_MOMENT = r"-step\d{8,}|-\d{6,}"  # after which step, or epoch, a file was written
-_MOST_FILES = 1_000_000  # each is looked for before training
+_MOMENT = r"-step\d{8,}|-\d{6,}"  # the step, or epoch, after which a file was written
+_MOST_FILES = 1_000_000  # each name is checked before training
 _LONGEST_NAME = 200  # bytes; file systems take 255, and the longest thing that follows is a sample's time and seed
 
 # -- when and under which names
@@ -44,14 +44,14 @@ class Due:
 
     path: Path
     epoch: int  # what kohya writes as ss_epoch: finished epochs
-    remove: Path | None = None  # an older file that goes once this one is there
+    remove: Path | None = None  # an older file to delete once this one is written
     state: Path | None = None  # the folder for the run's state
     remove_state: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavePlan:
-    """Which files a run writes after which steps, with kohya's names and retention.
+    """The files that a run writes after each step, with kohya's names and retention.
 
     Steps count optimizer steps from 1. None or 0 for an interval switches it off.
     """
@@ -66,7 +66,7 @@ class SavePlan:
     last_n_epochs: int | None = None  # keep the last n *files* of epochs
     states: bool = False  # a state beside every file
     state_at_end: bool = False
-    last_n_steps_state: int | None = None  # as for files, which it follows if it is not given
+    last_n_steps_state: int | None = None  # if it is not given, last_n_steps holds for states, too
     last_n_epochs_state: int | None = None
     ending: str = "safetensors"  # --save_model_as
     best: bool = False  # keep the network that validates best
@@ -77,7 +77,7 @@ class SavePlan:
         if self.every_n_steps and self.total_steps // self.every_n_steps > _MOST_FILES:
             raise UserError(
                 f"--save_every_n_steps {self.every_n_steps}: {self.total_steps // self.every_n_steps} files in "
-                f"{self.total_steps} steps, and {_MOST_FILES} are the most"
+                f"{self.total_steps} steps; at most {_MOST_FILES}"
             )
 
     @property
@@ -124,13 +124,13 @@ class SavePlan:
         return Due(path, epoch, old, state_folder(path), remove_state)
 
     def left_anything(self) -> bool:
-        """Whether a network or a state of this name is there, written in whatever run."""
+        """Whether a network or a state of this name exists, from any run."""
         file = re.compile(rf"{_named(self.name)}(-best|{_MOMENT})?\.({'|'.join(ENDINGS)})")
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return any(file.fullmatch(name) or is_state_name(name, self.name) for name in names)
 
     def steps_that_save(self) -> list[int]:
-        """After which steps something is written."""
+        """The steps after which a file is written."""
         steps = {self.total_steps}
         if self.every_n_steps:
             steps.update(range(self.every_n_steps, self.total_steps, self.every_n_steps))
@@ -140,7 +140,7 @@ class SavePlan:
         return sorted(steps)
 
     def planned_files(self, *, after_step: int = 0) -> list[Path]:
-        """Every file that the run writes after `after_step`, those that do not stay to its end as well."""
+        """Every file that the run writes after `after_step`, including those that retention later deletes."""
         best = [self.best_file] if self.best else []
         steps = (step for step in self.steps_that_save() if step > after_step)
         return [*best, *(due.path for step in steps for due in self.due(step))]
@@ -151,7 +151,7 @@ class SavePlan:
         return [item.state for item in due if item.state is not None]
 
     def _old_step(self, step: int, last_n: int | None) -> Path | None:
-        """Intervals of 10, 30 to keep: at step 50 the file of step 10 goes, those of 20 to 50 stay."""
+        """The step whose file is deleted. With an interval of 10 and 30 to keep: at step 50 step 10; 20 to 50 stay."""
         if not last_n or not self.every_n_steps:
             return None
         old = step - last_n - 1
@@ -166,11 +166,11 @@ class SavePlan:
 
 
 def _check_name(name: str) -> None:
-    """`UserError` if no file can be called so."""
+    """`UserError` if this cannot be the name of a file."""
     if name in ("", ".", "..") or set("/\\") & set(name):
-        raise UserError(f"--output_name: {name!r} is not a plain file name; folders belong into --output_dir")
+        raise UserError(f"--output_name: {name!r} is not a plain file name; give folders as --output_dir")
     if not name.isprintable():
-        raise UserError(f"--output_name: {name!r} holds a character that no file name should")
+        raise UserError(f"--output_name: {name!r} contains a character that no file name should")
     if len(os.fsencode(name)) > _LONGEST_NAME:
         raise UserError(
             f"--output_name: {len(os.fsencode(name))} bytes long; at most {_LONGEST_NAME}, since step numbers and "
@@ -184,12 +184,12 @@ def state_folder(file: Path) -> Path:
 
 
 def is_state_name(folder: str, output_name: str | None) -> bool:
-    """Whether a run of this --output_name names a state so: fox-big-state is not one of fox."""
+    """Whether this is the name of a state of this --output_name: fox-big-state is not one of fox."""
     return re.fullmatch(rf"{_named(output_name)}({_MOMENT})?{STATE_SUFFIX}", folder) is not None
 
 
 def _named(output_name: str | None) -> str:
-    """The pattern of how the names of a run's files begin."""
+    """A pattern for the beginning of the names of a run's files."""
     return re.escape(output_name) if output_name is not None else "(last|at|epoch)"
 
 
@@ -202,12 +202,12 @@ def epochs_from_ratio(epochs: int, ratio: int) -> int:
 
 
 def check_free(files: Iterable[Path], *, overwrite: bool) -> None:
-    """`UserError` if a file that the run is going to write is there already."""
+    """`UserError` if a file that the run will write exists already."""
     existing = [path for path in files if os.path.exists(path)]
     folders = [path for path in existing if path.is_dir()]
     if folders:
         raise UserError(
-            f"{folders[0]} is a folder; the run is going to write a file of that name: choose --output_name"
+            f"{folders[0]} is a folder; the run will write a file of that name: choose another --output_name"
         )
     if existing and not overwrite:
         more = f" and {len(existing) - 3} more" if len(existing) > 3 else ""
@@ -218,9 +218,9 @@ def check_free(files: Iterable[Path], *, overwrite: bool) -> None:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the output folder and try to write in it; `UserError` if that fails."""
+    """Create the output folder and try to write in it; `UserError` if that fails."""
     if not os.path.exists(folder) and folder.parts[:1] and folder.parts[0].startswith("~"):
-        raise UserError(f"--output_dir {folder}: cannot be made{nearest_path(folder)}")
+        raise UserError(f"--output_dir {folder}: cannot be created{nearest_path(folder)}")
     probe = folder / ".write-test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,9 +234,9 @@ def prepare_folder(folder: Path) -> None:
 
 
 class BrokenWeightsError(UserError):
-    """Weights that are not finite numbers, or would not be in the file's precision: they were not written.
+    """Weights that are not finite, or would not be in the file's precision: they were not written.
 
-    only_in_file: whether those that are trained are finite, so that a state of them is worth something.
+    only_in_file: whether the trained weights are finite, so that a state of them is usable.
     """
 
     def __init__(self, message: str, *, only_in_file: bool = False) -> None:
@@ -251,9 +251,9 @@ class Savable(Protocol):
 def save_network(network: Savable, path: Path, *, precision: str | None, metadata: Mapping[str, str]) -> None:
     """Write a network's file: beside first, read back and checked, with its hashes, then renamed to `path`.
 
-    The ending of `path` says in which format; only safetensors hold metadata. `precision` is a key of PRECISIONS.
-    `BrokenWeightsError` if a tensor holds NaN or infinity, `UserError` if the disk is full or the folder cannot be
-    written to; whatever stood at `path` before is then still there.
+    The extension of `path` decides the format; only safetensors files have metadata. `precision` is a key of
+    PRECISIONS. `BrokenWeightsError` if a tensor holds NaN or infinity, `UserError` if the disk is full or the folder
+    cannot be written to; an earlier file at `path` then still exists.
     """
     with replacing(path) as beside:
         network.save(str(beside), PRECISIONS[precision], {**metadata, **UNKNOWN_HASHES})
@@ -273,11 +273,11 @@ def check_finite(file: Path, name: str, precision: str | None) -> None:
         if overflows:
             advice = "values beyond 65504 do not fit into fp16: use --save_precision bf16 or float"
         kind = "NaN" if tensor.isnan().any() else "infinity"
-        raise BrokenWeightsError(f"{name}: not written: {key} holds {kind}; {advice}", only_in_file=overflows)
+        raise BrokenWeightsError(f"{name}: not written: {key} contains {kind}; {advice}", only_in_file=overflows)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The content of a file, read as other programs will read it."""
+    """The tensors of a file, read as other programs will read it."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict

@@ -1,4 +1,4 @@
-"""The facts of a run as lines for the console: the head of every run's log, and of a dry run."""
+"""The facts of a run as lines for the console: at the start of every run's log, and in a dry run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def lines(facts: Facts) -> Iterator[str]:
 
 
 def line(label: str, text: str) -> str:
-    """A label in a column of its own, and what it is about."""
+    """A label in its column, and the text."""
     return f"{label:<12}{text}"
 
 
@@ -25,7 +25,7 @@ def count(number: int, what: str, plural: str = "s") -> str:
 
 
 def rows(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Label and text of each line; a line without a label belongs to the one before."""
+    """Label and text of each line; a line without a label continues the one before."""
     yield "model", model(facts.model)
     if files := facts.model.base_weights:
         merged = ", ".join(f"{file.file} × {file.multiplier:g}" for file in files)
@@ -51,7 +51,7 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def model(facts: Model) -> str:
-    """Where it is, what it is, and how it computes."""
+    """Its path, its version and its precision."""
     vae = f", VAE {facts.vae}" if facts.vae else ""
     held = ", frozen weights in 8 bits" if facts.frozen_in_8_bits else ""
     return f"{facts.path} ({facts.version}, {facts.prediction_type}){vae}; {facts.precision} on {facts.device}{held}"
@@ -85,7 +85,7 @@ def _layers(facts: Adapters) -> str:
 
 def _images(facts: Images) -> str:
     kind = "regularisation images" if facts.regularisation else "images"
-    held = f", {facts.held_out} held back" if facts.held_out else ""
+    held = f", {facts.held_out} held out" if facts.held_out else ""
     held += f", {facts.too_small} too small and left out" if facts.too_small else ""
     return (
         f"{facts.source}: {facts.images} {kind} × {facts.repeats}{held}; captions: "
@@ -97,18 +97,18 @@ def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
     yield "captions", f"{facts.different} different, {facts.too_long} cut off at {facts.token_limit} tokens"
     for example in facts.examples:
         changing = ", ".join(f"{name} {value}".strip() for name, value in example.changing)
-        each = f" (another text each time: {changing})" if changing else ""
+        each = f" (changes each time: {changing})" if changing else ""
         yield "", f"trained for example: '{example.text}'{each}"
 
 
 def _validation(facts: Validation) -> str:
-    """ "3 images held back: 2 batches × 5 timesteps, 12 times"."""
+    """ "3 images held out: 2 batches × 5 noise levels, 12 times"."""
     stops = ""
     if facts.patience:
         stops = f"; ends early after {count(facts.patience, 'validation')} without improvement"
     return (
-        f"{count(facts.images, 'image')} held back: {count(facts.batches, 'batch', 'es')} × "
-        f"{count(facts.timesteps, 'timestep')}, {facts.times} times{stops}"
+        f"{count(facts.images, 'image')} held out: {count(facts.batches, 'batch', 'es')} × "
+        f"{count(facts.timesteps, 'noise level')}, {facts.times} times{stops}"
     )
 
 

@@ -54,18 +54,18 @@ def start(accelerator: Accelerator, plan: TrackerPlan) -> None:
         raise UserError(f"{where}: the tracker does not start: {error}") from error
     except OSError as error:
         reason = why_not(error, verb="write to")
-        raise UserError(f"--logging_dir {plan.logging_dir}: no logs can be kept there: {reason}") from error
+        raise UserError(f"--logging_dir {plan.logging_dir}: no logs can be written there: {reason}") from error
 
 
 def tell(accelerator: Accelerator, values: dict[str, float], *, step: int) -> None:
-    """Hand numbers to the trackers. One that cannot write them, on a full disk, costs its curves and not the run."""
+    """Log numbers to the trackers. If one cannot write, because the disk is full, its logs end; the run continues."""
     if not accelerator.trackers:
         return
     try:
         accelerator.log(values, step=step)
     except OSError as error:
         accelerator.trackers.clear()
-        logger.warning("the logs end before step %d, training goes on: %s", step, why_not(error, verb="write to"))
+        logger.warning("the logs end before step %d, training continues: %s", step, why_not(error, verb="write to"))
 
 
 def end(accelerator: Accelerator) -> None:
@@ -74,11 +74,11 @@ def end(accelerator: Accelerator) -> None:
         for tracker in accelerator.trackers:
             tracker.finish()
     except OSError as error:
-        logger.warning("the logs lack their end: %s", why_not(error, verb="write to"))
+        logger.warning("the end of the logs could not be written: %s", why_not(error, verb="write to"))
 
 
 def log_image(accelerator: Accelerator, name: str, image: Any, *, caption: str, step: int) -> None:
-    """Show an image beside the curves, where Weights & Biases is used, as kohya does."""
+    """Log an image, if Weights & Biases is used, as kohya does."""
     if any(tracker.name == "wandb" for tracker in accelerator.trackers):
         import wandb
 

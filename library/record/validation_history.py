@@ -19,11 +19,10 @@ class Validation:
 
 @dataclass
 class History:
-    """All validations so far, in order; everything else follows from them, so they are its whole state.
+    """All validations so far, in order. They are the whole state: the rest is computed from them.
 
     `patience`: None never stops. `threshold`: the share of the best loss by which a lower one counts as improvement.
-    The one before the first step is what the others are compared with: it is never the best, and patience starts after
-    it.
+    The validation before the first step is only for comparison: it is never the best, and patience starts after it.
     """
 
     patience: int | None = None
@@ -36,7 +35,7 @@ class History:
 
     @property
     def best(self) -> Validation | None:
-        """The lowest after a step, the earliest of equals; losses that are no numbers do not count."""
+        """The lowest after a step, the earliest of equals; losses that are NaN are ignored."""
         after = [one for one in self.validations if one.step > 0 and math.isfinite(one.loss)]
         return min(after, key=lambda one: one.loss, default=None)
 
@@ -63,9 +62,9 @@ class History:
         return newest.loss if newest is not None and newest.step == step else None
 
     def conclusion(self, *, best_file: str) -> str | None:
-        """What the user should know at the end, in a sentence or two; None if nothing was measured.
+        """The result of validation for the user, in a sentence or two; None if nothing was measured.
 
-        `best_file`: that of the best validation; empty if it is not there.
+        `best_file`: the file of the best validation; empty if it does not exist.
         """
         best = self.best
         if best is None:
@@ -74,15 +73,15 @@ class History:
         if start is not None and best.loss >= start.loss:
             return (
                 f"validation never fell below that of the base model ({start.loss:.4f} before training, at best "
-                f"{best.loss:.4f}, at step {best.step}): what is learnt does not carry over to the images held back. "
-                "Lower the learning rate, or look at the captions"
+                f"{best.loss:.4f}, at step {best.step}): the network does not generalise to the images held out. "
+                "Lower the learning rate, or check the captions"
             )
         better = f" ({start.loss:.4f} before training)" if start is not None else ""
         if last.step == best.step:
-            still = "it had hardly moved any more" if self.without_improvement else "training longer may still help"
+            still = "it had stopped improving" if self.without_improvement else "training longer may still help"
             return f"validation was lowest at the end: {best.loss:.4f}{better}; {still}"
         worse = last.loss / best.loss - 1
-        use = f"{best_file} is the one to use" if best_file else "the best is not there as a file"
+        use = f"{best_file} is the one to use" if best_file else "there is no file of the best"
         how = f"made it {worse:.1%} worse" if worse >= 0.0005 else "did not improve it"
         return (
             f"validation was lowest at step {best.step} ({best.loss:.4f}){better}; the last {last.step - best.step} "

@@ -11,7 +11,7 @@ from library.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 2 for what the user can put right."""
+    """Returns the exit code: 2 for mistakes that the user can correct."""
     parser = argparse.ArgumentParser(prog="python -m library.report", description=__doc__)
     parser.add_argument("where", type=Path, help="a run's folder, or its NAME-metrics.jsonl")
     options = parser.parse_args(argv)

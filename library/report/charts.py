@@ -1,4 +1,4 @@
-"""The curves of a run: which, and what each is about. They zoom together, and need no network."""
+"""The charts of a run and the note below each. They zoom together, and need no internet connection."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Drawn:
 
 
 def draw(story: Story) -> tuple[list[Drawn], str]:
-    """The charts of what there is, and the script that draws them."""
+    """The charts for which there are numbers, and the script that draws them."""
     steps = figures.steps_of(max(story.last_step, 1))
     wanted = [chart for chart in charts(story) if any(line.curve.steps for line in chart.lines)]
     if not wanted:
@@ -65,9 +65,9 @@ def charts(story: Story) -> Iterator[Chart]:
     loss.append(Line("mean of 100 steps", curves.get("loss_average", empty)))
     if "validation/loss" in curves:
         loss.append(Line("validation", curves["validation/loss"], dots=True))
-    note = "A single step's depends on the timesteps drawn for it; learning shows in the mean."
+    note = "A single step's loss depends on the noise levels drawn for it; learning shows in the mean."
     yield Chart("Loss", note, loss)
-    note = "Moving means. Low timesteps decide about fine detail, high ones about the composition."
+    note = "Moving means. Low timesteps (little noise) decide about fine detail, high ones about the composition."
     yield Chart("Loss by timestep", note, [Line(line.label, _mean(line.curve)) for line in _group(story, "timesteps")])
     note = "In effect, for each group of parameters."
     yield _of_groups("Learning rate", note, _group(story, "rates"))
@@ -78,7 +78,7 @@ def charts(story: Story) -> Iterator[Chart]:
     lines = [Line("each step", norm, faint=True), Line("moving mean", _mean(norm))]
     yield Chart("Gradient norm", "Of all gradients together, before clipping.", lines, log=True)
     update = [Line("share", curves.get("update_ratio", empty))]
-    yield Chart("Size of the update", "How much a step changes the weights, as a share of them.", update, log=True)
+    yield Chart("Size of the update", "The change of the weights in a step, relative to them.", update, log=True)
     deltas = sorted(_group(story, "deltas"), key=lambda line: line.label not in ("mean", "largest"))
     note = "How far the LoRA moves the model's layers from where they were: the mean of all, the largest, and by block."
     yield Chart("Norm of the adapters' deltas", note, deltas)
@@ -93,7 +93,7 @@ def _group(story: Story, prefix: str, *, dots: bool = False) -> list[Line]:
 
 
 def _of_groups(title: str, note: str, lines: list[Line]) -> Chart:
-    """A number of each group; of many groups the lowest, the highest, and some between."""
+    """One line for each group; of many groups the lowest, the highest, and some between."""
     if len(lines) > MOST_GROUPS:
         note = f"{note} {MOST_GROUPS} of the {len(lines)} groups, from the highest to the lowest."
         ranked = sorted(lines, key=lambda line: -max(line.curve.values, default=0.0))

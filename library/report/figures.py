@@ -1,4 +1,4 @@
-"""One chart, drawn by Bokeh in colours that do on white and on black: the page follows the reader's."""
+"""One chart, drawn by Bokeh in colours that are legible on white and on black: the page follows the reader's theme."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Key:
-    """The name of a curve, and those of the parts that draw it, by which the page shows and hides it."""
+    """The name of a curve, and the names of its Bokeh parts, by which the page shows and hides it."""
 
     label: str
     colour: str
@@ -53,8 +53,8 @@ def steps_of(last: int) -> Range1d:
 
 
 def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small: bool) -> tuple[Any, list[Key]]:
-    """A Bokeh figure, and the key to its curves. `number`: which chart of the page it is. `log`: what is not above 0 is
-    left out then. `small`: the numbers want an exponent."""
+    """A Bokeh figure, and the key to its curves. `number`: which chart of the page it is. `log`: a logarithmic axis;
+    values not above 0 are left out. `small`: show the numbers with an exponent."""
     plot = figure(
         height=300,
         sizing_mode="stretch_width",
@@ -73,7 +73,7 @@ def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     values = {value for line in lines for value in line.curve.values}
-    if len(values) == 1 and not log:  # a constant: else the axis would span 2 around it, whatever its size
+    if len(values) == 1 and not log:  # a constant: Bokeh's axis would span 2 around it, whatever its size
         plot.y_range.default_span = abs(next(iter(values))) or 1.0
     if small:
         plot.y_range.start = 0
@@ -93,7 +93,7 @@ def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small
 
 
 def log_ticks(values: Sequence[float]) -> list[float]:
-    """Where a logarithmic axis has labels: Bokeh's own leaves most of an axis of less than two decades without any."""
+    """The labels of a logarithmic axis: Bokeh's own rule leaves most of an axis below two decades without any."""
     if not values:
         return []
     low, high = math.log10(min(values)), math.log10(max(values))

@@ -1,4 +1,4 @@
-"""A picture of how the loss went."""
+"""A picture of the loss curve."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
 
 
 def plot(path: Path, history: LossHistory, *, steps_per_epoch: int, title: str) -> None:
-    """A PNG of the loss per optimizer step: faint as it came, or in a long run the mean of a few steps, and strong as
-    its moving mean.
+    """A PNG of the loss per optimizer step (in a long run, per few steps) as a faint line, and of its moving mean as a
+    strong one.
 
-    The noise level drawn for each image moves a single step's loss more than learning does, so the mean is the
+    The noise level drawn for each image changes a single step's loss more than learning does, so the mean is the
     curve to look at.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -33,7 +33,7 @@ def write(metrics: Path) -> Path:
     """`NAME-report.html` beside `NAME-metrics.jsonl`. UserError if another file of that name is there."""
     path = report_path(metrics)
     if path.exists() and session_of_report(path) is None:
-        raise UserError(f"{path} is there and is no report of a run: move it away")
+        raise UserError(f"{path} exists and is no report of a run: move it away")
     html = render(read_story(metrics))
     with replacing(path) as beside:
         beside.write_text(html, encoding="utf-8")
@@ -76,7 +76,7 @@ def render(story: Story) -> str:
 
 
 def _state(story: Story) -> str:
-    """Whether it came to its end."""
+    """Whether all steps of the run are done, and if not, why."""
     total = story.run.get("total_steps", 0)
     if story.last_step >= total:
         return f"all {total} steps are done"
@@ -84,20 +84,20 @@ def _state(story: Story) -> str:
 
 
 def _why(story: Story) -> str:
-    """The reason for which a run stands before its last step."""
+    """The reason why a run has not reached its last step."""
     early = "it ended early, because validation no longer improved"
     if story.record is None:
         if not story.end:
-            return "it is still going on, or was killed"
+            return "it is still running, or was killed"
         return f"stopped by {story.end['stopped_by']}" if story.end["stopped_by"] else early
     session = story.record.session
     reasons = {
-        run_file.RUNNING: "it is still going on",
+        run_file.RUNNING: "it is still running",
         run_file.FINISHED: early,
         run_file.STOPPED: f"stopped by {session.reason}",
         run_file.FAILED: f"it failed: {session.reason}",
-        run_file.LOST: "it ended without a word (killed, or the machine went down), "
-        f"last heard of {_moment(session.heartbeat)}",
+        run_file.LOST: "it ended without a message (killed, or the machine went down), "
+        f"last heartbeat {_moment(session.heartbeat)}",
     }
     return reasons[run_file.standing(story.record)]
 
@@ -121,7 +121,7 @@ def _glance(story: Story) -> list[tuple[str, str]]:
 
 
 def _glance_of_words(story: Story) -> tuple[str, str, str]:
-    """Base model, network and rates of a run without a record, whose metrics have sentences only."""
+    """Base model, network and rates of a run without a record: its metrics have them only as sentences."""
     said = {label: text for label, text in story.summary if label}
     return said.get("model", "").partition(" (")[0], said.get("network", "").partition(":")[0], said.get("rates", "")
 
@@ -136,7 +136,7 @@ def _facts(story: Story) -> list[tuple[str, str]]:
     if story.seconds:
         facts.append(("training took", human_time(story.seconds)))
         facts.append(
-            ("a step took", f"{story.seconds / max(story.last_step, 1):.2f} s on average, with saving and drawing")
+            ("a step took", f"{story.seconds / max(story.last_step, 1):.2f} s on average, including saving and samples")
         )
     for name, value in story.end.get("memory", {}).items():
         facts.append((f"most memory, {name}", human_bytes(value)))
@@ -181,7 +181,7 @@ def _shown(value: object) -> str:
 
 
 def _pictures(story: Story) -> list[tuple[str, str]]:
-    """What was drawn at the end."""
+    """The pictures that the run rendered at its end."""
     path = story.path.with_name(f"{story.name}-compare.png")
     url = images.data_url(path, side=PICTURE) if path.is_file() else None
     return [("Without and with the LoRA", url)] if url else []

@@ -1,4 +1,4 @@
-"""Reads what a run left behind: its record, its metrics, its files and its samples."""
+"""Reads the files of a run: its record, its metrics, its networks and its samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Curve:
         self._begun: list[tuple[float, float]] = []
 
     def add(self, step: float, value: float | None) -> None:
-        """The next value; None is passed over."""
+        """Add the next value; None is ignored."""
         if value is None:
             return
         self._begun.append((step, value))
@@ -48,8 +48,8 @@ class Curve:
 
 @dataclass
 class Story:
-    """All that is known of a run. `curves` by name: "loss", "rates/unet" … `record`: None for runs of versions that
-    wrote none, and where it is no longer there."""
+    """The facts about a run. `curves` by name: "loss", "rates/unet" … `record`: None for runs of versions that wrote
+    none, and if the file no longer exists."""
 
     path: Path  # of the metrics
     run: Line  # the first line of the metrics
@@ -58,7 +58,7 @@ class Story:
     warnings: list[tuple[int, str, str]] = field(default_factory=list)  # step, sign, text
     last_step: int = 0
     seconds: float = 0.0
-    end: Line = field(default_factory=dict)  # empty: the run was killed, or is still going on
+    end: Line = field(default_factory=dict)  # empty: the run was killed, or is still running
     largest: list[tuple[str, float]] = field(default_factory=list)  # adapters with the largest deltas at the end
 
     @property
@@ -90,7 +90,7 @@ class SavedFile:
 
 
 def find_metrics(where: Path) -> list[Path]:
-    """The files of metrics at `where`: one, or all in a folder. Raises UserError if there are none."""
+    """The metrics files at `where`: one, or all in a folder. Raises UserError if there are none."""
     if where.is_dir():
         found = sorted(where.glob(f"*{SUFFIX}"))
         if not found:
@@ -104,7 +104,7 @@ def find_metrics(where: Path) -> list[Path]:
 
 
 def read_story(path: Path) -> Story:
-    """Raises UserError if the file is none of metrics."""
+    """Read the files of the run with these metrics. Raises UserError if `path` is no metrics file."""
     every = lines(path)
     run = next(every, {}).get("run")
     if not isinstance(run, dict):
@@ -133,7 +133,7 @@ def read_story(path: Path) -> Story:
 
 
 def _record_of(metrics: Path, run: Line) -> Record | None:
-    """The record beside the metrics, if it is of the same run."""
+    """The record beside the metrics, if it belongs to the same run."""
     record = run_file.read(metrics.with_name(metrics.name.removesuffix(SUFFIX) + run_file.SUFFIX))
     return record if record is not None and record.id == run.get("session_id") else None
 
@@ -179,7 +179,7 @@ def _halved(values: list[float]) -> list[float]:
 
 
 def saved_files(story: Story) -> list[SavedFile]:
-    """The networks that the run has written and that are still there, in the order of their making."""
+    """The networks that the run has written and that still exist, the oldest first."""
     name = "(last|at|epoch)" if story.run.get("output_name") is None else re.escape(story.name)
     pickled = re.compile(rf"{name}(-step\d{{8,}}|-\d{{6,}}|-[a-z]+)?\.(ckpt|pt)")
     found = []
@@ -194,7 +194,7 @@ def saved_files(story: Story) -> list[SavedFile]:
 
 
 def _since(path: Path, story: Story) -> bool:
-    """Whether a file that does not say whose it is was written since the run began."""
+    """Whether a file without the id of a run was written since this run began."""
     return path.stat().st_mtime >= int(story.run.get("started_at", 0))
 
 

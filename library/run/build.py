@@ -34,30 +34,21 @@ from networks.merge import BaseWeights
 from networks.network import TrainableNetwork
 
 Following = tuple[LRScheduler | None, Observe | None]
-"""The schedule of the learning rates, and what the adaptive weight decay observes the losses with."""
+"""The schedule of the learning rates, and the function by which the adaptive weight decay observes the losses."""
 
 
 def build(plan: Plan, record: RunFile | None = None) -> Run:
-    """Load, encode, wrap: everything before the first step. The memory of each part goes back once it has served.
+    """Load, encode, wrap: everything before the first step. Each part's memory is freed once it is no longer needed.
 
-    `record`: is begun before the models are loaded; None: there is none. Raises UserError for whatever does not go
-    together, or is in the way.
+    `record`: is begun before the models are loaded; None: there is none. Raises UserError for options, models and
+    files that do not fit together, and for files that would be replaced.
     """
     options = plan.options
     objective = make_objective(options.objective, plan.family)
     accelerator = start.make_accelerator(plan)
     per_step = accelerator.num_processes * options.training.gradient_accumulation_steps
     saves = start.plan_saves(plan, accelerator, batches_per_step=per_step)
-    facts = state.facts_of(
-        options,
-        plan.datasets,
-        plan.prepared,
-        seed=plan.seed,
-        session_id=plan.session_id,
-        started_at=plan.started_at,
-        total_steps=saves.total_steps,
-        batches_per_step=per_step,
-    )
+    facts = _facts(plan, saves, batches_per_step=per_step)
     together.refuse_different(accelerator, facts)
     curves = curves_of(plan, total_steps=saves.total_steps)
     changed: frozenset[str] = frozenset()
@@ -101,10 +92,24 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
     return run
 
 
+def _facts(plan: Plan, saves: SavePlan, *, batches_per_step: int) -> state.Facts:
+    """The facts that a resumed run, and every process of this one, must agree on."""
+    return state.facts_of(
+        plan.options,
+        plan.datasets,
+        plan.prepared,
+        seed=plan.seed,
+        session_id=plan.session_id,
+        started_at=plan.started_at,
+        total_steps=saves.total_steps,
+        batches_per_step=batches_per_step,
+    )
+
+
 def _core(
     plan: Plan, accelerator: Accelerator, objective: Objective, saves: SavePlan, data: TrainingData, curves: Curves
 ) -> tuple[Run, Following]:
-    """The run without hooks, and what its optimizer's curves are followed with. Models are loaded."""
+    """The run without hooks, and the curves of its optimizer. Models must be loaded."""
     options, family = plan.options, plan.family
     network = make_network(
         options,
@@ -115,11 +120,11 @@ def _core(
     )
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
-        if refusal := network.refuses("off"):  # now, and not in the first step
+        if refusal := network.refuses("off"):  # now, not in the first step
             raise UserError(refusal)
         objective = replace(objective, more=(Preservation(family.predict, network.off),))
     groups, optimizer = _optimizer(plan, network)
-    # before accelerate wraps the optimizer: it would put back a step() that the schedule does not know
+    # before accelerate wraps the optimizer: it would restore a step() that the schedule has not patched
     schedule = None if curves.schedule is None else create_schedule(curves.schedule, optimizer)
     observe = weight_decay_choice.attach(curves.decay, optimizer)
     wrapped, gradients = _wrapped(plan, accelerator, network, groups, optimizer)
@@ -187,7 +192,7 @@ def _refuse_full_disk(plan: Plan, run: Run) -> None:
         run.saves,
         after_step=run.position.done,
         of_file=disk.file_bytes(run.network.tensors(), plan.options.output.save_precision),
-        # at least: the optimizer's part is not known before a step
+        # a lower bound: the size of the optimizer's state is not known before a step
         of_state=disk.file_bytes(run.network.state_dict(), None),
     )
 
@@ -199,7 +204,7 @@ def _held_out(plan: Plan) -> TrainingData | None:
 
 
 def _texts_to_draw(plan: Plan) -> list[str]:
-    """Every text that samples and pictures will need, negative ones as well."""
+    """Every text that samples and pictures need, including negative prompts."""
     samples = plan.samples.prompts if plan.samples is not None else ()
     texts = [text for item in samples for text in (item.prompt, item.negative_prompt)]
     compared = plan.options.output.compare_prompts

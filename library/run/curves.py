@@ -1,4 +1,4 @@
-"""The curves of a run, of its learning rate and its weight decay, before anything is made."""
+"""The curves of a run's learning rate and weight decay, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Curves:
-    """`schedule`: None if the optimizer makes its own rates. `decay`: None if the weight decay stays as it is.
+    """`schedule`: None if the optimizer sets its own rates. `decay`: None if the weight decay is constant.
     `optimizer`: with the numbers of the weight decay's curve."""
 
     schedule: ScheduleChoice | None
@@ -27,7 +27,7 @@ class Curves:
 
 
 def curves_of(plan: Plan, *, total_steps: int) -> Curves:
-    """The curves of a run of this length. Raises UserError for what does not go with the optimizer."""
+    """The curves of a run of this length. Raises UserError for options that do not fit the optimizer."""
     options = plan.options
     decay = weight_decay_choice.resolve(
         options.weight_decay, plan.choice, total_steps=total_steps, images=plan.prepared.train_images
@@ -38,14 +38,14 @@ def curves_of(plan: Plan, *, total_steps: int) -> Curves:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if choice.relative_step and options.divergence.on_divergence == "rollback":
         raise UserError(
-            f"--on_divergence rollback: it halves the rates, and {choice.name} with relative_step makes its own: give "
+            f"--on_divergence rollback: it halves the rates, and {choice.name} with relative_step sets its own: give "
             "--optimizer_args relative_step=False, or --on_divergence skip"
         )
     return Curves(schedule, decay, choice)
 
 
 def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) -> ScheduleChoice | None:
-    """The schedule of the learning rate, tried out; None if the optimizer makes its own. Raises UserError."""
+    """The schedule of the learning rate, tested; None if the optimizer makes its own. Raises UserError."""
     wanted = options.schedule
     named_adafactor = wanted.lr_scheduler == "adafactor" and not wanted.lr_scheduler_type
     if named_adafactor and not choice.relative_step:
@@ -68,7 +68,7 @@ def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) 
 
 
 def of_length(plan: Plan, curves: Curves) -> list[str]:
-    """The curves that are not those of the resumed state if that was of a run of another length."""
+    """The curves that depend on the run's length, and so differ from those of a state of another length."""
     options, resume = plan.options, plan.resume
     assert resume is not None
     names = []

@@ -1,4 +1,4 @@
-"""The bytes that a run will write, and whether there is room for them."""
+"""The bytes that a run will write, and the check that the disk has room for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def file_bytes(tensors: Mapping[str, Tensor], precision: str | None) -> int:
-    """The size of a network's file in a --save_precision, but for its metadata."""
+    """The size of a network's file in a --save_precision, without its metadata."""
     width = {"fp16": 2, "bf16": 2, "float": 4}
     return sum(tensor.numel() * width.get(precision or "", tensor.element_size()) for tensor in tensors.values())
 
@@ -25,7 +25,7 @@ def file_bytes(tensors: Mapping[str, Tensor], precision: str | None) -> int:
 def most_at_once(saves: SavePlan, *, after_step: int, of_file: int, of_state: int) -> int:
     """The most bytes that the files and states of steps after `after_step` take at one time.
 
-    An old file goes when the new one is there, so for a moment both are.
+    An old file is deleted after the new one is written, so for a moment both exist.
     """
     there = {saves.best_file: of_file} if saves.best else {}
     most = sum(there.values())
@@ -40,7 +40,7 @@ def most_at_once(saves: SavePlan, *, after_step: int, of_file: int, of_state: in
 
 
 def refuse_full_disk(saves: SavePlan, *, after_step: int, of_file: int, of_state: int) -> None:
-    """`UserError` if the folder has no room for what the run writes into it. Files that it replaces count as room."""
+    """`UserError` if the disk has no room for the run's files. Files that the run replaces count as room."""
     needed = most_at_once(saves, after_step=after_step, of_file=of_file, of_state=of_state)
     replaced = sum(path.stat().st_size for path in saves.planned_files(after_step=after_step) if path.is_file())
     free = shutil.disk_usage(saves.folder).free

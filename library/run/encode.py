@@ -1,9 +1,10 @@
-"""Load the parts of a model one after the other, and encode images and captions for the caches on the way."""
+"""Loads the parts of a model one after the other, and encodes images and captions for the caches on the way."""
 
 from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def vae_dtype(family: ModelFamily, options: Options) -> torch.dtype:
 
 
 def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
-    """How --cache_latents_to_disk keeps latents; None without it."""
+    """The cache of --cache_latents_to_disk; None without that option."""
     if not options.data.cache_latents_to_disk:
         return None
     encoder = f"VAE {family.vae_fingerprint()} in {_precision(vae_dtype(family, options), options)}"
@@ -41,7 +42,7 @@ def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelera
 def texts_on_disk(
     family: ModelFamily, base_weights: BaseWeights, options: Options, accelerator: Accelerator
 ) -> Disk | None:
-    """How --cache_text_encoder_outputs_to_disk keeps them; None without it."""
+    """The cache of --cache_text_encoder_outputs_to_disk; None without that option."""
     if not options.data.cache_text_encoder_outputs_to_disk:
         return None
     dtype = DTYPES[options.precision.mixed_precision]
@@ -73,83 +74,106 @@ def load_and_encode(
     validation: TrainingData | None,
     cache: bool,
 ) -> None:
-    """VAE, text encoders, denoiser, one after the other, so that no more lies in memory than is needed at the time.
+    """Load VAE, text encoders and denoiser one after the other, each released before the next if its output is cached.
 
-    The latents of `validation` are kept in any case: they never change. Without `cache` nothing is encoded, and
+    The latents of `validation` are cached in any case: they never change. Without `cache` nothing is encoded, and
     everything stays loaded: a dry run looks at all parts.
     """
-    device, dtype = accelerator.device, DTYPES[options.precision.mixed_precision]
+    dtype = DTYPES[options.precision.mixed_precision]
     if dtype != torch.float32 and not options.model.no_half_vae and vae_dtype(family, options) == torch.float32:
         logger.warning("the VAE of %s computes in fp32, because fp16 is too small for it (--no_half_vae)", family.path)
-
-    parts = family.components
-
-    def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if "vae" not in parts:  # not before an image needs it: all of them may be on disk
-            parts.load("vae", vae_dtype(family, options), device)
-        return family.encode_images(pixels)
-
-    def encode_prompts(captions: list[str]) -> dict[str, torch.Tensor]:
-        if not parts.have_text_encoders:
-            load_text_encoders()
-        return family.encode_prompts(captions)
-
-    def load_text_encoders() -> None:
-        parts.load_all(parts.text_encoders, dtype, device)
-        base_weights.merge_into(family.adapter_targets(*parts.text_encoders))
-
+    parts = _Parts(family, options, accelerator, base_weights)
     if cache and options.data.cache_latents:
         disk, batch_size = latents_on_disk(family, options, accelerator), options.data.vae_batch_size
-        data.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=validation)
+        data.cache_latents(parts.encode_images, batch_size=batch_size, disk=disk, beside=validation)
         if validation is not None:
-            validation.cache_latents(encode_images, batch_size=batch_size, disk=disk, beside=data)
+            validation.cache_latents(parts.encode_images, batch_size=batch_size, disk=disk, beside=data)
         parts.release("vae")
-        _give_back(device)
     else:
-        parts.load("vae", vae_dtype(family, options), device)
+        parts.load_vae()
         if cache and validation is not None:
-            validation.cache_latents(encode_images, batch_size=options.data.vae_batch_size)
+            validation.cache_latents(parts.encode_images, batch_size=options.data.vae_batch_size)
 
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         disk = texts_on_disk(family, base_weights, options, accelerator)
         if options.network.base_weights:
-            load_text_encoders()  # else nothing could say what of the files fits, were all captions on disk
-        data.cache_captions(encode_prompts, batch_size=batch_size, disk=disk, beside=validation)
+            parts.load_text_encoders()  # base weights are matched to loaded layers, even if all captions are on disk
+        data.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=validation)
         if validation is not None:
-            validation.cache_captions(encode_prompts, batch_size=batch_size, disk=disk, beside=data)
-        prompts.keep(encode_prompts)
-        parts.release(*parts.text_encoders)
-        _give_back(device)
+            validation.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=data)
+        prompts.keep(parts.encode_prompts)
+        parts.release(*family.components.text_encoders)
     else:
-        load_text_encoders()
+        parts.load_text_encoders()
         if options.precision.holds_text_encoders_in_float8:
-            parts.hold(*parts.text_encoders, format="float8")
+            family.components.hold(*family.components.text_encoders, format="float8")
 
-    in_float8 = options.precision.holds_unet_in_float8
-    # in 8 bits it may fit into a GPU where all of it in 16 does not
-    denoiser = parts.load("denoiser", dtype, "cpu" if in_float8 else device)
-    base_weights.merge_into(family.adapter_targets("denoiser"))
-    base_weights.report()
-    if in_float8:
-        parts.hold("denoiser", format="float8", device=device)
-        denoiser.to(device)
-    # Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes.
-    denoiser.train()
-    if options.precision.gradient_checkpointing:
-        parts.checkpoint("denoiser")
-        if trains_text(options):
-            for name in parts.text_encoders:
-                parts.checkpoint(name)
-                parts[name].train()
+    parts.load_denoiser()
 
 
-def _give_back(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+@dataclass(frozen=True)
+class _Parts:
+    """Loads and releases the parts of a model, in the precision of the options and with the base weights merged."""
+
+    family: ModelFamily
+    options: Options
+    accelerator: Accelerator
+    base_weights: BaseWeights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.options.precision.mixed_precision]
+
+    def load_vae(self) -> None:
+        dtype = vae_dtype(self.family, self.options)
+        self.family.components.load("vae", dtype, self.accelerator.device)
+
+    def load_text_encoders(self) -> None:
+        parts = self.family.components
+        parts.load_all(parts.text_encoders, self.dtype, self.accelerator.device)
+        self.base_weights.merge_into(self.family.adapter_targets(*parts.text_encoders))
+
+    def load_denoiser(self) -> None:
+        """Load the denoiser, ready to train."""
+        parts, precision, device = self.family.components, self.options.precision, self.accelerator.device
+        in_float8 = precision.holds_unet_in_float8
+        # on the CPU first: in 8 bits it may fit into a GPU that it does not fit into in 16
+        denoiser = parts.load("denoiser", self.dtype, "cpu" if in_float8 else device)
+        self.base_weights.merge_into(self.family.adapter_targets("denoiser"))
+        self.base_weights.report()
+        if in_float8:
+            parts.hold("denoiser", format="float8", device=device)
+            denoiser.to(device)
+        # Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes.
+        denoiser.train()
+        if precision.gradient_checkpointing:
+            parts.checkpoint("denoiser")
+            if trains_text(self.options):
+                for name in parts.text_encoders:
+                    parts.checkpoint(name)
+                    parts[name].train()
+
+    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `ModelFamily.encode_images`; loads the VAE for the first image, as all of them may be on disk."""
+        if "vae" not in self.family.components:
+            self.load_vae()
+        return self.family.encode_images(pixels)
+
+    def encode_prompts(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """As `ModelFamily.encode_prompts`; loads the text encoders for the first caption."""
+        if not self.family.components.have_text_encoders:
+            self.load_text_encoders()
+        return self.family.encode_prompts(captions)
+
+    def release(self, *names: str) -> None:
+        """Release parts, and their memory to the device."""
+        self.family.components.release(*names)
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def trains_text(options: Options) -> bool:
-    """Whether the text encoders learn."""
+    """Whether the text encoders are trained."""
     return not options.network.network_train_unet_only

@@ -1,4 +1,4 @@
-"""Gathers what the metadata of a run's files say from its options, data and model."""
+"""Gathers the metadata of a run's files from its options, data and model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from networks import base_weights
 def run_metadata(
     plan: Plan, saves: SavePlan, data: TrainingData, *, world_size: int, decay: DecayChoice | None
 ) -> RunMetadata:
-    """The metadata of every file of this run; only time, step and epoch are still to come."""
+    """The metadata of every file of this run, without the time, step and epoch of each."""
     options, family = plan.options, plan.family
     datasets = list(_datasets(plan, data))
     per_device = max(spec.batch_size for spec in plan.datasets)
@@ -57,8 +57,25 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     return ours | ({} if decay is None else decay.metadata())
 
 
+_OF_OBJECTIVE = (
+    "min_snr_gamma",
+    "loss_type",
+    "huber_schedule",
+    "huber_scale",
+    "huber_c",
+    "noise_offset",
+    "noise_offset_random_strength",
+    "adaptive_noise_scale",
+    "multires_noise_iterations",
+    "multires_noise_discount",
+    "ip_noise_gamma",
+    "ip_noise_gamma_random_strength",
+)
+"""Options of the objective that are facts of the same name."""
+
+
 def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[DatasetFacts]) -> RunFacts:
-    options, family, wanted, choice = plan.options, plan.family, plan.options.objective, plan.choice
+    options, family, choice = plan.options, plan.family, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
     text_rates = options.optimizer.text_encoder_lr and list(options.optimizer.text_encoder_lr)
@@ -105,29 +122,18 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         caption_dropout_every_n_epochs=_option_of_all(plan, "caption_dropout_every_n_epochs"),
         caption_tag_dropout_rate=_option_of_all(plan, "caption_tag_dropout_rate"),
         prior_loss_weight=options.data.prior_loss_weight,
-        min_snr_gamma=wanted.min_snr_gamma,
         scale_weight_norms=options.network.scale_weight_norms,
         face_crop_aug_range=options.data.face_crop_aug_range,
         resize_interpolation=options.data.resize_interpolation,
-        loss_type=wanted.loss_type,
-        huber_schedule=wanted.huber_schedule,
-        huber_scale=wanted.huber_scale,
-        huber_c=wanted.huber_c,
-        noise_offset=wanted.noise_offset,
-        noise_offset_random_strength=wanted.noise_offset_random_strength,
-        adaptive_noise_scale=wanted.adaptive_noise_scale,
-        multires_noise_iterations=wanted.multires_noise_iterations,
-        multires_noise_discount=wanted.multires_noise_discount,
-        ip_noise_gamma=wanted.ip_noise_gamma,
-        ip_noise_gamma_random_strength=wanted.ip_noise_gamma_random_strength,
-        debiased_estimation=wanted.debiased_estimation_loss,
-        # what was trained on: a base model's own noise schedule can be such a one, too
+        **{name: getattr(options.objective, name) for name in _OF_OBJECTIVE},
+        debiased_estimation=options.objective.debiased_estimation_loss,
+        # of the process, not the option: a base model's own noise schedule can have it, too
         zero_terminal_snr=_ends_in_noise(family.process),
     )
 
 
 def _ends_in_noise(process: Process) -> bool:
-    """Whether there is no signal at the last step."""
+    """Whether the last step is pure noise."""
     last = process.at(torch.tensor([process.steps - 1]))
     return not process.signal_to_noise(last).item()
 
@@ -141,13 +147,13 @@ def _timestep_distribution(options: ObjectiveOptions) -> dict[str, object] | Non
 
 
 def _timestep_range(options: ObjectiveOptions) -> tuple[int, int] | None:
-    """As kohya writes it: only where it was limited."""
+    """The range as kohya writes it: only if it was limited."""
     low, high = options.min_timestep, options.max_timestep
     return None if low is None and high is None else (low or 0, 1000 if high is None else high)
 
 
 def _option_of_all(plan: Plan, name: str) -> Any:
-    """The value that all subsets have for this option; where they differ, the option itself, as in kohya's files."""
+    """The value that all subsets have for this option; if they differ, the option's own value, as in kohya's files."""
     return _shared(plan, name, getattr(plan.options.data, name))
 
 
@@ -192,7 +198,7 @@ def _of_all(values: set[str | None]) -> str | None:
 
 
 def _subsets(samples: list[Sample]) -> list[SubsetFacts]:
-    """One for each folder that the samples of a data set come from."""
+    """The facts about each folder that the samples of a data set come from."""
     by_origin: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
         by_origin.setdefault((sample.subset.origin, str(sample.subset.source)), []).append(sample)

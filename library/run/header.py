@@ -1,4 +1,4 @@
-"""The first line of `NAME-metrics.jsonl`: all that a report needs beside the lines of the steps."""
+"""The first line of `NAME-metrics.jsonl`: everything that a report needs beside the lines of the steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from library.run.plan import Plan
 from library.run.recording import in_effect
 from library.training.run import Run
 
-EXAMPLES = 24  # images that are named
+EXAMPLES = 24  # the number of images that it lists
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes")
 
 
 def describe(plan: Plan, run: Run, facts: Facts) -> Line:
-    """As JSON has it, but for paths, which are text there."""
+    """The line as JSON values, with paths as text."""
     saves = run.saves
     sampling = plan.samples
     return {
@@ -66,7 +66,7 @@ def describe(plan: Plan, run: Run, facts: Facts) -> Line:
 
 
 def _options(options: Options, *, seed: int) -> list[list[object]]:
-    """[group, name, value, default] of each, with the seed that was drawn, and without what nobody should see."""
+    """[group, name, value, default] of each option, with the seed in use and without secrets."""
     known, values, rows = declared_options(), in_effect(options, seed=seed), []
     for group_name, group in option_groups().items():
         title = (group.__doc__ or group_name).splitlines()[0]

@@ -40,7 +40,7 @@ from library.training.unwritten import Unwritten
 
 
 class Made(NamedTuple):
-    """What the hooks need that was made for this run beside its core."""
+    """Objects of this run, beside its core, that the hooks need."""
 
     schedule: LRScheduler | None
     observe: Observe | None
@@ -51,10 +51,10 @@ class Made(NamedTuple):
 
 
 def make_hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> tuple[Hook[Run], ...]:
-    """For a run that still has none.
+    """The hooks for a run that has none yet.
 
-    The order within a step: the schedule and the max norm before what measures and averages the weights; within the
-    saving: files before samples, and what a rollback remembers behind both.
+    Order within a step: the schedule and the max norm come before the hooks that measure and average the weights. Order
+    of saving: files, then samples, then the snapshot for a rollback.
     """
     return tuple(_hooks(plan, run, curves, made))
 

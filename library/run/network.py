@@ -1,4 +1,4 @@
-"""The adapter network of a run: made by our module or a third party's, on the model, with its starting weights."""
+"""Makes a run's adapter network, by our module or a third party's: attached to the model, with its first weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def make_network(
     options: Options, family: ModelFamily, *, arguments: Arguments, seed: int, device: torch.device
 ) -> TrainableNetwork:
-    """Attached to the loaded parts of the model, in its precision, on its device. Raises UserError.
+    """The network, attached to the loaded parts of the model, in its precision, on its device. Raises UserError.
 
     `arguments`: --network_args.
     """
@@ -32,7 +32,7 @@ def make_network(
     sizes = start if wanted.dim_from_weights else None
     asked = Asked(dim=wanted.network_dim, alpha=wanted.network_alpha, dropout=wanted.network_dropout, seed=seed)
     targets = family.adapter_targets()
-    # A third party's initial weights come from torch's own stream, which every process begins anywhere.
+    # A third party's initial weights come from torch's own stream, whose state differs between processes.
     torch.manual_seed(rng.key_of(seed, "network") >> 1)
     network: TrainableNetwork
     if (kind := kinds.kind_of(wanted.network_module, wanted.network_args)) is None:
@@ -60,7 +60,7 @@ def parts_of(options: Options) -> list[str]:
 
 
 def parameter_groups(network: TrainableNetwork, options: Options) -> ParameterGroups:
-    """Its parameters with the rates that the options give them. Raises UserError."""
+    """The network's parameters in groups, with the rates of the options. Raises UserError."""
     return network.groups(
         LearningRates(
             text_encoder=options.optimizer.text_encoder_lr,

@@ -28,9 +28,9 @@ OfLevels = Callable[[Tensor], Tensor]
 
 
 def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
-    """The objective of these options with this model. Raises UserError where they do not fit it.
+    """The objective of these options with this model. Raises UserError if they do not fit it.
 
-    All weights come from the model's final noise schedule, in which --zero_terminal_snr is done already.
+    All weights come from the model's final noise schedule, after --zero_terminal_snr.
     """
     for sentence in options.without_effect():
         logger.warning("%s", sentence)
@@ -38,7 +38,7 @@ def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
     if options.noise_offset and process.prediction_type == "v_prediction":
         logger.warning(
             "--noise_offset %g: %s predicts v, and users report that the offset ruins LoRAs of such models; it is for "
-            "those that predict noise. --noise_offset 0 leaves it out",
+            "models that predict noise. --noise_offset 0 switches it off",
             *(options.noise_offset, family.path),
         )
     return Objective(
@@ -55,7 +55,7 @@ def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
 
 
 def _step_range(options: ObjectiveOptions, process: Process) -> tuple[int, int]:
-    """--min_timestep and --max_timestep, the end excluded; of two that are equal, that one, as in kohya."""
+    """--min_timestep and --max_timestep, the end excluded; if both are equal, only that step, as in kohya."""
     low = options.min_timestep or 0
     high = process.steps if options.max_timestep is None else options.max_timestep
     return low, max(high, low + 1)
@@ -108,7 +108,7 @@ def _thresholds(options: ObjectiveOptions, process: Process) -> OfLevels | None:
 
 
 def _weights(options: ObjectiveOptions, family: ModelFamily) -> OfLevels | None:
-    """The product of the weightings that are asked for."""
+    """The product of the given weightings."""
     process = family.process
     predicts = process.prediction_type
     if options.scale_v_pred_loss_like_noise_pred and predicts != "v_prediction":

@@ -1,4 +1,4 @@
-"""The plan of a run, before anything large is loaded: options, data, model headers. Most mistakes end here."""
+"""The plan of a run, before anything large is loaded: options, data, model headers. Most mistakes are found here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Options that fit together, data that can be read, a model that is there."""
+    """Options that fit together, data that can be read, a model that exists."""
 
     options: Options
     datasets: tuple[DatasetSpec, ...]
@@ -58,9 +58,9 @@ class Plan:
 
 
 def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
-    """Check all that can be checked cheaply, the cheapest first. Raises UserError.
+    """Check everything that can be checked cheaply, the cheapest first. Raises UserError.
 
-    only_family: the one that the base model must be of, as in `library.models.FAMILIES`.
+    only_family: the required family of the base model, as in `library.models.FAMILIES`.
     """
     datasets = load_datasets(options)
     _check_data_options(options, datasets)
@@ -71,46 +71,16 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     _refuse_missing_weights("base_weights", *options.network.base_weights)
     trackers = plan_trackers(options)
     samples = plan_samples(options.samples)
-    resume = None
-    if options.run.resume is not None:
-        output = options.output
-        resume = find_state(options.run.resume, output_dir=Path(output.output_dir), output_name=output.output_name)
-    seed = options.training.seed
-    if seed is None and resume is not None:
-        seed = resume.facts.seed
+    resume = _state_to_resume(options)
 
     # torch loads from here on
-    if seed is None:
-        seed = together.agreed(
-            random.SystemRandom().randrange(2**32), timeout=together.patience(options.run.ddp_timeout)
-        )
-        logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
+    seed = _seed(options, resume)
     from library.data.prepare import prepare
-    from library.optimizers import weight_decay_choice
-    from library.optimizers.create import choose_optimizer
     from library.optimizers.trial import refuse_useless
     from library.run.rehearse import rehearse
-    from networks import merge
 
-    kind = kinds.kind_of(options.network.network_module, options.network.network_args)
-    trains = "" if kind is None else f"is trained by {options.network.network_module}"
-    _check_weights("network_weights", options.network.network_weights, purpose=trains, allowed=kind and [kind])
-    _check_weights("base_weights", *options.network.base_weights, purpose=merge.PURPOSE)
-    _warn_of_other_base(options.network)
-    choice = choose_optimizer(
-        options.optimizer.optimizer_name,
-        options.optimizer.optimizer_args,
-        weight_decay=options.optimizer.weight_decay,
-        custom_adamw=options.custom_adamw.given(),
-    )
-    if options.optimizer.lr_layer_decay is not None and (choice.finds_its_rate or choice.relative_step):
-        raise UserError(f"--lr_layer_decay: {choice.name} finds its rate itself, one for all layers")
-    weight_decay_choice.check_options(
-        options.weight_decay,
-        choice,
-        clips_gradients=options.optimizer.max_grad_norm > 0,
-        validates=is_validated(datasets),
-    )
+    _check_weight_files(options.network)
+    choice = _choose_optimizer(options, validates=is_validated(datasets))
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = open_family(
@@ -129,7 +99,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
     if kernels := rehearse(family, options, arguments, resume=resume):
-        with log.errors_only():  # what it warns of has been said
+        with log.errors_only():  # its warnings have been logged above
             refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
@@ -148,8 +118,49 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     )
 
 
+def _state_to_resume(options: Options) -> State | None:
+    """The state of --resume; None without that option."""
+    if options.run.resume is None:
+        return None
+    output = options.output
+    return find_state(options.run.resume, output_dir=Path(output.output_dir), output_name=output.output_name)
+
+
+def _seed(options: Options, resume: State | None) -> int:
+    """The user's seed, else that of the resumed run, else a random one that all processes share."""
+    if options.training.seed is not None:
+        return options.training.seed
+    if resume is not None and resume.facts.seed is not None:
+        return resume.facts.seed
+    seed = together.agreed(random.SystemRandom().randrange(2**32), timeout=together.patience(options.run.ddp_timeout))
+    logger.info("no --seed given: using %d; the same seed gives the same LoRA again", seed)
+    return seed
+
+
+def _choose_optimizer(options: Options, *, validates: bool) -> OptimizerChoice:
+    """The optimizer and its arguments, checked against the options of rates and weight decay."""
+    from library.optimizers import weight_decay_choice
+    from library.optimizers.create import choose_optimizer
+
+    choice = choose_optimizer(
+        options.optimizer.optimizer_name,
+        options.optimizer.optimizer_args,
+        weight_decay=options.optimizer.weight_decay,
+        custom_adamw=options.custom_adamw.given(),
+    )
+    if options.optimizer.lr_layer_decay is not None and (choice.finds_its_rate or choice.relative_step):
+        raise UserError(f"--lr_layer_decay: {choice.name} finds its rate itself, one for all layers")
+    weight_decay_choice.check_options(
+        options.weight_decay,
+        choice,
+        clips_gradients=options.optimizer.max_grad_norm > 0,
+        validates=validates,
+    )
+    return choice
+
+
 def _check_metadata(output: OutputOptions) -> None:
-    """Check the user's texts for the files' metadata; only safetensors have any."""
+    """Check the user's texts for the files' metadata; only safetensors files have any."""
     if output.save_model_as == "safetensors":
         texts = {name: text for name, text in vars(output).items() if name.startswith("metadata_")}
         check_user_metadata({**texts, "training_comment": output.training_comment})
@@ -162,11 +173,11 @@ def _warn_of_unused_rates(options: Options) -> None:
         ("unet_lr", optimizer.unet_lr, "network_train_text_encoder_only"),
     ):
         if rate and getattr(network, only):
-            logger.warning("--%s has no effect: --%s leaves that part out", option, only)
+            logger.warning("--%s has no effect: with --%s that part is not trained", option, only)
 
 
 def _rates(options: Options) -> dict[str, float]:
-    """Of the parts that are trained, by name."""
+    """The rates of the trained parts, by name."""
     network, wanted = options.network, options.optimizer
     rates = {}
     if not network.network_train_text_encoder_only:
@@ -188,7 +199,7 @@ def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> 
         refuse_text_cache_of_changing_captions(datasets, option=options.data.text_cache_option)
     warn_of_captions_options(datasets)
     if options.data.skip_cache_check and not options.data.caches_to_disk:
-        logger.warning("--skip_cache_check: has no effect: nothing is kept on disk")
+        logger.warning("--skip_cache_check: has no effect: there is no cache on disk")
 
 
 def _refuse_missing_weights(option: str, *files: str | None) -> None:
@@ -197,8 +208,19 @@ def _refuse_missing_weights(option: str, *files: str | None) -> None:
             raise UserError(f"--{option} {file}: no such file{nearest_path(Path(file))}")
 
 
+def _check_weight_files(network: NetworkOptions) -> None:
+    """Check the files of --network_weights and --base_weights by their headers."""
+    from networks import merge
+
+    kind = kinds.kind_of(network.network_module, network.network_args)
+    trains = "" if kind is None else f"is trained by {network.network_module}"
+    _check_weights("network_weights", network.network_weights, purpose=trains, allowed=kind and [kind])
+    _check_weights("base_weights", *network.base_weights, purpose=merge.PURPOSE)
+    _warn_of_other_base(network)
+
+
 def _check_weights(option: str, *given: str | None, purpose: str, allowed: Sequence[str] | None = None) -> None:
-    """By the files' headers, which are read before the models. `purpose`, `allowed`: see `networks.files.check`."""
+    """Check files by their headers, before the models are loaded. `purpose`, `allowed`: see `networks.files.check`."""
     from networks import files
 
     for file in given:
@@ -210,7 +232,7 @@ def _check_weights(option: str, *given: str | None, purpose: str, allowed: Seque
 
 
 def _warn_of_other_base(network: NetworkOptions) -> None:
-    """A LoRA that was trained on top of others acts as it did then only if --base_weights merges them here, too."""
+    """Warn of LoRAs that were trained on top of others, unless --base_weights merges those here, too."""
     from networks import base_weights
 
     given: list[base_weights.BaseFile] | None = None
@@ -222,7 +244,7 @@ def _warn_of_other_base(network: NetworkOptions) -> None:
                 given = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
             if lacking := [item for item in trained_on if not any(item.is_same(own) for own in given)]:
                 logger.warning(
-                    "--%s %s: was trained on top of %s, which --base_weights does not merge here: it acts differently",
+                    "--%s %s: was trained on top of %s, which --base_weights does not merge here: its effect differs",
                     *(option, file, base_weights.in_words(lacking)),
                 )
 

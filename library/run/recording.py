@@ -1,4 +1,4 @@
-"""Begins the record of a run, with what is known before any model is loaded."""
+"""Begins the record of a run, with the facts that are known before any model is loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def begin(record: RunFile, plan: Plan, saves: SavePlan) -> None:
 
 
 def settings(options: Options, *, seed: int) -> Settings:
-    """All options, with the seed that was drawn, and without secrets."""
+    """All options, with the seed in use and without secrets."""
     values = in_effect(options, seed=seed)
     return Settings(
         given={name: Given(value=values[name], place=place) for name, place in options.given.items()},
@@ -40,7 +40,7 @@ def settings(options: Options, *, seed: int) -> Settings:
 
 
 def in_effect(options: Options, *, seed: int) -> dict[str, object]:
-    """The value of every option, with the seed that was drawn, and without secrets."""
+    """The value of every option, with the seed in use and without secrets."""
     values = _values(options)
     hidden = {name: HIDDEN for name in SECRETS if values[name] is not None}
     return {**values, "seed": seed, **hidden}

@@ -1,4 +1,4 @@
-"""The run's network on the outline of the model, to refuse what does not fit before any weight of the model is read."""
+"""Makes the run's network on the outline of the model: mismatches are refused before any of its weights is read."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, resume: State | None) -> frozenset[int]:
-    """`UserError` where model, LoRA files, settings of the network, rates or a state's network do not fit together.
+    """`UserError` if model, LoRA files, settings of the network, rates or a state's network do not fit together.
 
     Returns the sizes of the kernels that the network trains. Networks of other packages cannot be made without
-    weights: what they refuse comes when the model is loaded.
+    weights: their errors come after the model is loaded.
     """
     with family.outlined(), log.errors_only(), torch.no_grad():
         BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
@@ -36,7 +36,9 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
             return frozenset()
         network = _network(kind, family, options, arguments)
         parameter_groups(network, options)
-        if resume is not None and options.run.resume_anyway:  # else the settings are compared, which says more
+        if (
+            resume is not None and options.run.resume_anyway
+        ):  # otherwise the settings are compared, with a better message
             report = compare(network.state_dict(), network_of(resume))
             if different := [*report.mismatched, *report.missing, *report.unexpected]:
                 raise UserError(f"--resume {resume.folder}: its network is not this run's:{some_names(different)}")
@@ -44,7 +46,7 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
 
 
 def _network(kind: str, family: ModelFamily, options: Options, arguments: Arguments) -> Network:
-    """As the run's own, without content."""
+    """The run's network without values."""
     wanted = options.network
     start = None if wanted.network_weights is None else files.read(wanted.network_weights)
     sizes = start if wanted.dim_from_weights else None

@@ -1,4 +1,4 @@
-"""The first things that every process of a run does: the accelerator, and which files the run will write."""
+"""The first steps of every process of a run: the accelerator, and the plan of the files to write."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def make_accelerator(plan: Plan) -> Accelerator:
-    """Begins torch's process group and the trackers. `UserError` for what the launcher or the device cannot do,
-    `CommonError` where some processes would have no batch."""
+    """Start torch's process group and the trackers. `UserError` for options that the launcher or the device does not
+    support, `CommonError` if some processes would have no batch."""
     options = plan.options
     shard.refuse_what_cannot_be(options)
     if zero.is_asked_for():
@@ -32,7 +32,7 @@ def make_accelerator(plan: Plan) -> Accelerator:
         with shard.without_accelerates_own():
             accelerator = Accelerator(
                 mixed_precision=options.precision.mixed_precision,
-                # else a number in the environment would divide the losses, which this program does itself
+                # a number in the environment would make accelerate divide the losses, which this program does itself
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 log_with=list(plan.trackers.names) or None,
                 project_dir=plan.trackers.folder,
@@ -41,7 +41,7 @@ def make_accelerator(plan: Plan) -> Accelerator:
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
     if options.precision.holds_unet_in_float8 and accelerator.device.type == "mps":
-        raise UserError(f"--{options.precision.float8_option}: Apple's GPUs have no floats of 8 bits; leave it out")
+        raise UserError(f"--{options.precision.float8_option}: Apple's GPUs have no 8-bit floats; leave it out")
     if options.precision.full_fp16 and accelerator.scaler is not None:
         gpu.unscale_fp16(accelerator.scaler)
     if accelerator.device.type == "cuda":
@@ -59,13 +59,13 @@ def make_accelerator(plan: Plan) -> Accelerator:
 def _refuse_idle_processes(processes: int, batches: int) -> None:
     if batches < processes:
         raise CommonError(
-            f"{processes} processes, and an epoch has only {batches} batches: some would never get one. Start fewer, "
+            f"{processes} processes, and an epoch has only {batches} batches: some would get none. Start fewer, "
             "lower --train_batch_size, or give more images or repeats"
         )
 
 
 def plan_saves(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -> save.SavePlan:
-    """How long the run is and which files it writes, checked against the files that are there. Raises UserError."""
+    """The length of the run and the files that it writes, checked against existing files. Raises UserError."""
     options, output = plan.options, plan.options.output
     steps_per_epoch = math.ceil(plan.prepared.batches_per_epoch / batches_per_step)
     total_steps = options.training.max_train_steps
@@ -98,7 +98,7 @@ def plan_saves(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -
 
 
 def _check_free(plan: Plan, saves: save.SavePlan) -> None:
-    """Nothing is replaced without --overwrite but, when a run is resumed, its own files."""
+    """Without --overwrite only a resumed run may replace files, and only its own."""
     resume = plan.resume
     files = saves.planned_files(after_step=resume.facts.step if resume else 0)
     drawn = list(pictures(plan.options, saves).values())
@@ -120,7 +120,7 @@ def planned_about(options: Options, saves: save.SavePlan) -> list[Path]:
 
 
 def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
-    """The pictures that the run draws at its end, beside its last file: "loss" and "compare"."""
+    """The pictures that the run renders at its end, beside its last file: "loss" and "compare"."""
     wanted = {"loss": options.output.loss_plot, "compare": bool(options.output.compare_prompts)}
     stem = saves.last_file.stem
     return {kind: saves.last_file.with_name(f"{stem}-{kind}.png") for kind, asked in wanted.items() if asked}

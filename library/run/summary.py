@@ -17,7 +17,7 @@ from networks import base_weights
 
 
 def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
-    """`hashes`: read the LoRA files that are merged into the base model once more, for their hashes."""
+    """The facts of a run. `hashes`: read the LoRA files that are merged into the base model again, for their hashes."""
     saves, prepared = run.saves, plan.prepared
     schedule, decay = run.hook(LrSchedule), run.hook(WeightDecay)
     return facts.Facts(
@@ -120,7 +120,7 @@ def _captions(plan: Plan, run: Run) -> facts.Captions:
 
 
 def _value(value: bool | float) -> str:
-    """An option's value; empty for one that is just on."""
+    """An option's value as text; empty for a flag that is on."""
     return "" if value is True else f"{value:g}"
 
 

@@ -1,4 +1,4 @@
-"""Which curves are kept by TensorBoard and Weights & Biases, where to, and with what settings, from the options."""
+"""The trackers of a run (TensorBoard, Weights & Biases), with their folder and settings, from the options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from library.record.trackers import TrackerPlan
 
 logger = logging.getLogger(__name__)
 
-# Not for others' eyes, or of no meaning on another machine: kohya keeps these out of logged configurations, too
+# Secret, or without meaning on another machine: kohya keeps these out of logged configurations, too
 _PRIVATE = frozenset(
     (
         *SECRETS,
@@ -39,13 +39,13 @@ def plan_trackers(options: Options) -> TrackerPlan:
         ("wandb_api_key", "wandb" in names),
     ):
         if getattr(wanted, option) and not needs:
-            reason = "--log_with wandb is not given" if option.startswith("wandb") else "no logs are kept"
+            reason = "--log_with wandb is not given" if option.startswith("wandb") else "nothing is logged"
             logger.warning("--%s has no effect: %s", option, reason)
     if "wandb" in names:
         if importlib.util.find_spec("wandb") is None:
             raise UserError(f"--log_with {wanted.log_with}: the package 'wandb' is not installed: pip install wandb")
         if options.given.get("wandb_api_key", "").startswith("command line"):
-            logger.warning("wandb keeps a run's command line, the key in it included: put wandb_api_key into a file")
+            logger.warning("wandb stores a run's command line, including the key: put wandb_api_key into a file")
     folder = wanted.logging_dir
     if folder is not None:
         folder = str(Path(folder) / f"{wanted.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}")
@@ -68,7 +68,7 @@ def _names(wanted: LoggingOptions) -> tuple[str, ...]:
 
 
 def _settings(wanted: LoggingOptions, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
-    """One table a tracker; --wandb_run_name goes before the file's."""
+    """One table for each tracker; --wandb_run_name wins over the file's."""
     settings: dict[str, dict[str, object]] = {name: {} for name in names}
     if wanted.log_tracker_config is not None:
         path = Path(wanted.log_tracker_config)
@@ -88,7 +88,7 @@ def _settings(wanted: LoggingOptions, names: tuple[str, ...]) -> dict[str, dict[
 
 
 def logged_options(options: Options) -> dict[str, bool | int | float | str]:
-    """Every option with its value, but for keys and paths. Lists are text: TensorBoard takes no others."""
+    """Every option with its value, except keys and paths. Lists are text, because TensorBoard accepts no lists."""
     found: dict[str, bool | int | float | str] = {}
     for group in option_groups():
         for name, value in vars(getattr(options, group)).items():

@@ -1,4 +1,4 @@
-"""The files of samples: their names, which are kohya's, and a picture for each prompt of how it changed over time."""
+"""The files of samples: their names, which are kohya's, and a picture of each prompt's samples over time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from library.files.atomic import replacing
 
-MOST = 12  # moments in a picture, the first and the last among them
+MOST = 12  # moments in a picture, including the first and the last
 _SIDE = 192  # pixels of an image in it, at most
 _COLUMNS = 6
 
@@ -33,8 +33,8 @@ def file_name(name: str | None, moment: str, prompt: int, seed: int | None) -> s
 
 
 def find(folder: Path, name: str | None, *, since: float) -> list[Sample]:
-    """The samples of the run of that `--output_name` that began at `since`: by prompt, then by time; of samples of one
-    moment and prompt the newest."""
+    """The samples of the run of this `--output_name` that began at `since`: by prompt, then by time. If there are
+    several of one moment and prompt, the newest."""
     first = "" if name is None else f"{re.escape(name)}_"
     pattern = re.compile(rf"{first}(e?)(\d{{6,}})_(\d{{2,}})_(\d{{14}})(_-?\d+)?\.png")
     newest: dict[tuple[str, int], Sample] = {}
@@ -48,7 +48,7 @@ def find(folder: Path, name: str | None, *, since: float) -> list[Sample]:
 
 
 def some(samples: Sequence[Sample], most: int = MOST) -> list[Sample]:
-    """At most so many of them, evenly over time, the first and the last among them."""
+    """At most `most` of them, evenly over time, including the first and the last."""
     count = min(most, len(samples))
     return [samples[i] for i in sorted({round(i * (len(samples) - 1) / max(count - 1, 1)) for i in range(count)})]
 

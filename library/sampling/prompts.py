@@ -1,4 +1,4 @@
-"""Which samples are drawn when: files of prompts, and the options about them. Nothing here needs torch."""
+"""Reads the prompts of samples, and the options about when to render them. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNUSED |= {"rcfg": "renorm_cfg", "fs": "flow_shift"}
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePrompt:
-    """One image to draw. The defaults are kohya's; sides are multiples of 8 and at least 64 pixels."""
+    """One image to render. The defaults are kohya's; sides are multiples of 8 and at least 64 pixels."""
 
     prompt: str
     negative_prompt: str = ""
@@ -39,7 +39,7 @@ class SamplePrompt:
     sample_steps: int = 30
     scale: float = 7.5  # classifier-free guidance; 1 is without
     seed: int | None = None  # None: from the run's seed and the prompt's place, the same at each time
-    sample_sampler: str | None = None  # None: as --sample_sampler says
+    sample_sampler: str | None = None  # None: that of --sample_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +50,10 @@ class SampleTimes:
     sampler: str
     at_first: bool
     every_n_steps: int | None
-    every_n_epochs: int | None  # goes before steps, as in kohya
+    every_n_epochs: int | None  # takes precedence over the steps, as in kohya
 
     def due(self, step: int, *, steps_per_epoch: int) -> str | None:
-        """How kohya names the moment after `step` steps in files, "e000002" or "000100"; None: nothing is drawn."""
+        """kohya's name in files of the moment after `step` steps, "e000002" or "000100"; None: nothing is rendered."""
         if step == 0:
             return "e000000" if self.at_first else None
         if self.every_n_epochs is not None:
@@ -63,7 +63,7 @@ class SampleTimes:
 
 
 def plan_samples(options: SampleOptions) -> SampleTimes | None:
-    """Read the prompts. None if none are to be drawn, with a warning if only half of it was asked for."""
+    """Read the prompts. None if no samples are wanted, with a warning if only some of the options were given."""
     times = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
     if options.sample_prompts is None or not times:
         if options.sample_prompts is not None:
@@ -72,10 +72,10 @@ def plan_samples(options: SampleOptions) -> SampleTimes | None:
                 "--sample_at_first"
             )
         elif times:
-            logger.warning("no samples are drawn: --sample_prompts, the file of the prompts, is not given")
+            logger.warning("no samples are rendered: --sample_prompts, the file of the prompts, is not given")
         return None
     if options.sample_every_n_epochs and options.sample_every_n_steps:
-        logger.warning("--sample_every_n_steps has no effect: --sample_every_n_epochs goes before it, as in kohya")
+        logger.warning("--sample_every_n_steps has no effect: --sample_every_n_epochs takes precedence, as in kohya")
     return SampleTimes(
         prompts=read_prompts(Path(options.sample_prompts)),
         sampler=options.sample_sampler,
@@ -86,7 +86,7 @@ def plan_samples(options: SampleOptions) -> SampleTimes | None:
 
 
 def with_samplers_of(times: SampleTimes, known: Sequence[str], *, given: bool) -> SampleTimes:
-    """The same for a model that can be drawn with the samplers `known`, the first of which is its default.
+    """The same for a model that supports the samplers `known`, the first of which is its default.
 
     given: whether the user chose --sample_sampler. UserError for a chosen one that is not among them.
     """
@@ -94,9 +94,7 @@ def with_samplers_of(times: SampleTimes, known: Sequence[str], *, given: bool) -
     wanted += [("--sample_prompts: sampler", item.sample_sampler) for item in times.prompts if item.sample_sampler]
     for where, name in wanted:
         if name not in known:
-            raise UserError(
-                f"{where} {name}: this model can be drawn with {', '.join(known)}{did_you_mean(name, known)}"
-            )
+            raise UserError(f"{where} {name}: this model's samplers are {', '.join(known)}{did_you_mean(name, known)}")
     return times if given or times.sampler in known else dataclasses.replace(times, sampler=known[0])
 
 
@@ -115,7 +113,7 @@ def read_prompts(path: Path) -> tuple[SamplePrompt, ...]:
     else:
         raise UserError(f"--sample_prompts {path}: must end with .txt, .toml or .json")
     if not prompts:
-        raise UserError(f"--sample_prompts {path}: holds no prompt")
+        raise UserError(f"--sample_prompts {path}: contains no prompt")
     return tuple(prompts)
 
 
@@ -136,7 +134,7 @@ def _of_line(line: str, where: str) -> SamplePrompt:
 
 
 def _of_toml(path: Path) -> list[SamplePrompt]:
-    """[prompt] with what all have in common, and a [[prompt.subset]] each."""
+    """[prompt] with the values that all prompts share, and a [[prompt.subset]] for each."""
     content = read_toml(path)
     refuse_other_file(content, path, "sample_prompts")
     common = content.get("prompt")
@@ -194,7 +192,7 @@ def _side(word: str) -> int:
 
 def _seed(word: str) -> int:
     seed = read_int(word)
-    if not 0 <= seed < 2**64:  # what torch's generators take
+    if not 0 <= seed < 2**64:  # the range of torch's generators
         raise BadValue(f"must be 0 … 2**64 - 1, not {word}")
     return seed
 

@@ -1,4 +1,4 @@
-"""Images drawn with the network, to look at: samples during training, and a comparison at its end."""
+"""Renders images with the network: samples during training, and a comparison at its end."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ COMPARE_SCALE = 4.0  # of classifier-free guidance
 
 
 class EncodedPrompts:
-    """What the text encoder makes of prompts, encoded as in training: long prompts and clip_skip included.
+    """The text encoders' states for prompts, encoded as in training, including long prompts and clip_skip.
 
-    Encoded anew at each time, because the encoder may learn; kept only where it will be gone.
+    Prompts are encoded again each time, because the encoder may be trained; `keep` stores the states of one that will
+    be released.
     """
 
     def __init__(self, family: ModelFamily, texts: Iterable[str]) -> None:
-        """`texts`: all that will be asked for."""
+        """`texts`: all texts that will be needed."""
         self._family, self._texts = family, tuple(dict.fromkeys(texts))
         self._kept: dict[str, dict[str, Tensor]] = {}
 
@@ -71,7 +72,7 @@ def render(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Image:
-    """Draw one image with the network as it stands; `pipeline` is the `family`'s. All randomness is the generator's.
+    """Render one image with the current weights; `pipeline` is the `family`'s. All randomness is the generator's.
 
     Sides are rounded down to the family's `size_divisor`.
     """
@@ -106,13 +107,13 @@ def to_image(pixels_CHW: Tensor) -> Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The samples of a run: called with the number of steps done, it draws what is due then."""
+    """The samples of a run: called with the number of steps done, it renders those that are due."""
 
     times: SampleTimes
     family: ModelFamily
     network: nn.Module
     encode: Callable[[str, str], dict[str, Tensor]]
-    vae_dtype: torch.dtype  # of the VAE, which is loaded and released where it is not in memory
+    vae_dtype: torch.dtype  # of the VAE, which is loaded for the samples and released again if it is not in memory
     autocast: Callable[[], AbstractContextManager[object]]
     device: torch.device
     show: Callable[..., None]  # (name, image, *, caption, step): beside the curves
@@ -123,7 +124,7 @@ class Sampling:
     steps_per_epoch: int
 
     def __call__(self, step: int) -> None:
-        """Draw what is due after `step` steps into `folder`, with kohya's file names. Training does not notice."""
+        """Render the samples due after `step` steps into `folder`, with kohya's names. Training is not affected."""
         moment = self._moment(step)
         if moment is None:
             return
@@ -134,7 +135,7 @@ class Sampling:
         training = self.network.training
         self.network.eval()  # no dropout
         try:
-            with kept_random_state(self.device):  # whatever a third party's network draws
+            with kept_random_state(self.device):  # a third party's network may draw random numbers
                 self._draw(step, moment)
         finally:
             self.network.train(training)
@@ -142,7 +143,7 @@ class Sampling:
                 parts.release("vae")
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` is one after which samples are drawn."""
+        """Whether samples are rendered after this step."""
         return self._moment(step) is not None
 
     def _moment(self, step: int) -> str | None:
@@ -168,10 +169,10 @@ class Sampling:
                 image.save(beside, format="PNG")
             self.show(f"sample_{number}", image, caption=item.prompt, step=step)
         self._over_time()
-        logger.info("drew %d samples into %s", len(self.times.prompts), self.folder)
+        logger.info("rendered %d samples into %s", len(self.times.prompts), self.folder)
 
     def _over_time(self) -> None:
-        """One picture a prompt, of all its samples so far."""
+        """Write one picture for each prompt, of all its samples so far."""
         found = sample_files.find(self.folder, self.name, since=self.since)
         for number, item in enumerate(self.times.prompts):
             path = self.folder / f"{self.name or 'last'}_over_time_{number:02d}.png"
@@ -188,9 +189,9 @@ def draw(
     steps: int,
     seed: int,
 ) -> list[Image]:
-    """One image of `size` (width, height) per prompt, with the network as it stands; denoiser and VAE must be loaded.
+    """One image of `size` (width, height) per prompt, with the current weights; denoiser and VAE must be loaded.
 
-    Every prompt has its own noise, keyed by its text: the same prompt gives the same image, whatever else is drawn.
+    Every prompt has its own noise, keyed by its text: a prompt's image does not depend on the other prompts.
     """
     pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)

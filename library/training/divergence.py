@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class Diverged(Exception):
-    """Step `step` gave a loss or a gradient that is not finite; the message says which, of what images.
+    """The loss or the gradient of step `step` is not finite; the message says which, and of which images.
 
-    Every process raises it in the same step, since all have the sum of the losses and of the gradients. `advice`: what
-    the user can do, if the run ends with it.
+    Every process raises it in the same step, since all have the sum of the losses and of the gradients. `advice`: for
+    the user, if the run ends with it.
     """
 
-    advice = "A lower --learning_rate is the usual cure; --on_divergence skip or rollback goes on"
+    advice = "A lower --learning_rate is the usual cure; --on_divergence skip or rollback lets a run continue"
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"step {step}: {what}")
@@ -34,7 +34,7 @@ def named(step: int, losses: Sequence[float], images: Sequence[Sequence[str]]) -
     bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
     if not bad:
         together = [path for paths in images for path in paths]
-        return Diverged(step, f"the gradient is no finite number, of {_listed(together)}")
+        return Diverged(step, f"the gradient is not finite, of {_listed(together)}")
     where = f" in batch {bad[0] + 1} of {len(losses)}" if len(losses) > 1 else ""
     kind = "NaN" if math.isnan(losses[bad[0]]) else "infinite"
     return Diverged(step, f"the loss is {kind}{where}, of {_listed(images[bad[0]])}")

@@ -1,4 +1,4 @@
-"""The loss on images that are not trained, with the same noise every time, so that two numbers can be compared."""
+"""The loss on held-out images, with the same noise every time, so that two measurements can be compared."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def image_losses(
     loss: Callable[[Predicted], Tensor],
 ) -> Tensor:
     """`loss` of each image at the noise level of a step of the family's process, [B]. The noise of an image is keyed by
-    (seed, its key, step), so it does not depend on the batch or on anything drawn before.
+    (seed, its key, step), so it does not depend on the batch or on earlier random draws.
 
     `loss`: a prediction and its target → [B].
     """

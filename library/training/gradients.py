@@ -20,13 +20,13 @@ class Gradients(Protocol):
     sharded: bool
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, already weighted, to those that are there."""
+        """Add the gradients of a loss, already weighted, to the accumulated ones."""
 
     def average(self) -> None:
-        """The backward passes of the step are done: replace each gradient by its mean over the processes."""
+        """Replace each gradient by its mean over the processes, after all backward passes of the step."""
 
     def clip(self) -> Tensor:
-        """Clip to --max_grad_norm, if there is one; the norm of all gradients before that, a 0-d tensor."""
+        """Clip to --max_grad_norm, if it is set. Returns the norm of all gradients before clipping, a 0-d tensor."""
         ...
 
 
@@ -64,7 +64,7 @@ class WholeGradients:
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes, in one message. A missing gradient counts as zero, but
-    what has none in any of them stays without: the optimizer leaves it alone, as it does with one process."""
+    a parameter without one in any process stays without: the optimizer skips it, as it does with one process."""
     flat = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in parameters]
     present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
     *means, presence = accelerator.reduce(torch.cat([*flat, present]), reduction="mean").split(

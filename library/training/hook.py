@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from library.training.step import BatchLoss
 
 StateDict: TypeAlias = Mapping[str, Any]
-"""A part of a saved state: tables of tensors, numbers and text. Who reads one checks it."""
+"""A part of a saved state: tables of tensors, numbers and text. The reader checks it."""
 
-R = TypeVar("R")  # library.training.run.Run, which has hooks: the parameter keeps the two files apart
+R = TypeVar("R")  # library.training.run.Run; a type parameter, because run.py imports this file
 
 
 @dataclass
 class Step:
-    """One step of the optimizer. What is not known yet has its default.
+    """One step of the optimizer. Values that are not known yet have their default.
 
-    `gradient_norm`: of all gradients together, before clipping; None if the step was left out.
+    `gradient_norm`: of all gradients together, before clipping; None if the step was skipped.
     """
 
     number: int  # counted from 1 over the whole run
@@ -49,7 +49,7 @@ class Hook(Generic[R]):
         """Once, before the first step of this process; `run.position.done` steps were made by earlier ones."""
 
     def resumed(self, run: R) -> None:
-        """Once, when the state that the run goes on from is loaded."""
+        """Once, after the state to resume from is loaded."""
 
     def end(self, run: R, *, stopped_by: str, conclusion: str) -> None:
         """Training is over, and files are written. `stopped_by`: a signal's name or "an error", "" for neither;
@@ -58,7 +58,7 @@ class Hook(Generic[R]):
     # -- a step
 
     def start_epoch(self, run: R, epoch: int) -> None:
-        """Before the first step of an epoch (counted from 0), or the first that a resumed run makes of it."""
+        """Before the first step of an epoch (counted from 0), or the first after a resume within it."""
 
     def before_batch(self, run: R, batch: Batch) -> None:
         """Before the forward pass of a batch."""
@@ -73,26 +73,26 @@ class Hook(Generic[R]):
         """Loss and gradients are finite, the gradients clipped; the optimizer steps next."""
 
     def after_step(self, run: R, step: Step) -> None:
-        """The weights are new, unless `step.was_skipped`; the gradients are gone."""
+        """The weights are updated, unless `step.was_skipped`; the gradients are deleted."""
 
     def report(self, run: R, step: Step) -> Mapping[str, float]:
-        """After every step, those left out as well: numbers for the trackers, by the names of their curves."""
+        """After every step, skipped ones included: numbers for the trackers, by the names of their curves."""
         return {}
 
     def end_of_step(self, run: R, step: Step) -> bool:
-        """The step is reported, and optimizers that average show the average. True ends the training here."""
+        """After the report; optimizers that average now have the average as weights. True ends the training here."""
         return False
 
     # -- files
 
     def validated(self, run: R, result: Validation, *, best: bool) -> None:
-        """The loss of the images held out was measured; `best`: it is the lowest so far."""
+        """The validation loss was measured; `best`: it is the lowest so far."""
 
     def save(self, run: R, step: int, *, last: bool) -> None:
-        """After every step: write what is due. `last`: training ends early with this step."""
+        """After every step: write the files that are due. `last`: training ends early with this step."""
 
     def save_now(self, run: R, step: int) -> None:
-        """Training breaks off after `step` steps: save what can be resumed."""
+        """Training is aborted after `step` steps: save a state that can be resumed."""
 
     def weights_for(self, run: R, purpose: str) -> AbstractContextManager[None]:
         """A context in which the network has the weights to "validate", "sample" or "save"."""
@@ -101,19 +101,18 @@ class Hook(Generic[R]):
     # -- a loss or gradient that is not finite: no weight has changed yet
 
     def skip(self, run: R, problem: Diverged) -> bool:
-        """Leave the step out. False: this hook does not."""
+        """Skip the step. False: this hook does not."""
         return False
 
     def put_back(self, run: R, problem: Diverged) -> bool:
-        """Put the run back where it was some steps earlier. False: this hook does not, and the run ends unless another
-        does."""
+        """Roll the run back by some steps. False: this hook does not; the run ends unless another hook does."""
         return False
 
     def diverged(self, run: R, step: int, why: str) -> None:
-        """Step `step` was left out, or ends the run."""
+        """Step `step` was skipped, or ends the run."""
 
     def rolled_back(self, run: R, step: int, why: str) -> None:
-        """The run is back where it was after `step` steps."""
+        """The run was rolled back to its state after `step` steps."""
 
     # -- the state
 
@@ -122,9 +121,9 @@ class Hook(Generic[R]):
         return {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on from this state. Raises ValueError (or what reading a wrong table raises) if it does not fit."""
+        """Continue from this state. Raises ValueError (or any error of reading a wrong table) if it does not fit."""
 
     def adopt(self, state: StateDict | None, *, step: int) -> bool:
-        """Go on at `step` with this run's settings, which are others than the state's (--resume_anyway); called before
-        the optimizer's state is loaded. `state`: None if it has nothing of this hook. False: `load_state_dict` does."""
+        """Continue at `step` with this run's settings, which differ from the state's (--resume_anyway). Called before
+        the optimizer's state is loaded. `state`: None if it has no part of this hook. False: use `load_state_dict`."""
         return False

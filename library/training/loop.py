@@ -47,10 +47,10 @@ class StepBatches:
 
 
 def train(run: Run) -> signal.Signals | None:
-    """Train to the end (None), also an early one, or until Ctrl-C, SIGTERM or SIGHUP, after the step that is running.
+    """Train to the end, or an early one (None), or until Ctrl-C, SIGTERM or SIGHUP, after the running step.
 
-    CommonError if the run diverges and may not go on, UserError if the GPU's memory is too small; what it was before
-    that step is saved then.
+    CommonError if the run diverges and may not continue, UserError if the GPU's memory is too small; the run as it was
+    before that step is then saved.
     """
     quiet, position = not run.accelerator.is_main_process, run.position
     with (
@@ -75,14 +75,14 @@ def train(run: Run) -> signal.Signals | None:
                 bar.refresh()
             except _OutOfMemory as problem:
                 kept = ""
-                if run.accelerator.num_processes == 1:  # else the others wait in this step, and saving may need them
+                if run.accelerator.num_processes == 1:  # others would wait in this step, and saving may need them
                     run.optimizer.zero_grad(set_to_none=True)
                     kept = f"{_end(run, problem.step)}. "
                 raise UserError(f"{problem}. {kept}{gpu.LESS_MEMORY}") from None
 
 
 def _train(run: Run, stop: StopRequest, bar: tqdm) -> signal.Signals | None:
-    """Steps to the end, or to a request to stop."""
+    """Run steps to the end, or until a request to stop."""
     epoch = -1
     _to_training(run)
     for item in step_batches(run):
@@ -111,7 +111,7 @@ def _train(run: Run, stop: StopRequest, bar: tqdm) -> signal.Signals | None:
 
 
 def step_batches(run: Run) -> Iterator[StepBatches]:
-    """The steps of the run that are not done yet, in order, with this process's batches."""
+    """The remaining steps of the run, in order, with this process's batches."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     total, step = run.position.total, 0
     for epoch in itertools.count():
@@ -141,11 +141,11 @@ def start_epoch(run: Run, epoch: int) -> None:
 def optimizer_step(run: Run, item: StepBatches) -> Step:
     """One optimizer step over all processes; its loss is the mean of its batches, before the step.
 
-    `Diverged` if that loss or its gradient is not finite, `_OutOfMemory` if the GPU has too little: nothing has been
-    changed then.
+    `Diverged` if that loss or its gradient is not finite, `_OutOfMemory` if the GPU's memory is too small: the weights
+    are then unchanged.
     """
     accelerator, step = run.accelerator, Step(item.step, item.epoch)
-    # Processes average their gradients below, so each weighs its batches as if all were its own.
+    # Processes average their gradients below, so each weights its batches by the number of processes.
     weight = accelerator.num_processes / item.count
     try:
         losses = _backward_all(run, item, weight=weight)
@@ -157,7 +157,7 @@ def optimizer_step(run: Run, item: StepBatches) -> Step:
         total = accelerator.reduce(total, reduction="mean")
     for hook in run.hooks:
         hook.after_backward(run, step)
-    # The one time in a step that the host waits for the device, which has been given all of the step until here.
+    # The only point of a step where the host waits for the device; all work so far has been queued.
     loss, norm = torch.stack((total.float(), run.gradients.clip().to(total.device).float())).tolist()
     if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
         raise _diverged(run, item, losses)
@@ -165,7 +165,7 @@ def optimizer_step(run: Run, item: StepBatches) -> Step:
     for hook in run.hooks:
         hook.before_step(run, step)
     run.optimizer.step()
-    step.rates = effective_rates(run.optimizer.optimizer)  # before a schedule goes on to the next step's
+    step.rates = effective_rates(run.optimizer.optimizer)  # before a schedule sets the next step's
     step.was_skipped = run.optimizer.step_was_skipped
     if not step.was_skipped:
         run.network.after_step(step.number, run.position.total)
@@ -176,7 +176,7 @@ def optimizer_step(run: Run, item: StepBatches) -> Step:
 
 
 def _step_or_skip(run: Run, item: StepBatches) -> Step:
-    """The step; one without effect, with the loss NaN, if it diverged and a hook has left it out."""
+    """The step; if it diverged and a hook has skipped it, one without effect, with the loss NaN."""
     try:
         return optimizer_step(run, item)
     except Diverged as problem:
@@ -188,7 +188,7 @@ def _step_or_skip(run: Run, item: StepBatches) -> Step:
 
 
 def _backward_all(run: Run, item: StepBatches, *, weight: float) -> list[torch.Tensor]:
-    """The gradients of all batches that this process has in a step; their weighted losses."""
+    """Compute the gradients of this process's batches of a step. Returns their weighted losses."""
     losses = []
     for batch in item.batches:
         if batch is None:
@@ -203,11 +203,11 @@ def _backward_all(run: Run, item: StepBatches, *, weight: float) -> list[torch.T
 
 
 def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
-    """Add the gradients of one batch's loss, times `weight`, to those that are there; returns that loss, detached.
+    """Add the gradients of one batch's loss, times `weight`, to the accumulated ones; returns that loss, detached.
 
     The weight is 0 for a dummy batch.
     """
-    # Dropout draws from torch's global generators: keyed here, they do not depend on what was drawn before.
+    # Dropout draws from torch's global generators: seeded by a key here, they do not depend on earlier draws.
     first = batch.samples[0]
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     found = loss_of(run, batch, train_text=run.train_text)
@@ -221,7 +221,7 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
 
 
 def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
-    """The loss of one batch, with the network as it stands."""
+    """The loss of one batch, with the current weights."""
     with run.accelerator.autocast():
         return batch_loss(
             batch,
@@ -234,7 +234,7 @@ def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
 
 
 def _report(run: Run, step: Step, bar: tqdm) -> None:
-    """A step in the bar and the trackers."""
+    """Show a step in the progress bar and log it to the trackers."""
     different = sorted(set(step.rates.values()))
     shown = ",".join(f"{rate:.2e}" for rate in dict.fromkeys(step.rates.values()))
     if len(different) > 4:  # rates by block or layer
@@ -249,7 +249,7 @@ def _report(run: Run, step: Step, bar: tqdm) -> None:
     trackers.tell(run.accelerator, values, step=step.number)
 
 
-# -- optimizers that average the weights keep those to save apart from those to train
+# -- optimizers that average the weights: weights to save differ from weights to train
 
 
 def _to_training(run: Run) -> None:
@@ -258,7 +258,7 @@ def _to_training(run: Run) -> None:
 
 
 def _from_training(run: Run) -> None:
-    """Before a first step the two are the same, and some optimizers have no average to show yet."""
+    """Switch to the weights to save. Before a first step both are the same, and some optimizers have no average yet."""
     if has_modes(run.optimizer.optimizer) and run.optimizer.optimizer.state:
         run.optimizer.optimizer.eval()
 
@@ -275,13 +275,13 @@ class _OutOfMemory(Exception):
 
 
 def _only_scaled_too_far(run: Run) -> bool:
-    """Whether a gradient may be infinite because fp16 losses are scaled: the scaler then leaves out the step, and
-    scales less from there on. At a scale of 1 there is nothing to lower, and the gradient itself is wrong."""
+    """Whether a gradient may be infinite because fp16 losses are scaled: the scaler then skips the step and lowers the
+    scale. At a scale of 1 it cannot be lowered, and the gradient itself is wrong."""
     return run.accelerator.scaler is not None and run.accelerator.scaler.get_scale() > 1
 
 
 def _diverged(run: Run, item: StepBatches, losses: list[torch.Tensor]) -> Diverged:
-    """The error of a step, from the batches of all processes: each of them must call this."""
+    """The error of a step, from the batches of all processes; every process must call this."""
     batches = [batch for batch in item.batches if batch is not None]
     mine = [
         (float(loss), [str(draw.sample.path) for draw in batch.samples])
@@ -294,13 +294,13 @@ def _diverged(run: Run, item: StepBatches, losses: list[torch.Tensor]) -> Diverg
 
 
 def _end(run: Run, step: int) -> str:
-    """Save the run as it was before this step, which went wrong; a sentence about that."""
+    """Save the run as it was before this failed step. Returns a sentence about that."""
     done = step - 1
     _from_training(run)
     if not divergence.is_finite(run.parameters):
-        return "The weights are no finite numbers either, so nothing was written: earlier files are as they were"
+        return "The weights are not finite either, so nothing was written: earlier files are unchanged"
     if done == run.position.done:
-        return "Nothing was trained " + (f"since step {done}" if done else "yet") + ", and nothing is written"
+        return "Nothing was trained " + (f"since step {done}" if done else "yet") + ", and nothing was written"
     for hook in run.hooks:
         hook.save_now(run, done)
-    return f"What was trained until step {done} is saved"
+    return f"The run is saved as of step {done}"

@@ -1,7 +1,7 @@
-"""Measures what a step did: update, weights, each adapter's delta, and the loss by timestep.
+"""Measures a step: its update, the weights, each adapter's delta, and the loss by noise level.
 
-Everything is queued on the device and fetched at once, at the steps that are measured; the others only add their
-samples' losses to the sums by timestep.
+The measurements are queued on the device and fetched together, at the measured steps; other steps only add their
+samples' losses to the sums by noise level.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one step. `loss_by_timestep`: mean over the samples since the last measured step, None where there were none.
-    `delta_norms`: Frobenius norm of what each adapter adds to its layer's weight; empty where it is unknown."""
+    """The measurements of one step. `loss_by_timestep`: by range of noise levels, the mean over the samples since the
+    last measured step, None if there were none. `delta_norms`: Frobenius norm of each adapter's delta; empty if
+    unknown."""
 
-    update_ratio: float  # |what the step changed| / |weights|
+    update_ratio: float  # |change of the weights| / |weights|
     weight_norm: float
-    moved: dict[str, float]  # share of the weights that are other numbers after the step, by group of parameters
+    moved: dict[str, float]  # share of the weights that the step changed, by group of parameters
     loss_by_timestep: list[float | None]
     delta_norms: list[float]
 
 
 class Meter:
-    """`batch` for each batch of a step, then `take_in` or `forget`; `before` and `after` around the optimizer's step.
+    """Call `batch` for each batch, then `take_in` or `forget`; and `before` and `after` around the optimizer's step.
 
-    The sums by timestep are over all processes, so that a run's state has them, whichever of them writes it.
+    The sums by noise level are over all processes, so that a run's state has them, whichever process writes it.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Meter:
         self._new.index_add_(1, places, torch.stack((losses.nan_to_num(0, 0, 0), counted.to(losses))))
 
     def take_in(self) -> None:
-        """Count the batches of this step. All processes must call it at the same steps."""
+        """Add the batches of this step to the sums. All processes must call it at the same steps."""
         new = self._new
         if self._accelerator.num_processes > 1:
             new = self._accelerator.reduce(new, reduction="sum")
@@ -74,13 +75,13 @@ class Meter:
         self.forget()
 
     def forget(self) -> None:
-        """The batches of this step: it is skipped."""
+        """Drop the batches of this step, which is skipped."""
         self._new = torch.zeros_like(self._new)
 
     @torch.no_grad()
     def before(self) -> None:
         """Remember the weights."""
-        if self._before is None:  # kept: memory that is new to the process costs more than the copy
+        if self._before is None:  # the buffer is reused: allocating new memory costs more than the copy
             self._before = [torch.empty_like(parameter, requires_grad=False) for parameter in self._parameters]
         torch._foreach_copy_(self._before, self._parameters)
 
@@ -96,7 +97,7 @@ class Meter:
             *([] if (norms := self._network.norms()) is None else [norms]),
         ]
         self._bins = torch.zeros_like(self._bins)
-        numbers: list[float] = torch.cat(parts).tolist()  # the one time that the host waits for the device
+        numbers: list[float] = torch.cat(parts).tolist()  # the only point where the host waits for the device
         update, weights = numbers[:2]
         sums, counts = numbers[2 : 2 + BINS], numbers[2 + BINS : 2 + 2 * BINS]
         changed, delta_norms = numbers[2 + 2 * BINS :][: len(self._sizes)], numbers[2 + 2 * BINS + len(self._sizes) :]
@@ -109,16 +110,16 @@ class Meter:
         )
 
     def _changed(self, differences: Sequence[Tensor]) -> Tensor:
-        """How many weights of each group have changed, [groups]."""
+        """The number of changed weights of each group, [groups]."""
         counts = torch.stack([torch.count_nonzero(difference) for difference in differences])
         return torch.stack([part.sum() for part in counts.split(list(self._members.values()))]).float()
 
     def state_dict(self) -> StateDict:
-        """Of the steps since the last measured one."""
+        """The sums of the steps since the last measured one."""
         return {"loss_by_timestep": self._bins}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Raises ValueError for what is no such state."""
+        """Raises ValueError for a state of another form."""
         if state["loss_by_timestep"].shape != self._bins.shape:
             raise ValueError(f"its losses by timestep have the shape {list(state['loss_by_timestep'].shape)}")
         self._bins = state["loss_by_timestep"].to(self._bins)

@@ -1,4 +1,4 @@
-"""The loaded state of an optimizer, in the types that the optimizer keeps it in."""
+"""Restores the dtypes of an optimizer's state after loading."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def keep_types(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Undo that torch casts a state to the type of its parameter when it is loaded.
+    """Undo torch's cast of a loaded state to the dtype of its parameter.
 
     Adafactor keeps fp32 for weights in bf16, and ProdigyPlusScheduleFree bf16 for weights in fp32: a resumed run would
-    go on with other numbers. `saved`: the state dict that `optimizer` has just loaded, of weights of the same type.
-    Classes that load in a way of their own know their types.
+    continue with other numbers. `saved`: the state dict that `optimizer` has just loaded, of weights of the same dtype.
+    Classes with a `load_state_dict` of their own keep their dtypes and are left alone.
     """
     import torch
 
@@ -28,7 +28,7 @@ def keep_types(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> No
 
 
 def _typed(loaded: Any, saved: Any) -> Any:
-    """`loaded` with the type of each tensor in `saved`, and its bits where the type was another."""
+    """`loaded` with the dtype of each tensor in `saved`, and with its bits if the dtype differed."""
     import torch
 
     if isinstance(saved, torch.Tensor):

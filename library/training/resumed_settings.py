@@ -1,4 +1,4 @@
-"""Going on from a state with other settings: what was learnt is the state's, what is asked for is this run's."""
+"""Resumes from a state with other settings: weights and moments are the state's, settings are this run's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from library.training.snapshot import HOOKS
 
 logger = logging.getLogger(__name__)
 
-# What makes the state of the optimizer another one
+# Options that change the form of the optimizer's state
 _KINDS = frozenset({"optimizer_type", "use_8bit_adam", "use_lion_optimizer", "optim_bits"})
 _OURS = ("lr", "initial_lr", "name", "param_names", "lora_scale", "lora_plus_ratio")  # of groups, from any network
 
@@ -24,10 +24,10 @@ Settings = list[dict[str, Any]]
 
 @contextmanager
 def kept(run: Run, tensors: Mapping[str, Any], *, changed: Collection[str], step: int) -> Iterator[Collection[str]]:
-    """A context to put the `tensors` of a state of step `step` in place, after which rates and settings are the run's.
+    """A context to load the `tensors` of a state of step `step` in; after it rates and settings are this run's.
 
-    `changed`: what is not as it was, as `state.refuse_other_run` returns it; nothing is kept if that is nothing.
-    Yields the parts of the state to leave out: an optimizer of another kind begins anew.
+    `changed`: the differences, as `state.refuse_other_run` returns them; if there are none, this does nothing. Yields
+    the parts of the state to leave out: the state of another optimizer cannot be used.
     """
     if not changed:
         yield ()
@@ -41,20 +41,20 @@ def kept(run: Run, tensors: Mapping[str, Any], *, changed: Collection[str], step
     if _KINDS.isdisjoint(changed):
         yield adopted
     else:
-        logger.warning("--resume_anyway: the optimizer is another one: what it had learnt of the gradients is lost")
+        logger.warning("--resume_anyway: the optimizer differs from the state's: its moments are not used")
         yield [*adopted, "optimizer"]
     put_back(optimizer, settings)
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> Settings:
-    """The settings that its groups were made with, by the optimizer's signature, without what it has counted since."""
+    """The settings of the optimizer's groups, those in its signature, without values that it has computed since."""
     names = {*inspect.signature(type(optimizer)).parameters, *_OURS} - {"params"}
     return [{name: value for name, value in group.items() if name in names} for group in optimizer.param_groups]
 
 
 def put_back(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
-    """Give the groups these settings, after a state with others was loaded."""
+    """Set these settings in the groups, after a state with others was loaded."""
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
-        if "initial_weight_decay" in group and "weight_decay" in own:  # what a curve of the weight decay begins with
+        if "initial_weight_decay" in group and "weight_decay" in own:  # the first value of a weight decay's curve
             group["initial_weight_decay"] = own["weight_decay"]

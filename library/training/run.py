@@ -1,4 +1,4 @@
-"""A run: what the loop works on. `library/run/build.py` makes it; nothing is put into it afterwards."""
+"""A run, the object that the training loop works on. `library/run/build.py` makes it; it is not changed afterwards."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class StepOptimizer(Protocol):
 
 @dataclass
 class Position:
-    """How far a run is: `done` of `total` steps, by earlier processes or before a rollback. A running loop counts its
-    steps from there itself."""
+    """The position at which the loop starts: `done` of `total` steps, by earlier processes or before a rollback. The
+    running loop counts further steps itself."""
 
     total: int
     done: int = 0
@@ -56,9 +56,9 @@ class Position:
 class Run:
     """The core of a run, and its hooks in the order in which they are called.
 
-    `groups`: the trained parameters with the rates as configured, which a schedule changes in the optimizer's own; None
-    where the optimizer makes its rates itself. `dummy`: a batch for a process that has none left (loss weight 0), where
-    all must run the model equally often: under FSDP and ZeRO.
+    `groups`: the trained parameters with the rates as configured (a schedule changes those in the optimizer's groups);
+    None if the optimizer sets its rates itself. `dummy`: a batch with loss weight 0 for a process that has none left:
+    under FSDP and ZeRO all processes must run the model equally often.
     """
 
     accelerator: Accelerator
@@ -82,11 +82,11 @@ class Run:
     def __post_init__(self) -> None:
         names = Counter(hook.name for hook in self.hooks)
         if wrong := [name for name, count in names.items() if count > 1 or not name]:
-            raise ValueError(f"hooks need names of their own, and these are not: {wrong}")
+            raise ValueError(f"hooks need unique names: {wrong}")
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """All that is trained."""
+        """All trained parameters."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def hook(self, kind: type[H]) -> H | None:

@@ -1,4 +1,4 @@
-"""All that training changes, as one table: what a saved state holds, and what a rollback and the rate finder put back.
+"""The tensors that training changes, as one table: for saved states, for a rollback and for the rate finder.
 
 The core of the run is under "network", "optimizer", "scaler" and the keys of its losses, its hooks' parts under
 "hooks", by their names.
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, Any]
 
 HOOKS = "hooks"
-UNMISSED = ("monitor", "divergences")  # hooks that no weight depends on: without their part a run goes on as well
+UNMISSED = ("monitor", "divergences")  # hooks that no weight depends on: a state may lack their parts
 _MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)  # of a table of another form
 
 
@@ -38,7 +38,7 @@ def tensors_of(run: Run) -> Tensors:
 
 
 def put(run: Run, tensors: Tensors, where: str, *, without: Collection[str] = ()) -> None:
-    """Put the run, but for some parts ("optimizer", or a hook's name), where it was when it had these tensors.
+    """Load these tensors into the run, except some parts ("optimizer", or a hook's name).
 
     `UserError`, beginning with `where`, if they do not fit.
     """
@@ -66,7 +66,7 @@ def put(run: Run, tensors: Tensors, where: str, *, without: Collection[str] = ()
     try:
         run.losses.load_state_dict(tensors)
     except _MISFITS as error:
-        raise UserError(f"{where}: damaged: its losses are no lists of numbers ({error})") from None
+        raise UserError(f"{where}: damaged: its losses are not lists of numbers ({error})") from None
 
 
 def _same_types(run: Run, theirs: Mapping[str, Tensor]) -> bool:
@@ -75,7 +75,7 @@ def _same_types(run: Run, theirs: Mapping[str, Tensor]) -> bool:
 
 
 def of_format_1(tensors: Tensors) -> Tensors:
-    """From the first states, whose hooks had places of their own beside the core's; a part that is missing was None."""
+    """Convert the first format, in which the hooks' parts stood beside the core's; a missing part was None."""
     places = {"schedule": "schedule", "validation": "validation", "average": "average", "meter": "monitor"}
     hooks = {name: tensors[place] for place, name in places.items() if tensors.get(place) is not None}
     if "divergences" in tensors:

@@ -1,9 +1,9 @@
-"""The state of a run on disk: all that a later run needs to go on with the same bits.
+"""The state of a run on disk: everything that a later run needs to continue with the same bits.
 
-A folder `NAME-…-state` holds `state.json` (what run this is: step, seed, configuration, data) and `state.pt` (tensors:
-network, optimizer, loss scale, losses, and of each hook its own; see `snapshot`). Images, captions and noise need no
-state: they are drawn by keys of (seed, epoch, image), so the step alone says what comes next. `state.pt` is read by
-torch's `weights_only` loader, which executes nothing.
+A folder `NAME-…-state` contains `state.json` (the run's identity: step, seed, configuration, data) and `state.pt`
+(tensors: network, optimizer, loss scale, losses, and each hook's state; see `snapshot`). Images, captions and noise
+need no state: they are drawn by keys of (seed, epoch, image), so the step alone determines the next ones. `state.pt` is
+read by torch's `weights_only` loader, which executes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 FACTS, TENSORS = "state.json", "state.pt"
 
-# Options that a resumed run may change freely: they move no number, or only where files lie and what is reported.
+# Options that a resumed run may change freely: they change no weight, only the places of files and the reports.
 _FREE_GROUPS = ("output", "logging", "monitoring", "samples", "run", "divergence", "guidance")
 _FREE = frozenset(
     {
@@ -52,10 +52,10 @@ _FREE = frozenset(
 _UNSAID = frozenset(
     {
         *("resume", "resume_anyway", "overwrite", "config_file", "preset", *SECRETS),
-        *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared as what they mean
+        *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared by their effect
     }
 )
-_PLACES = ("image_dir", "validation_dir", "origin")  # of a subset: where it is, not what it holds
+_PLACES = ("image_dir", "validation_dir", "origin")  # of a subset: its place, not its contents
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Facts:
     started_at: float
     batches_per_step: int
     configuration: dict[str, Any]
-    harmless: dict[str, Any]  # options that may be others when the run goes on
+    harmless: dict[str, Any]  # options that a resumed run may change
     data: str
 
 
@@ -133,7 +133,7 @@ def _facts(content: object) -> Facts:
     """The facts that were read as JSON, checked. Raises ValueError."""
     if not isinstance(content, dict):
         raise ValueError("it holds no table")
-    if content.get("format") not in READABLE:  # of another one nothing else is known
+    if content.get("format") not in READABLE:  # nothing else can be checked in another format
         readable = " and ".join(map(str, READABLE))
         raise ValueError(f"its format is {_shown(content.get('format'))}; this program reads {readable}")
     content = {"harmless": {}, **content}  # the first states have none
@@ -148,13 +148,13 @@ def _facts(content: object) -> Facts:
 
 
 def _states_in(folder: Path) -> str:
-    """A hint at the states below a folder that is none itself."""
+    """A hint at the states below a folder that is no state itself."""
     found = sorted(str(path.parent) for path in folder.glob(f"*/{FACTS}"))
     return f"; states are in {', '.join(found[:3])}" if found else ""
 
 
 def _refuse_damaged(state: State) -> State:
-    """What the table of contents tells of the tensors' file, before any model is loaded."""
+    """Check the table of contents of the tensors' file, before any model is loaded."""
     from library.files.index import read_index
 
     try:
@@ -179,7 +179,7 @@ def facts_of(
     total_steps: int,
     batches_per_step: int,
 ) -> Facts:
-    """What a state of this run says about it, before its first step."""
+    """The facts for the states of this run, before its first step."""
     return Facts(
         format=FORMAT,
         step=0,
@@ -195,7 +195,7 @@ def facts_of(
 
 
 def configuration(options: Options, *, harmless: bool = False) -> dict[str, Any]:
-    """Every option that moves numbers, or else every other one, as JSON has it; without keys."""
+    """Every option that changes weights, or with `harmless` every other one, as JSON values; without keys."""
     values = {
         name: value
         for group in option_groups()
@@ -206,7 +206,7 @@ def configuration(options: Options, *, harmless: bool = False) -> dict[str, Any]
 
 
 def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
-    """Of the data sets' settings, and of each image's name, size in pixels and bytes, caption, repeats and place."""
+    """A hash of the data sets' settings and each image's name, size in pixels and bytes, caption, repeats, bucket."""
     digest = hashlib.sha256()
     for spec in datasets:
         settings = _settings(spec) | {"subsets": [_settings(subset) for subset in spec.subsets]}
@@ -221,7 +221,7 @@ def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
 
 
 def _settings(spec: DatasetSpec | SubsetSpec) -> dict[str, Any]:
-    """Without those that are as by default: a later version's new ones leave the hash as it is."""
+    """The settings that differ from their defaults: so new settings of later versions do not change the hash."""
     return {
         field.name: value
         for field in fields(spec)
@@ -230,19 +230,19 @@ def _settings(spec: DatasetSpec | SubsetSpec) -> dict[str, Any]:
 
 
 def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> frozenset[str]:
-    """UserError if what is to be trained is not what the state was trained on; with `anyway` a warning.
+    """UserError if options or data of this run differ from the state's; with `anyway` a warning.
 
-    Returns the options that are others, by name; beside them "seed", "batches per step", "data" and "length".
-    `of_length`: the curves that are others if the run has another length.
+    Returns the names of the options that differ, and "seed", "batches per step", "data" and "length" if these do.
+    `of_length`: the curves that depend on the run's length.
     """
     before = state.facts
     if before.step >= now.total_steps:
         raise UserError(
-            f"--resume {state.folder}: it stands at step {before.step} and the run ends at step {now.total_steps}: "
+            f"--resume {state.folder}: it is of step {before.step} and the run ends at step {now.total_steps}: "
             "nothing is left to train. Raise --max_train_steps or --max_train_epochs"
         )
     if before.harmless and (harmless := _changes(before.harmless, now.harmless)):
-        logger.info("--resume: changed since then, which does no harm:\n  %s", "\n  ".join(harmless.values()))
+        logger.info("--resume: harmless changes since the state:\n  %s", "\n  ".join(harmless.values()))
     changed = _changes(before.configuration, now.configuration)
     if before.seed != now.seed:
         changed["seed"] = f"seed: {before.seed} then, {now.seed} now"
@@ -252,7 +252,7 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
             f"{now.batches_per_step} now"
         )
     if before.data != now.data:
-        changed["data"] = "the data: images, captions or the data set's settings are not those of then"
+        changed["data"] = "the data: images, captions or the data set's settings have changed"
     if before.total_steps != now.total_steps:
         line = f"length: {before.total_steps} steps then, {now.total_steps} now"
         if of_length:
@@ -262,18 +262,18 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
     lines = "\n  ".join(changed.values())
     if changed and not anyway:
         raise UserError(
-            f"--resume {state.folder}: the run would not go on as it began:\n  {lines}\n"
-            "Put it back, or say --resume_anyway"
+            f"--resume {state.folder}: the run would not continue as it began:\n  {lines}\n"
+            "Undo these changes, or give --resume_anyway"
         )
     if changed:
-        logger.warning("--resume_anyway, although the run does not go on as it began:\n  %s", lines)
+        logger.warning("--resume_anyway: the run does not continue as it began:\n  %s", lines)
     return frozenset(changed)
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
-    """A line for each option, by name.
+    """A line for each option that differs, by name.
 
-    What an earlier version did not know yet had its default; what is gone counts if it was set.
+    An option that an earlier version did not have counts as its default; one that was removed counts if it was set.
     """
     declared = declared_options()
     then = {name: json.loads(json.dumps(declared[name].default, default=str)) for name in now} | dict(before)
@@ -308,7 +308,7 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
 
 
 def network_of(state: State) -> dict[str, Tensor]:
-    """The weights of its network."""
+    """The weights of the state's network."""
     network = _tensors(state).get("network")
     if not isinstance(network, dict):
         raise UserError(f"--resume {state.folder / TENSORS}: damaged: it has no network")
@@ -316,7 +316,7 @@ def network_of(state: State) -> dict[str, Tensor]:
 
 
 def _tensors(state: State) -> dict[str, Any]:
-    """What `write` has stored. Raises UserError if the file is damaged."""
+    """The tensors that `write` has stored. Raises UserError if the file is damaged."""
     import torch
 
     from library.training import snapshot
@@ -333,9 +333,9 @@ def _tensors(state: State) -> dict[str, Any]:
 
 
 def load(state: State, run: Run, *, changed: Collection[str] = ()) -> None:
-    """Put the run where the state was. Raises UserError if the file is damaged or of another network or optimizer.
+    """Load the state into the run. Raises UserError if the file is damaged or of another network or optimizer.
 
-    `changed`: what is not as it was, as `refuse_other_run` returns it; rates and other settings are this run's then.
+    `changed`: the differences, as `refuse_other_run` returns them; rates and other settings are then this run's.
     """
     from library.training import resumed_settings, snapshot
 
@@ -347,6 +347,6 @@ def load(state: State, run: Run, *, changed: Collection[str] = ()) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a state that retention no longer keeps; a folder that is none stays."""
-    if not folder.is_dir() or (folder / FACTS).exists():  # where it is not, what a kill left of its removal may be
+    """Delete a state that retention no longer keeps; a folder that is no state stays."""
+    if not folder.is_dir() or (folder / FACTS).exists():  # a killed removal may have left a part
         atomic.remove(folder)

@@ -26,10 +26,10 @@ Level = Callable[[torch.Generator, tuple[int, int]], float]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """The objective of training.
 
-    level: draws a noise level with a generator, for latents of a size (height, width). steps: the range of those that
-    are trained, in the process's steps, the end excluded. noise: the kinds of noise.
+    level: draws a noise level with a generator, for latents of a size (height, width). steps: the trained range of the
+    process's steps, the end excluded. noise: the kinds of noise.
     main: the loss that validation measures as well. more: further terms of the training loss.
     """
 
@@ -69,10 +69,10 @@ def latents_of(batch: Batch, family: ModelFamily, seed: int, device: torch.devic
 
 
 def refuse_broken_latents(batch: Batch, family: ModelFamily, device: torch.device) -> None:
-    """UserError if the VAE gives no finite latents for the images of this batch.
+    """UserError if the VAE returns latents that are not finite for the images of this batch.
 
-    For a batch whose loss is not finite either: looking at every batch would let the GPU wait for the host. Latents in
-    a cache were checked when they were encoded.
+    Called only for a batch whose loss is not finite: checking every batch would make the GPU wait for the host. Latents
+    in a cache were checked when they were encoded.
     """
     if batch.pixels is None:
         return
@@ -82,7 +82,7 @@ def refuse_broken_latents(batch: Batch, family: ModelFamily, device: torch.devic
 
 
 def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, train_text: bool) -> dict[str, Tensor]:
-    """The network's condition: the text from the cache, or encoded now, and the sizes and crops of the images."""
+    """The network's condition: the texts, from the cache or encoded now, and the sizes and crops of the images."""
     if batch.condition is not None:
         texts = {name: to_device(value, device) for name, value in batch.condition.items()}
     else:

@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
     """Turns Ctrl-C, SIGTERM or SIGHUP into a request to stop after the running step; a second Ctrl-C stops at once.
 
-    SIGHUP comes of a terminal that is closed or a connection that is lost; nohup has it ignored. Many send a signal
-    twice: the shell and the terminal, `timeout`, launchers that pass on what the whole group of processes was sent.
-    Only a Ctrl-C that comes later than that is the user's second one.
+    SIGHUP is sent when a terminal is closed or a connection is lost; under nohup it is ignored. A signal often arrives
+    twice: from the shell and the terminal, from `timeout`, or from launchers that pass on a signal to the whole process
+    group. Only a Ctrl-C that comes later than that is the user's second one.
     """
 
     TWICE = 1.0  # seconds within which two signals are one
@@ -45,7 +45,7 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
             raise KeyboardInterrupt
 
     def of_any(self, accelerator: Accelerator) -> signal.Signals | None:
-        """The request of any process: they stop after the same step, though the signal reaches them at other times."""
+        """The request of any process: all stop after the same step, although signals reach them at different times."""
         if accelerator.num_processes == 1:
             return self.requested
         numbers = accelerator.gather(torch.tensor([self.requested or 0], device=accelerator.device))

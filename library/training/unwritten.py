@@ -1,4 +1,4 @@
-"""Files that could not be written while a run trains: each costs a message, not the run."""
+"""Files that could not be written during training: each error is logged, and the run continues."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ class Unwritten:
         if isinstance(error, BrokenWeightsError) and self.ends_on_broken_weights:
             raise error
         self.count += 1
-        logger.error("%s. Training goes on, and the next file is tried when it is due", error)
+        logger.error("%s. Training continues, and the next file is tried when it is due", error)

@@ -1,7 +1,7 @@
-"""Signs that a training goes wrong, told from series of numbers; each rule a pure function of them.
+"""Signs that training goes wrong; each rule is a pure function of series of numbers.
 
-A diffusion model's loss and gradient depend on the timestep drawn more than on anything that is learnt, so no rule
-looks at single values: medians and means of many steps are compared, with thresholds that noise does not reach.
+A diffusion model's loss and gradient depend more on the noise level drawn than on learning, so no rule looks at single
+values: medians and means of many steps are compared, with thresholds that noise does not reach.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import NamedTuple
 from library.optimizers.weight_decay import VANISHED
 
 Series = Sequence[tuple[float, float]]  # (step, value)
-ByTimestep = Sequence[float | None]  # a mean loss for each range of timesteps, None where there was no sample
+ByTimestep = Sequence[float | None]  # a mean loss for each range of noise levels, None where there was no sample
 
-SIDE = 200  # steps before and after the weight decay begins to fall that are compared
+SIDE = 200  # steps that are compared, before and after the weight decay begins to fall
 GROUP = 10  # steps that one mean is over
 USUAL, RECENT = 50, 10  # gradient norms that are compared
 MEASUREMENTS = 10  # of the update that must agree
-STRETCH = 10  # steps, at least, that losses by timestep are means over
+STRETCH = 10  # steps, at least, that losses by noise level are means over
 FIRST, LAST = 3, 5  # of these stretches that are compared
-RANGES = 3  # of the timesteps, at least, that must be known on both sides
+RANGES = 3  # of the noise levels, at least, that must be known on both sides
 WORSE = 3  # validations in a row
 STILL = 3  # measurements in a row, over 10 steps at least, in which next to no weight changes
 MOVING = 1e-3  # share of a group's weights that changes with each step, at least; 0.33 in bf16, 1 in fp32 are usual
 
 
 class Sign(NamedTuple):
-    """`name` for programs; `text` for people: what was seen, what it usually means, what to do."""
+    """`name` for programs; `text` for users: the observation, its usual cause, the remedy."""
 
     name: str
     text: str
@@ -55,14 +55,14 @@ FLAT_UPDATES = Sign(
 )
 STANDSTILL = Sign(
     "weights stand still",
-    "the steps change no weight of {}, or fewer than one of 1,000, though the learning rate is not 0: nothing is "
-    "learnt there. What a step adds is too small for the type of the weights: leave --full_fp16 or --full_bf16 out, so "
-    "that they are kept in fp32, or raise the learning rate; or no gradient arrives there",
+    "the steps change no weight of {}, or fewer than one in 1,000, though the learning rate is not 0: nothing is "
+    "learnt there. The updates are too small for the precision of the weights: leave --full_fp16 or --full_bf16 out, "
+    "so that they are kept in fp32, or raise the learning rate; or there is no gradient",
 )
 COLLAPSE = Sign(
     "collapse",
-    "the loss has risen to several times what it was, whatever the timestep: what the model could do is being lost. "
-    "The learning rate is probably too high: begin again with a tenth of it, or let --find_lr look for one",
+    "the loss has risen to several times its first values at all noise levels: the model is losing its abilities. "
+    "The learning rate is probably too high: begin again with a tenth of it, or find one with --find_lr",
 )
 OVERFITTING = Sign(
     "overfitting",
@@ -72,7 +72,7 @@ OVERFITTING = Sign(
 )
 WEIGHT_DECAY_GONE = Sign(
     "weight decay gone",
-    "the weight decay has fallen below 1e-8: nothing is regularised any more. --wd_min_ratio says what is kept of it",
+    "the weight decay has fallen below 1e-8: nothing is regularised any more. --wd_min_ratio keeps a share of it",
 )
 
 
@@ -80,9 +80,9 @@ WEIGHT_DECAY_GONE = Sign(
 
 
 def swing(losses: Sequence[float]) -> float:
-    """How far the loss swings: the standard deviation of its means over `GROUP` steps around their straight line.
+    """The swing of the loss: the standard deviation of its means over `GROUP` steps around their straight line.
 
-    Of three such means at least. White noise of deviation s gives s / sqrt(GROUP).
+    Needs at least three such means. For white noise of deviation s it is s / sqrt(GROUP).
     """
     means = [math.fsum(losses[i : i + GROUP]) / GROUP for i in range(0, len(losses) - GROUP + 1, GROUP)]
     n = len(means)
@@ -95,7 +95,8 @@ def swing(losses: Sequence[float]) -> float:
 def oscillates(before: Sequence[float], after: Sequence[float], *, ratio: float = 3.0) -> bool:
     """Whether the loss swings `ratio` times as far after the weight decay began to fall as before.
 
-    `before` and `after`: `SIDE` losses each, one a step; fewer say nothing. Normal noise does so once in 10⁵ times.
+    `before` and `after`: `SIDE` losses each, one a step; with fewer the answer is False. Normal noise is a false alarm
+    once in 10⁵ times.
     """
     if len(before) < SIDE or len(after) < SIDE:
         return False
@@ -104,7 +105,7 @@ def oscillates(before: Sequence[float], after: Sequence[float], *, ratio: float 
 
 def explodes(norms: Sequence[float], *, ratio: float = 10.0) -> bool:
     """Whether the gradient grows out of proportion: the median of the last `RECENT` norms is more than `ratio` times
-    that of the first `USUAL`. `norms`: before clipping, one a step; what is not a number counts as infinite."""
+    that of the first `USUAL`. `norms`: before clipping, one a step; NaN counts as infinite."""
     if len(norms) < USUAL + RECENT:
         return False
     norms = [math.inf if math.isnan(norm) else norm for norm in norms]
@@ -112,11 +113,11 @@ def explodes(norms: Sequence[float], *, ratio: float = 10.0) -> bool:
 
 
 def is_flat(ratios: Sequence[float], rates: Sequence[float], *, peak: float, steps: int, least: float = 0.05) -> bool:
-    """Whether the steps are too small to get anywhere: `steps` of them, all in one direction and each of the median of
-    the last ones, would move the weights by less than `least` of themselves.
+    """Whether the steps are too small to train: `steps` of them, all in one direction and each as large as the median
+    of the last ones, would move the weights by less than `least` of themselves.
 
     `ratios`: |change| / |weights|, one a measurement; `rates`: the learning rate at each; `peak`: the highest so far.
-    While the rate rises, or is below half its peak, small steps are what was asked for.
+    While the rate rises, or is below half its peak, small steps are expected.
     """
     ratios, rates = ratios[-MEASUREMENTS:], rates[-MEASUREMENTS:]
     if len(ratios) < MEASUREMENTS or rates[-1] > rates[0] or rates[-1] < peak / 2:
@@ -127,9 +128,9 @@ def is_flat(ratios: Sequence[float], rates: Sequence[float], *, peak: float, ste
 def stands_still(steps: Sequence[int], shares: Sequence[float], rates: Sequence[float], *, peak: float) -> bool:
     """Whether next to no weight of a group has changed in the last `STILL` steps that were measured.
 
-    `shares`: of the weights that were other numbers afterwards; `rates`: the group's learning rate in each; `peak`: the
-    highest so far. Where the rate is below half its peak, standing still is what was asked for. Ten steps must lie
-    between them, because some optimizers do nothing in their first ones.
+    `shares`: of the weights that each step changed; `rates`: the group's learning rate in each; `peak`: the highest so
+    far. If the rate is below half its peak, standing still is expected. Ten steps must lie between the measurements,
+    because some optimizers do nothing in their first steps.
     """
     steps, shares, rates = steps[-STILL:], shares[-STILL:], rates[-STILL:]
     if len(steps) < STILL or steps[-1] - steps[0] < 10:
@@ -138,11 +139,11 @@ def stands_still(steps: Sequence[int], shares: Sequence[float], rates: Sequence[
 
 
 def collapses(first: Sequence[ByTimestep], last: Sequence[ByTimestep], *, ratio: float = 5.0) -> bool:
-    """Whether the loss is far above what it was at first: the geometric mean, over the ranges of timesteps, of the
+    """Whether the loss is far above its first values: the geometric mean, over the ranges of noise levels, of the
     median of `last` over the lowest of `first` is more than `ratio`. `first`, `last`: one a stretch of the run.
 
-    Range by range, because a network that predicts nothing any more has a loss of about 1 everywhere: that is thrice
-    the usual at low timesteps, and a hundred times at high ones.
+    Range by range, because a network whose predictions are useless has a loss of about 1 everywhere: that is three
+    times the usual at low timesteps, and a hundred times at high ones.
     """
     rises = []
     for early, late in zip(zip(*first, strict=True), zip(*last, strict=True), strict=True):
@@ -189,30 +190,30 @@ class _Moved:
 
 
 class Watch:
-    """Keeps what the rules look at, in constant memory, and finds each sign once."""
+    """Keeps the numbers that the rules need, in constant memory, and reports each sign once."""
 
     def __init__(self, *, total_steps: int) -> None:
         self.found: set[str] = set()
         self._total_steps = total_steps
         self._losses: deque[float] = deque(maxlen=SIDE)
         self._before: list[float] = []  # the losses until the weight decay began to fall
-        self._decays: tuple[float, float] | None = None  # at first, and the last
+        self._decays: tuple[float, float] | None = None  # the first and the last
         self._falling = 0  # steps since
         self._norms: deque[float] = deque(maxlen=2 * SIDE)
         self._ratios: deque[float] = deque(maxlen=MEASUREMENTS)
         self._rates: deque[float] = deque(maxlen=MEASUREMENTS)
         self._peak = 0.0
         self._moved: dict[str, _Moved] = {}
-        self._stretch: list[ByTimestep] = []  # that has begun
+        self._stretch: list[ByTimestep] = []  # the current one
         self._stretch_began = 0
         self._first: list[ByTimestep] = []
         self._last: deque[ByTimestep] = deque(maxlen=LAST)
         self._validation: deque[tuple[float, float]] = deque(maxlen=200)
 
     def step(self, *, loss: float, gradient_norm: float | None, weight_decay: float | None) -> list[Sign]:
-        """The numbers of a step; the signs that are new. `weight_decay`: the largest of the groups'.
+        """Add the numbers of a step. Returns the new signs. `weight_decay`: the largest of the groups'.
 
-        A loss that is NaN is that of a step that was skipped.
+        A loss of NaN is that of a skipped step.
         """
         self._fall(weight_decay)
         if math.isfinite(loss):
@@ -235,8 +236,8 @@ class Watch:
         moved: Mapping[str, float],
         loss_by_timestep: ByTimestep,
     ) -> list[Sign]:
-        """The size of a step's update, by groups of parameters the learning rates in it and the shares of weights that
-        it changed, and the losses since the measurement before; the signs that are new."""
+        """Add a measurement: the size of a step's update, its learning rates and shares of changed weights by group of
+        parameters, and the losses since the last measurement. Returns the new signs."""
         rate = max(rates.values(), default=0.0)
         self._ratios.append(update_ratio)
         self._rates.append(rate)
@@ -248,7 +249,7 @@ class Watch:
         found = self._new(
             (Sign(STANDSTILL.name, STANDSTILL.text.format(" and ".join(still))), bool(still)), (COLLAPSE, collapsed)
         )
-        # its advice is for weights that can move
+        # the advice of this sign is for weights that move
         return found + self._new((FLAT_UPDATES, flat and STANDSTILL.name not in self.found))
 
     def _still(self, step: int, rates: Mapping[str, float], moved: Mapping[str, float]) -> list[str]:
@@ -258,12 +259,12 @@ class Watch:
         return [name for name, group in self._moved.items() if group.stands_still()]
 
     def validated(self, step: int, loss: float, training: Series) -> list[Sign]:
-        """A validation loss, and the training losses so far; the signs that are new."""
+        """Add a validation loss, and the training losses so far. Returns the new signs."""
         self._validation.append((step, loss))
         return self._new((OVERFITTING, overfits(training, list(self._validation))))
 
     def _lengthen(self, step: int, loss_by_timestep: ByTimestep) -> None:
-        """Add to the stretch that has begun; if it is long enough, keep its means and begin another."""
+        """Add losses to the current stretch; if it is long enough, keep its means and begin another."""
         self._stretch.append(loss_by_timestep)
         if step - self._stretch_began < STRETCH:
             return
@@ -276,7 +277,7 @@ class Watch:
         self._stretch, self._stretch_began = [], step
 
     def _fall(self, weight_decay: float | None) -> None:
-        """Notice the first step with less weight decay than the first had."""
+        """Count the steps since the weight decay first fell below its first value."""
         if weight_decay is None:
             return
         first = weight_decay if self._decays is None else self._decays[0]

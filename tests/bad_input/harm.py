@@ -63,8 +63,9 @@ def _text_bomb() -> bytes:
 
 
 EVIL = (
-    "names posix.system, which no model needs and which programs that open such files carelessly would run: delete it. "
-    "Nothing in it was run"
+    "names posix.system, which no model needs and which programs that open such files carelessly would execute: "
+    "delete the file. "
+    "Nothing in it was executed"
 )
 ONE_BAD = "1 unreadable images (--skip_bad_images leaves them out):\n  data/2_style/c.png: "
 CLAIM = {"lora_unet_x.lora_down.weight": {"dtype": "F32", "shape": [2**35], "data_offsets": [0, 2**37]}}
@@ -127,12 +128,12 @@ TABLE = {
         f"{ONE_BAD}Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK",
     ),
     "an image that is a link in a circle": Harm(
-        lambda: link(IMAGES / "c.png", "c.png"), (), f"{ONE_BAD}it is a link that leads in a circle"
+        lambda: link(IMAGES / "c.png", "c.png"), (), f"{ONE_BAD}it is a link that leads back to itself"
     ),
     "a folder that is a link in a circle": Harm(
         lambda: link("loop", "loop"),
         ("--train_data_dir", "loop"),
-        "command line: --train_data_dir: no such folder: loop; it is a link that leads in a circle",
+        "command line: --train_data_dir: no such folder: loop; it is a link that leads back to itself",
     ),
     "a caption of a megabyte": Harm(
         lambda: write(IMAGES / "a.txt", "a cat, " * 150_000),
@@ -147,12 +148,12 @@ TABLE = {
     "a configuration of lists in lists": Harm(
         lambda: write("t.toml", f"optimizer_args = {'[' * 20_000}"),
         ("--config_file", "t.toml"),
-        "t.toml: lists or tables are nested too deeply in it",
+        "t.toml: its lists or tables are nested too deeply",
     ),
     "JSON of lists in lists": Harm(
         lambda: write("d.json", "[" * 1_000_000),
         ("--dataset_config", "d.json"),
-        "d.json: lists or tables are nested too deeply in it",
+        "d.json: its lists or tables are nested too deeply",
     ),
 }
 

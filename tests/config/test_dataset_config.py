@@ -282,7 +282,7 @@ def test_metadata_files(folder: Path, options: Parse, caplog: pytest.LogCaptureF
     assert spec.origin == "command line: --in_json"
     caplog.clear()
     load_datasets(options(*words, "--reg_data_dir", "reg"))
-    assert "--reg_data_dir: has no effect: --in_json says what to train" in caplog.text
+    assert "--reg_data_dir: has no effect: the data is given by --in_json" in caplog.text
 
 
 def test_custom_attributes(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
@@ -291,7 +291,7 @@ def test_custom_attributes(folder: Path, options: Parse, caplog: pytest.LogCaptu
     (dataset,) = load(folder, options, text + "custom_attributes = { artist = 'x' }\n")
     assert not dataset.subsets[0].diff_output_preservation
     assert [record.getMessage() for record in caplog.records] == [
-        PLACE + "custom_attributes: nothing reads artist",
+        PLACE + "custom_attributes: artist has no effect: nothing reads it",
     ]
 
 
@@ -302,9 +302,9 @@ def test_what_has_no_effect_is_warned_about(folder: Path, options: Parse, caplog
         (dataset,) = load(folder, options, text, "--train_data_dir", "t", "--reg_data_dir", "r", "--in_json", "m.json")
     assert len(dataset.subsets) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "command line: --train_data_dir: has no effect: --dataset_config says what to train",
-        "command line: --reg_data_dir: has no effect: --dataset_config says what to train",
-        "command line: --in_json: has no effect: --dataset_config says what to train",
+        "command line: --train_data_dir: has no effect: the data is given by --dataset_config",
+        "command line: --reg_data_dir: has no effect: the data is given by --dataset_config",
+        "command line: --in_json: has no effect: the data is given by --dataset_config",
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 2: has no effect: an earlier one has the same image_dir",
         "data.toml: [[datasets]] 1, [[datasets.subsets]] 3: is left out: it asks for 0 repeats",
     ]
@@ -358,7 +358,7 @@ MASK_MISTAKES = {
     (ONE + "conditioning_data_dir = 'm'\n",): PLACE.rstrip(": ")
     + ": conditioning_data_dir needs --masked_loss: its images are the masks",
     (ONE + "conditioning_data_dir = 'm'\nalpha_mask = true\n", "--masked_loss"): PLACE.rstrip(": ")
-    + ": alpha_mask and conditioning_data_dir both say where the mask is: give one of them",
+    + ": alpha_mask and conditioning_data_dir both name the mask: give one of them",
 }
 
 

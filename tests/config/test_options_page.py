@@ -32,7 +32,7 @@ def test_the_defaults_of_custom_adamw_are_its_own() -> None:
         shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
         assert item.details.help.endswith(f"(default: {shown})"), name
     assert "| `--use_spd` |  | use selective projection decay (default: on) |" in page()
-    assert "| `--report` |  | put" in page()
+    assert "| `--report` |  | write a report" in page()
 
 
 def test_notes_are_about_options_of_kohyas() -> None:

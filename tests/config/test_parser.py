@@ -169,9 +169,11 @@ def test_prose_may_mention_options_and_hold_line_breaks(options: Parse) -> None:
 @pytest.mark.parametrize("name", ["vae", "logging_dir", "resume", "network_args", "base_weights", "cache_dir"])
 def test_every_path_and_name_is_without_control_characters(name: str, folder: Path) -> None:
     (folder / "x.toml").write_text(f'{name} = "D:\\temp"\n')
-    with pytest.raises(UserError, match=rf"^x\.toml: {name}: 'D:\\temp' holds a tab, .*; in double quotes"):
+    with pytest.raises(UserError, match=rf"^x\.toml: {name}: 'D:\\temp' contains a tab, .*; in double quotes"):
         parse([*REQUIRED, "--config_file=x.toml"])
-    with pytest.raises(UserError, match=rf"^command line: --{name}: 'D:\\temp' holds a tab, which no name or path sh"):
+    with pytest.raises(
+        UserError, match=rf"^command line: --{name}: 'D:\\temp' contains a tab, which no name or path sh"
+    ):
         parse([*REQUIRED, f"--{name}=D:\temp"])
 
 

@@ -62,7 +62,7 @@ def test_latents_that_are_no_numbers_name_the_image(views: list[View], value: fl
         moments[which][1, 2, 3, 0] = value
         return moments
 
-    with pytest.raises(UserError, match=r"no numbers for [^,]*b\.png: .*--no_half_vae"):
+    with pytest.raises(UserError, match=r"not finite for [^,]*b\.png: .*--no_half_vae"):
         encode_images(views[:3], encode, batch_size=3)
 
 

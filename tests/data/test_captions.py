@@ -297,6 +297,6 @@ def test_captions_without_the_separator_are_told(subset: MakeSubset, caplog: pyt
 
     assert told("a, b", "c") == ""  # nothing is done to tags
     assert told("a, b", "c;d", shuffle_caption=True) == ""
-    assert "the caption_separator ';' stands in no caption of" in told("a, b", "c", shuffle_caption=True)
+    assert "the caption_separator ';' occurs in no caption of" in told("a, b", "c", shuffle_caption=True)
     assert "each is one tag, and shuffle_caption change nothing" in caplog.text
     assert "caption_tag_dropout_rate drops whole captions" in told("a, b", caption_tag_dropout_rate=0.1)

@@ -106,7 +106,7 @@ def test_copies_fall_on_one_side(
     assert not pictures(prepared.samples) & pictures(prepared.validation.samples)
     assert [summary.held_out for summary in prepared.summaries] == [10, 5, 5, 5]
     for folder in (again, reg, apart):
-        assert f"{folder}: 5 images are left out of training: the same pictures are validated on" in caplog.text
+        assert f"{folder}: 5 images are not trained: they are copies of images held out for validation" in caplog.text
     assert str(images) + ": " not in caplog.text
 
 
@@ -140,7 +140,7 @@ def test_a_folder_of_its_own(images: Path, tmp_path: Path, subset: MakeSubset, d
     ("share", "message"),
     [
         (0.02, r"images: validation_split 0.02 of 20 different images is none: at least 0.026"),
-        (1.0, "no images to train: all of them are held back to validate on: a smaller validation_split"),
+        (1.0, "no images to train: all of them are held out for validation: a smaller validation_split"),
     ],
 )
 def test_none_on_one_side(images: Path, subset: MakeSubset, dataset: MakeDataset, share: float, message: str) -> None:

@@ -209,7 +209,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "text.png": "version https://git-lfs",
         "gone.png": "no such file",
         "program.png": "not an image",
-        "nan.png": "no numbers",
+        "nan.png": "are NaN",
     }
 
 

@@ -128,7 +128,7 @@ def test_face_crop_reaches_the_view(
     seen = views(dataset(part))
     assert len({view.resized for view in seen if view.path.stem != "plain"}) > 10
     assert {view.crop for view in seen if view.path.stem == "plain"} == {(10, 0)}
-    assert "1 images have no face in their name and are cut without one (such as plain.png)" in caplog.text
+    assert "1 images have no face in their name and are cropped without one (such as plain.png)" in caplog.text
     views(dataset(part, enable_bucket=True))
     assert "face_crop_aug_range has no effect with enable_bucket" in caplog.text
     only = folder("b", plain=(120, 90), shot_2023_10_12_5=(120, 90))

@@ -159,7 +159,7 @@ def test_mask_files_that_do_not_fit(
     with pytest.raises(UserError, match=r"masks has no image of the same name for 1 images: b\.png"):
         prepare([spec], multiple_of=8)
     Image.new("L", (64, 32)).save(masks / "b.png")
-    with pytest.raises(UserError, match=r"(?s)1 masks are not of the size .*b\.png: 64 × 32, its image 64 × 64"):
+    with pytest.raises(UserError, match=r"(?s)1 masks differ in size .*b\.png: 64 × 32, its image 64 × 64"):
         prepare([spec], multiple_of=8)
     Image.new("L", (64, 64)).save(masks / "b.webp")
     with pytest.raises(UserError, match=r"'b' has two masks: b\.png and b\.webp"):

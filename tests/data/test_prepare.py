@@ -61,9 +61,7 @@ def test_images_no_larger_than_asked_are_left_out_of_a_data_set(
         (4, 0, 1),
         (2, 2, 1),
     ]
-    said = (
-        "2 of 4 images are no larger than 64 × 64 and left out, as skip_image_resolution says (such as a.png, 64 × 64)"
-    )
+    said = "2 of 4 images are left out, no larger than the 64 × 64 of skip_image_resolution (such as a.png, 64 × 64)"
     assert said in caplog.text
     with pytest.raises(UserError, match=r"no images to train: none is larger than the 500 × 40 of skip_image_res"):
         prepare([dataset(both, skip_image_resolution=(500, 40))], multiple_of=8, skip_bad_images=True)

@@ -172,7 +172,7 @@ def test_optimizers_with_a_rate_of_their_own(
     [
         (("--find_lr", "--dry_run"), "--dry_run and --find_lr: give one of them"),
         (("--find_lr", "--recommend"), "--find_lr and --recommend: give one of them"),
-        (("--find_lr", "--resume", "latest"), "--find_lr is for a run that has not begun"),
+        (("--find_lr", "--resume", "latest"), "--find_lr is for a new run"),
         (("--find_lr_steps", "50"), "--find_lr_steps has no effect without --find_lr"),
         (("--find_lr", "--find_lr_start", "2"), "--find_lr_start 2 must be above 0, and --find_lr_end 10 at least ten"),
         (("--find_lr", "--find_lr_steps", "5"), "--find_lr_steps: must be at least 20, not 5"),

@@ -60,7 +60,7 @@ def test_it_says_whether_the_curve_had_turned() -> None:
 
 
 def test_curves_that_say_nothing() -> None:
-    with pytest.raises(UserError, match="the loss broke at rate 4 of those tried: begin lower, with a smaller"):
+    with pytest.raises(UserError, match="the loss diverged at rate 4 of those tried: begin lower, with a smaller"):
         lr_curve.suggest(Sweep(RATES[:3], [1.0, 2.0, 9.0], 1.0, True))
     rising = [1 + i / 100 for i in range(100)]
     with pytest.raises(

@@ -133,7 +133,7 @@ def test_advice_that_was_edited_is_not_replaced(train: Any, tmp_path: Path, caps
     assert "xxx" in capsys.readouterr().err
     path.write_text("network_dim = 7\n", encoding="utf-8")
     assert train("--recommend") == 2
-    assert "test-recommended.toml is there and says something else" in capsys.readouterr().err
+    assert "test-recommended.toml exists with other contents" in capsys.readouterr().err
     assert path.read_text(encoding="utf-8") == "network_dim = 7\n"
     assert train("--recommend", "--overwrite") == 0
     assert "network_dim = 16" in path.read_text(encoding="utf-8")

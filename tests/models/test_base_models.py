@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.checkpoints.folder import choose_weights, shards_of
-from library.models.checkpoints.opening import open_vae
+from library.models.checkpoints.open_file import open_vae
 from library.models.opening import open_base_model, open_family
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"

@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from library.errors import UserError
 from library.models.checkpoints.hub import wanted
-from library.models.checkpoints.opening import locate
+from library.models.checkpoints.open_file import locate
 
 _FILES = [
     *("model_index.json", "README.md", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors"),

@@ -14,7 +14,7 @@ from torch import nn
 
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import AdapterContents, describe
-from library.models.checkpoints.opening import open_vae
+from library.models.checkpoints.open_file import open_vae
 from library.models.opening import open_family
 from networks import files, kinds
 from networks.files import AdapterFile, check

@@ -120,5 +120,5 @@ def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
         file.write(step, {"loss": 1.0})
     file.close()
     (record,) = caplog.records
-    assert "lines are missing from step 2 on, training goes on" in record.getMessage()
+    assert "lines are missing from step 2 on, training continues" in record.getMessage()
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 1, 4]

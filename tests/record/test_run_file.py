@@ -204,7 +204,7 @@ def test_a_full_disk_costs_a_message_and_not_the_run(tmp_path, monkeypatch, capl
         run.begin(tmp_path / "fox-run.json", record())
         time.sleep(0.1)
     (message,) = [item.getMessage() for item in caplog.records]
-    assert message.endswith("fox-run.json: not written: the disk is full. Training goes on without the run's record")
+    assert message.endswith("fox-run.json: not written: the disk is full. Training continues without the run's record")
 
 
 @pytest.mark.parametrize("text", ["", "mine", "[1]", "{}", '{"format": 2}', '{"format": 1, "id": "x"}'])

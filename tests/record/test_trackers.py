@@ -120,9 +120,9 @@ def test_what_has_no_effect_is_said(caplog):
     plan_trackers(options("--log_prefix", "x", "--log_config", "--wandb_run_name", "y", "--log_tracker_name", "z"))
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "--log_prefix has no effect: no logs are kept",
-        "--log_tracker_name has no effect: no logs are kept",
-        "--log_config has no effect: no logs are kept",
+        "--log_prefix has no effect: nothing is logged",
+        "--log_tracker_name has no effect: nothing is logged",
+        "--log_config has no effect: nothing is logged",
         "--wandb_run_name has no effect: --log_with wandb is not given",
     ]
 
@@ -175,6 +175,6 @@ def test_logs_on_a_full_disk_cost_the_curves_and_not_the_run(caplog):
     accelerator.trackers = [Full()]
     trackers.end(accelerator)
     assert caplog.messages == [
-        "the logs end before step 3, training goes on: No space left on device",
-        "the logs lack their end: No space left on device",
+        "the logs end before step 3, training continues: No space left on device",
+        "the end of the logs could not be written: No space left on device",
     ]

@@ -70,7 +70,7 @@ def test_its_state_is_all_of_it() -> None:
         (
             (0.5, 0.6, 0.7),
             "validation never fell below that of the base model (0.5000 before training, at best 0.6000, at step 10): "
-            "what is learnt does not carry over to the images held back. Lower the learning rate, or look at the "
+            "the network does not generalise to the images held out. Lower the learning rate, or look at the "
             "captions",
         ),
         ((1.0,), None),
@@ -84,9 +84,9 @@ def test_the_conclusion(losses: tuple[float, ...], sentence: str | None) -> None
 def test_a_last_one_that_is_lowest_by_nothing_worth_it() -> None:
     said = history(1.0, 0.8, 0.9).conclusion(best_file="")
     assert said is not None
-    assert said.endswith("made it 12.5% worse: the best is not there as a file")
+    assert said.endswith("made it 12.5% worse: there is no file of the best")
     said = history(1.0, 0.9, 0.899, threshold=0.01).conclusion(best_file="fox-best.safetensors")
-    assert said == "validation was lowest at the end: 0.8990 (1.0000 before training); it had hardly moved any more"
+    assert said == "validation was lowest at the end: 0.8990 (1.0000 before training); it had stopped improving"
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_it_is_made_anew_from_what_is_there(finished, tmp_path, capsys):
         path.unlink()
     assert report([str(metrics)]) == 0
     found = Page(finished.read_text(encoding="utf-8"))
-    state = "it ended without a word (killed, or the machine went down), last heard of 2026-01-02"
+    state = "it ended without a message (killed, or the machine went down), last heartbeat 2026-01-02"
     assert f"Training report: 3 of 4 steps are done: {state}" in found.text
     assert found.texts.count("no longer there") == 6
 
@@ -207,7 +207,7 @@ def test_a_run_of_a_version_without_records(finished, tmp_path):
     metrics.write_bytes(text[: text.index(b'{"step":4,')])
     assert report([str(metrics)]) == 0
     found = Page(finished.read_text(encoding="utf-8"))
-    assert "Training report: 3 of 4 steps are done: it is still going on, or was killed." in found.texts
+    assert "Training report: 3 of 4 steps are done: it is still running, or was killed." in found.texts
 
 
 def test_a_report_is_made_of_the_record_and_not_of_sentences(finished, tmp_path):
@@ -240,7 +240,7 @@ def test_a_run_that_goes_on_and_one_that_failed(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "optimizer_step", failing)
     assert train("--report") == 2
-    assert "2 of 4 steps are done: it is still going on." in seen[0]
+    assert "2 of 4 steps are done: it is still running." in seen[0]
     text = Page((tmp_path / "out" / "test-report.html").read_text(encoding="utf-8")).text
     assert "2 of 4 steps are done: it failed: no more memory." in text
 
@@ -307,12 +307,12 @@ def test_images_that_are_held_back_and_captions_that_are_missing(tmp_path):
     path = tmp_path / "fox-metrics.jsonl"
     write_metrics(path, {**run, "subsets": [{**subset, "held_out": 2, "captions_missing": 3}]}, (1, {}))
     texts = [text for text in Page(page.render(read_story(path))).texts if text]
-    heads = ["images from", "images", "held back to validate", "repeats", "captions found", "missing"]
+    heads = ["images from", "images", "held out for validation", "repeats", "captions found", "missing"]
     start = texts.index("images from")
     assert texts[start : start + 12] == [*heads, "cats", "7", "2", "3", "6", "3"]
     path.unlink()
     write_metrics(path, {**run, "subsets": [subset]}, (1, {}))  # as earlier versions wrote it
-    assert "held back to validate" not in Page(page.render(read_story(path))).texts
+    assert "held out for validation" not in Page(page.render(read_story(path))).texts
 
 
 def test_a_list_of_sentences_has_a_line_each():

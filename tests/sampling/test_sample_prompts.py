@@ -55,7 +55,7 @@ def test_a_negative_prompt_alone_or_a_prompt_of_nothing(tmp_path):
         ("p.txt", "a --x 3\n", r"line 1: unknown flag --x; known: --w, --h"),
         ("p.txt", "a --s 0\n", r"sample_steps: must be 1 … 1000"),
         ("p.txt", "a --ss eulr\n", r"sample_sampler: 'eulr' is not one of .*did you mean 'euler'"),
-        ("p.txt", "# nothing\n", "holds no prompt"),
+        ("p.txt", "# nothing\n", "contains no prompt"),
         ("p.md", "a\n", "must end with .txt, .toml or .json"),
         ("p.toml", "[prompt]\nwidth = 3\n", r"has no \[\[prompt.subset\]\]"),
         ("p.toml", "[prompt]\n[[prompt.subset]]\nwidht = 3\n", "subset 1: unknown key 'widht', did you mean 'width'"),

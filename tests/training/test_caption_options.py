@@ -92,10 +92,10 @@ def test_the_separator_in_force_is_used_throughout(
     assert set(texts) == {"red fox; night sky, stars; hill", "red fox; hill; night sky, stars"}
     (counts,) = json.loads(metadata(tmp_path)["ss_tag_frequency"]).values()
     assert counts == {"red fox": 6, "night sky, stars": 6, "hill": 6}
-    assert "stands in no caption" not in capsys.readouterr().err
+    assert "occurs in no caption" not in capsys.readouterr().err
     assert train(*words, "|", "--dry_run") == 0
     said = capsys.readouterr()
-    assert "the caption_separator '|' stands in no caption of" in said.err
+    assert "the caption_separator '|' occurs in no caption of" in said.err
 
 
 def test_weights_change_what_is_learnt(train: Callable[..., int], captioned: Path, tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_harmless_changes_are_listed(train: Train, tmp_path: Path, capsys: pytes
     assert train(*SAVES) == 0
     words = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--no-cache_latents")
     assert train(*words, "--output_name", "other", "--save_precision", "fp16", "--max_train_steps", "6") == 0
-    said = capsys.readouterr().err.split("which does no harm:\n")[1].split("adapted layers")[0]
+    said = capsys.readouterr().err.split("harmless changes since the state:\n")[1].split("adapted layers")[0]
     changes = [line.strip() for line in said.splitlines() if line.startswith("  ")]
     assert changes == [
         "cache_latents: true then, false now",

@@ -1,9 +1,11 @@
-"""What a run of the fixture `train` wrote, read back."""
+"""Reads and checks the output of a run of the fixture `train`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,7 +19,7 @@ def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
 
 
 def metadata(folder: Path, name: str = "test") -> dict[str, str]:
-    """What its header says."""
+    """The metadata of the same file."""
     with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:
         return dict(file.metadata())
 
@@ -35,3 +37,12 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two files hold the same bits."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def assert_refused(
+    train: Callable[..., int], words: Sequence[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command ends with exit code 2 and this message, and without a file."""
+    assert train(*words) == 2
+    assert message in capsys.readouterr().err
+    assert not list(folder.glob("out/*.safetensors"))

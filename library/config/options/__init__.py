@@ -35,7 +35,7 @@ from library.config.options.weight_decay import WeightDecayOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.errors import UserError
 
-# Options whose values are written nowhere: neither into files that get shared nor into the record of a run.
+# Options whose values are never written: neither into files that get shared nor into the record of a run.
 SECRETS = frozenset({"wandb_api_key"})
 
 
@@ -66,7 +66,7 @@ class ModelOptions:
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
 
 
-_HIGHEST_RANK = 16384  # a slip of the finger is larger
+_HIGHEST_RANK = 16384  # a larger number is a typing mistake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,32 +76,37 @@ class NetworkOptions:
     network_module: str = option(
         "networks.lora",
         not_yet=kohya.MODULES_NOT_YET,
-        help="the module that makes it: networks.lora, lycoris.kohya, ...",
+        help="the module that makes the network: networks.lora, lycoris.kohya, ...",
     )
-    network_dim: int | None = option(None, minimum=1, help="its rank (default: 4)")
-    network_alpha: float = option(1.0, minimum=0, help="its output is scaled by alpha / rank; 0 means alpha = rank")
+    network_dim: int | None = option(None, minimum=1, help="the network's rank (default: 4)")
+    network_alpha: float = option(
+        1.0, minimum=0, help="the network's output is scaled by alpha / rank; 0 means alpha = rank"
+    )
     network_dropout: float | None = option(
-        None, minimum=0, maximum=1, help="share of its rank's values that are dropped in each training step"
+        None, minimum=0, maximum=1, help="share of the rank's values that are dropped in each training step"
     )
     network_args: tuple[str, ...] = option((), help="more settings of the module: conv_dim=4 conv_alpha=1 ...")
-    network_train_unet_only: bool = option(False, help="train the UNet's part only")
-    network_train_text_encoder_only: bool = option(False, help="train the text encoder's part only")
+    network_train_unet_only: bool = option(False, help="train the UNet only, not the text encoders")
+    network_train_text_encoder_only: bool = option(False, help="train the text encoders only, not the UNet")
     network_weights: str | None = option(
         None, help="a LoRA file to start from, in the naming of kohya, diffusers, PEFT, OneTrainer or ComfyUI"
     )
     dim_from_weights: bool = option(False, help="take ranks and alphas from --network_weights")
     base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base model before training")
     base_weights_multiplier: tuple[float, ...] | None = option(
-        None, help="how strongly, one for each of these files (default: 1 each)"
+        None, help="the strength of each of these files (default: 1 each)"
     )
     scale_weight_norms: float | None = option(
-        None, minimum=0, zero_is_unset=True, help="scale down what grows beyond this norm; 1 is a good start"
+        None,
+        minimum=0,
+        zero_is_unset=True,
+        help="scale down the weights of adapters beyond this norm; 1 is a good start",
     )
 
     def __post_init__(self) -> None:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
-        # LyCORIS' users write 100000 and more to have its matrices whole
+        # LyCORIS' users write 100000 and more for full matrices instead of low-rank ones
         if source.is_ours(self.network_module) and (self.network_dim or 0) > _HIGHEST_RANK:
             raise UserError(f"--network_dim {self.network_dim}: at most {_HIGHEST_RANK}")
         if self.dim_from_weights and self.network_weights is None:
@@ -116,22 +121,24 @@ class OptimizerOptions:
     """Optimizer and learning rates"""
 
     optimizer_type: str = option("", help="AdamW (the default), AdamW8bit, Lion, Prodigy, ... or package.module.Class")
-    optimizer_args: tuple[str, ...] = option((), help="its settings: betas=0.9,0.99 eps=1e-6 ...")
+    optimizer_args: tuple[str, ...] = option((), help="the optimizer's settings: betas=0.9,0.99 eps=1e-6 ...")
     weight_decay: float | None = option(
         None, minimum=0, help="the weight decay of any optimizer that has one (default: the optimizer's own) (ours)"
     )
-    use_8bit_adam: bool = option(False, help="the old way to say --optimizer_type AdamW8bit")
-    use_lion_optimizer: bool = option(False, help="the old way to say --optimizer_type Lion")
-    learning_rate: float = option(2e-6, minimum=0, help="the learning rate where the next two say nothing")
+    use_8bit_adam: bool = option(False, help="the old name of --optimizer_type AdamW8bit")
+    use_lion_optimizer: bool = option(False, help="the old name of --optimizer_type Lion")
+    learning_rate: float = option(
+        2e-6, minimum=0, help="the learning rate of the parts for which the next two are not given"
+    )
     unet_lr: float | None = option(None, minimum=0, help="the UNet's learning rate")
     text_encoder_lr: tuple[float, ...] | None = option(
-        None, minimum=0, help="the text encoder's learning rate; one each where there are more"
+        None, minimum=0, help="the text encoder's learning rate; one for each of several"
     )
     lr_layer_decay: float | None = option(
         None,
         minimum=0,
         maximum=1,
-        help="multiply the rate by this from each block of the UNet, and layer of the text encoder, to the one before "
+        help="multiply the rate by this from each block of the UNet or layer of the text encoder to the one before "
         "it, towards the input; 0.9 is usual (ours)",
     )
     max_grad_norm: float = option(1.0, minimum=0, help="clip gradients to this norm; 0: never")
@@ -169,7 +176,7 @@ class TrainingOptions:
 class OutputOptions:
     """What is written"""
 
-    output_dir: str = option(REQUIRED, help="the folder to write to; made if need be")
+    output_dir: str = option(REQUIRED, help="the folder to write to; created if it does not exist")
     output_name: str | None = option(None, help="the LoRA's file name without its ending (default: last)")
     overwrite: bool = option(False, help="overwrite files of an earlier run instead of stopping (ours)")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
@@ -184,12 +191,12 @@ class OutputOptions:
         None, minimum=1, zero_is_unset=True, help="save at least n times, evenly over the epochs"
     )
     save_last_n_epochs: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="of these files keep those of the last n epochs"
+        None, minimum=1, zero_is_unset=True, help="keep these files of the last n epochs only"
     )
     save_last_n_steps: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="of these files keep those of the last n steps"
+        None, minimum=1, zero_is_unset=True, help="keep these files of the last n steps only"
     )
-    save_state: bool = option(False, help="with every file save the state from which --resume goes on")
+    save_state: bool = option(False, help="with every file save the state that --resume needs")
     save_state_on_train_end: bool = option(False, help="save the state at the end")
     save_last_n_epochs_state: int | None = option(
         None, minimum=1, zero_is_unset=True, help="keep the states of the last n epochs (default: as for the files)"
@@ -212,12 +219,12 @@ class OutputOptions:
     )
     metadata_preprocessor: str | None = option(None, help="preprocessor for the metadata", free_text=True)
     metadata_is_negative_embedding: str | None = option(
-        None, help="whether it is a negative embedding, for metadata", free_text=True
+        None, help="whether it is a negative embedding, for the metadata", free_text=True
     )
     loss_plot: bool = option(True, help="draw the loss into a PNG beside the LoRA (ours)")
     compare_prompts: tuple[str, ...] = option(
         (),
-        help="after training draw each of these prompts without and with the LoRA, in one grid (ours)",
+        help="after training render each of these prompts without and with the LoRA, in one grid (ours)",
         free_text=True,
     )
     compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts (ours)")
@@ -227,24 +234,24 @@ class OutputOptions:
 class LoggingOptions:
     """Logs"""
 
-    logging_dir: str | None = option(None, help="the folder for logs, TensorBoard's if --log_with says nothing")
+    logging_dir: str | None = option(None, help="the folder for logs; without --log_with they are TensorBoard's")
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
-        None, help="what to log with; wandb needs that package; all means both"
+        None, help="the tracker to log to; wandb needs that package; all means both"
     )
-    log_prefix: str | None = option(None, help="put before the time in the name of the run's log folder")
+    log_prefix: str | None = option(None, help="a prefix to the time in the name of the run's log folder")
     log_tracker_name: str | None = option(
         None, help="the name of the tracker, wandb's project (default: network_train)"
     )
     log_tracker_config: str | None = option(
         None, help="a TOML file with more settings of the trackers, under [tensorboard] and [wandb]"
     )
-    log_config: bool = option(False, help="log the options as well, but for keys and paths")
+    log_config: bool = option(False, help="log the options as well, except keys and paths")
     wandb_run_name: str | None = option(None, help="the run's name in wandb")
-    wandb_api_key: str | None = option(None, help="the key to log in to wandb with")
+    wandb_api_key: str | None = option(None, help="the API key for wandb")
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
-        None, help="which messages are shown (default: INFO)"
+        None, help="the lowest level of the messages that are shown (default: INFO)"
     )
-    console_log_file: str | None = option(None, help="a file for the messages, which the console does not show then")
+    console_log_file: str | None = option(None, help="a file for the messages, instead of the console")
 
     def __post_init__(self) -> None:
         if self.log_with in ("tensorboard", "all") and self.logging_dir is None:
@@ -256,14 +263,14 @@ class SampleOptions:
     """Samples during training"""
 
     sample_prompts: str | None = option(
-        None, help="a file of prompts to draw: .txt (one a line, with flags such as --w 512 --d 1), .toml or .json"
+        None, help="a file of prompts to render: .txt (one a line, with flags such as --w 512 --d 1), .toml or .json"
     )
-    sample_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="draw them every n steps")
+    sample_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="render them every n steps")
     sample_every_n_epochs: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="draw them every n epochs; goes before steps"
+        None, minimum=1, zero_is_unset=True, help="render them every n epochs; takes precedence over the steps"
     )
-    sample_at_first: bool = option(False, help="draw them before training, too")
-    sample_sampler: str = option("ddim", read=read_sampler, help=f"how to draw: {', '.join(SAMPLERS)}")
+    sample_at_first: bool = option(False, help="render them before training, too")
+    sample_sampler: str = option("ddim", read=read_sampler, help=f"the sampler: {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,9 +281,9 @@ class RunOptions:
         None, help="a TOML file with any of these options, in sections of any name; the command line wins"
     )
     resume: str | None = option(
-        None, help="go on from a state: its folder, or latest for the newest of --output_name in --output_dir"
+        None, help="resume from a state: its folder, or latest for the newest of --output_name in --output_dir"
     )
-    resume_anyway: bool = option(False, help="resume even if options or data are not those of the state (ours)")
+    resume_anyway: bool = option(False, help="resume even if options or data differ from those of the state (ours)")
     ddp_timeout: int | None = option(
         None,
         minimum=1,
@@ -285,7 +292,7 @@ class RunOptions:
     )
     output_config: bool = option(False, help="write the given options to --config_file instead of training")
     debug_dataset: bool = option(
-        False, help="draw what the network will see, images and captions, into NAME-dataset.png instead of training"
+        False, help="render the network's input, images and captions, into NAME-dataset.png instead of training"
     )
     dry_run: Literal["", "plan", "measure"] = option(
         "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
@@ -322,7 +329,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
             raise UserError(
-                f"--{self.data.text_cache_option} needs --network_train_unet_only: what is cached cannot learn"
+                f"--{self.data.text_cache_option} needs --network_train_unet_only: cached text encoders cannot train"
             )
         if self.precision.holds_unet_in_float8 and not source.is_ours(self.network.network_module):
             raise UserError(
@@ -337,7 +344,7 @@ class Options:
         if len(asked) > 1:
             raise UserError(f"{' and '.join(asked)}: give one of them; each does something else instead of training")
         if self.run.resume is not None and (self.guidance.find_lr or self.guidance.recommend):
-            raise UserError(f"{asked[0]} is for a run that has not begun, and --resume goes on with one")
+            raise UserError(f"{asked[0]} is for a new run, and --resume continues an old one: give one of them")
 
     @property
     def trains(self) -> bool:

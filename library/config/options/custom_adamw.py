@@ -1,4 +1,4 @@
-"""CustomAdamW's options: its own few, and those that its techniques declare."""
+"""CustomAdamW's options: a few of its own, and those that its techniques declare."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TECHNIQUES = "library.optimizers.custom_adamw.techniques.arguments"
 
 
 def _with_settings_of_techniques(group: type) -> type:
-    """Decorator: a field for each, but for those of the weight decay, which are options of all optimizers."""
+    """Decorator: adds a field for each setting, except the weight decay's: those are options of all optimizers."""
     elsewhere = declared(WeightDecayOptions)
     for name, item in registry.load_path(_TECHNIQUES, where="CustomAdamW")().items():
         if name in elsewhere:
@@ -21,7 +21,7 @@ def _with_settings_of_techniques(group: type) -> type:
         field = option(
             None,
             help=f"{item.help} (default: {item.shown})",
-            # an end that is excluded is refused by the technique's own check
+            # the technique's own check refuses a bound that is excluded
             minimum=item.above if item.minimum is None else item.minimum,
             maximum=item.below if item.maximum is None else item.maximum,
         )

@@ -1,4 +1,4 @@
-"""The options about a loss or a gradient that is no number."""
+"""The options about a loss or a gradient that is not finite."""
 
 from __future__ import annotations
 

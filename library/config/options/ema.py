@@ -17,11 +17,11 @@ class EmaOptions:
         None,
         minimum=0,
         maximum=1,
-        help="keep a running average of the LoRA: so much of it stays in each step, at the start (1+n)/(10+n) of it; "
+        help="keep a running average of the LoRA with this decay, at step n at most (1+n)/(10+n); "
         "0.99 to 0.9999 are usual (ours)",
     )
     ema_for: tuple[Literal["validate", "sample", "save"], ...] = option(
-        (), help="what the average is used for, in the place of the weights themselves (default: all three) (ours)"
+        (), help="the purposes for which the average replaces the weights (default: all three) (ours)"
     )
 
     def __post_init__(self) -> None:

@@ -15,19 +15,23 @@ class GuidanceOptions:
     """Presets and advice"""
 
     preset: tuple[str, ...] = option(
-        (), help="settings that ship with the program, by name, the later ones on top; all else wins over them (ours)"
+        (),
+        help="settings that ship with the program, by name; later ones win over earlier ones, your own over all (ours)",
     )
-    list_presets: bool = option(False, help="say which presets there are, instead of training (ours)")
+    list_presets: bool = option(False, help="list the presets instead of training (ours)")
     recommend: bool = option(
-        False, help="look at data and model and propose rank, rates, steps and so on, with reasons; do not train (ours)"
+        False, help="recommend rank, rates, steps and so on for this data and model, with reasons; do not train (ours)"
     )
     find_lr: bool = option(
-        False, help="look for the learning rate: train while it grows, plot the loss, suggest one, keep nothing (ours)"
+        False,
+        help="find a learning rate: train while it grows, plot the loss, suggest a rate, discard the weights (ours)",
     )
-    find_lr_start: float = option(_START, minimum=0, help="the rate that --find_lr begins with (ours)")
-    find_lr_end: float = option(_END, minimum=0, help="the rate at which --find_lr ends at the latest (ours)")
+    find_lr_start: float = option(_START, minimum=0, help="the first rate of --find_lr (ours)")
+    find_lr_end: float = option(
+        _END, minimum=0, help="the last rate of --find_lr, unless the loss breaks before (ours)"
+    )
     find_lr_steps: int = option(
-        _STEPS, minimum=20, maximum=10_000, help="the rates that --find_lr tries, one step each (ours)"
+        _STEPS, minimum=20, maximum=10_000, help="the number of rates that --find_lr tries, one step each (ours)"
     )
 
     def __post_init__(self) -> None:

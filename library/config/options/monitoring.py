@@ -1,4 +1,4 @@
-"""The options that say what is watched while training."""
+"""The options about measurements during training."""
 
 from __future__ import annotations
 
@@ -16,30 +16,34 @@ class MonitoringOptions:
 
     monitoring: bool = option(
         True,
-        help="write how the run stands to NAME-run.json and what each step did to NAME-metrics.jsonl, beside the LoRA, "
-        "and warn if training goes wrong",
+        help="write the status of the run to NAME-run.json and the numbers of each step to NAME-metrics.jsonl, beside "
+        "the LoRA, and warn if training goes wrong",
     )
     monitor_every_n_steps: int | None = option(
         None,
         minimum=1,
-        help="measure updates, adapters and the loss by timestep every n steps, for curves and file (default: "
-        f"{EVERY_N_STEPS}); loss, gradient, rates and weight decay are told at every step",
+        help="log updates, adapters and the loss by timestep every n steps (default: "
+        f"{EVERY_N_STEPS}); loss, gradient, rates and weight decay are logged at every step",
     )
     report: bool | None = option(
         None,
-        help="put the run into one HTML file at its end, NAME-report.html: settings, data, curves, samples, files "
+        help="write a report at the end, one HTML file NAME-report.html: settings, data, curves, samples, files "
         "(default: on with --monitoring)",
     )
 
     def __post_init__(self) -> None:
         if not self.monitoring and self.monitor_every_n_steps is not None:
-            raise UserError("--monitor_every_n_steps says how often to measure, and --no-monitoring never to: give one")
+            raise UserError(
+                "--monitor_every_n_steps has no effect with --no-monitoring, which measures nothing: give one of them"
+            )
         if not self.monitoring and self.report:
-            raise UserError("--report is made of what monitoring writes, which --no-monitoring switches off: give one")
+            raise UserError(
+                "--report needs the files of monitoring, which --no-monitoring switches off: give one of them"
+            )
 
     @property
     def writes_report(self) -> bool:
-        """Whether there is one at the end."""
+        """Whether the run writes a report at its end."""
         return self.monitoring if self.report is None else self.report
 
     @property

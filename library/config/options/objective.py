@@ -1,4 +1,4 @@
-"""The options of what is minimised: noise, timesteps, loss and the weights of timesteps.
+"""The options of the objective: noise, timesteps, loss and the weights of timesteps.
 
 Names, defaults and meanings are kohya's. The distributions of timesteps carry the names that kohya's scripts for SD3
 and FLUX have for them; here they serve every model.
@@ -21,10 +21,14 @@ class ObjectiveOptions:
 
     loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = option("l2", help="the loss")
     huber_schedule: Literal["constant", "exponential", "snr"] = option(
-        "snr", help="how the threshold of huber and smooth_l1 falls with the timestep"
+        "snr", help="how the threshold of huber and smooth_l1 decreases with the timestep"
     )
-    huber_c: float = option(0.1, minimum=0, help="that threshold where there is most noise; constant: everywhere")
-    huber_scale: float = option(1.0, minimum=0, help="factor of that threshold; constant and exponential only")
+    huber_c: float = option(
+        0.1, minimum=0, help="the threshold of huber and smooth_l1 where there is most noise; with constant: everywhere"
+    )
+    huber_scale: float = option(
+        1.0, minimum=0, help="factor of the threshold of huber and smooth_l1; constant and exponential only"
+    )
     min_snr_gamma: float | None = option(
         None, minimum=0, zero_is_unset=True, help="weight timesteps by min-SNR with this gamma; 5 is usual"
     )
@@ -33,32 +37,44 @@ class ObjectiveOptions:
         False, help="weight a v-prediction loss by timestep as if the same network predicted noise"
     )
     v_pred_like_loss: float | None = option(
-        None, minimum=0, zero_is_unset=True, help="add the loss on v, times this, to that of a model of noise"
+        None, minimum=0, zero_is_unset=True, help="for models that predict noise: add the loss on v, times this"
     )
     zero_terminal_snr: bool = option(
         False, help="rescale the noise schedule so that its last timestep is pure noise; for v-prediction models"
     )
     noise_offset: float | None = option(
-        None, minimum=0, zero_is_unset=True, help="move the noise of each channel as a whole, by this; 0.1 is usual"
+        None,
+        minimum=0,
+        zero_is_unset=True,
+        help="shift the noise of each channel as a whole by a random number times this; 0.1 is usual",
     )
-    noise_offset_random_strength: bool = option(False, help="for each image a random share of --noise_offset")
+    noise_offset_random_strength: bool = option(
+        False, help="scale --noise_offset by a random factor from 0 to 1 for each image"
+    )
     adaptive_noise_scale: float | None = option(
         None, zero_is_unset=True, help="add this times the latents' absolute mean, per channel, to --noise_offset"
     )
     multires_noise_iterations: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="add noise of so many coarser resolutions; 6 to 10 are usual"
+        None, minimum=1, zero_is_unset=True, help="add noise of this many coarser resolutions; 6 to 10 are usual"
     )
-    multires_noise_discount: float = option(0.3, minimum=0, help="factor of each coarser one to the one before")
+    multires_noise_discount: float = option(
+        0.3, minimum=0, help="factor from the noise of each resolution to the next coarser one"
+    )
     ip_noise_gamma: float | None = option(
-        None, minimum=0, zero_is_unset=True, help="perturb the network's input by so much more noise; 0.1 is usual"
+        None,
+        minimum=0,
+        zero_is_unset=True,
+        help="perturb the network's input with additional noise of this strength; 0.1 is usual",
     )
-    ip_noise_gamma_random_strength: bool = option(False, help="for each image a random share of --ip_noise_gamma")
+    ip_noise_gamma_random_strength: bool = option(
+        False, help="scale --ip_noise_gamma by a random factor from 0 to 1 for each image"
+    )
     min_timestep: int | None = option(None, minimum=0, help="the first timestep that is trained (default: 0)")
-    max_timestep: int | None = option(None, minimum=1, help="the timestep to end before (default: 1000, all)")
+    max_timestep: int | None = option(None, minimum=1, help="train timesteps below this one (default: 1000, all)")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid"] = option(
         "sigma",
         not_yet=("shift", "flux_shift"),
-        help="how timesteps are drawn; sigma: as --weighting_scheme says; sigmoid: more from the middle",
+        help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle",
     )
     sigmoid_scale: float = option(1.0, minimum=0, help="width of sigmoid; above 1 nearer to uniform")
     weighting_scheme: Literal["uniform", "none", "logit_normal", "mode"] = option(
@@ -97,7 +113,7 @@ class ObjectiveOptions:
         return "uniform" if self.weighting_scheme == "none" else self.weighting_scheme
 
     def idle(self) -> dict[str, str]:
-        """The options that do nothing beside the others, each with the words that follow "has no effect"."""
+        """The options without effect beside the others, each with the words that follow "has no effect"."""
         huber = self.loss_type in ("huber", "smooth_l1")
         scaled = huber and self.huber_schedule != "snr"
         matters = {

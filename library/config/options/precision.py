@@ -14,12 +14,12 @@ class PrecisionOptions:
     """Precision and memory"""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", help="the precision to compute in; no means fp32")
-    full_fp16: bool = option(False, help="keep all weights in fp16, the trained ones and their gradients, too")
-    full_bf16: bool = option(False, help="keep all weights in bf16, the trained ones and their gradients, too")
+    full_fp16: bool = option(False, help="keep all weights in fp16, including the trained ones and their gradients")
+    full_bf16: bool = option(False, help="keep all weights in bf16, including the trained ones and their gradients")
     fp8_base: bool = option(
         False, help="hold the frozen weights of the layers that can be adapted in 8 bits (float8_e4m3fn)"
     )
-    fp8_base_unet: bool = option(False, help="the same of the UNet only")
+    fp8_base_unet: bool = option(False, help="the same, for the UNet only")
     gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
     deterministic: bool = option(
         True, help="on an NVIDIA GPU, use only algorithms that give the same bits in every run (ours)"
@@ -37,12 +37,12 @@ class PrecisionOptions:
 
     @property
     def of_weights(self) -> str:
-        """The option that has the trained weights in 16 bits, "" for fp32."""
+        """The option that keeps the trained weights in 16 bits, "" for fp32."""
         return "full_fp16" if self.full_fp16 else "full_bf16" if self.full_bf16 else ""
 
     @property
     def float8_option(self) -> str:
-        """The option that asked for it, for messages."""
+        """The given option that holds weights in float8, for messages."""
         return "fp8_base" if self.fp8_base else "fp8_base_unet"
 
     @property

@@ -7,7 +7,7 @@ from typing import Literal
 
 from library.config.fields import option, read_schedule, read_steps
 
-# Which schedules read which of these options, as kohya's scripts hand them out.
+# Which schedules read which of these options, as in kohya's scripts.
 _READ_BY = {
     "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
     "lr_scheduler_power": ("polynomial",),

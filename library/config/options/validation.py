@@ -23,16 +23,22 @@ class ValidationOptions:
         0.0, minimum=0, maximum=1, help="hold back this share of the images and measure the loss on them"
     )
     validation_seed: int | None = option(
-        None, help="decides which, and about the noise they are measured with (default: as --seed)"
+        None, help="the seed that chooses these images and the noise they are measured with (default: as --seed)"
     )
     validate_every_n_steps: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="measure it every n steps (default: after every epoch)"
+        None,
+        minimum=1,
+        zero_is_unset=True,
+        help="measure the validation loss every n steps (default: after every epoch)",
     )
     validate_every_n_epochs: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="measure it every n epochs; can stand beside the steps"
+        None,
+        minimum=1,
+        zero_is_unset=True,
+        help="measure the validation loss every n epochs; may be combined with the steps",
     )
     max_validation_steps: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="so many batches of them at most, always the same ones"
+        None, minimum=1, zero_is_unset=True, help="validate on at most this many batches, always the same ones"
     )
     early_stopping_patience: int | None = option(
         None, minimum=1, zero_is_unset=True, help="end the run after n validations without improvement (ours)"
@@ -41,14 +47,14 @@ class ValidationOptions:
         0.0,
         minimum=0,
         maximum=1,
-        help="what counts as improvement: a loss lower than the best by this share of it; 0.01 is 1 percent (ours)",
+        help="the least improvement that counts: this share of the best loss; 0.01 is 1 percent (ours)",
     )
 
 
 def check_validation(options: ValidationOptions, *, validated: bool) -> None:
     """Raises UserError for early stopping without validation images; warns of options that have no effect.
 
-    `validated`: some images are held back, or stand apart, to validate on.
+    `validated`: some images are held out, or lie in a validation folder.
     """
     if not validated:
         if options.early_stopping_patience is not None:

@@ -103,8 +103,8 @@ class WeightDecayOptions:
     wd_max_progress: float | None = option(
         None,
         read=read_progress,
-        help="it stops falling after this many times the transition (default: 2, so exponential ends at factor squared "
-        "= 0.49 and never meets --wd_min_ratio; inf: exponential falls on, the others last to the end of the run)",
+        help="it stops falling after this many times the transition (default: 2: exponential ends at factor squared "
+        "= 0.49 and never reaches --wd_min_ratio; inf: exponential keeps falling, the others last to the run's end)",
     )
     wd_stages: tuple[str, ...] | None = option(
         None,
@@ -114,7 +114,7 @@ class WeightDecayOptions:
     )
     wd_interpolate: bool = option(False, help="multi_stage: go from ratio to ratio in straight lines, not in steps")
     wd_flat: tuple[str, ...] = option(
-        (), help="adaptive: what counts as flat: window=100 slope=0.001 earliest=500 variance=... gradient=..."
+        (), help="adaptive: when the loss counts as flat: window=100 slope=0.001 earliest=500 variance=... gradient=..."
     )
     task: (
         Literal[
@@ -135,7 +135,7 @@ class WeightDecayOptions:
             "text_to_image",
         ]
         | None
-    ) = option(None, help="the task, and with it the domain, whose usual numbers auto takes")
+    ) = option(None, help="the task, and with it the domain, that auto takes its numbers from")
 
     def idle(self) -> dict[str, str]:
         """The options that do nothing beside the others, as far as these tell, each with the words that follow "has no

@@ -1,4 +1,4 @@
-"""Encode once, keep on disk: what an earlier run or another process has encoded is read, the rest is encoded.
+"""Encode once, keep on disk: files of earlier runs or other processes are read, the rest is encoded.
 
 The files lie in a folder `.lora_cache` beside the images, or all in the folder of --cache_dir. It can be deleted at any
 time. Reading goes to the files each time and relies on the system's page cache, so memory holds none of it.
@@ -32,7 +32,7 @@ from library.progress import bar
 logger = logging.getLogger(__name__)
 
 FOLDER = ".lora_cache"
-_OLD = 3600.0  # seconds after which a file that was being written has been given up
+_OLD = 3600.0  # seconds after which a file half written counts as abandoned
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,10 +71,10 @@ class Team:
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """How one kind of results is kept.
+    """How one kind of results is stored on disk.
 
-    encoder: stands for all that they depend on beside the image or the caption. folder: one place for all; None is a
-    folder beside each image. trust: do not read what is there before it is needed.
+    encoder: identifies everything that the results depend on beside the image or the caption. folder: one place for
+    all; None is a folder beside each image. trust: do not check existing files before they are needed.
     """
 
     encoder: str
@@ -112,8 +112,8 @@ class _OnDisk(Generic[Item]):
                 entries.append(cache_files.read(path))
             except (BrokenEntry, OSError) as error:
                 raise UserError(
-                    f"the cache file {path} cannot be used: {error}. Start again, without --skip_cache_check: what is "
-                    "missing or broken is encoded anew"
+                    f"the cache file {path} cannot be used: {error}. Start again, without --skip_cache_check: "
+                    "missing and broken files are encoded anew"
                 ) from error
         return {name: stacked([entry[name] for entry in entries]) for name in entries[0]}
 
@@ -173,7 +173,7 @@ def look(files: Iterable[Path], disk: Disk) -> Found:
 
 
 def _state(path: Path, *, trust: bool) -> int | str | None:
-    """The size of a good file, None if there is none, else what is wrong with it."""
+    """The size of a good file, None for a missing one, else what is wrong with it."""
     try:
         size = path.stat().st_size
         if not trust:
@@ -194,7 +194,7 @@ def cache_images(
     disk: Disk,
     used_too: Iterable[View] = (),
 ) -> DiskLatents:
-    """As `cache.encode_images`, but only what is not on disk. `encode` is not called if all is there.
+    """As `cache.encode_images`, but only of images that are not on disk. `encode` is not called if all are.
 
     `used_too`: further views of this run, cached by another call.
     """
@@ -226,7 +226,7 @@ def cache_captions(
     disk: Disk,
     used_too: Mapping[str, Path] | None = None,
 ) -> DiskTexts:
-    """As `cache.encode_captions`, but only what is not on disk. `encode` is not called if all is there.
+    """As `cache.encode_captions`, but only of captions that are not on disk. `encode` is not called if all are.
 
     `used_too`: further captions of this run, cached by another call.
     """
@@ -252,12 +252,12 @@ def _complete(
     items: str,
     used_too: Collection[Path],
 ) -> None:
-    """Have every file there: each process of the team encodes its share of what is missing. Says what was done."""
+    """Complete the cache: each process of the team encodes its share of the missing files. Logs the result."""
     found = look(files.values(), disk)
     for path, reason in list(found.broken.items())[:5]:
-        logger.warning("the cache file %s is not used and made again: %s", path, reason)
+        logger.warning("the cache file %s is not used and will be replaced: %s", path, reason)
     if len(found.broken) > 5:
-        logger.warning("%d more cache files are broken and made again", len(found.broken) - 5)
+        logger.warning("%d more cache files are broken and will be replaced", len(found.broken) - 5)
     for folder in {path.parent for path in found.missing}:
         cache_files.make_folder(folder)
     wanted: dict[Path, Item] = {}  # copies of one image have one file
@@ -289,7 +289,7 @@ def _complete(
 
 
 def _tidy(folder: Path, used: Collection[Path]) -> None:
-    """Remove what killed runs left half written; say what is of no use to this run."""
+    """Remove files that killed runs left half written; log those that this run does not use."""
     others = [path for path in folder.glob(f"*{cache_files.ENDING}") if path not in used]
     for path in folder.glob(f".*{cache_files.PART}"):
         try:

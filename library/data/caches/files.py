@@ -1,7 +1,7 @@
-"""One cached result, one small file: named by what it was made from, whole or not there, checked when it is read.
+"""One small file for each cached result: named by a hash of its inputs, written atomically, checked when it is read.
 
 A file is safetensors with a checksum in its header over its own name and every other byte. So a file that is cut off,
-damaged, or renamed tells so itself. Nothing waits for the disk (fsync): after a power cut such a file is made again.
+damaged, or renamed is recognised. Nothing waits for the disk (fsync): after a power cut such a file is made again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CHECKSUM = re.compile(rb'"blake2b":"([0-9a-f]{32})"')
 
 
 class BrokenEntry(Exception):
-    """The file is there and does not hold what was written; the message says why."""
+    """The file exists and does not contain what was written; the message says why."""
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:
@@ -74,7 +74,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write an entry beside and rename it, so that no one ever sees half of it. Raises UserError."""
-    # a name of its own: another run may be writing the same entry
+    # a unique name: another run may be writing the same entry
     beside = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{PART}")
     try:
         with beside.open("xb") as file:
@@ -87,7 +87,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for entries. Raises UserError, which says what to do where the images' folder is read-only."""
+    """Make a folder for entries. Raises UserError with a remedy if the images' folder is read-only."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 VERSION = 1
-"""Raise it whenever the same file, view or caption gives other numbers than before: older entries are not used then."""
+"""Increase it whenever the same file, view or caption gives other numbers than before: older entries become unused."""
 
 _BLOCK = 1 << 20
 
 
 def file_digest(path: Path) -> str:
-    """The hash of a file's bytes, at over 1 GB/s; its time and size can be the same when they are not.
+    """The hash of a file's bytes, at over 1 GB/s. Time and size are not enough: they can be equal for other contents.
 
     Raises UserError.
     """
@@ -52,7 +52,7 @@ def view_key(view: View, *, digests: Mapping[Path, str], encoder: str) -> str:
     def plain(value: object) -> object:
         if isinstance(value, Path):
             return digests[value]
-        assert is_dataclass(value), "of what JSON has no word for, a view holds only paths and its own parts"
+        assert is_dataclass(value), "a view contains only JSON values, paths and its own parts"
         return {field.name: getattr(value, field.name) for field in fields(value)}
 
     return _key({"latents": plain(view), "encoder": encoder, "version": VERSION}, default=plain)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class LatentCache:
-    """(mean, std) of the latents of each view: the distribution and no draw from it, so that training on the cache
+    """(mean, std) of the latents of each view: the distribution, not a draw from it, so that training on the cache
     equals training without and no seed is baked in. One tensor [N, C, h, w] a bucket size, on the CPU."""
 
     def __init__(self, rows: dict[View, int], moments: dict[Size, tuple[Tensor, Tensor]]) -> None:
@@ -62,7 +62,7 @@ class TextCache:
 def encode_images(
     views: Iterable[View], encode: Callable[[Tensor], tuple[Tensor, Tensor]], *, batch_size: int
 ) -> LatentCache:
-    """Encode each distinct view once, in batches of one size. Kept in the dtype that `encode` returns.
+    """Encode each distinct view once, in batches of one size. The latents keep the dtype that `encode` returns.
 
     `encode` takes pixels float32 [B, 3, H, W] in [-1, 1] on the CPU and returns (mean, std), each [B, C, h, w].
     Threads decode the images of the next batches meanwhile. Raises UserError where a latent is not finite.
@@ -137,7 +137,7 @@ def _room(like: Tensor, count: int) -> Tensor:
 
 
 def _read_ahead(views: Sequence[View], load: Callable[[View], Tensor], *, ahead: int) -> Generator[Tensor, None, None]:
-    """The pixels of each view, in order. At most `ahead` images, and one for each thread, wait to be taken."""
+    """The pixels of each view, in order. At most `ahead` images, and one for each thread, are decoded in advance."""
     threads = thread_count()
     waiting: deque[Future[Tensor]] = deque()
     pool = ThreadPoolExecutor(threads)
@@ -153,8 +153,8 @@ def _read_ahead(views: Sequence[View], load: Callable[[View], Tensor], *, ahead:
 
 
 def refuse_non_finite(images: Sequence[str], mean: Tensor, std: Tensor) -> None:
-    """Raises UserError that names the images whose latents are no numbers."""
+    """Raises UserError that names the images whose latents are not finite."""
     finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
     bad = dict.fromkeys(image for image, good in zip(images, finite.tolist(), strict=True) if not good)
     if bad:
-        raise UserError(f"the VAE gives latents that are no numbers for {', '.join(bad)}: in fp16 try --no_half_vae")
+        raise UserError(f"the VAE returns latents that are not finite for {', '.join(bad)}: in fp16 try --no_half_vae")

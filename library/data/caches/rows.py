@@ -1,4 +1,4 @@
-"""Rows of a cache put one above the other, for what has a length of its own for each caption."""
+"""Stacks rows of a cache whose length differs from caption to caption."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """[B, …]. Rows whose first axis is shorter than the longest row's end in zeros.
 
-    So a family whose text encoders give as many states as a caption has tokens caches a mask beside them: there the
-    zeros mean that nothing is to be read.
+    A family whose text encoders return as many states as a caption has tokens therefore caches a mask beside them, in
+    which the zeros mark padding.
     """
     if len({row.shape for row in rows}) == 1:
         return torch.stack(list(rows))

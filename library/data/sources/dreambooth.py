@@ -103,7 +103,7 @@ def balance_regularisation(samples: Sequence[Sample]) -> list[Sample]:
 
 
 class _Folder:
-    """The names in a subset's folder, sorted. Hidden ones are none of ours: macOS keeps "._a.png" beside "a.png"."""
+    """The names in a subset's folder, sorted, without hidden ones: macOS keeps "._a.png" beside "a.png"."""
 
     def __init__(self, spec: SubsetSpec) -> None:
         self.path = spec.image_dir
@@ -116,7 +116,7 @@ class _Folder:
         if odd := [entry.name for entry in entries if not is_utf8(entry.name)]:
             raise UserError(f"{spec.origin}: {self.path}: the name {odd[0]!r} is not UTF-8: rename it")
         self.images = [entry.name for entry in entries if _is_image(entry)]
-        # one level only, so that links which form a loop do no harm
+        # one level only, because links may form a loop
         folders = [entry for entry in entries if os.path.isdir(entry) and os.access(entry, os.R_OK | os.X_OK)]
         self.subfolders = [entry.name for entry in folders if any(map(_is_image, _visible(entry)))]
         if not self.images:
@@ -139,8 +139,8 @@ class _Folder:
         return found
 
     def _find(self, name: str) -> str | None:
-        """The file of this name, or else of one that Windows or macOS see no difference to: in other letter case, or
-        with accents stored in another way."""
+        """The file of this name, or else of one that Windows or macOS take for the same: in other letter case, or with
+        accents stored in another way."""
         if name in self._files:
             return name
         near = self._by_key.get(_key(name), [])
@@ -159,7 +159,7 @@ def _visible(folder: os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By its name. A broken link counts, so that it is reported as unreadable and not passed over."""
+    """Whether the name is an image's. A broken link counts, so that it is reported as unreadable, not ignored."""
     return Path(entry.name).suffix.lower() in image_extensions() and not os.path.isdir(entry)
 
 
@@ -169,7 +169,7 @@ def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
     path = spec.image_dir / name
     try:
         refuse_long_caption(path.stat().st_size, str(path))
-        if not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        if not path.is_file() and not path.is_dir():  # reading a pipe would block
             raise UserError(f"{path}: it is neither a file nor a folder")
         with path.open(encoding="utf-8-sig") as file:  # Windows editors put a byte order mark in front
             text = file.read()
@@ -186,11 +186,11 @@ def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
 
 
 def _captions_not_read(spec: SubsetSpec, extension: str, folder: _Folder) -> str:
-    """What lies beside the images under another extension than the one asked for, to go on with; "" for nothing.
+    """A note on caption files beside the images that have another extension than the given one; "" for none.
 
-    Kohya's default is .caption while nearly all captions are .txt: months have been trained without captions. So an
-    extension that captions can have, or nearly so, is an error. One that none can have is meant: there is no other way
-    to have the folder's name as the caption of images that lie beside captions.
+    Kohya's default is .caption while nearly all captions are .txt, so runs are easily trained without captions by
+    mistake. Therefore an extension that captions can have, or nearly so, is an error. One that captions never have is
+    accepted: it is the only way to use the folder's name as the caption of images that have caption files.
     """
     for other in _USUAL_EXTENSIONS:
         beside = sum(folder.caption_file(image, other) is not None for image in folder.images)
@@ -206,7 +206,7 @@ def _captions_not_read(spec: SubsetSpec, extension: str, folder: _Folder) -> str
 
 
 def _like_a_captions(extension: str) -> bool:
-    """Whether caption files have this extension, or one that differs by a slip of the finger."""
+    """Whether caption files have this extension, or one that differs by a typing mistake."""
     word = extension.lower()[1:]
     return any(
         word[:1] == known[1] and abs(len(word) + 1 - len(known)) <= 1 and difflib.get_close_matches(word, [known[1:]])

@@ -37,7 +37,7 @@ Entries = dict[str, Entry]
 def scan(spec: SubsetSpec, index: int) -> Scan:
     """The samples of a subset, sorted by the image as the file names it and not yet measured.
 
-    Raises UserError where the file is missing or is no such file, or where an image is missing.
+    Raises UserError if the file is missing or of another form, or if an image is missing.
     """
     file = spec.metadata_file
     assert file is not None
@@ -129,19 +129,19 @@ def _image_paths(spec: SubsetSpec, file: Path, images: Sequence[str]) -> dict[st
         listed += f"\n{ControlCharacters.in_a_file}" if odd else ""
         raise UserError(
             f"{spec.origin}: {len(missing)} of the {len(images)} images that {file} lists are not in {spec.image_dir} "
-            f"(image_dir, or with --in_json --train_data_dir, says where they are):{listed}"
+            f"(their folder is image_dir, or with --in_json --train_data_dir):{listed}"
         )
     return paths
 
 
 def _name(spec: SubsetSpec, image: str) -> str:
-    """The image's part in keys: below `image_dir` the same on every machine, also if the file has absolute paths."""
+    """The image's name in keys, the same on every machine for a path below `image_dir`, even an absolute one."""
     path, folder = Path(image), spec.image_dir.absolute()
     return path.relative_to(folder).as_posix() if path.is_absolute() and path.is_relative_to(folder) else image
 
 
 def _with_extension(path: Path, folders: dict[Path, dict[str, list[Path]]]) -> Path:
-    """The image file that is called `path` without its extension; `path` itself if there is none."""
+    """The image file that `path` names without an extension; `path` itself if there is none."""
     if path.parent not in folders:
         stems = folders[path.parent] = {}
         folder = on_disk(path.parent)
@@ -157,7 +157,7 @@ def _with_extension(path: Path, folders: dict[Path, dict[str, list[Path]]]) -> P
 
 
 def _caption(spec: SubsetSpec, place: str, entry: Entry) -> str:
-    """Caption and tags in one, the separator between them. With `enable_wildcard` the tags follow each line.
+    """Caption and tags in one text, joined by the separator. With `enable_wildcard` the tags follow each line.
 
     Kohya loses the tags where there is no caption but `enable_wildcard`, or several lines and no `enable_wildcard`.
     """

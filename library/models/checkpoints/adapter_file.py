@@ -1,7 +1,7 @@
-"""What an adapter file holds, told from the names of its tensors: kinds of layers, whose names, and what lies beside.
+"""The contents of an adapter file, from the names of its tensors: the kinds of its layers, their naming, and extras.
 
-This is the one place that decides it; what reads base models, VAEs, LoRA files or converts them asks here. Neither
-torch nor a model is needed. The names of the kinds are those of LyCORIS (lycoris/modules/*.py), of kohya's networks.oft
+Every reader of base models, VAEs and LoRA files uses this module, as does their conversion. Neither torch nor a model
+is needed. The names of the kinds are those of LyCORIS (lycoris/modules/*.py), of kohya's networks.oft
 and of PEFT (peft/tuners/*/layer.py).
 """
 
@@ -32,7 +32,7 @@ class _Kind(NamedTuple):
     lycoris: str  # the arguments by which LyCORIS makes it; "" where it does not
 
 
-# Of the kinds whose tensors a layer has, the first counts: a DoRA is a LoRA with a dora_scale.
+# If a layer has the tensors of several kinds, it is of the first: a DoRA is a LoRA with a dora_scale.
 _KINDS = {
     "adalora": _Kind("an AdaLoRA", r"lora_E(?:\.\w+)?|lora_target", ""),
     "pissa": _Kind("a PiSSA", r"pissa_(?:down|up)\.weight", ""),
@@ -70,10 +70,10 @@ _DIFFUSERS_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """naming: whose names the layers have; None: nobody's that is known. layers: how many of each kind, by the keys of
-    `_KINDS`. embeddings: the words of textual inversion embeddings beside them. unknown: names of no known kind.
-    decomposed: whether LoHa or LoKr have DoRA's scales. made_by: the options by which LyCORIS made it, as its metadata
-    has them, or by which it makes such layers; "" where it does not.
+    """naming: the naming of the layers; None if it is unknown. layers: how many of each kind, by the keys of `_KINDS`.
+    embeddings: the words of textual inversion embeddings beside them. unknown: names of no known kind.
+    decomposed: whether LoHa or LoKr have DoRA's scales. made_by: the options by which LyCORIS made it, from its
+    metadata, or else options by which it makes such layers; "" if it makes none.
     """
 
     naming: Naming | None
@@ -85,16 +85,16 @@ class AdapterContents:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it holds low-rank pairs and nothing else but, at most, embeddings."""
+        """Whether it contains only low-rank pairs and, possibly, embeddings."""
         return self.holds_only(("lora",))
 
     def holds_only(self, kinds: Collection[str]) -> bool:
-        """Whether it holds layers of these kinds and nothing else but, at most, embeddings."""
+        """Whether it contains only layers of these kinds and, possibly, embeddings."""
         return bool(self.layers) and not self.unknown and set(kinds).issuperset(self.layers)
 
     @property
     def title(self) -> str:
-        """For messages: "a LoHa", or what is in it where that is several things."""
+        """For messages: "a LoHa", or a list of its kinds if there are several."""
         if len(self.layers) == 1 and not self.unknown:
             (kind,) = self.layers
             return (_KINDS[kind].title if kind in _KINDS else f"a {kind} adapter") + " with DoRA" * self.decomposed
@@ -186,7 +186,7 @@ def is_of_embedding(name: str) -> bool:
 
 
 def naming_of(names: Iterable[str]) -> Naming | None:
-    """Whose names these are; None if they are no adapter's that is known."""
+    """The naming of these tensors; None if they are of no known adapter."""
     names = [name for name in names if not is_of_embedding(name)]
     if any(name.startswith(KOHYA_PREFIXES) for name in names):
         return "kohya"
@@ -224,7 +224,7 @@ def _belongs(name: str, layers: Mapping[str, object]) -> bool:
 
 
 def _made_by(metadata: Mapping[str, str]) -> str:
-    """The options by which LyCORIS made the file, if it says so."""
+    """The options by which LyCORIS made the file, if its metadata has them."""
     module, text = metadata.get("ss_network_module", ""), metadata.get("ss_network_args", "{}")
     if not re.fullmatch(r"lycoris\.[\w.]+", module) or len(text) > _LONGEST_ARGUMENTS:
         return ""
@@ -242,7 +242,7 @@ def _made_by(metadata: Mapping[str, str]) -> str:
 
 
 def _lycoris(layers: Mapping[str, int], naming: Naming | None, *, decomposed: bool) -> str:
-    """The LyCORIS arguments that make such a network, where it can: its files have kohya's names."""
+    """The LyCORIS arguments that make such a network; "" if it cannot: its files have kohya's names."""
     arguments = [_KINDS[kind].lycoris if kind in _KINDS else "" for kind in layers] + ["dora_wd=True"] * decomposed
     algorithms = [words for words in arguments if words.startswith("algo=")]
     if naming != "kohya" or not all(arguments) or len(algorithms) > 1 or layers.keys() == {"lora"}:

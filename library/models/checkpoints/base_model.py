@@ -13,7 +13,7 @@ from library.files.json_text import Config, parse_json
 from library.files.tensors import TensorEntry
 
 ASSETS = Path(__file__).parents[1] / "assets"
-# A noise schedule that ends in pure noise. A drawing must begin at the last timestep then, or it begins where there is
+# A noise schedule that ends in pure noise. Sampling must then begin at the last timestep: at an earlier one there is
 # signal (arXiv 2305.08891, §3.3)
 ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -22,8 +22,8 @@ ZERO_TERMINAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 class Part:
     """One module of a base model.
 
-    config: what diffusers or transformers build it from. where: names it in errors. entries: reads the table of its
-    weights, under the module's own names.
+    config: the configuration that diffusers or transformers build it from. where: its name in errors. entries: reads
+    the table of its weights, under the module's own names.
     """
 
     config: Config
@@ -51,13 +51,13 @@ class Folder:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Everything that a family needs to know before it loads weights.
+    """The facts about a base model that a family needs before it loads weights.
 
     kind: the family's name. path: as the user gave it. location: where it lies. parts: by "denoiser", "vae",
     "text_encoder" and, where there are two, "text_encoder_2"; a folder or file without a VAE has none. scheduler: the
-    configuration of the noise schedule. tokenizer, tokenizer_options: the (first) text encoder's folder and what to
-    change in it. prediction: "epsilon" or "v_prediction" where the model says so itself, else None. prediction_from:
-    what says so.
+    configuration of the noise schedule. tokenizer, tokenizer_options: the (first) text encoder's folder and changes to
+    its options. prediction: "epsilon" or "v_prediction" if the model states it, else None. prediction_from: the place
+    that states it.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class BaseModel:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object. UserError where it is missing or is none."""
+    """A small JSON object. UserError if the file is missing or holds something else."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:

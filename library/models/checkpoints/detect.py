@@ -1,7 +1,7 @@
-"""What a weights file or a diffusers folder is, from names and shapes alone.
+"""Recognises a weights file or a diffusers folder from names and shapes alone.
 
-Every family of `library.models.FAMILIES` is asked whether it claims the file. What none claims explains itself: as an
-adapter, a part of a model, or a model of a kind that cannot be trained here.
+Every family of `library.models.FAMILIES` is asked whether it claims the file. A file that none claims is described: as
+an adapter, a part of a model, or a model of a kind that cannot be trained here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from library.models.checkpoints.checkpoint import UNET_PREFIX, VAE_PREFIX
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
 
-# What a file can be that is no model of a family. "{path} is …" is how messages begin.
+# Kinds of files that are no model of a family. Messages begin with "{path} is …".
 TITLES = {
     "embedding": "a textual inversion embedding",
     "hypernetwork": "a hypernetwork",
@@ -69,8 +69,8 @@ _SEVERAL = 3  # names shown of a file of no known kind
 
 @dataclass(frozen=True)
 class FileKind:
-    """kind: a key of TITLES, "adapter" or "" for none that is known. title: what messages call it, behind "is".
-    adapter: what it holds, if it is an adapter."""
+    """kind: a key of TITLES, "adapter" or "" if unknown. title: its name in messages, behind "is". adapter: its
+    contents, if it is an adapter."""
 
     kind: str
     title: str
@@ -108,7 +108,7 @@ def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
 
 
 def not_a_base(found: FileKind) -> str:
-    """Why a file or folder cannot be the base model, to be put behind its path and "is"."""
+    """The reason why a file or folder cannot be the base model, to follow its path and "is"."""
     if found.kind in _UNSUPPORTED:
         return f"{found.title}, which is not supported; this version trains Stable Diffusion 1.x, 2.x and XL"
     instead = _INSTEAD.get(found.kind, "")
@@ -118,7 +118,7 @@ def not_a_base(found: FileKind) -> str:
 
 
 def begins(index: WeightsIndex, *prefixes: str) -> bool:
-    """Whether the name of a tensor begins so."""
+    """Whether the name of any tensor begins with one of these prefixes."""
     return any(name.startswith(prefixes) for name in index.entries)
 
 
@@ -130,12 +130,12 @@ def is_of_xl(content: WeightsIndex | Folder) -> bool:
 
 
 def _label(index: WeightsIndex) -> TensorEntry | None:
-    """The layer that takes in what an SDXL UNet is conditioned on beside the text."""
+    """The layer for the condition of an SDXL UNet beside the text."""
     return next((entry for name, entry in index.entries.items() if name.endswith("label_emb.0.0.weight")), None)
 
 
 def other_family(content: WeightsIndex | Folder) -> str:
-    """The model of a family that is not supported which this is by its marks; "" for none."""
+    """The unsupported family that the model belongs to by its marks; "" for none."""
     if isinstance(content, Folder):
         if is_of_xl(content):
             pooled = (content.config("unet") or {}).get("projection_class_embeddings_input_dim")

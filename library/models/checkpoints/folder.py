@@ -23,7 +23,7 @@ _WEIGHTS = re.compile(
     r"(?:\.index(?:\.(?P<late_variant>\w+))?\.json)?"
 )
 _PREDICTIONS = ("epsilon", "v_prediction")
-_OTHER_SCHEDULES = ("EDM", "FlowMatch")  # how the classes begin that know nothing of betas and timesteps 0 … 999
+_OTHER_SCHEDULES = ("EDM", "FlowMatch")  # beginnings of classes without betas and timesteps 0 … 999
 
 
 def open_folder(path: str, folder: Path, *, kind: str) -> BaseModel:
@@ -45,7 +45,7 @@ def open_folder(path: str, folder: Path, *, kind: str) -> BaseModel:
 
 
 def not_a_model(path: str, folder: Folder) -> UserError:
-    """Why no family claims a folder."""
+    """The error for a folder that no family claims."""
     if kind := other_family(folder):
         return UserError(f"{path} is {not_a_base(FileKind(kind, TITLES[kind]))}")
     return UserError(

@@ -33,12 +33,12 @@ def fetch(name: str) -> Path:
     except UserError:
         raise
     except GatedRepoError:
-        raise UserError(f"{name}: the hub wants you to accept its terms and to log in (`hf auth login`)") from None
+        raise UserError(f"{name}: the hub requires you to accept its terms and to log in (`hf auth login`)") from None
     except RepositoryNotFoundError:
         raise UserError(f"{not_here}; nor does the hub have a public model of that name") from None
     except HfHubHTTPError as error:
         raise UserError(f"{not_here}; the hub answered: {error}") from None
-    except Exception as error:  # no network shows itself as one of several libraries' errors
+    except Exception as error:  # without a network, any of several libraries' errors is raised
         reason = f"{type(error).__name__}"
     try:
         folder = Path(snapshot_download(name, local_files_only=True))

@@ -1,4 +1,4 @@
-"""Base models as one file in the original layout. What such a file lacks, configurations and tokenizer, ships here."""
+"""Base models as one file in the original layout. Such a file has no configurations and tokenizer: these ship here."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def open_file(path: str, location: Path, *, kind: str, config: Config | None = N
     prediction, stated_by = _stated_prediction(index)
     scheduler = config["scheduler"]
     if _ZERO_TERMINAL_MARK in index.entries:
-        logger.info("%s has a noise schedule that ends in pure noise, says its tensor '%s'", path, _ZERO_TERMINAL_MARK)
+        logger.info(
+            "%s has a noise schedule that ends in pure noise, according to its tensor '%s'", path, _ZERO_TERMINAL_MARK
+        )
         scheduler = scheduler | ZERO_TERMINAL
     tokenizer = ASSETS / "clip_tokenizer", config["tokenizer"]
     return BaseModel(kind, path, location, parts, scheduler, *tokenizer, prediction, stated_by)
@@ -100,7 +102,7 @@ def _asset(index: WeightsIndex, kind: str) -> str:
 
 
 def _stated_prediction(index: WeightsIndex) -> tuple[str | None, str]:
-    """The prediction type that the file names, and where; the weights themselves do not show it."""
+    """The prediction type that the file names, and the place; it cannot be seen in the weights."""
     if _V_PREDICTION_MARK in index.entries:
         return "v_prediction", f"its tensor '{_V_PREDICTION_MARK}'"
     stated = index.metadata.get("modelspec.prediction_type", "").lower()
@@ -112,7 +114,7 @@ def _stated_prediction(index: WeightsIndex) -> tuple[str | None, str]:
 
 
 def _mention_leftovers(index: WeightsIndex, kind: str) -> None:
-    """Say what in the file is not used, apart from the noise schedule's own tables, which have no prefix."""
+    """Log the tensors of the file that are not used, except the noise schedule's tables, which have no prefix."""
     known = (UNET_PREFIX, VAE_PREFIX, *(prefix for prefixes in TEXT_PREFIXES[kind].values() for prefix in prefixes))
     if any(name.startswith(EMA_PREFIX) for name in index.entries):
         logger.info("%s also holds averaged (EMA) weights; they are not used", index.path)

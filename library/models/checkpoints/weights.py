@@ -35,7 +35,7 @@ def fill(
     device: torch.device | str,
     where: str,
 ) -> None:
-    """Give every parameter of `module` (on the meta device) its weights from `entries`, frozen, as `dtype` on `device`.
+    """Fill every parameter of `module` (on the meta device) from `entries`: frozen, as `dtype` on `device`.
 
     `where` names module and file in errors. Raises UserError unless names and shapes match exactly; a 1 × 1 convolution
     and a Linear of the same weights count as the same shape, because files differ in which they hold.
@@ -83,8 +83,8 @@ def _core(shape: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Changing an element type is bound by memory: more threads gain little, and where the machine's cores are busy
-    with something else, a thousand small parallel regions that wait for each other take ten times as long."""
+    """A context with one thread. Changing an element type is bound by memory: more threads gain little, and if other
+    programs use the cores, a thousand small parallel regions that wait for each other take ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,7 +98,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
-        self._maps: dict[Path, mmap.mmap] = {}  # a map lives on, without its file, as long as a tensor shows it
+        self._maps: dict[Path, mmap.mmap] = {}  # a map stays valid, without its file, as long as a tensor uses it
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> _Reader:

@@ -1,4 +1,4 @@
-"""Weights that a caption gives to its words in A1111's syntax."""
+"""The weights of words in captions, in A1111's syntax."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ CLEANING = f"ftfy {ftfy.__version__}, lower case"
 
 
 def cleaned(text: str) -> str:
-    """The text as CLIP knows texts: “a” is "a", a full-width comma a comma, &amp; an &, and mojibake is repaired.
+    """The text as CLIP was trained on texts: “a” is "a", a full-width comma a comma, &amp; an &, mojibake is repaired.
 
     It is put into lower case here, since the tokenizer's own lower case is letter by letter: a Σ that ends a word is ς.
     """
@@ -40,14 +40,14 @@ def cleaned(text: str) -> str:
 def content_tokens(tokenizer: CLIPTokenizer, caption: str) -> list[int]:
     """The caption's tokens without BOS and EOS, however many there are: those of transformers 4's CLIPTokenizer with
     ftfy, which kohya's scripts use."""
-    # verbose=False: a caption longer than the model reads is expected here, and reported by whoever counts
+    # verbose=False: a caption longer than the model reads is expected here; the caller that counts tokens reports it
     return tokenizer(cleaned(caption), truncation=False, padding=False, verbose=False).input_ids[1:-1]
 
 
 def chunked_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int, pad: int | None = None) -> Tensor:
-    """Token ids [B, limit / 75, 77]; `limit`: 75, 150 or 225. What is beyond it is cut off.
+    """Token ids [B, limit / 75, 77]; `limit`: 75, 150 or 225. Tokens beyond it are cut off.
 
-    `pad`: the token to fill up with; None is the tokenizer's own.
+    `pad`: the padding token; None is the tokenizer's own.
     """
     rows = [_chunks(tokenizer, content_tokens(tokenizer, caption)[:limit], limit, pad) for caption in captions]
     return torch.tensor(rows, dtype=torch.long)
@@ -94,7 +94,7 @@ def weigh(states_BLD: Tensor, weights_BL: Tensor | None) -> Tensor:
 
 
 def count_tokens(tokenizer: CLIPTokenizer, caption: str, *, weighted: bool) -> int:
-    """How many tokens the caption has, without BOS and EOS; `weighted`: brackets weigh words and do not count."""
+    """The number of the caption's tokens, without BOS and EOS; `weighted`: brackets weight words and do not count."""
     return len(weighted_tokens(tokenizer, caption)[0] if weighted else content_tokens(tokenizer, caption))
 
 
@@ -125,7 +125,7 @@ def encode(text_encoder: nn.Module, ids_BN77: Tensor, *, clip_skip: int | None, 
         states = text_encoder(flat).last_hidden_state
     else:
         hidden = text_encoder(flat, output_hidden_states=True).hidden_states
-        # hidden[0] are the embeddings, hidden[i] is what layer i gives. Counted from the front, because versions of
+        # hidden[0] are the embeddings, hidden[i] the output of layer i. Counted from the front, because versions of
         # transformers differ in whether the last entry has gone through the final norm
         states = text_encoder.get_submodule("final_layer_norm")(hidden[layers + 1 - clip_skip])
     return _joined(states.view(batch, chunks, width, -1))

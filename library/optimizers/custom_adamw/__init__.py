@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Load torch only when the optimizer is asked for."""
+    """Load torch only when the optimizer is imported."""
     if name == "CustomAdamW":
         from .optimizer import CustomAdamW
 

@@ -1,4 +1,4 @@
-"""The tier for every device: gather the parameters of a stack into a matrix, update all rows at once, scatter them.
+"""The tier for every device: gathers the parameters of a stack into a matrix, updates all rows at once, scatters them.
 
 Nothing is read back to the host. With a compiler the update, the 8-bit codec included, becomes a few kernels a stack.
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CACHED = 2**15  # numbers: on a CPU, rows are taken few at a time, so that intermediate results stay in its cache
-VARIANTS = 64  # compiled forms of the step: recipes, dtypes, 8 or 32 bits, and sizes of 1, which torch treats apart
+CACHED = 2**15  # numbers: on a CPU, few rows are updated at a time, so that intermediate results stay in its cache
+VARIANTS = 64  # compiled forms of the step: recipes, dtypes, 8 or 32 bits, and sizes of 1, which torch specialises
 Maps = tuple[codec.Map, codec.Map]
 
 
@@ -51,7 +51,7 @@ def advance(
     maps: Maps | None,
     ordinals: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """New weights [k, n] in their own type, and the new rows of the buffers that change."""
+    """New weights [k, n] in their own dtype, and the new rows of the buffers that change."""
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
     state = dict(stored)
     if maps is not None:
@@ -73,7 +73,7 @@ class Batched:
         self._advance: Callable[..., tuple[Tensor, dict[str, Tensor]]] = advance
         self.compiled = compiled
         if compiled:
-            # dynamic: one form serves all shapes, where one for each would exceed torch's limit and then run uncompiled
+            # dynamic: one form serves all shapes; one for each shape would exceed torch's limit and then run uncompiled
             self._advance = torch.compile(advance, dynamic=True, fullgraph=True)
 
     def step(self, stack: Stack, rows: Sequence[int], grads: Sequence[Tensor], rates: Rates) -> None:
@@ -106,7 +106,7 @@ class Batched:
             try:
                 with torch._dynamo.config.patch(recompile_limit=VARIANTS):
                     return self._advance(w, g, stored, **fixed)
-            except Exception as error:  # what a missing or broken compiler raises is not one class of errors
+            except Exception as error:  # a missing or broken compiler raises errors of many classes
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 logger.warning(
                     "CustomAdamW: the step cannot be compiled (%s); it runs uncompiled, which is slower", reason
@@ -115,7 +115,7 @@ class Batched:
         return self._advance(w, g, stored, **fixed)
 
     def _arguments(self, rates: Rates, stack: Stack) -> Rates:
-        """For a compiled step, tensors on the host: a float would be compiled in and change with every step."""
+        """For a compiled step the rates as tensors on the host: a float would be compiled in, anew at every step."""
         if not self.compiled:
             return rates
         return Rates(*(torch.tensor(value, dtype=stack.layout.moment_dtype) for value in rates))
@@ -123,12 +123,12 @@ class Batched:
 
 @lru_cache
 def tier(*, compiled: bool) -> Batched:
-    """One for the process: what is compiled once serves every optimizer, and a failure is said once."""
+    """The tier, one per process: it is compiled once for all optimizers, and a failure is logged once."""
     return Batched(compiled=compiled)
 
 
 def _downs(stack: Stack, rows: Sequence[int]) -> Tensor:
-    """The partners [k, r, in] of a stack of lora_up weights, as they are before this step."""
+    """The partners [k, r, in] of a stack of lora_up weights, before this step."""
     downs = (stack.members[row].down for row in rows)
     return torch.stack([down.detach().flatten(1) for down in downs if down is not None]).to(stack.layout.moment_dtype)
 
@@ -142,7 +142,7 @@ def _contiguous_range(rows: Sequence[int]) -> slice | None:
 
 
 def _select(stored: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
-    """The given rows: views of the buffers where they lie side by side (as a rule all), else copies."""
+    """The given rows: views of the buffers if the rows are adjacent (usually all are), else copies."""
     return {key: _rows(buffer, rows) for key, buffer in stored.items()}
 
 

@@ -1,4 +1,4 @@
-"""Compiling a C++ file with the machine's own compiler, once, into the user's cache."""
+"""Compiles a C++ file with the machine's own compiler, once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ FLOATS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")  # may b
 
 
 class Unavailable(Exception):
-    """Why there is no compiled library here, in one line."""
+    """There is no compiled library; the message is the reason, in one line."""
 
 
 def shared_library(source: Path, headers: Mapping[str, str] | None = None) -> ctypes.CDLL:
-    """The loaded library, compiled first if this machine has not done so yet; `source` includes only what lies beside
-    it, and `headers`, names to texts. Raises `Unavailable`."""
+    """The loaded library, compiled first if the cache does not have it. `source` includes only files beside it and
+    `headers`, names to texts. Raises `Unavailable`."""
     headers = headers or {}
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if sys.platform == "win32" or compiler is None:
         raise Unavailable("no C++ compiler (c++, g++, clang++) found")
-    # what the compiler knows about itself and this CPU is part of the key: unlike machines may share a home directory
+    # the compiler's version and this CPU are part of the key: different machines may share a home directory
     macros = run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     if "__FMA__" not in macros and "__ARM_FEATURE_FMA" not in macros:
         raise Unavailable("this CPU has no fused multiply-add")
@@ -46,18 +46,18 @@ def shared_library(source: Path, headers: Mapping[str, str] | None = None) -> ct
             return ctypes.CDLL(str(folder / name))
         except OSError as error:
             trouble = error
-    raise Unavailable(f"the compiled kernel cannot be kept or loaded: {trouble}")
+    raise Unavailable(f"the compiled kernel cannot be stored or loaded: {trouble}")
 
 
 def folders() -> Iterator[Path]:
-    """Where the library may live: the user's cache, or for a read-only home a folder for this process."""
+    """The possible folders of the library: the user's cache, or for a read-only home a folder for this process."""
     base = os.environ.get("XDG_CACHE_HOME")
     yield (Path(base) if base else Path.home() / ".cache") / "custom-adamw"
     yield Path(tempfile.mkdtemp(prefix="custom-adamw-"))
 
 
 def compile_into(file: Path, source: Path, compiler: str, headers: Mapping[str, str]) -> None:
-    """Built beside its place and renamed: other processes see a whole file or none."""
+    """Compile beside `file` and rename: other processes see a whole file or none."""
     began = time.monotonic()
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
@@ -70,7 +70,7 @@ def compile_into(file: Path, source: Path, compiler: str, headers: Mapping[str, 
 
 
 def run(command: list[str]) -> str:
-    """The output of a command. Raises `Unavailable` with its first complaint."""
+    """The output of a command. Raises `Unavailable` with its first error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:

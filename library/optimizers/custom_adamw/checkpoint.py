@@ -1,4 +1,4 @@
-"""Loading state dicts: what torch would cast, what comes from another optimizer or another number of bits."""
+"""Loads state dicts, without torch's casts, also those of other optimizers or of another number of bits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def wrap(_: Optimizer, state_dict: StateDict) -> StateDict:
 
 
 def unwrap(state: Mapping[Tensor, State]) -> None:
-    """Copies of the wrapped tensors, on their parameter's device; counts of steps become plain numbers."""
+    """Replace wrapped tensors by copies on their parameter's device, and counts of steps by plain numbers."""
     for parameter, entry in state.items():
         for name, value in entry.items():
             if isinstance(value, _Wrapped):
@@ -42,7 +42,7 @@ def unwrap(state: Mapping[Tensor, State]) -> None:
 
 
 def complete(groups: list[Group], state: Mapping[Tensor, State], defaults: Options) -> None:
-    """Options that a state dict of AdamW or of an earlier version lacks."""
+    """Add the options that a state dict of AdamW or of an earlier version lacks."""
     for group in groups:
         if "step" not in group:
             group["step"] = max((state[p]["step"] for p in group["params"] if "step" in state.get(p, {})), default=0)
@@ -51,7 +51,7 @@ def complete(groups: list[Group], state: Mapping[Tensor, State], defaults: Optio
 
 
 def tell(before: list[Group], groups: list[Group], state: Mapping[Tensor, State], settings: Settings) -> None:
-    """Say once what loading has changed: options that the state dict replaced, moments that will be converted."""
+    """Log the changes by loading once: options that the state dict replaced, moments that will be converted."""
     ignored = {"params", "param_names", "lr", "initial_lr", "step", "wd_flat_since", "wd_seen"}
     changed = {
         f"{name} = {new[name]!r} (was {old[name]!r})"

@@ -6,8 +6,8 @@ decade d = 0 ... 6, (10^(d-7), 10^(d-6)], holds P = 2^d (signed) or 2^(d+1) (uns
     10^(d-6) (0.1 + 0.9 (i + 0.5) / P),   i = 0 ... P-1;    then come 0, and 1 on the positive side.
 
 So the nearest entry needs no search: the decade is found among eight thresholds, and the place in it is a division.
-bitsandbytes' own CPU routine rounds through a 65,536-bin table and misses the nearest entry for 6 (signed) to 20 %
-(unsigned) of the values. kernel/storage.h does the same arithmetic and arrives at the same codes.
+bitsandbytes' own CPU routine rounds through a 65,536-bin table and misses the nearest entry for 6 % (signed) to 20 %
+(unsigned) of the values. kernel/storage.h does the same arithmetic and computes the same codes.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def dynamic_map(*, signed: bool, device: torch.device | None = None) -> Map:
 
 
 def places(decade: int, *, signed: bool) -> int:
-    """P: how many values a decade has."""
+    """P, the number of values of a decade."""
     return 2**decade if signed else 2 ** (decade + 1)
 
 
 def blocks(n: int) -> int:
-    """How many blocks hold n values; the last one may be shorter."""
+    """The number of blocks of n values; the last one may be shorter."""
     return -(-n // BLOCK)
 
 
@@ -81,7 +81,7 @@ def nearest(y: Tensor, table: Map) -> Tensor:
 def encode(x: Tensor, table: Map, *, floor: bool = False) -> tuple[Tensor, Tensor]:
     """Codes uint8 [k, n] of the nearest entries, and each block's largest magnitude float32 [k, blocks(n)].
 
-    `floor` keeps what is positive positive: a second moment that is small beside its neighbours must not become 0,
+    `floor` keeps positive values positive: a second moment that is small beside its neighbours must not become 0,
     because with ADOPT it is the whole denominator.
     """
     k, n = x.shape

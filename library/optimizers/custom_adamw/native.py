@@ -1,6 +1,6 @@
 """The tier for the CPU: the kernel in kernel/, called with addresses.
 
-No compiler, or one that fails, is no error: the caller falls back. The kernel is plain C++17 behind a C interface, so
+Without a compiler, or if it fails, the caller uses another tier. The kernel is plain C++17 behind a C interface, so
 that it depends on no version of torch and compiles in two seconds.
 """
 
@@ -26,7 +26,7 @@ from .technique import Technique
 from .techniques import techniques
 
 SOURCES = Path(__file__).with_name("kernel")
-LARGEST = 2**22  # numbers in a tensor: one thread does all of it, with scratch arrays of its size
+LARGEST = 2**22  # numbers in a tensor: one thread updates all of it, with scratch arrays of its size
 SMALLEST_SHARE = 2**15  # numbers that are worth starting a thread for
 SCRATCH_ARRAYS, LANES = 6, 16  # as in kernel/
 _KNOWN = [kind for kind in techniques() if kind.has_kernel()]
@@ -34,7 +34,7 @@ _SETTINGS = [item for kind in _KNOWN for item in kind.settings()]
 
 
 def _is_whole(item: Setting) -> bool:
-    """A switch, or the place of a choice; all other settings are doubles."""
+    """Whether the kernel has the setting as an integer: a switch, or the index of a choice. All others are doubles."""
     return item.hint is bool or bool(item.choices)
 
 
@@ -42,7 +42,7 @@ def _is_whole(item: Setting) -> bool:
 
 
 class _Recipe(ctypes.Structure):
-    """Settings of techniques that are off are 0. By type, so that there is no padding."""
+    """Settings of techniques that are off are 0. Ordered by type, so that there is no padding."""
 
     _fields_ = [
         ("stochastic_rounding", ctypes.c_int32),
@@ -53,7 +53,7 @@ class _Recipe(ctypes.Structure):
 
 
 class _State(ctypes.Structure):
-    """Addresses of the buffers that techniques have with their usual settings; null where one is off."""
+    """Addresses of the buffers that techniques have with their usual settings; null for a technique that is off."""
 
     _fields_ = [(buffer.name, ctypes.c_void_p) for kind in _KNOWN for buffer in kind().buffers()]
 
@@ -125,7 +125,7 @@ def _load() -> ctypes.CDLL | Unavailable:
 
 
 def suits(parameter: Tensor, recipe: Recipe) -> bool:
-    """Whether the kernel can do a step of this parameter; it knows what LoRA on a CPU needs."""
+    """Whether the kernel supports a step of this parameter; it supports what LoRA on a CPU needs."""
     return (
         parameter.device.type == "cpu"
         and parameter.dtype in (torch.float32, torch.bfloat16)
@@ -136,7 +136,7 @@ def suits(parameter: Tensor, recipe: Recipe) -> bool:
 
 
 def knows(technique: Technique) -> bool:
-    """Whether the kernel can do this technique, with its settings."""
+    """Whether the kernel supports this technique, with its settings."""
     return technique.has_kernel() and technique.known_to_kernel()
 
 
@@ -176,8 +176,8 @@ class Native:
         )
 
     def _pair_up(self) -> list[tuple[int, int]]:
-        """lora_up first, since its row factors need lora_down as it was; largest tasks first, so that none is left
-        to a single thread at the end."""
+        """lora_up first, since its row factors need lora_down before its step; largest tasks first, so that none is
+        left to a single thread at the end."""
         index_of = {id(member.parameter): index for index, (_, _, member) in enumerate(self._members)}
         partners = {
             index: index_of[id(member.down)]
@@ -209,7 +209,7 @@ class Native:
         )
         self._call.rates, self._call.grads, self._call.rates_of = (ctypes.addressof(array) for array in arrays)
         self._library.custom_adamw_step(ctypes.byref(self._call))
-        # autograd did not see the weights change, and must: a graph that still needs the old ones is stale
+        # tell autograd that the weights have changed: a graph that still needs the old ones is stale
         increment_version(changed)
 
 
@@ -241,7 +241,7 @@ def _flatten(recipe: Recipe) -> _Recipe:
 
 
 def _number(item: Setting, value: float | str | None) -> float:
-    """A setting for the kernel: of a `Literal` the place, NaN for None."""
+    """A setting for the kernel: of a `Literal` the index, NaN for None."""
     if isinstance(value, str):
         return item.choices.index(value)
     return math.nan if value is None else value

@@ -43,9 +43,9 @@ class CustomAdamW(Optimizer):
     min_8bit_size (all): parameters with fewer elements keep 32 bits.
     is_paged (all): moments in CUDA's unified memory.
     stochastic_rounding: for bfloat16 parameters, keyed by parameter and step.
-    wd_flat (all): for wd_schedule "adaptive", which must be told the losses: what counts as flat
+    wd_flat (all): for wd_schedule "adaptive", which needs `observe`: the criterion of a flat loss
         (library/optimizers/plateau.py).
-    implementation (all): "auto" takes the CPU kernel, the compiled or the plain step, whichever is there.
+    implementation (all): "auto" uses the CPU kernel, the compiled or the plain step, whichever is available.
     percentile_clipping, block_wise, amsgrad: for old command lines only.
 
     The techniques' options: see `__init__`, docs/optimizer.md, and the file of each technique.
@@ -112,7 +112,7 @@ class CustomAdamW(Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        """Have the next step look at everything anew."""
+        """Drop the plan, so that the next step makes a new one."""
         self._plan: plan.Plan | None = None
         self._planned: list[tuple[object, ...]] = []
 
@@ -128,7 +128,7 @@ class CustomAdamW(Optimizer):
         self._forget()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """As torch's, but moments keep their type, and 32- and 8-bit states load into each other."""
+        """As torch's, but moments keep their dtype, and 32- and 8-bit states load into each other."""
         before = [dict(group) for group in self.param_groups]
         wrapping = self.register_load_state_dict_pre_hook(checkpoint.wrap)  # the last: other hooks see tensors
         try:
@@ -145,7 +145,7 @@ class CustomAdamW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One optimizer step. `closure` computes the loss anew, with gradients enabled; its value is returned."""
+        """One optimizer step. `closure` recomputes the loss, with gradients enabled; its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -163,7 +163,7 @@ class CustomAdamW(Optimizer):
         return loss
 
     def observe(self, loss: float, gradient_norm: float | None = None, validation_loss: float | None = None) -> None:
-        """Tell an "adaptive" weight decay how training goes, before each step; a step with a closure does it itself."""
+        """Pass the loss to an "adaptive" weight decay, before each step; a step with a closure does it itself."""
         if adaptive := waiting(self.param_groups):
             self._plateau.tell(
                 adaptive, counter="step", loss=loss, gradient_norm=gradient_norm, validation_loss=validation_loss
@@ -200,7 +200,7 @@ class CustomAdamW(Optimizer):
         return items
 
     def _warn_of_decay(self, decays: list[float]) -> None:
-        """Once: a weight decay that has vanished, or one that waits for losses nobody tells."""
+        """Warn once of a weight decay that has vanished, or of one that waits for losses without calls of `observe`."""
         if self._warned_decay:
             return
         if any(
@@ -212,12 +212,12 @@ class CustomAdamW(Optimizer):
             return
         adaptive = waiting(self.param_groups)
         if adaptive and adaptive[0]["step"] == self._plateau.earliest and "wd_seen" not in adaptive[0]:
-            logger.warning("CustomAdamW: wd_schedule='adaptive' waits for losses: call optimizer.observe(loss)")
+            logger.warning("CustomAdamW: wd_schedule='adaptive' needs the losses: call optimizer.observe(loss)")
 
     # Information
 
     def get_optimization_info(self) -> report.Information:
-        """What is on, the LoRA pairs found, bytes of state, the current weight decay, and what runs the step."""
+        """The techniques that are on, the LoRA pairs, bytes of state, the current weight decay, the step's tier."""
         return report.describe(self.param_groups, self._plan, self._settings, self._halves)
 
     def __repr__(self) -> str:

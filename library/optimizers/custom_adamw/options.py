@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a step does with one tensor: the techniques that act on it, with their settings.
+    """The form of a step of one tensor: the techniques that act on it, with their settings.
 
     It never changes from step to step, so that a compiled step is compiled once for each recipe.
     """
@@ -31,12 +31,12 @@ class Recipe:
 
     @property
     def normalized(self) -> bool:
-        """Whether what enters the momentum is divided by the second moment already."""
+        """Whether the input of the momentum is already divided by the second moment."""
         return any(technique.normalizes for technique in self.techniques)
 
     @property
     def reads_down(self) -> bool:
-        """Whether a step of a lora_up needs its lora_down as it was before."""
+        """Whether a step of a lora_up needs its lora_down from before the step."""
         return any(technique.reads_down for technique in self.techniques)
 
 
@@ -49,7 +49,7 @@ class Rates(NamedTuple):
     step: Number  # of this tensor, from 1
     lr: Number
     decay: Number  # 1 - lr * weight decay
-    step_size: Number  # lr / (1 - beta1 ** step), where Adam's update is not normalised already
+    step_size: Number  # lr / (1 - beta1 ** step), if the update is not already normalised
     root_correction: Number  # sqrt(1 - beta2 ** step), likewise
 
 
@@ -62,7 +62,7 @@ class Recipes:
         self._known: dict[tuple[Technique, ...], Recipe] = {}
 
     def of(self, about: About) -> Recipe:
-        """For a tensor of this kind."""
+        """The recipe of a tensor of this kind."""
         applied = tuple(technique for technique in self._acting if technique.applies(about))
         if applied not in self._known:
             beta1, beta2 = self._group["betas"]
@@ -72,7 +72,7 @@ class Recipes:
 
 
 def options_key(group: Options) -> tuple[object, ...]:
-    """Everything in a group that `Recipes` looks at."""
+    """Everything in a group that `Recipes` depends on."""
     return (
         group["betas"],
         group["eps"],

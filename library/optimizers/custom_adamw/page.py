@@ -1,4 +1,4 @@
-"""Writes what follows from the techniques' declarations into files: the table in docs/optimizer.md, and keywords.pyi.
+"""Writes the files that are generated from the techniques' declarations: the table in docs/optimizer.md, keywords.pyi.
 
 python -m library.optimizers.custom_adamw.page
 """

@@ -1,4 +1,4 @@
-"""State in CUDA's unified memory: it moves to the host when the GPU's own memory runs short, and back when used."""
+"""State in CUDA's unified memory: it moves to the host when the GPU's memory runs short, and back when it is used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def runtime() -> ctypes.CDLL | None:
 
 
 def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, paged: bool) -> Tensor:
-    """Zeros, in unified memory where asked for and the device is CUDA."""
+    """Zeros, in unified memory if that is wanted and the device is CUDA."""
     library = runtime() if paged and device.type == "cuda" else None
     size = math.prod(shape) * dtype.itemsize
     if library is None or size == 0:
@@ -37,7 +37,7 @@ def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, p
 
 
 class _Managed:
-    """Unified memory that is freed with the last tensor that looks at it (torch holds on to this object)."""
+    """Unified memory that is freed with the last tensor that uses it (torch keeps a reference to this object)."""
 
     def __init__(self, library: ctypes.CDLL, size: int) -> None:
         pointer = ctypes.c_void_p()
@@ -45,7 +45,7 @@ class _Managed:
         if code != 0 or pointer.value is None:
             raise MemoryError(f"CUDA gave no {size} bytes of unified memory (error {code})")
         self._library, self._pointer = library, pointer
-        # the protocol by which torch takes over foreign CUDA memory without copying it
+        # the protocol by which torch uses foreign CUDA memory without copying it
         self.__cuda_array_interface__ = {
             "shape": (size,),
             "typestr": "|u1",

@@ -1,4 +1,4 @@
-"""Which parameters are the two halves of a LoRA pair: as their group has it, or by their names."""
+"""Finds the two halves of each LoRA pair: as their group declares them, or by their names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROLES: dict[str, Role] = {"down": "down", "A": "down", "up": "up", "B": "up"}
 
 
 def split(name: str) -> tuple[tuple[str, str], str]:
-    """What both halves of a pair share, and which half a name is ("" for none): (("x", ".weight"), "up")."""
+    """The part of a name that both halves of a pair share, and its half ("" for none): (("x", ".weight"), "up")."""
     match = _NAME.fullmatch(name)
     return ((match["module"], match["rest"]), match["half"]) if match else ((name, ""), "")
 
@@ -30,7 +30,7 @@ def role_of(name: str) -> Role:
 
 
 def find_pairs(named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
-    """id(lora_up) → its lora_down, whatever groups they are in. A pair with a middle tensor is no plain product."""
+    """id(lora_up) → its lora_down, across groups. A pair with a middle tensor is left out: it is no plain product."""
     halves: dict[str, dict[tuple[str, str], Tensor]] = {"down": {}, "up": {}, "mid": {}}
     for name, parameter in named:
         module, half = split(name)
@@ -48,14 +48,14 @@ class Halves:
     """The roles of all parameters. A group may declare those of its own: "roles", one for each parameter, and
     "partners", the lora_down of each lora_up or None. Other parameters are recognised by their names.
 
-    Declared roles are no part of the groups afterwards, and so of no state dict: each run declares its own.
+    Declared roles are removed from the groups, and so are in no state dict: each run declares its own.
     """
 
     def __init__(self) -> None:
         self._declared: dict[Tensor, tuple[Role, Tensor | None]] = {}
 
     def taken_from(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group without the roles that it declares. Raises ValueError unless they are as many as its parameters."""
+        """The group without the roles that it declares. Raises ValueError unless there is one for each parameter."""
         if "roles" not in group:
             return group
         group = dict(group)
@@ -69,7 +69,7 @@ class Halves:
         return role_of(name) if declared is None else declared[0]
 
     def pairs(self, named: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
-        """id(lora_up) → its lora_down, whatever groups they are in."""
+        """id(lora_up) → its lora_down, across groups."""
         named = list(named)
         found = find_pairs((name, parameter) for name, parameter in named if parameter not in self._declared)
         for _, parameter in named:

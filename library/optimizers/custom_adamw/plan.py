@@ -1,4 +1,4 @@
-"""Which parameter is in which row of which stack: made at the first step, and again when anything has changed."""
+"""The assignment of parameters to rows of stacks: made at the first step, and again when anything has changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A parameter's part in one step."""
+    """One parameter in one step."""
 
     stack: int
     row: int
@@ -48,7 +48,7 @@ class Item(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a parameter is."""
+    """The place of a parameter: its stack and row."""
 
     stack: int
     row: int
@@ -56,10 +56,10 @@ class Place(NamedTuple):
 
 @dataclass
 class Plan:
-    """Everything that holds until a parameter, its state or an option changes.
+    """The assignment of parameters to stacks; valid until a parameter, its state or an option changes.
 
-    `parameters`, `addresses`, `states` and `places` go side by side, in the order of the groups; parameters that have
-    had no gradient yet have neither state nor place.
+    `parameters`, `addresses`, `states` and `places` are parallel lists, in the order of the groups; parameters without
+    a gradient so far have neither state nor place.
     """
 
     stacks: list[Stack]
@@ -71,7 +71,7 @@ class Plan:
     batched: dict[str, Batched]  # by type of device
 
     def covers(self, parameters: list[Tensor], grads: list[Tensor | None], state: Mapping[Tensor, State]) -> bool:
-        """Whether the plan still holds. A parameter that was moved, cast or replaced has another address."""
+        """Whether the plan is still valid. A parameter that was moved, cast or replaced has another address."""
         return (
             len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
@@ -81,7 +81,7 @@ class Plan:
         )
 
     def step(self, items: list[Item]) -> None:
-        """Run every item in its tier. A lora_up goes before its lora_down, which its factors need as it was."""
+        """Run every item in its tier. A lora_up comes before its lora_down, because its factors need the old one."""
         ours = [item for item in items if self.stacks[item.stack].layout.native]
         batches: defaultdict[tuple[int, Rates], list[Item]] = defaultdict(list)
         for item in items:
@@ -136,12 +136,12 @@ def eight_bit(parameter: Tensor, settings: Settings) -> bool:
 
 
 def needs_place(grad: Tensor | None) -> bool:
-    """Empty parameters take part in nothing."""
+    """Whether a parameter with this gradient is updated; empty ones are not."""
     return grad is not None and grad.numel() > 0
 
 
 def named_parameters(groups: list[Group]) -> Iterator[tuple[str, Tensor, Group]]:
-    """(name, parameter, its group); the name is "" where the groups carry none."""
+    """(name, parameter, its group); the name is "" if the groups have none."""
     for group in groups:
         names = group.get("param_names") or [""] * len(group["params"])
         for name, parameter in zip(names, group["params"], strict=True):
@@ -205,7 +205,7 @@ def _layout(group: int, parameter: Tensor, recipe: Recipe, down: Tensor | None, 
 
 
 def uses_kernel(implementation: Implementation) -> bool:
-    """Whether the CPU kernel is wanted and there. Raises `native.Unavailable` if it was asked for by name."""
+    """Whether the CPU kernel is wanted and available. Raises `native.Unavailable` if it was requested by name."""
     if implementation not in ("auto", "native"):
         return False
     try:

@@ -1,4 +1,4 @@
-"""A preset's numbers for whoever makes a `CustomAdamW` without the command line."""
+"""A preset's numbers, for programs that make a `CustomAdamW` without the command line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from library.optimizers.registry import CUSTOM_ADAMW
 
 
 def preset_arguments(*names: str) -> Arguments:
-    """What these presets set of `CustomAdamW`'s arguments, the later ones on top: `lr`, `wd_transition_steps`, ...
+    """The arguments of `CustomAdamW` that these presets set, later ones winning: `lr`, `wd_transition_steps`, ...
 
-    What they set of anything else (schedule, network, data) is left out: that is the caller's. Raises UserError for a
-    name that is no preset, with the nearest one.
+    Their other settings (schedule, network, data) are left out: they are the caller's. Raises UserError for a name that
+    is no preset, with the nearest one.
     """
     options = declared_options()
     settings = settings_of(names, where="preset_arguments")

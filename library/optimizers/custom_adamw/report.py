@@ -41,7 +41,7 @@ def _numbers(groups: list[Group]) -> int:
 
 
 def announce(groups: list[Group], settings: Settings, halves: Halves) -> None:
-    """The start-up summary, and what the choice of options means for the techniques."""
+    """Log the start-up summary, and the consequences of the options for the techniques."""
     on = sorted({name for group in groups for name in names_on(group)})
     tensors = sum(len(group["params"]) for group in groups)
     logger.info(
@@ -62,14 +62,14 @@ def announce(groups: list[Group], settings: Settings, halves: Halves) -> None:
 
 
 def _exclusions(groups: list[Group]) -> Iterator[str]:
-    """Why a technique that is on is not used beside another."""
+    """The reasons why techniques that are on are not used beside others."""
     for group in groups:
         for technique in switched_on(group):
             yield from (reason for option, reason in technique.excludes.items() if group.get(option))
 
 
 def _unmet(groups: list[Group], hint: str, halves: Halves) -> list[str]:
-    """Complaints of techniques that are on and apply to no parameter."""
+    """Warnings of techniques that are on and apply to no parameter."""
     paired = halves.pairs((name, parameter) for name, parameter, _ in named_parameters(groups))
     met: dict[str, bool] = {}
     for group in groups:
@@ -84,7 +84,7 @@ def _unmet(groups: list[Group], hint: str, halves: Halves) -> list[str]:
 
 
 def announce_tier(plan: Plan, settings: Settings) -> None:
-    """The tier that runs the step, and what a faster one lacks."""
+    """Log the tier that runs the step, and the reason why a faster one is unavailable."""
     logger.info("CustomAdamW: the step runs as %s", " and ".join(plan.tiers) or "nothing: no parameter has a gradient")
     wanted, devices = settings.implementation, {s.layout.device.type for s in plan.stacks if not s.layout.native}
     if "cpu" in devices and wanted in ("auto", "native"):
@@ -99,12 +99,12 @@ def announce_tier(plan: Plan, settings: Settings) -> None:
 
 
 def _announce_unknown(plan: Plan) -> None:
-    """Which techniques keep parameters out of the CPU kernel."""
+    """Warn of techniques that the CPU kernel does not support."""
     recipes = [stack.layout.recipe for stack in plan.stacks if stack.layout.device.type == "cpu"]
     unknown = sorted({one.name for recipe in recipes for one in recipe.techniques if not native.knows(one)})
     if unknown:
         logger.warning(
-            "CustomAdamW: the CPU kernel does not know %s with these settings; parameters with it take the plain step, "
+            "CustomAdamW: the CPU kernel does not support %s with these settings; its parameters use the plain step, "
             "which is slower",
             ", ".join(unknown),
         )

@@ -21,7 +21,7 @@ def mix(x: Tensor) -> Tensor:
 
 def to_bfloat16(x: Tensor, *, ordinals: Tensor, step: Tensor | float) -> Tensor:
     """float32 [k, n] → bfloat16: up with the probability of the dropped bits. `ordinals` int64 [k, 1] name the rows."""
-    # on the host, from where it mixes with tensors of any device; a number put on a GPU would have to be copied there
+    # on the host: a 0-d host tensor works with tensors of any device, and is not copied to a GPU
     steps = step.long() if isinstance(step, Tensor) else int(step)
     rows = mix((mix(ordinals & _MASK) + steps) & _MASK)
     places = torch.arange(x.shape[-1], device=x.device)

@@ -1,4 +1,4 @@
-"""A setting of a technique: how it is declared as a field, and what values it takes."""
+"""A setting of a technique: its declaration as a field, and its allowed values."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Setting:
 
     @property
     def shown(self) -> str:
-        """The default, for people."""
+        """The default as text for users."""
         return ("on" if self.default else "off") if isinstance(self.default, bool) else str(self.default)
 
     def check(self, value: object) -> None:
-        """Raise `UserError` for a value out of range. What is neither a switch nor a number nor a choice passes."""
+        """Raise `UserError` for a value out of range; only switches, numbers and choices are checked."""
         if value is None and NoneType in self._kinds:
             return
         if self.hint is bool:
@@ -103,8 +103,8 @@ def setting(
 ) -> T:
     """Declare a setting as a field: bool, a number, a `Literal` of texts; another type is for `Technique.check`.
 
-    `help`: what it is, in half a sentence. `minimum`, `maximum`: inclusive bounds; `above`, `below`: exclusive ones.
-    `of_group`: a fact about a parameter group, which the group says itself and the constructor does not take.
+    `help`: a short description. `minimum`, `maximum`: inclusive bounds; `above`, `below`: exclusive ones. `of_group`: a
+    fact about a parameter group, which is set in the group and not by the constructor.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={"setting": {"help": help, **bounds, "of_group": of_group}})

@@ -1,4 +1,4 @@
-"""Parameters of which a process sees only a part: their steps would silently be others, so they are refused."""
+"""Refuses sharded parameters: a process has only a part of each, so that their steps would silently be wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..groups import Group
 
 Shapes = list[tuple[int, ...]]
 
-# what the makers of sharded parameters put on them; checked by name, so that none of these libraries is imported
+# attributes of sharded parameters, by library; checked by name, so that none of these libraries is imported
 _MARKS = {
     "_fsdp_flattened": "FSDP",  # torch FSDP1, flat parameters and the views into them
     "ds_id": "DeepSpeed ZeRO-3",
@@ -21,7 +21,7 @@ _MARKS = {
 
 
 def kind_of(parameter: Tensor) -> str | None:
-    """Who sharded or flattened this parameter; None for an ordinary one."""
+    """The library that sharded or flattened this parameter; None for an ordinary one."""
     names = {cls.__name__ for cls in type(parameter).__mro__}
     if "DTensor" in names:
         return "DTensor (FSDP2, tensor parallelism)"
@@ -38,8 +38,8 @@ def refuse(parameter: Tensor, name: str, techniques: list[str]) -> None:
 
 
 def refuse_changed(groups: Sequence[Group], shapes: Sequence[Shapes], techniques: list[str]) -> None:
-    """Raise `UserError` if parameters no longer have the shapes that the optimizer was given: DeepSpeed ZeRO puts flat
-    partitions in their place, FSDP cuts them in place."""
+    """Raise `UserError` if parameters no longer have the shapes that the optimizer was made with: DeepSpeed ZeRO
+    replaces them by flat partitions, FSDP shards them in place."""
     for number, (group, known) in enumerate(zip(groups, shapes, strict=True)):
         found = shapes_of(group)
         if found != known:

@@ -1,8 +1,7 @@
 """The optimizer's state, laid out for speed: parameters of one size share buffers, one row each.
 
-`optimizer.state[p]` holds views of those rows, so that a state dict looks like any optimizer's. Where a state came from
-(a checkpoint, a copy, another device, 32 or 8 bits) is forgotten here: `build` moves whatever it finds into fresh
-buffers.
+`optimizer.state[p]` has views of those rows, so that a state dict looks like any optimizer's. The origin of a state (a
+checkpoint, a copy, another device, 32 or 8 bits) does not matter: `build` copies it into new buffers.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # m, signed, and v, which is not
 
 
 class Member(NamedTuple):
-    """A parameter with what is known about it before its first step."""
+    """A parameter with the facts about it before its first step."""
 
     parameter: Tensor
     state: State
@@ -63,12 +62,12 @@ class Stack:
 
     @property
     def bytes(self) -> int:
-        """Of state, per-tensor scalars included."""
+        """Bytes of state, including per-tensor scalars."""
         return sum(buffer.nbytes for buffer in self.stored.values())
 
     @cached_property
     def ordinals(self) -> Tensor:
-        """Of the members, int64 [k, 1] on their device."""
+        """The members' ordinals, int64 [k, 1] on their device."""
         return torch.tensor([[member.ordinal] for member in self.members], device=self.layout.device)
 
 
@@ -105,7 +104,7 @@ def _view(row: Tensor, member: Member, key: str, scalar: Collection[str]) -> Ten
 
 
 def _fill(member: Member, views: State, own: Sequence[Buffer]) -> None:
-    """Copy what a member's state holds into its new rows; what it lacks starts as at the first step."""
+    """Copy a member's state into its new rows; missing values start as at the first step."""
     state = member.state
     for key, signed in zip(MOMENTS, (True, False), strict=True):
         peaks = f"{key}_absmax"
@@ -121,7 +120,7 @@ def _fill(member: Member, views: State, own: Sequence[Buffer]) -> None:
 
 
 def _convert(old: Tensor, old_peaks: Tensor | None, new: Tensor, new_peaks: Tensor | None, *, signed: bool) -> None:
-    """Copy a moment, between 32 and 8 bits if need be."""
+    """Copy a moment, converting between 32 and 8 bits if necessary."""
     if (old_peaks is None) == (new_peaks is None):
         new.copy_(old)
         if new_peaks is not None and old_peaks is not None:

@@ -5,14 +5,14 @@ A technique is one file with one class, and a line in `techniques.py`. The class
 - its fields, made by `setting`, are its options; the first one switches it on. From them follow the constructor's
   signature, the flags and their help, defaults and checks of parameter groups, the table in docs/optimizer.md and the
   structure of the CPU kernel;
-- `buffers` is its state, which is kept, saved, loaded and resumed without more ado;
-- of the stages (`gradient` ... `settle`, `decay_factor`) it overrides those at which it acts. update.py says when each
-  one comes;
+- `buffers` is its state, which is stored, saved, loaded and resumed without further code;
+- of the stages (`gradient` ... `settle`, `decay_factor`) it overrides those at which it acts. update.py has their
+  order;
 - the first line of its docstring is its line in the docs.
 
-An instance is the technique with the settings of one parameter group. A file `kernel/<module>.h` beside the
-technique's module says that the CPU kernel knows it; without one, parameters that it applies to go through the batched
-step. The modules of techniques are read by `--help`, so they import torch only inside functions.
+An instance is the technique with the settings of one parameter group. If there is a file `kernel/<module>.h`, the CPU
+kernel supports the technique; without one, parameters that it applies to use the batched step. The modules of
+techniques are read by `--help`, so they import torch only inside functions.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Technique:
     # The stages of a step, in order
 
     def gradient(self, g: Tensor, step: Step) -> Tensor:
-        """The gradient for everything that follows."""
+        """The gradient for all later stages."""
         return g
 
     def entering(self, x: Tensor, step: Step) -> Tensor:
@@ -92,11 +92,11 @@ class Technique:
         return x
 
     def direction(self, u: Tensor, step: Step) -> Tensor:
-        """The update, which carries the learning rate: turned or masked."""
+        """The update, learning rate included, with another direction or masked."""
         return u
 
     def size(self, u: Tensor, step: Step) -> Tensor:
-        """The update: longer or shorter."""
+        """The update with another length."""
         return u
 
     def project(self, w: Tensor, step: Step) -> Tensor:
@@ -104,14 +104,14 @@ class Technique:
         return w
 
     def settle(self, w: Tensor, step: Step) -> Tensor:
-        """The new weights; the last word on them and on `step.after`."""
+        """The final weights; may also change `step.after`."""
         return w
 
     def decay_factor(self, step: int) -> float:
         """The factor of the weight decay at a step of the group, counted from 1."""
         return 1.0
 
-    # Its state, where it applies, what it says
+    # Its state, its parameters, its messages
 
     def buffers(self) -> tuple[Buffer, ...]:
         """Its state."""
@@ -122,21 +122,21 @@ class Technique:
         return about.paired or not self.reads_down
 
     def known_to_kernel(self) -> bool:
-        """Whether the CPU kernel, if it has a header for the technique, can do it with these settings."""
+        """Whether the CPU kernel, if it has a header for the technique, supports it with these settings."""
         return True
 
     def check(self) -> None:
-        """Raise `UserError` for settings that do not go together, or whose type says nothing of their range."""
+        """Raise `UserError` for settings that do not fit together, or that the declared bounds cannot check."""
 
     def unmet(self, hint: str) -> str:
-        """A warning for when it applies to no parameter; "" for none. `hint`: why names may not have been found."""
+        """A warning if it applies to no parameter; "" for none. `hint`: a possible reason why names were not found."""
         return ""
 
     def remark(self) -> str:
         """Its settings in words, for the start-up message; "" for none."""
         return ""
 
-    # What follows from the declaration
+    # Derived from the declaration
 
     @classmethod
     @lru_cache
@@ -175,7 +175,7 @@ class Technique:
         )
 
 
-STAGES = ("gradient", "entering", "direction", "size", "project", "settle")  # those at which tensors are worked on
+STAGES = ("gradient", "entering", "direction", "size", "project", "settle")  # the stages that work on tensors
 
 
 def norm(x: Tensor) -> Tensor:

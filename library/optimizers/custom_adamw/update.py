@@ -2,8 +2,8 @@
 
 This is the specification. A single parameter is a matrix with one row; the batched tier gives it all parameters of a
 shape at once; the native kernel (kernel/) walks through the same list. With everything off it is AdamW: the same
-operations in the same order as torch's, and the same bits. Which technique acts where, its file says: those that
-`techniques.py` lists come in that order.
+operations in the same order as torch's, and the same bits. Each technique's file defines the stages at which it acts;
+at one stage the techniques act in the order of `TECHNIQUES`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def update(
     rates: Rates,
     down: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """New weights, and what changes in the state.
+    """New weights, and the changed parts of the state.
 
-    `w`, `g` [k, n] and `state` in the moments' type: "exp_avg" m and "exp_avg_sq" v [k, n], and the techniques'
+    `w`, `g` [k, n] and `state` in the moments' dtype: "exp_avg" m and "exp_avg_sq" v [k, n], and the techniques'
     buffers, [k, 1] or [k, n]. `down` [k, r, in]: the lora_down of each row of lora_up, before the step.
     """
     on = recipe.techniques
@@ -37,15 +37,14 @@ def update(
     for technique in on:
         g = technique.gradient(g, step)
     step.grad = g
-    # 2  what of it enters the momentum
+    # 2  the input of the momentum
     x = g
     for technique in on:
         x = technique.entering(x, step)
     # 3  first and second moment
     m = m.lerp(x, 1 - recipe.beta1)
     v = (v * recipe.beta2).addcmul(g, g, value=1 - recipe.beta2)
-    # 4  the update. It carries the learning rate: all that follows is proportional to it, and AdamW multiplies in this
-    # order
+    # 4  the update, learning rate included: all later stages are proportional to it, and AdamW multiplies in this order
     u = rates.lr * m if recipe.normalized else rates.step_size * m / (v.sqrt() / rates.root_correction + recipe.eps)
     # 5  its direction, against the gradient after 1
     for technique in on:
@@ -55,10 +54,10 @@ def update(
         u = technique.size(u, step)
     # 7  decoupled weight decay, with the plain rate, and the step itself
     w = w * rates.decay - u
-    # 8  what the weights may not leave
+    # 8  constraints on the weights
     for technique in on:
         w = technique.project(w, step)
-    # 9  the last word
+    # 9  final corrections
     step.after |= {"exp_avg": m, "exp_avg_sq": v}
     for technique in on:
         w = technique.settle(w, step)

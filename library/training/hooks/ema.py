@@ -2,8 +2,8 @@
 
 With the weights w after step n (from 0) it becomes d · average + (1 - d) · w, d = min(decay, (1 + n) / (10 + n)), from
 the weights before training on. This warm-up is the usual one (TensorFlow's and diffusers'): a long average would
-otherwise hold on to the beginning, where a LoRA does nothing. It is kept in fp32: in bf16 steps of 0.1 percent would
-vanish.
+otherwise be dominated by the beginning, where a LoRA does nothing. The average is kept in fp32: in bf16 steps of 0.1
+percent would be rounded away.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from library.training.run import Run
 
 
 class Ema(Hook[Run]):
-    """Costs 4 bytes a trained parameter, and while it is in use a copy of the weights whose place it takes."""
+    """Needs 4 bytes per trained parameter, and a copy of the weights while it replaces them."""
 
     name = "average"
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, decay: float, purposes: Collection[str]) -> None:
-        """`purposes`: what it is used for, of "validate", "sample" and "save"."""
+        """`purposes`: its uses, of "validate", "sample" and "save"."""
         self.parameters, self.decay, self.purposes = parameters, decay, frozenset(purposes)
         self.average = [parameter.detach().float().clone() for parameter in parameters]
         self.steps = 0
@@ -39,7 +39,7 @@ class Ema(Hook[Run]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step of the optimizer."""
+        """Add the weights after a step of the optimizer to the average."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         now = [parameter.detach().float() for parameter in self.parameters]
         get_ema_multi_avg_fn(decay)(self.average, now, self.steps)
@@ -47,7 +47,7 @@ class Ema(Hook[Run]):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The network has the average inside this context, and its own weights, bit by bit, behind it."""
+        """A context in which the network has the average as weights; afterwards it has its own, bit for bit."""
         own = [parameter.detach().clone() for parameter in self.parameters]
         self._put(self.average)
         try:

@@ -1,4 +1,4 @@
-"""--on_divergence: a loss or gradient that is not finite ends the run, costs the step, or puts the run back."""
+"""--on_divergence: on a loss or gradient that is not finite the run ends, skips the step, or is rolled back."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from library.training.run import Run
 logger = logging.getLogger(__name__)
 
 LOWER = 0.5
-"""What a rollback multiplies every learning rate by."""
+"""A rollback multiplies every learning rate by this."""
 
 
 class Guard(Hook[Run]):
-    """Its place is behind all hooks that save: what it remembers for a rollback is what a saved state holds.
+    """Comes after all hooks that save: its snapshot for a rollback has the same contents as a saved state.
 
-    `count`: how often it has skipped a step or gone back.
+    `count`: the number of skipped steps or rollbacks so far.
     """
 
     name = "divergences"
@@ -30,11 +30,11 @@ class Guard(Hook[Run]):
     def __init__(
         self, action: Literal["stop", "skip", "rollback"], *, limit: int, keeps_after: Callable[[int], bool]
     ) -> None:
-        """`limit`: of `count`. `keeps_after`: whether to remember how the run stands after so many steps."""
+        """`limit`: of `count`. `keeps_after`: whether to take a snapshot after this many steps."""
         self._action, self._limit, self._keeps_after = action, limit, keeps_after
         self.count = 0
         self._kept: tuple[int, dict[str, Any]] | None = None
-        self._lower = 1.0  # than the rates of what is kept
+        self._lower = 1.0  # the factor on the rates since the snapshot
 
     def before_training(self, run: Run) -> None:
         self._keep(run, run.position.done)
@@ -44,7 +44,7 @@ class Guard(Hook[Run]):
             self._keep(run, step)
 
     def _keep(self, run: Run, step: int) -> None:
-        """Remember how the run stands after `step` steps: as large as a saved state."""
+        """Take a snapshot of the run after `step` steps; it is as large as a saved state."""
         if self._action == "rollback" and is_finite(run.parameters):
             self._kept = step, copy.deepcopy(snapshot.tensors_of(run))
             self._lower = 1.0
@@ -54,11 +54,11 @@ class Guard(Hook[Run]):
             return False
         self.count += 1
         run.optimizer.zero_grad(set_to_none=True)
-        logger.warning("%s. The step is skipped (%d of %d that may be)", problem, self.count, self._limit)
+        logger.warning("%s. The step is skipped (%d of at most %d)", problem, self.count, self._limit)
         return True
 
     def put_back(self, run: Run, problem: Diverged) -> bool:
-        """To where it was last kept, with lower rates."""
+        """Roll back to the snapshot, with lower rates."""
         if self._action != "rollback" or self._is_over(problem) or self._kept is None:
             return False
         count = self.count + 1
@@ -69,13 +69,13 @@ class Guard(Hook[Run]):
         self.count = count
         lower_rates(run, self._lower)
         logger.warning(
-            "%s. Back to step %d, with its learning rates times %g (%d of %d times that this may happen)",
+            "%s. Rolled back to step %d, with its learning rates times %g (%d of at most %d rollbacks)",
             *(problem, run.position.done, self._lower, self.count, self._limit),
         )
         return True
 
     def _is_over(self, problem: Diverged) -> bool:
-        """Whether it may not happen once more, which the problem then says."""
+        """Whether the limit is exceeded; the problem's message then says so."""
         if self.count < self._limit:
             return False
         if self.count:
@@ -89,7 +89,7 @@ class Guard(Hook[Run]):
         return {"count": self.count}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Raises ValueError for what is no count."""
+        """Raises ValueError for an invalid count."""
         count = state["count"]
         if not isinstance(count, int) or count < 0:
             raise ValueError(f"its count is {str(count)[:50]!r}")
@@ -97,7 +97,7 @@ class Guard(Hook[Run]):
 
 
 def lower_rates(run: Run, factor: float) -> None:
-    """Multiply the rate of every group, now and in all that the schedule has still to come."""
+    """Multiply the rate of every group, now and in the rest of the schedule."""
     for group in run.optimizer.param_groups:
         for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are OneCycleLR's
             if name in group:

@@ -1,4 +1,4 @@
-"""The learning rates follow their schedule."""
+"""Sets the learning rates by their schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LrSchedule(Hook[Run]):
             self.schedule.step()
 
     def lower(self, factor: float) -> None:
-        """Multiply all rates still to come; those in the optimizer's groups are the caller's."""
+        """Multiply all later rates; the caller multiplies those in the optimizer's groups."""
         bases = getattr(self.schedule, "base_lrs", None)
         if bases is not None:
             bases[:] = [rate * factor for rate in bases]
@@ -37,9 +37,9 @@ class LrSchedule(Hook[Run]):
         self.schedule.load_state_dict(dict(state))
 
     def adopt(self, state: StateDict | None, *, step: int) -> bool:
-        """This run's curve, from where the state stood on its own."""
+        """Continue on this run's curve, at the state's step."""
         with warnings.catch_warnings():
-            # no step of the optimizer comes before each of these
+            # these steps of the schedule are not preceded by steps of the optimizer
             warnings.filterwarnings(
                 "ignore", "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`"
             )

@@ -10,7 +10,7 @@ class MaxNorm(Hook[Run]):
     name = "max_norm"
 
     def __init__(self, limit: float) -> None:
-        """`limit`: of the Frobenius norm of what an adapter adds to its layer's weight."""
+        """`limit`: of the Frobenius norm of an adapter's delta to its layer's weight."""
         self._limit = limit
 
     def after_step(self, run: Run, step: Step) -> None:

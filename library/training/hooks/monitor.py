@@ -1,4 +1,4 @@
-"""Watches a run: what each step did goes to the trackers and to `NAME-metrics.jsonl`, and signs of trouble are said."""
+"""Monitors a run: logs the numbers of each step to the trackers and `NAME-metrics.jsonl`, and warns of trouble."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor(Hook[Run]):
-    """Every process has one, because measuring is done together; the main process's writes the file, if it is open."""
+    """Every process has one, because all take part in measuring; the main process's writes the file, if it is open."""
 
     name = "monitor"
 
     def __init__(self, meter: Meter, *, every: int, bins: list[str], record: RunFile) -> None:
-        """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of timesteps.
-        `record`: follows the steps."""
+        """Measure at every `every`-th step, the first and the last. `bins`: names of the ranges of noise levels.
+        `record`: gets the number of steps done."""
         self._meter, self._every, self._bins, self._record = meter, every, bins, record
         self._file: metrics.MetricsFile | None = None
         self._watch = Watch(total_steps=0)
@@ -111,7 +111,7 @@ class Monitor(Hook[Run]):
         self.diverged(run, step, why)
 
     def end(self, run: Run, *, stopped_by: str, conclusion: str) -> None:
-        """Write the last line, with the most memory that was held."""
+        """Write the last line, with the peak memory."""
         memory = peak_memory(run.accelerator.device)
         self._write(self._step, {"end": {"stopped_by": stopped_by, "conclusion": conclusion, "memory": memory}})
         if self._file is not None:
@@ -142,7 +142,7 @@ class Monitor(Hook[Run]):
                 step,
                 update_ratio=_number(line["update_ratio"]),
                 rates=line["rates"],
-                moved=line.get("moved", {}),  # files of earlier versions have none
+                moved=line.get("moved", {}),  # missing in files of earlier versions
                 loss_by_timestep=line["loss_by_timestep"],
             )
         return signs
@@ -150,11 +150,11 @@ class Monitor(Hook[Run]):
     def _warn(self, run: Run, step: int, signs: list[Sign]) -> None:
         for sign in signs:
             self._write(step, {"warning": {"sign": sign.name, "text": sign.text}})
-            if sign is not WEIGHT_DECAY_GONE and run.accelerator.is_main_process:  # the optimizer has said it
+            if sign is not WEIGHT_DECAY_GONE and run.accelerator.is_main_process:  # the optimizer logs that one itself
                 logger.warning("step %d: %s", step, sign.text)
 
     def _recall(self, run: Run, file: metrics.MetricsFile) -> float:
-        """What the lines of the earlier part of this run tell, as if they had just been reported; its seconds."""
+        """Replay the lines of the earlier part of this run through the rules; returns that part's seconds."""
         said, seconds = set(), 0.0
         for line in file.kept():
             if "loss" in line:
@@ -186,5 +186,5 @@ class Monitor(Hook[Run]):
 
 
 def _number(value: float | None) -> float:
-    """As it was before the file, which has null for what is not finite."""
+    """The number of a value in the file, which has null for numbers that are not finite."""
     return float("nan") if value is None else value

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pictures(Hook[Run]):
-    """On the main process. A run that is stopped draws none; one that cannot be drawn costs a message."""
+    """On the main process. A run that is stopped renders none. If one cannot be rendered, that is logged."""
 
     name = "pictures"
 
@@ -33,8 +33,8 @@ class Pictures(Hook[Run]):
         size: tuple[int, int],
         steps: int,
     ) -> None:
-        """`paths`: of "loss" and "compare", those that are wanted. `size`: width and height of the pictures of the
-        `prompts`, drawn in `steps` steps; `encode`: see `render.EncodedPrompts`."""
+        """`paths`: of the wanted pictures, "loss" and "compare". `size`: width and height of the images of the
+        `prompts`, rendered in `steps` steps; `encode`: see `render.EncodedPrompts`."""
         self._paths, self._encode, self._vae_dtype = paths, encode, vae_dtype
         self._prompts, self._size, self._steps = prompts, size, steps
 
@@ -43,7 +43,7 @@ class Pictures(Hook[Run]):
             return
         try:
             self._draw(run)
-        except UserError as error:  # what was trained is saved
+        except UserError as error:  # not raised: the trained network is saved already
             logger.error("%s", error)
 
     def _draw(self, run: Run) -> None:

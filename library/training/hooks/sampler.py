@@ -1,4 +1,4 @@
-"""Draws samples while the run trains."""
+"""Renders samples during training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from library.training.unwritten import Unwritten
 
 
 class Sampler(Hook[Run]):
-    """On the main process. Its place is behind the saver: files come before pictures."""
+    """On the main process. Comes after the saver: files are written before pictures."""
 
     name = "sampler"
 

@@ -1,4 +1,4 @@
-"""Writes what a run leaves behind while it trains: networks and states."""
+"""Writes networks and states during training."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class Saver(Hook[Run]):
     """On the main process.
 
-    A file that cannot be written now (a full disk) costs a message, not the run: the next one is tried when it is due.
-    Only the last one must be there, so what is wrong with that is raised.
+    If a file cannot be written (the disk is full), the error is logged and the run continues: the next file is tried
+    when it is due. Only the last file must exist, so its errors are raised.
     """
 
     name = "saver"
@@ -47,13 +47,13 @@ class Saver(Hook[Run]):
         record: RunFile,
     ) -> None:
         """`facts`: of the run's states. `precision`: --save_precision. `history`: of the validations. `record`: lists
-        what is written."""
+        the written files."""
         self._history, self._record = history, record
         self.saves, self._facts, self._precision, self._metadata = saves, facts, precision, metadata
         self._unwritten = unwritten
 
     def save(self, run: Run, step: int, *, last: bool) -> None:
-        """Write what is due after `step` steps, then remove what retention no longer keeps."""
+        """Write the files due after `step` steps, then delete those that retention no longer keeps."""
         self._write(run, self.saves.due(step, last=last), step, ends=last or step == self.saves.total_steps)
 
     def save_now(self, run: Run, step: int) -> None:
@@ -67,7 +67,7 @@ class Saver(Hook[Run]):
             self._best(run, result.step)
 
     def _best(self, run: Run, step: int) -> None:
-        """Write the network, as it was validated after `step` steps, in the place of the best so far."""
+        """Write the network, as it was validated after `step` steps, in place of the best so far."""
         try:
             self._network(run, self.saves.best_file, step=step, epoch=self._epoch(step), purpose="validate")
         except UserError as error:
@@ -82,13 +82,13 @@ class Saver(Hook[Run]):
             self._best(run, best.step)
         elif file.exists():
             logger.warning(
-                "%s is that of step %s, and the best until the state was step %d (%.4f), of which there is no file: it "
-                "is written when validation improves on that",
+                "%s is of step %s, and the best validation before the state, at step %d (%.4f), has no file: it is "
+                "written when validation improves on that",
                 *(file, step_of(file), best.step, best.loss),
             )
         else:
             logger.warning(
-                "%s is not there, the best so far (%.4f at step %d): it is written when validation improves on that",
+                "%s, of the best validation (%.4f at step %d), is missing: it is written when validation improves",
                 *(file, best.loss, best.step),
             )
 
@@ -104,21 +104,21 @@ class Saver(Hook[Run]):
                     failure = error
                 else:
                     logger.error("%s", error)
-            # nothing goes while what should replace it is not there
+            # an old file is deleted only after its successor is written
             if due.remove is not None and of_network is None:
                 atomic.remove(due.remove)
             if due.remove_state is not None and of_state is None:
                 state.remove(due.remove_state)
         if ends and self._unwritten.count:
-            logger.warning("%d times a file or state could not be written; see above", self._unwritten.count)
+            logger.warning("%d times a file or state could not be written: see above", self._unwritten.count)
         if failure is not None:
             raise failure
 
     def _both(
         self, run: Run, path: Path, folder: Path | None, *, step: int, epoch: int, last: bool
     ) -> tuple[UserError | None, UserError | None]:
-        """Write the network to `path` and the state to `folder`, each whatever becomes of the other. Returns what went
-        wrong with each. Weights that are no numbers any more are in neither."""
+        """Write the network to `path` and the state to `folder`, independently of each other. Returns the error of
+        each. Weights that are not finite are written to neither."""
         of_network: UserError | None = None
         try:
             self._network(run, path, step=step, epoch=epoch, last=last)
@@ -140,7 +140,7 @@ class Saver(Hook[Run]):
     def _network(
         self, run: Run, path: Path, *, step: int, epoch: int, purpose: str = "save", last: bool = False
     ) -> None:
-        """`last`: there will be no other try, so what cannot be written to `path` goes where there is room."""
+        """Write the network. `last`: there is no later file, so if `path` cannot be written, another folder is used."""
         metadata = self._metadata.at(steps=step, epoch=epoch)
         with run.weights_for(purpose):
             try:
@@ -160,5 +160,5 @@ class Saver(Hook[Run]):
 
 
 def is_best(best: Validation | None, file: Path) -> bool:
-    """Whether the file is there and, as far as it says, is of the best validation's step."""
+    """Whether the file exists and, if its metadata has a step, is of the best validation's step."""
     return best is not None and file.is_file() and step_of(file) in (None, best.step)

@@ -1,4 +1,4 @@
-"""Validation during a run: when, on what, where the numbers go, and whether they say that it is time to stop."""
+"""Validation during a run: its times, its images, the logging of its losses, and early stopping."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Times:
     """When to validate: before the first step, after the last, and every n steps or epochs; every epoch if neither is
-    given. (kohya's trainer goes on validating every epoch beside the steps; that has to be asked for here.)"""
+    given. (kohya's trainer also validates every epoch beside the steps; here that is an option.)"""
 
     every_n_steps: int | None
     every_n_epochs: int | None
@@ -39,7 +39,7 @@ class Times:
     total_steps: int
 
     def due(self, step: int) -> tuple[str, ...]:
-        """The curves that the validation after `step` steps belongs to, "step" and "epoch"; none: it is not due."""
+        """The curves for the validation after `step` steps, "step" and "epoch"; empty if it is not due."""
         by_epoch = self.every_n_epochs or (None if self.every_n_steps else 1)
         epoch, rest = divmod(step, self.steps_per_epoch)
         ends = step in (0, self.total_steps)
@@ -51,7 +51,7 @@ class Times:
 
 
 class Validator(Hook[Run]):
-    """Measures the loss on the images held out; every process does at the same steps."""
+    """Measures the loss on the held-out images, on every process at the same steps."""
 
     name = "validation"
 
@@ -64,7 +64,7 @@ class Validator(Hook[Run]):
         timesteps: Sequence[int],
         most_batches: int | None,
     ) -> None:
-        """`timesteps`: where the loss is measured. `most_batches`: None for all."""
+        """`timesteps`: the process's steps at whose noise levels the loss is measured. `most_batches`: None for all."""
         self.data, self.history, self.times = data, history, times
         self.timesteps, self._most_batches = timesteps, most_batches
 
@@ -76,7 +76,7 @@ class Validator(Hook[Run]):
         return self.validate(run, step.number)
 
     def validate(self, run: Run, step: int) -> bool:
-        """Measure, if it is due after `step` steps. True: training should end here."""
+        """Measure, if it is due after `step` steps. Returns whether training should end here."""
         curves = self.times.due(step)
         if not curves:
             return False
@@ -97,7 +97,7 @@ class Validator(Hook[Run]):
         return True
 
     def batches(self) -> list[PlannedBatch]:
-        """The same ones each time, of all processes; which they are follows from validation's seed."""
+        """The validation batches of all processes, the same each time; they follow from validation's seed."""
         return self.data.plan(0)[: self._most_batches]
 
     def _log(self, run: Run, now: Validation, curves: Sequence[str]) -> None:
@@ -125,13 +125,13 @@ class Validator(Hook[Run]):
 def measure(
     run: Run, data: TrainingData, batches: Sequence[PlannedBatch], timesteps: Sequence[int]
 ) -> dict[int, float]:
-    """The mean loss of all images per timestep, the same on every process. Training does not notice.
+    """The mean loss of all images per timestep, the same on every process. Training is not affected.
 
-    The processes share the batches out, which are the same however many there are, and the losses of the images are
-    added up in the same order: so the number does not depend on how many processes there are.
+    The batches are divided among the processes and do not depend on their number, and the losses of the images are
+    added in the same order: so the result does not depend on the number of processes.
     """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    # All run the denoiser equally often, whose weights may be shared out: who has nothing left repeats the last batch.
+    # The denoiser may be sharded, so all processes must run it equally often: one without a batch repeats the last one.
     each = math.ceil(len(batches) / world)
     mine = [(number, batches[number]) for i in range(each) for number in [min(i * world + rank, len(batches) - 1)]]
     device = run.accelerator.device
@@ -159,14 +159,14 @@ def measure(
                     queued[number, t] = losses
     finally:
         run.network.train(training)
-    found = [(place, losses.tolist()) for place, losses in queued.items()]  # read once all of it is queued
+    found = [(place, losses.tolist()) for place, losses in queued.items()]  # read after everything is queued
     gathered = sorted(dict(gather_object(found)).items())
     by_timestep = {t: [loss for (_, at), losses in gathered if at == t for loss in losses] for t in timesteps}
     return {t: math.fsum(losses) / len(losses) for t, losses in by_timestep.items()}
 
 
 def _loss(main: MainLoss, masks: Tensor | None, seen: Predicted) -> Tensor:
-    """The loss of each image as training minimises it, with the weights of its noise levels, to compare the two."""
+    """The loss of each image as in training, with the weights of the noise levels, so that the two can be compared."""
     losses = main.unweighted(seen, masks)
     weights = main.of_levels(seen.level_B, losses)
     return losses if weights is None else losses * weights

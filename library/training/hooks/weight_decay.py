@@ -1,4 +1,4 @@
-"""The weight decay follows its curve; the adaptive one is shown the losses."""
+"""Passes the losses to the optimizer's weight decay, which may depend on them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from library.optimizers.weight_decay_choice import DecayChoice
 
 Observe = Callable[[float, float | None, float | None], None]
-"""Takes the loss, the gradient's norm and, if it is new, the validation loss."""
+"""Receives the loss, the gradient's norm and, if it is new, the validation loss."""
 
 
 class WeightDecay(Hook[Run]):
-    """The optimizer sets the weight decay itself in each step, and its groups hold what it remembers, so this hook has
-    no state."""
+    """Has no state: the optimizer sets the weight decay in each step and keeps the curve's state in its groups."""
 
     name = "weight_decay"
 

@@ -104,7 +104,7 @@ def test_losses_that_nobody_tells_are_asked_for_once(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         problem.train(CustomAdamW(problem.named, **settings("adaptive")), 9)
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["CustomAdamW: wd_schedule='adaptive' waits for losses: call optimizer.observe(loss)"]
+    assert said == ["CustomAdamW: wd_schedule='adaptive' needs the losses: call optimizer.observe(loss)"]
 
 
 def test_a_state_dict_in_memory_does_not_change_with_training() -> None:

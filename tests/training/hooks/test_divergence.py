@@ -50,7 +50,7 @@ def final_state(tmp_path: Path) -> dict[str, Any]:
     [
         ("loss", "step 3: the loss is NaN, of "),
         ("infinity", "step 3: the loss is infinite, of "),
-        ("gradient", "step 3: the gradient is no finite number, of "),
+        ("gradient", "step 3: the gradient is not finite, of "),
     ],
 )
 @pytest.mark.parametrize("clip", ["1", "0"])
@@ -62,7 +62,7 @@ def test_stop_names_the_images_and_saves_what_was_good(
     error = capsys.readouterr().err
     assert said in error
     assert str(tmp_path / "data" / "2_style") in error.split(said)[1]
-    assert "What was trained until step 2 is saved" in error
+    assert "The run is saved as of step 2" in error
     out = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert out == ["test-metrics.jsonl", "test-run.json", "test-step00000002-state", "test-step00000002.safetensors"]
     monkeypatch.undo()
@@ -124,8 +124,8 @@ def test_rollback_goes_back_with_lower_rates(
         assert train(*words, "--save_every_n_steps", "2", "--save_state_on_train_end") == 0
     assert steps == [1, 2, 3, 4, 3, 4, 3, 4, 5, 6]
     said = capsys.readouterr().err
-    assert "Back to step 2, with its learning rates times 0.5 (1 of 10" in said
-    assert "Back to step 2, with its learning rates times 0.25 (2 of 10" in said
+    assert "Rolled back to step 2, with its learning rates times 0.5 (1 of 10" in said
+    assert "Rolled back to step 2, with its learning rates times 0.25 (2 of 10" in said
     kept = final_state(tmp_path)
     assert kept["hooks"]["schedule"]["base_lrs"] == pytest.approx(
         [0.00025] * len(kept["hooks"]["schedule"]["base_lrs"])
@@ -215,7 +215,7 @@ def test_a_full_disk_costs_a_message_and_not_the_run(
     assert train("--max_train_steps", "6", "--save_every_n_steps", "2", "--save_state", "--save_last_n_steps", "2") == 0
     said = capsys.readouterr().err
     assert "the disk is full" in said
-    assert "Training goes on" in said
+    assert "Training continues" in said
     assert "1 times a file or state could not be written" in said
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {

@@ -45,7 +45,7 @@ def test_the_last_file_goes_where_there_is_room(
         stop_after(monkeypatch, 3)
     assert train("--save_every_n_steps", "2") == 2
     said = capsys.readouterr().err
-    assert said.count("Training goes on") == (1 if stopped else 2)
+    assert said.count("Training continues") == (1 if stopped else 2)
     found = re.search(r"error: .*not written: the disk is full\. The network is in (\S+) instead: move it", said)
     assert found is not None, said
     with safe_open(found[1], framework="pt") as file:
@@ -79,7 +79,7 @@ def test_the_state_is_written_where_the_network_cannot_be(
     monkeypatch.setattr(save, "save_network", save_network)
     assert train("--save_every_n_steps", "2", "--save_state", "--save_last_n_steps", "1", "--max_train_steps", "6") == 2
     said = capsys.readouterr().err
-    assert said.count("Training goes on") == 3
+    assert said.count("Training continues") == 3
     assert said.count("error: ") == 4
     assert said.rstrip().endswith("test.safetensors: not written: some reason")
     # the states replace each other, although no network does

@@ -16,7 +16,7 @@ inline bool any(const float* g, int64_t n) {
   return count > 0;
 }
 
-// the first call: v becomes g^2 and nothing moves; a gradient of zeros leaves even that to a later one
+// the first call: v becomes g^2 and no weight changes; with a gradient of zeros this waits for a later call
 inline void seed(const Tensor& t, const Call& call, const float* g, float* v) {
   if (!any(g, t.n)) return;
   for (int64_t at = 0; at < t.n; at += BLOCK) {

@@ -2,7 +2,7 @@
 #pragma once
 #include "common.h"
 
-// The first moment, and with it the scale of what agrees: u will have the sign of m
+// The first moment, and with it the scale of the entries that agree: u will have the sign of m
 inline float first_moment(float* m, const float* x, const float* g, const Tensor& t, const Recipe& r, float entering) {
   const float weight = r.one_minus_beta1;
   int64_t agreeing = 0;
@@ -24,6 +24,6 @@ inline float first_moment(float* m, const float* x, const float* g, const Tensor
 inline void mask(float* u, const float* g, int c, float scale) {
   SIMD for (int i = 0; i < c; ++i) {
     const bool agree = ((u[i] > 0) & (g[i] > 0)) | ((u[i] < 0) & (g[i] < 0));
-    u[i] = u[i] * (agree ? scale : 0.0f);  // a product: what is not a number stays visible
+    u[i] = u[i] * (agree ? scale : 0.0f);  // a product, so that NaN is not masked
   }
 }

@@ -1,5 +1,5 @@
-// What the parts of the kernel share: the structures that native.py fills in, how loops are vectorised, and sums. The
-// structures Recipe and State follow from what the techniques declare; native.py writes declared.h when it compiles.
+// The common part of the kernel: the structures that native.py fills in, vectorised loops, and sums. The structures
+// Recipe and State are derived from the techniques' declarations; native.py writes declared.h when it compiles.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -14,7 +14,7 @@
 #define SIMD_SUM(...) _Pragma(SIMD_TEXT(omp simd reduction(+ : __VA_ARGS__)))
 #define SIMD_MAX(x) _Pragma(SIMD_TEXT(omp simd reduction(max : x)))
 
-constexpr int BLOCK = 256;  // values that share a maximum in 8 bits; also what a pass works on at a time, in L1
+constexpr int BLOCK = 256;  // values that share a maximum in 8 bits; also the block of one pass, which fits into L1
 constexpr int SCRATCH_ARRAYS = 6;
 
 struct Rates {  // options.Rates

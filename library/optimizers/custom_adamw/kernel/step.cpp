@@ -69,7 +69,7 @@ void step_tensor(const Call& call, int32_t which, const Scratch& s) {
   if (r.use_agr || r.use_spd) survey(w, g, n, &sizes, &pull);
   if (r.use_agr) regularize(g, n, sizes, s.g), g = s.g;
   if (r.use_orthogonal_grad) project(w, g, n, s.g == g ? s.x : s.g), g = s.g == g ? s.x : s.g;
-  // 2  what of it enters the momentum
+  // 2  the input of the momentum
   if (r.use_adopt_stability && !(*t.state.adopt_k > 0)) return seed(t, call, g, v);
   const float bound = r.use_adopt_stability ? float(std::pow(double(*t.state.adopt_k), r.adopt_clip)) : 0.0f;
   float* const room = g == s.x ? s.g : s.x;
@@ -96,7 +96,7 @@ void step_tensor(const Call& call, int32_t which, const Scratch& s) {
     }
   }
   if (r.use_adopt_stability) *t.state.adopt_k += 1;
-  // 8  what the weights may not leave
+  // 8  constraints on the weights
   if (r.use_spd) decay_selectively(w, n, r, pull, squares);
   if (t.bfloat16)
     store_bfloat16(w, static_cast<uint16_t*>(t.w), n, r.stochastic_rounding, t.ordinal, uint32_t(q.step));
@@ -128,7 +128,7 @@ void custom_adamw_step(const Call* call) {
   try {
     for (int thread = 1; thread < call->threads; ++thread) others.emplace_back(work, thread);
   } catch (const std::system_error&) {
-    // no more threads to be had: the others do its share
+    // no more threads can be started: the others do its share
   }
   work(0);
   for (auto& other : others) other.join();

@@ -1,4 +1,4 @@
-// How weights and moments are kept: bfloat16 (rounding.py), 8-bit codes (codec.py).
+// Storage of weights and moments: bfloat16 (rounding.py), 8-bit codes (codec.py).
 #pragma once
 #include "common.h"
 
@@ -72,7 +72,7 @@ void encode_block(const float* x, int c, const Call& call, uint8_t* codes, float
     tens = a > t4 ? 1e2f : tens, count = a > t4 ? first << 4 : count;
     tens = a > t5 ? 1e1f : tens, count = a > t5 ? first << 5 : count;
     tens = a > t6 ? 1e0f : tens, count = a > t6 ? first << 6 : count;
-    // not a number compares false: nothing undefined is cast to an integer
+    // NaN compares false, so that no undefined value is cast to an integer
     const int32_t place = int32_t(a > t0 ? (a * tens - 0.1f) * float(1 / 0.9) * float(count) : 0.0f);
     int32_t code = std::min(place, count - 1) + count - (is_signed ? 0 : 1);
     code = (a > t0 ? code : 0) + (y > t7);

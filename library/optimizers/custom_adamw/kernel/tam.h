@@ -15,7 +15,7 @@ inline void align(const float* m, const float* x, int c, double* sums) {
   sums[2] += xx;
 }
 
-// what the entering gradient is multiplied with, from the sums of `align`
+// the factor on the entering gradient, from the sums of `align`
 inline float torque(const Tensor& t, const Recipe& r, const Rates& q, const double* sums) {
   const double lengths = std::sqrt(sums[1]) * std::sqrt(sums[2]);
   float* const smoothed = t.state.tam_s;

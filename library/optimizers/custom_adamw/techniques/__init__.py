@@ -1,4 +1,4 @@
-"""The techniques of CustomAdamW, and what follows from their declarations. Imports no torch: `--help` reads it."""
+"""The techniques of CustomAdamW, and settings derived from them. Imports no torch, because `--help` reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TECHNIQUES = {  # its switch: its class. In each stage of a step (update.py) the
     # the gradient
     "use_agr": "library.optimizers.custom_adamw.techniques.agr.AGR",
     "use_orthogonal_grad": "library.optimizers.custom_adamw.techniques.orthograd.OrthoGrad",
-    # what of it enters the momentum
+    # the input of the momentum
     "use_adopt_stability": "library.optimizers.custom_adamw.techniques.adopt.ADOPT",
     "use_tam": "library.optimizers.custom_adamw.techniques.tam.TAM",
     # the direction of the update
@@ -26,7 +26,7 @@ TECHNIQUES = {  # its switch: its class. In each stage of a step (update.py) the
     "use_cautious": "library.optimizers.custom_adamw.techniques.cautious.Cautious",
     # its size
     "use_alora": "library.optimizers.custom_adamw.techniques.alora.ALoRA",
-    # weight decay, and what the weights may not leave
+    # weight decay, and constraints on the weights
     "dynamic_weight_decay": "library.optimizers.custom_adamw.techniques.dynamic_decay.DynamicWeightDecay",
     "use_spd": "library.optimizers.custom_adamw.techniques.spd.SPD",
 }
@@ -100,7 +100,7 @@ def switched_on(group: Options) -> list[Technique]:
 
 
 def names_on(group: Options) -> list[str]:
-    """The names of what a group has on."""
+    """The names of the techniques that a group has on."""
     return [kind.name for kind in techniques() if group[kind.switch().name]]
 
 

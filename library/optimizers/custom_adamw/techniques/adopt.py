@@ -1,7 +1,7 @@
 """ADOPT: modified Adam that converges with any beta2 (Taniguchi et al., NeurIPS 2024, arXiv 2411.02853).
 
-The clipped version of November 2024. v starts as the square of the first gradient, and that call moves nothing; from
-then on the gradient is divided by the root of the *previous* v, clipped, and only then enters the momentum:
+The clipped version of November 2024. v starts as the square of the first gradient, and that step changes no weight;
+from then on the gradient is divided by the root of the *previous* v, clipped, and only then enters the momentum:
 
     g^ = clip(g / max(sqrt(v_{k-1}), eps), -k^(1/4), k^(1/4));  m_k = b1 m_{k-1} + (1-b1) g^;  w <- w - lr m_k
     v_k = b2 v_{k-1} + (1-b2) g^2
@@ -44,7 +44,7 @@ class ADOPT(Technique):
         return normalize(x, step.before["exp_avg_sq"], k, eps=self.adopt_eps, clip=self.adopt_clip)
 
     def settle(self, w: Tensor, step: Step) -> Tensor:
-        """Rows whose second moment is not seeded yet stand still, and their v becomes g^2 (0 while g is 0)."""
+        """Rows whose second moment is not seeded yet keep their weights, and their v becomes g^2 (0 while g is 0)."""
         before, after, g = step.before, step.after, step.grad
         seeded = is_seeded(before["adopt_k"])
         step.after = {key: new.where(seeded, before[key]) for key, new in after.items() if key != "exp_avg_sq"}
@@ -54,7 +54,7 @@ class ADOPT(Technique):
 
 
 def _updates_so_far(parameter: Tensor, state: Options) -> float:
-    """Moments of an AdamW without ADOPT: v has been seeded long ago."""
+    """The count of updates for moments of an AdamW without ADOPT, whose v is seeded."""
     return float(state["step"]) if "exp_avg" in state else 0.0
 
 
@@ -73,5 +73,5 @@ def is_seeded(k: Tensor) -> Tensor:
 
 
 def count(k: Tensor, grad: Tensor) -> Tensor:
-    """The next k: 0 until the first non-zero gradient, 1 when that has seeded v, then one more at each update."""
+    """The next k: 0 until the first non-zero gradient, 1 after that has seeded v, then one more at each update."""
     return k + (is_seeded(k) | (grad != 0).any(-1, keepdim=True))

@@ -22,7 +22,7 @@ class AGR(Technique):
     papers = ("2407.16944",)
 
     def applies(self, about: About) -> bool:
-        return about.numel > 1  # alone, a number is all of its gradient: AGR would never let it move
+        return about.numel > 1  # a single number is all of its gradient: AGR would set its update to zero
 
     def gradient(self, g: Tensor, step: Step) -> Tensor:
         return regularize(g)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ALoRA(Technique):
-    """Moves lora_up faster than lora_down, a row the less the more it has grown."""
+    """Gives lora_up a higher rate than lora_down, which falls row by row as the row grows."""
 
     use_alora: bool = setting(False, help="give lora_up a higher rate, less where the adapter has grown")
     alora_ratio: float = setting(2.0, above=0, help="how much higher, at the start")
@@ -48,7 +48,7 @@ class ALoRA(Technique):
     def size(self, u: Tensor, step: Step) -> Tensor:
         assert step.down is not None
         rank = step.down.shape[1]
-        # in a group with LoRA+ the row-wise part stays, the ratio must not come twice
+        # in a group with LoRA+ the row-wise part stays, but the ratio must not be applied twice
         ratio = self.alora_ratio if self.lora_plus_ratio is None else 1.0
         up = step.weight.unflatten(-1, (-1, rank))
         factors = row_factors(up, step.down, ratio=ratio, eta=self.alora_eta, scale=self.lora_scale)
@@ -56,7 +56,7 @@ class ALoRA(Technique):
 
 
 def row_norms(up: Tensor, down: Tensor) -> Tensor:
-    """||(B A)_i|| [k, out] for up [k, out, r] and down [k, r, in], without ever forming B A.
+    """||(B A)_i|| [k, out] for up [k, out, r] and down [k, r, in], without forming B A.
 
     The Gram trick: ||(B A)_i||^2 = b_i (A A^T) b_i^T needs an r x r matrix only.
     """

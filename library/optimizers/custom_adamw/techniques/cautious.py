@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cautious(Technique):
-    """Leaves alone what would move against the gradient, moves the rest further."""
+    """Masks the entries of the update that go against the gradient, and scales up the rest."""
 
     use_cautious: bool = setting(True, help="mask updates that disagree with the gradient")
     cautious_min: float = setting(1e-3, above=0, maximum=1, help="the least mean of that mask that is rescaled")
@@ -32,7 +32,7 @@ def agreement(update: Tensor, grad: Tensor) -> Tensor:
 
 
 def mask(update: Tensor, grad: Tensor, *, least: float) -> Tensor:
-    """u mask / max(mean(mask), least): what disagrees with the gradient stands still, the rest moves further.
+    """u mask / max(mean(mask), least): entries that disagree with the gradient become 0, the rest is scaled up.
 
     The scale of the authors' code (the paper's first version has n / (sum + 1)). The moments are not masked.
     """

@@ -1,8 +1,7 @@
 """Dynamic weight decay: constant for some steps, then falling along a curve of library/optimizers/weight_decay.py.
 
 No paper: this optimizer's own. The flags are those of every optimizer (library/config/options/weight_decay.py).
-The curve "adaptive" falls from when the loss has become flat (library/optimizers/plateau.py), so it must be told the
-losses.
+The curve "adaptive" falls once the loss has become flat (library/optimizers/plateau.py), so it needs the losses.
 """
 
 from __future__ import annotations

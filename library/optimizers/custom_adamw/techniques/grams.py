@@ -21,7 +21,7 @@ class Grams(Technique):
     name = "Grams"
     papers = ("2412.17107",)
     excludes: ClassVar = {
-        "use_cautious": "Grams leaves nothing for Cautious to mask; with both on, Grams is used alone"
+        "use_cautious": "with Grams there is nothing for Cautious to mask; with both on, only Grams is used"
     }
 
     def direction(self, u: Tensor, step: Step) -> Tensor:
@@ -29,5 +29,5 @@ class Grams(Technique):
 
 
 def redirect(update: Tensor, grad: Tensor) -> Tensor:
-    """sign(g) |u|: how far is the momentum's decision, which way is the gradient's."""
+    """sign(g) |u|: the momentum decides the size, the gradient the direction."""
     return grad.sign() * update.abs()

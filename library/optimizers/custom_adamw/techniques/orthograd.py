@@ -18,8 +18,8 @@ TINY = 1e-30
 class OrthoGrad(Technique):
     """Takes the part of the gradient that is orthogonal to the weights (⊥Grad).
 
-    It comes after AGR: the other way round AGR would spoil the right angle. On lora_up it does harm: lora_up starts at
-    zero and has to grow along itself.
+    It comes after AGR, which would otherwise destroy the orthogonality. On lora_up it does harm: lora_up starts at zero
+    and has to grow along itself.
     """
 
     use_orthogonal_grad: bool = setting(False, help="take the part of the gradient orthogonal to the weights")
@@ -48,8 +48,8 @@ def project(weight: Tensor, grad: Tensor) -> Tensor:
 
         g_perp = g - <w,g> / (<w,w> + 1e-30) w;   g <- g_perp ||g|| / (||g_perp|| + 1e-30)
 
-    The rescaling is the official code's, the paper's equation has none. A gradient parallel to its weight leaves only
-    round-off behind, which the rescaling would blow up to full length: such a row becomes zero instead.
+    The rescaling is the official code's; the paper's equation has none. Of a gradient parallel to its weight only
+    round-off remains, which the rescaling would amplify to full length: such a row becomes zero instead.
     """
     along = (weight * grad).sum(-1, keepdim=True) / ((weight * weight).sum(-1, keepdim=True) + TINY)
     orthogonal = grad - along * weight
@@ -59,7 +59,7 @@ def project(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def round_off(grad: Tensor) -> float:
-    """What a parallel gradient leaves of its length after the projection, at most: four units in the last place."""
+    """The largest relative length of a parallel gradient after the projection: four units in the last place."""
     import torch
 
     return 4 * torch.finfo(grad.dtype).eps

@@ -1,6 +1,6 @@
 """SPD: selective projection decay (Tian, Huang, Kira, NeurIPS 2024, arXiv 2411.01713).
 
-Decays a tensor toward its anchor w0 only where the loss pulls that way too: c_t = -<g_t, w_{t-1} - w0> < 0. For
+Decays a tensor toward its anchor w0 only if the gradient step points there, too: c_t = -<g_t, w_{t-1} - w0> < 0. For
 adapters w0 = 0, and since <g_A, A> = <g_B, B> = <G, BA> both halves of a LoRA pair decide alike.
 """
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SPD(Technique):
-    """Pulls a tensor back toward zero, where the loss pulls that way too and only by what the step added."""
+    """Decays a tensor toward zero if the gradient step points there, too, and at most by the step's own growth."""
 
     use_spd: bool = setting(True, help="use selective projection decay")
     spd_lambda: float = setting(0.06, minimum=0, maximum=1, help="strength of that decay")
     spd_anchor: Literal["zero", "initial"] = setting(
-        "zero", help="decay toward zero, or toward the initial weights (kept, one more copy)"
+        "zero", help="decay toward zero, or toward the initial weights (stored as one more copy)"
     )
 
     name = "SPD"
@@ -49,7 +49,7 @@ def condition(grad: Tensor, deviation: Tensor) -> Tensor:
 
 
 def deviation_ratio(new: Tensor, old: Tensor) -> Tensor:
-    """r = clip((||w~ - w0|| - ||w_{t-1} - w0||) / ||w~ - w0||, 0, 1) [k, 1]: which share of the radius is new."""
+    """r = clip((||w~ - w0|| - ||w_{t-1} - w0||) / ||w~ - w0||, 0, 1) [k, 1]: the share of the radius that is new."""
     new_radius = norm(new)
     old_radius = norm(old)
     return ((new_radius - old_radius) / new_radius.where(new_radius > 0, 1)).clamp(0, 1)

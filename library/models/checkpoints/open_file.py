@@ -1,4 +1,4 @@
-"""From a path or a hub id to where a model lies; and another VAE for a model."""
+"""Finds the files of a model from a path or a hub id, and puts another VAE into a model."""
 
 from __future__ import annotations
 
