@@ -169,7 +169,7 @@ class AdaLoRA(OwnForm):
     def is_zero(self) -> bool:
         return not bool((self.lora_E * self.lora_mask).any())
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         self.lora_E.mul_(ratio)
 
     # -- in training

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.rng import torch_generator
+from networks.layers import Preset, of_preset
 from networks.ranks import check_reg_dims, ranks_of, reg_dim
 from networks.settings import Asked, LayerSizes, RankSettings, RankSizes, RateSettings
 from networks.sites import Site, blocks_of, find_sites
@@ -130,6 +131,11 @@ class Adapter(nn.Module):
     def sites(cls, targets: Sequence[AdapterTargets], asked: Asked, sizes: LayerSizes) -> list[Site]:
         """The layers that a new network can adapt, before the user's choice among them."""
         return find_sites(targets, conv=False)
+
+    @classmethod
+    def sites_in(cls, targets: Sequence[AdapterTargets], preset: Preset) -> list[Site]:
+        """The layers of a preset that a new network can adapt."""
+        return of_preset(targets, preset)
 
     @classmethod
     def new(

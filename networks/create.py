@@ -12,10 +12,10 @@ from networks import kinds, rates
 from networks.adapter import Adapter
 from networks.files import AdapterFile
 from networks.fused import split
-from networks.layers import choose, of_preset, preset_of
+from networks.layers import PRESETS, choose, of_preset, preset_of
 from networks.network import Network
-from networks.settings import Asked, PlusSettings, RateSettings
-from networks.sites import blocks_of, find_norms, find_sites, in_names_of
+from networks.settings import Asked, LayerSizes, PlusSettings, RateSettings
+from networks.sites import Site, blocks_of, find_norms, find_sites, in_names_of
 
 if TYPE_CHECKING:
     from library.models.family import AdapterTargets
@@ -54,12 +54,26 @@ def create(
     settings = adapter.SETTINGS(**kinds.fields_of(adapter.SETTINGS, arguments))
     blocks = blocks_of(targets)
     preset = preset_of(sizes.preset)
-    sites = choose(adapter.sites(targets, asked, sizes) if preset is None else of_preset(targets, preset), sizes)
+    sites = adapter.sites(targets, asked, sizes) if preset is None else adapter.sites_in(targets, preset)
+    norms = _norms_beside(sites, targets) if sizes.train_norm and adapter is not kinds.load("norm") else []
     weights = rates.block_weights(settings, blocks)
-    left = rates.without_zero_blocks(sites, weights)
+    left = rates.without_zero_blocks(choose([*sites, *norms], sizes), weights)
+    made: list[Adapter | None] = []
     with progress(left, desc="initial weights", unit="layer", delay=2.0) as bar:  # seconds before it shows
-        made = [adapter.new(site, asked, sizes, settings, blocks) for site in bar]
+        for site in bar:
+            if site in norms:
+                made.append(kinds.load("norm").new(site, Asked(seed=asked.seed), LayerSizes(), RateSettings(), blocks))
+            else:
+                made.append(adapter.new(site, asked, sizes, settings, blocks))
     return _network([one for one in made if one is not None], settings, weights, multiplier=multiplier)
+
+
+def _norms_beside(sites: Sequence[Site], targets: Sequence[AdapterTargets]) -> list[Site]:
+    """The normalisation layers of the blocks that these layers lie in."""
+    conv = {site.name for site in find_sites(targets, conv=True)} - {
+        site.name for site in find_sites(targets, conv=False)
+    }
+    return find_norms(targets, conv=any(site.name in conv for site in sites))
 
 
 def create_from_file(
@@ -77,35 +91,38 @@ def create_from_file(
     """
     adapter = kinds.load(kind)
     settings = adapter.SETTINGS(**kinds.fields_of(adapter.SETTINGS, arguments))
-    readers = dict.fromkeys(adapter.reads(), adapter)
-    if not any(layer.kind in readers for layer in file.layers.values()):
+    readers = {"norm": kinds.load("norm"), **dict.fromkeys(adapter.reads(), adapter)}
+    if not any(layer.kind in adapter.reads() for layer in file.layers.values()):
         raise UserError(f"{file.source}: holds no {adapter.NOUN}; the first tensor is {next(iter(file.tensors), '')!r}")
-    made = _as_in_file(readers, file, targets, asked, settings)
+    made = _as_in_file(readers, file, targets, {adapter: (asked, settings)})
     return _network(made, settings, rates.block_weights(settings, blocks_of(targets)), multiplier=multiplier)
 
 
 def create_to_merge(file: AdapterFile, targets: Sequence[AdapterTargets], *, multiplier: float) -> Network:
     """A network with the layers of a file, of whatever kinds of ours they are."""
-    return Network(_as_in_file(kinds.readers(), file, targets, Asked(), None), multiplier=multiplier)
+    return Network(_as_in_file(kinds.readers(), file, targets, {}), multiplier=multiplier)
 
 
 def _as_in_file(
     classes: Mapping[str, type[Adapter]],
     file: AdapterFile,
     targets: Sequence[AdapterTargets],
-    asked: Asked,
-    settings: RateSettings | None,
+    wanted: Mapping[type[Adapter], tuple[Asked, RateSettings]],
 ) -> list[Adapter]:
-    """An adapter for each layer of the model that the file has, of one of these kinds."""
-    sites = [*find_sites(targets, conv=True), *find_norms(targets, conv=True)]
+    """An adapter for each layer of the model that the file has, of one of these kinds.
+
+    `wanted`: how the kinds are trained that the user chose.
+    """
+    sites = [*of_preset(targets, PRESETS["full"]), *find_norms(targets, conv=True)]
     if any(site.fused for site in sites):
         file = AdapterFile.of(split(file.tensors, sites), file.source)
     layers = {name: layer for name, layer in file.layers.items() if layer.kind in classes}
     names = in_names_of(sites, layers)
     adapters = [
-        classes[layer.kind].as_in_file(site, layer.tensors, asked, settings or classes[layer.kind].SETTINGS())
+        reader.as_in_file(site, layer.tensors, *wanted.get(reader, (Asked(), reader.SETTINGS())))
         for site in sites
-        if (layer := names.get(site.name)) is not None and isinstance(site.module, classes[layer.kind].LAYERS)
+        if (layer := names.get(site.name)) is not None
+        and isinstance(site.module, (reader := classes[layer.kind]).LAYERS)
     ]
     if not adapters:
         raise UserError(

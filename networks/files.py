@@ -178,7 +178,8 @@ def _refuse_other_kinds(
         of_these = f"of which {' and '.join(map(short_title, unread))}" if some else "which"
         advice = f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by and "train" in purpose else ""
         raise UserError(f"{path} is {adapter.title}, {of_these} no kind of adapter here reads{advice}")
-    nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in allowed))
+    named = [kind for kind in allowed if kind != "norm"] or allowed  # norms may lie beside every kind
+    nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in named))
     said = f"{path} is {adapter.title}, and only {nouns} {purpose}"
     if able := [kind for kind in kinds.KINDS if ours.holds_only(kinds.load(kind).reads())]:
         said += f". {' or '.join(f'--network_module networks.{kind}' for kind in able)} trains it"

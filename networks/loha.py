@@ -152,7 +152,7 @@ class LoHa(WithMagnitude):
             return super().is_zero()
         return not all(parameter.any() for parameter in self.parameters())
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         self.hada_w1_a.mul_(ratio**0.5)
         self.hada_w2_a.mul_(ratio**0.5)
 

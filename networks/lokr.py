@@ -309,7 +309,7 @@ class LoKr(WithMagnitude):
             return super().is_zero()
         return not all(parameter.any() for parameter in self.parameters())
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         for whole, part in ((W1, W1_B), (W2, W2_B)):
             self.get_parameter(whole if hasattr(self, whole) else part).mul_(ratio**0.5)
 

@@ -35,6 +35,6 @@ class LoRAFA(LoRA):
         nn.init.normal_(self.lora_down.weight, std=std, generator=generator_for(self, "lora_down"))
         nn.init.zeros_(self.lora_up.weight)
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         """`down` stays as it is."""
         self.lora_up.weight.mul_(ratio)

@@ -177,7 +177,7 @@ class Network(TrainableNetwork):
         }
 
     def ranks(self) -> tuple[int, int]:
-        ranks = [adapter.rank for adapter in self.adapters]
+        ranks = [adapter.rank for adapter in self.adapters if adapter.rank] or [0]
         return min(ranks), max(ranks)
 
     def refuses(self, capability: Capability) -> str | None:

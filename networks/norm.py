@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.adapter import Adapter, Shape
+from networks.layers import Preset
 from networks.settings import Asked, LayerSizes, RateSettings
 from networks.settings import RateSettings as Settings
 from networks.sites import Site, find_norms
@@ -72,6 +73,10 @@ class Norm(Adapter):
         if not found:
             raise UserError("networks.norm: there is no LayerNorm and no GroupNorm beside this model's adapted layers")
         return found
+
+    @classmethod
+    def sites_in(cls, targets: Sequence[AdapterTargets], preset: Preset) -> list[Site]:
+        return find_norms(targets, conv=bool(preset.conv))
 
     @classmethod
     def new(

@@ -188,7 +188,7 @@ class VeRA(OwnForm):
     def is_zero(self) -> bool:
         return not (self.vera_lambda_b.any() and self.vera_lambda_d.any())
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         self.vera_lambda_b.mul_(ratio)
 
 

@@ -31,8 +31,8 @@ message names the nearest known one.
 
 # How options of kohya's differ here
 DIFFERS: Mapping[str, str] = {
-    "base_weights": "files of every kind that is read here are merged, whatever --network_module is; layers that do not fit are "
-    "logged",
+    "base_weights": "files of every kind that is read here are merged, whatever --network_module is; layers that do "
+    "not fit are logged",
     "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops; "
     "with one that no captions have, such as .none, it goes on without them",
     "caption_separator": "used to join shuffled tags and to split counted ones, too, where kohya has a comma",

@@ -34,8 +34,8 @@ class PartKind:
     prefix: the beginning of its keys in adapter files. linear: the paths of Linear and 1 × 1 convolution layers that
     adapters sit on. conv: the paths of further layers, if convolutions are adapted. more: the paths that a preset for
     everything takes beside these. choices: for presets that take a part of `linear`, that part by the preset's name.
-    blocks: its numbered blocks, by which rates and ranks can differ. layer: for parts without blocks, a pattern of the names in adapter files, whose
-    first group is a layer's number from the input on.
+    blocks: its numbered blocks, by which rates and ranks can differ. layer: for parts without blocks, a pattern of the
+    names in adapter files, whose first group is a layer's number from the input on.
     """
 
     folder: str

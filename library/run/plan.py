@@ -214,7 +214,7 @@ def _check_weight_files(network: NetworkOptions) -> None:
 
     kind = kinds.kind_of(network.network_module, network.network_args)
     trains = "" if kind is None else f"is trained by {network.network_module}"
-    _check_weights("network_weights", network.network_weights, purpose=trains, allowed=kind and [kind])
+    _check_weights("network_weights", network.network_weights, purpose=trains, allowed=kind and [kind, "norm"])
     _check_weights("base_weights", *network.base_weights, purpose=merge.PURPOSE)
     _warn_of_other_base(network)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_models import Toy, lora, unet_targets
+from adapter_models import Toy, lora, randomize, unet_targets
+from test_adapters import SIZES
 
 from library.errors import UserError
 from networks import kinds
-from networks.create import create
+from networks.create import create, create_from_file
+from networks.files import read
 from networks.kinds import KINDS
 from networks.layers import PRESETS, Preset, of_preset
 from networks.settings import Asked
@@ -158,9 +162,37 @@ def test_wrong_words_of_lycoris(words: tuple[str, ...], message: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_takes_presets_and_patterns(kind: str, toy: Toy) -> None:
-    for arguments, expected in (
-        ({"include_patterns": ".*to_q"}, {"attentions.0.to_q"}),
-        ({"preset": "attn-mlp"}, {"attentions.0.to_q", "attentions.0.proj_in"}),
-    ):
-        network = create(kind, [unet_targets(toy)], Asked(seed=1), arguments)
-        assert {adapter.site.path for adapter in network.adapters} == expected
+    asked, arguments = SIZES[kind]
+
+    def adapted(**more: str) -> set[str]:
+        return {adapter.site.path for adapter in create(kind, [unet_targets(toy)], asked, arguments | more).adapters}
+
+    usual = adapted()
+    one = min(usual)
+    assert adapted(include_patterns=re.escape(one)) == {one}
+    assert adapted(exclude_patterns=re.escape(one)) == usual - {one}
+    blocks = {path for path in adapted(preset="attn-mlp") if path.startswith("attentions")}
+    assert adapted(preset="attn-mlp") == blocks != set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_are_trained_beside_every_kind(kind: str, toy: Toy, tmp_path: Path) -> None:
+    asked, arguments = SIZES[kind]
+    network = create(kind, [unet_targets(toy)], asked, {**arguments, "train_norm": True})
+    norms = {adapter.site.path for adapter in network.adapters if adapter.NAME == "norm"}
+    assert {"attentions.0.norm", "attentions.0.norm1"} <= norms
+    network.attach()
+    randomize(network)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    expected = toy(x)
+    file = tmp_path / "x.safetensors"
+    network.save(file, None, None)
+    network.detach()
+    content = read(file)
+    other = create_from_file(kind, content, [unet_targets(toy)], Asked(), {})
+    other.attach()
+    report = other.load(content)
+    assert not report.missing
+    assert not report.unexpected
+    # files of kinds that are written as plain LoRA hold the same sum of other factors: rounded once more
+    torch.testing.assert_close(toy(x), expected, rtol=1e-5, atol=1e-6)
