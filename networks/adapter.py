@@ -249,7 +249,7 @@ class Adapter(nn.Module):
     def pairs(self) -> list[tuple[str, str]]:
         """The (down, up) tensors of ROLES whose plain product up @ down counts in the delta."""
         names = {role: name for name, role in self.ROLES.items()}
-        return [(names["down"], names["up"])] if names else []
+        return [(names["down"], names["up"])] if names.keys() >= {"down", "up"} else []
 
     def raises(self, name: str) -> bool:
         """Whether LoRA+ raises the rate of one of its tensors."""

@@ -317,12 +317,8 @@ _TOOL_HINTS = {
 
 # Network modules of kohya's that are not supported yet, and settings (--network_args) of networks.lora's relatives
 # there: what to use instead today.
-_BY_LYCORIS = "LyCORIS makes these files: --network_module lycoris.kohya --network_args algo={} preset=attn-mlp"
 MODULES_NOT_YET = {
-    "networks.loha": _BY_LYCORIS.format("loha"),
-    "networks.lokr": _BY_LYCORIS.format("lokr"),
-    **dict.fromkeys(("networks.dylora", "networks.oft", "networks.oft_flux"), ""),
-    **dict.fromkeys(("networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
+    **dict.fromkeys(("networks.oft_flux", "networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
     **dict.fromkeys(("networks.lora_hunyuan_image", "networks.lora_anima"), ""),
 }
 NETWORK_ARGS_NOT_YET = {
