@@ -21,6 +21,7 @@ KINDS = {
     "lora": "networks.lora.LoRA",
     "dora": "networks.dora.DoRA",
     "lora_fa": "networks.lora_fa.LoRAFA",
+    "dylora": "networks.dylora.DyLoRA",
     "adalora": "networks.adalora.AdaLoRA",
     "pissa": "networks.pissa.PiSSA",
     "vera": "networks.vera.VeRA",

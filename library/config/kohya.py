@@ -321,7 +321,7 @@ _BY_LYCORIS = "LyCORIS makes these files: --network_module lycoris.kohya --netwo
 MODULES_NOT_YET = {
     "networks.loha": _BY_LYCORIS.format("loha"),
     "networks.lokr": _BY_LYCORIS.format("lokr"),
-    **dict.fromkeys(("networks.dylora", "networks.oft", "networks.oft_flux"), ""),
+    **dict.fromkeys(("networks.oft", "networks.oft_flux"), ""),
     **dict.fromkeys(("networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
     **dict.fromkeys(("networks.lora_hunyuan_image", "networks.lora_anima"), ""),
 }
