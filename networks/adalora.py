@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.optimizers.custom_adamw.pairs import Role
-from networks.adapter import Adapter, Shape, generator_for
+from networks.adapter import Adapter, Capability, Shape, generator_for
 from networks.lora import DOWN, UP, pair_shapes
 from networks.magnitude import Form
 from networks.own_form import OwnForm
@@ -173,6 +173,11 @@ class AdaLoRA(OwnForm):
         self.lora_E.mul_(ratio)
 
     # -- in training
+
+    def refuses(self, capability: Capability) -> str | None:
+        if capability == "sharded_gradients":
+            return "networks.adalora with DeepSpeed's ZeRO-2: a process has a part of the gradients, it needs all"
+        return super().refuses(capability)
 
     @classmethod
     def penalty(cls, adapters: Sequence[Adapter]) -> Tensor | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from library.optimizers.custom_adamw.pairs import Role
 
 Shape = Sequence[int]
-Capability = Literal["off", "scale_weight_norms"]
+Capability = Literal["off", "scale_weight_norms", "sharded_gradients"]
 
 _UNSET = {"dim": None, "alpha": 1.0, "dropout": 0.0}  # the options' defaults
 

@@ -181,6 +181,8 @@ class ForeignNetwork(TrainableNetwork):
             self.network.set_multiplier(before)
 
     def refuses(self, capability: Capability) -> str | None:
+        if capability == "sharded_gradients":
+            return "networks of other packages with DeepSpeed's ZeRO-2: networks.lora only"
         method, refusal = {
             "off": ("set_multiplier", "this network module cannot be switched off (it has no set_multiplier)"),
             "scale_weight_norms": (

@@ -28,6 +28,7 @@ KINDS = {
     "lokr": "networks.lokr.LoKr",
     "loha": "networks.loha.LoHa",
     "lora_fa": "networks.lora_fa.LoRAFA",
+    "dylora": "networks.dylora.DyLoRA",
     "adalora": "networks.adalora.AdaLoRA",
     "pissa": "networks.pissa.PiSSA",
     "vera": "networks.vera.VeRA",

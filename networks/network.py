@@ -119,7 +119,8 @@ class TrainableNetwork(nn.Module, ABC):
 
     @abstractmethod
     def refuses(self, capability: Capability) -> str | None:
-        """Why it cannot be switched off, or its norms cannot be limited; None if it can."""
+        """Why it cannot be switched off, its norms cannot be limited, or it cannot be trained where each process has a
+        share of the gradients (ZeRO-2); None if it can."""
 
 
 class Network(TrainableNetwork):

@@ -180,6 +180,8 @@ def _wrapped(
     wrapped, max_norm = accelerator.prepare_optimizer(optimizer), options.optimizer.max_grad_norm
     if zero.is_asked_for() and not options.run.dry_run:
         accumulation = options.training.gradient_accumulation_steps
+        if accelerator.num_processes > 1 and (refusal := network.refuses("sharded_gradients")):
+            raise UserError(refusal)
         sharded = zero.share_out(network, optimizer, accelerator, accumulation=accumulation, max_grad_norm=max_norm)
         if sharded is not None:
             return sharded, sharded

@@ -33,6 +33,7 @@ SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "lokr": (Asked(dim=1, alpha=0.5, seed=1), {"conv_dim": 1}),
     "loha": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 1}),
     "lora_fa": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
+    "dylora": (Asked(dim=4, alpha=1.5, seed=1), {"conv_dim": 4, "unit": 2}),
     "pissa": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2, "keep_form": True}),
     "vera": (Asked(dim=3, seed=1), {"conv_dim": 2, "keep_form": True}),
     "adalora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2, "keep_form": True}),
@@ -49,7 +50,7 @@ def create(kind: str, toy: Toy) -> Network:
     asked, arguments = SIZES.get(kind, (Asked(seed=1), {}))
     network = create_network(kind, [unet_targets(toy)], asked, arguments)
     network.attach()
-    return network
+    return network.eval()  # in training some kinds draw at random
 
 
 def pixels() -> torch.Tensor:
@@ -117,7 +118,7 @@ def test_dimensions_are_taken_from_a_file(kind, toy, tmp_path: Path):
     network.detach()
 
     content = read(file)
-    other = create_from_file(kind, content, [unet_targets(toy)], Asked())
+    other = create_from_file(kind, content, [unet_targets(toy)], Asked()).eval()
     other.attach()
     other.load(content)
     assert content.tensors.keys() == network.tensors().keys() <= network.state_dict().keys()

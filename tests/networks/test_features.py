@@ -34,7 +34,17 @@ WORDS = (
     *("--cache_latents", "--max_data_loader_n_workers", "0", "--no-loss_plot", "--no-report"),
 )
 FEATURES = (
-    *("--optimizer_type", "CustomAdamW", "--monitoring", "--max_train_steps", "4", "--ema_decay", "0.5", "--ema_for", "validate"),
+    *(
+        "--optimizer_type",
+        "CustomAdamW",
+        "--monitoring",
+        "--max_train_steps",
+        "4",
+        "--ema_decay",
+        "0.5",
+        "--ema_for",
+        "validate",
+    ),
     *("--save_every_n_steps", "2", "--save_state", "--validation_split", "0.3", "--validate_every_n_steps", "2"),
     *("--sample_prompts", "a cat --s 1 --w 64 --h 64", "--sample_every_n_steps", "2"),
 )

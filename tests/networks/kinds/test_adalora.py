@@ -339,3 +339,9 @@ def test_wrong_settings_are_named(toy, arguments: dict[str, Any], message: str) 
     with pytest.raises(UserError) as caught:
         create("adalora", [unet_targets(toy)], Asked(dim=4), arguments)
     assert str(caught.value) == message
+
+
+def test_it_needs_the_whole_gradients(toy) -> None:
+    refusal = network(toy).refuses("sharded_gradients")
+    assert refusal is not None
+    assert refusal.startswith("networks.adalora with DeepSpeed's ZeRO-2")
