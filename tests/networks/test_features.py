@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.files.header import read_metadata
+from networks.files import read
 from networks.kinds import KINDS, load
 from tests.conftest import BASE
 from train_network import main
@@ -21,7 +22,7 @@ from train_network import main
 # Sizes of the tiny base's layers are multiples of 16
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "adalora": ("--network_dim", "2", "--network_args", "init_r=3"),
-    "boft": ("--network_dim", "2", "--network_args"),
+    "boft": ("--network_dim", "6", "--network_args"),
     "full": ("--network_args",),
     "ia3": ("--network_args",),
     "norm": ("--network_args",),
@@ -46,7 +47,7 @@ FEATURES = (
         "validate",
     ),
     *("--save_every_n_steps", "2", "--save_state", "--validation_split", "0.3", "--validate_every_n_steps", "2"),
-    *("--sample_prompts", "a cat --s 1 --w 64 --h 64", "--sample_every_n_steps", "2"),
+    *("--sample_every_n_steps", "2"),
 )
 
 
@@ -63,14 +64,17 @@ def train(tmp_path: Path, image_folder: Path) -> Callable[..., int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_with_everything_is_resumed_with_the_same_bits(kind: str, train: Any, tmp_path: Path) -> None:
     more = ("down_lr_weight=0.5,1", "network_reg_lrs=.*attn1.*=5e-3" if kind != "norm" else "preset=attn-mlp")
-    assert train(kind, "whole", *FEATURES, more=more) == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --s 1 --w 64 --h 64\n", encoding="utf-8")
+    features = (*FEATURES, "--sample_prompts", str(prompts))
+    assert train(kind, "whole", *features, more=more) == 0
     whole = load_file(tmp_path / "whole.safetensors")
     assert any(tensor.any() for key, tensor in whole.items() if not key.endswith(".alpha"))
     metadata = read_metadata(tmp_path / "whole.safetensors")
     assert metadata["ss_network_module"] == f"networks.{kind}"
     assert "down_lr_weight" in metadata["ss_network_args"]
     (state,) = (path for path in tmp_path.iterdir() if path.is_dir() and "00000002" in path.name)
-    assert train(kind, "resumed", *FEATURES, "--resume", str(state), more=more) == 0
+    assert train(kind, "resumed", *features, "--resume", str(state), more=more) == 0
     resumed = load_file(tmp_path / "resumed.safetensors")
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())  # one seed, one program
@@ -78,14 +82,14 @@ def test_a_run_with_everything_is_resumed_with_the_same_bits(kind: str, train: A
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_file_starts_another_run_and_is_merged_into_an_8_bit_base(kind: str, train: Any, tmp_path: Path) -> None:
-    assert train(kind, "first", "--max_train_steps", "2") == 0
+    computed = ("--mixed_precision", "bf16", "--max_train_steps", "2")
+    assert train(kind, "first", *computed) == 0
     first = tmp_path / "first.safetensors"
-    same = set(load(kind).reads()) & {"lora"} and kind != "lora"  # written as plain LoRA: others go on with it
-    other = "lora" if same else kind
-    ranks = ("--dim_from_weights",) if same else ()
+    found = {layer.kind for layer in read(first).layers.values()}
+    own = found <= set(load(kind).reads())  # else it is written as plain LoRA, with which LoRA goes on
     start = ("--network_weights", str(first), "--base_weights", str(first), "--base_weights_multiplier", "0.5")
-    places = (*start, *ranks, "--fp8_base", "--mixed_precision", "bf16", "--max_train_steps", "2")
-    assert train(other, "second", *places) == 0
+    more = () if own else ("--dim_from_weights",)
+    assert train(kind if own else "lora", "second", *start, *more, "--fp8_base", *computed) == 0
     second = load_file(tmp_path / "second.safetensors")
     assert second.keys() == load_file(first).keys()
     assert all(tensor.float().isfinite().all() for tensor in second.values())
