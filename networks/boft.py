@@ -67,7 +67,7 @@ class BOFT(OFT):
         largest = sizes.conv_dim if site.spatial else _USUAL_SIZE if asked.dim is None else asked.dim
         if not largest:
             return None
-        size, count = _cut(site, largest)
+        size, count = _cut(site, largest, "conv_dim" if site.spatial else "network_dim")
         form = Form(count, size, sizes.rescaled, stages=count.bit_length())
         return cls(site, form=form, constraint=checked_constraint(sizes.constraint or 0.0), seed=asked.seed)
 
@@ -148,15 +148,17 @@ def through_stages(rows: Tensor, change: Tensor) -> Tensor:
     return rows.reshape(count * size, -1)
 
 
-def _cut(site: Site, largest: int) -> tuple[int, int]:
+def _cut(site: Site, largest: int, option: str) -> tuple[int, int]:
     """The size of a layer's blocks, and how many there are: the largest even size, not above `largest`, of which a
     power of two fill its outputs. Raises UserError."""
+    if largest < 1:
+        raise UserError(f"{option}: {largest} is not positive")
     out = site.module.weight.shape[0]
     fitting = [size for size in range(2, out + 1, 2) if out % size == 0 and (out // size).bit_count() == 1]
     if not fitting or fitting[0] > largest:
         sizes = f"; {', '.join(map(str, fitting[:4]))} do" if fitting else ""
         raise UserError(
-            f"{site.name}: no even block size of at most {largest} (network_dim) goes 1, 2, 4, 8 … times into its "
+            f"{site.name}: no even block size of at most {largest} ({option}) goes 1, 2, 4, 8 … times into its "
             f"{out} outputs{sizes}"
         )
     size = max(one for one in fitting if one <= largest)
