@@ -187,13 +187,13 @@ def test_kohyas_files_are_read(tmp_path: Path) -> None:
     assert {name: layer.kind for name, layer in file.layers.items()} == {"lora_unet_mid_block_x": "oft"}
     tensors["oft_unet_mid_block_x.alpha"] = torch.tensor(0.0)
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="oft_unet_mid_block_x.alpha is 0, with which kohya's OFT does nothing"):
+    with pytest.raises(UserError, match=r"oft_unet_mid_block_x.alpha is 0, with which kohya's OFT does nothing"):
         read(tmp_path / "x.safetensors")
 
 
 def test_rotations_of_other_programs_are_named(tmp_path: Path) -> None:
     save_file({"lora_unet_x.oft_R.weight": torch.ones(3, 6)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="lora_unet_x has a oft_R.weight and no oft_blocks"):
+    with pytest.raises(UserError, match=r"lora_unet_x has a oft_R.weight and no oft_blocks"):
         read(tmp_path / "x.safetensors", purpose="is merged")
 
 
