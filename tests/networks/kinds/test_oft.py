@@ -13,7 +13,7 @@ from single_layers import LAYERS, fill, inputs, layer, same_as_lycoris, site
 from library.errors import UserError
 from networks.create import create
 from networks.files import read
-from networks.oft import OFT, Form, factorization, turn_of
+from networks.oft import OFT, Form, turn_of
 from networks.settings import Asked
 
 
@@ -93,18 +93,11 @@ def test_the_constraint_bounds_the_whole_layers_q() -> None:
     assert torch.equal(inside, loose(inputs(adapter.site.module)))
 
 
-def test_blocks_are_cut_as_lycoris_cuts_them() -> None:
-    general = pytest.importorskip("lycoris.functional.general")
-    for number in (1, 2, 7, 12, 96, 127, 250, 320, 640, 768, 1280, 2560):
-        for factor in (-1, 1, 2, 3, 4, 5, 7, 8, 10, 16, 32, 64, 320, 5000):
-            assert factorization(number, factor) == general.factorization(number, factor), (number, factor)
-
-
 SIZES: list[tuple[Asked, dict[str, Any], dict[int, tuple[int, int]]]] = [
     (Asked(), {}, {320: (4, 80), 640: (4, 160), 1280: (4, 320)}),  # kohya: 4 blocks
     (Asked(dim=8), {}, {320: (8, 40), 640: (8, 80), 1280: (8, 160)}),
-    (Asked(), {"block_size": 8}, {320: (40, 8), 640: (80, 8), 1280: (160, 8)}),  # LyCORIS
-    (Asked(), {"block_size": 7}, {320: (64, 5), 640: (128, 5), 1280: (256, 5)}),
+    (Asked(dim=8), {"dim_is_size": True}, {320: (40, 8), 640: (80, 8), 1280: (160, 8)}),  # LyCORIS
+    (Asked(dim=7), {"dim_is_size": True}, {320: (64, 5), 640: (128, 5), 1280: (256, 5)}),
 ]
 
 
@@ -129,7 +122,7 @@ def test_network_dim_is_kohyas_number_of_blocks(asked: Asked, arguments: Any, ex
     ],
 )
 def test_more_layers_on_request(arguments: Any, counts: dict[str, int], true_sizes: Any) -> None:
-    network = create("oft", true_sizes["sd15"], Asked(), {"conv_block_size": 4, "block_size": 8, **arguments})
+    network = create("oft", true_sizes["sd15"], Asked(dim=8), {"conv_dim": 4, "dim_is_size": True, **arguments})
     assert network.counts() == counts
     sizes = {adapter.site.spatial: adapter.form.size for adapter in network.adapters}
     assert sizes == ({False: 8, True: 4} if "enable_conv" in arguments else {False: 8})
@@ -159,15 +152,11 @@ def test_network_alpha_below_1_is_the_constraint(
             {},
             "attn1_to_q: network_dim 6: its 320 outputs do not divide into so many blocks; into 4 or 5 or 8",
         ),
-        (Asked(dim=320), {}, "320 blocks of its 320 outputs are 1 x 1, and rotate nothing"),
-        (Asked(), {"block_size": 1}, "320 blocks of its 320 outputs are 1 x 1"),
-        (
-            Asked(dim=4),
-            {"block_size": 8},
-            "network_dim 4 is the number of blocks, and block_size 8 their size: give one",
-        ),
+        (Asked(dim=320), {}, "attn1_to_q: network_dim 320 makes blocks of 1 x 1, which rotate nothing"),
+        (Asked(dim=1), {"dim_is_size": True}, "attn1_to_q: network_dim 1 makes blocks of 1 x 1"),
+        (Asked(alpha=4), {"dim_is_size": True}, "network_alpha: 4 has no effect: networks.oft has no alpha"),
+        (Asked(), {"enable_conv": True, "conv_dim": 7}, "conv_dim 7: its 320 outputs do not divide into so many"),
         (Asked(dim=0), {}, "network_dim: 0 is not positive"),
-        (Asked(), {"block_size": -8}, "block_size: -8 is not positive"),
         (Asked(), {"constraint": -1.0}, "constraint: -1 is no bound"),
         (Asked(), {"constraint": float("nan")}, "constraint: nan is no bound"),
         (Asked(dropout=0.1), {}, "network_dropout: 0.1 has no effect: networks.oft has no dropout"),
@@ -187,7 +176,9 @@ def test_kohyas_files_are_read(tmp_path: Path) -> None:
     assert {name: layer.kind for name, layer in file.layers.items()} == {"lora_unet_mid_block_x": "oft"}
     tensors["oft_unet_mid_block_x.alpha"] = torch.tensor(0.0)
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"oft_unet_mid_block_x.alpha is 0, with which kohya's OFT does nothing"):
+    with pytest.raises(
+        UserError, match=r"oft_unet_mid_block_x.alpha is 0: kohya's networks.oft allows this layer no rotation"
+    ):
         read(tmp_path / "x.safetensors")
 
 
