@@ -35,6 +35,7 @@ BLOCKS, RESCALE, ALPHA = "oft_blocks", "rescale", "alpha"
 
 _USUAL_DIM = 4  # kohya's and LyCORIS'
 _ATTENTION = re.compile(r"(?:.*\.)?(?:to_[qkv]|to_out\.0|[qkv]_proj|out_proj)")  # layers, by the ends of their paths
+_HANDY = 32  # in bf16 three times as fast as blocks of 8, in fp32 as fast
 _TINY = 1e-8  # LyCORIS' and kohya's, beside norms
 
 
@@ -162,8 +163,8 @@ class OFT(OnWeight):
         base = self.base_forward(x)
         if self.multiplier == 0:
             return base
-        change = _change(self.tensors(), self.constraint) * self.multiplier
-        count, size, bias = self.form.count, self.form.size, self.site.module.bias
+        change = _joined(_change(self.tensors(), self.constraint) * self.multiplier)
+        count, size, bias = *change.shape[:2], self.site.module.bias
         # the change of the bias, which is not rotated; [blocks, 1, size]. Not as a product, since autocast rounds those
         of_bias = None if bias is None else (bias.to(change).view(count, size, 1) * change).sum(1, keepdim=True)
         change = change.to(base.dtype)
@@ -219,6 +220,18 @@ def _change(tensors: Mapping[str, Tensor], constraint: float) -> Tensor:
         return change
     factors = rescale.float().view(len(change), 1, -1)
     return change * factors + torch.diag_embed(factors[:, 0] - 1)
+
+
+def _joined(change: Tensor) -> Tensor:
+    """Neighbouring blocks as one block with zeros, [blocks, size, size], while it is not larger than _HANDY: products
+    with many tiny matrices take longer than with fewer of this size."""
+    count, size, _ = change.shape
+    together = max((number for number in range(1, _HANDY // size + 1) if count % number == 0), default=1)
+    if together == 1:
+        return change
+    groups = change.view(-1, together, size, size).permute(0, 2, 3, 1)
+    wide = together * size
+    return torch.diag_embed(groups, dim1=1, dim2=3).reshape(-1, wide, wide)
 
 
 def _read_constraint(module: OFT, _: object) -> None:

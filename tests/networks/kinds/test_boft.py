@@ -10,9 +10,9 @@ from single_layers import LAYERS, fill, inputs, layer, same_as_lycoris, site
 from torch import Tensor
 
 from library.errors import UserError
-from networks.boft import BOFT
+from networks.boft import BOFT, through_stages
 from networks.create import create
-from networks.oft import Form
+from networks.oft import Form, turn_of
 from networks.settings import Asked
 
 OUT, SIZE, COUNT, STAGES = 24, 6, 4, 3  # 4 blocks of 6 x 6, and log2(4) + 1 stages
@@ -26,11 +26,12 @@ def made(form: str, *, rescaled: bool = False, constraint: float = 0.0) -> BOFT:
 
 def matrix(blocks: Tensor, multiplier: float) -> Tensor:
     """The product of the stages, each as a dense matrix: block k of stage j turns the rows that lie at its places."""
-    whole = torch.eye(OUT, dtype=blocks.dtype)
+    out = blocks.shape[1] * SIZE
+    whole = torch.eye(out, dtype=blocks.dtype)
     for stage, own in enumerate(blocks):
         half = 2**stage * SIZE // 2
-        order = torch.arange(OUT).view(-1, 2, half).transpose(1, 2).flatten()  # a block's rows, one from either half
-        dense = torch.zeros(OUT, OUT, dtype=blocks.dtype)
+        order = torch.arange(out).view(-1, 2, half).transpose(1, 2).flatten()  # a block's rows, one from either half
+        dense = torch.zeros(out, out, dtype=blocks.dtype)
         for block, places in zip(own, order.view(-1, SIZE), strict=True):
             skew, unit = block - block.T, torch.eye(SIZE, dtype=block.dtype)
             turn = (unit + skew) @ torch.linalg.inv(unit - skew)
@@ -54,6 +55,15 @@ def test_the_effective_weight_and_its_gradient_are_the_formulas(form: str, multi
     (exact * towards.double()).sum().backward()
     for name, value in adapter.named_parameters():
         torch.testing.assert_close(value.grad.double(), double[name].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stages", range(1, 8))  # up to 4 of this size act as one product
+def test_stages_that_act_together_are_those_that_act_one_by_one(stages: int) -> None:
+    generator = torch.Generator().manual_seed(stages)
+    blocks = torch.randn(stages, 64, SIZE, SIZE, generator=generator) * 0.2
+    rows = torch.randn(64 * SIZE, 5, generator=generator)
+    exact = matrix(blocks.double(), 1.0) @ rows.double()
+    torch.testing.assert_close(through_stages(rows, turn_of(blocks, 0.0)).double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", LAYERS)
