@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from library.models.family import AdapterTargets
 
 _USUAL_SIZE = 4
+_HANDY = 64  # the largest size of a product of stages that is worth it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class BOFT(OFT):
         largest = sizes.conv_dim if site.spatial else _USUAL_SIZE if asked.dim is None else asked.dim
         if not largest:
             return None
-        size, count = _cut(site, largest)
+        size, count = _cut(site, largest, "conv_dim" if site.spatial else "network_dim")
         form = Form(count, size, sizes.rescaled, stages=count.bit_length())
         return cls(site, form=form, constraint=checked_constraint(sizes.constraint or 0.0), seed=asked.seed)
 
@@ -134,29 +135,51 @@ class BOFT(OFT):
 def through_stages(rows: Tensor, change: Tensor) -> Tensor:
     """The rows, [out, columns], with `I + change` of each stage applied, [stages, blocks, size, size].
 
-    In stage j a block takes half its rows from one place and half from 2^j half blocks farther.
+    In stage j a block takes half its rows from one place and half from 2^j half blocks farther. A few stages act within
+    groups of some 2^n half blocks, so that one product with their product takes the place of several.
     """
     stages, count, size, _ = change.shape
-    half = size // 2
+    half, columns = size // 2, rows.shape[-1]
     # files have a block's rows in turns from the two places; here they are one half after the other
-    change = change.view(stages, count, half, 2, half, 2).permute(0, 1, 3, 2, 5, 4).reshape(change.shape).to(rows.dtype)
+    change = change.view(stages, count, half, 2, half, 2).permute(0, 1, 3, 2, 5, 4).reshape(change.shape)
+    together = max(1, (_HANDY // half).bit_length() - 1)
+    for first in range(0, stages, together):
+        group = _together(change[first : first + together], first)
+        apart, wide = 2**first, group.shape[-1]
+        cut = rows.reshape(-1, wide // half, apart, half, columns).transpose(1, 2).reshape(-1, wide, columns)
+        turned = torch.baddbmm(cut, group.to(rows.dtype), cut)
+        rows = turned.view(-1, apart, wide // half, half, columns).transpose(1, 2)
+    return rows.reshape(count * size, columns)
+
+
+def _together(change: Tensor, first: int) -> Tensor:
+    """The product of successive stages from `first` on, [stages, blocks, size, size], less I: [groups, wide, wide].
+
+    2^first groups lie in turns."""
+    stages, _, size, _ = change.shape
+    wide, apart = size // 2 * 2**stages, 2**first
+    unit = torch.eye(wide, device=change.device)
+    whole = unit.expand(change.shape[1] * size // wide, wide, wide)
     for stage, blocks in enumerate(change):
-        apart, columns = 2**stage, rows.shape[-1]
-        cut = rows.reshape(-1, 2, apart, half, columns).transpose(1, 2).reshape(count, size, columns)
-        turned = torch.baddbmm(cut, blocks, cut)
-        rows = turned.view(-1, apart, 2, half, columns).transpose(1, 2)
-    return rows.reshape(count * size, -1)
+        far, near = 2 ** (stages - 1 - stage), 2**stage
+        own = blocks.view(-1, far, near, apart, size, size).permute(0, 3, 1, 2, 4, 5).reshape(-1, size, size)
+        cut = whole.reshape(-1, far, 2, near, size // 2, wide).transpose(2, 3).reshape(-1, size, wide)
+        turned = torch.baddbmm(cut, own, cut).view(-1, far, near, 2, size // 2, wide)
+        whole = turned.transpose(2, 3).reshape(-1, wide, wide)
+    return whole - unit
 
 
-def _cut(site: Site, largest: int) -> tuple[int, int]:
+def _cut(site: Site, largest: int, option: str) -> tuple[int, int]:
     """The size of a layer's blocks, and how many there are: the largest even size, not above `largest`, of which a
     power of two fill its outputs. Raises UserError."""
+    if largest < 1:
+        raise UserError(f"{option}: {largest} is not positive")
     out = site.module.weight.shape[0]
     fitting = [size for size in range(2, out + 1, 2) if out % size == 0 and (out // size).bit_count() == 1]
     if not fitting or fitting[0] > largest:
         sizes = f"; {', '.join(map(str, fitting[:4]))} do" if fitting else ""
         raise UserError(
-            f"{site.name}: no even block size of at most {largest} (network_dim) goes 1, 2, 4, 8 … times into its "
+            f"{site.name}: no even block size of at most {largest} ({option}) goes 1, 2, 4, 8 … times into its "
             f"{out} outputs{sizes}"
         )
     size = max(one for one in fitting if one <= largest)
