@@ -124,7 +124,7 @@ class GLoRA(WithRank):
         pairs = ((self.a1, self.a2), (self.b1, self.b2))
         return not any(first.weight.any() and second.weight.any() for first, second in pairs)
 
-    def rescale(self, ratio: float) -> None:
+    def shrink(self, ratio: float) -> None:
         for holder in (self.a1, self.a2, self.b1, self.b2):
             holder.weight.mul_(ratio**0.5)
 

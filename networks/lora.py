@@ -171,10 +171,8 @@ class LoRA(WithMagnitude):
         self.lora_up.weight.mul_(ratio**0.5)
 
 
-def projections(
-    layer: nn.Linear | nn.Conv2d,
-) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """A layer's own operation, and that of a 1x1 layer, as functions of an input and a weight."""
+def projections(layer: nn.Module) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """The operation of a Linear or a Conv2d, and that of a 1x1 layer, as functions of an input and a weight."""
     if not isinstance(layer, nn.Conv2d):
         return F.linear, F.linear
     shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}

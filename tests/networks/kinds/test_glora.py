@@ -104,7 +104,7 @@ def test_rescaling_scales_delta(layer_name):
     assert adapter.is_zero()
     randomize(adapter)
     delta = adapter.delta()
-    adapter.requires_grad_(False).rescale(0.25)
+    adapter.requires_grad_(False).shrink(0.25)
     torch.testing.assert_close(adapter.delta(), delta * 0.25, rtol=1e-5, atol=1e-6)
 
 
