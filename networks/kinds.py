@@ -32,6 +32,7 @@ KINDS = {
     "adalora": "networks.adalora.AdaLoRA",
     "pissa": "networks.pissa.PiSSA",
     "vera": "networks.vera.VeRA",
+    "glora": "networks.glora.GLoRA",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from networks.adapter import Shape, generator_for
+from networks.lora import projections
 from networks.magnitude import DORA_SCALE, Form, WithMagnitude
 from networks.settings import DecomposeSizes as Sizes
 from networks.settings import RankSettings as Settings
@@ -106,12 +107,7 @@ class LoHa(WithMagnitude):
 
     @functools.cached_property
     def _project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-        """The layer's own operation, and that of a 1x1 layer."""
-        layer = self.site.module
-        if not isinstance(layer, nn.Conv2d):
-            return F.linear, F.linear
-        shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        return functools.partial(F.conv2d, **shape), F.conv2d
+        return projections(self.site.module)
 
     def _dropped(self, a1: Tensor) -> Tensor:
         if self.dropout:

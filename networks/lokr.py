@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks import magnitude
 from networks.adapter import Adapter, Shape, generator_for
+from networks.lora import projections
 from networks.magnitude import DORA_SCALE, Axis, WithMagnitude, axis_in
 from networks.settings import DecomposeSizes, RankSettings, RankSizes
 from networks.settings import RankSettings as Settings
@@ -229,8 +230,7 @@ class LoKr(WithMagnitude):
 
     @functools.cached_property
     def _convolve(self) -> Callable[[Tensor, Tensor], Tensor]:
-        layer = self.site.module
-        return functools.partial(F.conv2d, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
+        return projections(self.site.module)[0]
 
     def _first(self) -> Tensor:
         """The part of w2 that is applied first (of three Tucker parts the core), in the form of the layer's weight."""

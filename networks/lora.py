@@ -68,11 +68,7 @@ class LoRA(WithMagnitude):
     @functools.cached_property
     def project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         """The layer's own operation for `down` (or the core), and that of a 1x1 layer for `up`."""
-        layer = self.site.module
-        if not isinstance(layer, nn.Conv2d):
-            return F.linear, F.linear
-        shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        return functools.partial(F.conv2d, **shape), F.conv2d
+        return projections(self.site.module)
 
     def share(self, x: Tensor) -> Tensor:
         """Down, dropout, up. The weights take the dtype of `x`, as `Adapter.share` has it."""
@@ -173,6 +169,14 @@ class LoRA(WithMagnitude):
     def shrink(self, ratio: float) -> None:
         self.lora_down.weight.mul_(ratio**0.5)
         self.lora_up.weight.mul_(ratio**0.5)
+
+
+def projections(layer: nn.Module) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """The operation of a Linear or a Conv2d, and that of a 1x1 layer, as functions of an input and a weight."""
+    if not isinstance(layer, nn.Conv2d):
+        return F.linear, F.linear
+    shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    return functools.partial(F.conv2d, **shape), F.conv2d
 
 
 def pair_shapes(weight: Shape, rank: int) -> dict[str, Shape]:

@@ -37,6 +37,7 @@ SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "pissa": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2, "keep_form": True}),
     "vera": (Asked(dim=3, seed=1), {"conv_dim": 2, "keep_form": True}),
     "adalora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2, "keep_form": True}),
+    "glora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
 }
 
 

@@ -109,7 +109,7 @@ def test_norms_for_dora_and_of_delta_are_those_of_the_matrices(layer_name, form)
         expected = (layer.weight + plain).movedim(axis, 0).flatten(1).norm(dim=1)
         torch.testing.assert_close(adapter.norm_along(), expected, rtol=1e-5, atol=1e-6)
     else:
-        adapter.requires_grad_(False).rescale(0.25)
+        adapter.requires_grad_(False).shrink(0.25)
         torch.testing.assert_close(adapter.delta(), delta * 0.25, rtol=1e-5, atol=1e-7)
 
 

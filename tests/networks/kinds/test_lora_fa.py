@@ -85,6 +85,6 @@ def test_max_norm_scales_up_alone(toy) -> None:
     (first, *_), before = made.adapters, {name: buffer.clone() for name, buffer in made.named_buffers()}
     norm = first.norm().item()
     with torch.no_grad():
-        first.rescale(0.5)
+        first.shrink(0.5)
     assert first.norm().item() == pytest.approx(norm / 2, rel=1e-5)
     assert all(torch.equal(buffer, before[name]) for name, buffer in made.named_buffers())

@@ -24,13 +24,13 @@ def has_alpha(kind: str) -> bool:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if has_alpha(kind)])
 def test_every_kind_with_a_rank_and_an_alpha_scales_by_its_root(kind, toy) -> None:
-    asked = Asked(dim=4, alpha=3.0, seed=1)
-    sizes = {"conv_dim": 4, "conv_alpha": 3.0}
+    asked = Asked(dim=2, alpha=3.0, seed=1)
+    sizes = {"conv_dim": 2, "conv_alpha": 3.0} | ({"factor": 1} if kind == "lokr" else {})  # so that it has a rank
     plain = create(kind, [unet_targets(toy)], asked, sizes)
     rooted = create(kind, [unet_targets(toy)], asked, {**sizes, "rs_lora": True})
     for one, other in zip(plain.adapters, rooted.adapters, strict=True):
-        assert one.scale == pytest.approx(0.75)
-        assert other.scale == pytest.approx(1.5)  # 3 / sqrt(4)
+        assert one.scale == pytest.approx(1.5)
+        assert other.scale == pytest.approx(3 / 2**0.5)
         assert other.alpha.item() / other.rank == pytest.approx(other.scale)
 
 
