@@ -31,7 +31,7 @@ from library.models.checkpoints.adapter_file import (
 from library.models.checkpoints.detect import kind_of_file
 from networks import kinds
 from networks.load_report import by_module
-from networks.naming import from_kohya, read_config, to_kohya
+from networks.naming import CONFIG_KEY, from_kohya, read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +217,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The scale settings of a file of diffusers or PEFT, from its metadata or the file beside it."""
-    if (text := metadata.get("lora_adapter_metadata")) is not None:
-        return read_config(text, f"{path}: lora_adapter_metadata")
+    if (text := metadata.get(CONFIG_KEY)) is not None:
+        return read_config(text, f"{path}: {CONFIG_KEY}")
     beside = path.with_name("adapter_config.json")
     return read_config(beside.read_text(encoding="utf-8"), str(beside)) if beside.is_file() else None
 
