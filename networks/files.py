@@ -105,13 +105,12 @@ def read(
         logger.warning("%s: textual inversion embeddings beside the LoRA are left out: %s", path, words)
         embeddings = {}
     metadata = read_metadata(path)
-    tensors = _in_our_names(tensors, contents, path, metadata)
     if contents.naming != "kohya":
-        config = _config_of(path, metadata)
-        alphas = "the alphas of its configuration" if config else "alpha = rank, since it has none"
+        alphas = "the alphas of its configuration" if _config_of(path, metadata) else "alpha = rank, since it has none"
         if any(name.endswith(".alpha") for name in tensors):
             alphas = "its own alphas"
-        logger.info("%s: names in %s's style, read with %s", path, contents.naming, alphas)
+        logger.info("%s: %s, names in %s's style, read with %s", path, contents.title, contents.naming, alphas)
+    tensors = _in_our_names(tensors, contents, path, metadata)
     return AdapterFile(str(file), _layers(tensors), contents.naming, embeddings, metadata)
 
 
