@@ -31,7 +31,7 @@ from library.models.checkpoints.adapter_file import (
 from library.models.checkpoints.detect import kind_of_file
 from networks import kinds
 from networks.load_report import by_module
-from networks.naming import from_kohya, read_config, to_kohya
+from networks.naming import CONFIG_KEY, from_kohya, read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +105,12 @@ def read(
         logger.warning("%s: textual inversion embeddings beside the LoRA are left out: %s", path, words)
         embeddings = {}
     metadata = read_metadata(path)
-    tensors = _in_our_names(tensors, contents, path, metadata)
     if contents.naming != "kohya":
-        config = _config_of(path, metadata)
-        alphas = "the alphas of its configuration" if config else "alpha = rank, since it has none"
+        alphas = "the alphas of its configuration" if _config_of(path, metadata) else "alpha = rank, since it has none"
         if any(name.endswith(".alpha") for name in tensors):
             alphas = "its own alphas"
-        logger.info("%s: names in %s's style, read with %s", path, contents.naming, alphas)
+        logger.info("%s: %s, names in %s's style, read with %s", path, contents.title, contents.naming, alphas)
+    tensors = _in_our_names(tensors, contents, path, metadata)
     return AdapterFile(str(file), _layers(tensors), contents.naming, embeddings, metadata)
 
 
@@ -217,8 +216,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The scale settings of a file of diffusers or PEFT, from its metadata or the file beside it."""
-    if (text := metadata.get("lora_adapter_metadata")) is not None:
-        return read_config(text, f"{path}: lora_adapter_metadata")
+    if (text := metadata.get(CONFIG_KEY)) is not None:
+        return read_config(text, f"{path}: {CONFIG_KEY}")
     beside = path.with_name("adapter_config.json")
     return read_config(beside.read_text(encoding="utf-8"), str(beside)) if beside.is_file() else None
 

@@ -17,6 +17,7 @@ for SDXL, that is settled when the model is known (`sites.in_names_of`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -27,11 +28,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.json_text import Config, parse_json
-from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES
+from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
 from networks import forms, kinds
 from networks.load_report import by_module
 from networks.magnitude import DORA_SCALE
+
+CONFIG_KEY = "lora_adapter_metadata"  # of diffusers, in a file's metadata
 
 # (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight" or behind the name
 _ENDINGS = (
@@ -193,6 +196,17 @@ def _is_meant(pattern: str, place: _Place) -> bool:
     return bool(re.fullmatch(rf"(?:.*\.)?(?:{pattern.removeprefix('text_model.')})", place.path))
 
 
+def in_names_of(
+    tensors: Mapping[str, Tensor], naming: WrittenNaming, *, source: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors in kohya's names under those of `naming`, and the metadata that go with them. Raises UserError for what
+    has no such names."""
+    if naming == "kohya":
+        return dict(tensors), {}
+    converted = to_diffusers(tensors, source=source)
+    return converted, {CONFIG_KEY: json.dumps(_diffusers_config(converted), sort_keys=True)}
+
+
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
     """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, as `load_lora_weights` takes them.
 
@@ -217,7 +231,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
     return converted
 
 
-def diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """The `lora_adapter_metadata` of tensors in diffusers' names: the ranks, with the same alphas. With it versions of
     diffusers that take one rank for the whole file scale one of several ranks as it should be."""
     config: dict[str, object] = {}

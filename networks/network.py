@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.models.checkpoints.adapter_file import WrittenNaming
 from networks import rates
 from networks.adapter import Adapter, Capability
 from networks.files import AdapterFile
 from networks.fused import fuse, split
 from networks.load_report import LoadReport, by_module, check_loaded, compare
+from networks.naming import in_names_of as in_other_names
 from networks.settings import LearningRates
 from networks.sites import in_names_of
 
@@ -144,6 +146,7 @@ class Network(TrainableNetwork):
             kind.joined(members)
         self.plus_ratios = dict(plus_ratios or {})
         self.block_weights, self.pattern_rates = block_weights, pattern_rates
+        self.naming: WrittenNaming = "kohya"  # of the tensors in its files: --save_naming
         self.set_multiplier(multiplier)
 
     @property
@@ -328,11 +331,13 @@ class Network(TrainableNetwork):
         return fuse(tensors, (adapter.site for adapter in self.adapters))
 
     def save(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """In kohya's names."""
+        """In the names of `naming`."""
+        named, more = in_other_names(self.tensors(), self.naming, source=f"--save_naming {self.naming}")
         tensors = {
             key: value.to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
-            for key, value in self.tensors().items()
+            for key, value in named.items()
         }
+        metadata = {**metadata, **more} if metadata else more
         if str(file).endswith(".safetensors"):
             save_file(tensors, file, dict(metadata) if metadata else None)
         else:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+NOTHING: Mapping[str, int] = {}
 SUFFIX = "-run.json"
 BEAT = 5.0  # seconds from one writing to the next
 SILENT = 60.0  # seconds without a heartbeat after which a run counts as lost
@@ -57,12 +58,14 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A file or a state's folder, written after `step` steps. `kind`: "network" or "state". `bytes`: of a file."""
+    """A file or a state's folder, written after `step` steps. `kind`: "network" or "state". `bytes`: of a file.
+    `loads`: of the last network, how many of its layers each program finds, by `networks.loaders`; else empty."""
 
     name: str
     kind: str
     step: int
     bytes: int | None
+    loads: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +161,13 @@ class RunFile:
         """Record the number of steps done. Costs no more than an assignment: the thread writes it."""
         self._done = done
 
-    def wrote(self, path: Path, *, kind: str, step: int) -> None:
+    def wrote(self, path: Path, *, kind: str, step: int, loads: Mapping[str, int] = NOTHING) -> None:
         """Record a written file or folder, in the place of an earlier one of the same name."""
         if self._record is None:
             return
         size = path.stat().st_size if path.is_file() else None
         others = [item for item in self._record.files if item.name != path.name]
-        self._change(files=[*others, Written(name=path.name, kind=kind, step=step, bytes=size)])
+        self._change(files=[*others, Written(name=path.name, kind=kind, step=step, bytes=size, loads=dict(loads))])
 
     def end(self, status: str, reason: str = "") -> None:
         """Write the record for the last time."""

@@ -42,6 +42,7 @@ def make_network(
         network = foreign.create(wanted.network_module, views, targets, asked, arguments, file=sizes)
     else:
         network = create.make(kind, targets, asked, arguments, file=sizes)
+        network.naming = options.output.save_naming
     if wanted.scale_weight_norms and (refusal := network.refuses("scale_weight_norms")):
         raise UserError(refusal)
     network.attach(parts_of(options))

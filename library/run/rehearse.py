@@ -11,9 +11,10 @@ from library.config.registry import Arguments
 from library.errors import UserError
 from library.run.network import parameter_groups, parts_of
 from library.training.state import State, network_of
-from networks import create, files, kinds
+from networks import create, files, kinds, loaders
 from networks.load_report import check_loaded, compare, some_names
 from networks.merge import BaseWeights
+from networks.naming import in_names_of
 from networks.network import Network
 from networks.settings import Asked
 
@@ -33,9 +34,11 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
             family.adapter_targets()
         )
         if (kind := kinds.kind_of(options.network.network_module, options.network.network_args)) is None:
+            _refuse_naming(options)
             return frozenset()
         network = _network(kind, family, options, arguments)
         parameter_groups(network, options)
+        _check_naming(network, family, options)
         if (
             resume is not None and options.run.resume_anyway
         ):  # otherwise the settings are compared, with a better message
@@ -43,6 +46,22 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
             if different := [*report.mismatched, *report.missing, *report.unexpected]:
                 raise UserError(f"--resume {resume.folder}: its network is not this run's:{some_names(different)}")
         return frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4)
+
+
+def _refuse_naming(options: Options) -> None:
+    if options.output.save_naming != "kohya":
+        raise UserError(
+            f"--save_naming {options.output.save_naming}: networks of --network_module "
+            f"{options.network.network_module} write their files themselves, in their own names"
+        )
+
+
+def _check_naming(network: Network, family: ModelFamily, options: Options) -> None:
+    """`UserError` for a kind of adapter or a family without names in --save_naming."""
+    naming = options.output.save_naming
+    if naming != "kohya" and not loaders.is_about(family.base_model_version):
+        raise UserError(f"--save_naming {naming}: {family.TITLE} has no such names here, only kohya's")
+    in_names_of(network.tensors(), naming, source=f"--save_naming {naming}")
 
 
 def _network(kind: str, family: ModelFamily, options: Options, arguments: Arguments) -> Network:

@@ -1,4 +1,4 @@
-"""Rename a LoRA file's tensors: to diffusers' names, or from diffusers' or PEFT's to kohya's.
+"""Rename an adapter file's tensors: to diffusers' names (LoRA and DoRA of rows), or from any to kohya's.
 
 python -m networks.tools.convert lora.safetensors lora-diffusers.safetensors --to diffusers
 python -m networks.tools.convert lora-diffusers.safetensors lora.safetensors --to kohya
@@ -10,9 +10,11 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import get_args
 
 from library import log
 from library.errors import UserError
+from library.models.checkpoints.adapter_file import WrittenNaming
 from networks import base_weights
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the LoRA file to read")
     parser.add_argument("target", type=Path, help="the .safetensors to write")
-    parser.add_argument("--to", choices=("diffusers", "kohya"), required=True, help="whose names to write")
+    parser.add_argument("--to", choices=get_args(WrittenNaming), required=True, help="whose names to write")
     options = parser.parse_args(argv)
     log.configure()
     try:
@@ -37,22 +39,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def convert(source: Path, target: Path, *, to: str) -> None:
+def convert(source: Path, target: Path, *, to: WrittenNaming) -> None:
     """Write `target`, which must not exist, with the tensors of `source` under other names.
 
     Its metadata are those of `source`, with the hashes of the new file.
     """
     from networks import files
-    from networks.naming import to_diffusers
+    from networks.naming import in_names_of
 
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it")
     # only kohya's names have a way to name embeddings beside a LoRA
     content = files.read(source, purpose="is renamed", keep_embeddings=to == "kohya")
-    tensors = content.tensors
-    if to == "diffusers":
-        tensors = to_diffusers(tensors, source=str(source))
-    metadata = {key: text for key, text in content.metadata.items() if key not in _OF_THE_OLD_FILE}
+    tensors, more = in_names_of(content.tensors, to, source=str(source))
+    metadata = {key: text for key, text in content.metadata.items() if key not in _OF_THE_OLD_FILE} | more
     if trained_on := base_weights.read(source):
         logger.warning("%s: acts as it was trained only on top of %s", source, base_weights.in_words(trained_on))
     files.write(target, {**tensors, **content.embeddings}, metadata)

@@ -185,6 +185,11 @@ class OutputOptions:
     save_model_as: Literal["safetensors", "ckpt", "pt"] = option(
         "safetensors", help="the file's format; ckpt and pt are pickled tables of tensors without metadata"
     )
+    save_naming: Literal["kohya", "diffusers"] = option(
+        "kohya",
+        help="whose names the file's tensors have: kohya's, which most programs read, or diffusers' (LoRA, and DoRA of "
+        "rows) (ours)",
+    )
     save_every_n_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n steps")
     save_n_epoch_ratio: int | None = option(

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 Naming = Literal["kohya", "diffusers", "PEFT", "OneTrainer", "ComfyUI"]
+WrittenNaming = Literal["kohya", "diffusers"]  # --save_naming
 
 KOHYA_OFT = "oft_unet_"  # kohya's networks.oft has a prefix of its own
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", KOHYA_OFT)

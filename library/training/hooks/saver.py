@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files import atomic
+from library.files.index import read_index
 from library.record import saves
 from library.record.metadata import step_of
 from library.record.run_file import RunFile
@@ -19,6 +20,7 @@ from library.training import state
 from library.training.hook import Hook
 from library.training.run import Run
 from library.training.unwritten import Unwritten
+from networks import kinds, loaders
 
 if TYPE_CHECKING:
     from library.record.metadata import RunMetadata
@@ -145,7 +147,7 @@ class Saver(Hook[Run]):
         with run.weights_for(purpose):
             try:
                 saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
-                self._record.wrote(path, kind="network", step=step)
+                self._record.wrote(path, kind="network", step=step, loads=self._loads(path) if last else {})
             except BrokenWeightsError:
                 raise
             except UserError as error:
@@ -157,6 +159,19 @@ class Saver(Hook[Run]):
                 except UserError:
                     raise error from None
                 raise UserError(f"{error}. The network is in {elsewhere} instead: move it to a safe place") from None
+
+    def _loads(self, path: Path) -> dict[str, int]:
+        """Log which programs load the last file, by their rules; the number of its layers that each finds."""
+        version = self._metadata.facts.base_model_version
+        if not loaders.is_about(version):
+            return {}
+        shapes = {name: entry.shape for name, entry in read_index(path).entries.items()}
+        found = loaders.verdicts(shapes, version=version, more=kinds.tensor_names())
+        if not found[0].total:
+            return {}
+        for line in loaders.in_words(found):
+            logger.info("%s: %s", path.name, line)
+        return {one.program: one.found for one in found}
 
 
 def is_best(best: Validation | None, file: Path) -> bool:
