@@ -83,10 +83,6 @@ class Norm(Adapter):
         cls, site: Site, asked: Asked, sizes: LayerSizes, settings: RateSettings, blocks: Blocks | None
     ) -> Self | None:
         cls.refuse_without(asked, "dim", "alpha", "dropout")
-        if not isinstance(site.module, cls.LAYERS):
-            raise UserError(
-                "preset: has no effect: networks.norm adapts norms, with enable_conv=True those of ResNet blocks too"
-            )
         return cls(site, form=Form(bias=site.module.bias is not None), seed=asked.seed)
 
     @classmethod
