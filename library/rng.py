@@ -33,3 +33,15 @@ def torch_generator(*parts: Key) -> torch.Generator:
 
     # torch keeps 64-bit seeds as signed numbers: stay in the positive half
     return torch.Generator().manual_seed(key_of(*parts) >> 1)
+
+
+def uniform() -> float:
+    """A number in [0, 1) from torch's stream.
+
+    In an estimate of memory, whose tensors have no values, it is just below 1: no layer is dropped then, and a drawn
+    size is the largest.
+    """
+    import torch
+
+    draw = torch.rand(())
+    return draw.item() if type(draw) is torch.Tensor else 1 - 2**-24

@@ -6,8 +6,10 @@ tensors it has and what they add to a layer's weight; everything else has a defa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.rng import torch_generator
+from library.rng import torch_generator, uniform
 from networks.layers import Preset, of_preset
 from networks.ranks import check_reg_dims, ranks_of, reg_dim
 from networks.settings import Asked, LayerSizes, RankSettings, RankSizes, RateSettings
@@ -29,10 +31,17 @@ if TYPE_CHECKING:
     from library.models.family import AdapterTargets
     from library.optimizers.custom_adamw.pairs import Role
 
+logger = logging.getLogger(__name__)
+
 Shape = Sequence[int]
 Capability = Literal["off", "scale_weight_norms", "sharded_gradients"]
 
 _UNSET = {"dim": None, "alpha": 1.0, "dropout": 0.0}  # the options' defaults
+
+
+@lru_cache(maxsize=32)  # it is asked for each layer
+def _warn_once(said: str) -> None:
+    logger.warning("--%s", said)
 
 
 class Holder(nn.Module):
@@ -158,7 +167,10 @@ class Adapter(nn.Module):
             value = given[name]
             if value is not None and value != _UNSET[name]:
                 lacks = "rank" if name == "dim" else name
-                raise UserError(f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {lacks}")
+                said = f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {lacks}"
+                if not asked.is_lenient:
+                    raise UserError(said)
+                _warn_once(said)
 
     @classmethod
     def form_in(cls, site: Site, tensors: Mapping[str, Tensor]) -> object:
@@ -432,7 +444,7 @@ class WithRank(Adapter):
 
     def _left_out(self) -> bool:
         """Module dropout: the whole adapter, for this forward."""
-        return bool(self.module_dropout) and torch.rand(()).item() < self.module_dropout
+        return bool(self.module_dropout) and uniform() < self.module_dropout
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Dropout of single values, and of whole ranks per sample; both make up for what is missing.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.rng import uniform
 from networks.lora import DOWN, UP, LoRA
 from networks.settings import Asked, LayerSizes, RankSettings, RateSettings
 from networks.settings import RankSizes as Sizes
@@ -74,7 +75,7 @@ class DyLoRA(LoRA):
         down, up = super().factors()
         if not self.training:
             return down, up
-        start = self.unit * int(torch.randint(self.rank // self.unit, ()))
+        start = self.unit * int(uniform() * (self.rank // self.unit))
         end = start + self.unit
         down = torch.cat([down[:start].detach(), down[start:end]])
         return down * math.sqrt(self.rank / end), torch.cat([up[:, :start].detach(), up[:, start:end]], dim=1)

@@ -17,7 +17,7 @@ MODULE = "networks.lycoris"
 # algo, as LyCORIS 4 spells it in lower case → our kind
 ALGORITHMS = {
     "lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "glora": "glora", "diag-oft": "oft",
-    "boft": "boft", "ia3": "ia3", "full": "full", "dylora": "dylora", "tlora": "tlora",
+    "boft": "boft", "ia3": "ia3", "full": "full", "dylora": "dylora",
 }  # fmt: skip
 # Other spellings of an argument → ours
 _SPELLINGS = {
@@ -84,6 +84,8 @@ def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
         del given["preset"]
     elif kind_of(words) != "ia3":
         given.setdefault("preset", "full")
+    if kind_of(words) == "oft":
+        given["dim_is_size"] = "True"  # kohya's networks.oft counts blocks
     return [f"{name}={text}" for name, text in given.items()]
 
 

@@ -134,13 +134,15 @@ class DecomposeSizes(TuckerSizes):
 class Asked:
     """The options that are the same for every kind: `--network_dim`, `--network_alpha`, `--network_dropout`.
 
-    None: not given. `seed`: initial weights are drawn by (seed, layer); None: from torch's stream.
+    None: not given. `seed`: initial weights are drawn by (seed, layer); None: from torch's stream. `is_lenient`:
+    an option that a kind has no use for is logged, not refused: some configurations give it to all kinds.
     """
 
     dim: int | None = None
     alpha: float | None = None
     dropout: float | None = None
     seed: int | None = None
+    is_lenient: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from library.config.options import Options
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.run.encode import DTYPES, trains_text
-from networks import create, files, foreign, kinds
+from networks import create, files, foreign, kinds, lycoris
 from networks.network import TrainableNetwork
 from networks.settings import Asked, LearningRates
 
@@ -30,7 +30,7 @@ def make_network(
     wanted = options.network
     start = None if wanted.network_weights is None else files.read(wanted.network_weights)
     sizes = start if wanted.dim_from_weights else None
-    asked = Asked(dim=wanted.network_dim, alpha=wanted.network_alpha, dropout=wanted.network_dropout, seed=seed)
+    asked = asked_of(options, seed=seed)
     targets = family.adapter_targets()
     # A third party's initial weights come from torch's own stream, whose state differs between processes.
     torch.manual_seed(rng.key_of(seed, "network") >> 1)
@@ -52,6 +52,18 @@ def make_network(
     network.to(device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
     network.before_training(gradient_checkpointing=options.precision.gradient_checkpointing)
     return network
+
+
+def asked_of(options: Options, *, seed: int | None = None) -> Asked:
+    """The sizes that were asked for. LyCORIS' users give them to every kind, so networks.lycoris is lenient there."""
+    wanted = options.network
+    return Asked(
+        dim=wanted.network_dim,
+        alpha=wanted.network_alpha,
+        dropout=wanted.network_dropout,
+        seed=seed,
+        is_lenient=wanted.network_module == lycoris.MODULE,
+    )
 
 
 def parts_of(options: Options) -> list[str]:

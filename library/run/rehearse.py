@@ -9,14 +9,13 @@ import torch
 from library import log
 from library.config.registry import Arguments
 from library.errors import UserError
-from library.run.network import parameter_groups, parts_of
+from library.run.network import asked_of, parameter_groups, parts_of
 from library.training.state import State, network_of
 from networks import create, files, kinds, loaders
 from networks.load_report import check_loaded, compare, some_names
 from networks.merge import BaseWeights
 from networks.naming import in_names_of
 from networks.network import Network
-from networks.settings import Asked
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -69,7 +68,7 @@ def _network(kind: str, family: ModelFamily, options: Options, arguments: Argume
     wanted = options.network
     start = None if wanted.network_weights is None else files.read(wanted.network_weights)
     sizes = start if wanted.dim_from_weights else None
-    asked = Asked(dim=wanted.network_dim, alpha=wanted.network_alpha, dropout=wanted.network_dropout)
+    asked = asked_of(options)
     try:
         network = create.make(kind, family.adapter_targets(), asked, arguments, file=sizes)
     except UserError as error:

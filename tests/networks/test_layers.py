@@ -13,7 +13,7 @@ from adapter_models import Toy, lora, randomize, unet_targets
 from test_adapters import SIZES
 
 from library.errors import UserError
-from networks import kinds
+from networks import kinds, lycoris
 from networks.create import create, create_from_file
 from networks.files import read
 from networks.kinds import KINDS
@@ -137,6 +137,15 @@ def test_algo_names_the_kind() -> None:
         "dora",
         {"preset": "attn-mlp", "dora_wd": True},
     )
+
+
+def test_every_algorithm_is_a_kind() -> None:
+    assert set(lycoris.ALGORITHMS.values()) <= KINDS.keys()
+    assert arguments("algo=diag-oft", "constraint=0.1", "rescaled=True")[1] == {
+        "preset": "full", "constraint": 0.1, "rescaled": True, "dim_is_size": True
+    }  # fmt: skip
+    assert arguments("algo=ia3", "preset=ia3") == ("ia3", {})
+    assert arguments('algo="glora"', "use_tucker=False", "conv_dim=2") == ("glora", {"preset": "full", "conv_dim": 2})
 
 
 def test_arguments_that_guis_write_for_every_algo_are_left_out_with_a_warning(caplog: Any) -> None:
