@@ -138,12 +138,12 @@ TABLE = {
     "a caption of a megabyte": Harm(
         lambda: write(IMAGES / "a.txt", "a cat, " * 150_000),
         (),
-        "data/2_style/a.txt: 1050000 bytes, of which no more than 131072 are a caption",
+        "data/2_style/a.txt: 1050000 bytes; a caption has at most 131072",
     ),
     "a caption of 4 GB": Harm(
         lambda: os.truncate(IMAGES / "a.txt", 4 * 2**30),
         (),
-        "data/2_style/a.txt: 4294967296 bytes, of which no more than 131072 are a caption",
+        "data/2_style/a.txt: 4294967296 bytes; a caption has at most 131072",
     ),
     "a configuration of lists in lists": Harm(
         lambda: write("t.toml", f"optimizer_args = {'[' * 20_000}"),

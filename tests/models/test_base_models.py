@@ -131,7 +131,7 @@ def test_what_a_file_says_of_its_prediction_is_heard(tmp_path: Path, caplog: pyt
     save_file(states, path, metadata={"modelspec.prediction_type": "epsilon"})
     assert _open(path).process.prediction_type == "epsilon"
     assert _open(path, v_parameterization=True).process.prediction_type == "v_prediction"
-    assert "going by the flag" in caplog.text
+    assert "the flag is used" in caplog.text
 
 
 def test_folders_say_what_they_predict(folder: Path, tiny_v2: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +143,7 @@ def test_folders_say_what_they_predict(folder: Path, tiny_v2: Path, caplog: pyte
     assert (family.base_model_version, family.process.prediction_type) == ("sd_v1_v", "v_prediction")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "--v_parameterization was given, but" in warning
-    assert "scheduler_config.json; going by the flag" in warning
+    assert "scheduler_config.json; the flag is used" in warning
     with pytest.raises(UserError, match="--v2 was given"):
         _open(folder, v2=True)
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -166,7 +166,7 @@ def test_other_folders_are_named_for_what_they_are(folder: Path) -> None:
     with pytest.raises(UserError, match=r"takes 9 channels .* an inpainting model"):
         _open(folder, vae=str(folder / "other_vae"))
     _edit(folder / "unet" / "config.json", in_channels=4, cross_attention_dim=32)
-    with pytest.raises(UserError, match="wants text states of 32 channels, the text encoder gives 64"):
+    with pytest.raises(UserError, match="needs text states of 32 channels, its text encoder has 64"):
         _open(folder, vae=str(folder / "other_vae"))
     (folder / "text_encoder" / "config.json").write_text('{"hidden_size": 64}')
     with pytest.raises(UserError, match=r"text_encoder.config\.json: has no 'num_hidden_layers'"):

@@ -221,7 +221,7 @@ def test_a_folder_says_what_it_predicts(tmp_path: Path, tiny_sdxl: Path) -> None
     assert _open(folder).count_tokens("a photo of a cat") == 5
     unet = folder / "unet" / "config.json"
     unet.write_text(json.dumps(json.loads(unet.read_text()) | {"cross_attention_dim": 64}))
-    with pytest.raises(UserError, match="wants text states of 64 channels, the text encoders give 32 and 40"):
+    with pytest.raises(UserError, match="needs text states of 64 channels, the text encoders return 32 and 40"):
         _open(folder)
 
 

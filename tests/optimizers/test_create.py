@@ -95,7 +95,7 @@ def test_the_weight_decay_and_what_the_words_say_of_it():
         choose_optimizer("AdamW", ["weight_decay=0.2"], weight_decay=0.1)
     with pytest.raises(UserError, match=r"--weight_decay: LBFGS has no weight_decay$"):
         choose_optimizer("LBFGS", [], weight_decay=0.1)
-    with pytest.raises(UserError, match=r"--optimizer_args weight_decay=... hands it over unchecked"):
+    with pytest.raises(UserError, match=r"--optimizer_args weight_decay=... passes it unchecked"):
         choose_optimizer(f"{__name__}.AnyName", [], weight_decay=0.1)
 
 

@@ -58,7 +58,7 @@ def test_warmup_is_linear_from_zero(name):
 
 @pytest.mark.parametrize("name", WITHOUT_WARMUP)
 def test_schedules_without_warmup_refuse_it(name):
-    with pytest.raises(UserError, match=f"--lr_scheduler {name} has no warm-up, but --lr_warmup_steps asks for 5"):
+    with pytest.raises(UserError, match=f"--lr_scheduler {name} has no warm-up, but --lr_warmup_steps gives it 5"):
         factors(options(name, lr_warmup_steps=5))
 
 
@@ -199,7 +199,7 @@ def test_classes_of_torch_by_name_and_path():
         ),
         ({"lr_scheduler_type": "no_such_package.Curve"}, "pip install no_such_package"),
         ({"lr_scheduler_type": "torch.optim.lr_scheduler.math"}, "is not a class with a step"),
-        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "must be told 'metrics' at each step"),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, "needs 'metrics' at each step"),
         ({"lr_scheduler_type": "StepLR", "lr_warmup_steps": 5}, "StepLR has no warm-up"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("T_max=3",)}, "takes no 'T_max'"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "needs --lr_scheduler_min_lr_ratio"),

@@ -287,7 +287,7 @@ def test_a_curve_that_changes_nothing_is_told(
     words: tuple[str, ...], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     decide(*ON, *words, total_steps=900)
-    assert ("the weight decay stays as it is" in caplog.text) is bool(message)
+    assert ("the weight decay is constant" in caplog.text) is bool(message)
     assert message in caplog.text
 
 

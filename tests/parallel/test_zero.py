@@ -79,7 +79,7 @@ def test_the_lora_and_the_state_of_one_process(runs: Any, tmp_path: Path) -> Non
     from train_network import main
 
     assert [run["code"] for run in runs("whole")] == [0, 0], runs("whole")[0]["error"]
-    assert "of 139776 weights are shared out over 2 processes, 69888 each" in runs("whole")[0]["error"]
+    assert "of 139776 weights are sharded over 2 processes, 69888 each" in runs("whole")[0]["error"]
     shutil.copytree(runs.folder / "data", tmp_path / "data")
     one = words(tmp_path, "one", *LONG, *MORE, "--save_state_on_train_end", "--gradient_accumulation_steps", "4")
     assert main(one) == 0
@@ -154,4 +154,4 @@ def test_deepspeed_that_is_not_installed(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert train() == 2
-    assert "asks for DeepSpeed, which is not installed: pip install deepspeed" in capsys.readouterr().err
+    assert "uses DeepSpeed, which is not installed: pip install deepspeed" in capsys.readouterr().err

@@ -275,7 +275,7 @@ def test_a_base_model_that_cannot_be_read_any_more_has_a_name_only(tmp_path, mon
     model.write_bytes(b"x")
     monkeypatch.setattr(hashes, "old_hash", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     assert run(model=str(model)).at(steps=1, epoch=0)["ss_sd_model_name"] == "base.safetensors"
-    assert "base.safetensors: no hash of it in the metadata: Input/output error" in caplog.text
+    assert "base.safetensors: the metadata has no hash of this file: Input/output error" in caplog.text
 
 
 def test_the_base_model_is_hashed_once_and_only_when_a_file_is_saved(tmp_path, monkeypatch):

@@ -210,9 +210,13 @@ def test_a_file_is_as_readable_as_any_other(tmp_path):
 @pytest.mark.parametrize(
     ("value", "precision", "message"),
     [
-        (float("nan"), None, r"lora_unet_y.lora_up.weight holds NaN; training has diverged"),
-        (float("-inf"), "bf16", r"lora_unet_y.lora_up.weight holds infinity; training has diverged"),
-        (1e5, "fp16", r"holds infinity; values beyond 65504 do not fit into fp16: use --save_precision bf16 or float"),
+        (float("nan"), None, r"lora_unet_y.lora_up.weight contains NaN; training has diverged"),
+        (float("-inf"), "bf16", r"lora_unet_y.lora_up.weight contains infinity; training has diverged"),
+        (
+            1e5,
+            "fp16",
+            r"contains infinity; values beyond 65504 do not fit into fp16: use --save_precision bf16 or float",
+        ),
     ],
 )
 def test_a_broken_network_never_replaces_a_good_file(tmp_path, value, precision, message):
@@ -246,7 +250,7 @@ def test_a_broken_network_never_replaces_a_good_pickled_file(tmp_path):
     good = path.read_bytes()
     with torch.no_grad():
         next(network.parameters())[0, 0] = float("nan")
-    with pytest.raises(BrokenWeightsError, match=r"fox.ckpt: not written: .*lora_down.weight holds NaN"):
+    with pytest.raises(BrokenWeightsError, match=r"fox.ckpt: not written: .*lora_down.weight contains NaN"):
         save_network(network, path, precision=None, metadata={})
     assert path.read_bytes() == good
     assert names(tmp_path.iterdir()) == ["fox.ckpt"]

@@ -96,7 +96,7 @@ def test_a_refusal_of_wandbs_stops_the_run(train, tmp_path, wandb, capsys):
     assert train("--log_with", "wandb", "--wandb_api_key", "wrong") == 2
     message = capsys.readouterr().err
     assert "API key is not valid" in message
-    assert "wandb keeps a run's command line" in message
+    assert "wandb stores a run's command line" in message
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 

@@ -70,7 +70,7 @@ def test_its_state_is_all_of_it() -> None:
         (
             (0.5, 0.6, 0.7),
             "validation never fell below that of the base model (0.5000 before training, at best 0.6000, at step 10): "
-            "the network does not generalise to the images held out. Lower the learning rate, or look at the "
+            "the network does not generalise to the images held out. Lower the learning rate, or check the "
             "captions",
         ),
         ((1.0,), None),

@@ -185,7 +185,7 @@ def test_it_is_made_anew_from_what_is_there(finished, tmp_path, capsys):
     found = Page(finished.read_text(encoding="utf-8"))
     state = "it ended without a message (killed, or the machine went down), last heartbeat 2026-01-02"
     assert f"Training report: 3 of 4 steps are done: {state}" in found.text
-    assert found.texts.count("no longer there") == 6
+    assert found.texts.count("file no longer exists") == 6
 
 
 def as_killed(path: Path) -> None:
@@ -336,7 +336,7 @@ def test_what_cannot_be_reported(tmp_path, capsys):
 
 
 def test_a_report_without_monitoring_is_a_contradiction(train, tmp_path):
-    with pytest.raises(UserError, match="--report is made of what monitoring writes"):
+    with pytest.raises(UserError, match="--report needs the files of monitoring"):
         parse([*("--pretrained_model_name_or_path", "x", "--output_dir", "y"), "--no-monitoring", "--report"])
 
 

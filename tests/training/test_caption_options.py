@@ -55,7 +55,7 @@ def test_all_of_them_at_once(
     assert (facts["ss_clip_skip"], facts["ss_max_token_length"]) == ("2", "150")
     assert train(*words, "--dry_run") == 0
     report = capsys.readouterr().out
-    assert "(another text each time: caption_dropout_rate 0.1, enable_wildcard, token_warmup_step 2, " in report
+    assert "(changes each time: caption_dropout_rate 0.1, enable_wildcard, token_warmup_step 2, " in report
     assert f"trained for example: '{texts[0]}'" in report
 
 

@@ -80,7 +80,7 @@ def test_a_flag_goes_before_a_folders_configuration(train, tmp_path, capsys):
     assert metadata(tmp_path)["ss_zero_terminal_snr"] == "True"
     said = capsys.readouterr().err
     file = BASE / "scheduler" / "scheduler_config.json"
-    assert f"--v_parameterization was given, but {BASE} predicts noise, says {file}; going by the flag" in said
+    assert f"--v_parameterization was given, but {BASE} predicts noise, according to {file}; the flag is used" in said
     assert said.count("predicts v, and users report that the offset ruins LoRAs") == 1
     assert train("--noise_offset", "0.05", "--dry_run") == 0
     assert train("--v_parameterization", "--noise_offset", "0", "--dry_run") == 0

@@ -168,7 +168,7 @@ print(json.dumps([alone, info["implementation"], info["techniques"], told, count
     if implementation != ["plain torch operations"]:  # there is a compiler
         assert implementation == ["native CPU kernel", "plain torch operations"]
         assert told == [
-            "CustomAdamW: the CPU kernel does not know Pauses with these settings; parameters with it take the plain "
+            "CustomAdamW: the CPU kernel does not support Pauses with these settings; its parameters use the plain "
             "step, which is slower"
         ]
 

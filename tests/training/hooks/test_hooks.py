@@ -228,7 +228,7 @@ def test_no_two_hooks_have_one_name(train: Train, tally: Callable[..., Tally]) -
     assert run.hook(Tally) is hook
     with pytest.raises(ValueError, match="tally"):
         replace(run, hooks=(*run.hooks, Tally()))
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="hooks need unique names"):
         replace(run, hooks=(Hook(),))
     with pytest.raises(AttributeError):
         run.position = Position(total=1)  # type: ignore[misc]

@@ -105,7 +105,7 @@ def test_the_weights_are_those_of_a_run_that_is_not_watched(train, tmp_path) -> 
 
 
 def test_how_often_without_monitoring_is_a_contradiction() -> None:
-    with pytest.raises(UserError, match="--no-monitoring never to"):
+    with pytest.raises(UserError, match="no effect with --no-monitoring"):
         parse([*("--pretrained_model_name_or_path", "x", "--output_dir", "y"), "--no-monitoring", *EVERY])
 
 

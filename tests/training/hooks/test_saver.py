@@ -127,8 +127,8 @@ def test_a_thumbnail_that_is_not_there_or_too_large_is_refused_before_training(
     image.write_bytes(bytes(3000))
     for value, said in (
         ("nowhere.png", "error: --metadata_thumbnail: nowhere.png is neither a file nor a data URL"),
-        (str(image), "error: --metadata_thumbnail: 0 MB in the file's metadata, which holds 0 MB at most"),
-        ("data:image/png;base64," + "A" * 4000, "error: --metadata_thumbnail: 0 MB in the file's metadata"),
+        (str(image), "error: --metadata_thumbnail: 0 MB of metadata in a file; at most 0 MB"),
+        ("data:image/png;base64," + "A" * 4000, "error: --metadata_thumbnail: 0 MB of metadata in a file"),
     ):
         assert train("--metadata_thumbnail", value, "--metadata_title", "x" * 100) == 2
         assert said in capsys.readouterr().err

@@ -246,7 +246,7 @@ def test_patience_goes_on_counting(
     capsys.readouterr()
     more = ("--resume", str(tmp_path / "out" / "test-state"), "--early_stopping_patience", "4")
     assert train(*STOPS, *more, "--save_state_on_train_end") == 0
-    assert "test-best.safetensors is not there, the best so far (0.9000 at step 1)" in capsys.readouterr().err
+    assert "test-best.safetensors, of the best validation (0.9000 at step 1), is missing" in capsys.readouterr().err
     assert [step for step, _, _ in measured(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
