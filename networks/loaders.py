@@ -97,6 +97,11 @@ _FORMS: Mapping[str, Mapping[Program, Rule]] = {
         ComfyUI=_otherwise("as plain LoRA: lora_magnitude_vector is ignored"),
         Forge=_otherwise("as plain LoRA: lora_magnitude_vector is ignored"), diffusers=_YES,
     ),
+    "dora of PEFT, text encoder": _rules(
+        ComfyUI=_otherwise("as plain LoRA: lora_magnitude_vector is ignored"),
+        Forge=_otherwise("as plain LoRA: lora_magnitude_vector is ignored"),
+        diffusers=_otherwise("of text encoders it reads lora_magnitude_vector.weight only"),
+    ),
     "loha": _rules(ComfyUI=_YES, A1111=_YES, Forge=_YES, kohya=_kohya("loha"), LyCORIS=_YES),
     "loha of four axes": _rules(
         ComfyUI=_not(_NOT_FLAT), A1111=_YES, Forge=_not(_NOT_FLAT), kohya=_not(_NOT_FLAT), LyCORIS=_breaks(_NOT_FLAT)
@@ -235,8 +240,11 @@ def _rule(
 
 def _form(kind: str, name: str, own: Shapes) -> str:
     """A key of `_FORMS`, as far as it has the kind."""
+    if kind == "dora" and "dora_scale" in own:
+        return _form_of_dora(own["dora_scale"])
     if kind == "dora":
-        return _form_of_dora(own["dora_scale"]) if "dora_scale" in own else "dora of PEFT"
+        text = name.startswith("text_encoder") and "lora_magnitude_vector" in own
+        return "dora of PEFT, text encoder" if text else "dora of PEFT"
     if kind == "oft" and name.startswith(KOHYA_OFT):
         return "oft of kohya"
     if kind == "oft" and len(blocks := own.get("oft_blocks", ())) > 1 and blocks[0] < blocks[1]:

@@ -127,6 +127,8 @@ def from_kohya(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tenso
 
 def _read(key: str, source: str) -> tuple[_Place, str]:
     """Which layer a tensor belongs to, and what it is there, in kohya's words."""
+    if reason := forms.why_not_read(key):
+        raise UserError(f"{source}: {key}: {reason}")
     for ending, end in _ENDINGS:
         match = ending.search(key)
         if match and match.end() == len(key):
@@ -136,7 +138,7 @@ def _read(key: str, source: str) -> tuple[_Place, str]:
     for end in sorted(ends, key=len, reverse=True):
         if plain.endswith(f".{end}"):
             return _place(plain.removesuffix(f".{end}"), key, source, old=False), end
-    raise UserError(f"{source}: {key}: {forms.why_not_read(key)}")
+    raise UserError(f"{source}: {key}: no kind of adapter here reads it")
 
 
 def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
@@ -227,7 +229,8 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
         place = diffusers_path(name, source=source)
         converted |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": (up.float() * scale).to(up.dtype)}
         if DORA_SCALE in own:
-            converted[f"{place}.lora_magnitude_vector"] = forms.magnitudes(own, where=f"{source}: {name}")
+            # transformers, which loads text encoders, wants the ".weight"; PEFT takes the name with and without it
+            converted[f"{place}.lora_magnitude_vector.weight"] = forms.magnitudes(own, where=f"{source}: {name}")
     return converted
 
 

@@ -103,10 +103,10 @@ def test_a_merge_that_would_be_wrong_is_refused(tiny, tmp_path, caplog):
 def test_what_is_not_in_the_model_is_named(tiny, tmp_path, caplog):
     path = tmp_path / "a.safetensors"
     save(tiny, path)
-    pair = {f"lora_unet_conv_in.lora_{x}.weight": torch.ones(2, 2) for x in ("up", "down")}
+    pair = {f"lora_unet_nowhere.lora_{x}.weight": torch.ones(2, 2) for x in ("up", "down")}
     save_file(load_file(path) | pair, path)
     merge(tiny, [path], [])
-    assert "1 modules are not in this model:\n  lora_unet_conv_in" in caplog.text
+    assert "1 modules are not in this model:\n  lora_unet_nowhere" in caplog.text
 
 
 def test_the_fingerprint_follows_tensors_and_multipliers(tiny, tmp_path):
