@@ -98,6 +98,7 @@ class AdaLoRA(OwnForm):
         self.register_buffer(MASK, torch.ones_like(self.lora_E))
         for name in _AVERAGES:
             self.add_module(name, Averages({part: self.get_parameter(part) for part in _TRAINED}))
+        self.register_load_state_dict_post_hook(_forget_whether_fixed)
 
     def shapes(self, weight: Shape) -> dict[str, Shape]:
         """Q (r, in, …), E (r, 1), P (out, r, 1 …), and the layer's target rank."""
@@ -212,6 +213,11 @@ class AdaLoRA(OwnForm):
             first.ranks_are_fixed = fix
         if first.ranks_are_fixed:
             torch._foreach_mul_([adapter.lora_E for adapter in own], [adapter.lora_mask for adapter in own])
+
+
+def _forget_whether_fixed(module: AdaLoRA, _: object) -> None:
+    """A state may be of before the last allocation, also where a run goes back after it diverged."""
+    module.ranks_are_fixed = None
 
 
 def _values(tensors: Mapping[str, Tensor]) -> Tensor:

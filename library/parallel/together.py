@@ -10,6 +10,7 @@ from library.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
 
     from library.training.state import Facts
 
@@ -54,3 +55,13 @@ def refuse_different(accelerator: Accelerator, facts: Facts) -> None:
                 f"processes {accelerator.process_index} and {number} are not to train the same: {', '.join(different)} "
                 "differ. Every machine needs the same command, images, captions and model"
             )
+
+
+def same_start(accelerator: Accelerator, network: nn.Module) -> None:
+    """Give all processes the first one's weights: those that are computed from the base may differ in their last bits
+    from one kind of machine to another, and gradients are averaged on the same weights only."""
+    if accelerator.num_processes > 1:
+        import torch.distributed
+
+        for tensor in network.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)

@@ -118,6 +118,7 @@ def _core(
         seed=plan.seed,
         device=accelerator.device,
     )
+    together.same_start(accelerator, network)
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         if refusal := network.refuses("off"):  # now, not in the first step

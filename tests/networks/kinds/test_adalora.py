@@ -231,6 +231,19 @@ def test_a_run_goes_on_bit_by_bit(stop: int) -> None:
     assert all(torch.equal(resumed.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
 
 
+def test_a_run_that_goes_back_allocates_again(toy) -> None:
+    """After it diverged: to a state of before the last allocation, in the same network."""
+    made = network(toy)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.01)
+    train(made, toy, range(1, 21), optimizer)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    train(made, toy, range(21, TOTAL + 1), optimizer)
+    expected = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made.load_state_dict(before)
+    train(made, toy, range(21, TOTAL + 1), optimizer)
+    assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
 def test_layers_with_a_rate_of_zero_take_no_part(toy) -> None:
     made = network(toy)
     frozen = adapters_of(made)[0].requires_grad_(False)
