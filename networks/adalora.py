@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.optimizers.custom_adamw.pairs import Role
 from networks.adapter import Adapter, Capability, Shape, generator_for
+from networks.formats.own_form import OwnForm
 from networks.lora import DOWN, UP, pair_shapes
 from networks.magnitude import Form
-from networks.own_form import OwnForm
 from networks.settings import OwnFormSettings, RankSettings, RankSizes
 from networks.sites import Site
 

@@ -11,7 +11,7 @@ from library.progress import progress
 from networks import kinds, rates
 from networks.adapter import Adapter
 from networks.files import AdapterFile
-from networks.fused import split
+from networks.formats.fused import split
 from networks.layers import PRESETS, choose, of_preset, preset_of
 from networks.network import Network
 from networks.settings import Asked, LayerSizes, PlusSettings, RateSettings

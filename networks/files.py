@@ -30,8 +30,8 @@ from library.models.checkpoints.adapter_file import (
 )
 from library.models.checkpoints.detect import kind_of_file
 from networks import kinds
+from networks.formats.naming import CONFIG_KEY, from_kohya, read_config, to_kohya
 from networks.load_report import by_module
-from networks.naming import CONFIG_KEY, from_kohya, read_config, to_kohya
 
 logger = logging.getLogger(__name__)
 

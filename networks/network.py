@@ -23,9 +23,9 @@ from library.models.checkpoints.adapter_file import WrittenNaming
 from networks import rates
 from networks.adapter import Adapter, Capability
 from networks.files import AdapterFile
-from networks.fused import fuse, split
+from networks.formats.fused import fuse, split
+from networks.formats.naming import in_names_of as in_other_names
 from networks.load_report import LoadReport, by_module, check_loaded, compare
-from networks.naming import in_names_of as in_other_names
 from networks.settings import LearningRates
 from networks.sites import in_names_of
 

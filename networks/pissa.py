@@ -21,9 +21,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from networks.adapter import Capability, Holder, Shape, generator_for
+from networks.formats.own_form import OwnForm
 from networks.lora import DOWN, UP, pair_shapes
 from networks.magnitude import Form
-from networks.own_form import OwnForm
 from networks.settings import OwnFormSettings as Settings
 from networks.settings import RankSettings, RankSizes
 from networks.settings import RankSizes as Sizes

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.optimizers.custom_adamw.pairs import Role
 from networks.adapter import Adapter, Shape
+from networks.formats.own_form import OwnForm
 from networks.magnitude import Form
-from networks.own_form import OwnForm
 from networks.settings import Asked, RankSettings, RankSizes, RateSettings
 from networks.settings import LayerSizes as AnySizes
 from networks.settings import OwnFormSettings as Settings

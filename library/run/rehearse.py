@@ -11,10 +11,11 @@ from library.config.registry import Arguments
 from library.errors import UserError
 from library.run.network import asked_of, parameter_groups, parts_of
 from library.training.state import State, network_of
-from networks import create, files, kinds, loaders
+from networks import create, files, kinds
+from networks.formats import loaders
+from networks.formats.naming import in_names_of
 from networks.load_report import check_loaded, compare, some_names
 from networks.merge import BaseWeights
-from networks.naming import in_names_of
 from networks.network import Network
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from library import log
 from library.errors import UserError
 from library.files.header import read_metadata
 from library.models.checkpoints.adapter_file import layers_of
-from networks import base_weights, kinds, loaders
+from networks import base_weights, kinds
+from networks.formats import loaders
 
 # What a reader of metadata wants first, by the label of its line; all of it stands in the file's header
 _METADATA = {

@@ -45,7 +45,7 @@ def convert(source: Path, target: Path, *, to: WrittenNaming) -> None:
     Its metadata are those of `source`, with the hashes of the new file.
     """
     from networks import files
-    from networks.naming import in_names_of
+    from networks.formats.naming import in_names_of
 
     if target.exists():
         raise UserError(f"{target}: exists already; give another name, or remove it")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from library.models import FAMILIES
 from library.models.opening import open_family
-from networks.fused import fuse, split
+from networks.formats.fused import fuse, split
 from networks.merge import BaseWeights
 from networks.sites import Site
 from tests import toy_family

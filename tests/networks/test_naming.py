@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import naming_of
 from networks.files import read
-from networks.naming import to_kohya
+from networks.formats.naming import to_kohya
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5

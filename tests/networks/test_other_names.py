@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from library.models.checkpoints.adapter_file import naming_of
 from networks.files import read
+from networks.formats.naming import to_kohya
 from networks.merge import BaseWeights
-from networks.naming import to_kohya
 from networks.network import Network
 from networks.sites import in_names_of
 from networks.tools import convert

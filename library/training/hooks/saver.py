@@ -20,7 +20,8 @@ from library.training import state
 from library.training.hook import Hook
 from library.training.run import Run
 from library.training.unwritten import Unwritten
-from networks import kinds, loaders
+from networks import kinds
+from networks.formats import loaders
 
 if TYPE_CHECKING:
     from library.record.metadata import RunMetadata

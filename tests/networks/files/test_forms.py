@@ -16,8 +16,8 @@ from library.files.header import read_metadata
 from networks import kinds
 from networks.create import create, create_to_merge
 from networks.files import read
-from networks.forms import flat
-from networks.naming import from_kohya
+from networks.formats.forms import flat
+from networks.formats.naming import from_kohya
 from networks.settings import Asked
 from networks.tools import check, convert
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from library.errors import UserError
 from networks import kinds
 from networks.create import create
-from networks.loaders import PROGRAMS, Verdict, in_words, verdicts
+from networks.formats.loaders import PROGRAMS, Verdict, in_words, verdicts
 from networks.settings import Asked
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

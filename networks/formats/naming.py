@@ -30,7 +30,8 @@ from library.errors import UserError
 from library.files.json_text import Config, parse_json
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
-from networks import forms, kinds
+from networks import kinds
+from networks.formats import forms
 from networks.load_report import by_module
 from networks.magnitude import DORA_SCALE
 
