@@ -1,5 +1,5 @@
-"""Which kind of adapter pays? Fine-tunes of the shipped base model on two drawing styles, each kind beside a LoRA of rank
-16, judged on images that no training saw.
+"""Which kind of adapter pays? Fine-tunes of the shipped base model on two drawing styles, each kind beside a LoRA of
+rank 16, judged on images that no training saw.
 
     python -m benchmarks.adapter_quality                      # runs what is missing (many hours on two cores), reports
     python -m benchmarks.adapter_quality --report             # the tables and the plot of the finished runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import adapter_quality, study
 
@@ -17,6 +18,24 @@ def test_the_styles_have_splits_of_different_things():
         ]
         assert [len(found) for found in captions] == [160, 60, 120]
         assert len(set.union(*captions)) == 340
+
+
+def test_each_variant_is_one_that_the_trainer_makes_and_equal_ones_have_as_many_numbers():
+    family = open_family(str(study.ROOT / "quickstart" / "base"))
+    counts = {}
+    with family.outlined(), torch.no_grad():
+        for variant in adapter_quality.variants("quickstart"):
+            kind = kinds.kind_of(variant.module)
+            assert kind is not None
+            arguments, _ = kinds.arguments(variant.module, variant.args, from_file=False)
+            network = create(kind, family.adapter_targets(), Asked(variant.dim, variant.alpha), arguments)
+            counts[variant] = sum(network.parameter_counts().values())
+    reference, *others = counts
+    for variant in others:
+        if variant.kind == "equal":
+            assert counts[variant] == pytest.approx(counts[reference], rel=0.1), variant.name
+    assert len({variant.filed for variant in counts}) == len(counts)
+    assert not {v.filed for v in counts} & {v.filed for v in adapter_quality.variants("twemoji")}
 
 
 def row(variant: adapter_quality.Variant, power: int, seed: int, loss: float) -> adapter_quality.Row:
