@@ -8,6 +8,10 @@ import pytest
 import torch
 
 from benchmarks import adapter_quality, study
+from library.models.opening import open_family
+from networks import kinds
+from networks.create import create
+from networks.settings import Asked
 
 
 def test_the_styles_have_splits_of_different_things():
