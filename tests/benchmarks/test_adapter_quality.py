@@ -32,7 +32,7 @@ def test_each_variant_is_one_that_the_trainer_makes_and_equal_ones_have_as_many_
             kind = kinds.kind_of(variant.module)
             assert kind is not None
             arguments, _ = kinds.arguments(variant.module, variant.args, from_file=False)
-            network = create(kind, family.adapter_targets(), Asked(variant.dim, variant.alpha), arguments)
+            network = create(kind, family.adapter_targets(), Asked(dim=variant.dim, alpha=variant.alpha), arguments)
             counts[variant] = sum(network.parameter_counts().values())
     reference, *others = counts
     for variant in others:
