@@ -17,11 +17,10 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.optimizer_quality import NOISE_SEED, ROOT, held_out
 from benchmarks.rows import append, read
+from benchmarks.study import CONFIG, NOISE_SEED, ROOT, STYLE, held_out
 
 RESULTS = ROOT / "benchmarks" / "results" / "rate_finder.csv"
-CONFIG = ROOT / "configs" / "quickstart.toml"
 EPOCHS = 8  # of the quickstart's 20: 160 steps
 MULTIPLES = {"steepest": (1.0, 0.1, 10.0), "tenth": (1.0,)}  # of the rate by each rule
 
@@ -79,7 +78,7 @@ def train_and_judge(seed: int, factor: float, *more: str) -> tuple[float, int]:
             loop.train(run)
         except (Diverged, ValueError):
             return math.inf, run.position.total
-        losses = fixed_noise_loss(run.family, *held_out("validation"), seed=NOISE_SEED)
+        losses = fixed_noise_loss(run.family, *held_out(STYLE / "validation"), seed=NOISE_SEED)
     mean = sum(losses.values()) / len(losses)
     return (mean if math.isfinite(mean) else math.inf), run.position.total
 
