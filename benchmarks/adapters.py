@@ -50,7 +50,7 @@ CASES = {
     "lokr, factor 8": Case("lokr", {"factor": 8}, {"algo": "lokr", "factor": 8}),
     "lokr, full": Case("lokr", {"factor": 8, "full_matrix": True}, {"algo": "lokr", "factor": 8, "full_matrix": True}),
     "glora": Case("glora", {}, {"algo": "glora"}),
-    "oft": Case("oft", {"block_size": 16}, {"algo": "diag-oft", "constraint": 0}, dim=None, alpha=None),
+    "oft": Case("oft", {"dim_is_size": True}, {"algo": "diag-oft", "constraint": 0}, alpha=None),
     "boft": Case("boft", {}, {"algo": "boft", "constraint": 0}, dim=10, alpha=None),
     "ia3": Case("ia3", {}, {"algo": "ia3"}, dim=None, alpha=None),
     "full": Case("full", {}, {"algo": "full"}, dim=None, alpha=None),
@@ -153,8 +153,8 @@ def timed(unet: nn.Module, case: Case, options: argparse.Namespace) -> tuple[lis
 
 def peak(name: str, whose: str, options: argparse.Namespace) -> float:
     """MiB over the UNet's own, in a process of its own."""
-    words = ("-m", "benchmarks.adapters", "--peak", name, whose, "--folder", str(options.folder))
-    words += ("--resolution", str(options.resolution))
+    words = ["-m", "benchmarks.adapters", "--peak", name, whose, "--folder", str(options.folder)]
+    words += ["--resolution", str(options.resolution)]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["mib"])
 
@@ -190,7 +190,8 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        print_peak(*options.peak, options)
+        name, whose = options.peak
+        print_peak(name, whose, options)
         return
     sd15_folder(options.folder)
     unet = unet_of(options.folder)

@@ -134,6 +134,9 @@ def _as_in_file(
 def _network(
     adapters: Sequence[Adapter], settings: RateSettings, weights: Sequence[float] | None, *, multiplier: float
 ) -> Network:
+    ratios = settings.by_part.values() if isinstance(settings, PlusSettings) else ()
+    if any(ratios) and not any(one.raises(name) for one in adapters for name, _ in one.named_parameters()):
+        raise UserError(f"loraplus_lr_ratio: has no effect: {adapters[0].NOUN} has no tensor whose rate LoRA+ raises")
     return Network(
         adapters,
         multiplier=multiplier,

@@ -310,8 +310,9 @@ class LoKr(WithMagnitude):
         return not all(parameter.any() for parameter in self.parameters())
 
     def shrink(self, ratio: float) -> None:
+        trained = dict(self.named_parameters())
         for whole, part in ((W1, W1_B), (W2, W2_B)):
-            self.get_parameter(whole if hasattr(self, whole) else part).mul_(ratio**0.5)
+            trained[whole if whole in trained else part].mul_(ratio**0.5)
 
 
 def _inner(weight: Shape, outer: Sequence[int]) -> tuple[int, ...]:

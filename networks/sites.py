@@ -28,9 +28,7 @@ class Site:
     path: str = ""  # the same with dots and without the prefix: down_blocks.0.attentions.0.proj_in
     alias: str = ""  # its name in files in diffusers' or PEFT's naming, where that is another one
     block: int | None = None  # the numbered block that it lies in
-    fused: str = (
-        ""  # its name in files where it shares one with others, in the model's order: see networks.formats.fused
-    )
+    fused: str = ""  # its name in files where it shares one with others, see networks.formats.fused
     prefix: str = ""  # that of its part, of which `name` begins
     depth: int | None = None  # its block, or its layer of a text encoder: the larger, the farther from the input
 

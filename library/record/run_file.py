@@ -59,7 +59,7 @@ class Settings:
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """A file or a state's folder, written after `step` steps. `kind`: "network" or "state". `bytes`: of a file.
-    `loads`: of the last network, how many of its layers each program finds, by `networks.formats.loaders`; else empty."""
+    `loads`: of the last network, how many of its layers each program finds (`networks.formats.loaders`); else empty."""
 
     name: str
     kind: str

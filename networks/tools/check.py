@@ -123,7 +123,7 @@ def _in_model(path: Path, base: str) -> tuple[str, set[str], list[str]]:
             f"{target.prefix}.{name}".replace(".", "_")
             for target in targets
             for module, part in target.root.named_modules()
-            if module and hasattr(part, "weight")
+            if module and "weight" in dict(part.named_parameters(recurse=False))
             for name in (target.name(module), module)
         }
         lines = [_line("model", f"{base} ({family.base_model_version})")]
