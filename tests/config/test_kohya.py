@@ -38,6 +38,7 @@ OURS = {
     *("weight_decay", "lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),
     *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for", "deterministic", "allow_tf32"),
+    "save_naming",
 }
 
 
@@ -62,10 +63,11 @@ def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS
 
 
-def test_a_module_that_is_not_supported_yet_names_what_is(options: Callable[..., Options]) -> None:
-    said = r"'networks.lokr' is known to kohya's scripts, not supported here yet \(LyCORIS makes these files: "
-    with pytest.raises(UserError, match=said):
-        options("--network_module", "networks.lokr")
+def test_a_module_that_is_not_supported_yet_is_named(options: Callable[..., Options]) -> None:
+    with pytest.raises(UserError, match="'networks.lora_flux' is known to kohya's scripts, not supported here yet"):
+        options("--network_module", "networks.lora_flux")
+    for kind in ("loha", "lokr", "oft", "lora_fa", "dylora"):
+        options("--network_module", f"networks.{kind}")
 
 
 def test_the_flags_of_custom_adamw_are_its_own_arguments() -> None:
@@ -176,7 +178,7 @@ REFUSED_WORDS = [
     "--compile",
     "--show_timesteps console",
     "--prompts_file prompts.toml",
-    "--network_module networks.lokr",
+    "--network_module networks.lora_flux",
     "--skip_image_resolution -1",
 ]
 

@@ -366,7 +366,7 @@ def _guidance() -> Iterator[Case]:
         "--zero_terminal_snr",
         "--pretrained_model_name_or_path data",
         "--network_args conv_dmi=4",
-        "--network_module networks.oft",
+        "--network_module networks.oft_flux",
         "--optimizer_args betta=0.9",
         "--xformers --lowram --cache_text_encoder_outputs",
         "--preset origin --optimizer_type AdamW",
