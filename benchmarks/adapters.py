@@ -43,8 +43,8 @@ class Case:
 
 CASES = {
     "lora": Case("lora", {}, {"algo": "lora"}),
-    "dora": Case("dora", {}, {"algo": "lora", "dora_wd": True}),
-    "dora, input": Case("dora", {"wd_on_output": False}, {"algo": "lora", "dora_wd": True, "wd_on_output": False}),
+    "dora": Case("dora", {}, {"algo": "lora", "dora_wd": True, "wd_on_output": False}),
+    "dora, rows": Case("dora", {"wd_on_output": True}, {"algo": "lora", "dora_wd": True}),
     "loha, rank 4": Case("loha", {}, {"algo": "loha"}, dim=4, alpha=2),
     "loha, rank 16": Case("loha", {}, {"algo": "loha"}),
     "lokr, factor 8": Case("lokr", {"factor": 8}, {"algo": "lokr", "factor": 8}),

@@ -20,7 +20,7 @@ class Sizes(DecomposeSizes):
 
 
 class DoRA(LoRA):
-    """The pair, and the norms of the rows or, with `wd_on_output=False`, of the input channels."""
+    """The pair, and the norms of the input channels or, with `wd_on_output=True`, of the rows."""
 
     NAME = "dora"
     NOUN = "DoRA"

@@ -84,6 +84,8 @@ def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
         del given["preset"]
     elif kind_of(words) != "ia3":
         given.setdefault("preset", "full")
+    if "wd_on_output" in takes and given.get("dora_wd", "").lower() not in _FALSE:
+        given.setdefault("wd_on_output", "True")
     if kind_of(words) == "oft":
         given["dim_is_size"] = "True"  # kohya's networks.oft counts blocks
     return [f"{name}={text}" for name, text in given.items()]

@@ -124,10 +124,14 @@ class TuckerSizes(RankSizes):
 
 @dataclass(frozen=True, kw_only=True)
 class DecomposeSizes(TuckerSizes):
-    """dora_wd: train the norms of the layer's rows as well, or with wd_on_output=False those of its input channels."""
+    """dora_wd: train the norms of the layer's input channels as well, or with wd_on_output those of its rows.
+
+    ComfyUI, A1111 and Forge apply the first as trained. Rows, the default of LyCORIS since 3.2 and of PEFT, are applied
+    as trained by LyCORIS, and by diffusers under its own names.
+    """
 
     dora_wd: bool = False
-    wd_on_output: bool = True
+    wd_on_output: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
 
 
 def test_a_module_that_is_not_supported_yet_is_named(options: Callable[..., Options]) -> None:
-    with pytest.raises(UserError, match="'networks.lora_flux' is known to kohya's scripts, not supported here yet"):
+    with pytest.raises(UserError, match=r"'networks.lora_flux' is known to kohya's scripts, not supported here yet"):
         options("--network_module", "networks.lora_flux")
     for kind in ("loha", "lokr", "oft", "lora_fa", "dylora"):
         options("--network_module", f"networks.{kind}")

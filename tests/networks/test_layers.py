@@ -133,10 +133,9 @@ def test_algo_names_the_kind() -> None:
     assert arguments("algo=LoCon", "conv_dim=4", "use_cp=True") == (
         "lora", {"preset": "full", "conv_dim": 4, "use_tucker": True}
     )  # fmt: skip
-    assert arguments("algo=lora", "preset=attn-mlp", "dora_wd=True") == (
-        "dora",
-        {"preset": "attn-mlp", "dora_wd": True},
-    )
+    kind, values = arguments("algo=lora", "preset=attn-mlp", "dora_wd=True")
+    assert (kind, values) == ("dora", {"preset": "attn-mlp", "dora_wd": True, "wd_on_output": True})
+    assert not arguments("algo=lokr", "dora_wd=True", "wd_on_output=False")[1]["wd_on_output"]
 
 
 def test_every_algorithm_is_a_kind() -> None:

@@ -125,7 +125,7 @@ def test_a_file_in_diffusers_names_acts_there_and_back(kind: str, tiny: Any, tmp
 @pytest.mark.parametrize(
     ("kind", "arguments", "said"),
     [
-        ("dora", {"wd_on_output": False}, r"dora_scale .* has the norms of input channels"),
+        ("dora", {}, r"dora_scale .* has the norms of input channels"),
         ("lora", {"conv_dim": 2, "use_tucker": True}, "lora_mid.weight has no name in diffusers"),
     ],
 )

@@ -30,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "rank 8": {"dim": 8, "alpha": 2.0},
     "Tucker": {"dim": 2, "use_tucker": True},
     "Tucker of rank 15": {"dim": 15, "use_tucker": True},
-    "DoRA": {"dim": 2, "dora_wd": True},
+    "DoRA of rows": {"dim": 2, "dora_wd": True, "wd_on_output": True},
     "DoRA of input channels": {"dim": 8, "dora_wd": True, "wd_on_output": False},
 }
 

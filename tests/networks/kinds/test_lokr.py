@@ -36,9 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "w1 a pair, w2 whole": {"dim": 4, "factor": 2, "decompose_both": True, "unbalanced_factorization": True},
     "whole by the option": {"dim": 2, "full_matrix": True},
     "whole by an enormous rank": {"dim": 10_000_000, "alpha": 10_000_000.0},
-    "DoRA": {"dim": 2, "dora_wd": True},
+    "DoRA of rows": {"dim": 2, "dora_wd": True, "wd_on_output": True},
     "DoRA of input channels": {"dim": 2, "dora_wd": True, "wd_on_output": False},
-    "DoRA, whole": {"dim": 50, "dora_wd": True},
+    "DoRA, whole": {"dim": 50, "dora_wd": True, "wd_on_output": True},
 }
 
 
