@@ -319,6 +319,7 @@ class WithRank(Adapter):
 
     SETTINGS = RankSettings
     SIZES = RankSizes
+    HIGHEST_RANK: ClassVar[int | None] = 16384  # None: any
     alpha: Tensor
 
     def __init__(
@@ -402,6 +403,8 @@ class WithRank(Adapter):
         rank = reg_dim(site, sizes.network_reg_dims) or rank
         if not rank:
             return None
+        if cls.HIGHEST_RANK is not None and rank > cls.HIGHEST_RANK:
+            raise UserError(f"network_dim: {rank}: networks.{cls.NAME} takes {cls.HIGHEST_RANK} at most")
         form = cls.form_for(site, rank, sizes, settings)
         rank, alpha = cls.sized(rank, alpha or rank, sizes)
         return cls._made(site, rank, alpha, form, asked, settings)

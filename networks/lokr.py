@@ -83,6 +83,7 @@ class LoKr(WithMagnitude):
     NAME = "lokr"
     NOUN = "LoKr"
     NAMES = (W1, W1_A, W1_B, W2, W2_A, W2_B, T2, DORA_SCALE)
+    HIGHEST_RANK = None  # one above the sizes of a layer means whole matrices: LyCORIS' users give 100000
     RAISED = W1  # as kohya's networks.lokr, in the parts of w1 as well
     ROLES = MappingProxyType({W2_B: "down", W2_A: "up"})
     SETTINGS = Settings

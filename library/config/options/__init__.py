@@ -66,7 +66,8 @@ class ModelOptions:
     no_half_vae: bool = option(False, help="run the VAE in fp32 even under mixed precision")
 
 
-_HIGHEST_RANK = 16384  # a larger number is a typing mistake
+_HIGHEST_RANK = 16384  # a larger number is a typing mistake, but with LoKr, where it stands for whole matrices
+_WITH_LOKR = ("networks.lokr", "networks.lycoris")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ class NetworkOptions:
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             raise UserError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
         # LyCORIS' users write 100000 and more for full matrices instead of low-rank ones
-        if source.is_ours(self.network_module) and (self.network_dim or 0) > _HIGHEST_RANK:
+        limited = source.is_ours(self.network_module) and self.network_module not in _WITH_LOKR
+        if limited and (self.network_dim or 0) > _HIGHEST_RANK:
             raise UserError(f"--network_dim {self.network_dim}: at most {_HIGHEST_RANK}")
         if self.dim_from_weights and self.network_weights is None:
             raise UserError("--dim_from_weights needs --network_weights, the file to take the ranks from")
