@@ -96,7 +96,7 @@ def test_an_enormous_rank_means_whole_matrices_in_lokr_alone(toy: Toy) -> None:
     network = create("lokr", [unet_targets(toy)], Asked(dim=100000, alpha=1, seed=1))
     assert {key.rpartition(".")[2] for key in network.state_dict()} == {"lokr_w1", "lokr_w2", "alpha"}
     assert max(adapter.rank for adapter in network.adapters) <= 8
-    with pytest.raises(UserError, match="network_dim: 100000: networks.loha takes 16384 at most"):
+    with pytest.raises(UserError, match=r"network_dim: 100000: networks\.loha takes 16384 at most"):
         create("loha", [unet_targets(toy)], Asked(dim=100000, alpha=1, seed=1))
 
 
