@@ -35,6 +35,9 @@ COUNTS = {
     ("sdxl", "full-lin"): ((739, 11, 0), 264),
     ("sdxl", "attn-mlp"): ((722, 0, 0), 264),
     ("sdxl", "attn-only"): ((560, 0, 0), 176),
+    ("sdxl", "attn-qv"): ((280, 0, 0), 88),
+    ("sdxl", "unet-only"): ((739, 11, 38), 0),
+    ("sdxl", "unet-transformer-only"): ((722, 0, 0), 0),
     ("sdxl", "unet-convblock-only"): ((17, 11, 38), 0),
 }
 
@@ -214,3 +217,38 @@ def test_norms_are_trained_beside_every_kind(kind: str, toy: Toy, tmp_path: Path
     assert not report.unexpected
     # files of kinds that are written as plain LoRA hold the same sum of other factors: rounded once more
     torch.testing.assert_close(toy(x), expected, rtol=1e-5, atol=1e-6)
+
+
+# -- docs/adapters.md
+
+
+def _cells(page: str, first: str) -> list[list[str]]:
+    lines = [line for line in page.splitlines() if re.match(rf"\| `{first}", line)]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _page() -> str:
+    return (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+
+
+def test_the_page_counts_the_layers_of_presets() -> None:
+    table = {
+        row[0]: [int(cell) for cell in row[2:]] for row in _cells(_page(), "") if len(row) == 6 and row[2].isdecimal()
+    }
+    assert table.keys() == PRESETS.keys()
+    for preset, numbers in table.items():
+        counts = [COUNTS[size, preset] for size in ("sd15", "sdxl")]
+        assert numbers == [number for unet, text in counts for number in (sum(unet), text)]
+
+
+@pytest.mark.parametrize("row", [row for row in _cells(_page(), r"networks\.") if len(row) == 7], ids=lambda r: r[0])
+def test_the_page_has_the_sizes_of_each_kind(row: list[str], true_sizes: Any) -> None:
+    module, dim, words, *shown = row
+    values, _ = kinds.arguments(module, words.split(), from_file=False)
+    asked = Asked(dim=int(dim) if dim else None)
+    networks = [list(create(module[9:], true_sizes[size], asked, values).adapters) for size in ("sd15", "sdxl")]
+    trained = [sum(part.numel() for one in network for part in one.parameters()) for network in networks]
+    written = [sum(part.numel() for one in network for part in one.export().values()) for network in networks]
+    expected = [number / 1e6 for number in trained] + [2 * number / 1e6 for number in written]
+    numbers = [float(cell.removesuffix(" M")) for cell in shown]
+    assert numbers == pytest.approx(expected, rel=0.05)

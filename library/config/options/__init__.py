@@ -77,7 +77,9 @@ class NetworkOptions:
     network_module: str = option(
         "networks.lora",
         not_yet=kohya.MODULES_NOT_YET,
-        help="the module that makes the network: networks.lora, lycoris.kohya, ...",
+        help="the kind of adapter: networks. and lora, dora, loha, lokr, glora, oft, boft, ia3, full, norm, lora_fa, "
+        "dylora, adalora, pissa, vera, or lycoris for LyCORIS' words; or another package's, such as lycoris.kohya; "
+        "see docs/adapters.md",
     )
     network_dim: int | None = option(None, minimum=1, help="the network's rank (default: 4)")
     network_alpha: float = option(
@@ -86,7 +88,9 @@ class NetworkOptions:
     network_dropout: float | None = option(
         None, minimum=0, maximum=1, help="share of the rank's values that are dropped in each training step"
     )
-    network_args: tuple[str, ...] = option((), help="more settings of the module: conv_dim=4 conv_alpha=1 ...")
+    network_args: tuple[str, ...] = option(
+        (), help="more settings of the module: conv_dim=4 conv_alpha=1 preset=full ..., see docs/adapters.md"
+    )
     network_train_unet_only: bool = option(False, help="train the UNet only, not the text encoders")
     network_train_text_encoder_only: bool = option(False, help="train the text encoders only, not the UNet")
     network_weights: str | None = option(
