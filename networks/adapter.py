@@ -170,7 +170,8 @@ class Adapter(nn.Module):
                 said = f"network_{name}: {value:g} has no effect: networks.{cls.NAME} has no {lacks}"
                 if not asked.is_lenient:
                     raise UserError(said)
-                _warn_once(said)
+                if logger.isEnabledFor(logging.WARNING):  # not in a rehearsal, which would use the one warning up
+                    _warn_once(said)
 
     @classmethod
     def form_in(cls, site: Site, tensors: Mapping[str, Tensor]) -> object:

@@ -1,6 +1,6 @@
 """Which layers get an adapter: a preset, patterns of their names, and ranks by pattern.
 
-The presets have the names and the choice that LyCORIS' have. Patterns are regular expressions that a layer's dotted
+The presets have the names and the choice that LyCORIS' have; attn-qv is ours. Patterns are regular expressions that a layer's dotted
 name, or its name in files, matches as a whole (kohya's rule).
 """
 

@@ -64,7 +64,7 @@ def test_every_command_works(monkeypatch, tmp_path, capsys):
 def test_the_table_of_the_record_is_what_it_has(train, tmp_path):
     assert train("--max_train_steps", "1") == 0
     table = json.loads((tmp_path / "out" / "test-run.json").read_text(encoding="utf-8"))
-    section = PAGE.partition("## How the run stands")[2].partition("## The steps")[0]
+    section = PAGE.partition("## The status of a run")[2].partition("## The steps")[0]
     rows = re.findall(r"^\| (`.*?`) \| (.*) \|$", section, flags=re.MULTILINE)
     assert [name for keys, _ in rows for name in re.findall(r"`(\w+)`", keys)] == list(table)
     facts = next(text for keys, text in rows if keys == "`facts`")
@@ -74,7 +74,7 @@ def test_the_table_of_the_record_is_what_it_has(train, tmp_path):
 def test_the_table_of_values_is_what_a_step_tells(train, tmp_path):
     assert train("--max_train_steps", "1") == 0
     (step,) = [line for line in lines(tmp_path / "out" / "test-metrics.jsonl") if "loss" in line]
-    section = PAGE.partition("## What is told")[2].partition("\n## ")[0]
+    section = PAGE.partition("## The numbers")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `", section, flags=re.MULTILINE)
     told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert told == step.keys() - {"step"}

@@ -14,6 +14,7 @@ from test_adapters import SIZES
 
 from library.errors import UserError
 from networks import kinds, lycoris
+from networks.adapter import _warn_once
 from networks.create import create, create_from_file
 from networks.files import read
 from networks.kinds import KINDS
@@ -21,7 +22,8 @@ from networks.layers import PRESETS, Preset, of_preset
 from networks.settings import Asked
 from networks.sites import Site, is_spatial
 
-# Linear, 1 x 1 and wider layers of the UNet, and layers of the text encoders: LyCORIS 3.3's own counts
+# Linear, 1 x 1 and wider layers of the UNet, and layers of the text encoders: LyCORIS 3.3's own counts, where it has
+# such a preset
 COUNTS = {
     ("sd15", "full"): ((184, 46, 52), 72),
     ("sd15", "full-lin"): ((184, 46, 0), 72),
@@ -177,6 +179,14 @@ def test_wrong_words_of_lycoris(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as caught:
         arguments(*words)
     assert message in str(caught.value)
+
+
+def test_options_that_a_kind_has_no_use_for_are_warned_of_once(train: Any, capsys: Any) -> None:
+    """The rehearsal before the run, in which warnings are off, makes such a network first."""
+    _warn_once.cache_clear()
+    words = ("--network_module", "networks.lycoris", "--network_args", "algo=ia3", "--network_dim", "8")
+    assert train("--max_train_steps", "1", *words) == 0
+    assert capsys.readouterr().err.count("warning: --network_dim: 8 has no effect: networks.ia3 has no rank") == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
