@@ -1,7 +1,7 @@
 """Which layers get an adapter: a preset, patterns of their names, and ranks by pattern.
 
-The presets have the names and the choice that LyCORIS' have; attn-qv is ours. Patterns are regular expressions that a layer's dotted
-name, or its name in files, matches as a whole (kohya's rule).
+The presets have the names and the choice that LyCORIS' have; attn-qv is ours. Patterns are regular expressions that a
+layer's dotted name, or its name in files, matches as a whole (kohya's rule).
 """
 
 from __future__ import annotations
