@@ -93,6 +93,7 @@ def variants(style: str) -> list[Variant]:
     return [
         of("LoRA, rank 16", "reference", "lora", 16, 16),
         of("DoRA, rank 16", "equal", "dora", 16, 16),
+        of("DoRA of rows, rank 16", "equal", "dora", 16, 16, "wd_on_output=True"),
         of("LoKr, factor 8", "usual", "lokr", 16, 16, "factor=8", middle=4e-3),
         of("LoHa, rank 8", "equal", "loha", 8, 8, middle=4e-3),
         of("rsLoRA, rank 16", "equal", "lora", 16, 16, "rs_lora=True", middle=1e-3),

@@ -110,7 +110,7 @@ def arguments(module: str, words: Iterable[str], *, from_file: bool) -> tuple[di
 
 def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str, Any]:
     source.find(module, where="--network_module")
-    words = tuple(words)
+    given = words = tuple(words)
     if (kind := kind_of(module, words)) is None:
         known = ", ".join(f"networks.{kind}" for kind in (*KINDS, "lycoris"))
         raise UserError(f"--network_module {module}: is no kind of adapter; known: {known}")
@@ -133,6 +133,8 @@ def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str,
         named_by="--network_module",
         called=f"{module} with --dim_from_weights" if from_file else module,
     )
+    if module == lycoris.MODULE:
+        values["algo"] = lycoris.algorithm_of(given)  # for the metadata: no field of the kind's
     return values
 
 

@@ -41,10 +41,14 @@ _OFTEN_WITHOUT_MEANING = (
 )
 
 
+def algorithm_of(words: Sequence[str]) -> str:
+    """`algo`, in lower case; LyCORIS' default is LoRA."""
+    return _split(words).get("algo", "lora").strip("\"'").lower()
+
+
 def kind_of(words: Sequence[str]) -> str:
-    """The kind that `algo` names; LyCORIS' default is LoRA. Raises UserError."""
-    given = _split(words)
-    algorithm = given.get("algo", "lora").strip("\"'").lower()
+    """The kind that `algo` names. Raises UserError."""
+    given, algorithm = _split(words), algorithm_of(words)
     if algorithm not in ALGORITHMS:
         raise UserError(
             f"--network_args: algo={algorithm}: unknown{did_you_mean(algorithm, ALGORITHMS) or '.'} "

@@ -138,6 +138,7 @@ def test_presets_are_described() -> None:
 def arguments(*words: str) -> tuple[str | None, dict[str, Any]]:
     values, unchecked = kinds.arguments("networks.lycoris", words, from_file=False)
     assert not unchecked
+    assert values.pop("algo") in lycoris.ALGORITHMS  # for the metadata
     return kinds.kind_of("networks.lycoris", words), values
 
 
