@@ -49,7 +49,7 @@ def test_a_file_takes_the_place_of_the_console(tmp_path):
 
 def test_warnings_before_a_mistake_in_the_options_are_shown(tmp_path):
     result = run(tmp_path, "--console_log_level", "DEBUGG", "--sample_sampler", "dpmpp_2m")
-    assert "that is dpmsolver++ here" in result.stderr
+    assert "its name here is dpmsolver++" in result.stderr
     assert "did you mean 'DEBUG'?" in result.stderr
 
 

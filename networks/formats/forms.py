@@ -96,7 +96,7 @@ def magnitudes(own: Mapping[str, Tensor], *, where: str) -> Tensor:
     if scale.numel() != rows or (scale.ndim > 1 and len(scale) != rows):
         raise UserError(
             f"{where}.{DORA_SCALE} {list(scale.shape)} has the norms of input channels, for which diffusers and PEFT "
-            f"have no name: theirs are those of the {rows} rows"
+            f"have no name: theirs are those of the {rows} rows, which networks.dora trains with wd_on_output=True"
         )
     return scale.reshape((1, -1, 1, 1) if own["lora_up.weight"].ndim == _KERNEL_AXES else (-1,))
 

@@ -19,6 +19,9 @@ from networks.kinds import KINDS, load
 from tests.conftest import BASE
 from train_network import main
 
+# One kind of each sort in `make test`, for their seconds; all of them in `make test-full`
+QUICK = ("dora", "lokr", "oft", "adalora")
+EVERY = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 # Sizes of the tiny base's layers are multiples of 16
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "adalora": ("--network_dim", "2", "--network_args", "init_r=3"),
@@ -61,7 +64,7 @@ def train(tmp_path: Path, image_folder: Path) -> Callable[..., int]:
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_a_run_with_everything_is_resumed_with_the_same_bits(kind: str, train: Any, tmp_path: Path) -> None:
     more = ("down_lr_weight=0.5,1", "network_reg_lrs=.*attn1.*=5e-3" if kind != "norm" else "preset=attn-mlp")
     prompts = tmp_path / "prompts.txt"
@@ -80,7 +83,7 @@ def test_a_run_with_everything_is_resumed_with_the_same_bits(kind: str, train: A
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())  # one seed, one program
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_its_file_starts_another_run_and_is_merged_into_an_8_bit_base(kind: str, train: Any, tmp_path: Path) -> None:
     computed = ("--mixed_precision", "bf16", "--max_train_steps", "2")
     assert train(kind, "first", *computed) == 0
@@ -95,7 +98,7 @@ def test_its_file_starts_another_run_and_is_merged_into_an_8_bit_base(kind: str,
     assert all(tensor.float().isfinite().all() for tensor in second.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_limits_and_dropouts_work_or_are_refused_with_the_reason(kind: str, train: Any, capsys: Any) -> None:
     for name, words, more in (
         ("scale_weight_norms", ("--scale_weight_norms", "0.01"), ()),

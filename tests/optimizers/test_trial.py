@@ -70,8 +70,8 @@ def test_every_optimizer_by_name_is_judged_as_its_runs_went(name, precision):
         ("pytorch_optimizer.AvaGrad", [], "full_fp16", STANDS_STILL),
         ("pytorch_optimizer.AdamW", [], "full_fp16", NAN),
         ("pytorch_optimizer.Adai", [], "full_bf16", "full_bf16: the weights become NaN"),
-        ("LBFGS", [], "", "its step.. asks for 'closure'"),
-        ("schedulefree.AdamWScheduleFreeClosure", [], "", "its step.. asks for 'closure'"),
+        ("LBFGS", [], "", "its step.. needs 'closure'"),
+        ("schedulefree.AdamWScheduleFreeClosure", [], "", "its step.. needs 'closure'"),
         ("SparseAdam", [], "", "its step ends in RuntimeError: SparseAdam does not support dense"),
     ],
 )

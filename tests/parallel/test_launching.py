@@ -161,7 +161,7 @@ def test_accelerate_reads_its_configurations(file: Path) -> None:
     [
         ("MEGATRON_LM", (), "accelerate's configuration asks for Megatron-LM: it is for language models"),
         ("FSDP", ("--fp8_base", "--mixed_precision", "bf16"), "--fp8_base with FSDP: only weights of one precision"),
-        ("FSDP", ("--compare_prompts", "a cat"), "--compare_prompts with FSDP: one process draws"),
+        ("FSDP", ("--compare_prompts", "a cat"), "--compare_prompts with FSDP: one process renders"),
         ("FSDP", ("--network_module", "lycoris.kohya"), "--network_module lycoris.kohya with FSDP: networks.lora only"),
     ],
 )

@@ -183,7 +183,7 @@ def test_the_loss_of_one_process_stops_both_and_names_its_images(runs: Any) -> N
 def test_a_unet_that_is_shared_out_trains_the_same_lora(runs: Any) -> None:
     """FSDP of the frozen weights: the same numbers, but for matrices that are multiplied in other memory."""
     assert [run["code"] for run in runs("copied") + runs("shared")] == [0] * 4
-    assert "are shared out over 2 processes" in runs("shared")[0]["error"]
+    assert "are sharded over 2 processes" in runs("shared")[0]["error"]
     copied, shared = (load_file(runs.folder / "out" / f"{name}.safetensors") for name in ("copied", "shared"))
     assert distance(shared, copied) < ROUNDED
     validated = [

@@ -124,7 +124,11 @@ def test_a_gradient_that_is_no_number_is_found_before_the_step(name: str, of_pla
 @pytest.mark.parametrize(
     ("variables", "more", "said"),
     [
-        ({}, ("--optimizer_type", "CustomAdamW"), "--optimizer_type CustomAdamW with DeepSpeed's ZeRO-2: AdamW and"),
+        (
+            {},
+            ("--optimizer_type", "CustomAdamW"),
+            "--optimizer_type CustomAdamW with DeepSpeed's ZeRO-2: only AdamW and",
+        ),
         ({}, ("--network_args", "module_dropout=0.1"), "--network_args module_dropout 0.1 with DeepSpeed's ZeRO-2: "),
         ({}, ("--scale_weight_norms", "1"), "--scale_weight_norms 1.0 with DeepSpeed's ZeRO-2: it changes weights"),
         ({"ZERO_STAGE": "3"}, (), "accelerate's deepspeed_config: zero_stage: 3: only 2 is possible"),

@@ -49,8 +49,14 @@ def test_layers_with_a_rate_of_zero_are_not_in_the_file(train: Any, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--network_train_unet_only", "--text_encoder_lr", "1e-5"), "--text_encoder_lr has no effect: --network_"),
-        (("--network_train_text_encoder_only", "--unet_lr", "1e-4"), "--unet_lr has no effect: --network_train_text"),
+        (
+            ("--network_train_unet_only", "--text_encoder_lr", "1e-5"),
+            "--text_encoder_lr has no effect: with --network_",
+        ),
+        (
+            ("--network_train_text_encoder_only", "--unet_lr", "1e-4"),
+            "--unet_lr has no effect: with --network_train_text",
+        ),
         (("--network_train_unet_only", "--text_encoder_lr", "0", "--unet_lr", "1e-4"), ""),
     ],
 )

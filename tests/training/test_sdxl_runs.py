@@ -146,7 +146,7 @@ def test_what_cannot_be_in_eight_bits(train_sdxl, capsys, words, said):
 def test_apples_gpus_have_no_eight_bits(train_sdxl, capsys, monkeypatch):
     monkeypatch.setattr("accelerate.Accelerator.device", torch.device("mps"))
     assert train_sdxl("--fp8_base", "--mixed_precision", "bf16") == 2
-    assert "--fp8_base: Apple's GPUs have no floats of 8 bits" in capsys.readouterr().err
+    assert "--fp8_base: Apple's GPUs have no 8-bit floats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", ["sdxl_style", "sdxl_character", "sdxl_concept"])
@@ -250,7 +250,7 @@ def test_the_command_for_sdxl_takes_nothing_else(tiny_sdxl, tmp_path, image_fold
     words += ["--output_dir", str(tmp_path / "out"), "--max_train_steps", "1", "--max_data_loader_n_workers", "0"]
     words += ["--no-loss_plot"]
     assert main([*words, "--pretrained_model_name_or_path", str(BASE)]) == 2
-    assert f"{BASE} is a Stable Diffusion 1.x or 2.x model, where an SDXL model is wanted" in capsys.readouterr().err
+    assert f"{BASE} is a Stable Diffusion 1.x or 2.x model, where an SDXL model is expected" in capsys.readouterr().err
     assert main([*words, "--pretrained_model_name_or_path", str(tiny_sdxl)]) == 0
     assert (tmp_path / "out" / "last.safetensors").exists()
 

@@ -131,7 +131,7 @@ named = bag()
 optimizer = CustomAdamW([{"params": named[:4], "use_pauses": True}, {"params": named[4:]}])
 steps(named, optimizer, 0, 3)
 info = optimizer.get_optimization_info()
-told = [line for line in lines if "CPU kernel does not know" in line]
+told = [line for line in lines if "CPU kernel does not support" in line]
 counts = [float(optimizer.state[p]["pauses_count"]) if "pauses_count" in optimizer.state[p] else None for _, p in named]
 # with everything else, saved and resumed in 8 bits; then in 32, and from AdamW
 resumed = []

@@ -148,7 +148,7 @@ def test_a_first_step_that_diverges_shows_no_average(train: Train, capsys: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("schedulefree.AdamWScheduleFreeClosure",), "its step() asks for 'closure'"),
+        (("schedulefree.AdamWScheduleFreeClosure",), "its step() needs 'closure'"),
         (("Prodigy", "--learning_rate", "1", "--mixed_precision", "fp16", "--full_fp16"), "no weight moves"),
         (("DAdaptSGD", "--learning_rate", "1", "--mixed_precision", "fp16", "--full_fp16"), "ZeroDivisionError"),
         (("torch.optim.Muon",), "only supports 2D parameters"),
