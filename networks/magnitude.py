@@ -116,8 +116,9 @@ class WithMagnitude(WithRank):
         """The norms of input channels scale what goes in: W diag(c) x = W (c x), with c = 1 + more."""
         shape = (-1, *(1,) * (x.ndim - 2)) if isinstance(self.site.module, nn.Conv2d) else (-1,)
         change = more.view(shape).to(x.dtype)
-        base = self.base_forward(torch.addcmul(x, x, change * self.multiplier))
-        return self.share(torch.addcmul(x, x, change)).add_(base)
+        scaled = torch.addcmul(x, x, change)
+        partly = scaled if self.multiplier == 1 else torch.addcmul(x, x, change * self.multiplier)
+        return self.share(scaled).add_(self.base_forward(partly))
 
     # -- norms
 
