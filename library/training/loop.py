@@ -211,12 +211,11 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
     first = batch.samples[0]
     torch.manual_seed(rng.key_of(run.seed, first.epoch, first.repeat, first.sample.key, "dropout") >> 1)
     found = loss_of(run, batch, train_text=run.train_text)
-    if (penalty := run.network.penalty()) is not None:
-        found = found._replace(loss=found.loss + penalty)
     if weight:
         for hook in run.hooks:
             hook.after_batch(run, batch, found)
-    run.gradients.backward(found.loss * weight)
+    penalty = run.network.penalty()  # not part of the reported loss, which other kinds' can be compared with
+    run.gradients.backward((found.loss if penalty is None else found.loss + penalty) * weight)
     return found.loss.detach() * weight
 
 
