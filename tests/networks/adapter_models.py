@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -151,6 +152,11 @@ def made_up_kind() -> Iterator[str]:
 def foreign(network: nn.Module, text_encoder: Any = None, unet: Any = None) -> ForeignNetwork:
     """Another package's network behind our protocol."""
     return ForeignNetwork(network, BaseModel(None, text_encoder, unet, unet))
+
+
+def every_kind(*quick: str) -> list[Any]:
+    """All kinds for `parametrize`: these in `make test`; the others, for the seconds each takes, in `make test-full`."""
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds.KINDS]
 
 
 def randomize(network: nn.Module, scale: float = 0.05) -> None:

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_models import every_kind
 from safetensors.torch import load_file
 
 from library.files.header import read_metadata
 from networks.files import read
-from networks.kinds import KINDS, load
+from networks.kinds import load
 from tests.conftest import BASE
 from train_network import main
 
-# One kind of each sort in `make test`, for their seconds; all of them in `make test-full`
-QUICK = ("dora", "lokr", "oft", "adalora")
-EVERY = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+EVERY = every_kind("lokr", "oft", "adalora")
 # Sizes of the tiny base's layers are multiples of 16
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "adalora": ("--network_dim", "2", "--network_args", "init_r=3"),
