@@ -155,7 +155,7 @@ def foreign(network: nn.Module, text_encoder: Any = None, unet: Any = None) -> F
 
 
 def every_kind(*quick: str) -> list[Any]:
-    """All kinds for `parametrize`: these in `make test`; the others, for the seconds each takes, in `make test-full`."""
+    """All kinds for `parametrize`: these in `make test`, the others, which take seconds each, in `make test-full`."""
     return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds.KINDS]
 
 
