@@ -150,7 +150,7 @@ class LoKr(WithMagnitude):
         assert isinstance(sizes, Sizes)
         if sizes.factor == 0 or sizes.factor < -1:
             raise UserError(
-                f"factor: {sizes.factor} is not in question, it must be 1 or more, or -1 for the square root"
+                f"factor: {sizes.factor} is out of range, it must be 1 or more, or -1 for the square root"
             )
         if sizes.full_matrix and sizes.decompose_both:
             raise UserError("decompose_both: has no effect with full_matrix, which keeps both factors whole")

@@ -103,7 +103,7 @@ def _numbers(name: str, text: str, read: Callable[[str], Value], blocks: Blocks)
     except ValueError:
         raise UserError(f"{name}: {text} are not {blocks.count} numbers, such as {'4,' * 3}…") from None
     if min(numbers) < 0:
-        raise UserError(f"{name}: {min(numbers):g} is not in question, it must be 0 or more")
+        raise UserError(f"{name}: {min(numbers):g} is out of range, it must be 0 or more")
     return numbers
 
 

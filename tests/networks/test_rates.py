@@ -160,7 +160,7 @@ class TestBlockDims:
         [
             ({"block_dims": "4,4"}, "block_dims: 2 numbers for this model's 23 blocks: 1 embeddings, 9 down, 3 middle"),
             ({"block_dims": "x," * 22 + "4"}, "are not 23 numbers"),
-            ({"block_dims": "4," * 22 + "-1"}, "block_dims: -1 is not in question"),
+            ({"block_dims": "4," * 22 + "-1"}, "block_dims: -1 is out of range"),
             ({"block_dims": "0," * 22 + "0"}, "block_dims: every block has rank 0"),
             ({"conv_block_alphas": "1,1"}, "conv_block_alphas: 2 numbers"),
         ],

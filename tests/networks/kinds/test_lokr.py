@@ -163,8 +163,8 @@ def test_a_factor_that_divides_nothing_takes_lycoris_pair_and_is_logged_once(toy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"factor": 0}, "factor: 0 is not in question"),
-        ({"factor": -2}, "factor: -2 is not in question"),
+        ({"factor": 0}, "factor: 0 is out of range"),
+        ({"factor": -2}, "factor: -2 is out of range"),
         ({"full_matrix": True, "decompose_both": True}, "decompose_both: has no effect with full_matrix"),
     ],
 )
