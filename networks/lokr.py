@@ -149,9 +149,7 @@ class LoKr(WithMagnitude):
         """`UserError` for a factor that is none, and for decompose_both beside full_matrix."""
         assert isinstance(sizes, Sizes)
         if sizes.factor == 0 or sizes.factor < -1:
-            raise UserError(
-                f"factor: {sizes.factor} is out of range, it must be 1 or more, or -1 for the square root"
-            )
+            raise UserError(f"factor: {sizes.factor} is out of range, it must be 1 or more, or -1 for the square root")
         if sizes.full_matrix and sizes.decompose_both:
             raise UserError("decompose_both: has no effect with full_matrix, which keeps both factors whole")
         out, inputs = site.module.weight.shape[:2]
