@@ -20,7 +20,7 @@ from networks.kinds import load
 from tests.conftest import BASE
 from train_network import main
 
-EVERY = every_kind("lokr", "oft", "adalora")
+EVERY = every_kind("lokr")
 # Sizes of the tiny base's layers are multiples of 16
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "adalora": ("--network_dim", "2", "--network_args", "init_r=3"),
