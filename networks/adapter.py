@@ -78,7 +78,7 @@ class Adapter(nn.Module):
         """`form`: what else decides its shapes, for the kinds that have such. `seed`: draw the initial weights by
         (seed, name), whatever other layers there are; None: torch's stream."""
         super().__init__()
-        self.rank, self.form = rank, form
+        self.rank, self.form = rank, self.usual_form() if form is None else form
         layer = site.module
         if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
             raise UserError(
@@ -92,6 +92,7 @@ class Adapter(nn.Module):
             self._declare(name, torch.empty(tuple(shape), device="meta" if outline else "cpu"))
         if not outline:
             self.initialise()
+        self.declare_more()
 
     def _declare(self, name: str, tensor: Tensor) -> None:
         """A parameter, or one of the FROZEN buffers, under its name in files: "w" or "w.weight"."""
@@ -110,6 +111,14 @@ class Adapter(nn.Module):
         """The shape of each tensor, by its name in files, on a layer whose weight has the shape `weight`: of a Linear
         (out, in), of a convolution (out, in, height, width). It follows from `rank` and `form`."""
         raise NotImplementedError
+
+    @classmethod
+    def usual_form(cls) -> object:
+        """The `form` where none is given."""
+        return None
+
+    def declare_more(self) -> None:
+        """What the layer has beside the tensors of `shapes`, with its first values."""
 
     @classmethod
     def reads(cls) -> tuple[str, ...]:
@@ -321,6 +330,7 @@ class WithRank(Adapter):
     SETTINGS = RankSettings
     SIZES = RankSizes
     HIGHEST_RANK: ClassVar[int | None] = 16384  # None: any
+    IMAGE_RANK_AXIS: ClassVar[int] = 1  # of what lies between the factors on a convolution
     alpha: Tensor
 
     def __init__(
@@ -336,13 +346,19 @@ class WithRank(Adapter):
         seed: int | None = None,
     ) -> None:
         """`alpha` None or 0 means `rank`. Dropout rates in [0, 1): of single values, whole ranks, the whole adapter."""
+        rank, alpha = self.settled(site, rank, alpha, form)
         super().__init__(site, rank=rank, form=form, seed=seed)
         self.register_buffer("alpha", torch.tensor(float(alpha or rank)))
         self.factor = self.scale = self.scale_for(float(alpha or rank), rank)
-        self.rank_axis = 1 if isinstance(site.module, nn.Conv2d) else -1
+        self.rank_axis = self.IMAGE_RANK_AXIS if isinstance(site.module, nn.Conv2d) else -1
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
         self.drops = bool(dropout or rank_dropout or module_dropout)
         self.register_load_state_dict_post_hook(_read_scale)
+
+    @classmethod
+    def settled(cls, site: Site, rank: int, alpha: float | None, form: object) -> tuple[int, float | None]:
+        """The rank and alpha that an adapter of this form really has."""
+        return rank, alpha
 
     @staticmethod
     def scale_for(alpha: float, rank: int) -> float:

@@ -55,14 +55,15 @@ def create(
     blocks = blocks_of(targets)
     preset = preset_of(sizes.preset)
     sites = adapter.sites(targets, asked, sizes) if preset is None else adapter.sites_in(targets, preset)
-    norms = _norms_beside(sites, targets) if sizes.train_norm and adapter is not kinds.load("norm") else []
+    norm = kinds.load("norm")
+    norms = _norms_beside(sites, targets) if sizes.train_norm and adapter is not norm else []
     weights = rates.block_weights(settings, blocks)
-    left = rates.without_zero_blocks(choose([*sites, *norms], sizes), weights)
+    left, beside = rates.without_zero_blocks(choose([*sites, *norms], sizes), weights), {site.name for site in norms}
     made: list[Adapter | None] = []
     with progress(left, desc="initial weights", unit="layer", delay=2.0) as bar:  # seconds before it shows
         for site in bar:
-            if site in norms:
-                made.append(kinds.load("norm").new(site, Asked(seed=asked.seed), LayerSizes(), RateSettings(), blocks))
+            if site.name in beside:
+                made.append(norm.new(site, Asked(seed=asked.seed), LayerSizes(), RateSettings(), blocks))
             else:
                 made.append(adapter.new(site, asked, sizes, settings, blocks))
     return _network([one for one in made if one is not None], settings, weights, multiplier=multiplier)
@@ -70,10 +71,9 @@ def create(
 
 def _norms_beside(sites: Sequence[Site], targets: Sequence[AdapterTargets]) -> list[Site]:
     """The normalisation layers of the blocks that these layers lie in."""
-    conv = {site.name for site in find_sites(targets, conv=True)} - {
-        site.name for site in find_sites(targets, conv=False)
-    }
-    return find_norms(targets, conv=any(site.name in conv for site in sites))
+    usual = {site.name for site in find_sites(targets, conv=False)}
+    every = {site.name for site in find_sites(targets, conv=True)}
+    return find_norms(targets, conv=any(site.name in every - usual for site in sites))
 
 
 def create_from_file(

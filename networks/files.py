@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,9 @@ from library.models.checkpoints.detect import kind_of_file
 from networks import kinds
 from networks.formats.naming import CONFIG_KEY, from_kohya, read_config, to_kohya
 from networks.load_report import by_module
+
+if TYPE_CHECKING:
+    from networks.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +149,12 @@ def check(file: str | Path, *, purpose: str = "", allowed: Collection[str] | Non
             f"{path} is {adapter.title}, whose names no known program writes, such as {min(index.entries)!r}"
         )
     shapes = _shapes(_in_our_names(outline, adapter, path, index.metadata))
-    ours = describe(shapes, more=kinds.tensor_names()) or adapter
+    more, readers = kinds.tensor_names(), kinds.readers()
+    ours = describe(shapes, more=more) or adapter
     _refuse_other_kinds(path, adapter, ours, purpose, allowed)
     for module, own in by_module(shapes).items():
-        _refuse_wrong_layer(f"{path}: {module}", own)
+        if (reader := readers.get(kind_of_layer(own, more=more))) is not None:
+            _refuse_wrong_layer(f"{path}: {module}", own, reader, more)
     return adapter
 
 
@@ -189,13 +194,11 @@ def _refuse_other_kinds(
     raise UserError(said)
 
 
-def _refuse_wrong_layer(where: str, own: Mapping[str, tuple[int, ...]]) -> None:
+def _refuse_wrong_layer(
+    where: str, own: Mapping[str, tuple[int, ...]], reader: type[Adapter], more: Mapping[str, tuple[str, ...]]
+) -> None:
     """`UserError` for a layer of one of our kinds that has not all of its tensors, has tensors of another kind as well,
-    or tensors whose shapes do not belong together."""
-    more = kinds.tensor_names()
-    reader = kinds.readers().get(kind_of_layer(own, more=more))
-    if reader is None:
-        return
+    or tensors whose shapes do not belong together. `more`: `kinds.tensor_names()`."""
     if (lacking := reader.lacking(own)) is not None:
         raise UserError(f"{where} has a {min(set(own) - {'alpha'})} and no {lacking}")
     for end, shape in own.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Patterns = tuple[re.Pattern[str], ...]
+
+_PAIR = re.compile(r"\s*(?P<pattern>.+?)\s*=\s*(?P<number>\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*(?:,|$)")
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,11 @@ def choose(sites: Sequence[Site], sizes: LayerSizes) -> list[Site]:
     exclude = patterns_of("exclude_patterns", sizes.exclude_patterns, sites)
     if not include and not exclude:
         return list(sites)
-    left_out = [site for site in sites if (not exclude or matches(site, exclude)) and not matches(site, include)]
-    kept = [site for site in sites if site not in left_out]
+    kept = [site for site in sites if matches(site, include) or (exclude and not matches(site, exclude))]
     if not kept:
         raise UserError("include_patterns, exclude_patterns: they leave no layer to adapt")
-    logger.info("%d of %d layers get no adapter, by include_patterns and exclude_patterns", len(left_out), len(sites))
+    left_out = len(sites) - len(kept)
+    logger.info("%d of %d layers get no adapter, by include_patterns and exclude_patterns", left_out, len(sites))
     return kept
 
 
@@ -117,13 +119,38 @@ def patterns_of(name: str, text: str | None, sites: Sequence[Site]) -> Patterns:
     return tuple(compiled(name, str(word), sites) for word in listed)
 
 
+def regular_expression(name: str, pattern: str) -> re.Pattern[str]:
+    """Raises UserError."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{name}: '{pattern}' is not a regular expression: {error}") from error
+
+
+def pattern_numbers(name: str, text: str | None, number: str) -> list[tuple[re.Pattern[str], float]]:
+    """Regular expressions with their numbers, from "pattern=number,pattern=number". Raises UserError.
+
+    `name`, `number`: of the setting and of its numbers, for messages.
+    """
+    found, place, text = [], 0, text or ""
+    while place < len(text.rstrip(", ")):
+        match = _PAIR.match(text, place)
+        if match is None:
+            raise UserError(f"{name}: '{text[place:]}' is not of the form pattern={number},pattern={number}")
+        found.append((regular_expression(name, match["pattern"]), float(match["number"])))
+        place = match.end()
+    return found
+
+
+def first_match(site: Site, patterns: Iterable[tuple[re.Pattern[str], object]]) -> int | None:
+    """The place of the first of these patterns that matches the layer."""
+    return next((place for place, (regex, _) in enumerate(patterns) if matches(site, (regex,))), None)
+
+
 def compiled(name: str, pattern: str, sites: Sequence[Site]) -> re.Pattern[str]:
     """A regular expression that matches a layer. Raises UserError."""
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{name}: '{pattern}' is not a regular expression: {error}") from None
-    if sites and not any(matches(site, (regex,)) for site in sites):
+    regex = regular_expression(name, pattern)
+    if not any(matches(site, (regex,)) for site in sites):
         plain = re.sub(r"\\\.|\.\*|[\\^$*+?()|]", lambda found: "." if found[0] == r"\." else "", pattern)
         names = [site.path or site.name for site in sites]
         near = did_you_mean(plain, names) or f"; the first layer is {names[0]}"

@@ -84,6 +84,7 @@ class LoKr(WithMagnitude):
     NOUN = "LoKr"
     NAMES = (W1, W1_A, W1_B, W2, W2_A, W2_B, T2, DORA_SCALE)
     HIGHEST_RANK = None  # one above the sizes of a layer means whole matrices: LyCORIS' users give 100000
+    IMAGE_RANK_AXIS = 2  # of what w2 returns
     RAISED = W1  # as kohya's networks.lokr, in the parts of w1 as well
     ROLES = MappingProxyType({W2_B: "down", W2_A: "up"})
     SETTINGS = Settings
@@ -95,34 +96,14 @@ class LoKr(WithMagnitude):
     lokr_w2_b: nn.Parameter
     lokr_t2: nn.Parameter
 
-    def __init__(
-        self,
-        site: Site,
-        *,
-        rank: int,
-        alpha: float | None,
-        form: object = None,
-        dropout: float = 0.0,
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
-        seed: int | None = None,
-    ) -> None:
-        """`rank` and `alpha` have no effect where both factors are whole: the rank is then the highest that w2 can
-        have, and alpha the same, which every 16-bit format holds."""
+    @classmethod
+    def settled(cls, site: Site, rank: int, alpha: float | None, form: object) -> tuple[int, float | None]:
+        """Neither has an effect where both factors are whole: the rank is then the highest that w2 can have, and alpha
+        the same, which every 16-bit format holds."""
         assert isinstance(form, Form)
-        if not (form.pair1 or form.pair2):
-            rank, alpha = min(_inner(site.module.weight.shape, form.outer)[:2]), None
-        super().__init__(
-            site,
-            rank=rank,
-            alpha=alpha,
-            form=form,
-            dropout=dropout,
-            rank_dropout=rank_dropout,
-            module_dropout=module_dropout,
-            seed=seed,
-        )
-        self.rank_axis = 2 if isinstance(site.module, nn.Conv2d) else -1  # of what `_through_w2` returns
+        if form.pair1 or form.pair2:
+            return rank, alpha
+        return min(_inner(site.module.weight.shape, form.outer)[:2]), None
 
     def shapes(self, weight: Shape) -> dict[str, Shape]:
         """w1 (o_l, i_m), or w1_a (o_l, r) and w1_b (r, i_m). w2 (o_k, i_n, height, width), or w2_a (o_k, r) and w2_b

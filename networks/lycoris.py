@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from library.config import registry
 from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -22,14 +23,13 @@ ALGORITHMS = {
 # Other spellings of an argument → ours
 _SPELLINGS = {
     "use_cp": "use_tucker", "use_conv_cp": "use_tucker", "weight_decompose": "dora_wd", "constrain": "constraint",
-    "rescale": "rescaled", "rs_lora": "rs_lora",
+    "rescale": "rescaled",
 }  # fmt: skip
 # What LyCORIS has and we do not: why it changes nothing, or "" where it would change the result and is refused
 _WITHOUT = {
     "bypass_mode": "adapters here never form the whole weight where a product is cheaper",
     "use_scalar": "",
     "rank_dropout_scale": "",
-    "train_llm_adapter": "it is for Anima",
     "train_t5xxl": "no text encoder of this kind is there",
 }
 _FALSE = ("false", "0", "none", "")
@@ -66,6 +66,7 @@ def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
     A preset and a rank for convolutions are LyCORIS' defaults: everything. What a GUI writes for all kinds and this one
     does not have is left out with a warning.
     """
+    kind = kind_of(words)
     given = {name: text for name, text in _split(words).items() if name != "algo"}
     given = {_SPELLINGS.get(name, name): text for name, text in given.items()}
     without = []
@@ -83,17 +84,17 @@ def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
                 without.append(name)
             del given[name]
     if without:
-        logger.warning("--network_args: without effect with %s: %s", kind_of(words), ", ".join(without))
+        logger.warning("--network_args: without effect with %s: %s", kind, ", ".join(without))
     if given.get("preset") == "ia3":  # LyCORIS' matches nothing; our kind sits there by itself
         del given["preset"]
-    elif kind_of(words) != "ia3":
+    elif kind != "ia3":
         given.setdefault("preset", "full")
     if "wd_on_output" in takes and given.get("dora_wd", "").lower() not in _FALSE:
         given.setdefault("wd_on_output", "True")
-    if kind_of(words) == "oft":
+    if kind == "oft":
         given["dim_is_size"] = "True"  # kohya's networks.oft counts blocks
     return [f"{name}={text}" for name, text in given.items()]
 
 
 def _split(words: Sequence[str]) -> dict[str, str]:
-    return {name.strip(): text for name, _, text in (word.partition("=") for word in words)}
+    return registry.split_words(words, where="--network_args")

@@ -54,40 +54,22 @@ class WithMagnitude(WithRank):
     form: Form
     dora_scale: nn.Parameter
 
-    def __init__(
-        self,
-        site: Site,
-        *,
-        rank: int,
-        alpha: float | None,
-        form: object = None,
-        dropout: float = 0.0,
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
-        seed: int | None = None,
-    ) -> None:
-        form = form or Form()
-        super().__init__(
-            site,
-            rank=rank,
-            alpha=alpha,
-            form=form,
-            dropout=dropout,
-            rank_dropout=rank_dropout,
-            module_dropout=module_dropout,
-            seed=seed,
-        )
-        self._weight_norm: Tensor | None = None  # squared
-        self._norm: tuple[tuple[int, ...], Tensor] | None = None  # with the versions of the tensors that it is of
-        assert isinstance(form, Form)
-        if form.axis is not None:
-            weight = site.module.weight
-            self._declare(
-                DORA_SCALE, torch.empty(_shape(weight.shape, form.axis), device="meta" if weight.is_meta else "cpu")
-            )
-            if not weight.is_meta:
-                with torch.no_grad():
-                    self.dora_scale.copy_(norms_of(weight, form.axis))
+    _weight_norm: Tensor | None = None  # squared
+    _norm: tuple[tuple[int, ...], Tensor] | None = None  # with the versions of the tensors that it is of
+
+    @classmethod
+    def usual_form(cls) -> Form:
+        return Form()
+
+    def declare_more(self) -> None:
+        if self.form.axis is None:
+            return
+        weight = self.site.module.weight
+        shape = _shape(weight.shape, self.form.axis)
+        self._declare(DORA_SCALE, torch.empty(shape, device="meta" if weight.is_meta else "cpu"))
+        if not weight.is_meta:
+            with torch.no_grad():
+                self.dora_scale.copy_(norms_of(weight, self.form.axis))
 
     @classmethod
     def form_for(cls, site: Site, rank: int, sizes: RankSizes, settings: RankSettings) -> Form:

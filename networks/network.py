@@ -142,7 +142,8 @@ class Network(TrainableNetwork):
         super().__init__()
         for adapter in adapters:
             self.add_module(adapter.site.name, adapter)
-        for kind, members in self.by_class().items():
+        self._by_class = _by_class(self.adapters)
+        for kind, members in self._by_class.items():
             kind.joined(members)
         self.plus_ratios = dict(plus_ratios or {})
         self.block_weights, self.pattern_rates = block_weights, pattern_rates
@@ -187,13 +188,6 @@ class Network(TrainableNetwork):
     def refuses(self, capability: Capability) -> str | None:
         return next(filter(None, (adapter.refuses(capability) for adapter in self.adapters)), None)
 
-    def by_class(self) -> dict[type[Adapter], list[Adapter]]:
-        """The adapters of each class, in their order."""
-        found: dict[type[Adapter], list[Adapter]] = {}
-        for adapter in self.adapters:
-            found.setdefault(type(adapter), []).append(adapter)
-        return found
-
     # -- on the model
 
     def attach(self, parts: Collection[str] = ("unet", "text_encoder")) -> None:
@@ -202,6 +196,7 @@ class Network(TrainableNetwork):
                 adapter.attach()
             else:
                 delattr(self, adapter.site.name)
+        self._by_class = _by_class(self.adapters)
         if not self.counts():
             raise UserError(
                 "the adapter sits on no layer: neither the UNet nor a text encoder is trained, or all blocks have "
@@ -255,13 +250,13 @@ class Network(TrainableNetwork):
             adapter.before_batch()
 
     def penalty(self) -> Tensor | None:
-        found = [kind.penalty(adapters) for kind, adapters in self.by_class().items()]
+        found = [kind.penalty(adapters) for kind, adapters in self._by_class.items()]
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() if terms else None
 
     @torch.no_grad()
     def after_step(self, done: int, total: int) -> None:
-        for kind, adapters in self.by_class().items():
+        for kind, adapters in self._by_class.items():
             kind.after_step(adapters, done, total)
 
     @torch.no_grad()
@@ -375,6 +370,14 @@ class Network(TrainableNetwork):
 def _alpha(adapter: Adapter) -> float | None:
     alpha = dict(adapter.named_buffers()).get("alpha")
     return None if alpha is None else alpha.item()
+
+
+def _by_class(adapters: Iterable[Adapter]) -> dict[type[Adapter], list[Adapter]]:
+    """The adapters of each class, in their order."""
+    found: dict[type[Adapter], list[Adapter]] = {}
+    for adapter in adapters:
+        found.setdefault(type(adapter), []).append(adapter)
+    return found
 
 
 def _per_encoder(rate: float | Sequence[float] | None, count: int) -> Sequence[float | None]:

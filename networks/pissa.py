@@ -57,8 +57,12 @@ class PiSSA(OwnForm):
     pissa_down: Holder
     pissa_up: Holder
 
-    def __init__(self, site: Site, *, form: object = None, **settings: Any) -> None:
-        super().__init__(site, form=form or PissaForm(), **settings)
+    @classmethod
+    def usual_form(cls) -> PissaForm:
+        return PissaForm()
+
+    def __init__(self, site: Site, **settings: Any) -> None:
+        super().__init__(site, **settings)
         if self.form.from_base and not site.module.weight.is_meta:
             self._start()
 

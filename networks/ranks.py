@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from library.errors import UserError
-from networks.layers import compiled, matches, preset_of
+from networks.layers import compiled, first_match, pattern_numbers, preset_of
 
 if TYPE_CHECKING:
     from library.models.blocks import Blocks
@@ -109,19 +109,18 @@ def _numbers(name: str, text: str, read: Callable[[str], Value], blocks: Blocks)
 
 @lru_cache(maxsize=8)  # asked for each layer
 def reg_dims(text: str | None) -> tuple[tuple[re.Pattern[str], int], ...]:
-    """Patterns with their ranks, from `network_reg_dims`: "pattern=rank,pattern=rank". Raises UserError."""
-    found = []
-    for word in filter(None, (word.strip() for word in re.split(r",(?=[^,=]*=)", text or ""))):
-        pattern, equals, rank = word.rpartition("=")
-        if not equals or not rank.strip().isdecimal():
-            raise UserError(f"network_reg_dims: '{word}' is not of the form pattern=rank,pattern=rank")
-        found.append((compiled("network_reg_dims", pattern.strip(), ()), _rank("network_reg_dims", int(rank))))
-    return tuple(found)
+    """Regular expressions with their ranks, from `network_reg_dims`. Raises UserError."""
+    found = pattern_numbers("network_reg_dims", text, "rank")
+    for regex, rank in found:
+        if not rank.is_integer():
+            raise UserError(f"network_reg_dims: {regex.pattern}={rank:g}: a rank is a whole number")
+    return tuple((regex, _rank("network_reg_dims", int(rank))) for regex, rank in found)
 
 
 def reg_dim(site: Site, text: str | None) -> int | None:
     """The rank of the first pattern of `network_reg_dims` that matches the layer; None if none does."""
-    return next((rank for regex, rank in reg_dims(text) if matches(site, (regex,))), None)
+    place = first_match(site, reg_dims(text))
+    return None if place is None else reg_dims(text)[place][1]
 
 
 def check_reg_dims(text: str | None, sites: Sequence[Site]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from library.errors import UserError, did_you_mean
+from networks.layers import first_match, matches, pattern_numbers
 from networks.load_report import some_names
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 PatternRates = Sequence[tuple[re.Pattern[str], float]]
 
-_PAIR = re.compile(r"\s*(?P<pattern>.+?)\s*=\s*(?P<rate>\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*(?:,|$)")
 # the weight of a block that lies at x in [0, 1] between the first and the last
 _SHAPES: dict[str, Callable[[float], float]] = {
     "sine": lambda x: math.sin(math.pi / 2 * x),
@@ -86,18 +86,8 @@ def without_zero_blocks(sites: Sequence[Site], weights: Sequence[float] | None) 
 
 
 def pattern_rates(text: str | None) -> list[tuple[re.Pattern[str], float]]:
-    """Regular expressions with their rates, from "pattern=rate,pattern=rate". Raises UserError."""
-    found, place, text = [], 0, text or ""
-    while place < len(text.rstrip(", ")):
-        match = _PAIR.match(text, place)
-        if match is None:
-            raise UserError(f"network_reg_lrs: '{text[place:]}' is not of the form pattern=rate,pattern=rate")
-        try:
-            found.append((re.compile(match["pattern"]), float(match["rate"])))
-        except re.error as error:
-            raise UserError(f"network_reg_lrs: '{match['pattern']}' is not a regular expression: {error}") from error
-        place = match.end()
-    return found
+    """Regular expressions with their rates, from `network_reg_lrs`. Raises UserError."""
+    return pattern_numbers("network_reg_lrs", text, "rate")
 
 
 def split(
@@ -135,18 +125,12 @@ def split(
     return groups
 
 
-def first_match(site: Site, patterns: PatternRates) -> int | None:
-    """The first pattern that the layer's dotted path, or its name in files, matches as a whole."""
-    names = (site.path, site.name)
-    return next((i for i, (regex, _) in enumerate(patterns) if any(map(regex.fullmatch, names))), None)
-
-
 def check_patterns(patterns: PatternRates, sites: Sequence[Site]) -> None:
     """`UserError` for a pattern that is never the first to match."""
     used = {first_match(site, patterns) for site in sites}
     for number, (regex, _) in enumerate(patterns):
         if number not in used:
-            taken = any(regex.fullmatch(name) for site in sites for name in (site.path, site.name))
+            taken = any(matches(site, (regex,)) for site in sites)
             why = "matches only what earlier patterns match" if taken else "matches nothing"
             raise UserError(
                 f"network_reg_lrs: '{regex.pattern}' {why} of the {len(sites)} adapted layers, such as {sites[0].path}"

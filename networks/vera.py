@@ -85,8 +85,12 @@ class VeRA(OwnForm):
     vera_lambda_b: nn.Parameter
     vera_projection: Tensor
 
-    def __init__(self, site: Site, *, form: object = None, **settings: Any) -> None:
-        super().__init__(site, form=form or VeraForm(), **settings)
+    @classmethod
+    def usual_form(cls) -> VeraForm:
+        return VeraForm()
+
+    def __init__(self, site: Site, **settings: Any) -> None:
+        super().__init__(site, **settings)
         buffer = torch.zeros(len(Projection._fields), dtype=torch.int64, device=self.vera_lambda_d.device)
         self.register_buffer(PROJECTION, buffer)
         self.register_load_state_dict_post_hook(_read_projection)

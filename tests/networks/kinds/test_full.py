@@ -10,8 +10,8 @@ from single_layers import LAYERS, fill, inputs, layer, same_as_lycoris, site
 from torch import nn
 
 from networks.create import create
-from networks.full import Form, Full
-from networks.norm import Form as NormForm
+from networks.difference import Form
+from networks.full import Full
 from networks.norm import Norm
 from networks.settings import Asked
 from networks.sites import find_norms
@@ -29,7 +29,7 @@ def norm(name: str, scale: float = 0.2) -> Norm:
     module = nn.GroupNorm(2, 8) if name == "group" else nn.LayerNorm(8, bias=name == "layer")
     for parameter in module.requires_grad_(False).parameters():
         parameter.normal_()
-    adapter = Norm(site(module), form=NormForm(module.bias is not None))
+    adapter = Norm(site(module), form=Form(module.bias is not None))
     fill(adapter, scale)
     return adapter
 
