@@ -115,3 +115,51 @@ def check_against_formula(adapter: WithRank, x: Tensor, formula: Callable[[Any, 
         ["output", "weight", "x", *names], [output, effective, *found], [expected, weight, *wanted], strict=True
     ):
         assert (ours.double() - exact).abs().max() <= 2e-5 * exact.abs().max(), name
+
+
+def check_formula(kind: str, layer_name: str, form: dict[str, Any], formula: Callable[..., Any]) -> None:
+    """A new adapter's output and gradients are those of a closed form, as `check_against_formula` has it."""
+    adapter = on_layer(kind, layer_and_input(layer_name)[0], **form)
+    check_against_formula(adapter, layer_and_input(layer_name)[1], formula)
+
+
+def of_lycoris_file(kind: str, layer_name: str, form: dict[str, Any]) -> tuple[Any, Tensor, Tensor, dict[str, Tensor]]:
+    """A layer, its input, its output with LyCORIS' module on it, and the tensors of that module as a file has them.
+
+    Ours of the same form has the same names and shapes, which is checked here.
+    """
+    layer, x = layer_and_input(layer_name)
+    theirs = of_lycoris(kind, layer, **form)
+    expected = layer(x)
+    theirs.restore()
+    tensors = {name: tensor.detach().clone() for name, tensor in theirs.custom_state_dict().items()}
+    new = on_layer(kind, layer, **form)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in new.state_dict().items()} == shapes
+    new.detach()
+    return layer, x, expected, tensors
+
+
+def check_against_lycoris(kind: str, layer_name: str, form: dict[str, Any]) -> None:
+    """LyCORIS' own tensors, loaded as a file's. Both compute in fp32, in another order of operations."""
+    layer, x, expected, tensors = of_lycoris_file(kind, layer_name, form)
+    on_layer_from(kind, layer, tensors)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def check_norms(kind: str, layer_name: str, form: dict[str, Any]) -> None:
+    """Nothing changes at the start; then the norms, for DoRA and of delta, are those of the matrices."""
+    layer, x = layer_and_input(layer_name)
+    adapter: Any = on_layer(kind, layer, **form)
+    assert torch.equal(layer(x), adapter.base_forward(x))
+    randomize(adapter)
+    delta = adapter.delta()
+    torch.testing.assert_close(adapter.norm(), delta.norm(), rtol=1e-5, atol=1e-6)
+    if adapter.form.axis is not None:
+        plain = adapter.product_of(adapter.tensors(), layer.weight.shape) * adapter.scale
+        axis = 0 if adapter.form.axis == "output" else 1
+        expected = (layer.weight + plain).movedim(axis, 0).flatten(1).norm(dim=1)
+        torch.testing.assert_close(adapter.norm_along(), expected, rtol=1e-5, atol=1e-6)
+    else:
+        adapter.requires_grad_(False).shrink(0.25)
+        torch.testing.assert_close(adapter.delta(), delta * 0.25, rtol=1e-5, atol=1e-7)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from product_models import (
     LAYERS,
-    check_against_formula,
+    check_formula,
     layer_and_input,
-    of_lycoris,
+    of_lycoris_file,
     on_layer,
     on_layer_from,
     randomize,
@@ -42,8 +42,7 @@ def old_form(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer_name", LAYERS)
 def test_forward_and_gradients_are_those_of_the_formula(layer_name, form):
-    adapter = on_layer("glora", layer_and_input(layer_name)[0], **FORMS[form])
-    check_against_formula(adapter, layer_and_input(layer_name)[1], closed_form)
+    check_formula("glora", layer_name, FORMS[form], closed_form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -51,15 +50,8 @@ def test_forward_and_gradients_are_those_of_the_formula(layer_name, form):
 def test_names_shapes_and_outputs_are_those_of_lycoris(layer_name, form):
     """Each LyCORIS module's own tensors, loaded as a file's, in the new form and in the old one. Both compute in fp32,
     in another order of operations."""
-    layer, x = layer_and_input(layer_name)
-    theirs = of_lycoris("glora", layer, **FORMS[form])
-    expected = layer(x)
-    theirs.restore()
-    tensors = {name: tensor.detach().clone() for name, tensor in theirs.custom_state_dict().items()}
-    new = on_layer("glora", layer, **FORMS[form])
+    layer, x, expected, tensors = of_lycoris_file("glora", layer_name, FORMS[form])
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in new.state_dict().items()} == shapes
-    new.detach()
     for own in (tensors, old_form(tensors)):
         adapter = on_layer_from("glora", layer, own)
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from product_models import (
     LAYERS,
-    check_against_formula,
+    check_against_lycoris,
+    check_formula,
+    check_norms,
     layer_and_input,
-    of_lycoris,
     on_layer,
     on_layer_from,
     randomize,
@@ -73,44 +74,19 @@ def test_sizes_are_split_as_lycoris_splits_them(factor):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer_name", LAYERS)
 def test_forward_and_gradients_are_those_of_the_formula(layer_name, form):
-    adapter = on_layer("lokr", layer_and_input(layer_name)[0], **FORMS[form])
-    check_against_formula(adapter, layer_and_input(layer_name)[1], closed_form)
+    check_formula("lokr", layer_name, FORMS[form], closed_form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer_name", LAYERS)
 def test_names_shapes_and_outputs_are_those_of_lycoris(layer_name, form):
-    """Each LyCORIS module's own tensors, loaded as a file's. Both compute in fp32, in another order of operations."""
-    layer, x = layer_and_input(layer_name)
-    theirs = of_lycoris("lokr", layer, **FORMS[form])
-    expected = layer(x)
-    theirs.restore()
-    tensors = {name: tensor.detach().clone() for name, tensor in theirs.custom_state_dict().items()}
-    new = on_layer("lokr", layer, **FORMS[form])
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert {name: tuple(tensor.shape) for name, tensor in new.state_dict().items()} == shapes
-    new.detach()
-    on_layer_from("lokr", layer, tensors)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    check_against_lycoris("lokr", layer_name, FORMS[form])
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer_name", LAYERS)
 def test_norms_for_dora_and_of_delta_are_those_of_the_matrices(layer_name, form):
-    layer, x = layer_and_input(layer_name)
-    adapter = on_layer("lokr", layer, **FORMS[form])
-    assert torch.equal(layer(x), adapter.base_forward(x))
-    randomize(adapter)
-    delta = adapter.delta()
-    torch.testing.assert_close(adapter.norm(), delta.norm(), rtol=1e-5, atol=1e-6)
-    if adapter.form.axis is not None:
-        plain = adapter.product_of(adapter.tensors(), layer.weight.shape) * adapter.scale
-        axis = 0 if adapter.form.axis == "output" else 1
-        expected = (layer.weight + plain).movedim(axis, 0).flatten(1).norm(dim=1)
-        torch.testing.assert_close(adapter.norm_along(), expected, rtol=1e-5, atol=1e-6)
-    else:
-        adapter.requires_grad_(False).shrink(0.25)
-        torch.testing.assert_close(adapter.delta(), delta * 0.25, rtol=1e-5, atol=1e-7)
+    check_norms("lokr", layer_name, FORMS[form])
 
 
 def test_alpha_has_no_effect_where_both_factors_are_whole_and_fits_fp16():
