@@ -105,6 +105,7 @@ def variants(style: str) -> list[Variant]:
         of("AdaLoRA, rank 16 to 11", "equal", "adalora", 11, 11, "init_r=16"),
         of("LoRA-FA, rank 28", "equal", "lora_fa", 28, 28, middle=4e-3),
         of("DyLoRA, rank 16", "equal", "dylora", 16, 16, middle=4e-3),
+        of("T-LoRA, rank 16", "equal", "t_lora", 16, 16),
         of("BOFT, blocks of 8", "usual", "boft", 8, None, middle=1e-3),
         of("(IA)³", "usual", "ia3", None, None, middle=3e-2),
         of("VeRA, rank 256", "usual", "vera", 256, None, middle=3e-2),

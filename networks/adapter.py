@@ -86,6 +86,7 @@ class Adapter(nn.Module):
             )
         self.site, self.seed = site, seed
         self.multiplier = 1.0
+        self.module_dropout = 0.0  # see `RateSettings`
         self._on_top_of(layer.forward)
         outline = layer.weight.is_meta  # not trained: its adapter costs nothing
         for name, shape in self.shapes(layer.weight.shape).items():
@@ -191,9 +192,13 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for `x`, and the adapter's share."""
+        return self.base_forward(x) if self.is_off() else self.share(x).add_(self.base_forward(x))
+
+    def is_off(self) -> bool:
+        """Whether it adds nothing in this forward: at the multiplier 0, and where module dropout leaves it out."""
         if self.multiplier == 0:
-            return self.base_forward(x)
-        return self.share(x).add_(self.base_forward(x))
+            return True
+        return self.module_dropout > 0 and self.training and uniform() < self.module_dropout
 
     def share(self, x: Tensor) -> Tensor:
         """The adapter's part of the layer's output, times the multiplier; a tensor of its own.
@@ -291,6 +296,10 @@ class Adapter(nn.Module):
         """Before each batch that is trained on."""
 
     @classmethod
+    def at_noise(cls, adapters: Sequence[Adapter], share_B: Tensor) -> None:
+        """As `TrainableNetwork.at_noise`, for these adapters, all of this class."""
+
+    @classmethod
     def penalty(cls, adapters: Sequence[Adapter]) -> Tensor | None:
         """A term of the training loss that these adapters, all of this class, add; 0-d, fp32."""
         return None
@@ -352,7 +361,7 @@ class WithRank(Adapter):
         self.factor = self.scale = self.scale_for(float(alpha or rank), rank)
         self.rank_axis = self.IMAGE_RANK_AXIS if isinstance(site.module, nn.Conv2d) else -1
         self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
-        self.drops = bool(dropout or rank_dropout or module_dropout)
+        self.drops = bool(dropout or rank_dropout)
         self.register_load_state_dict_post_hook(_read_scale)
 
     @classmethod
@@ -386,9 +395,7 @@ class WithRank(Adapter):
         return self.product_of(self.tensors(), self.site.module.weight.shape) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.factor == 0 or (self.drops and self.training and self._left_out()):
-            return self.base_forward(x)
-        return self.with_share(x)
+        return self.base_forward(x) if self.is_off() else self.with_share(x)
 
     def with_share(self, x: Tensor) -> Tensor:
         """The layer's output for `x`, and the adapter's share, which is added in place."""
@@ -461,10 +468,6 @@ class WithRank(Adapter):
         """Old files have no alpha: it is the rank; some programs write it as a list of one."""
         alpha = tensors.get("alpha", torch.tensor(float(self.rank)))
         return {**tensors, "alpha": alpha.reshape(()) if alpha.numel() == 1 else alpha}
-
-    def _left_out(self) -> bool:
-        """Module dropout: the whole adapter, for this forward."""
-        return bool(self.module_dropout) and uniform() < self.module_dropout
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Dropout of single values, and of whole ranks per sample; both make up for what is missing.

@@ -85,7 +85,7 @@ class BOFT(OFT):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stages turn the layer's output, or its weight where that has fewer columns than the output has places."""
-        if self.multiplier == 0:
+        if self.is_off():
             return self.base_forward(x)
         layer, convolution = self.site.module, isinstance(self.site.module, nn.Conv2d)
         change = turn_of(self.oft_blocks, self.constraint) * self.multiplier

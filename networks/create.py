@@ -137,6 +137,8 @@ def _network(
     ratios = settings.by_part.values() if isinstance(settings, PlusSettings) else ()
     if any(ratios) and not any(one.raises(name) for one in adapters for name, _ in one.named_parameters()):
         raise UserError(f"loraplus_lr_ratio: has no effect: {adapters[0].NOUN} has no tensor whose rate LoRA+ raises")
+    for adapter in adapters:
+        adapter.module_dropout = settings.left_out
     return Network(
         adapters,
         multiplier=multiplier,

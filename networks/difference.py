@@ -70,7 +70,7 @@ class Difference(Adapter):
         """The layer's operation once, with the sums, where these lose nothing; beside a weight in 16 or 8 bits a second
         time with the differences alone: most of them lies below half a unit in the weight's last place."""
         layer = self.site.module
-        if self.multiplier == 0:
+        if self.is_off():
             return self.base_forward(x)
         if layer.weight.dtype != torch.float32 or not self.alone:
             return self.share(x).add_(self.base_forward(x))

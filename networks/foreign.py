@@ -163,6 +163,9 @@ class ForeignNetwork(TrainableNetwork):
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start(None, self._model.denoiser)
 
+    def at_noise(self, share_B: Tensor) -> None:
+        """No-op: kohya's protocol has none."""
+
     def penalty(self) -> None:
         """Kohya's protocol has none."""
 
@@ -182,7 +185,7 @@ class ForeignNetwork(TrainableNetwork):
 
     def refuses(self, capability: Capability) -> str | None:
         if capability == "sharded_gradients":
-            return "networks of other packages with DeepSpeed's ZeRO-2: networks.lora only"
+            return "networks of other packages with DeepSpeed's ZeRO-2: only this program's kinds of adapters"
         method, refusal = {
             "off": ("set_multiplier", "this network module cannot be switched off (it has no set_multiplier)"),
             "scale_weight_norms": (

@@ -114,7 +114,7 @@ class IA3(OnWeight):
     # -- on the layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.multiplier == 0:
+        if self.is_off():
             return self.base_forward(x)
         layer, change = self.site.module, self.weight * self.multiplier
         if isinstance(layer, nn.Conv2d):

@@ -33,6 +33,7 @@ KINDS = {
     "pissa": "networks.pissa.PiSSA",
     "vera": "networks.vera.VeRA",
     "glora": "networks.glora.GLoRA",
+    "t_lora": "networks.t_lora.TLoRA",
 }
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's
@@ -43,7 +44,7 @@ _GIVEN = (
 # What networks of other packages cannot do, as the error messages have it; {} is the module's name
 _OURS_ONLY = {
     "lr_layer_decay": "--lr_layer_decay: {} has no rates by layer; networks.lora has",
-    "fsdp": "--network_module {} with FSDP: networks.lora only",
+    "fsdp": "--network_module {} with FSDP: only this program's kinds of adapters",
 }
 
 

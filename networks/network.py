@@ -65,6 +65,11 @@ class TrainableNetwork(nn.Module, ABC):
         """Before each batch that is trained on."""
 
     @abstractmethod
+    def at_noise(self, share_B: Tensor) -> None:
+        """Before the forward of each batch that is trained on. share_B: its noise levels as shares of the highest, in
+        [0, 1], on the CPU."""
+
+    @abstractmethod
     def penalty(self) -> Tensor | None:
         """A term that the network adds to the training loss, 0-d; None: it adds none."""
 
@@ -248,6 +253,10 @@ class Network(TrainableNetwork):
     def before_batch(self) -> None:
         for adapter in self.adapters:
             adapter.before_batch()
+
+    def at_noise(self, share_B: Tensor) -> None:
+        for kind, adapters in self._by_class.items():
+            kind.at_noise(adapters, share_B)
 
     def penalty(self) -> Tensor | None:
         found = [kind.penalty(adapters) for kind, adapters in self._by_class.items()]

@@ -161,7 +161,7 @@ class OFT(OnWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_forward(x)
-        if self.multiplier == 0:
+        if self.is_off():
             return base
         change = _joined(_change(self.tensors(), self.constraint) * self.multiplier)
         count, size, bias = *change.shape[:2], self.site.module.bias

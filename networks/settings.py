@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from library.errors import UserError
 
 
+def _rate(name: str, given: float | None) -> float:
+    """A share that is left out, 0 if none is given. UserError outside of [0, 1)."""
+    rate = given or 0.0
+    if not 0 <= rate < 1:
+        raise UserError(f"{name}: {rate} is not in [0, 1)")
+    return rate
+
+
 @dataclass(frozen=True, kw_only=True)
 class RateSettings:
-    """Learning rates within a part, for every kind: by block, with kohya's numbers and words, and by pattern.
-
-    See `networks.rates` for what the texts mean.
+    """For every kind: learning rates within a part, by block, with kohya's numbers and words, and by pattern, as
+    `networks.rates` reads the texts; and module_dropout, the share of forwards in training, in [0, 1), in which a
+    layer's adapter is left out.
     """
 
     down_lr_weight: str | None = None
@@ -25,6 +33,12 @@ class RateSettings:
     up_lr_weight: str | None = None
     block_lr_zero_threshold: float = 0.0
     network_reg_lrs: str | None = None
+    module_dropout: float | None = None
+
+    @property
+    def left_out(self) -> float:
+        """module_dropout, 0 for none. Raises UserError."""
+        return _rate("module_dropout", self.module_dropout)
 
     @property
     def by_section(self) -> dict[str, str | None]:
@@ -51,28 +65,18 @@ class PlusSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DropoutSettings:
-    """Shares that are left out in training, each in [0, 1): of the ranks, of the whole adapters."""
+class RankSettings(RateSettings, PlusSettings):
+    """How an adapter with a rank trains. rank_dropout: the share of its ranks, in [0, 1), left out for each sample."""
 
     rank_dropout: float | None = None
-    module_dropout: float | None = None
 
     def with_values(self, dropout: float | None) -> dict[str, float]:
-        """These and `--network_dropout`, the share of single values, 0 for none. Raises UserError."""
-        given = {
-            "dropout": dropout or 0.0,
-            "rank_dropout": self.rank_dropout or 0.0,
-            "module_dropout": self.module_dropout or 0.0,
+        """The dropouts and `--network_dropout`, the share of single values, 0 for none. Raises UserError."""
+        return {
+            "dropout": _rate("network_dropout", dropout),
+            "rank_dropout": _rate("rank_dropout", self.rank_dropout),
+            "module_dropout": self.left_out,
         }
-        for name, rate in given.items():
-            if not 0 <= rate < 1:
-                raise UserError(f"{'network_' * (name == 'dropout')}{name}: {rate} is not in [0, 1)")
-        return given
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankSettings(RateSettings, PlusSettings, DropoutSettings):
-    """How an adapter with a rank trains."""
 
 
 @dataclass(frozen=True, kw_only=True)

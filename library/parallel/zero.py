@@ -68,7 +68,7 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
     shared = registry.load_path(choice.path, where="--optimizer_type") in OPTIMIZERS
     for option, value, why in (
         ("optimizer_type", None if shared else choice.name, "only AdamW and Adam can be sharded"),
-        ("network_module", kinds.refuses(module, "fsdp") and module, "networks.lora only"),
+        ("network_module", kinds.refuses(module, "fsdp") and module, "only this program's kinds of adapters"),
         ("network_args module_dropout", network_arguments.get("module_dropout"), "all processes must train the same"),
         ("mixed_precision", options.precision.mixed_precision, "bf16 and no only"),
         ("full_fp16", options.precision.full_fp16, "the trained weights are fp32"),

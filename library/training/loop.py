@@ -229,6 +229,7 @@ def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
             seed=run.seed,
             device=run.accelerator.device,
             train_text=train_text,
+            at_noise=run.network.at_noise,
         )
 
 

@@ -94,13 +94,23 @@ def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, tra
 
 
 def batch_loss(
-    batch: Batch, family: ModelFamily, objective: Objective, *, seed: int, device: torch.device, train_text: bool
+    batch: Batch,
+    family: ModelFamily,
+    objective: Objective,
+    *,
+    seed: int,
+    device: torch.device,
+    train_text: bool,
+    at_noise: Callable[[Tensor], None] | None = None,
 ) -> BatchLoss:
-    """The loss of the batch: the mean of its samples' weighted losses."""
+    """The loss of the batch: the mean of its samples' weighted losses. `at_noise`: as `TrainableNetwork` has it."""
     latents = latents_of(batch, family, seed, device)
     noise, added_noise = draw_noise(objective.noise, latents, seed, batch.samples)
     height, width = latents.shape[-2:]
     level = objective.levels(seed, batch.samples, (height, width))
+    if at_noise is not None:
+        steps = objective.process.steps
+        at_noise(objective.process.bin_of(level, steps) / steps)
     condition = condition_of(batch, family, device, train_text=train_text)
     seen = predict_and_target(
         objective.process, family.predict, latents, noise, level, condition, added_BCHW=added_noise

@@ -23,7 +23,7 @@ RANKED = {field.name for schema in (RankSettings, RankSizes) for field in fields
 HEADINGS = {
     "LoRA": "lora", "DoRA": "dora", "LoHa": "loha", "LoKr": "lokr", "GLoRA": "glora", "Full difference": "full",
     "Norms": "norm", "LoRA-FA": "lora_fa", "DyLoRA": "dylora", "PiSSA": "pissa", "VeRA": "vera", "AdaLoRA": "adalora",
-    "OFT": "oft", "BOFT": "boft", "IA3": "ia3",
+    "T-LoRA": "t_lora", "OFT": "oft", "BOFT": "boft", "IA3": "ia3",
 }  # fmt: skip
 # The rows of the table of programs, by the forms that the program tells apart
 FORMS = {
@@ -94,11 +94,10 @@ def test_a_kind_s_arguments_stand_in_its_section_with_their_defaults(heading: st
 
 def test_the_settings_of_all_kinds_with_a_rank() -> None:
     named = set(re.findall(r"`([\w-]+)`", section("Settings of all kinds with a rank")))
-    rates = {name for name in RANKED if "lr" in name.split("_")} | {"network_reg_lrs"}
+    rates = {name for name in RANKED | SHARED if "lr" in name.split("_")} | {"network_reg_lrs"}
     assert RANKED - SHARED - rates <= named
-    assert {name for name in SHARED if "lr" not in name and "lrs" not in name} <= set(
-        re.findall(r"`(\w+)[`=]", section("Which layers"))
-    )
+    which_layers = set(re.findall(r"`(\w+)[`=]", section("Which layers")))
+    assert SHARED - rates - {"module_dropout"} <= which_layers
 
 
 @pytest.mark.parametrize("row", rows(section("Which program loads what")), ids=lambda row: row[0])

@@ -38,6 +38,7 @@ SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
     "vera": (Asked(dim=3, seed=1), {"conv_dim": 2, "keep_form": True}),
     "adalora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2, "keep_form": True}),
     "glora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
+    "t_lora": (Asked(dim=3, alpha=1.5, seed=1), {"conv_dim": 2}),
 }
 
 
@@ -72,6 +73,22 @@ def test_every_parameter_that_is_trained_gets_a_gradient(kind, toy):
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
     assert all(parameter.grad is None for parameter in toy.parameters())
+
+
+def test_module_dropout_leaves_adapters_out_in_training_alone(kind, toy):
+    asked, arguments = SIZES.get(kind, (Asked(seed=1), {}))
+    network = create_network(kind, [unet_targets(toy)], asked, {**arguments, "module_dropout": 0.9})
+    network.attach()
+    randomize(network)
+    with network.off():
+        base = toy(pixels())
+    seen = {}
+    for training in (True, False):
+        network.train(training)
+        torch.manual_seed(0)
+        seen[training] = [torch.equal(toy(pixels()), base) for _ in range(40)]
+    assert set(seen[True]) == {True, False}
+    assert not any(seen[False])
 
 
 def test_the_bases_weights_are_not_part_of_the_network(kind, toy):

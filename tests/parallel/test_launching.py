@@ -162,7 +162,11 @@ def test_accelerate_reads_its_configurations(file: Path) -> None:
         ("MEGATRON_LM", (), "accelerate's configuration asks for Megatron-LM: it is for language models"),
         ("FSDP", ("--fp8_base", "--mixed_precision", "bf16"), "--fp8_base with FSDP: only weights of one precision"),
         ("FSDP", ("--compare_prompts", "a cat"), "--compare_prompts with FSDP: one process renders"),
-        ("FSDP", ("--network_module", "lycoris.kohya"), "--network_module lycoris.kohya with FSDP: networks.lora only"),
+        (
+            "FSDP",
+            ("--network_module", "lycoris.kohya"),
+            "--network_module lycoris.kohya with FSDP: only this program's kinds",
+        ),
     ],
 )
 def test_what_cannot_be(

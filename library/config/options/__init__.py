@@ -78,8 +78,8 @@ class NetworkOptions:
         "networks.lora",
         not_yet=kohya.MODULES_NOT_YET,
         help="the kind of adapter: networks. and lora, dora, loha, lokr, glora, oft, boft, ia3, full, norm, lora_fa, "
-        "dylora, adalora, pissa, vera, or lycoris for LyCORIS' words; or another package's, such as lycoris.kohya; "
-        "see docs/adapters.md",
+        "dylora, t_lora, adalora, pissa, vera, or lycoris for LyCORIS' words; or another package's, such as "
+        "lycoris.kohya; see docs/adapters.md",
     )
     network_dim: int | None = option(None, minimum=1, help="the network's rank (default: 4)")
     network_alpha: float = option(
