@@ -7,13 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
 def parameter_bytes(modules: Iterable[nn.Module]) -> int:
     """Bytes of the parameters and buffers of these modules."""
-    return sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
+    return sum(_bytes(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of a packed weight those of its parts."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
 
 
 def peak_of(work: Callable[[Callable[[Tensor], Tensor]], object]) -> int:

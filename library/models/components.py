@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from library.config.registry import load, load_path
+from library.config.registry import load_path
 from library.errors import UserError
 from library.files.json_text import Config
 
@@ -150,7 +150,7 @@ class Components:
         To be called before adapters are attached and after others are merged in. device: the device on which each
         weight is rounded, and stays; None: its current one.
         """
-        from library.quantization import FORMATS
+        from library.quantization.frozen import hold
 
         layers = [
             (f"{kind.prefix} {path}", layer)
@@ -159,8 +159,7 @@ class Components:
             for path, layer in self[name].named_modules()
             if kind.linear.fullmatch(path) or kind.conv.fullmatch(path)
         ]
-        count: int = load(FORMATS, format, where="the format of frozen weights")(layers, device)
-        return count
+        return hold(layers, format, device)
 
     def checkpoint(self, *names: str) -> None:
         """Compute the activations of these parts anew in the backward pass, which takes time and saves memory."""

@@ -6,6 +6,7 @@ only the gradient of its weight needs. Here a layer keeps the weight as it is he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -14,8 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from library.config.registry import load
+from library.errors import UserError
+from library.progress import bar
+from library.quantization import FORMATS
+from library.quantization.packed import PackedWeight
+
 Pair = tuple[int, ...]
 Shape = tuple[Pair, str | Pair, Pair, int]  # a convolution's stride, padding, dilation and groups
+
+
+def hold(layers: Sequence[tuple[str, nn.Module]], format: str, device: torch.device | None = None) -> int:
+    """Pack the weights of these layers and have the layers compute with them. Returns their number."""
+    pack = load(FORMATS, format, where="the format of frozen weights")
+    for name, layer in bar(layers, desc=f"weights to {format}", unit="layer"):
+        assert isinstance(layer, nn.Linear | nn.Conv2d), f"{name}: neither Linear nor Conv2d"
+        weight = layer.weight.detach().to(device or layer.weight.device)
+        try:
+            layer.weight = nn.Parameter(pack(weight), requires_grad=False)
+        except UserError as error:
+            raise UserError(f"--fp8_base: {name} has {error}") from None
+        compute_frozen(layer)
+    return len(layers)
 
 
 def compute_frozen(layer: nn.Linear | nn.Conv2d) -> None:
@@ -25,7 +46,7 @@ def compute_frozen(layer: nn.Linear | nn.Conv2d) -> None:
 
 def decoded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight's values in the dtype that the layer computes in."""
-    return weight.to(dtype)
+    return (weight.decode() if isinstance(weight, PackedWeight) else weight).to(dtype)
 
 
 def _forward(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def load_and_encode(
     else:
         parts.load_text_encoders()
         if options.precision.holds_text_encoders_in_float8:
-            family.components.hold(*family.components.text_encoders, format="float8")
+            family.components.hold(*family.components.text_encoders, format="fp8")
 
     parts.load_denoiser()
 
@@ -143,7 +143,7 @@ class _Parts:
         self.base_weights.merge_into(self.family.adapter_targets("denoiser"))
         self.base_weights.report()
         if in_float8:
-            parts.hold("denoiser", format="float8", device=device)
+            parts.hold("denoiser", format="fp8", device=device)
             denoiser.to(device)
         # Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes.
         denoiser.train()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.guidance.estimate import parameter_bytes
 from library.models.opening import open_family
-from library.quantization.float8 import FLOAT8, hold_in_float8
+from library.quantization.fp8 import FLOAT8
+from library.quantization.frozen import hold
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 20), (3, 5, 12)),
@@ -31,7 +32,7 @@ def test_a_layer_acts_as_one_whose_weights_were_rounded(name: str, autocast: boo
     layer, rounded = make().to(torch.bfloat16), make().to(torch.bfloat16)
     rounded.load_state_dict(layer.state_dict())
     rounded.weight.data = rounded.weight.data.to(FLOAT8).to(torch.bfloat16)
-    assert hold_in_float8([("lora_unet it", layer)]) == 1
+    assert hold([("lora_unet it", layer)], "fp8") == 1
     assert layer.weight.dtype == FLOAT8
     assert layer.bias is None or layer.bias.dtype == torch.bfloat16
 
@@ -53,7 +54,7 @@ def test_a_layer_acts_as_one_whose_weights_were_rounded(name: str, autocast: boo
 
 def test_the_backward_pass_keeps_eight_bits() -> None:
     layer = nn.Linear(64, 64).to(torch.bfloat16)
-    hold_in_float8([("lora_unet it", layer)])
+    hold([("lora_unet it", layer)], "fp8")
     kept: list[Tensor] = []
     x = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -66,7 +67,7 @@ def test_what_does_not_fit_is_refused(value: float) -> None:
     layer = nn.Linear(2, 2)
     layer.weight.data[0, 1] = value
     with pytest.raises(UserError, match="lora_unet it has weights beyond 448"):
-        hold_in_float8([("lora_unet it", layer)])
+        hold([("lora_unet it", layer)], "fp8")
     assert layer.weight.dtype == torch.float32
 
 
@@ -83,7 +84,7 @@ def test_a_model(tiny_sdxl: Path) -> None:
 
     before, whole = answer(), parameter_bytes([family.components["denoiser"]])
     # Linear, 1 × 1 and wide convolutions of the UNet; the attention and MLP of two encoders of three layers
-    assert family.components.hold("denoiser", "text_encoder", "text_encoder_2", format="float8") == 192 + 65 + 18 + 18
+    assert family.components.hold("denoiser", "text_encoder", "text_encoder_2", format="fp8") == 192 + 65 + 18 + 18
     for kept in ("conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2"):
         assert family.components["denoiser"].get_submodule(kept).weight.dtype == torch.bfloat16
     assert parameter_bytes([family.components["denoiser"]]) < 0.56 * whole

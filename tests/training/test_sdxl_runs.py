@@ -118,7 +118,7 @@ def test_eight_bits_are_as_if_the_model_had_been_rounded(train_sdxl, tiny_sdxl, 
     if not cached:
         family.components.load_all(family.components.text_encoders, torch.bfloat16, "cpu")
     held = [name for name in ("denoiser", *TEXTS) if name in family.components]
-    family.components.hold(*held, format="float8")
+    family.components.hold(*held, format="fp8")
     for name in held:
         family.components[name].save_pretrained(rounded / family.PARTS[name].folder)
 
