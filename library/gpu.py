@@ -15,11 +15,6 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """cuBLAS reads it at its first call; recent GPUs use this value by default."""
 
 _FILL = "fill_uninitialized_memory"  # a property of the module's class, which type checkers do not see
-LESS_MEMORY = (
-    "Each of these needs less: --gradient_checkpointing, a smaller --train_batch_size or --vae_batch_size, "
-    "--mixed_precision bf16, --cache_latents, --network_train_unet_only with --cache_text_encoder_outputs, --fp8_base, "
-    "--optimizer_type AdamW8bit; --dry_run computes how much"
-)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -79,14 +74,6 @@ def unscale_fp16(scaler: torch.amp.GradScaler) -> None:
 def explained(error: BaseException) -> str | None:
     """The cause in plain words and a remedy, if `error` is one of CUDA's that options can avoid; else None."""
     reason = str(error).strip().split("\n")[0]
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        return f"the GPU's memory is too small: {memory_of(error)}. {LESS_MEMORY}"
     if "deterministic" in reason and "use_deterministic_algorithms" in reason:
         return f"{reason.split(',')[0]}. --no-deterministic lets it run; two runs may then differ in their last digits"
     return None
-
-
-def memory_of(error: BaseException) -> str:
-    """The requested and the free memory, cut out of torch's much longer message."""
-    sentences = str(error).strip().split("\n")[0].removeprefix("CUDA out of memory. ").split(". ")
-    return ". ".join(sentences[:2]).strip().rstrip(".")

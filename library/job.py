@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from library import processes
+from library import out_of_memory, processes
 from library.config.options import Options
 from library.config.settings import places_of
 from library.errors import CommonError, UserError
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
-    with _naming_places(options):
+    with _naming_places(options), _advised():
         plan = make_plan(options, only_family=family)
     if (options.run.debug_dataset or options.guidance.recommend) and not processes.is_first():
         return 0  # one sheet is enough, and two would be written to one file
@@ -40,7 +40,7 @@ def run(options: Options, *, family: str | None = None) -> int:
         return 0
     from library.record.run_file import RunFile
 
-    with RunFile() as record:
+    with RunFile() as record, _advised():
         return _carry_out(plan, record)
 
 
@@ -80,7 +80,7 @@ def _train(plan: Plan, run: Run, record: RunFile) -> int:
 
     try:
         stopped_by = loop.train(run)
-    except UserError as error:
+    except (UserError, out_of_memory.OutOfMemory) as error:
         record.end(run_file.FAILED, str(error))
         _conclude(plan, run, stopped_by="an error", conclusion="")
         if isinstance(error, CommonError):
@@ -99,6 +99,16 @@ def _train(plan: Plan, run: Run, record: RunFile) -> int:
     _conclude(plan, run, stopped_by="" if stopped_by is None else stopped_by.name, conclusion=conclusion)
     _leave(run, together=stopped_by is not None)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+@contextlib.contextmanager
+def _advised() -> Iterator[None]:
+    """Makes an error of memory one that the user can correct, with the options that need less."""
+    try:
+        with out_of_memory.during(""):
+            yield
+    except out_of_memory.OutOfMemory as error:
+        raise UserError(f"{error}. {out_of_memory.LESS_MEMORY}") from None
 
 
 @contextlib.contextmanager

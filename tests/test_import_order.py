@@ -16,7 +16,7 @@ from networks.kinds import KINDS
 ROOT = Path(__file__).parent.parent
 ORDER = """
     library.paths library.errors library.log library.progress library.rng library.cpus library.processes library.gpu
-    library.memory library.units
+    library.memory library.out_of_memory library.units
     library.files
     library.config
     library.data
@@ -32,7 +32,7 @@ ORDER = """
     library.parallel
     library.run
     library.guidance
-    networks.tools library.job
+    networks.tools library.job library.diagnose
 """
 ROOMS = {room: place for place, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}
 """Where each stands; those of one line may import each other."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.config.registry import load_path
 from library.errors import UserError
 from library.files.json_text import Config
+from library.out_of_memory import during
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +102,9 @@ class Components:
 
         source = self._sources[name]
         module = self._new(name)
-        fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
-        self._modules[name] = module.to(device).eval()  # `to` for buffers: the parameters are there
+        with during(f"loading the {self._kinds[name].title}"):
+            fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
+            self._modules[name] = module.to(device).eval()  # `to` for buffers: the parameters are there
         return self._modules[name]
 
     def load_all(self, names: Iterable[str], dtype: torch.dtype, device: torch.device | str) -> None:

@@ -15,6 +15,7 @@ from library.config.options import Options
 from library.data.caches.disk import Disk, Team
 from library.data.dataset import TrainingData
 from library.models.family import ModelFamily
+from library.out_of_memory import during
 from library.sampling import render as sample
 from networks.merge import BaseWeights
 
@@ -158,13 +159,15 @@ class _Parts:
         """As `ModelFamily.encode_images`; loads the VAE for the first image, as all of them may be on disk."""
         if "vae" not in self.family.components:
             self.load_vae()
-        return self.family.encode_images(pixels)
+        with during(f"encoding {len(pixels)} images with the VAE"):
+            return self.family.encode_images(pixels)
 
     def encode_prompts(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """As `ModelFamily.encode_prompts`; loads the text encoders for the first caption."""
         if not self.family.components.have_text_encoders:
             self.load_text_encoders()
-        return self.family.encode_prompts(captions)
+        with during(f"encoding {len(captions)} captions with the text encoders"):
+            return self.family.encode_prompts(captions)
 
     def release(self, *names: str) -> None:
         """Release parts, and their memory to the device."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from library import gpu, rng
+from library import rng
 from library.data.plan import of_rank, split_into_steps
-from library.errors import CommonError, UserError
+from library.errors import CommonError
 from library.optimizers.create import effective_rates
 from library.optimizers.small_lora import has_modes
+from library.out_of_memory import OutOfMemory, during
 from library.progress import progress
 from library.record import trackers
 from library.training import divergence
@@ -49,8 +50,8 @@ class StepBatches:
 def train(run: Run) -> signal.Signals | None:
     """Train to the end, or an early one (None), or until Ctrl-C, SIGTERM or SIGHUP, after the running step.
 
-    CommonError if the run diverges and may not continue, UserError if the GPU's memory is too small; the run as it was
-    before that step is then saved.
+    CommonError if the run diverges and may not continue, `OutOfMemory` if a part of it needs more memory than there is;
+    the run as it was before the failed step is then saved.
     """
     quiet, position = not run.accelerator.is_main_process, run.position
     with (
@@ -73,12 +74,9 @@ def train(run: Run) -> signal.Signals | None:
                     hook.rolled_back(run, position.done, str(problem))
                 bar.n = position.done
                 bar.refresh()
-            except _OutOfMemory as problem:
-                kept = ""
-                if run.accelerator.num_processes == 1:  # others would wait in this step, and saving may need them
-                    run.optimizer.zero_grad(set_to_none=True)
-                    kept = f"{_end(run, problem.step)}. "
-                raise UserError(f"{problem}. {kept}{gpu.LESS_MEMORY}") from None
+            except OutOfMemory as problem:
+                problem.kept = _kept(run, problem)
+                raise
 
 
 def _train(run: Run, stop: StopRequest, bar: tqdm) -> signal.Signals | None:
@@ -89,15 +87,12 @@ def _train(run: Run, stop: StopRequest, bar: tqdm) -> signal.Signals | None:
         if item.epoch != epoch:
             epoch = item.epoch
             start_epoch(run, epoch)
-        step = _step_or_skip(run, item)
+        with during(f"step {item.step}", done=item.step - 1):
+            step = _step_or_skip(run, item)
         run.losses.add(step.loss)
         _report(run, step, bar)
         _from_training(run)
-        ends = False
-        for hook in run.hooks:
-            ends = hook.end_of_step(run, step) or ends
-        for hook in run.hooks:
-            hook.save(run, step.number, last=ends)
+        ends = _end_step(run, step)
         if ends:
             return None
         signum = stop.of_any(run.accelerator)
@@ -108,6 +103,17 @@ def _train(run: Run, stop: StopRequest, bar: tqdm) -> signal.Signals | None:
         _to_training(run)
     _from_training(run)
     return None
+
+
+def _end_step(run: Run, step: Step) -> bool:
+    """Let the hooks validate, save and render. Returns whether training ends with this step."""
+    ends = False
+    with during(f"the end of step {step.number}", done=step.number):
+        for hook in run.hooks:
+            ends = hook.end_of_step(run, step) or ends
+        for hook in run.hooks:
+            hook.save(run, step.number, last=ends)
+    return ends
 
 
 def step_batches(run: Run) -> Iterator[StepBatches]:
@@ -141,16 +147,14 @@ def start_epoch(run: Run, epoch: int) -> None:
 def optimizer_step(run: Run, item: StepBatches) -> Step:
     """One optimizer step over all processes; its loss is the mean of its batches, before the step.
 
-    `Diverged` if that loss or its gradient is not finite, `_OutOfMemory` if the GPU's memory is too small: the weights
-    are then unchanged.
+    `Diverged` if that loss or its gradient is not finite: the weights are then unchanged. `OutOfMemory` if it needs
+    more memory than there is.
     """
     accelerator, step = run.accelerator, Step(item.step, item.epoch)
     # Processes average their gradients below, so each weights its batches by the number of processes.
     weight = accelerator.num_processes / item.count
-    try:
+    with during(f"step {step.number}", done=step.number - 1):
         losses = _backward_all(run, item, weight=weight)
-    except torch.OutOfMemoryError as error:
-        raise _OutOfMemory(step.number, error) from None
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
     run.gradients.average()
     if accelerator.num_processes > 1:
@@ -164,14 +168,16 @@ def optimizer_step(run: Run, item: StepBatches) -> Step:
     step.loss, step.gradient_norm = loss, norm
     for hook in run.hooks:
         hook.before_step(run, step)
-    run.optimizer.step()
+    with during(f"the optimizer in step {step.number}", done=step.number - 1, is_whole=False):
+        run.optimizer.step()
     step.rates = effective_rates(run.optimizer.optimizer)  # before a schedule sets the next step's
     step.was_skipped = run.optimizer.step_was_skipped
     if not step.was_skipped:
         run.network.after_step(step.number, run.position.total)
     run.optimizer.zero_grad(set_to_none=True)
-    for hook in run.hooks:
-        hook.after_step(run, step)
+    with during(f"step {step.number}", done=step.number):
+        for hook in run.hooks:
+            hook.after_step(run, step)
     return step
 
 
@@ -266,14 +272,6 @@ def _from_training(run: Run) -> None:
 # -- a step that goes wrong
 
 
-class _OutOfMemory(Exception):
-    """A step needs more memory than the GPU has. The weights are as they were before it."""
-
-    def __init__(self, step: int, error: BaseException) -> None:
-        super().__init__(f"step {step}: the GPU's memory is too small: {gpu.memory_of(error)}")
-        self.step = step
-
-
 def _only_scaled_too_far(run: Run) -> bool:
     """Whether a gradient may be infinite because fp16 losses are scaled: the scaler then skips the step and lowers the
     scale. At a scale of 1 it cannot be lowered, and the gradient itself is wrong."""
@@ -291,6 +289,19 @@ def _diverged(run: Run, item: StepBatches, losses: list[torch.Tensor]) -> Diverg
     for batch in batches:
         refuse_broken_latents(batch, run.family, run.accelerator.device)
     return divergence.named(item.step, [loss for loss, _ in of_all], [images for _, images in of_all])
+
+
+def _kept(run: Run, problem: OutOfMemory) -> str:
+    """Save what can be saved after this error of memory. Returns a sentence about that."""
+    if run.accelerator.num_processes > 1 or problem.done is None:
+        return ""  # others would wait in this step, and saving may need them
+    run.optimizer.zero_grad(set_to_none=True)
+    if not problem.is_whole and problem.done > run.position.done:
+        return "It has changed some of the weights, so nothing was written: earlier files are unchanged"
+    try:
+        return _end(run, problem.done + 1)
+    except OutOfMemory:
+        return "Nor is there enough to save the run: earlier files are unchanged"
 
 
 def _end(run: Run, step: int) -> str:

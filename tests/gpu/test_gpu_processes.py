@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library import gpu
+from library.out_of_memory import LESS_MEMORY
 from tests.conftest import BASE, ROOT, copy_images, run_training
 from tests.gpu.conftest import REHEARSED, Trained, trained
 
@@ -122,6 +122,6 @@ def test_memory_that_runs_out_is_an_error_without_traceback(tmp_path: Path, caps
     assert run_training(tmp_path, "--resolution", "512", "--train_batch_size", "12") == 2
     error = capsys.readouterr().err
     assert "error: step 1: the GPU's memory is too small: Tried to allocate" in error
-    assert f"Nothing was trained yet, and nothing was written. {gpu.LESS_MEMORY}" in error
+    assert f"Nothing was trained yet, and nothing was written. {LESS_MEMORY}" in error
     assert "Traceback" not in error
     trained(tmp_path, "smaller")

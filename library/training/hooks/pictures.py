@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.out_of_memory import OutOfMemory, during
 from library.report import loss_plot
 from library.sampling import render
 from library.training.hook import Hook
@@ -42,8 +43,9 @@ class Pictures(Hook[Run]):
         if stopped_by:
             return
         try:
-            self._draw(run)
-        except UserError as error:  # not raised: the trained network is saved already
+            with during("the pictures of the finished run"):
+                self._draw(run)
+        except (UserError, OutOfMemory) as error:  # not raised: the trained network is saved already
             logger.error("%s", error)
 
     def _draw(self, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from library.errors import UserError
+from library.out_of_memory import during
 from library.sampling.render import Sampling
 from library.training.hook import Hook
 from library.training.run import Run
@@ -19,13 +20,14 @@ class Sampler(Hook[Run]):
 
     def before_training(self, run: Run) -> None:
         if run.position.done == 0:
-            self._sampling(0)
+            with during("rendering samples before training", done=0):
+                self._sampling(0)
 
     def save(self, run: Run, step: int, *, last: bool) -> None:
         if not self._sampling.is_due(step):
             return
         try:
-            with run.weights_for("sample"):
+            with during(f"rendering samples after step {step}", done=step), run.weights_for("sample"):
                 self._sampling(step)
         except UserError as error:
             self._unwritten.put_up_with(error)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from library.errors import UserError
 from library.files import atomic
 from library.files.index import read_index
+from library.out_of_memory import during
 from library.record import saves
 from library.record.metadata import step_of
 from library.record.run_file import RunFile
@@ -57,11 +58,13 @@ class Saver(Hook[Run]):
 
     def save(self, run: Run, step: int, *, last: bool) -> None:
         """Write the files due after `step` steps, then delete those that retention no longer keeps."""
-        self._write(run, self.saves.due(step, last=last), step, ends=last or step == self.saves.total_steps)
+        with during(f"saving after step {step}", done=step):
+            self._write(run, self.saves.due(step, last=last), step, ends=last or step == self.saves.total_steps)
 
     def save_now(self, run: Run, step: int) -> None:
         path = self.saves.step_file(step)
-        errors = self._both(run, path, state_folder(path), step=step, epoch=self._epoch(step), last=True)
+        with during(f"saving after step {step}", done=step):
+            errors = self._both(run, path, state_folder(path), step=step, epoch=self._epoch(step), last=True)
         for error in filter(None, errors):
             raise error
 

@@ -17,6 +17,7 @@ from library.data.plan import PlannedBatch
 from library.diffusion.process import Predicted
 from library.gpu import kept_random_state, to_device
 from library.losses.main import MainLoss
+from library.out_of_memory import during
 from library.progress import bar
 from library.record import trackers
 from library.record.validation_history import History, Validation
@@ -80,7 +81,8 @@ class Validator(Hook[Run]):
         curves = self.times.due(step)
         if not curves:
             return False
-        by_timestep = measure(run, self.data, self.batches(), self.timesteps)
+        with during(f"validation after step {step}" if step else "validation before training", done=step):
+            by_timestep = measure(run, self.data, self.batches(), self.timesteps)
         result = Validation(step, math.fsum(by_timestep.values()) / len(by_timestep), by_timestep)
         best_before = self.history.best
         self.history.validations.append(result)
