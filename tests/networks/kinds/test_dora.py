@@ -183,12 +183,12 @@ def test_norms_come_without_the_delta(name: str, axis: Axis) -> None:
 @pytest.mark.parametrize("axis", AXES)
 def test_a_base_in_8_bits(axis: Axis) -> None:
     """The norms are those of the rounded weight, and the product with it may be rounded to bf16."""
-    from library.quantization.float8 import hold_in_float8
+    from library.quantization.frozen import hold
 
     layer = layer_of("linear")
     rounded = deepcopy(layer)
     rounded.weight.data = layer.weight.to(torch.float8_e4m3fn).float()
-    hold_in_float8([("x", layer)])
+    hold([("x", layer)], "fp8")
     x = pixels(layer)
     outputs = []
     for one in (layer, rounded):
