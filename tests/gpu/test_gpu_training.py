@@ -15,7 +15,7 @@ from PIL import Image
 from library.data.loader import PixelLoader
 from library.data.views import View
 from library.models.opening import open_family
-from library.quantization.float8 import FLOAT8
+from library.quantization.fp8 import FLOAT8
 from tests.conftest import IMAGES, run_training
 from tests.gpu.conftest import GPU, REHEARSED, Trained
 
