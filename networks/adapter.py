@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.quantization.frozen import is_own
 from library.rng import torch_generator, uniform
 from networks.layers import Preset, of_preset
 from networks.ranks import check_reg_dims, ranks_of, reg_dim
@@ -214,8 +215,8 @@ class Adapter(nn.Module):
 
     def _on_top_of(self, forward: Callable[[Tensor], Tensor]) -> None:
         self.base_forward = forward
-        # whether that is the layer's own, with its weight and bias, and not another adapter's
-        self.alone = forward == MethodType(type(self.site.module).forward, self.site.module)
+        # whether that is the layer's own, with its weight and bias as they are, and not another adapter's
+        self.alone = is_own(self.site.module, forward)
 
     def attach(self) -> None:
         """Run on every forward of the layer from now on."""
@@ -261,6 +262,11 @@ class Adapter(nn.Module):
     def effective_bias(cls, bias: Tensor, tensors: Mapping[str, Tensor], multiplier: float) -> Tensor:
         """The bias that goes with `effective_weight`: the layer's own, for kinds that leave it alone."""
         return bias
+
+    def merged(self, leaf: str, weight: Tensor) -> Tensor:
+        """The layer's "weight" or "bias" with the adapter in it, in its own dtype, where it lies."""
+        effective = self.effective_weight if leaf == "weight" else self.effective_bias
+        return effective(weight, self.tensors(), self.multiplier).to(weight.dtype)
 
     def norm(self) -> Tensor:
         """Frobenius norm of `delta`, a 0-d fp32 tensor."""

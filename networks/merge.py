@@ -6,9 +6,11 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from library.errors import UserError
 from networks.base_weights import with_multipliers
@@ -17,6 +19,7 @@ from networks.files import AdapterFile, read
 from networks.load_report import some_names
 
 if TYPE_CHECKING:
+    from library.models.checkpoints.weights import Change
     from library.models.family import AdapterTargets
 
 logger = logging.getLogger(__name__)
@@ -71,25 +74,36 @@ class BaseWeights:
             if other := network.compare(part)[0].mismatched:
                 raise UserError(f"{part.source}: {len(other)} layers are not those of this model:{some_names(other)}")
 
-    def merge_into(self, targets: Sequence[AdapterTargets]) -> None:
-        """Add multiplier * delta to every layer of these parts that a file names.
+    @torch.no_grad()
+    def changes(self, targets: Sequence[AdapterTargets]) -> dict[tuple[nn.Module, str], Change]:
+        """What becomes of the weights of these parts, which may be on the meta device: by a layer that a file names and
+        the name of its parameter, a function from the weight to that with multiplier * delta in it.
 
-        In the order of the files; sums are formed in fp32 and rounded to the layer's dtype once for each file.
+        In the order of the files; sums are formed in fp32 and rounded to the weight's dtype once for each file.
         """
+        found: dict[tuple[nn.Module, str], Change] = {}
         prefixes = tuple(f"{target.prefix}_" for target in targets)
         for file in self._files:
             part = file.part(prefixes)
             if not part.layers:
                 continue
             network = create_to_merge(part, targets, multiplier=file.multiplier)
+            network._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
             network.load(part)
-            network.merge()
-            adapted = {
-                name
-                for adapter in network.adapters
-                for name in (adapter.site.name, adapter.site.alias, adapter.site.fused)
-            }
-            file.merged.update(part.layers.keys() & adapted)
+            for adapter in network.adapters:
+                for leaf, _ in adapter.site.module.named_parameters():
+                    change, place = partial(adapter.merged, leaf), (adapter.site.module, leaf)
+                    found[place] = partial(_both, found[place], change) if place in found else change
+                adapted = adapter.site.name, adapter.site.alias, adapter.site.fused
+                file.merged.update(part.layers.keys() & set(adapted))
+        return found
+
+    @torch.no_grad()
+    def merge_into(self, targets: Sequence[AdapterTargets]) -> None:
+        """Make these changes to parts that are loaded."""
+        for (layer, leaf), change in self.changes(targets).items():
+            weight = layer.get_parameter(leaf)
+            weight.copy_(change(weight))
 
     def report(self) -> None:
         """Say what went into the base. To be called when every part is loaded. `UserError` if nothing of a file did."""
@@ -104,6 +118,10 @@ class BaseWeights:
             )
             if left:
                 logger.warning("%s: %d modules are not in this model:%s", file.name, len(left), some_names(left))
+
+
+def _both(first: Change, second: Change, weight: Tensor) -> Tensor:
+    return second(first(weight))
 
 
 def _nothing_fits(file: _File, modules: Sequence[str]) -> UserError:

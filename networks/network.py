@@ -237,10 +237,8 @@ class Network(TrainableNetwork):
         """
         for adapter in self.adapters:
             assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
-            layer, tensors = adapter.site.module, adapter.tensors()
-            layer.weight.copy_(adapter.effective_weight(layer.weight, tensors, adapter.multiplier))
-            if layer.bias is not None:
-                layer.bias.copy_(adapter.effective_bias(layer.bias, tensors, adapter.multiplier))
+            for leaf, weight in adapter.site.module.named_parameters():
+                weight.copy_(adapter.merged(leaf, weight))
 
     # -- training
 

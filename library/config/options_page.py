@@ -37,8 +37,8 @@ DIFFERS: Mapping[str, str] = {
     "with one that no captions have, such as .none, it goes on without them",
     "caption_separator": "used to join shuffled tags and to split counted ones, too, where kohya has a comma",
     "console_log_level": "other packages' messages appear from warnings on",
-    "fp8_base": "biases, norms, embeddings, the first and the last layers keep their precision; not with other "
-    "packages' networks",
+    "fp8_base": "the same as --base_format fp8; biases, norms, embeddings, the first and the last layers keep their "
+    "precision; not with other packages' networks",
     "full_fp16": "refused with an optimizer whose steps in fp16 are zero or NaN",
     "log_config": "keys and paths are left out, as in kohya; the other files that options name, too",
     "log_tracker_config": "only [tensorboard] and [wandb]; --wandb_run_name goes before the file's name",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from library.models.blocks import Blocks
     from library.models.checkpoints.base_model import Part
+    from library.models.checkpoints.weights import Change
+    from library.quantization.frozen import Held
+
+    Merged = Mapping[tuple[nn.Module, str], Change]  # by a layer and the name of one of its parameters
 
 NOTHING = re.compile(r"(?!)")
 # transformers has a newer name since 5.23, diffusers its own
@@ -96,21 +100,57 @@ class Components:
         """The part's configuration."""
         return self._sources[name].config
 
-    def load(self, name: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """Make the part and read its weights, as `dtype` on `device`: frozen and in evaluation mode."""
+    def load(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        held: Held | None = None,
+        merged: Callable[[], Merged] | None = None,
+    ) -> nn.Module:
+        """Make the part and read its weights, as `dtype` on `device`: frozen and in evaluation mode.
+
+        held: how the weights of the layers that adapters can sit on are held; None: as they are. merged: is called when
+        the part exists as an outline; what becomes of its weights before they are held. Each tensor is merged and
+        packed as soon as it is read, so that the part never exists in `dtype` as a whole.
+        """
         from library.models.checkpoints.weights import fill
+        from library.quantization.frozen import compute_frozen
 
         source = self._sources[name]
-        module = self._new(name)
+        module = self._modules[name] = self._new(name)
+        changes = {} if merged is None else _by_name(module, merged())
+        layers = {} if held is None else self._adapted(name)
+        for path in layers:
+            assert held is not None
+            pack = held.packing(f"{self._kinds[name].prefix} {path}")
+            before = changes.get(f"{path}.weight")
+            changes[f"{path}.weight"] = pack if before is None else _one_after_the_other(before, pack)
         with during(f"loading the {self._kinds[name].title}"):
-            fill(module, source.entries(), dtype=dtype, device=device, where=source.where)
+            fill(module, source.entries(), dtype=dtype, device=device, where=source.where, changes=changes)
+            for layer in layers.values():
+                compute_frozen(layer)
             self._modules[name] = module.to(device).eval()  # `to` for buffers: the parameters are there
         return self._modules[name]
 
-    def load_all(self, names: Iterable[str], dtype: torch.dtype, device: torch.device | str) -> None:
+    def _adapted(self, name: str) -> dict[str, nn.Linear | nn.Conv2d]:
+        """The layers of a part that adapters can sit on, by their paths."""
+        from torch import nn
+
+        kind = self._kinds[name]
+        return {
+            path: layer
+            for path, layer in self[name].named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and (kind.linear.fullmatch(path) or kind.conv.fullmatch(path))
+        }
+
+    def load_all(
+        self, names: Iterable[str], dtype: torch.dtype, device: torch.device | str, *, held: Held | None = None
+    ) -> None:
         """`load` each of them."""
         for name in names:
-            self.load(name, dtype, device)
+            self.load(name, dtype, device, held=held)
 
     def release(self, *names: str) -> None:
         """Drop these parts, so that their memory becomes free."""
@@ -146,23 +186,6 @@ class Components:
         module: nn.Module = make(self._sources[name].config)
         return module
 
-    def hold(self, *names: str, format: str, device: torch.device | None = None) -> int:
-        """Hold the weights of the layers that adapters can sit on in one of quantization.FORMATS; returns their number.
-
-        To be called before adapters are attached and after others are merged in. device: the device on which each
-        weight is rounded, and stays; None: its current one.
-        """
-        from library.quantization.frozen import hold
-
-        layers = [
-            (f"{kind.prefix} {path}", layer)
-            for name in names
-            for kind in [self._kinds[name]]
-            for path, layer in self[name].named_modules()
-            if kind.linear.fullmatch(path) or kind.conv.fullmatch(path)
-        ]
-        return hold(layers, format, device)
-
     def checkpoint(self, *names: str) -> None:
         """Compute the activations of these parts anew in the backward pass, which takes time and saves memory."""
         for name in names:
@@ -174,3 +197,12 @@ class Components:
         from library.models.fingerprint import part_fingerprint
 
         return part_fingerprint(self._sources[name])
+
+
+def _by_name(module: nn.Module, merged: Merged) -> dict[str, Change]:
+    paths = {layer: path for path, layer in module.named_modules()}
+    return {f"{paths[layer]}.{leaf}": change for (layer, leaf), change in merged.items()}
+
+
+def _one_after_the_other(first: Change, second: Change) -> Change:
+    return lambda weight: second(first(weight))

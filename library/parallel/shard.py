@@ -50,8 +50,9 @@ def refuse_what_cannot_be(options: Options) -> None:
             raise UserError(
                 f"--{option} with FSDP: one process renders, and has only a part of the model: leave it out"
             )
-    if options.precision.holds_unet_in_float8:
-        raise UserError(f"--{options.precision.float8_option} with FSDP: only weights of one precision can be sharded")
+    if options.precision.unet_format:
+        name = options.precision.unet_format_option
+        raise UserError(f"--{name} with FSDP: only weights of one precision can be sharded")
     if refusal := kinds.refuses(options.network.network_module, "fsdp"):
         raise UserError(refusal)
 

@@ -6,8 +6,10 @@ only the gradient of its weight needs. Here a layer keeps the weight as it is he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Protocol
 
 import torch
@@ -17,7 +19,6 @@ from torch.nn.grad import conv2d_input
 
 from library.config.registry import load
 from library.errors import UserError
-from library.progress import bar
 from library.quantization import FORMATS
 from library.quantization.packed import PackedWeight
 
@@ -25,23 +26,37 @@ Pair = tuple[int, ...]
 Shape = tuple[Pair, str | Pair, Pair, int]  # a convolution's stride, padding, dilation and groups
 
 
-def hold(layers: Sequence[tuple[str, nn.Module]], format: str, device: torch.device | None = None) -> int:
-    """Pack the weights of these layers and have the layers compute with them. Returns their number."""
-    pack = load(FORMATS, format, where="the format of frozen weights")
-    for name, layer in bar(layers, desc=f"weights to {format}", unit="layer"):
-        assert isinstance(layer, nn.Linear | nn.Conv2d), f"{name}: neither Linear nor Conv2d"
-        weight = layer.weight.detach().to(device or layer.weight.device)
-        try:
-            layer.weight = nn.Parameter(pack(weight), requires_grad=False)
-        except UserError as error:
-            raise UserError(f"--fp8_base: {name} has {error}") from None
-        compute_frozen(layer)
-    return len(layers)
+@dataclass(frozen=True)
+class Held:
+    """How weights are held: in one of FORMATS. option: the option that asks for it, for messages."""
+
+    format: str
+    option: str
+
+    def packing(self, layer: str) -> Callable[[Tensor], Tensor]:
+        """A function that packs a layer's weight. It raises UserError, with the layer's name, for what cannot be."""
+        pack = load(FORMATS, self.format, where=self.option)
+
+        def packed(weight: Tensor) -> Tensor:
+            try:
+                found: Tensor = pack(weight)
+            except UserError as error:
+                raise UserError(f"{self.option}: {layer} has {error}") from None
+            return found
+
+        return packed
 
 
 def compute_frozen(layer: nn.Linear | nn.Conv2d) -> None:
     """Patch the `forward` of this layer alone. Its weight and bias must be frozen."""
     vars(layer)["forward"] = partial(_forward, layer)
+
+
+def is_own(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
+    """Whether this forward is the operation of the layer with its weight as it is, not decoded."""
+    if isinstance(forward, partial) and forward.func is _forward:
+        return not isinstance(layer.weight, PackedWeight) and layer.weight.dtype != torch.float8_e4m3fn
+    return forward == MethodType(type(layer).forward, layer)
 
 
 def decoded(weight: Tensor, dtype: torch.dtype) -> Tensor:

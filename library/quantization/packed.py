@@ -65,10 +65,10 @@ class PackedWeight(Tensor):
     ) -> Self:
         return cls(parts, shape, dtype)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's own do
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a function that is switched off
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -83,7 +83,7 @@ class PackedWeight(Tensor):
             raise TypeError(f"{func}: a packed weight cannot be written to")
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's has names
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype}, {self.device})"
 
 

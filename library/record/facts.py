@@ -20,7 +20,8 @@ class BaseWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The base model. `path`: a file, a folder or a hub id. `precision`: "fp32", "fp16" or "bf16"."""
+    """The base model. `path`: a file, a folder or a hub id. `precision`: "fp32", "fp16" or "bf16". `frozen_format`: of
+    the denoiser's frozen weights, such as "nf4"; "": as they are computed with."""
 
     path: str
     version: str  # "sd_v1"
@@ -28,7 +29,7 @@ class Model:
     vae: str | None
     precision: str
     device: str
-    frozen_in_8_bits: bool
+    frozen_format: str = ""
     base_weights: tuple[BaseWeight, ...] = ()
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
 from library.config.options import Options
 from library.data.caches.disk import Disk, Team
 from library.data.dataset import TrainingData
+from library.models.checkpoints.weights import Change
 from library.models.family import ModelFamily
 from library.out_of_memory import during
+from library.quantization.frozen import Held, compute_frozen
 from library.sampling import render as sample
 from networks.merge import BaseWeights
 
@@ -106,10 +109,7 @@ def load_and_encode(
         prompts.keep(parts.encode_prompts)
         parts.release(*family.components.text_encoders)
     else:
-        parts.load_text_encoders()
-        if options.precision.holds_text_encoders_in_float8:
-            family.components.hold(*family.components.text_encoders, format="fp8")
-
+        parts.load_text_encoders(_held(options.precision.text_format, options.precision.text_format_option))
     parts.load_denoiser()
 
 
@@ -130,22 +130,18 @@ class _Parts:
         dtype = vae_dtype(self.family, self.options)
         self.family.components.load("vae", dtype, self.accelerator.device)
 
-    def load_text_encoders(self) -> None:
-        parts = self.family.components
-        parts.load_all(parts.text_encoders, self.dtype, self.accelerator.device)
-        self.base_weights.merge_into(self.family.adapter_targets(*parts.text_encoders))
+    def load_text_encoders(self, held: Held | None = None) -> None:
+        for name in self.family.components.text_encoders:
+            self._load(name, held)
 
     def load_denoiser(self) -> None:
         """Load the denoiser, ready to train."""
-        parts, precision, device = self.family.components, self.options.precision, self.accelerator.device
-        in_float8 = precision.holds_unet_in_float8
-        # on the CPU first: in 8 bits it may fit into a GPU that it does not fit into in 16
-        denoiser = parts.load("denoiser", self.dtype, "cpu" if in_float8 else device)
-        self.base_weights.merge_into(self.family.adapter_targets("denoiser"))
+        parts, precision = self.family.components, self.options.precision
+        denoiser = self._load("denoiser", _held(precision.unet_format, precision.unet_format_option))
         self.base_weights.report()
-        if in_float8:
-            parts.hold("denoiser", format="fp8", device=device)
-            denoiser.to(device)
+        for layer in denoiser.modules():
+            if isinstance(layer, nn.Conv2d):
+                compute_frozen(layer)  # keeps no input, which torch's own does for the gradient of the weight
         # Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes.
         denoiser.train()
         if precision.gradient_checkpointing:
@@ -154,6 +150,12 @@ class _Parts:
                 for name in parts.text_encoders:
                     parts.checkpoint(name)
                     parts[name].train()
+
+    def _load(self, name: str, held: Held | None) -> nn.Module:
+        def merged() -> dict[tuple[nn.Module, str], Change]:
+            return self.base_weights.changes(self.family.adapter_targets(name))
+
+        return self.family.components.load(name, self.dtype, self.accelerator.device, held=held, merged=merged)
 
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `ModelFamily.encode_images`; loads the VAE for the first image, as all of them may be on disk."""
@@ -175,6 +177,10 @@ class _Parts:
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _held(format: str, option: str) -> Held | None:
+    return Held(format, f"--{option}") if format else None
 
 
 def trains_text(options: Options) -> bool:

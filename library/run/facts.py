@@ -107,7 +107,7 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         network_dropout=options.network.network_dropout,
         mixed_precision=options.precision.mixed_precision,
         full_fp16=options.precision.full_fp16,
-        fp8_base=options.precision.fp8_base,
+        fp8_base=options.precision.fp8_base or options.precision.base_format == "fp8",
         fp8_base_unet=options.precision.fp8_base_unet,
         v2=family.base_model_version.startswith("sd_v2"),
         base_model_version=family.base_model_version,

@@ -40,8 +40,9 @@ def make_accelerator(plan: Plan) -> Accelerator:
             )
     except ValueError as error:  # fp16 on a CPU, bf16 on a device without it
         raise UserError(f"--mixed_precision {options.precision.mixed_precision}: {error}") from error
-    if options.precision.holds_unet_in_float8 and accelerator.device.type == "mps":
-        raise UserError(f"--{options.precision.float8_option}: Apple's GPUs have no 8-bit floats; leave it out")
+    for format, name in options.precision.formats.items():
+        if format.startswith("fp8") and accelerator.device.type == "mps":
+            raise UserError(f"--{name}: Apple's GPUs have no 8-bit floats; leave it out")
     if options.precision.full_fp16 and accelerator.scaler is not None:
         gpu.unscale_fp16(accelerator.scaler)
     if accelerator.device.type == "cuda":

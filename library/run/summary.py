@@ -66,7 +66,7 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
         vae=family.vae_path,
         precision=options.precision.mixed_precision.replace("no", "fp32"),
         device=str(run.accelerator.device),
-        frozen_in_8_bits=options.precision.holds_unet_in_float8,
+        frozen_format=options.precision.unet_format,
         base_weights=tuple(merged),
     )
 

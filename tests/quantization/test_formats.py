@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from library.errors import UserError
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.models.opening import open_family
 from library.quantization import FORMATS
-from library.quantization.frozen import compute_frozen
+from library.quantization.fp8 import FLOAT8
+from library.quantization.frozen import Held, compute_frozen, decoded
 from library.quantization.packed import PackedWeight
+from tests.frozen import held
 
 PACKED = [name for name in FORMATS if name != "fp8"]
 LAYERS = {
@@ -33,13 +37,6 @@ LAYERS = {
 def packed(weight: Tensor, format: str) -> Tensor:
     pack: Callable[[Tensor], Tensor] = load(FORMATS, format, where="here")
     return pack(weight)
-
-
-def held(layer: nn.Module, format: str) -> nn.Module:
-    layer.requires_grad_(False)
-    layer.weight = nn.Parameter(packed(layer.weight.detach(), format), requires_grad=False)
-    compute_frozen(layer)
-    return layer
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -122,7 +119,7 @@ def test_zeros_stay_zeros_and_large_weights_finite(format: str, dtype: torch.dty
 def test_weights_that_are_no_numbers_are_refused(format: str, value: float) -> None:
     weight = torch.ones(2, 66)
     weight[1, 65] = value
-    with pytest.raises(UserError, match="NaN or infinite weights|beyond 448"):
+    with pytest.raises(UserError, match=r"NaN or infinite weights|beyond 448"):
         packed(weight, format)
 
 
@@ -174,31 +171,37 @@ def test_the_bytes_are_those_of_the_parts(format: str, bits: float) -> None:
 # -- the layers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", PACKED)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_acts_as_one_whose_weights_were_rounded(format: str, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_layer_acts_as_one_whose_weights_were_rounded(
+    format: str, name: str, dtype: torch.dtype, autocast: bool
+) -> None:
     """And its input gets autograd's gradient."""
     make, shape = LAYERS[name]
     torch.manual_seed(0)
     layer, rounded = make().to(dtype), make().to(dtype)
     rounded.load_state_dict(layer.state_dict())
     held(layer, format)
-    rounded.weight.data = layer.weight.decode()
+    assert layer.bias is None or layer.bias.dtype == dtype
+    rounded.weight.data = decoded(layer.weight, dtype)
     answers, gradients = [], []
-    inputs = torch.randn(shape, dtype=dtype)
+    inputs = torch.randn(shape, dtype=torch.float32 if autocast else dtype)
     for module in (layer, rounded):
         x = inputs.clone().requires_grad_()
-        answer = module(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            answer = module(x)
         answer.backward(torch.ones_like(answer))
         answers.append(answer)
         gradients.append(x.grad)
-    exact = dtype == torch.float32
+    assert gradients[0].dtype == inputs.dtype
+    exact = answers[0].dtype == torch.float32
     for pair in (answers, gradients):  # summed in fp32, in whatever order, then rounded to bf16 once: 2⁻⁸ at most
         torch.testing.assert_close(*pair, rtol=1e-5 if exact else 2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("format", PACKED)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["linear", "conv 3"])
 def test_the_backward_pass_keeps_the_packed_weight_alone(format: str, name: str) -> None:
     make, shape = LAYERS[name]
@@ -207,8 +210,36 @@ def test_the_backward_pass_keeps_the_packed_weight_alone(format: str, name: str)
     x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         answer = layer(x)
-    assert [type(tensor) for tensor in kept] == [type(layer.weight)]
+    assert [(type(tensor), tensor.dtype) for tensor in kept] == [(type(layer.weight), layer.weight.dtype)]
+    assert len(kept) == 1
     answer.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "conv" in name])
+def test_a_frozen_convolution_has_the_bits_of_torchs(name: str, dtype: torch.dtype, autocast: bool) -> None:
+    """And keeps nothing but its weight, where torch keeps the input as well."""
+    make, shape = LAYERS[name]
+    own = make().to(dtype).requires_grad_(False)
+    ours = copy.deepcopy(own)
+    compute_frozen(ours)
+    x = torch.randn(shape, dtype=torch.float32 if autocast else dtype)
+    found, kept = [], []
+    for layer in (own, ours):
+        given, tensors = x.clone().requires_grad_(), []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t, to=tensors: to.append(t) or t, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            answer = layer(given)
+        answer.square().sum().backward()
+        found.append((answer, given.grad))
+        kept.append([tuple(tensor.shape) for tensor in tensors])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert shape in kept[0]
+    assert kept[1] == [tuple(own.weight.shape)]
 
 
 @pytest.mark.parametrize("format", PACKED)
@@ -224,11 +255,42 @@ def test_memory_is_estimated_without_computing(format: str) -> None:
     assert decoded < peak_of(work) < decoded * (3.2 if format != "nf4" else 1.2)
 
 
+# -- a model ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_model(tiny_sdxl, format: str) -> None:
+def test_a_model(tiny_sdxl: Path, format: str) -> None:
+    """Linear, 1 × 1 and wide convolutions of the UNet; the attention and MLP of two encoders of three layers."""
     family = open_family(str(tiny_sdxl))
-    family.components.load("denoiser", torch.bfloat16, "cpu")
-    whole = parameter_bytes([family.components["denoiser"]])
-    assert family.components.hold("denoiser", format=format) == 192 + 65
-    assert parameter_bytes([family.components["denoiser"]]) < (0.5 if format == "nf4" else 0.6) * whole  # tiny layers
-    assert family.components["denoiser"].dtype == torch.bfloat16
+    parts = family.components
+    names = ("denoiser", *parts.text_encoders)
+    noisy, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    sizes: dict[str, Any] = {"original_sizes": [(64, 64)], "crops": [(0, 0)], "target_size": (64, 64)}
+
+    def answer() -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return family.predict(noisy, t, family.condition(family.encode_prompts(["a cat"]), **sizes)).float()
+
+    parts.load_all(names, torch.bfloat16, "cpu")
+    before, whole = answer(), parameter_bytes([parts["denoiser"]])
+    plain = {name: dict(parts[name].named_parameters()) for name in names}
+    parts.load_all(names, torch.bfloat16, "cpu", held=Held(format, "--base_format"))
+    packed_ones = {
+        name: [path for path, weight in parts[name].named_parameters() if is_packed(weight)] for name in names
+    }
+    assert [len(paths) for paths in packed_ones.values()] == [192 + 65, 18, 18]
+    for name, paths in packed_ones.items():
+        for path in paths[::7]:
+            alone = packed(plain[name][path].detach(), format)
+            assert torch.equal(parts[name].get_parameter(path).float(), alone.float())
+    for kept in ("conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2"):
+        assert parts["denoiser"].get_submodule(kept).weight.dtype == torch.bfloat16
+    assert parameter_bytes([parts["denoiser"]]) < (0.5 if format == "nf4" else 0.6) * whole  # tiny layers
+    # diffusers casts prompts to these
+    assert parts["denoiser"].dtype == parts["text_encoder_2"].dtype == torch.bfloat16
+    difference = (answer() - before).norm() / before.norm()
+    assert 0 < difference < 0.2
+
+
+def is_packed(weight: Tensor) -> bool:
+    return isinstance(weight, PackedWeight) or weight.dtype == FLOAT8

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from library.models.components import Components
 from library.models.opening import open_family
 from library.models.stable_diffusion_xl import StableDiffusionXL
+from library.quantization import FORMATS
+from library.quantization.frozen import Held
 from tests.conftest import BASE, ROOT
 from tests.tiny_sdxl import TEXTS
 from tests.training.written import ROUNDED, distance, same, weights
@@ -110,43 +112,67 @@ def test_settings_train(train_sdxl, tmp_path, words):
 
 
 @pytest.mark.parametrize("cached", [(), CACHED])
-def test_eight_bits_are_as_if_the_model_had_been_rounded(train_sdxl, tiny_sdxl, tmp_path, cached):
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_packed_base_acts_as_one_that_was_rounded_before(train_sdxl, tiny_sdxl, tmp_path, cached, format):
     """Of all layers that can be adapted; where captions are cached, they are encoded before."""
     rounded = Path(shutil.copytree(tiny_sdxl, tmp_path / "rounded"))
     family = open_family(str(tiny_sdxl))
-    family.components.load("denoiser", torch.bfloat16, "cpu")
-    if not cached:
-        family.components.load_all(family.components.text_encoders, torch.bfloat16, "cpu")
-    held = [name for name in ("denoiser", *TEXTS) if name in family.components]
-    family.components.hold(*held, format="fp8")
-    for name in held:
-        family.components[name].save_pretrained(rounded / family.PARTS[name].folder)
+    for name in ("denoiser", *(() if cached else TEXTS)):
+        module = family.components.load(name, torch.bfloat16, "cpu", held=Held(format, "--base_format"))
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+                layer.weight = torch.nn.Parameter(layer.weight.detach().float().bfloat16(), requires_grad=False)
+        module.save_pretrained(rounded / family.PARTS[name].folder)
 
     common = ("--mixed_precision", "bf16", "--gradient_checkpointing", *cached)
-    assert train_sdxl(*common, "--output_name", "own", "--fp8_base") == 0
+    assert train_sdxl(*common, "--output_name", "own", "--base_format", format) == 0
     assert train_sdxl(*common, "--output_name", "rounded", "--pretrained_model_name_or_path", str(rounded)) == 0
     # another path of a gradient may round a bf16 to its neighbour, 0.4 % away; without rounded weights it is 40 %
     assert distance(weights(tmp_path, "own"), weights(tmp_path, "rounded")) < 0.05
     with safe_open(tmp_path / "out" / "own.safetensors", framework="pt") as file:
-        assert (file.metadata()["ss_fp8_base"], file.metadata()["ss_fp8_base_unet"]) == ("True", "False")
+        is_fp8 = str(format == "fp8")
+        assert (file.metadata()["ss_fp8_base"], file.metadata()["ss_fp8_base_unet"]) == (is_fp8, "False")
+
+
+def test_kohyas_option_is_the_format_fp8(train_sdxl, tmp_path):
+    common = ("--mixed_precision", "bf16", "--max_train_steps", "2")
+    assert train_sdxl(*common, "--output_name", "kohyas", "--fp8_base") == 0
+    assert train_sdxl(*common, "--output_name", "ours", "--base_format", "fp8") == 0
+    assert same(weights(tmp_path, "kohyas"), weights(tmp_path, "ours"))
+    assert train_sdxl(*common, "--output_name", "unet", "--fp8_base_unet") == 0
+    words = ("--base_format", "fp8", "--text_encoder_format", "none")
+    assert train_sdxl(*common, "--output_name", "ours_unet", *words) == 0
+    assert same(weights(tmp_path, "unet"), weights(tmp_path, "ours_unet"))
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "--fp8_base needs --mixed_precision bf16 or fp16"),
-        (("--mixed_precision", "bf16", "--network_module", "lycoris.kohya"), "--network_module lycoris.kohya: it comp"),
+        (("--fp8_base",), "--fp8_base needs --mixed_precision bf16 or fp16"),
+        (("--base_format", "fp8"), "--base_format fp8 needs --mixed_precision bf16 or fp16"),
+        (("--text_encoder_format", "fp8"), "--text_encoder_format fp8 needs --mixed_precision bf16 or fp16"),
+        (
+            ("--fp8_base", "--mixed_precision", "bf16", "--network_module", "lycoris.kohya"),
+            "--network_module lycoris.kohya: it comp",
+        ),
+        (("--fp8_base", "--base_format", "nf4"), "--fp8_base is --base_format fp8, and --base_format nf4 is given"),
+        (("--fp8_base_unet", "--base_format", "none"), "--fp8_base_unet is --base_format fp8, and --base_format none"),
+        (
+            ("--fp8_base_unet", "--text_encoder_format", "nf4"),
+            "--fp8_base_unet leaves the text encoders as they are, and --text_encoder_format nf4",
+        ),
     ],
 )
-def test_what_cannot_be_in_eight_bits(train_sdxl, capsys, words, said):
-    assert train_sdxl("--fp8_base", *words) == 2
+def test_what_cannot_be_in_fewer_bits(train_sdxl, capsys, words, said):
+    assert train_sdxl(*words) == 2
     assert said in capsys.readouterr().err
 
 
-def test_apples_gpus_have_no_eight_bits(train_sdxl, capsys, monkeypatch):
+@pytest.mark.parametrize("words", [("--fp8_base",), ("--base_format", "fp8_scaled"), ("--text_encoder_format", "fp8")])
+def test_apples_gpus_have_no_eight_bits(train_sdxl, capsys, monkeypatch, words):
     monkeypatch.setattr("accelerate.Accelerator.device", torch.device("mps"))
-    assert train_sdxl("--fp8_base", "--mixed_precision", "bf16") == 2
-    assert "--fp8_base: Apple's GPUs have no 8-bit floats" in capsys.readouterr().err
+    assert train_sdxl(*words, "--mixed_precision", "bf16") == 2
+    assert f"{' '.join(words)}: Apple's GPUs have no 8-bit floats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", ["sdxl_style", "sdxl_character", "sdxl_concept"])
@@ -225,14 +251,16 @@ def test_what_does_not_fit_the_family_is_told_before_images_are_encoded(train_sd
     assert said in capsys.readouterr().err
 
 
-def test_a_dry_run_counts_eight_bits(train_sdxl, capsys):
-    def weights_in_bits(*words):
+def test_a_dry_run_counts_the_bits(train_sdxl, capsys):
+    def weights_in_bits(said, *words):
         assert train_sdxl("--dry_run", "--mixed_precision", "bf16", *CACHED, *words) == 0
-        said = capsys.readouterr().out
-        assert ("frozen weights in 8 bits" in said) == bool(words)
-        return float(re.search(r"weights ([\d.]+) MiB", said)[1])
+        out = capsys.readouterr().out
+        assert (f"frozen weights in {said}" in out) == bool(words)
+        return float(re.search(r"weights ([\d.]+) MiB", out)[1])
 
-    assert weights_in_bits("--fp8_base_unet") < 0.75 * weights_in_bits()  # the LoRA is as large as ever
+    whole = weights_in_bits("")  # the LoRA is as large as ever
+    assert weights_in_bits("8 bits", "--fp8_base_unet") < 0.75 * whole
+    assert weights_in_bits("nf4", "--base_format", "nf4") < 0.7 * whole
 
 
 def test_a_dry_run_tells_what_it_takes(train_sdxl, capsys):

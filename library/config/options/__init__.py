@@ -342,10 +342,10 @@ class Options:
             raise UserError(
                 f"--{self.data.text_cache_option} needs --network_train_unet_only: cached text encoders cannot train"
             )
-        if self.precision.holds_unet_in_float8 and not source.is_ours(self.network.network_module):
+        if (name := self.precision.formats.get("fp8")) and not source.is_ours(self.network.network_module):
             raise UserError(
-                f"--{self.precision.float8_option} with --network_module {self.network.network_module}: it computes "
-                "with the base's weights itself, which 8 bits do not allow; networks.lora does not"
+                f"--{name} with --network_module {self.network.network_module}: it computes with the base's weights "
+                "itself, which torch's 8-bit floats do not allow; --base_format fp8_scaled, int8 and nf4 do"
             )
         instead = {
             **{name: getattr(self.run, name) for name in ("dry_run", "debug_dataset")},

@@ -16,6 +16,14 @@ class PrecisionOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", help="the precision to compute in; no means fp32")
     full_fp16: bool = option(False, help="keep all weights in fp16, including the trained ones and their gradients")
     full_bf16: bool = option(False, help="keep all weights in bf16, including the trained ones and their gradients")
+    base_format: Literal["", "none", "fp8", "fp8_scaled", "int8", "nf4"] = option(
+        "",
+        help="hold the frozen weights of the layers that can be adapted in 8 bits (fp8, fp8_scaled, int8) or 4 (nf4); "
+        "none: in 16 or 32, as they are computed with (default: none) (ours)",
+    )
+    text_encoder_format: Literal["", "none", "fp8", "fp8_scaled", "int8", "nf4"] = option(
+        "", help="the same for the text encoders alone (default: as --base_format) (ours)"
+    )
     fp8_base: bool = option(
         False, help="hold the frozen weights of the layers that can be adapted in 8 bits (float8_e4m3fn)"
     )
@@ -32,8 +40,21 @@ class PrecisionOptions:
         for name, precision in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
             if getattr(self, name) and self.mixed_precision != precision:
                 raise UserError(f"--{name} needs --mixed_precision {precision}, which is {self.mixed_precision}")
-        if self.holds_unet_in_float8 and self.mixed_precision == "no":
-            raise UserError(f"--{self.float8_option} needs --mixed_precision bf16 or fp16, to compute in")
+        self._refuse_contradictions()
+        if self.mixed_precision == "no" and (asked := self.formats.get("fp8")):
+            raise UserError(f"--{asked} needs --mixed_precision bf16 or fp16, to compute in; the other formats do not")
+
+    def _refuse_contradictions(self) -> None:
+        if (self.fp8_base or self.fp8_base_unet) and self.base_format not in ("", "fp8"):
+            raise UserError(
+                f"--{self.unet_format_option} is --base_format fp8, and --base_format {self.base_format} is given: "
+                "leave one out"
+            )
+        if self.fp8_base_unet and self.text_encoder_format not in ("", "none"):
+            raise UserError(
+                f"--fp8_base_unet leaves the text encoders as they are, and --text_encoder_format "
+                f"{self.text_encoder_format} is given: leave one out"
+            )
 
     @property
     def of_weights(self) -> str:
@@ -41,14 +62,32 @@ class PrecisionOptions:
         return "full_fp16" if self.full_fp16 else "full_bf16" if self.full_bf16 else ""
 
     @property
-    def float8_option(self) -> str:
-        """The given option that holds weights in float8, for messages."""
-        return "fp8_base" if self.fp8_base else "fp8_base_unet"
+    def unet_format(self) -> str:
+        """The format of quantization.FORMATS that the UNet's frozen weights are held in; "": as they are."""
+        return "fp8" if self.fp8_base or self.fp8_base_unet else self.base_format.replace("none", "")
 
     @property
-    def holds_unet_in_float8(self) -> bool:
-        return self.fp8_base or self.fp8_base_unet
+    def text_format(self) -> str:
+        """The same of the text encoders."""
+        if self.text_encoder_format:
+            return self.text_encoder_format.replace("none", "")
+        return "" if self.fp8_base_unet else self.unet_format
 
     @property
-    def holds_text_encoders_in_float8(self) -> bool:
-        return self.fp8_base and not self.fp8_base_unet
+    def unet_format_option(self) -> str:
+        """The given option that asks for `unet_format`, for messages, without "--"."""
+        if self.fp8_base or self.fp8_base_unet:
+            return "fp8_base" if self.fp8_base else "fp8_base_unet"
+        return f"base_format {self.base_format}"
+
+    @property
+    def text_format_option(self) -> str:
+        """The same of `text_format`."""
+        own = self.text_encoder_format
+        return f"text_encoder_format {own}" if own else self.unet_format_option
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The formats that frozen weights are held in, each with the option that asks for it; empty without any."""
+        found = {self.text_format: self.text_format_option, self.unet_format: self.unet_format_option}
+        return {format: name for format, name in found.items() if format}

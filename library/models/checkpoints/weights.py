@@ -12,9 +12,10 @@ in one of two ways, neither of which needs more memory than the finished module 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -23,6 +24,9 @@ from torch import nn
 from library.errors import UserError
 from library.files.tensors import ITEM_SIZE, TensorEntry
 from library.models.checkpoints.base_model import few
+from library.progress import bar
+
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 _BUFFER = 1 << 24  # bytes read at a time where the element type changes
 
@@ -34,18 +38,26 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str,
     where: str,
+    changes: Mapping[str, Change] = MappingProxyType({}),
 ) -> None:
     """Fill every parameter of `module` (on the meta device) from `entries`: frozen, as `dtype` on `device`.
 
-    `where` names module and file in errors. Raises UserError unless names and shapes match exactly; a 1 × 1 convolution
-    and a Linear of the same weights count as the same shape, because files differ in which they hold.
+    `changes`: by a parameter's name, from the weight that was read to the tensor that the module gets in its place; of
+    these one weight exists at a time. `where` names module and file in errors. Raises UserError unless names and shapes
+    match exactly; a 1 × 1 convolution and a Linear of the same weights count as the same shape, because files differ in
+    which they hold.
     """
     parameters = dict(module.named_parameters())
     check_fit(module, entries, where)
     device = torch.device(device)
+    names = sorted(parameters, key=lambda name: (str(entries[name].file), entries[name].offset))
     with _Reader() as reader, _one_thread():
-        for name in sorted(parameters, key=lambda name: (str(entries[name].file), entries[name].offset)):
-            weight = reader.read(entries[name], dtype=dtype, device=device).view(parameters[name].shape)
+        for name in bar(names, desc="weights", unit="tensor") if changes else names:
+            change = changes.get(name)
+            weight = reader.read(entries[name], dtype=dtype, device=device, mapped=change is None)
+            weight = weight.view(parameters[name].shape)
+            if change is not None:
+                weight = change(weight)
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner).register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
     for name, tensor in module.named_buffers():
@@ -108,14 +120,15 @@ class _Reader:
         for file in self._files.values():
             file.close()
 
-    def read(self, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The elements of `entry` [count], in the order of its shape."""
+    def read(self, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device, mapped: bool) -> torch.Tensor:
+        """The elements of `entry` [count], in the order of its shape. `mapped`: as a mapping where that is possible."""
         if entry.file not in self._files:
             self._files[entry.file] = entry.file.open("rb", buffering=0)
         file, source = self._files[entry.file], getattr(torch, entry.dtype)
         if entry.stride is not None and entry.count:
             return self._strided(file, entry, source).to(device=device, dtype=dtype)
-        if source == dtype and device.type == "cpu" and entry.offset % ITEM_SIZE[entry.dtype] == 0 and entry.count:
+        aligned = entry.offset % ITEM_SIZE[entry.dtype] == 0
+        if mapped and source == dtype and device.type == "cpu" and aligned and entry.count:
             if entry.file not in self._maps:
                 self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             return torch.frombuffer(self._maps[entry.file], dtype=dtype, count=entry.count, offset=entry.offset)

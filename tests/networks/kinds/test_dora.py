@@ -10,10 +10,13 @@ import torch
 from adapter_models import randomize
 from torch import Tensor, nn
 
+from library.quantization import FORMATS
+from library.quantization.frozen import decoded
 from networks.dora import DoRA
 from networks.lora import DOWN, MID, UP, LoRA
 from networks.magnitude import Axis, Form, low_rank_squares, norms_of
 from networks.sites import Site
+from tests.frozen import held
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 10),
@@ -181,14 +184,12 @@ def test_norms_come_without_the_delta(name: str, axis: Axis) -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_a_base_in_8_bits(axis: Axis) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_packed_base(axis: Axis, format: str) -> None:
     """The norms are those of the rounded weight, and the product with it may be rounded to bf16."""
-    from library.quantization.frozen import hold
-
     layer = layer_of("linear")
     rounded = deepcopy(layer)
-    rounded.weight.data = layer.weight.to(torch.float8_e4m3fn).float()
-    hold([("x", layer)], "fp8")
+    rounded.weight.data = decoded(held(layer, format).weight, torch.float32)
     x = pixels(layer)
     outputs = []
     for one in (layer, rounded):
