@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,6 +75,10 @@ class AdapterFile:
     def of(cls, tensors: Mapping[str, Tensor], source: str) -> AdapterFile:
         """Tensors in kohya's names as if they had been read from `source`."""
         return cls(source, _layers(tensors))
+
+    def beginning_with(self, *prefixes: str) -> AdapterFile:
+        """The layers whose names begin with one of these: those of some parts of a model."""
+        return replace(self, layers={name: own for name, own in self.layers.items() if name.startswith(prefixes)})
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -36,8 +36,7 @@ class _File:
 
     def part(self, prefixes: tuple[str, ...]) -> AdapterFile:
         """The layers whose names begin with one of these."""
-        layers = {name: layer for name, layer in self.content.layers.items() if name.startswith(prefixes)}
-        return replace(self.content, source=f"--base_weights {self.name}", layers=layers)
+        return replace(self.content.beginning_with(*prefixes), source=f"--base_weights {self.name}")
 
 
 class BaseWeights:

@@ -32,6 +32,7 @@ ORDER = """
     library.parallel
     library.run
     library.guidance
+    library.evaluation
     networks.tools library.job library.diagnose
 """
 ROOMS = {room: place for place, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}

@@ -152,6 +152,11 @@ def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
     return (_dataset([], options, tuple(subsets)),)
 
 
+def dataset_of_folder(folder: Path, options: Options, origin: str) -> DatasetSpec:
+    """One folder of captioned images, whatever its name, with the options about data. `origin`: begins messages."""
+    return _dataset([], options, (_subset({"image_dir": str(folder)}, [], origin, options),))
+
+
 def _warn_of_others(options: Options, chosen: str, others: tuple[str, ...]) -> None:
     for name in others:
         if getattr(options.data, name) is not None:

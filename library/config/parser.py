@@ -71,11 +71,12 @@ def help_parser() -> argparse.ArgumentParser:
     for group_name, group in option_groups().items():
         section = parser.add_argument_group((group.__doc__ or group_name).strip())
         for item in declared(group).values():
-            _add_argument(section, item)
+            add_argument(section, item)
     return parser
 
 
-def _add_argument(section: argparse._ArgumentGroup, item: Declared) -> None:
+def add_argument(section: argparse._ArgumentGroup, item: Declared) -> None:
+    """Add a declared option to the help."""
     text = item.details.help.replace("%", "%%")
     if item.kind is bool:
         name = f"--no-{item.name}" if item.default else f"--{item.name}"

@@ -15,7 +15,7 @@ from library.data.buckets import Buckets, Placement
 from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
-from library.data.held_out import beside, held_out, split, tell
+from library.data.held_out import beside, held_out, plain, split, tell
 from library.data.masks import find_masks, refuse_other_sizes
 from library.data.plan import Group
 from library.data.samples import Sample, Scan, Size, SubsetSummary
@@ -93,6 +93,21 @@ def prepare(
     warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
     return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
+
+
+def prepare_to_measure(dataset: DatasetSpec, *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:
+    """All images of a data set as validation has those that it holds out: each different image once, with its content
+    as its key, cut in the middle. Raises as `prepare` does."""
+    scans = [_scan(plain(subset), 0) for subset in dataset.subsets]
+    found = [sample for scan in scans for sample in scan.samples]
+    paths = [*(sample.path for sample in found), *(sample.mask for sample in found if sample.mask is not None)]
+    measured, bad = check_images(paths, contents=True)
+    report_bad_images(bad, skip=skip_bad_images)
+    usable = _usable(scans, measured, dataset)
+    if not usable:
+        raise UserError(f"{_origins(dataset)}: no image can be read")
+    _, distinct = split([], usable, {path: one.content for path, one in measured.items()}, set())
+    return _placed([dataset], [Buckets(dataset, multiple_of=multiple_of)], [distinct])
 
 
 def _placed(datasets: Sequence[DatasetSpec], buckets: Sequence[Buckets], samples: Sequence[list[Sample]]) -> Prepared:

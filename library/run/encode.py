@@ -30,7 +30,12 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def vae_dtype(family: ModelFamily, options: Options) -> torch.dtype:
     """The dtype that the VAE computes in."""
     dtype = DTYPES[options.precision.mixed_precision]
-    if options.model.no_half_vae or (dtype == torch.float16 and family.latents.overflows_fp16):
+    return dtype_of_vae(family, dtype, no_half_vae=options.model.no_half_vae)
+
+
+def dtype_of_vae(family: ModelFamily, dtype: torch.dtype, *, no_half_vae: bool) -> torch.dtype:
+    """The dtype that the VAE computes in where the other parts compute in `dtype`."""
+    if no_half_vae or (dtype == torch.float16 and family.latents.overflows_fp16):
         return torch.float32
     return dtype
 

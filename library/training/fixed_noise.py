@@ -11,9 +11,30 @@ from torch import Tensor
 from library import rng
 from library.diffusion.process import Predicted, predict_and_target
 from library.gpu import to_device
+from library.training.step import condition_of
 
 if TYPE_CHECKING:
+    from library.data.dataset import Batch
     from library.models.family import ModelFamily
+
+ImageLoss = Callable[[Predicted, Tensor | None], Tensor]
+"""(a prediction and its target, masks [B, 1, h, w] or None) → the loss of each image, [B]."""
+
+
+@torch.no_grad()
+def losses_of_batch(
+    family: ModelFamily, batch: Batch, timesteps: Sequence[int], *, seed: int, device: torch.device, loss: ImageLoss
+) -> dict[int, Tensor]:
+    """`image_losses` at each of these steps of a batch whose latents are cached: the means of their distributions."""
+    assert batch.moments is not None, "the latents are cached"
+    latents = to_device(batch.moments[0], device).float()
+    condition = condition_of(batch, family, device, train_text=False)
+    keys = [draw.sample.key for draw in batch.samples]
+
+    def masked(seen: Predicted) -> Tensor:
+        return loss(seen, batch.masks)
+
+    return {t: image_losses(family, latents, condition, t, keys=keys, seed=seed, loss=masked) for t in timesteps}
 
 
 @torch.no_grad()

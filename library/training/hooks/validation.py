@@ -15,16 +15,15 @@ from torch import Tensor
 from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
 from library.diffusion.process import Predicted
-from library.gpu import kept_random_state, to_device
+from library.gpu import kept_random_state
 from library.losses.main import MainLoss
 from library.out_of_memory import during
 from library.progress import bar
 from library.record import trackers
 from library.record.validation_history import History, Validation
-from library.training.fixed_noise import image_losses
+from library.training.fixed_noise import losses_of_batch
 from library.training.hook import Hook, StateDict, Step
 from library.training.run import Run
-from library.training.step import condition_of
 
 logger = logging.getLogger(__name__)
 
@@ -151,14 +150,9 @@ def measure(
             for (number, _), batch in zip(
                 mine, bar(loaded, desc="validation", total=len(mine), disable=rank > 0), strict=True
             ):
-                assert batch.moments is not None, "validation's latents are always kept"
-                latents = to_device(batch.moments[0], device).float()
-                condition = condition_of(batch, run.family, device, train_text=False)
-                keys = [draw.sample.key for draw in batch.samples]
-                loss = partial(_loss, run.objective.main, batch.masks)
-                for t in timesteps:
-                    losses = image_losses(run.family, latents, condition, t, keys=keys, seed=data.seed, loss=loss)
-                    queued[number, t] = losses
+                loss = partial(_loss, run.objective.main)
+                of_batch = losses_of_batch(run.family, batch, timesteps, seed=data.seed, device=device, loss=loss)
+                queued |= {(number, t): losses for t, losses in of_batch.items()}
     finally:
         run.network.train(training)
     found = [(place, losses.tolist()) for place, losses in queued.items()]  # read after everything is queued
@@ -167,7 +161,7 @@ def measure(
     return {t: math.fsum(losses) / len(losses) for t, losses in by_timestep.items()}
 
 
-def _loss(main: MainLoss, masks: Tensor | None, seen: Predicted) -> Tensor:
+def _loss(main: MainLoss, seen: Predicted, masks: Tensor | None) -> Tensor:
     """The loss of each image as in training, with the weights of the noise levels, so that the two can be compared."""
     losses = main.unweighted(seen, masks)
     weights = main.of_levels(seen.level_B, losses)
