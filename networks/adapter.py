@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.quantization.frozen import is_own
+from library.quantization.frozen import is_own, weight_of
 from library.rng import torch_generator, uniform
 from networks.layers import Preset, of_preset
 from networks.ranks import check_reg_dims, ranks_of, reg_dim
@@ -331,7 +331,7 @@ class OnWeight(Adapter):
     """An adapter whose difference depends on the layer's weight. A kind has an `effective_weight` and a `forward`."""
 
     def delta(self) -> Tensor:
-        weight = self.site.module.weight.detach().float()
+        weight = weight_of(self.site.module).detach().float()
         return self.effective_weight(weight, self.tensors(), 1.0) - weight
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.quantization.frozen import weight_of
 from networks.adapter import Shape, product
 from networks.oft import ALPHA, BLOCKS, OFT, RESCALE, Form, RotationSizes, checked_constraint, turn_of
 from networks.settings import Asked, LayerSizes, RateSettings
@@ -107,7 +108,7 @@ class BOFT(OFT):
     def _with_weight(self, x: Tensor, change: Tensor) -> Tensor:
         """As a full difference does it: one product in fp32, two beside a weight in 16 or 8 bits."""
         layer = self.site.module
-        weight = layer.weight.float()
+        weight = weight_of(layer).float()
         more = self._more(weight.flatten(1), change).view(weight.shape)
         if layer.weight.dtype == torch.float32:
             return product(layer, x, weight + more, layer.bias)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from library.quantization.frozen import weight_of
 from networks.adapter import Adapter, Shape
 from networks.settings import Asked, LayerSizes, RateSettings
 from networks.sites import Site
@@ -78,7 +79,7 @@ class Difference(Adapter):
         bias = layer.bias
         if bias is not None and of_bias is not None:
             bias = torch.add(bias, of_bias, alpha=self.multiplier)
-        return self.apply_with(x, torch.add(layer.weight, of_weight, alpha=self.multiplier), bias)
+        return self.apply_with(x, torch.add(weight_of(layer), of_weight, alpha=self.multiplier), bias)
 
     def share(self, x: Tensor) -> Tensor:
         of_weight, of_bias = self._differences()

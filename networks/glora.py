@@ -16,6 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from library.quantization.frozen import weight_of
 from networks.adapter import Holder, Shape, WithRank, generator_for
 from networks.lora import projections
 from networks.settings import Asked, RateSettings
@@ -103,7 +104,7 @@ class GLoRA(WithRank):
         return _renamed(tensors) if in_new_form(tensors, weight)[A1] is not tensors[A1] else tensors
 
     def delta(self) -> Tensor:
-        return self.delta_on(self.site.module.weight, self.tensors())
+        return self.delta_on(weight_of(self.site.module), self.tensors())
 
     @classmethod
     def delta_on(cls, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -45,6 +45,8 @@ _GIVEN = (
 _OURS_ONLY = {
     "lr_layer_decay": "--lr_layer_decay: {} has no rates by layer; networks.lora has",
     "fsdp": "--network_module {} with FSDP: only this program's kinds of adapters",
+    "blocks_to_swap": "--blocks_to_swap with --network_module {}: modules of other packages read the layers' weights "
+    "themselves, on the GPU, where swapped ones are not; the kinds of this package fetch them",
 }
 
 

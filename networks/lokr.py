@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.quantization.frozen import weight_of
 from networks import magnitude
 from networks.adapter import Adapter, Shape, generator_for
 from networks.lora import projections
@@ -259,9 +260,8 @@ class LoKr(WithMagnitude):
         o_k, i_n, *kernel = self.inner
         tensors = self.tensors()
         w1, w2 = _matrix(tensors, W1) * self.scale, _matrix(tensors, W2).view(o_k, i_n, -1)
-        weight = (
-            self.site.module.weight.detach().to(w1.device, torch.float32).view(len(w1), o_k, -1, i_n, math.prod(kernel))
-        )
+        weight = weight_of(self.site.module).detach().to(w1.device, torch.float32)
+        weight = weight.view(len(w1), o_k, -1, i_n, math.prod(kernel))
         if axis == "output":
             cross = (torch.einsum("acbdk,ab->acdk", weight, w1) * w2).sum((2, 3))
             squares = torch.outer(w1.square().sum(1), w2.square().sum((1, 2)))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.quantization.frozen import weight_of
 from networks.adapter import Adapter, Holder, Shape, generator_for
 from networks.magnitude import DORA_SCALE, Axis, Form, WithMagnitude, low_rank_squares
 from networks.settings import RankSettings as Settings
@@ -123,7 +124,7 @@ class LoRA(WithMagnitude):
 
     def squares_more(self, axis: Axis) -> Tensor:
         down, up = self._pair()
-        weight = self.site.module.weight
+        weight = weight_of(self.site.module)
         return low_rank_squares(weight, down.view(-1, *weight.shape[1:]), up, self.scale, axis)
 
     def norm(self) -> Tensor:

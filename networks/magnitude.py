@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from library.quantization.frozen import weight_of
 from networks.adapter import Capability, Shape, WithRank
 from networks.settings import DecomposeSizes, RankSettings, RankSizes, TuckerSizes
 from networks.sites import Site
@@ -69,7 +70,7 @@ class WithMagnitude(WithRank):
         self._declare(DORA_SCALE, torch.empty(shape, device="meta" if weight.is_meta else "cpu"))
         if not weight.is_meta:
             with torch.no_grad():
-                self.dora_scale.copy_(norms_of(weight, self.form.axis))
+                self.dora_scale.copy_(norms_of(weight_of(self.site.module), self.form.axis))
 
     @classmethod
     def form_for(cls, site: Site, rank: int, sizes: RankSizes, settings: RankSettings) -> Form:
@@ -116,14 +117,14 @@ class WithMagnitude(WithRank):
         if self._norm is None or self._norm[0] != versions:
             assert self.form.axis is not None
             if self._weight_norm is None:
-                self._weight_norm = norms_of(self.site.module.weight, self.form.axis).flatten().square()
+                self._weight_norm = norms_of(weight_of(self.site.module), self.form.axis).flatten().square()
             squares = self._weight_norm.to(self.alpha.device) + self.squares_more(self.form.axis)
             self._norm = versions, squares.clamp(min=0).sqrt().clamp(min=_SMALLEST)
         return self._norm[1]
 
     def squares_more(self, axis: Axis) -> Tensor:
         """By how much delta changes the squared norms of W; subclasses avoid forming delta where they can."""
-        weight, delta = self.site.module.weight, super().delta()
+        weight, delta = weight_of(self.site.module), super().delta()
         summed = (delta * (2 * weight.to(delta.device, torch.float32) + delta)).movedim(_AXES[axis], 0)
         return summed.flatten(1).sum(1)
 
@@ -147,7 +148,7 @@ class WithMagnitude(WithRank):
     def delta(self) -> Tensor:
         if self.form.axis is None:
             return super().delta()
-        weight = self.site.module.weight.float()
+        weight = weight_of(self.site.module).float()
         return self.effective_weight(weight, self.tensors(), 1.0) - weight
 
     def norm(self) -> Tensor:

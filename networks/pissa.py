@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.quantization.frozen import weight_of
 from networks.adapter import Capability, Holder, Shape, generator_for
 from networks.formats.own_form import OwnForm
 from networks.lora import DOWN, UP, pair_shapes
@@ -94,7 +95,7 @@ class PiSSA(OwnForm):
     def _start(self) -> None:
         generator = generator_for(self, "start")
         seed = None if generator is None else generator.initial_seed()
-        left, values, right = principal(self.site.module.weight.float().flatten(1), self.rank, seed)
+        left, values, right = principal(weight_of(self.site.module).float().flatten(1), self.rank, seed)
         root = (values / self.scale).sqrt()
         for down, up in ((self.lora_down, self.lora_up), (self.pissa_down, self.pissa_up)):
             down.weight.copy_((root[:, None] * right.T).view_as(down.weight))

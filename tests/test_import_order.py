@@ -23,6 +23,7 @@ ORDER = """
     library.diffusion library.losses
     library.optimizers
     library.quantization
+    library.offload
     library.models
     library.sampling
     networks

@@ -310,6 +310,16 @@ def read_steps(word: str) -> int | float | str:
     return read_int(word)
 
 
+def read_blocks(word: str) -> int | str | Unset:
+    """A number of blocks (20), a percentage of them ("50%", which stays text), or 0 for none."""
+    number = read_float(word.removesuffix("%"))
+    if number < 0 or (word.endswith("%") and number > 100):
+        raise BadValue(f"'{word}' is neither a number of blocks nor a percentage from 0% to 100%")
+    if number == 0:
+        return UNSET
+    return word if word.endswith("%") else read_int(word)
+
+
 def read_schedule(word: str) -> str:
     """The name of a schedule. The rate in kohya's "adafactor:1e-3" is only shown before the first step: ignored."""
     name, colon, rate = word.partition(":")

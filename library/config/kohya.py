@@ -114,8 +114,6 @@ NOT_YET: dict[str, Row] = {
     "dataset_class": value(),
     "train_inpainting": flag(),
     # precision, memory, speed
-    "blocks_to_swap": value(None, 0),
-    "cpu_offload_checkpointing": flag(),
     "fused_backward_pass": flag(),
     "torch_compile": flag(),
     "dynamo_backend": value("inductor", "no", only_with="torch_compile"),
@@ -288,7 +286,7 @@ OTHER_SCRIPTS: dict[str, Row] = {
         t5_tokenizer_path=value(),
         text_encoder=value(),
         text_encoder_cpu=flag(),
-        unsloth_offload_checkpointing=flag(),
+        unsloth_offload_checkpointing=flag(hint="here: --cpu_offload_checkpointing"),
         vae_chunk_size=value(),
         vae_disable_cache=flag(),
     ),

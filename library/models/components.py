@@ -15,7 +15,7 @@ from library.out_of_memory import during
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from library.models.blocks import Blocks
     from library.models.checkpoints.base_model import Part
@@ -108,12 +108,14 @@ class Components:
         *,
         held: Held | None = None,
         merged: Callable[[], Merged] | None = None,
+        apart: Callable[[], Iterable[nn.Module]] = tuple,
     ) -> nn.Module:
         """Make the part and read its weights, as `dtype` on `device`: frozen and in evaluation mode.
 
         held: how the weights of the layers that adapters can sit on are held; None: as they are. merged: is called when
         the part exists as an outline; what becomes of its weights before they are held. Each tensor is merged and
-        packed as soon as it is read, so that the part never exists in `dtype` as a whole.
+        packed as soon as it is read, so that the part never exists in `dtype` as a whole. apart: the layers whose weights
+        stay on the CPU, called as `merged` is; they are merged and packed on `device` as well.
         """
         from library.models.checkpoints.weights import fill
         from library.quantization.frozen import compute_frozen
@@ -127,11 +129,15 @@ class Components:
             pack = held.packing(f"{self._kinds[name].prefix} {path}")
             before = changes.get(f"{path}.weight")
             changes[f"{path}.weight"] = pack if before is None else _one_after_the_other(before, pack)
+        for key in _by_name(module, {(layer, "weight"): _to_cpu for layer in apart()}):
+            changes[key] = _one_after_the_other(changes[key], _to_cpu) if key in changes else _to_cpu
         with during(f"loading the {self._kinds[name].title}"):
             fill(module, source.entries(), dtype=dtype, device=device, where=source.where, changes=changes)
             for layer in layers.values():
                 compute_frozen(layer)
-            self._modules[name] = module.to(device).eval()  # `to` for buffers: the parameters are there
+            for owner in module.modules():  # the parameters are where they belong
+                owner._buffers.update({key: None if b is None else b.to(device) for key, b in owner._buffers.items()})
+            module.eval()
         return self._modules[name]
 
     def _adapted(self, name: str) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -186,10 +192,17 @@ class Components:
         module: nn.Module = make(self._sources[name].config)
         return module
 
-    def checkpoint(self, *names: str) -> None:
-        """Compute the activations of these parts anew in the backward pass, which takes time and saves memory."""
+    def checkpoint(self, *names: str, by: Callable[..., Any] | None = None) -> None:
+        """Compute the activations of these parts anew in the backward pass, which takes time and saves memory.
+
+        by: calls a block with its inputs and keeps these for the backward pass (`library.offload.checkpoints`); only
+        diffusers' modules take one. None: torch's own.
+        """
         for name in names:
             module: Any = self[name]
+            if by is not None:
+                module.enable_gradient_checkpointing(by)
+                continue
             next(getattr(module, enable) for enable in _CHECKPOINTING if hasattr(module, enable))()
 
     def fingerprint(self, name: str) -> str:
@@ -202,6 +215,10 @@ class Components:
 def _by_name(module: nn.Module, merged: Merged) -> dict[str, Change]:
     paths = {layer: path for path, layer in module.named_modules()}
     return {f"{paths[layer]}.{leaf}": change for (layer, leaf), change in merged.items()}
+
+
+def _to_cpu(weight: Tensor) -> Tensor:
+    return weight.to("cpu")
 
 
 def _one_after_the_other(first: Change, second: Change) -> Change:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from library.models.blocks import Blocks
     from library.models.checkpoints.base_model import BaseModel, Folder
     from library.models.modules import Pipeline
+    from library.offload.swap import Block
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,13 @@ class ModelFamily(ABC):
     @abstractmethod
     def denoiser_blocks(self) -> Iterable[nn.Module]:
         """The blocks of the loaded denoiser, which hold nearly all of its weights and run one after the other."""
+
+    def swap_blocks(self) -> Sequence[Block]:
+        """The layers of the denoiser in the blocks of --blocks_to_swap, which run one after the other: small ones of
+        similar size, since two buffers of the largest one's size are needed."""
+        from library.offload.swap import layers_in
+
+        return [layers_in(block) for block in self.denoiser_blocks()]
 
     # -- adapters
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from library.diffusion.ddpm import DDPM
     from library.diffusion.latents import LatentSpace
     from library.models.modules import Tokenizer
+    from library.offload.swap import Block
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +179,21 @@ def check_counts(targets: Sequence[AdapterTargets], expected: Mapping[str, int] 
         assert count == known, f"{count} targets in {section}, where this architecture has {known}"
 
 
+def _swap_blocks(block: Any) -> Iterator[Block]:
+    """The swap blocks of a down, middle or up block of the UNet, in the order in which they compute."""
+    from library.offload.swap import layers_in
+
+    for resnet, attention in zip_longest(block.resnets, getattr(block, "attentions", None) or ()):
+        yield layers_in(resnet)
+        if attention is not None:
+            own = [layers_in(transformer) for transformer in attention.transformer_blocks]
+            own[0] = [*layers_in(attention.proj_in), *own[0]]
+            own[-1] += layers_in(attention.proj_out)
+            yield from own
+    for resampler in (*(getattr(block, "downsamplers", None) or ()), *(getattr(block, "upsamplers", None) or ())):
+        yield layers_in(resampler)
+
+
 class LatentDiffusion(ModelFamily):
     """The common part of these families. Each adds the condition of its UNet and its encoding of prompts."""
 
@@ -251,6 +268,11 @@ class LatentDiffusion(ModelFamily):
         """Down, middle and up."""
         unet: Any = self.components["denoiser"]
         return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+
+    def swap_blocks(self) -> list[Block]:
+        """Each ResNet block, transformer block and resampler. The projections around the transformer blocks of one
+        attention block belong to its first and its last."""
+        return [layers for block in self.denoiser_blocks() for layers in _swap_blocks(block)]
 
     def adapter_targets(self, *names: str) -> list[AdapterTargets]:
         """As every family's, counted against the sizes that are known."""

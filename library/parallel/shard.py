@@ -53,6 +53,8 @@ def refuse_what_cannot_be(options: Options) -> None:
     if options.precision.unet_format:
         name = options.precision.unet_format_option
         raise UserError(f"--{name} with FSDP: only weights of one precision can be sharded")
+    if options.precision.blocks_to_swap:
+        raise UserError("--blocks_to_swap with FSDP: sharded weights are gathered on the GPU; use one of the two")
     if refusal := kinds.refuses(options.network.network_module, "fsdp"):
         raise UserError(refusal)
 

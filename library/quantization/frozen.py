@@ -24,6 +24,8 @@ from library.quantization.packed import PackedWeight
 
 Pair = tuple[int, ...]
 Shape = tuple[Pair, str | Pair, Pair, int]  # a convolution's stride, padding, dilation and groups
+Fetch = Callable[[], Tensor]
+"""Returns a swapped weight on the device; its memory is another weight's as soon as that one is fetched."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,30 @@ def compute_frozen(layer: nn.Linear | nn.Conv2d) -> None:
     vars(layer)["forward"] = partial(_forward, layer)
 
 
+def compute_swapped(layer: nn.Linear | nn.Conv2d, fetch: Fetch) -> None:
+    """As `compute_frozen`, for a layer whose own weight is in host memory (`library.offload.swap`).
+
+    The backward pass fetches the weight again: what autograd has saved would be another weight by then.
+    """
+    vars(layer)["fetch"] = fetch
+    vars(layer)["forward"] = partial(_forward_swapped, layer, fetch)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's weight on the device that it computes on, to compute with it outside of the layer's own forward.
+
+    Where gradients are recorded, a swapped weight is a copy: autograd may save it.
+    """
+    fetch: Fetch | None = vars(layer).get("fetch")
+    if fetch is None:
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight
+    return fetch().clone() if torch.is_grad_enabled() else fetch()
+
+
 def is_own(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
     """Whether this forward is the operation of the layer with its weight as it is, not decoded."""
-    if isinstance(forward, partial) and forward.func is _forward:
+    if isinstance(forward, partial) and forward.func in (_forward, _forward_swapped):
         return not isinstance(layer.weight, PackedWeight) and layer.weight.dtype != torch.float8_e4m3fn
     return forward == MethodType(type(layer).forward, layer)
 
@@ -65,20 +88,29 @@ def decoded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    return _computed(layer, x, layer.weight, None)
+
+
+def _forward_swapped(layer: nn.Linear | nn.Conv2d, fetch: Fetch, x: Tensor) -> Tensor:
+    return _computed(layer, x, fetch(), fetch)
+
+
+def _computed(layer: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor, fetch: Fetch | None) -> Tensor:
     """As the layer's own, in the precision that autocast asks for, else that of `x`."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if isinstance(layer, nn.Linear):
-        return _Linear.apply(x.to(dtype), layer.weight, bias)
+        return _Linear.apply(x.to(dtype), weight, bias, fetch)
     shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _Conv2d.apply(x.to(dtype), layer.weight, bias, shape)
+    return _Conv2d.apply(x.to(dtype), weight, bias, shape, fetch)
 
 
 class _Context(Protocol):
     """The context that torch passes to `forward` and later to `backward`."""
 
     saved_tensors: tuple[Tensor, ...]
+    fetch: Fetch | None
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
@@ -88,32 +120,48 @@ class _ConvContext(_Context, Protocol):
     shape: Shape
 
 
+def _keep(ctx: _Context, weight: Tensor, fetch: Fetch | None) -> None:
+    """For the backward pass: the weight, or the way to it."""
+    ctx.fetch = fetch
+    if fetch is None:
+        ctx.save_for_backward(weight)
+
+
+def _kept(ctx: _Context) -> Tensor:
+    return ctx.saved_tensors[0] if ctx.fetch is None else ctx.fetch()
+
+
 class _Linear(torch.autograd.Function):
     """`F.linear` with a frozen weight and bias."""
 
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, fetch: Fetch | None) -> Tensor:
+        _keep(ctx, weight, fetch)
         return F.linear(x, decoded(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return gradient @ decoded(weight, gradient.dtype), None, None
+        weight = _kept(ctx)
+        if type(weight) in (Tensor, nn.Parameter) and weight.dtype == gradient.dtype:
+            # to the bit as torch's own Linear, which takes transposed gradients row by row as well
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            return rows.mm(weight).view(*gradient.shape[:-1], -1), None, None, None
+        return gradient @ decoded(weight, gradient.dtype), None, None, None
 
 
 class _Conv2d(torch.autograd.Function):
     """`F.conv2d` with a frozen weight and bias; `shape`: stride, padding, dilation, groups."""
 
     @staticmethod
-    def forward(ctx: _ConvContext, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
-        ctx.save_for_backward(weight)
+    def forward(
+        ctx: _ConvContext, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, fetch: Fetch | None
+    ) -> Tensor:
+        _keep(ctx, weight, fetch)
         ctx.size, ctx.shape = x.shape, shape
         stride, padding, dilation, groups = shape
         return F.conv2d(x, decoded(weight, x.dtype), bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx: _ConvContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        weight = decoded(weight, gradient.dtype)
-        return conv2d_input(ctx.size, weight, gradient, *ctx.shape), None, None, None
+        weight = decoded(_kept(ctx), gradient.dtype)
+        return conv2d_input(ctx.size, weight, gradient, *ctx.shape), None, None, None, None

@@ -17,9 +17,13 @@ from library.data.caches.disk import Disk, Team
 from library.data.dataset import TrainingData
 from library.models.checkpoints.weights import Change
 from library.models.family import ModelFamily
+from library.offload import swap
+from library.offload.checkpoints import OffloadedCheckpoints
+from library.offload.lane import Lane, lane_of
 from library.out_of_memory import during
 from library.quantization.frozen import Held, compute_frozen
 from library.sampling import render as sample
+from library.units import human_bytes
 from networks.merge import BaseWeights
 
 logger = logging.getLogger(__name__)
@@ -141,26 +145,49 @@ class _Parts:
 
     def load_denoiser(self) -> None:
         """Load the denoiser, ready to train."""
-        parts, precision = self.family.components, self.options.precision
-        denoiser = self._load("denoiser", _held(precision.unet_format, precision.unet_format_option))
+        parts, precision, lane = self.family.components, self.options.precision, lane_of(self.accelerator.device)
+        if lane is None:
+            _warn_of_idle_offloading(self.options)
+
+        def swapped() -> list[swap.Block]:
+            asked = precision.blocks_to_swap if lane is not None else None
+            return [] if asked is None else swap.chosen(self.family.swap_blocks(), asked)
+
+        held = _held(precision.unet_format, precision.unet_format_option)
+        denoiser = self._load("denoiser", held, apart=lambda: [layer for block in swapped() for layer in block])
         self.base_weights.report()
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d):
                 compute_frozen(layer)  # keeps no input, which torch's own does for the gradient of the weight
+        if lane is not None and (blocks := swapped()):
+            self._swap(blocks, lane)
         # Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes.
         denoiser.train()
         if precision.gradient_checkpointing:
-            parts.checkpoint("denoiser")
+            offloads = precision.cpu_offload_checkpointing
+            parts.checkpoint("denoiser", by=OffloadedCheckpoints(lane) if lane is not None and offloads else None)
             if trains_text(self.options):
                 for name in parts.text_encoders:
                     parts.checkpoint(name)
                     parts[name].train()
 
-    def _load(self, name: str, held: Held | None) -> nn.Module:
+    def _load(
+        self, name: str, held: Held | None, *, apart: Callable[[], Iterable[nn.Module]] = tuple
+    ) -> nn.Module:
         def merged() -> dict[tuple[nn.Module, str], Change]:
             return self.base_weights.changes(self.family.adapter_targets(name))
 
-        return self.family.components.load(name, self.dtype, self.accelerator.device, held=held, merged=merged)
+        device = self.accelerator.device
+        return self.family.components.load(name, self.dtype, device, held=held, merged=merged, apart=apart)
+
+    def _swap(self, blocks: Sequence[swap.Block], lane: Lane) -> None:
+        swap.Ring(blocks, lane)
+        cost, count = swap.swapping_cost(blocks), len(self.family.swap_blocks())
+        logger.info(
+            "swapped: %d of the %s's %d blocks, %s, are in host memory; two buffers on the GPU have %s",
+            *(len(blocks), self.family.PARTS["denoiser"].title, count, human_bytes(cost.host)),
+            human_bytes(cost.buffers),
+        )
 
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `ModelFamily.encode_images`; loads the VAE for the first image, as all of them may be on disk."""
@@ -186,6 +213,12 @@ class _Parts:
 
 def _held(format: str, option: str) -> Held | None:
     return Held(format, f"--{option}") if format else None
+
+
+def _warn_of_idle_offloading(options: Options) -> None:
+    for name in ("blocks_to_swap", "cpu_offload_checkpointing"):
+        if getattr(options.precision, name):
+            logger.warning("--%s: has no effect on a CPU, whose memory is the host's already", name)
 
 
 def trains_text(options: Options) -> bool:

@@ -9,6 +9,7 @@ import torch
 from library import log
 from library.config.registry import Arguments
 from library.errors import UserError
+from library.offload import swap
 from library.run.network import asked_of, parameter_groups, parts_of
 from library.training.state import State, network_of
 from networks import create, files, kinds
@@ -30,6 +31,8 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
     weights: their errors come after the model is loaded.
     """
     with family.outlined(), log.errors_only(), torch.no_grad():
+        if options.precision.blocks_to_swap:
+            swap.refuse_useless(family.swap_blocks(), options.precision.blocks_to_swap)
         BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
             family.adapter_targets()
         )

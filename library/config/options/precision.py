@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from library.config.fields import option
+from library.config.fields import option, read_blocks
 from library.errors import UserError
 
 
@@ -29,6 +29,15 @@ class PrecisionOptions:
     )
     fp8_base_unet: bool = option(False, help="the same, for the UNet only")
     gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
+    cpu_offload_checkpointing: bool = option(
+        False, help="keep what --gradient_checkpointing stores of the UNet in host memory; no effect on a CPU"
+    )
+    blocks_to_swap: int | str | None = option(
+        None,
+        read=read_blocks,
+        help="keep the frozen weights of this many of the UNet's blocks (or 50% of them) in host memory and copy them "
+        "to the GPU ahead of their turn; no effect on a CPU",
+    )
     deterministic: bool = option(
         True, help="on an NVIDIA GPU, use only algorithms that give the same bits in every run (ours)"
     )
@@ -45,6 +54,8 @@ class PrecisionOptions:
             raise UserError(f"--{asked} needs --mixed_precision bf16 or fp16, to compute in; the other formats do not")
 
     def _refuse_contradictions(self) -> None:
+        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+            raise UserError("--cpu_offload_checkpointing needs --gradient_checkpointing, whose checkpoints it moves")
         if (self.fp8_base or self.fp8_base_unet) and self.base_format not in ("", "fp8"):
             raise UserError(
                 f"--{self.unet_format_option} is --base_format fp8, and --base_format {self.base_format} is given: "

@@ -1,0 +1,93 @@
+"""Gradient checkpoints in host memory: the inputs of the checkpointed blocks, copied back ahead of their turn."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from library.offload.lane import Done, Lane
+
+
+class OffloadedCheckpoints:
+    """Checkpoints a block as diffusers does, and keeps its input in host memory until its backward pass.
+
+    Only the first argument of a block leaves the device: the others, such as the states of the text encoders, are those
+    of all blocks. When one input is needed again, the copy of that before it starts.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._last: weakref.ref[_Away] | None = None
+
+    def __call__(self, block: nn.Module, *args: Any) -> Any:
+        """The block's output; diffusers' `gradient_checkpointing_func`."""
+        with saved_tensors_hooks(lambda tensor: self._pack(tensor, args[0]), _unpack):
+            return checkpoint(block.__call__, *args, use_reentrant=False)
+
+    def _pack(self, tensor: Tensor, of_block: Tensor) -> Tensor | _Away | _Outline:
+        if not _same_memory(tensor, of_block):
+            return tensor
+        if type(tensor) not in (Tensor, nn.Parameter):  # fake tensors have no memory that could be copied
+            return _Outline(tensor)
+        away = _Away(tensor, self._lane, self._last)
+        self._last = weakref.ref(away)
+        return away
+
+
+class _Away:
+    """A tensor in host memory."""
+
+    def __init__(self, tensor: Tensor, lane: Lane, before: weakref.ref[_Away] | None) -> None:
+        """`before`: what went before it, and so will be needed after it."""
+        self._lane, self._before = lane, before
+        self._host = lane.pinned_like(tensor)
+        self._here: tuple[Tensor, Done] | None = None
+        self._device = tensor.device
+        with torch.no_grad():
+            lane.copy(self._host, tensor)
+
+    def start_back(self) -> tuple[Tensor, Done]:
+        """Start the copy to the device, unless it has been started."""
+        if self._here is None:
+            here = torch.empty_like(self._host, device=self._device)
+            with torch.no_grad():
+                self._here = here, self._lane.copy(here, self._host)
+        return self._here
+
+    def back(self) -> Tensor:
+        """The tensor on the device."""
+        here, done = self.start_back()
+        self._here = None  # a second backward pass copies it again
+        before = None if self._before is None else self._before()
+        if before is not None:
+            before.start_back()
+        self._lane.wait(done)
+        return here
+
+
+class _Outline:
+    """A fake tensor that has left the device: an estimate of memory must not count it there meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._shape, self._stride = tensor.shape, tensor.stride()
+        self._dtype, self._device = tensor.dtype, tensor.device
+
+    def back(self) -> Tensor:
+        return torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._device)
+
+
+def _unpack(packed: Tensor | _Away | _Outline) -> Tensor:
+    return packed if isinstance(packed, Tensor) else packed.back()
+
+
+def _same_memory(tensor: Tensor, other: object) -> bool:
+    return (
+        isinstance(other, Tensor)
+        and tensor.shape == other.shape
+        and tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
+    )
