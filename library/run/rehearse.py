@@ -38,6 +38,8 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
         )
         if (kind := kinds.kind_of(options.network.network_module, options.network.network_args)) is None:
             _refuse_naming(options)
+            if options.precision.blocks_to_swap:
+                raise UserError(kinds.refuses(options.network.network_module, "blocks_to_swap") or "")
             return frozenset()
         network = _network(kind, family, options, arguments)
         parameter_groups(network, options)

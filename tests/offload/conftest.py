@@ -15,37 +15,49 @@ from library.config.parser import parse
 from library.offload.lane import Lane
 from library.run import encode
 from library.run.build import build
-from library.run.plan import make_plan
+from library.run.plan import Plan, make_plan
 from library.training import loop
 from library.training.run import Run
 from tests.conftest import BASE, copy_images, forget_accelerator
 from tests.offload.held_back import HeldBackLane
 
+Planned = Callable[..., Plan]
 Made = Callable[..., Run]
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    """`made(*words, lane=…, base=…)`: a run on two images, built as the command line builds it."""
+def planned(tmp_path: Path) -> Planned:
+    """`planned(*words, base=…)`: the plan of a run on two images."""
     copy_images(tmp_path / "data" / "1_style", 2)
 
-    def make(*words: str, lane: Lane | None = None, base: Path = BASE) -> Run:
+    def plan(*words: str, base: Path = BASE) -> Plan:
         forget_accelerator()
+        sizes = () if "--network_module" in words else ("--network_dim", "4", "--network_alpha", "2")
         given = [
             *("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(tmp_path / "data")),
             *("--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--seed", "1"),
-            *("--output_dir", str(tmp_path / "out"), "--network_dim", "4", "--network_alpha", "2"),
-            *("--max_data_loader_n_workers", "0", "--no-loss_plot", "--no-report", "--no-monitoring"),
-            *("--max_train_steps", "3", "--learning_rate", "1e-2", "--network_train_unet_only", "--cache_latents"),
-            *words,
+            *("--output_dir", str(tmp_path / "out"), "--max_data_loader_n_workers", "0", "--no-loss_plot"),
+            *("--no-report", "--no-monitoring", "--max_train_steps", "3", "--learning_rate", "1e-2"),
+            *("--network_train_unet_only", "--cache_latents", *sizes, *words),
         ]
-        with mock.patch.object(encode, "lane_of", lambda device: lane):
-            run = build(make_plan(parse(given)))
-        if isinstance(lane, HeldBackLane):
-            lane.hide()
-        return run
+        return make_plan(parse(given))
 
-    return make
+    return plan
+
+
+def started(plan: Plan, lane: Lane | None) -> Run:
+    """The run of a plan, with this lane in that of a GPU's place."""
+    with mock.patch.object(encode, "lane_of", lambda device: lane):
+        run = build(plan)
+    if isinstance(lane, HeldBackLane):
+        lane.hide()
+    return run
+
+
+@pytest.fixture
+def made(planned: Planned) -> Made:
+    """`made(*words, lane=…, base=…)`: `started` of `planned`."""
+    return lambda *words, lane=None, base=BASE: started(planned(*words, base=base), lane)
 
 
 def trained(run: Run) -> tuple[list[float], dict[str, Tensor]]:

@@ -20,13 +20,13 @@ class HeldBackLane:
         self.copies: list[tuple[int, int]] = []  # (bytes, of them to host memory)
         self._queue: list[tuple[Tensor, Tensor]] = []
         self._done = 0
-        self._registered: list[Tensor] = []
+        self.memories: list[Tensor] = []
         self._hidden: dict[int, Tensor] = {}
         self._pinned: set[int] = set()
 
     def registered(self, count: int) -> Tensor:
-        self._registered.append(torch.empty(count, dtype=torch.uint8))
-        return self._registered[-1]
+        self.memories.append(torch.empty(count, dtype=torch.uint8))
+        return self.memories[-1]
 
     def pinned_like(self, tensor: Tensor) -> Tensor:
         pinned = torch.empty_like(tensor)
@@ -47,6 +47,6 @@ class HeldBackLane:
             self._done += 1
 
     def hide(self) -> None:
-        for memory in self._registered:
+        for memory in self.memories:
             self._hidden[memory.data_ptr()] = memory.clone()
             memory.fill_(255)
