@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library.config.parser import parse
+from library.offload import swap
 from library.offload.lane import Lane
 from library.run import encode
 from library.run.build import build
@@ -47,11 +48,16 @@ def planned(tmp_path: Path) -> Planned:
 
 def started(plan: Plan, lane: Lane | None) -> Run:
     """The run of a plan, with this lane in that of a GPU's place."""
-    with mock.patch.object(encode, "lane_of", lambda device: lane):
-        run = build(plan)
-    if isinstance(lane, HeldBackLane):
-        lane.hide()
-    return run
+    own = swap.swap
+
+    def hiding(*args: Any) -> Any:
+        ring = own(*args)
+        if isinstance(lane, HeldBackLane):
+            lane.hide()
+        return ring
+
+    with mock.patch.object(encode, "lane_of", lambda device: lane), mock.patch.object(swap, "swap", hiding):
+        return build(plan)
 
 
 @pytest.fixture

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -45,13 +46,6 @@ ARGUMENTS = {
     "vera": ("--network_dim", "2", "--network_args", "conv_dim=2"),
 }
 ALL = ("--blocks_to_swap", "100%")
-
-
-@pytest.fixture(autouse=True)
-def quiet_start() -> Iterator[None]:
-    """torch's own parameters are overwritten by the adapters'; one stream for all networks of a test."""
-    with torch.random.fork_rng():
-        yield
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -335,5 +329,20 @@ def test_pictures_validation_and_a_resumed_run(train: Any, tmp_path: Path) -> No
     found = {name: load_file(tmp_path / f"out/{name}.safetensors") for name in ("whole", "swapped", "resumed")}
     for name in ("swapped", "resumed"):
         assert all(torch.equal(tensor, found["whole"][key]) for key, tensor in found[name].items())
-    print([str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")])
-    assert False
+    shown = [pixels(tmp_path / "out" / "sample", name) for name in ("whole", "swapped")]
+    assert len(shown[0]) == 3  # two, and one of how they came to be
+    assert shown[0] == shown[1]
+    validated = [validation(tmp_path / "out" / f"{name}-metrics.jsonl") for name in ("whole", "swapped")]
+    assert len(validated[0]) == 2
+    assert validated[0] == validated[1]
+
+
+def pixels(folder: Path, name: str) -> list[bytes]:
+    """Of a run's pictures."""
+    return [Image.open(path).tobytes() for path in sorted(folder.glob(f"{name}_*.png"))]
+
+
+def validation(file: Path) -> list[float]:
+    """The losses of held-out images in a run's metrics."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line["validation_loss"] for line in lines if "validation_loss" in line]
