@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from library.offload.lane import Done, Lane
 
+Memory = tuple[int, torch.Size]
+
 
 class OffloadedCheckpoints:
     """Checkpoints a block as diffusers does, and keeps its input in host memory until its backward pass.
@@ -26,11 +28,12 @@ class OffloadedCheckpoints:
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
         """The block's output; diffusers' `gradient_checkpointing_func`."""
-        with saved_tensors_hooks(lambda tensor: self._pack(tensor, args[0]), _unpack):
+        moved = _memory_of(args[0])  # not the tensor, which autograd would keep with the hook
+        with saved_tensors_hooks(lambda tensor: self._pack(tensor, moved), _unpack):
             return checkpoint(block.__call__, *args, use_reentrant=False)
 
-    def _pack(self, tensor: Tensor, of_block: Tensor) -> Tensor | _Away | _Outline:
-        if not _same_memory(tensor, of_block):
+    def _pack(self, tensor: Tensor, moved: Memory) -> Tensor | _Away | _Outline:
+        if _memory_of(tensor) != moved:
             return tensor
         if type(tensor) not in (Tensor, nn.Parameter):  # fake tensors have no memory that could be copied
             return _Outline(tensor)
@@ -85,9 +88,6 @@ def _unpack(packed: Tensor | _Away | _Outline) -> Tensor:
     return packed if isinstance(packed, Tensor) else packed.back()
 
 
-def _same_memory(tensor: Tensor, other: object) -> bool:
-    return (
-        isinstance(other, Tensor)
-        and tensor.shape == other.shape
-        and tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
-    )
+def _memory_of(tensor: Tensor) -> Memory:
+    """Which tensor it is, whether detached or not."""
+    return tensor.untyped_storage()._cdata, tensor.shape

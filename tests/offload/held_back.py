@@ -22,7 +22,7 @@ class HeldBackLane:
         self._done = 0
         self.memories: list[Tensor] = []
         self._hidden: dict[int, Tensor] = {}
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Tensor] = {}  # kept, so that no address is used twice
 
     def registered(self, count: int) -> Tensor:
         self.memories.append(torch.empty(count, dtype=torch.uint8))
@@ -30,8 +30,7 @@ class HeldBackLane:
 
     def pinned_like(self, tensor: Tensor) -> Tensor:
         pinned = torch.empty_like(tensor)
-        self._pinned.add(pinned.data_ptr())
-        return pinned
+        return self._pinned.setdefault(pinned.data_ptr(), pinned)
 
     def copy(self, target: Tensor, source: Tensor) -> int:
         target.fill_(255 if target.dtype == torch.uint8 else torch.nan)

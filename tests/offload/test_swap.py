@@ -342,7 +342,7 @@ def pixels(folder: Path, name: str) -> list[bytes]:
     return [Image.open(path).tobytes() for path in sorted(folder.glob(f"{name}_*.png"))]
 
 
-def validation(file: Path) -> list[float]:
+def validation(file: Path) -> list[dict[str, float]]:
     """The losses of held-out images in a run's metrics."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [line["validation_loss"] for line in lines if "validation_loss" in line]
+    return [line["validation"] for line in lines if "validation" in line]

@@ -1,0 +1,101 @@
+"""Checkpoints in host memory, on a lane of the tests: the same bits, what leaves the device, and when it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.guidance.estimate import peak_of
+from library.offload.checkpoints import OffloadedCheckpoints
+from tests.offload.conftest import Made, same, trained
+from tests.offload.held_back import HeldBackLane
+
+OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing")
+
+
+@pytest.mark.parametrize("words", [(), ("--mixed_precision", "bf16", "--blocks_to_swap", "100%")])
+def test_a_run_has_the_same_bits(made: Made, words: tuple[str, ...]) -> None:
+    lane = HeldBackLane()
+    run = made(*OFFLOADED, *words, lane=lane)
+    checkpointed = trained(made("--gradient_checkpointing", *(words[:2] if words else ())))
+    assert same(checkpointed, trained(run))
+    assert any(to_host for _, to_host in lane.copies)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        return x + self.two(torch.relu(self.one(x)) * shared)
+
+
+def passed(by: Callable[..., Any], blocks: list[Block], x: Tensor, shared: Tensor) -> Tensor:
+    for block in blocks:
+        x = by(block, x, shared)
+    return x.square().sum()
+
+
+def stack(count: int = 5, width: int = 16) -> tuple[list[Block], Tensor, Tensor]:
+    torch.manual_seed(0)
+    blocks = [Block(width) for _ in range(count)]
+    return blocks, torch.randn(64, width, requires_grad=True), torch.randn(64, 1)
+
+
+def test_each_input_leaves_once_and_comes_back_ahead_of_its_turn() -> None:
+    blocks, x, shared = stack()
+    lane = HeldBackLane()
+    by = OffloadedCheckpoints(lane)
+    loss = passed(by, blocks, x, shared)
+    assert lane.copies == [(x.nbytes, x.nbytes)] * 5  # the shared input stays
+    came: list[int] = []
+    for place, block in enumerate(blocks):  # a block is recomputed at its turn
+        block.register_forward_pre_hook(lambda block, args, place=place: came.append((place, len(lane.copies))))
+    loss.backward()
+    # at a block's turn its own copy and that of the next one have been started
+    assert came == [(4, 7), (3, 8), (2, 9), (1, 10), (0, 10)]
+    assert [to_host for _, to_host in lane.copies[5:]] == [0] * 5
+
+
+def test_gradients_are_those_of_no_checkpoint() -> None:
+    found = []
+    for by in (lambda block, *args: block(*args), OffloadedCheckpoints(HeldBackLane())):
+        blocks, x, shared = stack()
+        for _ in range(2):  # a second pass as well
+            passed(by, blocks, x, shared).backward()
+        gradients = [p.grad for block in blocks for p in block.parameters()]
+        found.append([x.grad, *gradients])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_graph_that_is_kept_can_be_passed_twice() -> None:
+    blocks, x, shared = stack()
+    loss = passed(OffloadedCheckpoints(HeldBackLane()), blocks, x, shared)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_no_gradients_no_copies() -> None:
+    blocks, x, shared = stack()
+    lane = HeldBackLane()
+    with torch.no_grad():
+        passed(OffloadedCheckpoints(lane), blocks, x, shared)
+    assert lane.copies == []
+
+
+def test_an_estimate_counts_what_stays_on_the_device() -> None:
+    """All inputs but the last leave: with 20 blocks of 64 KiB each, 18 of them or more are not there at the peak."""
+    blocks, x, shared = stack(count=20, width=256)
+    peaks = []
+    plain = torch.utils.checkpoint.checkpoint
+    for by in (lambda b, *args: plain(b, *args, use_reentrant=False), OffloadedCheckpoints(HeldBackLane())):
+        for block in blocks:
+            block.requires_grad_(False)
+        peaks.append(peak_of(lambda fake, by=by: passed(by, blocks, fake(x).requires_grad_(), fake(shared)).backward()))
+    assert 17 * x.nbytes <= peaks[0] - peaks[1] <= 20 * x.nbytes
