@@ -4,11 +4,12 @@ training and its pictures."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from library import out_of_memory, processes
+from library import log, out_of_memory, processes
 from library.config.options import Options
 from library.config.settings import places_of
 from library.errors import CommonError, UserError
@@ -26,6 +27,8 @@ def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
     with _naming_places(options), _advised():
         plan = make_plan(options, only_family=family)
+        if options.guidance.fit:
+            plan = _fitted(plan, family)
     if (options.run.debug_dataset or options.guidance.recommend) and not processes.is_first():
         return 0  # one sheet is enough, and two would be written to one file
     if options.run.debug_dataset:
@@ -40,8 +43,21 @@ def run(options: Options, *, family: str | None = None) -> int:
         return 0
     from library.record.run_file import RunFile
 
-    with RunFile() as record, _advised():
+    with RunFile() as record, _advised(plan):
         return _carry_out(plan, record)
+
+
+def _fitted(plan: Plan, family: str | None) -> Plan:
+    """The plan with the options that --fit chooses, the same in all processes."""
+    from library.guidance import fit
+    from library.parallel import together
+
+    options = together.agreed(fit.fitted(plan), timeout=together.patience(plan.options.run.ddp_timeout))
+    if options == plan.options:
+        return plan
+    seeded = dataclasses.replace(options, training=dataclasses.replace(options.training, seed=plan.seed))
+    with log.errors_only():  # the warnings of the first plan have been logged
+        return make_plan(seeded, only_family=family)
 
 
 def _carry_out(plan: Plan, record: RunFile) -> int:
@@ -102,13 +118,30 @@ def _train(plan: Plan, run: Run, record: RunFile) -> int:
 
 
 @contextlib.contextmanager
-def _advised() -> Iterator[None]:
-    """Makes an error of memory one that the user can correct, with the options that need less."""
+def _advised(plan: Plan | None = None) -> Iterator[None]:
+    """Makes an error of memory one that the user can correct, with the options that would save most in this run."""
     try:
         with out_of_memory.during(""):
             yield
     except out_of_memory.OutOfMemory as error:
-        raise UserError(f"{error}. {out_of_memory.LESS_MEMORY}") from None
+        raise UserError(f"{error}. {_advice(plan)}") from None
+
+
+def _advice(plan: Plan | None) -> str:
+    """The three best levers of this run, computed; else the options that need less in general."""
+    if plan is None:
+        return out_of_memory.LESS_MEMORY
+    from library.guidance import verdict
+
+    try:
+        with log.errors_only():
+            best = verdict.best(plan) if verdict.is_computable(plan) else []
+    except Exception as error:  # the advice must not hide the error itself
+        logger.debug("no advice could be computed: %r", error)
+        best = []
+    if not best:
+        return out_of_memory.LESS_MEMORY
+    return f"What would save most: {'; '.join(best)}. --dry_run lists everything, --fit auto chooses"
 
 
 @contextlib.contextmanager

@@ -329,6 +329,42 @@ def read_schedule(word: str) -> str:
     return word
 
 
+_MEMORY_UNITS = {
+    "b": 1,
+    **{f"{letter}{middle}b": 1024**power for power, letter in enumerate("kmgt", 1) for middle in ("", "i")},
+}
+
+
+def memory_bytes(word: str) -> int:
+    """Bytes of "8GB" or "12GiB". Both mean 1024³: so are the memories of graphics cards named. Raises BadValue."""
+    text = word.strip().lower().replace(" ", "")
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text[len(digits) :]
+    if not _is_number(digits) or not 0 < float(digits) < math.inf:
+        raise BadValue(f"'{word}' is not a size of memory such as 8GB")
+    if unit not in _MEMORY_UNITS:
+        near = f", did you mean '{digits}{_nearest_unit(unit)}'?"
+        raise BadValue(f"'{word}' has {'no unit' if not unit else f'an unknown unit, {unit}'}{near}")
+    return int(float(digits) * _MEMORY_UNITS[unit])
+
+
+def _nearest_unit(unit: str) -> str:
+    """The unit with the same first letter; GB, in which cards are measured, for none."""
+    names = {"k": "KB", "m": "MB", "g": "GB", "t": "TB", "b": "B"}
+    return names.get(unit[:1], "GB")
+
+
+def read_memory(word: str) -> str:
+    """A size of memory, as it was given."""
+    memory_bytes(word)
+    return word.strip()
+
+
+def read_fit(word: str) -> str:
+    """The same, or "auto"."""
+    return "auto" if word.strip().lower() == "auto" else read_memory(word)
+
+
 def read_token_length(word: str) -> int:
     """75, 150 or 225 tokens of a caption. 255, which a GUI offers by mistake, is taken as 225."""
     if word == "255":

@@ -19,6 +19,8 @@ from library.data.captions import as_written
 from library.data.dataset import Batch, Draw
 from library.data.samples import Size
 from library.diffusion.process import predict_and_target
+from library.guidance import verdict
+from library.guidance.card import card_of
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.optimizers.create import state_bytes, tensor_bytes
 from library.optimizers.small_lora import has_modes
@@ -58,8 +60,7 @@ def report(plan: Plan, run: Run, *, measure: bool) -> None:
 
 
 def _memory(plan: Plan, run: Run) -> Iterator[str]:
-    """Bytes of the optimizer's state and of a step; the latter by a pass over tensors without contents."""
-    data = plan.options.data
+    """Bytes of the optimizer's state, and the verdict: by passes over tensors without contents."""
     parameters = sum(parameter.numel() for parameter in run.parameters)
     optimizer = run.optimizer.optimizer
     if has_modes(optimizer):
@@ -71,22 +72,20 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
     if average:
         yield line("average", f"{human_bytes(average)}, and a copy of the weights while it replaces them")
 
-    family = run.family
-    names = ["denoiser"]
-    names += [] if data.cache_text_encoder_outputs else family.components.text_encoders
-    names += [] if data.cache_latents else ["vae"]
-    weights = parameter_bytes([*family.components.loaded(*names), run.network])
-    step = peak_of(lambda fake: dummy_loss(plan, run, fake).backward())
+    if verdict.is_computable(plan):
+        for label, text in verdict.rows(plan, card_of(plan.options)):
+            yield line(label, text)
+        return
+    modules = [*run.family.components.loaded(), run.network]
+    step = peak_of(lambda fake: dummy_loss(plan, run, fake).backward(), modules)
     run.optimizer.zero_grad(set_to_none=True)
+    weights = parameter_bytes(modules)
     yield line(
         "memory",
-        f"about {human_bytes(weights + state + average + step)} in a step, beside the program itself: weights "
-        f"{human_bytes(weights)}, state {human_bytes(state)}, activations and gradients {human_bytes(step)}",
+        f"about {human_bytes(weights + state + average + step)} in a step, if all parts stay loaded: weights "
+        f"{human_bytes(weights)}, state {human_bytes(state)}, activations and gradients {human_bytes(step)}; what each "
+        f"option would change is not computed: {verdict.NOT_COMPUTED}",
     )
-    if data.cache_latents:
-        encoding = peak_of(lambda fake: family.encode_images(fake(_pixels(plan, data.vae_batch_size))))
-        encoding += parameter_bytes([family.components["vae"]])
-        yield line("", f"about {human_bytes(encoding)} while images are encoded, {data.vae_batch_size} at a time")
 
 
 def _average_bytes(run: Run) -> int:

@@ -1,11 +1,13 @@
-"""Estimates of memory and time before the work is done."""
+"""Peak bytes of work that is not done: passes over tensors with shapes and dtypes only."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -24,22 +26,48 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def peak_of(work: Callable[[Callable[[Tensor], Tensor]], object]) -> int:
+def peak_of(work: Callable[[Callable[[Tensor], Tensor]], object], modules: Sequence[nn.Module] = ()) -> int:
     """The peak bytes of the tensors that `work` makes, gradients and saved activations included.
 
     `work` runs on fake tensors, which have shapes and dtypes only: nothing is computed and nothing allocated, on any
-    device. It is given a function that makes its inputs fake. Memory that libraries use inside an operation
-    (convolution workspaces) is not counted.
+    device. It is given a function that makes its inputs fake. `modules`: those that it runs, loaded or on the meta
+    device, which counts as the CPU; their own weights are not counted. Memory that libraries use inside an operation
+    (convolution workspaces) is not counted either.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _LiveBytes() as live:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _with_fake_weights(modules, mode.from_tensor), LiveBytes() as live:
         work(mode.from_tensor)
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations return, until their storage dies."""
+@contextmanager
+def _with_fake_weights(modules: Sequence[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A context in which all weights and buffers of these modules are fake; gradients that they get stay inside."""
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    fakes: dict[int, Tensor] = {}  # weights can be shared
+    for module in (inner for outer in modules for inner in outer.modules()):
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                kept.append((table, name, tensor))
+                if id(tensor) not in fakes:
+                    made = torch.empty_like(tensor, device="cpu") if tensor.is_meta else fake(tensor.detach())
+                    is_parameter = table is module._parameters
+                    fakes[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+                table[name] = fakes[id(tensor)]
+    try:
+        yield
+    finally:
+        for table, name, tensor in kept:
+            table[name] = tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, real or fake, until their storage dies. Storages that are there
+    before, such as weights, are not counted, nor are views of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,16 +78,27 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._add(leaf, counts=False)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._known:  # a view shares the storage of its base
-                    self._known.add(storage._cdata)
-                    self._now += storage.nbytes()
-                    self.peak = max(self.peak, self._now)
-                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+                self._add(leaf, counts=True)
         return result
+
+    def _add(self, tensor: Tensor, *, counts: bool) -> None:
+        if is_traceable_wrapper_subclass(tensor):
+            return  # its parts come by themselves
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            size = storage.nbytes() if counts else 0
+            self._known.add(storage._cdata)
+            self._now += size
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._forget, storage._cdata, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)

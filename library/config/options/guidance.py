@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.config.fields import option
+from library.config.fields import option, read_fit, read_memory
 from library.errors import UserError
 
 _START, _END, _STEPS = 1e-7, 10.0, 100
@@ -32,6 +32,17 @@ class GuidanceOptions:
     )
     find_lr_steps: int = option(
         _STEPS, minimum=20, maximum=10_000, help="the number of rates that --find_lr tries, one step each (ours)"
+    )
+
+    gpu_memory: str | None = option(
+        None, read=read_memory, help="the GPU memory to plan for, such as 12GB (default: that of the GPU) (ours)"
+    )
+    fit: str = option(
+        "",
+        alone="auto",
+        read=read_fit,
+        help="set the options that need less memory, so that the run fits into so much (8GB), or into the GPU's free "
+        "memory (auto): the fastest combination that fits; what you set yourself stays (ours)",
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,73 @@
+"""The table of docs/memory.md: what `--fit` chooses for cards of several sizes, and what the run then needs.
+
+    python -m benchmarks.fit_table            # about ten minutes of one core; no weights are needed
+
+Computed on outlines of the models at their true sizes: nothing is measured, and nothing allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.true_outlines import write
+
+CARDS = (6, 8, 12, 16, 24)
+MODELS = {"sd15": ("SD 1.5", 512), "sdxl": ("SDXL", 1024)}
+
+
+def rows(family: str, folder: Path) -> Iterator[str]:
+    """A line of the table for each card."""
+    from PIL import Image
+
+    from library import log
+    from library.config.parser import parse
+    from library.errors import UserError
+    from library.guidance import fit, verdict
+    from library.guidance.card import Card
+    from library.run.plan import make_plan
+    from library.units import human_bytes
+
+    title, side = MODELS[family]
+    images = folder / f"{family}-images" / "1_any"
+    images.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side)).save(images / "0.png")
+    words = [
+        *("--pretrained_model_name_or_path", str(write(folder / family, family))),
+        *("--train_data_dir", str(images.parent), "--output_dir", str(folder / "out"), "--resolution", str(side)),
+        *("--network_dim", "16", "--learning_rate", "1e-4", "--seed", "1"),
+    ]
+    with log.errors_only():
+        plan = make_plan(parse(words))
+        estimates = verdict.estimator(plan)
+        for gigabytes in CARDS:
+            card = Card(f"{gigabytes} GB", gigabytes * 2**30, gigabytes * 2**30)
+            try:
+                choice = fit.choose(plan, card, estimates)
+            except UserError as error:
+                yield f"| {title}, {side} px | {gigabytes} GB | nothing fits | {error} | |"
+                continue
+            chosen = f"`{choice.words}`" if choice.levers else "nothing: it fits as it is"
+            largest = choice.needs.largest
+            yield (
+                f"| {title}, {side} px | {gigabytes} GB | {chosen} | {human_bytes(largest.total)}, {largest.name} | "
+                f"{choice.time:.2f} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=MODELS, action="append")
+    options = parser.parse_args()
+    print("| model | card | `--fit` sets | largest moment | time of a step |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for family in options.only or MODELS:
+            for row in rows(family, Path(folder)):
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Folders of Stable Diffusion 1.5 and XL at their true sizes that have headers of weights and no weights.
+
+The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
+shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def write(folder: Path, family: str) -> Path:
+    """A diffusers folder of the `family`, "sd15" or "sdxl", made once."""
+    if (folder / "scheduler").exists():
+        return folder
+    from library.models import modules
+    from library.models.checkpoints.base_model import ASSETS
+
+    config = json.loads((ASSETS / ("sdxl.json" if family == "sdxl" else "sd1.json")).read_text(encoding="utf-8"))
+    makers = {"unet": modules.new_unet, "vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
+    if family == "sdxl":
+        makers["text_encoder_2"] = modules.new_projected_text_encoder
+    for part, new in makers.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        _write_header(folder / part / f"{stem}.safetensors", dict(new(config[part]).named_parameters()))
+    (folder / "scheduler").mkdir()
+    text = json.dumps({**config["scheduler"], "prediction_type": "epsilon"})
+    (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _write_header(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """A .safetensors in bf16 that ends in a hole of the tensors' size."""
+    header, end = {}, 0
+    for name, parameter in parameters.items():
+        offsets = [end, end := end + 2 * parameter.numel()]
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)

@@ -1,0 +1,289 @@
+"""The memory of each moment of a run, by part, computed on the outline of the model: no weights are needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from library import log
+from library.guidance.estimate import parameter_bytes
+from library.guidance.passes import Outlined, held_parts, outlined, weight_bytes
+from library.optimizers.create import create_optimizer, state_bytes
+from library.optimizers.small_lora import has_modes
+from library.run.encode import trains_text
+from library.run.network import parameter_groups
+
+if TYPE_CHECKING:
+    from library.config.options import Options
+    from library.data.plan import Group
+    from library.data.samples import Size
+    from library.models.family import ModelFamily
+    from library.optimizers.create import OptimizerChoice
+    from library.run.plan import Plan
+
+TRAINING = "a training step"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a run, and the bytes of each part of it that is in memory then."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """The moments of a run. `trained`, `of_parts`: numbers of trained parameters, of all and of each part, with the
+    part's own; `state`: bytes of the optimizer's."""
+
+    moments: tuple[Moment, ...]
+    trained: int
+    of_parts: Mapping[str, tuple[int, int]]
+    state: int
+
+    @property
+    def largest(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    def moment(self, name: str) -> Moment:
+        return next(moment for moment in self.moments if moment.name == name)
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What the outline of a variant shows without a pass: `weights` and `sizes` of each part of the model, in bytes and
+    in numbers; of the `network` all bytes, those of `trained` tensors and their `count`; `counts` by section; `groups`:
+    how many trained tensors there are of each shape and dtype."""
+
+    weights: Mapping[str, int]
+    sizes: Mapping[str, int]
+    network: int
+    trained: int
+    count: int
+    counts: Mapping[str, int]
+    groups: Mapping[tuple[tuple[int, ...], torch.dtype], int]
+
+
+@dataclass
+class Estimator:
+    """Computes the needs of a plan's run under altered options. A pass that was made once is not made again."""
+
+    plan: Plan
+    choose: Callable[[Options], OptimizerChoice]  # the optimizer of altered options
+    _outlines: dict[tuple[object, ...], _Outline] = field(default_factory=dict)
+    _passes: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _states: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    def needs(self, options: Options) -> Needs:
+        """All moments of a run with these options, which must have a network of our own."""
+        outline = self._outline(options)
+        state = self._state(outline, options)
+        moments = tuple(_Moments(self, outline, options, state).all())
+        shares = {
+            kind.section: (outline.counts[kind.section], outline.sizes[name])
+            for name, kind in self.plan.family.PARTS.items()
+            if kind.section in outline.counts
+        }
+        return Needs(moments=moments, trained=outline.count, of_parts=shares, state=state)
+
+    def floor(self, options: Options) -> int:
+        """The bytes of a training step without its activations; no pass is needed."""
+        outline = self._outline(options)
+        moments = _Moments(self, outline, options, self._state(outline, options))
+        return sum(moments.standing.values()) + outline.trained
+
+    def once(self, key: tuple[object, ...], options: Options, work: Callable[[Outlined], int]) -> int:
+        """The result of a pass."""
+        key = (*key, *_that_matter(options))
+        if key not in self._passes:
+            with outlined(self.plan.family, options, self.plan.network_arguments) as outline:
+                self._passes[key] = work(outline)
+        return self._passes[key]
+
+    def _outline(self, options: Options) -> _Outline:
+        key = _that_matter(options)
+        if key not in self._outlines:
+            family = self.plan.family
+            with outlined(family, options, self.plan.network_arguments) as outline:
+                network, held = outline.network, held_parts(family, options)
+                groups = parameter_groups(network, options)  # freezes what has the rate 0
+                trained = [parameter for group in groups for parameter in group["params"]]
+                self._outlines[key] = _Outline(
+                    weights={name: weight_bytes(family, name, held.get(name, "")) for name in family.PARTS},
+                    sizes={name: sum(p.numel() for p in family.components[name].parameters()) for name in family.PARTS},
+                    network=parameter_bytes([network]),
+                    trained=sum(parameter.nbytes for parameter in trained),
+                    count=sum(parameter.numel() for parameter in trained),
+                    counts=network.parameter_counts(),
+                    groups=Counter((tuple(parameter.shape), parameter.dtype) for parameter in trained),
+                )
+        return self._outlines[key]
+
+    def _state(self, outline: _Outline, options: Options) -> int:
+        """Bytes of the optimizer's state: of a real step of one parameter of each shape, times their number."""
+        choice = self.choose(options)
+        total = 0
+        for (shape, dtype), count in outline.groups.items():
+            key = (shape, dtype, choice.path, str(choice.arguments))
+            if key not in self._states:
+                one = nn.Parameter(torch.zeros(shape, dtype=dtype))
+                with log.errors_only():
+                    group = {"params": [one], "lr": 1e-4, "name": "one"}
+                    optimizer = create_optimizer(choice, [group], learning_rate=1e-4)
+                    if has_modes(optimizer):
+                        optimizer.train()
+                    self._states[key] = state_bytes(optimizer)
+            total += count * self._states[key]
+        return total
+
+
+def _that_matter(options: Options) -> tuple[object, ...]:
+    """The options on which a pass depends."""
+    precision = options.precision
+    return (
+        precision.mixed_precision, precision.gradient_checkpointing, bool(precision.of_weights),
+        precision.holds_unet_in_float8, precision.holds_text_encoders_in_float8, options.model.no_half_vae,
+        options.network.network_train_unet_only,
+    )  # fmt: skip
+
+
+@dataclass
+class _Moments:
+    """The moments of one variant. `state`: bytes of the optimizer's."""
+
+    estimator: Estimator
+    outline: _Outline
+    options: Options
+    state: int
+
+    def all(self) -> Iterator[Moment]:
+        options, data = self.options, self.options.data
+        if data.cache_latents:
+            yield self._encoding_images()
+        if data.cache_text_encoder_outputs:
+            yield self._encoding_texts()
+        yield self._step()
+        yield self._optimizers_step()
+        if self.estimator.plan.prepared.validation is not None:
+            yield self._validation()
+        samples = self.estimator.plan.samples
+        if samples is not None:
+            yield from self._sampling(
+                "rendering samples", {(item.width, item.height): item.scale != 1 for item in samples.prompts}
+            )
+        if options.output.compare_prompts:
+            yield from self._sampling("rendering --compare_prompts", {self.estimator.plan.datasets[0].resolution: True})
+
+    @property
+    def _family(self) -> ModelFamily:
+        return self.estimator.plan.family
+
+    # -- what is always there during training
+
+    @cached_property
+    def _frozen(self) -> int:
+        """The weights of the parts that stay in memory during training."""
+        data, parts = self.options.data, self._family.components
+        names = ["denoiser"]
+        names += [] if data.cache_text_encoder_outputs else parts.text_encoders
+        names += [] if data.cache_latents else ["vae"]
+        return sum(self.outline.weights[name] for name in names)
+
+    @cached_property
+    def standing(self) -> dict[str, int]:
+        """Weights, adapter, optimizer state and average, which do not change from moment to moment."""
+        standing = {"weights": self._frozen, "adapter": self.outline.network, "optimizer state": self.state}
+        if self.options.ema.ema_decay is not None:
+            standing["average"] = self.outline.trained
+        if self.options.guidance.find_lr:
+            standing["copy for the finder"] = self.outline.network + self.state
+        return standing
+
+    def _step(self) -> Moment:
+        """Of the largest batch."""
+        size, count = _largest(self._groups())
+        peak = self._once(("step", size, count), lambda outline: outline.step(size, count))
+        if not self.options.data.cache_latents:  # gone before the denoiser runs
+            peak = max(peak, self._once(("encode", size, count), lambda outline: outline.encode_images(size, count)))
+        if not (trains_text(self.options) or self.options.data.cache_text_encoder_outputs):
+            peak = max(peak, self._once(("texts", count), lambda outline: outline.encode_texts(count)))
+        activations = max(peak - self.outline.trained, 0)
+        return Moment(TRAINING, {**self.standing, "gradients": self.outline.trained, "activations": activations})
+
+    def _optimizers_step(self) -> Moment:
+        """torch's optimizers compute all updates at once (foreach), in one more copy of the trained weights."""
+        parts = {**self.standing, "gradients": self.outline.trained, "updates": self.outline.trained}
+        return Moment("the optimizer's step", parts)
+
+    def _groups(self) -> list[Group]:
+        """The buckets, with the altered batch size."""
+        plan, wanted = self.estimator.plan, self.options.data.train_batch_size
+        if wanted == plan.options.data.train_batch_size:
+            return plan.prepared.groups
+        return [replace(group, batch_size=wanted) for group in plan.prepared.groups]
+
+    # -- other moments
+
+    def _encoding_images(self) -> Moment:
+        """Before anything else is loaded."""
+        sizes = {group.size for group in self.estimator.plan.prepared.groups}
+        size, count = max(sizes, key=lambda size: size[0] * size[1]), self.options.data.vae_batch_size
+        peak = self._once(("encode", size, count), lambda outline: outline.encode_images(size, count))
+        return Moment("caching latents", {"weights": self.outline.weights["vae"], "activations": peak})
+
+    def _encoding_texts(self) -> Moment:
+        data, parts = self.options.data, self._family.components
+        count = data.text_encoder_batch_size or data.train_batch_size
+        peak = self._once(("texts", count), lambda outline: outline.encode_texts(count))
+        weights = sum(self.outline.weights[name] for name in parts.text_encoders)
+        weights += 0 if data.cache_latents else self.outline.weights["vae"]
+        return Moment("caching text", {"weights": weights, "activations": peak})
+
+    def _validation(self) -> Moment:
+        held_out = self.estimator.plan.prepared.validation
+        assert held_out is not None
+        size, count = _largest(held_out.groups)
+        peak = self._once(("predict", size, count), lambda outline: outline.predict(size, count))
+        return Moment("validation", {**self.standing, **self._average_in_use("validate"), "activations": peak})
+
+    def _sampling(self, name: str, sizes: Mapping[Size, bool]) -> Iterator[Moment]:
+        """The denoiser, twice at once with guidance, and then the VAE, which is loaded for it."""
+        standing = {**self.standing, **self._average_in_use("sample")}
+        if self.options.data.cache_latents:
+            standing["VAE"] = self.outline.weights["vae"]
+        size = max(sizes, key=lambda size: size[0] * size[1])
+        size = tuple(side - side % self._family.size_divisor for side in size)  # type: ignore[assignment]
+        count = 2 if any(sizes.values()) else 1
+        peak = self._once(("predict", size, count), lambda outline: outline.predict(size, count))
+        yield Moment(name, {**standing, "activations": peak})
+        peak = self._once(("decode", size), lambda outline: outline.decode_images(size))
+        yield Moment(f"{name}: the VAE", {**standing, "activations": peak})
+
+    def _average_in_use(self, purpose: str) -> dict[str, int]:
+        """The copy of the weights while the average replaces them."""
+        ema = self.options.ema
+        return (
+            {"copy of the adapter": self.outline.trained}
+            if ema.ema_decay is not None and purpose in ema.purposes
+            else {}
+        )
+
+    def _once(self, key: tuple[object, ...], work: Callable[[Outlined], int]) -> int:
+        return self.estimator.once(key, self.options, work)
+
+
+def _largest(groups: Sequence[Group]) -> tuple[Size, int]:
+    """The size and the number of images of the batch with the most pixels."""
+    found = {(group.size, min(group.batch_size, group.draws)) for group in groups}
+    return max(found, key=lambda item: (item[0][0] * item[0][1] * item[1], item))

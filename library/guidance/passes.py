@@ -1,0 +1,226 @@
+"""Passes over a base model without weights: the memory of activations under given options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from library import log
+from library.diffusion.process import predict_and_target
+from library.guidance.estimate import parameter_bytes, peak_of
+from library.quantization.frozen import compute_frozen
+from library.run.encode import DTYPES, trains_text, vae_dtype
+from library.run.network import asked_of, parts_of
+from library.run.objective import make_objective
+from networks import create, files, kinds
+
+if TYPE_CHECKING:
+    from library.config.options import Options
+    from library.config.registry import Arguments
+    from library.data.samples import Size
+    from library.models.family import ModelFamily
+    from networks.network import Network
+
+Fake = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """The parts of a model and the network on them, on the meta device, ready for passes."""
+
+    family: ModelFamily
+    options: Options
+    network: Network
+
+    def autocast(self) -> AbstractContextManager[object]:
+        dtype = DTYPES[self.options.precision.mixed_precision]
+        return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [*self.family.components.loaded(), self.network]
+
+    def texts(self, count: int) -> dict[str, Tensor]:
+        """The states of `count` captions, as a cache has them."""
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+        def work(fake: Fake) -> None:
+            with torch.no_grad():
+                for name, value in self.family.encode_prompts([""]).items():
+                    shapes[name] = (tuple(value.shape[1:]), value.dtype)
+
+        peak_of(work, self.parts)
+        return {name: torch.zeros(count, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+    def latents(self, size: Size, count: int) -> Tensor:
+        width, height = (side // self.family.latents.factor for side in size)
+        return torch.zeros(count, self.family.latents.channels, height, width)
+
+    # -- the moments of a run
+
+    def step(self, size: Size, count: int) -> int:
+        """Activations and gradients of the forward and backward pass of a batch of `count` images, whose latents are
+        there, and whose texts are if the text encoders are not trained."""
+        objective, trains = make_objective(self.options.objective, self.family), trains_text(self.options)
+        cached = None if trains else self.texts(count)
+        latents = self.latents(size, count)
+
+        def work(fake: Fake) -> None:
+            with self.autocast():
+                mean = fake(latents)
+                condition = self._condition(fake, cached, size, count)
+                level = fake(objective.process.at(torch.zeros(count, dtype=torch.long)))
+                seen = predict_and_target(objective.process, self.family.predict, mean, mean, level, condition)
+                loss = objective.main.unweighted(seen, None).mean()
+            loss.backward()
+
+        try:
+            return peak_of(work, self.parts)
+        finally:
+            self.network.zero_grad(set_to_none=True)
+
+    def predict(self, size: Size, count: int) -> int:
+        """One forward pass without gradients, as in validation and sampling."""
+        process = self.family.process
+        cached, latents = self.texts(count), self.latents(size, count)
+        training = self.network.training
+        self.network.eval()
+
+        def work(fake: Fake) -> None:
+            with self.autocast(), torch.no_grad():
+                condition = self._condition(fake, cached, size, count)
+                level = fake(process.at(torch.zeros(count, dtype=torch.long)))
+                self.family.predict(fake(latents), level, condition)
+
+        try:
+            return peak_of(work, self.parts)
+        finally:
+            self.network.train(training)
+
+    def encode_images(self, size: Size, count: int) -> int:
+        return peak_of(lambda fake: self.family.encode_images(fake(_pixels(size, count))), self.parts)
+
+    def decode_images(self, size: Size) -> int:
+        def work(fake: Fake) -> None:
+            with torch.no_grad():
+                self.family.decode_latents(fake(self.latents(size, 1)))
+
+        return peak_of(work, self.parts)
+
+    def encode_texts(self, count: int) -> int:
+        def work(fake: Fake) -> None:
+            with torch.no_grad():
+                self.family.encode_prompts([""] * count)
+
+        return peak_of(work, self.parts)
+
+    def _condition(self, fake: Fake, cached: Mapping[str, Tensor] | None, size: Size, count: int) -> dict[str, Tensor]:
+        if cached is not None:
+            texts = {name: fake(value) for name, value in cached.items()}
+        else:
+            texts = self.family.encode_prompts([""] * count)
+        return self.family.condition(texts, original_sizes=[size] * count, crops=[(0, 0)] * count, target_size=size)
+
+
+def _pixels(size: Size, count: int) -> Tensor:
+    width, height = size
+    return torch.zeros(count, 3, height, width)
+
+
+@contextmanager
+def outlined(family: ModelFamily, options: Options, arguments: Arguments) -> Iterator[Outlined]:
+    """The model and the network of these options without weights, in the dtypes and formats of a run.
+
+    `options`: with a network of our own. `arguments`: --network_args.
+    """
+    kind = kinds.kind_of(options.network.network_module, options.network.network_args)
+    assert kind is not None, "networks of other packages cannot be made without weights"
+    wanted, parts, precision = options.network, family.components, options.precision
+    with family.outlined(), log.errors_only():
+        for module in parts.loaded():
+            module.eval().requires_grad_(False)
+        for name in family.PARTS:
+            parts[name].to(vae_dtype(family, options) if name == "vae" else DTYPES[precision.mixed_precision])
+        for name in held_parts(family, options):
+            hold(family, name)
+        start = None if wanted.network_weights is None else files.read(wanted.network_weights)
+        network = create.make(
+            kind,
+            family.adapter_targets(),
+            asked_of(options),
+            arguments,
+            file=start if wanted.dim_from_weights else None,
+        )
+        network.attach(parts_of(options))
+        if precision.of_weights:
+            network.to(dtype=DTYPES[precision.mixed_precision])
+        network.train()
+        parts["denoiser"].train()
+        if precision.gradient_checkpointing:
+            _checkpoint(family, options)
+        network.before_training(gradient_checkpointing=precision.gradient_checkpointing)
+        yield Outlined(family, options, network)
+
+
+# -- formats of frozen weights
+
+FORMAT_BYTES: Mapping[str, Callable[[int, int], float]] = {
+    "fp8": lambda numbers, rows: numbers,
+    "fp8_scaled": lambda numbers, rows: numbers + 4 * rows,
+    "int8": lambda numbers, rows: numbers + 4 * rows,
+    "nf4": lambda numbers, rows: numbers * (0.5 + (8 / 64 + 32 / (64 * 256)) / 8),
+}
+"""Bytes of a weight of so many numbers in so many rows (output channels). fp8: one a number. With scales: one in fp32 a
+row. nf4: 4 bits, for each 64 numbers a scale of 8 bits, and for each 256 scales one of 32 (QLoRA's double quantisation,
+arXiv 2305.14314)."""
+
+
+def held_parts(family: ModelFamily, options: Options) -> dict[str, str]:
+    """The format of each part of the model whose frozen weights are packed."""
+    precision = options.precision
+    held = {"denoiser": "fp8"} if precision.holds_unet_in_float8 else {}
+    if precision.holds_text_encoders_in_float8:
+        held |= dict.fromkeys(family.components.text_encoders, "fp8")
+    return held
+
+
+def _held_layers(family: ModelFamily, name: str) -> list[nn.Module]:
+    """The layers whose weights are packed: those that adapters can sit on."""
+    kind = family.PARTS[name]
+    return [
+        layer
+        for path, layer in family.components[name].named_modules()
+        if kind.linear.fullmatch(path) or kind.conv.fullmatch(path)
+    ]
+
+
+def hold(family: ModelFamily, name: str) -> None:
+    """Give these layers of an outline weights of 8 bits, which are decoded where they are used."""
+    for layer in _held_layers(family, name):
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        compute_frozen(layer)
+
+
+def weight_bytes(family: ModelFamily, name: str, format: str = "") -> int:
+    """Bytes of a part of an outline that `outlined` has made, its packed layers in `format`."""
+    module = family.components[name]
+    if not format:
+        return parameter_bytes([module])
+    weights = [layer.weight for layer in _held_layers(family, name)]
+    packed = sum(FORMAT_BYTES[format](weight.numel(), weight.shape[0]) for weight in weights)  # type: ignore[arg-type, call-overload]
+    return round(parameter_bytes([module]) - sum(weight.nbytes for weight in weights) + packed)  # type: ignore[misc]
+
+
+def _checkpoint(family: ModelFamily, options: Options) -> None:
+    """As `run.encode` does."""
+    family.components.checkpoint("denoiser")
+    if trains_text(options):
+        for name in family.components.text_encoders:
+            family.components.checkpoint(name)
+            family.components[name].train()
