@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError, nearest_path
@@ -28,8 +28,12 @@ class Candidate:
     parts: tuple[Part, ...]
 
     def times(self, multiplier: float) -> Candidate:
-        """The same, with every multiplier multiplied; `name` stays."""
-        return replace(self, parts=tuple(Part(one.path, one.multiplier * multiplier) for one in self.parts))
+        """The same, with every multiplier multiplied."""
+        if multiplier == 1:
+            return self
+        plain = len(self.parts) == 1 and self.parts[0].multiplier == 1
+        name = f"{self.name if plain else f'({self.name})'} × {multiplier:g}"
+        return Candidate(name, tuple(Part(one.path, one.multiplier * multiplier) for one in self.parts))
 
 
 BASE = Candidate("base", ())
