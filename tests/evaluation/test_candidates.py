@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
-from library.evaluation.candidates import Candidate, Part, read_candidates
+from library.evaluation.candidates import BASE, Candidate, Part, read_candidates
 
 
 @pytest.fixture
@@ -22,11 +22,14 @@ def test_files_with_multipliers(files: Path) -> None:
     fox, style = files / "fox.safetensors", files / "style.safetensors"
     found = read_candidates([str(fox), f"{fox}:0.7", f"{fox}:-1+{style}:0.5"])
     assert found == (
-        Candidate("fox", (Part(fox),)),
-        Candidate("fox × 0.7", (Part(fox, 0.7),)),
-        Candidate("fox × -1 + style × 0.5", (Part(fox, -1.0), Part(style, 0.5))),
+        Candidate((Part(fox),)),
+        Candidate((Part(fox, 0.7),)),
+        Candidate((Part(fox, -1.0), Part(style, 0.5))),
     )
-    assert found[2].times(0.5).parts == (Part(fox, -0.5), Part(style, 0.25))
+    assert [one.name for one in found] == ["fox", "fox × 0.7", "fox × -1 + style × 0.5"]
+    assert found[2].times(-0.5).parts == (Part(fox, 0.5), Part(style, -0.25))
+    assert found[2].times(-0.5).name == "fox × 0.5 + style × -0.25"
+    assert BASE.name == "base"
 
 
 def test_a_plus_in_a_name_belongs_to_it(files: Path) -> None:
@@ -36,7 +39,7 @@ def test_a_plus_in_a_name_belongs_to_it(files: Path) -> None:
 
 def test_files_of_one_stem_are_named_by_their_paths(files: Path) -> None:
     words = [str(files / "fox.safetensors"), str(files / "other" / "fox.safetensors")]
-    assert [one.name for one in read_candidates(words)] == words
+    assert [one.name for one in read_candidates(words)] == [f"{files.name}/fox", "other/fox"]
 
 
 @pytest.mark.parametrize(
