@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.errors import UserError, nearest_path
@@ -14,46 +13,58 @@ from library.errors import UserError, nearest_path
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter file, and how strongly it acts: 1 as trained, 0 not at all."""
+    """One adapter file, and how strongly it acts: 1 as trained, 0 not at all. `name`: in tables and pictures."""
 
     path: Path
     multiplier: float = 1.0
+    name: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return self.name if self.multiplier == 1 else f"{self.name} × {self.multiplier:g}"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Adapter files that act together, in this order. `name`: its label in tables and pictures."""
+    """Adapter files that act together, in this order; none is the base alone."""
 
-    name: str
     parts: tuple[Part, ...]
 
+    @property
+    def name(self) -> str:
+        """The label in tables and pictures: "fox × 0.7 + style"."""
+        return " + ".join(map(str, self.parts)) or "base"
+
     def times(self, multiplier: float) -> Candidate:
-        """The same, with every multiplier multiplied; `name` stays."""
-        return replace(self, parts=tuple(Part(one.path, one.multiplier * multiplier) for one in self.parts))
+        """The same, with every multiplier multiplied."""
+        return Candidate(tuple(replace(one, multiplier=one.multiplier * multiplier) for one in self.parts))
 
 
-BASE = Candidate("base", ())
+BASE = Candidate(())
 
 
 def read_candidates(words: Sequence[str]) -> tuple[Candidate, ...]:
     """The candidates of words such as "a.safetensors", "a.safetensors:0.7" and "a.safetensors:0.7+b.safetensors:0.5".
 
-    A file is named by its stem, or by its path where two files share their stem. `UserError` for a missing file, with
-    the nearest one, a multiplier that is no number, a file that stands twice in one candidate, and equal candidates.
+    A file is named by its stem, or by the end of its path where two files share their stem. `UserError` for a missing
+    file, with the nearest one, a multiplier that is no number, a file that stands twice in one candidate, and equal
+    candidates.
     """
-    found = [tuple(_parts(word)) for word in words]
-    stems = Counter(path.stem for path in {part.path for parts in found for part in parts})
+    found = [Candidate(tuple(_parts(word))) for word in words]
+    if twice := [word for word, count in zip(words, map(found.count, found), strict=True) if count > 1]:
+        raise UserError(f"{twice[-1]}: is given twice")
+    names = _names({part.path for one in found for part in one.parts})
+    return tuple(Candidate(tuple(replace(part, name=names[part.path]) for part in one.parts)) for one in found)
 
-    def label(part: Part) -> str:
-        name = part.path.stem if stems[part.path.stem] == 1 else str(part.path)
-        return name if part.multiplier == 1 else f"{name} × {part.multiplier:g}"
 
-    candidates: dict[tuple[Part, ...], Candidate] = {}
-    for word, parts in zip(words, found, strict=True):
-        if parts in candidates:
-            raise UserError(f"{word}: is given twice")
-        candidates[parts] = Candidate(" + ".join(map(label, parts)), parts)
-    return tuple(candidates.values())
+def _names(paths: Collection[Path]) -> dict[Path, str]:
+    """The stem of each file, with as many of its folders as tell it from the others."""
+    names = {}
+    for path in paths:
+        parts = path.absolute().with_suffix("").parts
+        others = [other.absolute().with_suffix("").parts for other in paths if other != path]
+        count = next((n for n in range(1, len(parts)) if all(own[-n:] != parts[-n:] for own in others)), len(parts))
+        names[path] = "/".join(parts[-count:])
+    return names
 
 
 def _parts(word: str) -> Iterator[Part]:

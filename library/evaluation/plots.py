@@ -48,6 +48,12 @@ def plot_differences(path: Path, results: Sequence[Result], ranges: Sequence[str
         axes.grid(axis="y", color="0.92")
     grid[-1].set_xlabel("noise levels (timesteps); below zero is better than the base; bars: two standard errors")
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=max(1, min(len(labels), 90 // max(map(len, labels)))),
+        frameon=False,
+    )
     with replacing(path) as beside:
         figure.savefig(beside, dpi=100, format="png")

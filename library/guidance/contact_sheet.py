@@ -94,8 +94,8 @@ def sheet(seen: Sequence[Sight], *, title: str) -> Image.Image:
     if any(sight.mask is not None for sight in seen):
         legend += ", pink where a mask keeps it from learning"
     for number, (line, colour) in enumerate(((title, INK), (legend, FAINT))):
-        for part in wrapped(line, _font(), width=image.width - 2 * MARGIN, most=1):
-            pen.text((MARGIN, MARGIN + number * LINE), part, fill=colour, font=_font())
+        for part in wrapped(line, font(), width=image.width - 2 * MARGIN, most=1):
+            pen.text((MARGIN, MARGIN + number * LINE), part, fill=colour, font=font())
     for number, one in enumerate(tiles):
         row, column = divmod(number, columns)
         image.paste(one, (MARGIN + column * (WIDTH + MARGIN), head + row * height))
@@ -104,17 +104,17 @@ def sheet(seen: Sequence[Sight], *, title: str) -> Image.Image:
 
 def tile(sight: Sight) -> Image.Image:
     """The image with its crop, the network's view of it, and its facts."""
-    name = shortened(sight.sample.path.name, _font(), width=WIDTH)
-    facts = wrapped(_sizes(sight), _font(), width=WIDTH, most=1)
-    facts += wrapped(_treatment(sight), _font(), width=WIDTH, most=1)
-    caption = wrapped(sight.caption or "(no caption)", _font(), width=WIDTH, most=CAPTION_LINES)
+    name = shortened(sight.sample.path.name, font(), width=WIDTH)
+    facts = wrapped(_sizes(sight), font(), width=WIDTH, most=1)
+    facts += wrapped(_treatment(sight), font(), width=WIDTH, most=1)
+    caption = wrapped(sight.caption or "(no caption)", font(), width=WIDTH, most=CAPTION_LINES)
     lines = [(line, FAINT) for line in (name, *facts)] + [(line, INK) for line in caption]
     image = Image.new("RGB", (WIDTH, BOX + GAP + len(lines) * LINE), PAPER)
     for number, picture in enumerate((_whole(sight.view), _seen(sight))):
         image.paste(picture, (number * (BOX + GAP) + (BOX - picture.width) // 2, (BOX - picture.height) // 2))
     pen = ImageDraw.Draw(image)
     for number, (line, colour) in enumerate(lines):
-        pen.text((0, BOX + GAP + number * LINE), line, fill=colour, font=_font())
+        pen.text((0, BOX + GAP + number * LINE), line, fill=colour, font=font())
     return image
 
 
@@ -149,7 +149,7 @@ def shortened(name: str, font: ImageFont.FreeTypeFont, *, width: int) -> str:
     return short
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def font() -> ImageFont.FreeTypeFont:
     """A font of Matplotlib's, so that the sheet looks the same everywhere."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)
 

@@ -105,7 +105,7 @@ def read_prompts(path: Path) -> tuple[SamplePrompt, ...]:
     if path.suffix == ".txt":
         lines = enumerate(read_text(path).splitlines(), 1)
         rows = [(f"{path}, line {n}", line.strip()) for n, line in lines if line.strip() and not line.startswith("#")]
-        prompts = [_of_line(line, where) for where, line in rows]
+        prompts = [of_line(line, where) for where, line in rows]
     elif path.suffix == ".toml":
         prompts = _of_toml(path)
     elif path.suffix == ".json":
@@ -117,8 +117,9 @@ def read_prompts(path: Path) -> tuple[SamplePrompt, ...]:
     return tuple(prompts)
 
 
-def _of_line(line: str, where: str) -> SamplePrompt:
-    """`a cat --n bad --w 512 --h 768 --d 1 --s 20 --l 7`; case does not matter in the flags."""
+def of_line(line: str, where: str) -> SamplePrompt:
+    """The prompt of a line `a cat --n bad --w 512 --h 768 --d 1 --s 20 --l 7`; case does not matter in the flags.
+    `where` begins messages."""
     prompt, *flags = re.split(r"\s--(?=\S)", f" {line}")
     values: dict[str, Any] = {"prompt": prompt.strip()}
     for text in flags:
@@ -154,7 +155,7 @@ def _of_json(path: Path) -> list[SamplePrompt]:
     if not isinstance(rows, list) or len(prompts) < len(rows):
         raise UserError(f"{path}: is not a list of prompts")
     places = [(f"{path}, prompt {n}", row) for n, row in enumerate(prompts, 1)]
-    return [_of_line(row, where) if isinstance(row, str) else _of_table(row, where) for where, row in places]
+    return [of_line(row, where) if isinstance(row, str) else _of_table(row, where) for where, row in places]
 
 
 def _of_table(values: dict[str, Any], where: str) -> SamplePrompt:

@@ -1,0 +1,302 @@
+"""The command `find_rank`: trains the user's own settings at several ranks and names the smallest that is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from library import log
+from library.config import dataset_config, parser
+from library.config.command import Command, read, run
+from library.config.fields import BadValue, option, read_int
+from library.config.options import Options
+from library.errors import UserError
+from library.evaluation import rank_curve
+from library.evaluation.rank_curve import ALPHAS, Point, Trained, alpha_of
+from library.files.atomic import replacing
+from library.files.typed_json import to_json
+from library.record import metrics, run_file, saves
+from library.units import human_bytes, human_time
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Trains a LoRA at each of several ranks with the settings of a config file, one after the other, and compares the lowest
+losses on held-out images. Options of train_network.py stand behind --, as in
+
+    find_rank --config_file my.toml --ranks 4,8,16 -- --validation_split 0.1 --learning_rate 2e-4
+
+An interrupted sweep continues with the same command: finished ranks are read, and one that was interrupted resumes from
+its last state, after its last whole epoch."""
+
+NOT_COMPARED = ("resume", "overwrite", "config_file", "ddp_timeout")
+
+
+def read_ranks(word: str) -> tuple[int, ...]:
+    """ "4,8,16", each once, in ascending order."""
+    ranks = sorted({read_int(part) for part in word.split(",") if part})
+    if not ranks or ranks[0] < 1:
+        raise BadValue(f"'{word}' is not a list of ranks such as 4,8,16")
+    return tuple(ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindRankOptions:
+    """The sweep"""
+
+    config_file: str | None = option(None, help="the settings of the runs: a TOML file of train_network.py")
+    ranks: tuple[int, ...] = option(
+        (4, 8, 16, 32, 64), read=read_ranks, joined_by=",", help="the ranks to try: 4,8,16,32,64"
+    )
+    alpha: Literal["ratio", "sqrt", "fixed"] = option(
+        "ratio", help="; ".join(f"{name}: {text}" for name, text in ALPHAS.items())
+    )
+    seeds: int = option(1, minimum=1, help="train each rank with this many seeds: that of the settings and those after")
+    within: float = option(
+        5.0, minimum=0, maximum=100, help="a rank is enough if it is behind the best by this % of the best one's gain"
+    )
+    overwrite: bool = option(False, help="train everything again, also what is finished or has other settings")
+
+
+COMMAND = Command(name="find_rank", description=DESCRIPTION, groups={"sweep": FindRankOptions})
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: its words for train_network.py, and the options that they mean."""
+
+    rank: int
+    alpha: float
+    seed: int
+    words: tuple[str, ...]
+    options: Options
+
+    @property
+    def file(self) -> Path:
+        """Its last network."""
+        output = self.options.output
+        return Path(output.output_dir) / f"{output.output_name}.{output.save_model_as}"
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank}, seed {self.seed}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: that of a training which failed or was stopped, else 0. Raises UserError."""
+    place = argv.index("--") if "--" in argv else len(argv)
+    sweep: FindRankOptions = read(COMMAND, argv[:place]).groups["sweep"]
+    config = [] if sweep.config_file is None else ["--config_file", sweep.config_file]
+    words = [*config, *argv[place + 1 :]]
+    own = parser.parse(words)
+    _check(own)
+    runs = list(planned(own, words, sweep))
+    folder = runs[0].file.parent
+    paths = [folder / f"find-rank.{end}" for end in ("csv", "png")]
+    if not sweep.overwrite:
+        for one in runs:
+            _refuse_other_settings(one)
+    print(f"{len(runs)} runs into {folder}: ranks {', '.join(map(str, sweep.ranks))}; {ALPHAS[sweep.alpha]}")
+    done: list[Trained] = []
+    for one in runs:
+        result = None if sweep.overwrite else _finished(one)
+        if result is None:
+            logger.info("find_rank: training %s, alpha %g", one.name, one.alpha)
+            if code := _train(one, anew=sweep.overwrite):
+                print(f"{one.name}: ended with exit code {code}; the same command continues the sweep", file=sys.stderr)
+                return code
+            result = _finished(one)
+            if result is None:
+                raise UserError(f"{one.file}: its run ended without a validation: look at its messages")
+        done.append(result)
+    found = rank_curve.points(done)
+    chosen = rank_curve.knee(found, within=sweep.within)
+    for line in table(found, chosen, within=sweep.within):
+        print(line)
+    _write_csv(paths[0], done)
+    rank_curve.plot(paths[1], found, chosen)
+    print(f"written: {paths[0]}, {paths[1]}")
+    return 0
+
+
+def _check(own: Options) -> None:
+    """`UserError` for settings of which a sweep of ranks cannot be made."""
+    if not dataset_config.is_validated(dataset_config.load_datasets(own)):
+        raise UserError(
+            "ranks are compared by the loss on held-out images, and there are none: add --validation_split 0.1 behind "
+            "--, or a validation_dir to a subset of --dataset_config (docs/validation.md)"
+        )
+    guidance = own.guidance
+    for name, value in (
+        ("resume", own.run.resume),
+        ("dry_run", own.run.dry_run),
+        ("debug_dataset", own.run.debug_dataset),
+        ("find_lr", guidance.find_lr),
+        ("recommend", guidance.recommend),
+        ("dim_from_weights", own.network.dim_from_weights),
+        ("network_weights", own.network.network_weights),
+    ):
+        if value:
+            raise UserError(f"--{name}: leave it out; find_rank trains new networks of several ranks")
+    _refuse_kinds_without_rank(own)
+
+
+def _refuse_kinds_without_rank(own: Options) -> None:
+    from networks import kinds
+    from networks.adapter import WithRank
+
+    module = own.network.network_module
+    kind = kinds.kind_of(module, own.network.network_args)
+    if kind is not None and not issubclass(kinds.load(kind), WithRank):
+        raise UserError(f"--network_module {module}: {kinds.load(kind).NOUN} has no rank to find")
+
+
+def planned(own: Options, words: Sequence[str], sweep: FindRankOptions) -> Iterator[Planned]:
+    """The runs: every rank with the first seed, then with the second. What the user gave stays, but for rank, alpha,
+    seed and the places of the files; all runs hold out the same images, with the same noise."""
+    own_rank = own.network.network_dim or 4  # the trainer's default
+    own_alpha = own.network.network_alpha or float(own_rank)  # 0 means the rank
+    first = own.training.seed or 0
+    noise = own.validation.validation_seed
+    folder = Path(own.output.output_dir) / f"{own.output.output_name or 'last'}-ranks"
+    every, last = own.output.save_every_n_epochs, own.output.save_last_n_epochs
+    states = ["--save_state", "--save_every_n_epochs", str(every or 1), "--save_last_n_epochs_state", "1"]
+    states += ["--save_last_n_epochs", str(last or 1)] if every is None else []
+    for seed in range(first, first + sweep.seeds):
+        for rank in sweep.ranks:
+            alpha = alpha_of(sweep.alpha, rank, own_rank=own_rank, own_alpha=own_alpha)
+            more = [
+                *("--network_dim", str(rank), "--network_alpha", f"{alpha:g}", "--seed", str(seed)),
+                *("--validation_seed", str(first if noise is None else noise), "--monitoring=true"),
+                *("--output_dir", str(folder), "--output_name", f"rank{rank}-seed{seed}", *states),
+            ]
+            with log.errors_only():  # its warnings came with `own`
+                options = parser.parse([*words, *more])
+            yield Planned(rank, alpha, seed, (*words, *more), options)
+
+
+def _refuse_other_settings(one: Planned) -> None:
+    """`UserError` where the folder holds a run of this name with other settings."""
+    record = run_file.read(run_file.run_path(one.file))
+    if record is None:
+        return
+    now = _in_effect(one)
+    different = [name for name, value in now.items() if record.settings.in_effect.get(name) != value]
+    if different:
+        shown = ", ".join(
+            f"--{name} {record.settings.in_effect.get(name)} there, {now[name]} here" for name in different[:3]
+        )
+        raise UserError(
+            f"{one.file.parent} holds a sweep with other settings ({one.name}: {shown}): give another --output_name, "
+            "or --overwrite before the -- to train everything again"
+        )
+
+
+def _in_effect(one: Planned) -> dict[str, Any]:
+    from library.run.recording import in_effect
+
+    values: dict[str, Any] = to_json(in_effect(one.options, seed=one.seed))
+    return {name: value for name, value in values.items() if name not in NOT_COMPARED}
+
+
+def _finished(one: Planned) -> Trained | None:
+    """The result of a run that has finished; None for another."""
+    record = run_file.read(run_file.run_path(one.file))
+    if record is None or run_file.standing(record) != run_file.FINISHED or not one.file.is_file():
+        return None
+    validations = [
+        (line["validation"]["loss"], line["step"])
+        for line in metrics.lines(metrics.metrics_path(one.file))
+        if "validation" in line and line["validation"].get("loss") is not None
+    ]
+    base = next((loss for loss, step in validations if step == 0), None)
+    after = [(loss, step) for loss, step in validations if step > 0]
+    if base is None or not after:
+        return None
+    loss, step = min(after)
+    seconds = sum((session.ended or session.heartbeat) - session.started for session in record.sessions)
+    return Trained(one.rank, one.alpha, one.seed, base, loss, step, one.file.stat().st_size, seconds)
+
+
+def _train(one: Planned, *, anew: bool) -> int:
+    """Train in a process of its own, from the run's newest state where there is one. Returns the exit code."""
+    record = run_file.read(run_file.run_path(one.file))
+    if record is not None and run_file.standing(record) == run_file.RUNNING and not anew:
+        raise UserError(f"{one.file}: is being trained by another process (process {record.session.pid})")
+    words = [*one.words, "--resume", "latest"] if not anew and _states(one) else [*one.words, "--overwrite"]
+    code = _run([sys.executable, _program(), *words])
+    if code == 0:
+        for state in _states(one):
+            shutil.rmtree(state)
+    return code
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a program to its end and return its exit code. Ctrl-C reaches it as well, and SIGTERM is passed on to it: it
+    saves its state and ends, and only then does this function return."""
+    with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):
+                    return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _program() -> str:
+    found = importlib.util.find_spec("train_network")
+    assert found is not None, "train_network.py is installed beside this package"
+    assert found.origin is not None
+    return found.origin
+
+
+def _states(one: Planned) -> list[Path]:
+    folder, name = one.file.parent, one.options.output.output_name
+    return [path for path in folder.iterdir() if saves.is_state_name(path.name, name)] if folder.is_dir() else []
+
+
+def table(found: Sequence[Point], chosen: Point, *, within: float) -> Iterator[str]:
+    """The lines of the table, and the sentence about the knee."""
+    several = len(found[0].runs) > 1
+    heads = ["rank", "alpha", "held-out loss", "better than the base", "behind the best", "at step", "file", "trained"]
+    rows = [heads]
+    for point in found:
+        base = 100 * point.behind / (point.loss / (1 - point.gain / 100))
+        error = 100 * point.error / (point.loss / (1 - point.gain / 100))
+        behind = f"{base:.2f} %" + (f" ± {error:.2f}" if several else "")
+        steps = ", ".join(str(one.step) for one in point.runs)
+        trained = human_time(sum(one.seconds for one in point.runs))
+        cells = (f"{point.runs[0].alpha:g}", f"{point.loss:.5f}", f"{point.gain:.2f} %", behind, steps)
+        rows.append([str(point.rank), *cells, human_bytes(point.runs[0].bytes), trained])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    rule = f"no more than {within:g} % of the best rank's gain over the base"
+    rule += ", or one standard error, behind it" if several else " behind it"
+    yield f"\nthe knee: rank {chosen.rank}, the smallest that is {rule}"
+    if more := rank_curve.advice(found, chosen):
+        yield more
+
+
+def _write_csv(path: Path, runs: Sequence[Trained]) -> None:
+    with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("rank", "alpha", "seed", "base_loss", "lowest_loss", "at_step", "bytes", "seconds"))
+        for one in sorted(runs, key=lambda one: (one.rank, one.seed)):
+            losses = f"{one.base:.7g}", f"{one.loss:.7g}"
+            writer.writerow((one.rank, f"{one.alpha:g}", one.seed, *losses, one.step, one.bytes, f"{one.seconds:.1f}"))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
