@@ -153,7 +153,7 @@ def _that_matter(options: Options) -> tuple[object, ...]:
     precision = options.precision
     return (
         precision.mixed_precision, precision.gradient_checkpointing, bool(precision.of_weights),
-        precision.holds_unet_in_float8, precision.holds_text_encoders_in_float8, options.model.no_half_vae,
+        precision.unet_format, precision.text_format, options.model.no_half_vae,
         options.network.network_train_unet_only,
     )  # fmt: skip
 

@@ -183,26 +183,25 @@ arXiv 2305.14314)."""
 def held_parts(family: ModelFamily, options: Options) -> dict[str, str]:
     """The format of each part of the model whose frozen weights are packed."""
     precision = options.precision
-    held = {"denoiser": "fp8"} if precision.holds_unet_in_float8 else {}
-    if precision.holds_text_encoders_in_float8:
-        held |= dict.fromkeys(family.components.text_encoders, "fp8")
-    return held
+    formats = {"denoiser": precision.unet_format} | dict.fromkeys(
+        family.components.text_encoders, precision.text_format
+    )
+    return {name: format for name, format in formats.items() if format}
 
 
-def _held_layers(family: ModelFamily, name: str) -> list[nn.Module]:
+def _held_layers(family: ModelFamily, name: str) -> list[nn.Linear | nn.Conv2d]:
     """The layers whose weights are packed: those that adapters can sit on."""
     kind = family.PARTS[name]
     return [
         layer
         for path, layer in family.components[name].named_modules()
-        if kind.linear.fullmatch(path) or kind.conv.fullmatch(path)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (kind.linear.fullmatch(path) or kind.conv.fullmatch(path))
     ]
 
 
 def hold(family: ModelFamily, name: str) -> None:
     """Give these layers of an outline weights of 8 bits, which are decoded where they are used."""
     for layer in _held_layers(family, name):
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
         layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
         compute_frozen(layer)
 
@@ -213,8 +212,8 @@ def weight_bytes(family: ModelFamily, name: str, format: str = "") -> int:
     if not format:
         return parameter_bytes([module])
     weights = [layer.weight for layer in _held_layers(family, name)]
-    packed = sum(FORMAT_BYTES[format](weight.numel(), weight.shape[0]) for weight in weights)  # type: ignore[arg-type, call-overload]
-    return round(parameter_bytes([module]) - sum(weight.nbytes for weight in weights) + packed)  # type: ignore[misc]
+    packed = sum(FORMAT_BYTES[format](weight.numel(), weight.shape[0]) for weight in weights)
+    return round(parameter_bytes([module]) - sum(weight.nbytes for weight in weights) + packed)
 
 
 def _checkpoint(family: ModelFamily, options: Options) -> None:
