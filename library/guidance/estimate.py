@@ -46,10 +46,10 @@ def peak_of(work: Callable[[Callable[[Tensor], Tensor]], object], modules: Seque
 def _with_fake_weights(modules: Sequence[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A context in which all weights and buffers of these modules are fake; gradients that they get stay inside."""
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    table: dict[str, Any]
     fakes: dict[int, Tensor] = {}  # weights can be shared
     for module in (inner for outer in modules for inner in outer.modules()):
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
