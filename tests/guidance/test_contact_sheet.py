@@ -70,7 +70,7 @@ def test_the_tile_shows_the_very_pixels(data):
     "text", ["a", "word " * 200, "x" * 500, "x" * 90 + " y", "W" * 90, "two\nlines, and  spaces", "日本語" * 150, ""]
 )
 def test_text_fits(text):
-    font = contact_sheet._font()
+    font = contact_sheet.font()
     lines = wrapped(text, font, width=WIDTH, most=CAPTION_LINES)
     assert 1 <= len(lines) <= CAPTION_LINES
     assert all(font.getlength(line) <= WIDTH for line in lines)
@@ -82,7 +82,7 @@ def test_text_fits(text):
 
 
 def test_names_lose_their_middle():
-    font = contact_sheet._font()
+    font = contact_sheet.font()
     assert shortened("owl.png", font, width=WIDTH) == "owl.png"
     for name in ("a_long_name_" * 20 + "7.png", "x" * 300):
         short = shortened(name, font, width=WIDTH)
