@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -91,7 +91,7 @@ class BaseWeights:
             report, layers = network.compare(part)
             check_loaded(report, part.source)
             for adapter in network.adapters:
-                tensors = {name: _fp32(tensor) for name, tensor in layers[adapter.site.name].items()}
+                tensors = _contents(layers[adapter.site.name])
                 for leaf, _ in adapter.site.module.named_parameters():
                     change, place = partial(adapter.merged, leaf, tensors), (adapter.site.module, leaf)
                     found[place] = partial(_both, found[place], change) if place in found else change
@@ -121,8 +121,13 @@ class BaseWeights:
                 logger.warning("%s: %d modules are not in this model:%s", file.name, len(left), some_names(left))
 
 
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _contents(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In fp32, without those that an adapter on an outline has of its own: they are as in a new one."""
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+        if not tensor.is_meta
+    }
 
 
 def _both(first: Change, second: Change, weight: Tensor) -> Tensor:
