@@ -67,7 +67,8 @@ def decoded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _forward(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """As the layer's own, in the precision that autocast asks for, else that of `x`."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if isinstance(layer, nn.Linear):
         return _Linear.apply(x.to(dtype), layer.weight, bias)
