@@ -263,10 +263,10 @@ class Adapter(nn.Module):
         """The bias that goes with `effective_weight`: the layer's own, for kinds that leave it alone."""
         return bias
 
-    def merged(self, leaf: str, weight: Tensor) -> Tensor:
-        """The layer's "weight" or "bias" with the adapter in it, in its own dtype, where it lies."""
+    def merged(self, leaf: str, tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """The layer's "weight" or "bias" with an adapter of these tensors in it, in its own dtype, where it lies."""
         effective = self.effective_weight if leaf == "weight" else self.effective_bias
-        return effective(weight, self.tensors(), self.multiplier).to(weight.dtype)
+        return effective(weight, tensors, self.multiplier).to(weight.dtype)
 
     def norm(self) -> Tensor:
         """Frobenius norm of `delta`, a 0-d fp32 tensor."""

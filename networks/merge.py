@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from library.errors import UserError
 from networks.base_weights import with_multipliers
 from networks.create import create_to_merge
 from networks.files import AdapterFile, read
-from networks.load_report import some_names
+from networks.load_report import check_loaded, some_names
 
 if TYPE_CHECKING:
     from library.models.checkpoints.weights import Change
@@ -87,11 +87,12 @@ class BaseWeights:
             if not part.layers:
                 continue
             network = create_to_merge(part, targets, multiplier=file.multiplier)
-            network._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
-            network.load(part)
+            report, layers = network.compare(part)
+            check_loaded(report, part.source)
             for adapter in network.adapters:
+                tensors = _contents(layers[adapter.site.name])
                 for leaf, _ in adapter.site.module.named_parameters():
-                    change, place = partial(adapter.merged, leaf), (adapter.site.module, leaf)
+                    change, place = partial(adapter.merged, leaf, tensors), (adapter.site.module, leaf)
                     found[place] = partial(_both, found[place], change) if place in found else change
                 adapted = adapter.site.name, adapter.site.alias, adapter.site.fused
                 file.merged.update(part.layers.keys() & set(adapted))
@@ -117,6 +118,15 @@ class BaseWeights:
             )
             if left:
                 logger.warning("%s: %d modules are not in this model:%s", file.name, len(left), some_names(left))
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In fp32, without those that an adapter on an outline has of its own: they are as in a new one."""
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+        if not tensor.is_meta
+    }
 
 
 def _both(first: Change, second: Change, weight: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ class Network(TrainableNetwork):
         for adapter in self.adapters:
             assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
             for leaf, weight in adapter.site.module.named_parameters():
-                weight.copy_(adapter.merged(leaf, weight))
+                weight.copy_(adapter.merged(leaf, adapter.tensors(), weight))
 
     # -- training
 

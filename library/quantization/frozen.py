@@ -98,7 +98,8 @@ def _forward_swapped(layer: nn.Linear | nn.Conv2d, fetch: Fetch, x: Tensor) -> T
 def _computed(layer: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor, fetch: Fetch | None) -> Tensor:
     """As the layer's own, in the precision that autocast asks for, else that of `x`."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if isinstance(layer, nn.Linear):
         return _Linear.apply(x.to(dtype), weight, bias, fetch)

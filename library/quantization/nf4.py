@@ -48,8 +48,13 @@ def pack(weight: Tensor) -> Tensor:
     flat = weight.flatten()
     if flat.numel() % 2:
         flat = torch.nn.functional.pad(flat, (0, 1))
-    pieces = [bnb.quantize_4bit.default(piece, BLOCK, "nf4", torch.uint8) for piece in flat.split(_AT_ONCE)]
-    codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    # allocated before the temporary tensors, whose memory then goes back to the system
+    codes = torch.empty(len(flat) // 2, 1, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-len(flat) // BLOCK), device=flat.device)
+    for start in range(0, len(flat), _AT_ONCE):
+        piece = flat[start : start + _AT_ONCE]
+        some, largest_of = bnb.quantize_4bit.default(piece, BLOCK, "nf4", torch.uint8)
+        codes[start // 2 :][: len(some)], absmax[start // BLOCK :][: len(largest_of)] = some, largest_of
     offset = absmax.mean()
     small, state = quantize_blockwise(absmax - offset, blocksize=_BLOCK_OF_SCALES)
     parts = {"codes": codes, "absmax": small, "offset": offset, "scale": state.absmax, "table": state.code}

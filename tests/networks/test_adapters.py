@@ -5,6 +5,7 @@ A made-up second kind is tested as well, so that nothing here holds for LoRA alo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,13 +14,18 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import Toy, made_up_kind, randomize, unet_targets
+from torch import nn
 
+from library.quantization import FORMATS
+from library.quantization.frozen import decoded
 from networks.create import create as create_network
 from networks.create import create_from_file
 from networks.files import read
 from networks.kinds import KINDS, load
+from networks.merge import BaseWeights
 from networks.network import Network
 from networks.settings import Asked
+from tests.frozen import held
 
 # Sizes that differ between the layers, where a kind has any
 SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
@@ -108,6 +114,49 @@ def test_merging_gives_the_same_output(kind, toy):
     network.merge()
     assert not torch.allclose(base, with_adapter, atol=1e-2)
     torch.testing.assert_close(toy(pixels()), with_adapter, rtol=1e-5, atol=1e-6)
+
+
+def test_an_outline_of_the_base_gives_the_same_changes(kind, toy, tmp_path: Path):
+    """As weights are merged while they are read."""
+    network = create(kind, toy)
+    randomize(network, 0.5)
+    file = tmp_path / "adapter.safetensors"
+    network.save(file, None, None)
+    network.detach()
+    outline, weights = Toy().to("meta"), dict(toy.named_parameters())
+    paths = {layer: path for path, layer in outline.named_modules()}
+    twice = BaseWeights([str(file), str(file)], [0.7, 0.4])
+    with torch.no_grad():
+        found = {
+            f"{paths[layer]}.{leaf}": change(weights[f"{paths[layer]}.{leaf}"])
+            for (layer, leaf), change in twice.changes([unet_targets(outline)]).items()
+        }
+    before = {name: weight.clone() for name, weight in weights.items()}
+    twice.merge_into([unet_targets(toy)])
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights.items())
+    for name, weight in weights.items():
+        assert torch.equal(found.get(name, before[name]), weight), name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_packed_base_is_the_base_rounded_before(kind, toy, format):
+    """In outputs, gradients, and in first values that come from the base."""
+    rounded, targets = copy.deepcopy(toy), unet_targets(toy)
+    for path, layer in toy.named_modules():
+        wanted = targets.linear.fullmatch(path) or targets.conv.fullmatch(path)
+        if wanted and isinstance(layer, nn.Linear | nn.Conv2d):
+            rounded.get_submodule(path).weight.data = decoded(held(layer, format).weight, torch.float32)
+    found = []
+    for one in (toy, rounded):
+        network = create(kind, one)
+        first = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        randomize(network)
+        network.before_batch()
+        answer = one(pixels())
+        answer.square().sum().backward()
+        gradients = {f"gradient of {name}": parameter.grad for name, parameter in network.named_parameters()}
+        found.append({"answer": answer, "norms": network.norms(), **gradients, **first})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)  # fp32, summed in another order
 
 
 def test_saving_and_loading_gives_the_same_output_bit_by_bit(kind, toy, tmp_path: Path):

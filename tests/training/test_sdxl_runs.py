@@ -18,7 +18,7 @@ from library.models.components import Components
 from library.models.opening import open_family
 from library.models.stable_diffusion_xl import StableDiffusionXL
 from library.quantization import FORMATS
-from library.quantization.frozen import Held
+from library.quantization.frozen import Held, decoded
 from tests.conftest import BASE, ROOT
 from tests.tiny_sdxl import TEXTS
 from tests.training.written import ROUNDED, distance, same, weights
@@ -121,7 +121,7 @@ def test_a_packed_base_acts_as_one_that_was_rounded_before(train_sdxl, tiny_sdxl
         module = family.components.load(name, torch.bfloat16, "cpu", held=Held(format, "--base_format"))
         for layer in module.modules():
             if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-                layer.weight = torch.nn.Parameter(layer.weight.detach().float().bfloat16(), requires_grad=False)
+                layer.weight = torch.nn.Parameter(decoded(layer.weight, torch.bfloat16), requires_grad=False)
         module.save_pretrained(rounded / family.PARTS[name].folder)
 
     common = ("--mixed_precision", "bf16", "--gradient_checkpointing", *cached)
@@ -256,7 +256,8 @@ def test_a_dry_run_counts_the_bits(train_sdxl, capsys):
         assert train_sdxl("--dry_run", "--mixed_precision", "bf16", *CACHED, *words) == 0
         out = capsys.readouterr().out
         assert (f"frozen weights in {said}" in out) == bool(words)
-        return float(re.search(r"weights ([\d.]+) MiB", out)[1])
+        number, unit = re.search(r"weights ([\d.]+) ([KM])iB", out).groups()
+        return float(number) * {"K": 1, "M": 1024}[unit]
 
     whole = weights_in_bits("")  # the LoRA is as large as ever
     assert weights_in_bits("8 bits", "--fp8_base_unet") < 0.75 * whole
