@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,9 +172,7 @@ class _Parts:
                     parts.checkpoint(name)
                     parts[name].train()
 
-    def _load(
-        self, name: str, held: Held | None, *, apart: Callable[[], Iterable[nn.Module]] = tuple
-    ) -> nn.Module:
+    def _load(self, name: str, held: Held | None, *, apart: Callable[[], Iterable[nn.Module]] = tuple) -> nn.Module:
         def merged() -> dict[tuple[nn.Module, str], Change]:
             return self.base_weights.changes(self.family.adapter_targets(name))
 
