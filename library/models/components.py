@@ -114,8 +114,8 @@ class Components:
 
         held: how the weights of the layers that adapters can sit on are held; None: as they are. merged: is called when
         the part exists as an outline; what becomes of its weights before they are held. Each tensor is merged and
-        packed as soon as it is read, so that the part never exists in `dtype` as a whole. apart: the layers whose
-        weights stay on the CPU, called as `merged` is; they are merged and packed on `device` as well.
+        packed as soon as it is read, so that the part never is in `dtype` as a whole. apart: is called when `merged`
+        is; the layers whose weights go to the CPU, each as soon as it is packed.
         """
         from library.models.checkpoints.weights import fill
         from library.quantization.frozen import compute_frozen

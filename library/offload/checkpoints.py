@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from library.offload.lane import Done, Lane
 
 Memory = tuple[int, torch.Size]
+_AT_ONCE = 2  # inputs that are on their way to the host while blocks compute
 
 
 class OffloadedCheckpoints:
@@ -25,11 +27,12 @@ class OffloadedCheckpoints:
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
         self._last: weakref.ref[_Away] | None = None
+        self._leaving: deque[tuple[Tensor, Done]] = deque()  # what is being copied to the host, still on the device
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
         """The block's output; diffusers' `gradient_checkpointing_func`."""
         moved = _memory_of(args[0])  # not the tensor, which autograd would keep with the hook
-        with saved_tensors_hooks(lambda tensor: self._pack(tensor, moved), _unpack):
+        with saved_tensors_hooks(lambda tensor: self._pack(tensor, moved), self._unpack):
             return checkpoint(block.__call__, *args, use_reentrant=False)
 
     def _pack(self, tensor: Tensor, moved: Memory) -> Tensor | _Away | _Outline:
@@ -37,22 +40,38 @@ class OffloadedCheckpoints:
             return tensor
         if type(tensor) not in (Tensor, nn.Parameter):  # fake tensors have no memory that could be copied
             return _Outline(tensor)
-        away = _Away(tensor, self._lane, self._last)
+        self._leave(_AT_ONCE - 1)
+        host = self._lane.pinned_like(tensor)
+        with torch.no_grad():
+            self._leaving.append((tensor.detach(), self._lane.copy(host, tensor)))
+        away = _Away(host, tensor.device, self._lane, self._last)
         self._last = weakref.ref(away)
         return away
+
+    def _unpack(self, packed: Tensor | _Away | _Outline) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        self._leave(0)  # the forward pass is over
+        return packed.back()
+
+    def _leave(self, most: int) -> None:
+        """Have the computation wait for copies to the host until at most so many are under way, and free the rest."""
+        while len(self._leaving) > most:
+            self._lane.wait(self._leaving.popleft()[1])
 
 
 class _Away:
     """A tensor in host memory."""
 
-    def __init__(self, tensor: Tensor, lane: Lane, before: weakref.ref[_Away] | None) -> None:
+    def __init__(self, host: Tensor, device: torch.device, lane: Lane, before: weakref.ref[_Away] | None) -> None:
         """`before`: what went before it, and so will be needed after it."""
-        self._lane, self._before = lane, before
-        self._host = lane.pinned_like(tensor)
+        self._host, self._device, self._lane, self._before = host, device, lane, before
         self._here: tuple[Tensor, Done] | None = None
-        self._device = tensor.device
-        with torch.no_grad():
-            lane.copy(self._host, tensor)
+
+    def __del__(self) -> None:
+        """A backward pass that has failed needs no copy any more; its memory is reused behind the copy."""
+        if self._here is not None:
+            self._lane.wait(self._here[1])
 
     def start_back(self) -> tuple[Tensor, Done]:
         """Start the copy to the device, unless it has been started."""
@@ -82,10 +101,6 @@ class _Outline:
 
     def back(self) -> Tensor:
         return torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._device)
-
-
-def _unpack(packed: Tensor | _Away | _Outline) -> Tensor:
-    return packed if isinstance(packed, Tensor) else packed.back()
 
 
 def _memory_of(tensor: Tensor) -> Memory:

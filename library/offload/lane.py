@@ -31,7 +31,11 @@ class Lane(Protocol):
 
     def copy(self, target: Tensor, source: Tensor) -> Done:
         """Queue a copy that starts when all computation queued so far is done: it may still use the target's memory,
-        or be writing the source. Neither tensor's memory is reused before the copy is done."""
+        or be writing the source. Both tensors must be kept until `wait` has been called.
+
+        (`Tensor.record_stream` would keep their memory until the host sees the end of the copy; but the host is far
+        ahead of the device, so that nothing would become free in time.)
+        """
 
     def wait(self, done: Done) -> None:
         """Have the computation from here on wait for the end of a copy; the host does not wait."""
@@ -63,11 +67,7 @@ class CudaLane:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            done = self._stream.record_event()
-        for tensor in (target, source):
-            if tensor.is_cuda:
-                tensor.record_stream(self._stream)
-        return done
+            return self._stream.record_event()
 
     def wait(self, done: Done) -> None:
         assert isinstance(done, torch.cuda.Event)

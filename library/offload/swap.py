@@ -106,6 +106,12 @@ class Ring:
             for place, layer in enumerate(block):
                 compute_swapped(layer, partial(self.weight, number, place))
 
+    def __del__(self) -> None:
+        """The buffers' memory is reused behind a copy that nothing has waited for."""
+        for copied in getattr(self, "_copied", ()):
+            if copied is not None:
+                self._lane.wait(copied)
+
     def _moved(self, block: Block) -> list[_Held]:
         """Copies a block's weights into one piece of host memory; afterwards they are views of it."""
         held, end = [], 0

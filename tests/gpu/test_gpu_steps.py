@@ -44,6 +44,8 @@ def ready(tmp_path: Path) -> Callable[..., Run]:
         pytest.param(("--mixed_precision", "bf16", "--optimizer_type", "CustomAdamW"), id="bf16, CustomAdamW"),
         pytest.param(("--mixed_precision", "bf16", "--no-cache_latents", "--min_snr_gamma", "5"), id="bf16, no caches"),
         pytest.param(("--mixed_precision", "bf16", "--fp8_base", "--noise_offset", "0.1"), id="fp8"),
+        pytest.param(("--mixed_precision", "bf16", "--blocks_to_swap", "100%"), id="swapped blocks"),
+        pytest.param(("--gradient_checkpointing", "--cpu_offload_checkpointing"), id="checkpoints on the host"),
     ],
 )
 def test_the_host_waits_once_in_a_step(ready: Callable[..., Run], words: tuple[str, ...]) -> None:

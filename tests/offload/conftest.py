@@ -48,15 +48,15 @@ def planned(tmp_path: Path) -> Planned:
 
 def started(plan: Plan, lane: Lane | None) -> Run:
     """The run of a plan, with this lane in that of a GPU's place."""
-    own = swap.swap
+    own = swap.Ring
 
-    def hiding(*args: Any) -> Any:
+    def hiding(*args: Any) -> swap.Ring:
         ring = own(*args)
         if isinstance(lane, HeldBackLane):
             lane.hide()
         return ring
 
-    with mock.patch.object(encode, "lane_of", lambda device: lane), mock.patch.object(swap, "swap", hiding):
+    with mock.patch.object(encode, "lane_of", return_value=lane), mock.patch.object(swap, "Ring", hiding):
         return build(plan)
 
 

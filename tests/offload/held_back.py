@@ -18,6 +18,7 @@ class HeldBackLane:
 
     def __init__(self) -> None:
         self.copies: list[tuple[int, int]] = []  # (bytes, of them to host memory)
+        self.waits: list[int] = []  # for the copies of these numbers, from 1
         self._queue: list[tuple[Tensor, Tensor]] = []
         self._done = 0
         self.memories: list[Tensor] = []
@@ -40,6 +41,7 @@ class HeldBackLane:
 
     def wait(self, done: Done) -> None:
         assert isinstance(done, int)
+        self.waits.append(done)
         while self._done < done:
             target, source = self._queue.pop(0)
             target.copy_(self._hidden.get(source.data_ptr(), source))

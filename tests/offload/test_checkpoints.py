@@ -53,6 +53,7 @@ def test_each_input_leaves_once_and_comes_back_ahead_of_its_turn() -> None:
     by = OffloadedCheckpoints(lane)
     loss = passed(by, blocks, x, shared)
     assert lane.copies == [(x.nbytes, x.nbytes)] * 5  # the shared input stays
+    assert lane.waits == [1, 2, 3]  # two are under way at one time; the memory of the others is free again
     came: list[int] = []
     for place, block in enumerate(blocks):  # a block is recomputed at its turn
         block.register_forward_pre_hook(lambda block, args, place=place: came.append((place, len(lane.copies))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from library.errors import UserError
 from library.guidance.dry_run import dummy_loss
 from library.guidance.estimate import peak_of
 from library.models.opening import open_family
-from library.offload.swap import Ring, chosen, layers_in, swap, swapping_cost
-from library.quantization.float8 import hold_in_float8
-from library.quantization.frozen import compute_frozen, weight_of
+from library.offload.swap import Ring, chosen, layers_in, swapping_cost
+from library.quantization import FORMATS
+from library.quantization.frozen import Held, compute_frozen, weight_of
 from library.run import encode
 from networks.kinds import KINDS
 from tests.conftest import BASE
@@ -31,7 +32,7 @@ from tests.offload.held_back import HeldBackLane
 PRECISIONS = {
     "fp32": (),
     "bf16": ("--mixed_precision", "bf16"),
-    "float8": ("--mixed_precision", "bf16", "--fp8_base_unet"),
+    **{name: ("--mixed_precision", "bf16", "--base_format", name) for name in FORMATS},
 }
 LOW_RANK = ("--network_dim", "2", "--network_alpha", "1", "--network_args", "conv_dim=2")
 NO_RANK = ("--network_args", "enable_conv=True")
@@ -113,7 +114,7 @@ def stack(count: int = 6, width: int = 8) -> nn.Sequential:
 
 def test_any_order_is_right() -> None:
     whole, swapped = stack(), stack()
-    swap(swapped, [layers_in(layer) for layer in swapped], lane := HeldBackLane())
+    Ring([layers_in(layer) for layer in swapped], lane := HeldBackLane())
     lane.hide()
     order = [random.Random(1).randrange(6) for _ in range(60)]
     x = torch.randn(8, 8, 8)
@@ -126,7 +127,7 @@ def test_any_order_is_right() -> None:
 def test_a_weight_that_autograd_saves_is_a_copy() -> None:
     """Else it would be another block's in the backward pass."""
     whole, swapped = stack(), stack()
-    swap(swapped, [layers_in(layer) for layer in swapped], HeldBackLane())
+    Ring([layers_in(layer) for layer in swapped], HeldBackLane())
     found = []
     for module in (whole, swapped):
         factors = [torch.full((8, 1), 1.5, requires_grad=True) for _ in module]
@@ -136,56 +137,27 @@ def test_a_weight_that_autograd_saves_is_a_copy() -> None:
     assert torch.equal(*found)
 
 
-class Halves(Tensor):
-    """A packed weight: two plain tensors, of whose sum it consists."""
-
-    one: Tensor
-    two: Tensor
-
-    @staticmethod
-    def __new__(cls, one: Tensor, two: Tensor) -> Halves:
-        return Tensor._make_wrapper_subclass(cls, one.shape, dtype=one.dtype, device=one.device)  # type: ignore[attr-defined]
-
-    def __init__(self, one: Tensor, two: Tensor) -> None:
-        self.one, self.two = one, two
-
-    def __tensor_flatten__(self) -> tuple[list[str], object]:
-        return ["one", "two"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: object, size: object, stride: object) -> Halves:
-        return Halves(inner["one"], inner["two"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.ops.aten.detach.default:
-            return Halves(args[0].one, args[0].two)
-        unpacked = [arg.one + arg.two if isinstance(arg, Halves) else arg for arg in args]
-        return func(*unpacked, **(kwargs or {}))
-
-
-def test_packed_and_transposed_weights() -> None:
-    """What moves are the plain tensors of a weight, with their strides."""
-    whole, swapped = stack(), stack()
-    swapped[1].weight = nn.Parameter(whole[1].weight.t().contiguous().t(), requires_grad=False)
-    half = torch.randn(8, 8).bfloat16()
-    packed = Halves(half, whole[2].weight.bfloat16())
-    swapped[2].weight = nn.Parameter(packed, requires_grad=False)
-    compute_frozen(swapped[2])
-    whole[2].weight.data = (half + whole[2].weight.bfloat16()).float()
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_weights(format: str) -> None:
+    """What moves are the plain tensors that a weight consists of; beside a packed one, one with transposed strides."""
+    whole, swapped = stack(width=64), stack(width=64)
     for module in (whole, swapped):
-        hold_in_float8([("it", module[3])])
-    ring = swap(swapped, [layers_in(swapped[0], swapped[1]), layers_in(*swapped[2:4])], HeldBackLane())
-    assert swapped[1].weight.stride() == (1, 8)
-    assert isinstance(swapped[2].weight, Halves)
-    assert swapped[3].weight.dtype == torch.float8_e4m3fn
-    assert [len(memory) for memory in ring._host] == [2304 + 256, 256 + 256 + 256]
-    x = torch.randn(1, 8, 8, 8, requires_grad=True)
+        pack = Held(format, "--base_format").packing("it")
+        for layer in (module[0], module[2], module[3]):
+            layer.weight = nn.Parameter(pack(layer.weight.detach()), requires_grad=False)
+            compute_frozen(layer)
+        module[1].weight = nn.Parameter(module[1].weight.t().contiguous().t(), requires_grad=False)
+    kinds = [type(layer.weight) for layer in swapped]
+    Ring([layers_in(swapped[0], swapped[1]), layers_in(*swapped[2:4])], lane := HeldBackLane())
+    lane.hide()
+    assert [type(layer.weight) for layer in swapped] == kinds
+    assert swapped[1].weight.stride() == (1, 64)
+    x = torch.randn(1, 64, 8, 64, requires_grad=True)
     for _ in range(2):
         answers = [module[:4](x) for module in (whole, swapped)]
         assert torch.equal(*answers)
         gradients = [torch.autograd.grad(answer.square().sum(), x)[0] for answer in answers]
-        torch.testing.assert_close(*gradients)  # the product of a transposed weight sums in another order
+        assert torch.equal(*gradients)
 
 
 def test_an_estimate_leaves_the_buffers_as_they_are(planned: Planned) -> None:
@@ -236,7 +208,7 @@ def test_a_share_of_the_blocks_is_spread_and_grows() -> None:
         assert before <= set(places)
         before = set(places)
         if number > 1:  # three-distance theorem: no gap is longer than twice the usual one, by the golden ratio
-            gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+            gaps = [b - a for a, b in pairwise(places)]
             assert max(gaps) <= 2.7 * 50 / number
     assert len(chosen(blocks, "10%")) == 5
     assert len(chosen(blocks, "0.5%")) == 1  # rounded up
@@ -321,7 +293,7 @@ def test_pictures_validation_and_a_resumed_run(train: Any, tmp_path: Path) -> No
         *("--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--mixed_precision", "bf16"),
     )
     assert train(*words, "--output_name", "whole") == 0
-    with mock.patch.object(encode, "lane_of", lambda device: HeldBackLane()):
+    with mock.patch.object(encode, "lane_of", side_effect=lambda device: HeldBackLane()):
         more = (*words, *ALL, "--cpu_offload_checkpointing")
         assert train(*more, "--output_name", "swapped") == 0
         (state,) = tmp_path.glob("out/swapped-*00000002-state")
