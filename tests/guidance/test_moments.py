@@ -13,7 +13,7 @@ from library.guidance import verdict
 from library.guidance.moments import TRAINING
 from library.optimizers.create import state_bytes, tensor_bytes
 from library.run.build import build
-from library.run.plan import make_plan
+from library.run.plan import Plan, make_plan
 from library.training import loop
 from library.training.run import Run
 from tests.conftest import BASE, copy_images
@@ -37,7 +37,7 @@ CONFIGURATIONS = {
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> Callable[..., object]:
+def planned(tmp_path: Path) -> Callable[..., Plan]:
     copy_images(tmp_path / "data" / "2_style", 4)
     given = [
         *("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(tmp_path / "data")),
@@ -78,7 +78,7 @@ def held(run: Run) -> int:
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_a_step_is_estimated_within_five_percent(planned: Callable[..., object], name: str) -> None:
+def test_a_step_is_estimated_within_five_percent(planned: Callable[..., Plan], name: str) -> None:
     plan = planned(*CONFIGURATIONS[name])
     needs = verdict.estimator(plan).needs(plan.options)
     run = build(plan)
@@ -87,17 +87,5 @@ def test_a_step_is_estimated_within_five_percent(planned: Callable[..., object],
     assert needs.state == state_bytes(run.optimizer.optimizer)
     assert needs.trained == sum(parameter.numel() for parameter in run.parameters)
     standing = moment.total - moment.parts["gradients"] - moment.parts["activations"]
-    print(
-        name,
-        "standing",
-        standing,
-        held(run),
-        "peak",
-        moment.total,
-        held(run) + peak,
-        "pass",
-        moment.total - standing,
-        peak,
-    )
     assert standing == pytest.approx(held(run), rel=0.01)
     assert moment.total == pytest.approx(held(run) + peak, rel=0.05)
