@@ -25,7 +25,7 @@ from library.evaluation import rank_curve
 from library.evaluation.rank_curve import ALPHAS, Point, Trained, alpha_of
 from library.files.atomic import replacing
 from library.files.typed_json import to_json
-from library.record import metrics, run_file, saves
+from library.record import metrics, run_file
 from library.units import human_bytes, human_time
 
 logger = logging.getLogger(__name__)
@@ -236,9 +236,14 @@ def _train(one: Planned, *, anew: bool) -> int:
     words = [*one.words, "--resume", "latest"] if not anew and _states(one) else [*one.words, "--overwrite"]
     code = _run([sys.executable, _program(), *words])
     if code == 0:
-        for state in _states(one):
-            shutil.rmtree(state)
+        _forget_states(one)
     return code
+
+
+def _forget_states(one: Planned) -> None:
+    """Remove the states of a finished run: each is several times as large as its network."""
+    for state in _states(one):
+        shutil.rmtree(state)
 
 
 def _run(command: Sequence[str]) -> int:
@@ -262,6 +267,8 @@ def _program() -> str:
 
 
 def _states(one: Planned) -> list[Path]:
+    from library.record import saves
+
     folder, name = one.file.parent, one.options.output.output_name
     return [path for path in folder.iterdir() if saves.is_state_name(path.name, name)] if folder.is_dir() else []
 
