@@ -56,7 +56,7 @@ class FindRankOptions:
 
     config_file: str | None = option(None, help="the settings of the runs: a TOML file of train_network.py")
     ranks: tuple[int, ...] = option(
-        (4, 8, 16, 32, 64), read=read_ranks, joined_by=",", help="the ranks to try: 4,8,16,32,64"
+        (4, 8, 16, 32, 64), read=read_ranks, joined_by=",", help="the ranks to try, such as 4,8,16"
     )
     alpha: Literal["ratio", "sqrt", "fixed"] = option(
         "ratio", help="; ".join(f"{name}: {text}" for name, text in ALPHAS.items())
