@@ -95,7 +95,11 @@ class Planned:
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: that of a training which failed or was stopped, else 0. Raises UserError."""
     place = argv.index("--") if "--" in argv else len(argv)
-    sweep: FindRankOptions = read(COMMAND, argv[:place]).groups["sweep"]
+    try:
+        sweep: FindRankOptions = read(COMMAND, argv[:place]).groups["sweep"]
+    except UserError as error:
+        hint = "\noptions of train_network.py stand behind --" * ("unknown option" in str(error))
+        raise UserError(f"{error}{hint}") from None
     config = [] if sweep.config_file is None else ["--config_file", sweep.config_file]
     words = [*config, *argv[place + 1 :]]
     own = parser.parse(words)

@@ -112,6 +112,7 @@ def test_an_interrupted_run_resumes(
     [
         ([], ["--validation_split", "0"], "add --validation_split 0.1"),
         (["--rank", "4"], [], "--rank: unknown option, did you mean 'ranks'?"),
+        (["--learning_rate", "1"], [], "options of train_network.py stand behind --"),
         (["--ranks", "4,eight"], [], "'eight' is not a whole number"),
         (["--ranks", "0,4"], [], "'0,4' is not a list of ranks"),
         ([], ["--lerning_rate", "1"], "did you mean 'learning_rate'?"),
