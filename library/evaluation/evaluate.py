@@ -20,6 +20,7 @@ from library.evaluation.candidates import Candidate, read_candidates
 from library.evaluation.differences import Result, difference, hint, mean, worst
 
 if TYPE_CHECKING:
+    from library.data.prepare import Prepared
     from library.evaluation.losses import Losses
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
 
     # torch loads from here on
     results, names = _measured(given, candidates, folders)
-    for line in table(results, [folder.name for folder in folders]):
+    for line in table(results):
         print(line)
     for candidate in candidates:
         if said := hint([one for one in results if one.candidate == candidate.name]):
@@ -170,6 +171,7 @@ def _measured(
         )
         for folder in folders
     }
+    _warn_of_copies(prepared, folders)
     base = BaseModel.of(
         family,
         mixed_precision=options.mixed_precision,
@@ -186,6 +188,18 @@ def _measured(
         vae_batch_size=options.vae_batch_size,
     )
     return results_of(found, {folder.name: folder.trained for folder in folders}), family.process.bins(BINS)
+
+
+def _warn_of_copies(prepared: Mapping[str, Prepared], folders: Sequence[Folder]) -> None:
+    """Warn of images that were trained on in folders of which the user says that they were not; by their pixels."""
+    contents = {name: {sample.key for sample in one.samples} for name, one in prepared.items()}
+    for one in (folder for folder in folders if not folder.trained):
+        for other in (folder for folder in folders if folder.trained):
+            if copies := len(contents[one.name] & contents[other.name]):
+                logger.warning(
+                    "%d images of %s are in %s as well, which was trained on: its numbers flatter the LoRAs",
+                    *(copies, one.name, other.name),
+                )
 
 
 def results_of(found: Sequence[Losses], trained: Mapping[str, bool]) -> list[Result]:
@@ -207,25 +221,32 @@ def results_of(found: Sequence[Losses], trained: Mapping[str, bool]) -> list[Res
     ]
 
 
-def table(results: Sequence[Result], folders: Sequence[str]) -> Iterator[str]:
-    """The lines of the table: per candidate the difference to the base on each folder, their mean and the worst."""
+def table(results: Sequence[Result]) -> Iterator[str]:
+    """The lines of the table: per candidate the difference to the base on each folder, then the mean and the worst of
+    the folders that were not trained on, if there are several."""
     by_candidate: dict[str, list[Result]] = {}
     for one in results:
         by_candidate.setdefault(one.candidate, []).append(one)
     first = next(iter(by_candidate.values()))
+    several = len(_judged(first)) > 1
     heads = [f"{one.folder}{' (trained on)' if one.trained else ''}" for one in first]
-    rows = [["", *heads, *(["mean", "worst"] if len(folders) > 1 else [])]]
+    rows = [["", *heads, *(["mean", "worst"] if several else [])]]
     rows.append(["images", *(str(one.images) for one in first)])
     rows.append(["loss of the base", *(f"{one.overall.base:.5f}" for one in first)])
     for name, own in by_candidate.items():
-        cells = [f"{one.overall} %" for one in own]
-        if len(folders) > 1:
-            cells += [f"{mean([one.overall for one in own])} %", worst(own).folder]
+        cells, judged = [f"{one.overall} %" for one in own], _judged(own)
+        if several:
+            cells += [f"{mean([one.overall for one in judged])} %", worst(judged).folder]
         rows.append([name, *cells])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     yield "difference to the base's loss in %, ± its standard error; negative is better"
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+
+
+def _judged(results: Sequence[Result]) -> list[Result]:
+    """Those on images that were not trained on; all where there are no such."""
+    return [one for one in results if not one.trained] or list(results)
 
 
 def _write(paths: Sequence[Path], results: Sequence[Result], ranges: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from library.evaluation import rank_curve
 from library.evaluation.rank_curve import ALPHAS, Point, Trained, alpha_of
 from library.files.atomic import replacing
 from library.files.typed_json import to_json
-from library.record import metrics, run_file, saves
+from library.record import metrics, run_file
 from library.units import human_bytes, human_time
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class FindRankOptions:
 
     config_file: str | None = option(None, help="the settings of the runs: a TOML file of train_network.py")
     ranks: tuple[int, ...] = option(
-        (4, 8, 16, 32, 64), read=read_ranks, joined_by=",", help="the ranks to try: 4,8,16,32,64"
+        (4, 8, 16, 32, 64), read=read_ranks, joined_by=",", help="the ranks to try, such as 4,8,16"
     )
     alpha: Literal["ratio", "sqrt", "fixed"] = option(
         "ratio", help="; ".join(f"{name}: {text}" for name, text in ALPHAS.items())
@@ -95,7 +95,11 @@ class Planned:
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: that of a training which failed or was stopped, else 0. Raises UserError."""
     place = argv.index("--") if "--" in argv else len(argv)
-    sweep: FindRankOptions = read(COMMAND, argv[:place]).groups["sweep"]
+    try:
+        sweep: FindRankOptions = read(COMMAND, argv[:place]).groups["sweep"]
+    except UserError as error:
+        hint = "\noptions of train_network.py stand behind --" * ("unknown option" in str(error))
+        raise UserError(f"{error}{hint}") from None
     config = [] if sweep.config_file is None else ["--config_file", sweep.config_file]
     words = [*config, *argv[place + 1 :]]
     own = parser.parse(words)
@@ -236,9 +240,14 @@ def _train(one: Planned, *, anew: bool) -> int:
     words = [*one.words, "--resume", "latest"] if not anew and _states(one) else [*one.words, "--overwrite"]
     code = _run([sys.executable, _program(), *words])
     if code == 0:
-        for state in _states(one):
-            shutil.rmtree(state)
+        _forget_states(one)
     return code
+
+
+def _forget_states(one: Planned) -> None:
+    """Remove the states of a finished run: each is several times as large as its network."""
+    for state in _states(one):
+        shutil.rmtree(state)
 
 
 def _run(command: Sequence[str]) -> int:
@@ -262,6 +271,8 @@ def _program() -> str:
 
 
 def _states(one: Planned) -> list[Path]:
+    from library.record import saves
+
     folder, name = one.file.parent, one.options.output.output_name
     return [path for path in folder.iterdir() if saves.is_state_name(path.name, name)] if folder.is_dir() else []
 

@@ -53,3 +53,12 @@ def test_overfitting_is_named_where_both_differences_are_sure() -> None:
     assert hint([learnt, _result("other", 1.5, trained=False)]) is None
     assert hint([_result("train", -9, trained=True, error=5), lost]) is None
     assert worst([learnt, lost]) is lost
+
+
+def test_the_mean_and_the_worst_are_of_images_that_were_not_trained_on() -> None:
+    from library.evaluation.evaluate import table
+
+    own = [_result("train", -50, trained=True), _result("a", 4, trained=False), _result("b", 2, trained=False)]
+    line = list(table(own))[-1]
+    assert line.split()[-5:] == ["+3.00", "±", "0.71", "%", "a"]
+    assert "mean" not in list(table(own[:2]))[1]

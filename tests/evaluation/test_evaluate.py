@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from library.config.command import run
 from library.evaluation.evaluate import main
-from tests.conftest import BASE, BASE_STYLE_IMAGES, PATIENCE
+from tests.conftest import BASE, BASE_STYLE_IMAGES, PATIENCE, forget_accelerator, run_training
 from tests.evaluation.conftest import SEED, Trained
 
 
@@ -59,7 +60,9 @@ def test_files_act_together_and_the_base_is_restored(
     other.mkdir()
     for name in ("anger-symbol.png", "anger-symbol.txt"):
         (other / name).write_bytes((BASE_STYLE_IMAGES / name).read_bytes())
-    folders = ("--images", str(trained.held_out), f"noto={other}")
+    (other / "copy.png").write_bytes(next(trained.held_out.glob("*.png")).read_bytes())
+    (other / "copy.txt").write_text("a copy")
+    folders = ("--images", str(trained.held_out), f"noto={other}", "--train_images", f"again={trained.held_out}")
     rows = evaluate(tmp_path / "out", *together, *folders)
     whole = float(rows["both", "held_out", "all"]["percent"])
     assert float(rows["both × 0.5 + twin × 0.5", "held_out", "all"]["percent"]) == pytest.approx(whole, rel=1e-3)
@@ -67,11 +70,14 @@ def test_files_act_together_and_the_base_is_restored(
     assert abs(whole) > 0.1
     alone = evaluate(tmp_path / "alone", str(trained.unet), "--images", str(trained.held_out))
     assert alone["unet", "held_out", "all"] == rows["unet", "held_out", "all"]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["held_out", "noto", "mean", "worst"]
-    assert lines[2].split() == ["images", "3", "1"]
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[1].split() == ["again", "(trained", "on)", "held_out", "noto", "mean", "worst"]
+    assert lines[2].split() == ["images", "3", "3", "2"]
     zero = next(line for line in lines if line.startswith("both × 0 "))
-    assert zero.split()[3:] == ["+0.00", "±", "0.00", "%", "+0.00", "%", "+0.00", "%", "held_out"]
+    assert zero.split()[3:] == ["+0.00", "±", "0.00", "%"] * 4 + ["held_out"]
+    assert "3 images of held_out are in again as well, which was trained on" in said.err
+    assert "1 images of noto are in again as well" in said.err
 
 
 def test_more_draws_change_the_noise(trained: Trained, tmp_path: Path) -> None:
@@ -122,3 +128,31 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "--train_images" in done.stdout
+
+
+def test_an_sdxl_model_and_bf16(tiny_sdxl: Path, image_folder: Path, tmp_path: Path) -> None:
+    """Two text encoders, sizes in the condition; the same file at the multiplier 0 is the base, in bf16 too."""
+    from library.evaluation import draw
+
+    base = ("--pretrained_model_name_or_path", str(tiny_sdxl), "--output_dir", str(tmp_path / "out"))
+    words = (*base, "--output_name", "xl", "--network_train_unet_only=false", "--learning_rate", "1e-1")
+    assert run_training(tmp_path, *words, "--max_train_steps", "2") == 0
+    forget_accelerator()
+    lora = tmp_path / "out" / "xl.safetensors"
+    with safe_open(lora, framework="pt") as file:
+        assert {name.partition("_text")[0].partition("_unet")[0] for name in file.keys()} == {  # noqa: SIM118
+            "lora",
+            "lora_te1",
+            "lora_te2",
+        }
+    given = (str(lora), f"{lora}:0", *base, "--mixed_precision", "bf16")
+    assert run(main, [*given, "--images", str(image_folder / "2_style"), "--resolution", "64"]) == 0
+    with (tmp_path / "out" / "evaluation.csv").open(encoding="utf-8") as table:
+        rows = {row["lora"]: row for row in csv.DictReader(table) if row["noise"] == "all"}
+    assert float(rows["xl × 0"]["percent"]) == 0
+    assert abs(float(rows["xl"]["percent"])) > 1e-3
+    forget_accelerator()
+    assert run(draw.main, [*given, "--prompt", "a fox --w 64 --h 64 --s 1", "--seeds", "1", "--singles"]) == 0
+    plain, changed, at_zero = (path.read_bytes() for path in sorted((tmp_path / "out" / "grid").glob("*.png")))
+    assert plain == at_zero
+    assert plain != changed
