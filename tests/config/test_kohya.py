@@ -38,7 +38,7 @@ OURS = {
     *("weight_decay", "lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),
     *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for", "deterministic", "allow_tf32"),
-    *("save_naming", "base_format", "text_encoder_format"),
+    *("save_naming", "base_format", "text_encoder_format", "fit", "gpu_memory"),
 }
 
 
