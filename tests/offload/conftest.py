@@ -38,7 +38,7 @@ def planned(tmp_path: Path) -> Planned:
             *("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(tmp_path / "data")),
             *("--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "2", "--seed", "1"),
             *("--output_dir", str(tmp_path / "out"), "--max_data_loader_n_workers", "0", "--no-loss_plot"),
-            *("--no-report", "--no-monitoring", "--max_train_steps", "3", "--learning_rate", "1e-2"),
+            *("--no-report", "--no-monitoring", "--max_train_steps", "2", "--learning_rate", "1e-2"),
             *("--network_train_unet_only", "--cache_latents", *sizes, *words),
         ]
         return make_plan(parse(given))
@@ -67,7 +67,7 @@ def made(planned: Planned) -> Made:
 
 
 def trained(run: Run) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses of three steps, and the weights after them."""
+    """The losses of two steps, and the weights after them."""
     losses = [loop.optimizer_step(run, item).loss for item in loop.step_batches(run)]
     return losses, {name: tensor.clone() for name, tensor in run.network.state_dict().items()}
 
