@@ -38,7 +38,7 @@ LOW_RANK = ("--network_dim", "2", "--network_alpha", "1", "--network_args", "con
 NO_RANK = ("--network_args", "enable_conv=True")
 ARGUMENTS = {
     **dict.fromkeys(KINDS, LOW_RANK),
-    "boft": ("--network_dim", "6", "--network_args", "conv_dim=4"),
+    "boft": ("--network_dim", "6", "--network_args", "conv_dim=6"),
     "full": NO_RANK,
     "ia3": NO_RANK,
     "norm": NO_RANK,
