@@ -43,7 +43,7 @@ def write_files(folder: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Run the commands in `folder`, and put the pictures into docs/images, in few colours."""
+    """Run the commands in `folder`, and put the pictures into docs/images."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("quickstart", "configs"):
         if not (folder / name).exists():
@@ -54,8 +54,10 @@ def make(folder: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, str(path), *words[2:]], cwd=folder, check=True, env=environment)
     for name, picture in PICTURES.items():
-        small = Image.open(folder / picture).convert("RGB").quantize(96, dither=Image.Dither.NONE)
-        small.save(ROOT / "docs" / "images" / name, optimize=True)
+        image = Image.open(folder / picture).convert("RGB")
+        if name != "grid.png":  # plots have few colours
+            image = image.quantize(96, dither=Image.Dither.NONE)
+        image.save(ROOT / "docs" / "images" / name, optimize=True)
 
 
 if __name__ == "__main__":
