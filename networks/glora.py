@@ -77,7 +77,7 @@ class GLoRA(WithRank):
         added = pointwise(self._dropped(own(x, self.b2.weight.to(x.dtype))), self.b1.weight.to(x.dtype))
         return added.add_(self.base_forward(x + moved))
 
-    @functools.cached_property
+    @property
     def _project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         return projections(self.site.module)
 

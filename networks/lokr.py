@@ -209,7 +209,7 @@ class LoKr(WithMagnitude):
             mixed = F.conv2d(mixed, self._last().to(x.dtype)[:, :, None, None])
         return mixed.view(len(x), -1, *mixed.shape[2:])
 
-    @functools.cached_property
+    @property
     def _convolve(self) -> Callable[[Tensor, Tensor], Tensor]:
         return projections(self.site.module)[0]
 
