@@ -8,7 +8,6 @@ Such a file belongs to one base: the difference that it makes depends on W.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

@@ -7,7 +7,6 @@ kernels have a core of [r, r, height, width] in each product.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace

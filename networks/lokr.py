@@ -7,7 +7,6 @@ factor is a product of two matrices (`w1` only with `decompose_both`). s is alph
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
