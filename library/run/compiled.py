@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _VARIANTS = 8  # of a block's graph: with and without gradients, with the adapter off, a batch of one, ...
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-_DYNAMIC = {"auto": None, "true": True, "false": False}
+_DYNAMIC = {None: None, "auto": None, "true": True, "false": False}
 
 
 def refuse_what_cannot_be(options: Options, device: torch.device) -> None:
@@ -34,6 +34,11 @@ def refuse_what_cannot_be(options: Options, device: torch.device) -> None:
         return
     if shard.is_asked_for():
         raise UserError(f"--{wanted.option} with FSDP: blocks whose weights are gathered at each use are not compiled")
+    for option in ("blocks_to_swap", "cpu_offload_checkpointing"):
+        if getattr(options.precision, option):
+            raise UserError(
+                f"--{option} with --{wanted.option}: copies beside a compiled block are not supported; give one"
+            )
     if wanted.backend == "inductor" and (lack := _lacking(device)):
         raise UserError(f"--{wanted.option}: {lack}")
     if wanted.compile_mode in _WITH_CUDA_GRAPHS and device.type == "cuda":

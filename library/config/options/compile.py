@@ -22,9 +22,9 @@ class CompileOptions:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
         "default", help="how long inductor searches for fast kernels"
     )
-    compile_dynamic: Literal["auto", "true", "false"] = option(
-        "auto",
-        help="whether one graph serves all sizes of images; auto: from the second size on; false: one graph for each",
+    compile_dynamic: Literal["auto", "true", "false"] | None = option(
+        None,
+        help="whether one graph serves all sizes of images (default: auto, from the second size on)",
     )
     compile_fullgraph: bool = option(False, help="stop where a block cannot be compiled as one graph")
     compile_cache_size_limit: int | None = option(
