@@ -25,7 +25,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Te
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     assert not isinstance(padding, str)
     height, width = _out_size(x.shape, weight, shape)
-    columns = F.unfold(x, list(weight.shape[2:]), dilation, padding, stride).transpose(0, 1).flatten(1)  # [K, B L]
+    columns = F.unfold(x, tuple(weight.shape[2:]), dilation, padding, stride).transpose(0, 1).flatten(1)  # [K, B L]
     matrix = weight.flatten(1)
     product = matrix @ columns if bias is None else torch.addmm(bias[:, None], matrix, columns)  # [out, B L]
     return product.view(len(weight), len(x), height, width).transpose(0, 1).contiguous()
@@ -40,7 +40,7 @@ def input_gradient(size: torch.Size, weight: Tensor, gradient: Tensor, shape: Sh
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))  # [B L, out]
     columns_BKL = (rows @ weight.flatten(1)).view(size[0], -1, weight[0].numel()).transpose(1, 2)
     # up to 9 of them are added for each place of the input: in 16 bits that would round 8 times
-    folded = F.fold(columns_BKL.float(), list(size[2:]), list(weight.shape[2:]), dilation, padding, stride)
+    folded = F.fold(columns_BKL.float(), tuple(size[2:]), tuple(weight.shape[2:]), dilation, padding, stride)
     return folded.to(gradient.dtype)
 
 
