@@ -65,6 +65,7 @@ def _carry_out(plan: Plan, record: RunFile) -> int:
     # torch and all modules that need it load only now, after the commonest mistakes have been refused
     from library.guidance import dry_run, find_lr
     from library.record import summary
+    from library.run import compiled
     from library.run.build import build
     from library.run.summary import facts_of
     from library.run.watch import watch
@@ -81,7 +82,9 @@ def _carry_out(plan: Plan, record: RunFile) -> int:
     for line in summary.lines(facts):
         logger.info("%s", line)
     if options.guidance.find_lr:
-        find_lr.report(plan, run, find_lr.find(plan, run))
+        with compiled.naming_errors(options):
+            found = find_lr.find(plan, run)
+        find_lr.report(plan, run, found)
         return 0
     watch(plan, run, facts, record)
     return _train(plan, run, record)
@@ -90,12 +93,14 @@ def _carry_out(plan: Plan, record: RunFile) -> int:
 def _train(plan: Plan, run: Run, record: RunFile) -> int:
     """The training and its pictures. Returns the exit code."""
     from library.record import run_file
+    from library.run import compiled
     from library.training import loop
     from library.training.hooks.saver import is_best
     from library.training.hooks.validation import Validator
 
     try:
-        stopped_by = loop.train(run)
+        with compiled.naming_errors(plan.options):
+            stopped_by = loop.train(run)
     except (UserError, out_of_memory.OutOfMemory) as error:
         record.end(run_file.FAILED, str(error))
         _conclude(plan, run, stopped_by="an error", conclusion="")

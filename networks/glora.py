@@ -8,7 +8,6 @@ Such a file belongs to one base: the difference that it makes depends on W.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -77,7 +76,7 @@ class GLoRA(WithRank):
         added = pointwise(self._dropped(own(x, self.b2.weight.to(x.dtype))), self.b1.weight.to(x.dtype))
         return added.add_(self.base_forward(x + moved))
 
-    @functools.cached_property
+    @property
     def _project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         return projections(self.site.module)
 

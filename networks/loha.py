@@ -7,7 +7,6 @@ kernels have a core of [r, r, height, width] in each product.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -97,15 +96,15 @@ class LoHa(WithMagnitude):
         hidden = self._project[0](x.to(dtype), down.view(-1, *weight[1:]))
         return self._project[1](hidden, up.view(*up.shape, *(1 for _ in weight[2:])))
 
-    @functools.cached_property
+    @property
     def has_cheap_pair(self) -> bool:
         """Whether the LoRA of rank r² costs less than delta: r² (out + in) multiplications for each token (or place of
         an image), against out * in. Forming delta costs more than forming the pair, so that this holds for any number
         of tokens."""
-        out, inputs = len(self.site.module.weight), self.site.module.weight[0].numel()
+        out, inputs = (shape := self.site.module.weight.shape)[0], shape[1:].numel()
         return self.rank**2 * (out + inputs) < out * inputs
 
-    @functools.cached_property
+    @property
     def _project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         return projections(self.site.module)
 
@@ -136,7 +135,7 @@ class LoHa(WithMagnitude):
 
     def norm(self) -> Tensor:
         """Where that is cheaper by the pair of rank r²: |UD|² = tr((UᵀU)(DDᵀ))."""
-        out, inputs = len(self.site.module.weight), self.site.module.weight[0].numel()
+        out, inputs = (shape := self.site.module.weight.shape)[0], shape[1:].numel()
         if self.form.axis is not None or self.rank**3 * (out + inputs) > 2 * out * inputs:
             return super().norm()
         down, up = khatri_rao(_factors(self.tensors()))

@@ -7,7 +7,6 @@ factor is a product of two matrices (`w1` only with `decompose_both`). s is alph
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -209,7 +208,7 @@ class LoKr(WithMagnitude):
             mixed = F.conv2d(mixed, self._last().to(x.dtype)[:, :, None, None])
         return mixed.view(len(x), -1, *mixed.shape[2:])
 
-    @functools.cached_property
+    @property
     def _convolve(self) -> Callable[[Tensor, Tensor], Tensor]:
         return projections(self.site.module)[0]
 

@@ -66,7 +66,7 @@ class LoRA(WithMagnitude):
             nn.init.kaiming_uniform_(self.lora_mid.weight, a=math.sqrt(5), generator=generator_for(self, "lora_mid"))
         nn.init.zeros_(self.lora_up.weight)
 
-    @functools.cached_property
+    @property
     def project(self) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         """The layer's own operation for `down` (or the core), and that of a 1x1 layer for `up`."""
         return projections(self.site.module)

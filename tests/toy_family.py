@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,8 +35,9 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def _block(width: int) -> nn.Module:
-    """A transformer block: attention and an MLP, each on normalised inputs."""
+@cache
+def _block_class(width: int) -> type[nn.Module]:
+    """A transformer block: attention and an MLP, each on normalised inputs. All blocks of a model have one class."""
     from torch import nn
     from torch.nn import functional as F
 
@@ -70,7 +71,7 @@ def _block(width: int) -> nn.Module:
             x_BLD = x_BLD + self.attn(self.norm1(x_BLD), mask_BL)
             return x_BLD + self.mlp(self.norm2(x_BLD))
 
-    return Block()
+    return Block
 
 
 def new_transformer(config: Mapping[str, Any]) -> nn.Module:
@@ -87,7 +88,7 @@ def new_transformer(config: Mapping[str, Any]) -> nn.Module:
             width, channels = config["width"], config["channels"]
             self.patches, self.texts = nn.Linear(4 * channels, width), nn.Linear(config["text_width"], width)
             self.places, self.time = nn.Linear(4, width), nn.Linear(width, width)
-            self.blocks = nn.ModuleList(_block(width) for _ in range(config["layers"]))
+            self.blocks = nn.ModuleList(_block_class(width)() for _ in range(config["layers"]))
             self.last = nn.Linear(width, 4 * channels)
 
         def gradient_checkpointing_enable(self) -> None:
@@ -128,7 +129,7 @@ def new_text_encoder(config: Mapping[str, Any]) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.embedding = nn.Embedding(257, config["width"])
-            self.blocks = nn.ModuleList(_block(config["width"]) for _ in range(config["layers"]))
+            self.blocks = nn.ModuleList(_block_class(config["width"])() for _ in range(config["layers"]))
 
         def gradient_checkpointing_enable(self) -> None:
             pass

@@ -115,14 +115,6 @@ NOT_YET: dict[str, Row] = {
     "train_inpainting": flag(),
     # precision, memory, speed
     "fused_backward_pass": flag(),
-    "torch_compile": flag(),
-    "dynamo_backend": value("inductor", "no", only_with="torch_compile"),
-    "compile": flag(),
-    "compile_backend": value("inductor", only_with="compile"),
-    "compile_cache_size_limit": value(None, 0, only_with="compile"),
-    "compile_dynamic": value(None, "auto", only_with="compile"),
-    "compile_fullgraph": flag(only_with="compile"),
-    "compile_mode": value("default", only_with="compile"),
     # several devices
     "deepspeed": flag(hint="here: accelerate launch --config_file configs/accelerate/deepspeed_zero2.yaml"),
     "fp16_master_weights_and_gradients": flag(only_with="deepspeed"),

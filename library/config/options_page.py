@@ -36,7 +36,12 @@ DIFFERS: Mapping[str, str] = {
     "caption_extension": "if nothing is found with it while other captions lie beside the images, the run stops; "
     "with one that no captions have, such as .none, it goes on without them",
     "caption_separator": "used to join shuffled tags and to split counted ones, too, where kohya has a comma",
+    "compile": "the ResNet blocks and the transformer blocks of the UNet, with the adapters inside",
+    "compile_backend": "three of torch's backends",
+    "compile_cache_size_limit": "by default large enough for all blocks",
+    "compile_mode": "on a GPU not reduce-overhead and max-autotune, whose CUDA graphs reuse memory that is needed",
     "console_log_level": "other packages' messages appear from warnings on",
+    "dynamo_backend": "three of torch's backends",
     "fp8_base": "the same as --base_format fp8; biases, norms, embeddings, the first and the last layers keep their "
     "precision; not with other packages' networks",
     "full_fp16": "refused with an optimizer whose steps in fp16 are zero or NaN",
@@ -55,6 +60,7 @@ DIFFERS: Mapping[str, str] = {
     "the number of workers or processes",
     "vae_batch_size": "1 is fastest on a CPU",
     "max_validation_steps": "counts the batches of all processes together",
+    "torch_compile": "the same as --compile: block by block, not the whole UNet",
     "validate_every_n_epochs": "has effect beside --validate_every_n_steps only if it is given",
     "validate_every_n_steps": "also before the first step and after the last",
     "validation_seed": "seeds the noise, too, which is the same for an image each time",

@@ -155,7 +155,10 @@ def _time(plan: Plan, run: Run) -> str:
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds[2:])
     total = step * run.saves.total_steps
-    return line("time", f"{step:.2f} s a step, measured; {human_time(total)} for {run.saves.total_steps} steps")
+    plainly = ", without --compile" if plan.options.compile.is_asked_for else ""
+    return line(
+        "time", f"{step:.2f} s a step, measured{plainly}; {human_time(total)} for {run.saves.total_steps} steps"
+    )
 
 
 def _files(plan: Plan, run: Run) -> Iterator[str]:

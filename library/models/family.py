@@ -171,6 +171,10 @@ class ModelFamily(ABC):
 
         return [layers_in(block) for block in self.denoiser_blocks()]
 
+    def compiled_blocks(self) -> Iterable[nn.Module]:
+        """The parts of the loaded denoiser that --compile compiles, each by itself; equal ones share a graph."""
+        return self.denoiser_blocks()
+
     # -- adapters
 
     def outlined(self) -> AbstractContextManager[None]:

@@ -274,6 +274,14 @@ class LatentDiffusion(ModelFamily):
         attention block belong to its first and its last."""
         return [layers for block in self.denoiser_blocks() for layers in _swap_blocks(block)]
 
+    def compiled_blocks(self) -> list[nn.Module]:
+        """The ResNet blocks and the transformer blocks, not the sections that hold them: no two of those are equal."""
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        units = (ResnetBlock2D, BasicTransformerBlock)
+        return [part for block in self.denoiser_blocks() for part in block.modules() if isinstance(part, units)]
+
     def adapter_targets(self, *names: str) -> list[AdapterTargets]:
         """As every family's, counted against the sizes that are known."""
         found = super().adapter_targets(*names)

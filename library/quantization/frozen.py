@@ -15,15 +15,13 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from library.config.registry import load
 from library.errors import UserError
 from library.quantization import FORMATS
+from library.quantization.convolution import Shape, convolve, input_gradient
 from library.quantization.packed import PackedWeight
 
-Pair = tuple[int, ...]
-Shape = tuple[Pair, str | Pair, Pair, int]  # a convolution's stride, padding, dilation and groups
 Fetch = Callable[[], Tensor]
 """Returns a swapped weight on the device; its memory is another weight's as soon as that one is fetched."""
 
@@ -159,10 +157,9 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         _keep(ctx, weight, fetch)
         ctx.size, ctx.shape = x.shape, shape
-        stride, padding, dilation, groups = shape
-        return F.conv2d(x, decoded(weight, x.dtype), bias, stride, padding, dilation, groups)
+        return convolve(x, decoded(weight, x.dtype), bias, shape)
 
     @staticmethod
     def backward(ctx: _ConvContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight = decoded(_kept(ctx), gradient.dtype)
-        return conv2d_input(ctx.size, weight, gradient, *ctx.shape), None, None, None, None
+        return input_gradient(ctx.size, weight, gradient, ctx.shape), None, None, None, None

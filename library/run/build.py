@@ -17,7 +17,7 @@ from library.optimizers.schedules import create_schedule
 from library.parallel import shard, together, zero
 from library.record.run_file import RunFile
 from library.record.saves import SavePlan
-from library.run import disk, recording, start
+from library.run import compiled, disk, recording, start
 from library.run.curves import Curves, curves_of, of_length
 from library.run.encode import load_and_encode, trains_text
 from library.run.hooks import Made, make_hooks
@@ -119,6 +119,8 @@ def _core(
         device=accelerator.device,
     )
     together.same_start(accelerator, network)
+    if options.compile.is_asked_for and not options.run.dry_run:
+        compiled.compile_blocks(family, options)
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
         if refusal := network.refuses("off"):  # now, not in the first step

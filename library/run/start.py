@@ -16,6 +16,7 @@ from library.parallel import shard, together, zero
 from library.record import about, trackers
 from library.record import saves as save
 from library.record.metadata import belongs_to
+from library.run import compiled
 from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def make_accelerator(plan: Plan) -> Accelerator:
         for name in ("deterministic", "allow_tf32"):
             if name in options.given:
                 logger.warning("%s: has no effect on %s", options.given[name], accelerator.device)
+    compiled.refuse_what_cannot_be(options, accelerator.device)
     if options.trains:
         trackers.start(accelerator, plan.trackers)
     _refuse_idle_processes(accelerator.num_processes, plan.prepared.batches_per_epoch)

@@ -37,8 +37,9 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 FACTS, TENSORS = "state.json", "state.pt"
 
-# Options that a resumed run may change freely: they change no weight, only the places of files and the reports.
-_FREE_GROUPS = ("output", "logging", "monitoring", "samples", "run", "divergence", "guidance")
+# Options that a resumed run may change freely: they change no weight, only the places of files and the reports, or, as
+# compilation does, the rounding.
+_FREE_GROUPS = ("output", "logging", "monitoring", "samples", "run", "divergence", "guidance", "compile")
 _FREE = frozenset(
     {
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared

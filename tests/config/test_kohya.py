@@ -159,8 +159,6 @@ WARNED_WORDS = {
     "--sample_sampler dpmpp_2m": "sample_sampler dpmpp_2m: its name here is dpmsolver++",
     "--epoch 8 --max_train_epochs 8": "command line: --epoch = 8: has no effect: kohya's scripts do not read it, but "
     "max_train_epochs or max_train_steps",
-    "--compile_mode max-autotune": "command line: --compile_mode = max-autotune: has no effect: it matters only "
-    "together with compile",
     "--cuda_allow_tf32": "command line: --cuda_allow_tf32: has no effect: it only tunes speed: products of fp32 "
     "numbers keep their precision",
     "--sdxl true": "command line: --sdxl = true: has no effect: the model family is found from the weights",
@@ -175,7 +173,6 @@ REFUSED_WORDS = [
     "--model_train_type flux-lora",
     "--noise_offset",
     "--conditioning_data_dir masks",
-    "--compile",
     "--show_timesteps console",
     "--prompts_file prompts.toml",
     "--network_module networks.lora_flux",

@@ -43,11 +43,11 @@ def test_file(text: str, folder: Path) -> None:
 
 
 def test_every_mistake_is_named_at_once(folder: Path) -> None:
-    (folder / "train.toml").write_text("[a]\nnetwork_dim = 'x'\ntorch_compile = 1\n", encoding="utf-8")
+    (folder / "train.toml").write_text("[a]\nnetwork_dim = 'x'\nfused_backward_pass = 1\n", encoding="utf-8")
     assert message("--config_file", "train", "--seed", "y", "--foo") == (
         "train.toml: [a] network_dim: 'x' is not a whole number\n"
         "command line: --seed: 'y' is not a whole number\n"
-        "train.toml: [a] torch_compile = 1: known to kohya's scripts, not supported here yet\n"
+        "train.toml: [a] fused_backward_pass = 1: known to kohya's scripts, not supported here yet\n"
         "command line: --foo: unknown option"
     )
 

@@ -21,6 +21,7 @@ from library.config.fields import (
     option,
     read_token_length,
 )
+from library.config.options.compile import CompileOptions
 from library.config.options.custom_adamw import CustomAdamWOptions
 from library.config.options.data import DataOptions
 from library.config.options.divergence import DivergenceOptions
@@ -317,6 +318,7 @@ class Options:
 
     model: ModelOptions
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
     data: DataOptions = field(default_factory=DataOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
