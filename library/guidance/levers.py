@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.config.options import declared_options, option_groups
+from library.config.options import option_groups
 from library.data.captions import refuse_text_cache_of_changing_captions
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError
@@ -69,7 +69,7 @@ def _is_set(lever: Lever, options: Options) -> bool:
 
 def _all(plan: Plan) -> Iterator[Lever]:
     """All of them, in the order of the documentation."""
-    options, known = plan.options, declared_options()
+    options = plan.options
     yield Lever(
         axis="latents", changes={"cache_latents": True}, time=0.95, source="the VAE's share of a step, estimated"
     )
@@ -85,10 +85,7 @@ def _all(plan: Plan) -> Iterator[Lever]:
         yield Lever(axis="state", changes={"optim_bits": 8}, time=1.0, source="below 1 % of a step")
     yield Lever(axis="vae batch", changes={"vae_batch_size": 1}, time=1.0, source="before training only")
     for name, time, source in _FORMATS:
-        if "base_format" in known:
-            yield Lever(axis="format", changes={"base_format": name}, time=time, source=source)
-        elif name == "fp8":
-            yield Lever(axis="format", changes={"fp8_base": True}, time=time, source=source)
+        yield Lever(axis="format", changes={"base_format": name}, time=time, source=source)
     yield Lever(
         axis="checkpointing",
         changes={"gradient_checkpointing": True},
@@ -103,14 +100,13 @@ def _all(plan: Plan) -> Iterator[Lever]:
             time=1.25,
             source="estimated: small batches use a GPU less well",
         )
-    if "blocks_to_swap" in known:
-        for share in (50, 90):
-            yield Lever(
-                axis="swapping",
-                changes={"blocks_to_swap": f"{share}%"},
-                time=1 + 0.15 * share / 100,
-                source="published for all blocks: 4 to 11 % more, where copies overlap with computing",
-            )
+    for share in (50, 90):
+        yield Lever(
+            axis="swapping",
+            changes={"blocks_to_swap": f"{share}%"},
+            time=1 + 0.15 * share / 100,
+            source="published for all blocks: 4 to 11 % more, where copies overlap with computing",
+        )
     yield Lever(
         axis="text",
         changes={"network_train_unet_only": True, "cache_text_encoder_outputs": True},

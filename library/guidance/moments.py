@@ -13,7 +13,8 @@ from torch import nn
 
 from library import log
 from library.guidance.estimate import parameter_bytes
-from library.guidance.passes import Outlined, held_parts, outlined, weight_bytes
+from library.guidance.passes import Outlined, Weight, bytes_in_formats, held_parts, outlined, weights_in
+from library.offload import swap
 from library.optimizers.create import create_optimizer, state_bytes
 from library.optimizers.small_lora import has_modes
 from library.run.encode import trains_text
@@ -62,11 +63,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class _Outline:
-    """What the outline of a variant shows without a pass: `weights` and `sizes` of each part of the model, in bytes and
-    in numbers; of the `network` all bytes, those of `trained` tensors and their `count`; `counts` by section; `groups`:
-    how many trained tensors there are of each shape and dtype."""
+    """What the outline of a variant shows without a pass: of each part of the model the bytes of its `weights` by
+    format and the number of its parameters (`sizes`); the weights of the `blocks` that can be swapped; of the `network`
+    all bytes, those of `trained` tensors and their `count`; `counts` by section; `groups`: how many trained tensors
+    there are of each shape and dtype."""
 
-    weights: Mapping[str, int]
+    weights: Mapping[str, Mapping[str, int]]
+    blocks: Sequence[Sequence[Weight]]
     sizes: Mapping[str, int]
     network: int
     trained: int
@@ -112,15 +115,20 @@ class Estimator:
         return self._passes[key]
 
     def _outline(self, options: Options) -> _Outline:
-        key = _that_matter(options)
+        precision = options.precision
+        key = (
+            *(precision.mixed_precision, precision.of_weights, options.model.no_half_vae),
+            options.network.network_train_unet_only,
+        )
         if key not in self._outlines:
             family = self.plan.family
-            with outlined(family, options, self.plan.network_arguments) as outline:
-                network, held = outline.network, held_parts(family, options)
+            with outlined(family, options, self.plan.network_arguments, held=False) as outline:
+                network = outline.network
                 groups = parameter_groups(network, options)  # freezes what has the rate 0
                 trained = [parameter for group in groups for parameter in group["params"]]
                 self._outlines[key] = _Outline(
-                    weights={name: weight_bytes(family, name, held.get(name, "")) for name in family.PARTS},
+                    weights={name: bytes_in_formats(family, name) for name in family.PARTS},
+                    blocks=[weights_in(family, "denoiser", block) for block in family.swap_blocks()],
                     sizes={name: sum(p.numel() for p in family.components[name].parameters()) for name in family.PARTS},
                     network=parameter_bytes([network]),
                     trained=sum(parameter.nbytes for parameter in trained),
@@ -153,7 +161,7 @@ def _that_matter(options: Options) -> tuple[object, ...]:
     precision = options.precision
     return (
         precision.mixed_precision, precision.gradient_checkpointing, bool(precision.of_weights),
-        precision.unet_format, precision.text_format, options.model.no_half_vae,
+        bool(precision.unet_format), bool(precision.text_format), options.model.no_half_vae,
         options.network.network_train_unet_only,
     )  # fmt: skip
 
@@ -198,7 +206,18 @@ class _Moments:
         names = ["denoiser"]
         names += [] if data.cache_text_encoder_outputs else parts.text_encoders
         names += [] if data.cache_latents else ["vae"]
-        return sum(self.outline.weights[name] for name in names)
+        held = held_parts(self._family, self.options)
+        return sum(self.outline.weights[name][held.get(name, "")] for name in names) - self._swapped
+
+    @cached_property
+    def _swapped(self) -> int:
+        """Bytes that lie in host memory, less the two buffers in their place."""
+        precision = self.options.precision
+        if precision.blocks_to_swap is None:
+            return 0
+        blocks = swap.chosen(self.outline.blocks, precision.blocks_to_swap)
+        sizes = [sum(weight.bytes_in(precision.unet_format) for weight in block) for block in blocks]
+        return round(sum(sizes) - 2 * max(sizes, default=0))
 
     @cached_property
     def standing(self) -> dict[str, int]:
@@ -240,14 +259,14 @@ class _Moments:
         sizes = {group.size for group in self.estimator.plan.prepared.groups}
         size, count = max(sizes, key=lambda size: size[0] * size[1]), self.options.data.vae_batch_size
         peak = self._once(("encode", size, count), lambda outline: outline.encode_images(size, count))
-        return Moment("caching latents", {"weights": self.outline.weights["vae"], "activations": peak})
+        return Moment("caching latents", {"weights": self.outline.weights["vae"][""], "activations": peak})
 
     def _encoding_texts(self) -> Moment:
         data, parts = self.options.data, self._family.components
         count = data.text_encoder_batch_size or data.train_batch_size
         peak = self._once(("texts", count), lambda outline: outline.encode_texts(count))
-        weights = sum(self.outline.weights[name] for name in parts.text_encoders)
-        weights += 0 if data.cache_latents else self.outline.weights["vae"]
+        weights = sum(self.outline.weights[name][""] for name in parts.text_encoders)
+        weights += 0 if data.cache_latents else self.outline.weights["vae"][""]
         return Moment("caching text", {"weights": weights, "activations": peak})
 
     def _validation(self) -> Moment:
@@ -261,7 +280,7 @@ class _Moments:
         """The denoiser, twice at once with guidance, and then the VAE, which is loaded for it."""
         standing = {**self.standing, **self._average_in_use("sample")}
         if self.options.data.cache_latents:
-            standing["VAE"] = self.outline.weights["vae"]
+            standing["VAE"] = self.outline.weights["vae"][""]
         size = max(sizes, key=lambda size: size[0] * size[1])
         size = tuple(side - side % self._family.size_divisor for side in size)  # type: ignore[assignment]
         count = 2 if any(sizes.values()) else 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -133,10 +133,10 @@ def _pixels(size: Size, count: int) -> Tensor:
 
 
 @contextmanager
-def outlined(family: ModelFamily, options: Options, arguments: Arguments) -> Iterator[Outlined]:
+def outlined(family: ModelFamily, options: Options, arguments: Arguments, *, held: bool = True) -> Iterator[Outlined]:
     """The model and the network of these options without weights, in the dtypes and formats of a run.
 
-    `options`: with a network of our own. `arguments`: --network_args.
+    `options`: with a network of our own. `arguments`: --network_args. `held` False: no weight is packed.
     """
     kind = kinds.kind_of(options.network.network_module, options.network.network_args)
     assert kind is not None, "networks of other packages cannot be made without weights"
@@ -146,8 +146,11 @@ def outlined(family: ModelFamily, options: Options, arguments: Arguments) -> Ite
             module.eval().requires_grad_(False)
         for name in family.PARTS:
             parts[name].to(vae_dtype(family, options) if name == "vae" else DTYPES[precision.mixed_precision])
-        for name in held_parts(family, options):
+        for name in held_parts(family, options) if held else ():
             hold(family, name)
+        for layer in parts["denoiser"].modules():
+            if isinstance(layer, nn.Conv2d):
+                compute_frozen(layer)
         start = None if wanted.network_weights is None else files.read(wanted.network_weights)
         network = create.make(
             kind,
@@ -206,14 +209,39 @@ def hold(family: ModelFamily, name: str) -> None:
         compute_frozen(layer)
 
 
-def weight_bytes(family: ModelFamily, name: str, format: str = "") -> int:
-    """Bytes of a part of an outline that `outlined` has made, its packed layers in `format`."""
-    module = family.components[name]
-    if not format:
-        return parameter_bytes([module])
-    weights = [layer.weight for layer in _held_layers(family, name)]
-    packed = sum(FORMAT_BYTES[format](weight.numel(), weight.shape[0]) for weight in weights)
-    return round(parameter_bytes([module]) - sum(weight.nbytes for weight in weights) + packed)
+@dataclass(frozen=True)
+class Weight:
+    """A weight of a part: its numbers, output channels and bytes, and whether it is one of those that are packed."""
+
+    numbers: int
+    rows: int
+    nbytes: int
+    is_packed: bool
+
+    def bytes_in(self, format: str) -> float:
+        """Bytes in one of FORMAT_BYTES; "" is as computed with."""
+        return FORMAT_BYTES[format](self.numbers, self.rows) if format and self.is_packed else self.nbytes
+
+
+def weights_in(family: ModelFamily, name: str, layers: Iterable[nn.Module]) -> list[Weight]:
+    """The weights of these layers of a part, of an outline where none is packed."""
+    packed = {id(layer) for layer in _held_layers(family, name)}
+    return [
+        Weight(layer.weight.numel(), layer.weight.shape[0], layer.weight.nbytes, id(layer) in packed)
+        for layer in layers
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+
+
+def bytes_in_formats(family: ModelFamily, name: str) -> dict[str, int]:
+    """Bytes of a part of an outline where nothing is packed, by the format that its layers would be held in."""
+    whole = parameter_bytes([family.components[name]])
+    weights = weights_in(family, name, _held_layers(family, name))
+    own = sum(weight.nbytes for weight in weights)
+    return {
+        format: round(whole - own + sum(weight.bytes_in(format) for weight in weights))
+        for format in ("", *FORMAT_BYTES)
+    }
 
 
 def _checkpoint(family: ModelFamily, options: Options) -> None:

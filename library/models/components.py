@@ -175,6 +175,11 @@ class Components:
         finally:
             self._modules = before
 
+    def size(self, name: str) -> int:
+        """The number of the part's parameters, loaded or not."""
+        module = self._modules[name] if name in self._modules else self._new(name)
+        return sum(parameter.numel() for parameter in module.parameters())
+
     def _outline(self, name: str) -> nn.Module:
         from library.models.checkpoints.weights import check_fit
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from library.quantization.frozen import compute_swapped
 
 Layer = nn.Linear | nn.Conv2d
 Block = Sequence[Layer]
+T = TypeVar("T")
 
 _ALIGNED = 256  # bytes, as the memory that a GPU allocates
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -55,7 +56,7 @@ def layers_in(*modules: nn.Module) -> list[Layer]:
     ]
 
 
-def chosen(blocks: Sequence[Block], asked: int | str) -> list[Block]:
+def chosen(blocks: Sequence[T], asked: int | str) -> list[T]:
     """The blocks that are swapped if `asked` of them shall be: a number, or "50%" of all.
 
     They are spread evenly, so that those in between leave time for the copies, and those of a smaller number are among

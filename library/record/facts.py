@@ -36,18 +36,20 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
     """The adapters on one part of the model ("unet"), and their parameters. `layers`: how many on the layers of each
-    name ("attn1.to_q"); empty where it is not known."""
+    name ("attn1.to_q"); empty where it is not known. `part_parameters`: of the part itself; 0: unknown."""
 
     part: str
     count: int
     parameters: int
     layers: tuple[tuple[str, int], ...] = ()
+    part_parameters: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """The trained network. `ranks`: the lowest and the highest of our own adapters; None for those of other packages,
-    of which only the configured rank, `dim`, is known. `parameters`: the number of trained ones."""
+    of which only the configured rank, `dim`, is known. `parameters`: the number of trained ones. `model_parameters`:
+    of the whole base model; 0: unknown."""
 
     module: str
     dim: int | None
@@ -55,6 +57,7 @@ class Network:
     alpha: float
     adapters: tuple[Adapters, ...]
     parameters: int
+    model_parameters: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,8 @@ def _glance(story: Story) -> list[tuple[str, str]]:
         model, network, rates = _glance_of_words(story)
     else:
         model, network, rates = facts.model.path, summary.network(facts.network), summary.rates(facts.rates)
+        if share := summary.share(facts.network):
+            network = f"{network}: {share}"
     subsets = story.run.get("subsets", ())
     shown = [
         ("base model", model),

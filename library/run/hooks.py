@@ -31,6 +31,7 @@ from library.training.hooks.monitor import Monitor
 from library.training.hooks.pictures import Pictures
 from library.training.hooks.sampler import Sampler
 from library.training.hooks.saver import Saver
+from library.training.hooks.spill import Spill
 from library.training.hooks.validation import Times, Validator
 from library.training.hooks.weight_decay import Observe, WeightDecay
 from library.training.meter import Meter
@@ -71,6 +72,8 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
     if options.trains:
         yield from _pictures(plan, run, made.prompts)
         yield from _monitor(plan, run, made.record)
+        if run.accelerator.device.type == "cuda":
+            yield Spill()
     if options.ema.ema_decay is not None:
         yield Ema(run.parameters, decay=options.ema.ema_decay, purposes=options.ema.purposes)
     if options.trains:

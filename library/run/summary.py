@@ -74,6 +74,9 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
 def _network(plan: Plan, run: Run) -> facts.Network:
     network, wanted = run.network, plan.options.network
     parameters, layers = network.parameter_counts(), network.layer_counts()
+    parts = plan.family.components
+    sizes = {name: parts.size(name) for name in plan.family.PARTS}
+    by_section = {kind.section: sizes[name] for name, kind in plan.family.PARTS.items() if kind.section}
     return facts.Network(
         module=wanted.network_module,
         dim=wanted.network_dim,
@@ -81,11 +84,16 @@ def _network(plan: Plan, run: Run) -> facts.Network:
         alpha=wanted.network_alpha,
         adapters=tuple(
             facts.Adapters(
-                part=part, count=count, parameters=parameters[part], layers=tuple(layers.get(part, {}).items())
+                part=part,
+                count=count,
+                parameters=parameters[part],
+                layers=tuple(layers.get(part, {}).items()),
+                part_parameters=by_section.get(part, 0),
             )
             for part, count in network.counts().items()
         ),
         parameters=sum(parameter.numel() for parameter in run.parameters),
+        model_parameters=sum(sizes.values()),
     )
 
 

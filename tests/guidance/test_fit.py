@@ -26,7 +26,7 @@ Train = Callable[..., int]
 def planned(tmp_path: Path, image_folder: Path) -> Planned:
     given = [
         *("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(image_folder)),
-        *("--caption_extension", ".txt", "--resolution", "128", "--output_dir", str(tmp_path / "out")),
+        *("--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(tmp_path / "out")),
         *("--learning_rate", "1e-4", "--seed", "1", "--network_dim", "4"),
     ]
     return lambda *words: make_plan(parse([*given, *words]))
@@ -166,7 +166,7 @@ def test_the_card(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_with_fit(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line: chosen, logged, trained with, and resumed with."""
-    words = ("--resolution", "128", "--no-cache_latents", "--save_state_on_train_end")
+    words = ("--no-cache_latents", "--save_state_on_train_end")
     assert train(*words, "--fit", "600MB") == 0
     said = capsys.readouterr().err
     assert "--fit sets --mixed_precision bf16: 0.55 × the time of a step (measured" in said
@@ -214,7 +214,7 @@ def test_the_advice_of_an_error_of_memory(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. 1 GiB is free")
 
     monkeypatch.setattr(loop, "backward", backward)
-    assert train("--resolution", "256") == 2
+    assert train() == 2
     said = capsys.readouterr().err
     assert "Nothing was trained yet, and nothing was written. What would save most: --" in said
     assert said.count(" less)") == 3

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.memory import peak_memory
-from library.optimizers.create import effective_weight_decays
+from library.optimizers.create import effective_weight_decays, tensor_bytes
 from library.record import metrics
 from library.record.run_file import RunFile
 from library.record.validation_history import Validation
@@ -113,6 +113,7 @@ class Monitor(Hook[Run]):
     def end(self, run: Run, *, stopped_by: str, conclusion: str) -> None:
         """Write the last line, with the peak memory."""
         memory = peak_memory(run.accelerator.device)
+        memory["of the optimizer's state"] = tensor_bytes(run.optimizer.optimizer.state)
         self._write(self._step, {"end": {"stopped_by": stopped_by, "conclusion": conclusion, "memory": memory}})
         if self._file is not None:
             self._file.close()
