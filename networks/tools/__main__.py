@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from library.config.command import run
-from library.config.registry import load_path
 from library.errors import UserError, did_you_mean
+from networks.tools.command import run_alone
 
 COMMANDS = {
-    "check": ("networks.tools.check.main", "what an adapter file is, and which programs load it"),
-    "convert": ("networks.tools.convert.main", "an adapter file in another program's names"),
-    "evaluate": ("library.evaluation.evaluate.main", "the loss of LoRA files on folders of images"),
-    "draw": ("library.evaluation.draw.main", "prompts × LoRA files × multipliers × seeds as one picture"),
-    "find_rank": ("library.evaluation.find_rank.main", "train at several ranks, and name the smallest that is enough"),
+    "merge": ("networks.tools.merge", "LoRA files into one, or into a checkpoint"),
+    "resize": ("networks.tools.resize", "a file at a lower rank"),
+    "ranks": ("networks.tools.ranks", "how much of its rank a file uses"),
+    "inspect": ("networks.tools.inspect", "a file's metadata in words, its norms, its training settings"),
+    "compare": ("networks.tools.compare", "two files, layer by layer"),
+    "ema": ("networks.tools.ema", "the average of a run's files"),
+    "convert": ("networks.tools.convert", "an adapter file in another program's names"),
+    "check": ("networks.tools.check", "what an adapter file is, and which programs load it"),
+    "evaluate": ("library.evaluation.evaluate", "the loss of LoRA files on folders of images"),
+    "draw": ("library.evaluation.draw", "prompts × LoRA files × multipliers × seeds as one picture"),
+    "find_rank": ("library.evaluation.find_rank", "train at several ranks, and name the smallest that is enough"),
 }
-"""Each with the import path of its `main(argv)`, which returns the exit code, and a line for the help."""
+"""Each with its module and a line for the help. A module has `main(argv)`, which returns the exit code, or what
+`networks.tools.command` needs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +41,11 @@ def _main(argv: Sequence[str]) -> int:
     name, *words = argv
     if name not in COMMANDS:
         raise UserError(f"'{name}' is no tool{did_you_mean(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
-    code: int = load_path(COMMANDS[name][0], where=name)(words)
+    path, _ = COMMANDS[name]
+    module = importlib.import_module(path)
+    if hasattr(module, "add_options"):
+        return run_alone(path, words)
+    code: int = module.main(words)
     return code
 
 

@@ -1,7 +1,7 @@
 """Print what an adapter file is, and which programs load it.
 
-python -m networks.tools.check fox.safetensors
-python -m networks.tools.check fox.safetensors --base sd15.safetensors
+python -m networks.tools check fox.safetensors
+python -m networks.tools check fox.safetensors --base sd15.safetensors
 
 Exit code 2: the file is damaged or no adapter, or none of these programs loads a layer of it.
 """
@@ -19,6 +19,7 @@ from library.files.header import read_metadata
 from library.models.checkpoints.adapter_file import layers_of
 from networks import base_weights, kinds
 from networks.formats import loaders
+from networks.tools import command
 
 # What a reader of metadata wants first, by the label of its line; all of it stands in the file's header
 _METADATA = {
@@ -29,22 +30,24 @@ _METADATA = {
 _VALUES_SHOWN = 4  # different ranks or alphas
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the sub-command."""
     parser.add_argument("file", type=Path, help="the adapter file")
     parser.add_argument("--base", metavar="MODEL", help="look for its layers in this base model: a file or a folder")
-    options = parser.parse_args(argv)
-    log.configure()
-    try:
-        lines, loads = report(options.file, base=options.base)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    lines, loads = report(options.file, base=options.base)
     print("\n".join(lines))
     if not loads:
         print(f"error: {options.file}: no program that is known here loads a layer of it", file=sys.stderr)
     return 0 if loads else 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return command.run_alone(__name__, argv)
 
 
 def report(path: Path, *, base: str | None = None) -> tuple[list[str], bool]:

@@ -1,7 +1,7 @@
 """Rename an adapter file's tensors: to diffusers' names (LoRA and DoRA of rows), or from any to kohya's.
 
-python -m networks.tools.convert lora.safetensors lora-diffusers.safetensors --to diffusers
-python -m networks.tools.convert lora-diffusers.safetensors lora.safetensors --to kohya
+python -m networks.tools convert lora.safetensors lora-diffusers.safetensors --to diffusers
+python -m networks.tools convert lora-diffusers.safetensors lora.safetensors --to kohya
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from library import log
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import WrittenNaming
 from networks import base_weights
+from networks.tools import command
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +23,22 @@ logger = logging.getLogger(__name__)
 _OF_THE_OLD_FILE = ("lora_adapter_metadata", "modelspec.hash_sha256")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 2 for what the user can put right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the sub-command."""
     parser.add_argument("source", type=Path, help="the LoRA file to read")
     parser.add_argument("target", type=Path, help="the .safetensors to write")
     parser.add_argument("--to", choices=get_args(WrittenNaming), required=True, help="whose names to write")
-    options = parser.parse_args(argv)
-    log.configure()
-    try:
-        convert(options.source, options.target, to=options.to)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit code."""
+    convert(options.source, options.target, to=options.to)
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 2 for what the user can put right."""
+    return command.run_alone(__name__, argv)
 
 
 def convert(source: Path, target: Path, *, to: WrittenNaming) -> None:
