@@ -39,7 +39,9 @@ def execute(options: argparse.Namespace) -> int:
 
 def run_alone(name: str, argv: list[str] | None = None) -> int:
     """Run the sub-command whose module has this name, without the name of a sub-command in the arguments."""
-    return execute(parser_of(sys.modules[name]).parse_args(argv))
+    parser = parser_of(sys.modules[name])
+    parser.prog = f"lora-tools {name.rpartition('.')[2]}"
+    return execute(parser.parse_args(argv))
 
 
 def add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
