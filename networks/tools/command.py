@@ -6,6 +6,7 @@ A sub-command is a module with a docstring, `add_options(parser)` and `run(optio
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -31,9 +32,13 @@ def execute(options: argparse.Namespace) -> int:
     log.configure()
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of the report, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 0
     return code
 
 

@@ -60,7 +60,7 @@ class Factors:
 
         U [out, n], σ [n] from the largest down, Vᵀ [n, in · k · k].
 
-        U R₁ R₂ᵀ Vᵀ by two QR, then the SVD of R₁ R₂ᵀ, which has at most r rows and columns.
+        From the QR of both factors, up = Q₁ R₁ and downᵀ = Q₂ R₂, and the SVD of R₁ R₂ᵀ, at most [r, r].
         """
         left, upper = torch.linalg.qr(self.up)
         right, lower = torch.linalg.qr(self.down.T)
