@@ -58,7 +58,7 @@ FLAGS = [
     flags("--base_format", "nf5"),
     flags("--base_format", "fp8"),
     flags("--fp8_base", "--base_format", "int8"),
-    flags("--fp8_base_unet", "--text_encoder_format", "nf4", "--mixed_precision", "bf16"),
+    flags("--fp8_base_unet", "--text_encoder_format", "nf4"),
     flags("--min_timestep", "600", "--max_timestep", "400"),
     flags("--network_train_unet_only", "--network_train_text_encoder_only"),
     flags("--debug_dataset", "--dry_run"),
