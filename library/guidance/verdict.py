@@ -40,7 +40,15 @@ def is_computable(plan: Plan) -> bool:
 
 def estimator(plan: Plan) -> Estimator:
     """For the needs of this plan's run, and of the same with other options."""
-    return Estimator(plan, choose=lambda options: _optimizer(plan, options))
+    found: dict[tuple[object, object], OptimizerChoice] = {}
+
+    def choose(options: Options) -> OptimizerChoice:
+        key = (options.optimizer, options.custom_adamw)
+        if key not in found:
+            found[key] = _optimizer(plan, options)
+        return found[key]
+
+    return Estimator(plan, choose)
 
 
 def _optimizer(plan: Plan, options: Options) -> OptimizerChoice:
