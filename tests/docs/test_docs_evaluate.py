@@ -81,7 +81,7 @@ def test_every_option_of_the_page_exists() -> None:
     from library.evaluation import draw, evaluate, find_rank
 
     groups = [group for module in (draw, evaluate, find_rank) for group in module.COMMAND.groups.values()]
-    known = {name for group in groups for name in declared(group)} | declared_options().keys()
+    known = {"help"} | {name for group in groups for name in declared(group)} | declared_options().keys()
     named = {name.removeprefix("no-") for name in re.findall(r"`--([\w-]{3,})", PAGE)}  # shorter: flags of prompts
     assert named <= known
 
