@@ -251,13 +251,17 @@ def test_what_does_not_fit_the_family_is_told_before_images_are_encoded(train_sd
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "said"), [(("--fp8_base_unet",), "8 bits"), (("--base_format", "nf4"), "nf4"), ((), None)]
-)
-def test_a_dry_run_tells_the_format_of_the_frozen_weights(train_sdxl, capsys, words, said):
-    assert train_sdxl("--dry_run", "--mixed_precision", "bf16", *CACHED, *words) == 0
-    found = re.search(r"frozen weights in (.+)", capsys.readouterr().out)
-    assert (found and found[1]) == said
+def test_a_dry_run_names_the_format_and_counts_its_bits(train_sdxl, capsys):
+    def weights_in_bits(said, *words):
+        assert train_sdxl("--dry_run", "--mixed_precision", "bf16", *CACHED, *words) == 0
+        out = capsys.readouterr().out
+        assert (f"frozen weights in {said}" in out) == bool(words)
+        number, unit = re.search(r"a training step: weights ([\d.]+) ([KM])iB", out).groups()
+        return float(number) * {"K": 1, "M": 1024}[unit]
+
+    whole = weights_in_bits("")
+    assert weights_in_bits("8 bits", "--fp8_base_unet") < 0.75 * whole
+    assert weights_in_bits("nf4", "--base_format", "nf4") < 0.7 * whole
 
 
 def test_a_dry_run_tells_what_it_takes(train_sdxl, capsys):
