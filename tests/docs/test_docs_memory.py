@@ -56,7 +56,7 @@ def test_the_command_of_formulas(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_options_that_are_named_exist() -> None:
-    named = set(re.findall(r"--(\w+)", PAGE)) - {"parameters", "rank", "checkpointing"}
+    named = set(re.findall(r"--(\w+)", PAGE)) - {"parameters", "rank", "checkpointing", "only"}
     assert named <= declared_options().keys()
 
 
