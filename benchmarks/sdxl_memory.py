@@ -147,9 +147,26 @@ def computed(command: list[str]) -> list[float]:
         [sys.executable, "train_network.py", *command, "--dry_run"],
         cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    said = result.stdout[result.stdout.index("\nmemory") :]
-    units = {"GiB": 1, "MiB": 2**10, "KiB": 2**20}
-    return [float(number) / units[unit] for number, unit in re.findall(r"([\d.]+) (GiB|MiB|KiB)", said)[:5]]
+    whole, step = _moment("a training step", result.stdout)
+    encoding, _ = _moment("caching latents", result.stdout)
+    weights, passing = (sum(step[name] for name in names) for names in (_WEIGHTS, _PASSING))
+    return [whole, weights, step["optimizer state"], passing, encoding]
+
+
+_WEIGHTS, _PASSING = ("weights", "adapter"), ("gradients", "activations")
+
+
+def _moment(name: str, said: str) -> tuple[float, dict[str, float]]:
+    """The GiB of one of a dry run's moments, and of its parts."""
+    (line,) = re.findall(rf"^.*  {name}: .*$", said, flags=re.MULTILINE)
+    size = rf"([\d.]+) ({'|'.join(_UNITS)})"
+    found = re.search(size, line)
+    assert found is not None, line
+    parts = re.findall(rf"(?:: |, )([a-z ]+) {size}", line)
+    return float(found[1]) / _UNITS[found[2]], {part: float(number) / _UNITS[unit] for part, number, unit in parts}
+
+
+_UNITS = {"GiB": 1, "MiB": 2**10, "KiB": 2**20}
 
 
 def measure(model: Path, data: Path, resolution: int, more: tuple[str, ...]) -> None:

@@ -269,7 +269,7 @@ def test_a_dry_run_tells_what_it_takes(train_sdxl, capsys):
     said = capsys.readouterr().out
     assert "(sdxl_base_v1-0, epsilon)" in said
     assert "text_encoder_1 18 modules, text_encoder_2 18 modules, unet 192 modules" in said
-    assert "in a step, beside the program itself" in said
+    assert " a training step: weights " in said
 
 
 def test_the_command_for_sdxl_takes_nothing_else(tiny_sdxl, tmp_path, image_folder, capsys):
