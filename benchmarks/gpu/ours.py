@@ -103,6 +103,6 @@ def computed(bench: Bench, kind: str, *more: str, batch: int = 1) -> int:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert main([*words(bench, kind, bench.folder / "out", batch=batch, steps=1), *more, "--dry_run"]) == 0
-    found = re.search(r"about ([\d.]+) (KiB|MiB|GiB) in a step", said.getvalue())
+    found = re.search(r"([\d.]+) (KiB|MiB|GiB)  a training step: ", said.getvalue())
     assert found is not None, said.getvalue()
     return int(float(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]])
