@@ -17,6 +17,7 @@ from library.run.plan import Plan, make_plan
 from library.training import loop
 from library.training.run import Run
 from tests.conftest import BASE, copy_images
+from tests.quick import quick
 
 BF16 = ("--mixed_precision", "bf16")
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
@@ -77,7 +78,7 @@ def held(run: Run) -> int:
     return sum(parts)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", quick(CONFIGURATIONS, "bf16", "unet only, checkpointing"))
 def test_a_step_is_estimated_within_five_percent(planned: Callable[..., Plan], name: str) -> None:
     plan = planned(*CONFIGURATIONS[name])
     needs = verdict.estimator(plan).needs(plan.options)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from networks.files import AdapterFile, read
 from networks.foreign import BaseModel, ForeignNetwork
 from networks.network import Network
 from networks.settings import Asked
+from tests.quick import quick
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
 MADE_UP = Path(__file__).parent / "made_up"
@@ -154,9 +154,9 @@ def foreign(network: nn.Module, text_encoder: Any = None, unet: Any = None) -> F
     return ForeignNetwork(network, BaseModel(None, text_encoder, unet, unet))
 
 
-def every_kind(*quick: str) -> list[Any]:
-    """All kinds for `parametrize`: these in `make test`, the others, which take seconds each, in `make test-full`."""
-    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds.KINDS]
+def every_kind(*chosen: str) -> list[Any]:
+    """All kinds for `parametrize`, the chosen in `make test`."""
+    return quick(kinds.KINDS, *chosen)
 
 
 def randomize(network: nn.Module, scale: float = 0.05) -> None:

@@ -26,6 +26,7 @@ from networks.merge import BaseWeights
 from networks.network import Network
 from networks.settings import Asked
 from tests.frozen import held
+from tests.quick import quick
 
 # Sizes that differ between the layers, where a kind has any
 SIZES: dict[str, tuple[Asked, dict[str, Any]]] = {
@@ -138,7 +139,7 @@ def test_an_outline_of_the_base_gives_the_same_changes(kind, toy, tmp_path: Path
         assert torch.equal(found.get(name, before[name]), weight), name
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", quick(FORMATS, "nf4"))
 def test_a_packed_base_is_the_base_rounded_before(kind, toy, format):
     """In outputs, gradients, and in first values that come from the base."""
     rounded, targets = copy.deepcopy(toy), unet_targets(toy)

@@ -28,6 +28,7 @@ from networks.kinds import KINDS
 from tests.conftest import BASE
 from tests.offload.conftest import Made, Planned, same, started, trained
 from tests.offload.held_back import HeldBackLane
+from tests.quick import quick
 
 PRECISIONS = {
     "fp32": (),
@@ -52,8 +53,14 @@ ALL = ("--blocks_to_swap", "100%")
 @pytest.mark.parametrize(
     ("precision", "asked", "checkpointing"),
     [
-        *(("fp32", "100%", False), ("fp32", "5", True), ("bf16", "50%", False), ("bf16", "100%", True)),
-        *((format, "100%", False) for format in FORMATS),
+        *quick(
+            [
+                *(("fp32", "100%", False), ("fp32", "5", True), ("bf16", "50%", False), ("bf16", "100%", True)),
+                *((format, "100%", False) for format in FORMATS),
+            ],
+            ("bf16", "100%", True),
+            ("nf4", "100%", False),
+        ),
     ],
 )
 def test_a_run_has_the_same_bits(made: Made, precision: str, asked: str, checkpointing: bool) -> None:
@@ -64,7 +71,7 @@ def test_a_run_has_the_same_bits(made: Made, precision: str, asked: str, checkpo
     assert lane.copies
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "dora", "lokr"))
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_kind_of_adapter_has_the_same_bits(made: Made, kind: str, precision: str) -> None:
     """Also those that compute with the layers' weights themselves: in host memory they would find NaN."""

@@ -13,6 +13,7 @@ from library.models.components import Components
 from library.quantization import FORMATS
 from library.quantization.packed import PackedWeight
 from tests.conftest import BASE
+from tests.quick import quick
 from tests.training.written import distance, same, weights
 
 Train = Callable[..., int]
@@ -22,8 +23,8 @@ FEATURES = (
 )
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize("format", quick(FORMATS, "nf4"))
+@pytest.mark.parametrize("precision", quick(["bf16", "no"], "bf16"))
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     train: Train, tmp_path: Path, format: str, precision: str
 ) -> None:
@@ -61,7 +62,7 @@ def test_the_text_encoder_can_have_another_format(train: Train, monkeypatch: pyt
     assert seen == {"denoiser": {"NF4"}, "text_encoder": {"Scaled"}, "vae": set()}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", quick(FORMATS, "int8"))
 def test_base_weights_are_merged_before_the_weights_are_packed(train: Train, tmp_path: Path, format: str) -> None:
     """The same as if they were in the file of the base already."""
     words = ("--mixed_precision", "bf16", "--max_train_steps", "2")
@@ -113,7 +114,7 @@ def test_a_weight_that_is_no_number_is_refused_with_its_layer(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("format", [name for name in FORMATS if name != "fp8"])
+@pytest.mark.parametrize("format", quick([name for name in FORMATS if name != "fp8"], "nf4"))
 def test_networks_of_other_packages_train_on_a_packed_base(train: Train, tmp_path: Path, format: str) -> None:
     """As on a base that was rounded before."""
     pytest.importorskip("lycoris.kohya")

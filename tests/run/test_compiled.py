@@ -25,6 +25,7 @@ from library.training import loop
 from library.training.run import Run
 from tests import toy_family
 from tests.conftest import BASE, IMAGES, copy_images, forget_accelerator
+from tests.quick import quick
 
 Made = Callable[..., Run]
 EAGER = ("--compile", "--compile_backend", "eager")
@@ -112,7 +113,7 @@ def test_another_size_is_no_other_graph(made: Made, tmp_path: Path) -> None:
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", quick(["eager", "aot_eager"], "eager"))
 def test_the_results_are_those_of_eager_blocks(made: Made, backend: str) -> None:
     plain, first, second = made(), made("--torch_compile", "--dynamo_backend", backend), None
     expected = losses(plain)
@@ -129,12 +130,17 @@ def test_the_results_are_those_of_eager_blocks(made: Made, backend: str) -> None
 @pytest.mark.parametrize(
     "words",
     [
-        ("--gradient_checkpointing",),
-        (*BF16, "--fp8_base"),
         (*BF16, "--base_format", "nf4"),
-        (*BF16, "--base_format", "int8", "--gradient_checkpointing"),
-        ("--network_args", "rank_dropout=0.3"),
-        ("--network_dropout", "0.3"),
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (
+                ("--gradient_checkpointing",),
+                (*BF16, "--fp8_base"),
+                (*BF16, "--base_format", "int8", "--gradient_checkpointing"),
+                ("--network_args", "rank_dropout=0.3"),
+                ("--network_dropout", "0.3"),
+            )
+        ),
     ],
     ids=" ".join,
 )
@@ -143,7 +149,7 @@ def test_a_block_is_one_graph(made: Made, words: tuple[str, ...]) -> None:
     assert graphs() >= 1
 
 
-@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("kind", quick(["dora", "loha", "lokr", "oft"], "lokr"))
 def test_every_kind_has_the_results_of_eager_blocks(made: Made, kind: str) -> None:
     words = ("--network_module", f"networks.{kind}", "--network_dim", "4")
     assert losses(made(*EAGER, *words)) == pytest.approx(losses(made(*words)), rel=1e-5)
@@ -231,6 +237,7 @@ def test_what_cannot_be_beside_it(words: str, environment: dict[str, str], said:
         compiled.refuse_what_cannot_be(options, torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_inductor(made: Made) -> None:
     try:
         cpp_builder.get_cpp_compiler()

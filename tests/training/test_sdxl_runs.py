@@ -20,6 +20,7 @@ from library.models.stable_diffusion_xl import StableDiffusionXL
 from library.quantization import FORMATS
 from library.quantization.frozen import Held, decoded
 from tests.conftest import BASE, ROOT
+from tests.quick import quick
 from tests.tiny_sdxl import TEXTS
 from tests.training.written import ROUNDED, distance, same, weights
 
@@ -112,7 +113,7 @@ def test_settings_train(train_sdxl, tmp_path, words):
 
 
 @pytest.mark.parametrize("cached", [(), CACHED])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", quick(FORMATS, "fp8"))
 def test_a_packed_base_acts_as_one_that_was_rounded_before(train_sdxl, tiny_sdxl, tmp_path, cached, format):
     """Of all layers that can be adapted; where captions are cached, they are encoded before."""
     rounded = Path(shutil.copytree(tiny_sdxl, tmp_path / "rounded"))
