@@ -60,7 +60,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _remove_folder(old)
             beside.mkdir(parents=True)
             yield beside
-            for file in beside.iterdir():
+            for file in beside.rglob("*"):
                 _sync(file)
             if path.exists():
                 os.replace(path, old)

@@ -25,6 +25,7 @@ _SAFETENSORS_DTYPES = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+SAFETENSORS_NAMES = {name: code for code, name in _SAFETENSORS_DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
@@ -51,6 +52,13 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Bytes of the elements, without gaps between strides."""
         return self.count * ITEM_SIZE[self.dtype]
+
+    @property
+    def extent(self) -> int:
+        """Number of elements from the first to the last, with gaps between strides."""
+        if self.stride is None or not self.count:
+            return self.count
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
     def rows(self, part: int, parts: int) -> TensorEntry:
         """The part-th of `parts` equal slices along the first axis."""

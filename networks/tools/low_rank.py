@@ -108,14 +108,15 @@ def of_matrix(delta: Tensor, shape: Sequence[int], rank: int) -> Factors:
     return Factors(left[:, :rank] * root, root[:, None] * right[:rank], tuple(shape))
 
 
-def stacked(parts: Sequence[Factors], where: str) -> Factors:
-    """The sum of several differences, exactly: the factors beside each other, ranks add up.
-
-    `UserError`, which begins with `where`, where they are of layers of different shapes.
-    """
+def same_shape(parts: Sequence[Factors], where: str) -> tuple[int, ...]:
+    """The shape of the layer of these. `UserError`, which begins with `where`, for those of different layers."""
     shapes = {part.shape for part in parts}
     if len(shapes) != 1:
         raise UserError(f"{where}: its weight has the shapes {' and '.join(str(list(one)) for one in sorted(shapes))}")
-    return Factors(
-        torch.cat([part.up for part in parts], dim=1), torch.cat([part.down for part in parts]), parts[0].shape
-    )
+    return parts[0].shape
+
+
+def stacked(parts: Sequence[Factors], where: str) -> Factors:
+    """The sum of several differences, exactly: the factors beside each other, ranks add up. Raises as `same_shape`."""
+    shape = same_shape(parts, where)
+    return Factors(torch.cat([part.up for part in parts], dim=1), torch.cat([part.down for part in parts]), shape)

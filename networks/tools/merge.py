@@ -1,10 +1,14 @@
-"""Merge LoRA files into one: exactly, or cut to a rank.
+"""Merge LoRA files into one, or into a checkpoint.
 
 python -m networks.tools merge fox.safetensors style.safetensors --weights 0.8 0.6 --save_to both.safetensors
 python -m networks.tools merge fox.safetensors style.safetensors --rank 16 --save_to both.safetensors
+python -m networks.tools merge fox.safetensors style.safetensors --method ties --rank 16 --save_to both.safetensors
+python -m networks.tools merge fox.safetensors --base sd15.safetensors --weights 0.8 --save_to sd15-fox.safetensors
+python -m networks.tools merge fox.safetensors style.safetensors --advise both.png
 
 The result adds Σ weight · difference to the base, weights may be negative. Without --rank the pairs stand beside each
-other: that is exact, and the ranks add up. With --rank the sum is cut to its largest singular values.
+other: that is exact, and the ranks add up. With --rank the sum is cut to its largest singular values. Other methods
+than linear form each layer's difference, so that their result is cut to --rank, or goes into a checkpoint as it is.
 """
 
 from __future__ import annotations
@@ -12,47 +16,72 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.progress import bar
 from networks.tools import command
+from networks.tools.block_weights import BlockWeights
+from networks.tools.methods import METHODS, Method
 
 if TYPE_CHECKING:
+    from networks.files import AdapterFile
     from networks.tools.low_rank import Factors
 
 logger = logging.getLogger(__name__)
+
+WeightOf = Callable[[str], float]  # from a layer's name in files to the weight of a file there
+_LINEAR = Method()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Of the sub-command."""
     parser.add_argument("files", nargs="+", type=Path, help="the LoRA files")
-    parser.add_argument("--weights", nargs="+", type=float, help="one for each file; without them 1")
+    parser.add_argument("--weights", nargs="+", type=float, help="one for each file; without them 1, of slerp 0.5")
+    parser.add_argument(
+        "--lbw",
+        nargs="+",
+        metavar="LIST",
+        help="weights by block, one list for each file, times its weight: 17 or 26 numbers (SD 1.x, 2.x), 12 or 20 "
+        "(SDXL), named ones as OUT=0,IN05=0.5, or one number for all",
+    )
+    words = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
+    parser.add_argument("--method", choices=METHODS, help=f"{words}. Without it linear")
+    parser.add_argument("--density", type=float, help="of ties, dare, dare_ties: the share of weights that is kept")
+    parser.add_argument("--seed", type=int, help="of dare and dare_ties; without it 0")
     parser.add_argument("--rank", type=int, help="cut the sum to this rank; without it the ranks add up")
     parser.add_argument("--conv_rank", type=int, help="that of convolutions wider than 1 × 1; without it --rank")
+    parser.add_argument("--base", metavar="MODEL", help="merge into this base model: a file or a diffusers folder")
+    parser.add_argument("--allow_missing", action="store_true", help="with --base: leave out layers that it lacks")
     command.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit code."""
+    method = Method.of(options.method, options.density, options.seed, files=len(options.files))
     merge(
         options.files,
-        weights_for(options.files, options.weights),
+        weights_for(options.files, options.weights, usual=method.usual_weight),
         options.save_to,
+        method=method,
+        blocks=blocks_for(options.files, options.lbw),
         rank=options.rank,
         conv_rank=options.conv_rank,
+        base=options.base,
+        allow_missing=options.allow_missing,
         save_precision=options.save_precision,
         overwrite=options.overwrite,
     )
     return 0
 
 
-def weights_for(files: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+def weights_for(files: Sequence[Path], weights: Sequence[float] | None, *, usual: float = 1.0) -> list[float]:
     """A weight for each file. `UserError` unless their numbers agree and each is finite."""
     if weights is None:
-        return [1.0] * len(files)
+        return [usual] * len(files)
     if len(weights) != len(files):
         raise UserError(f"--weights: {len(weights)} for {len(files)} files; give one for each")
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
@@ -60,31 +89,102 @@ def weights_for(files: Sequence[Path], weights: Sequence[float] | None) -> list[
     return list(weights)
 
 
+def blocks_for(files: Sequence[Path], lists: Sequence[str] | None) -> list[BlockWeights] | None:
+    """The weights by block of each file. Raises UserError."""
+    if lists is None:
+        return None
+    if len(lists) != len(files):
+        raise UserError(f"--lbw: {len(lists)} lists for {len(files)} files; give one for each, 1 for a file without")
+    return [BlockWeights.parse(text) for text in lists]
+
+
 def merge(
     paths: Sequence[Path],
     weights: Sequence[float],
     target: Path,
     *,
+    method: Method = _LINEAR,
+    blocks: Sequence[BlockWeights] | None = None,
     rank: int | None = None,
     conv_rank: int | None = None,
+    base: str | None = None,
+    allow_missing: bool = False,
     save_precision: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the weighted sum of LoRA files. Raises UserError."""
+    """Write the merged files as one, or, with a `base`, in a base model. Raises UserError."""
     from networks.tools import result
 
-    check_ranks({"--rank": rank, "--conv_rank": conv_rank})
-    if conv_rank is not None and rank is None:
-        raise UserError("--conv_rank has no effect without --rank")
-    command.check_output(target, list(paths), overwrite=overwrite)
-    sources = result.read(paths, purpose="is merged")
-    found = summed([result.factors(one) for one in sources], weights, rank=rank, conv_rank=conv_rank)
+    _check_options(method, rank, conv_rank, base, allow_missing=allow_missing, save_precision=save_precision)
+    if base is None:
+        command.check_output(target, list(paths), overwrite=overwrite)
+    sources = result.read(paths, purpose="is merged", any_kind=base is not None)
+    weights_of = list(_weights_of(sources, weights, blocks))
+    texts = None if blocks is None else [one.text for one in blocks]
+    made = result.made_from(sources, weights, str(method), blocks=texts)
+    if base is not None:
+        from networks.tools.into_checkpoint import merge_into
+
+        asked = {"allow_missing": allow_missing, "overwrite": overwrite}
+        merge_into(base, sources, weights_of, target, method=method, about=made, **asked)
+        return
+    factors = [result.factors(one) for one in sources]
+    found = merged(factors, weights_of, method, rank=rank, conv_rank=conv_rank)
     if not found:
         raise UserError("no layer is left: every weight is 0")
     layers = {name: one.tensors() for name, one in found.items()}
-    method = "linear" if rank is None else f"linear, SVD to rank {rank} (convolutions {conv_rank or rank})"
-    metadata = result.common_metadata(sources) | result.about_ranks(layers) | result.made_from(sources, weights, method)
+    if rank is not None:
+        made[result.MADE_BY] += f", SVD to rank {rank} (convolutions {conv_rank or rank})"
+    metadata = result.common_metadata(sources) | result.about_ranks(layers) | made
     result.write(target, layers, metadata, result.precision(save_precision, sources))
+
+
+def _check_options(
+    method: Method,
+    rank: int | None,
+    conv_rank: int | None,
+    base: str | None,
+    *,
+    allow_missing: bool,
+    save_precision: str | None,
+) -> None:
+    check_ranks({"--rank": rank, "--conv_rank": conv_rank})
+    if base is not None:
+        if method.name == "svd":
+            raise UserError("--method svd: has no use with --base, which takes the whole sum; give --method linear")
+        for name, value in (("--rank", rank), ("--conv_rank", conv_rank), ("--save_precision", save_precision)):
+            if value is not None:
+                raise UserError(f"{name} has no effect with --base: its weights keep their shapes and types")
+        return
+    if allow_missing:
+        raise UserError("--allow_missing has no effect without --base")
+    if conv_rank is not None and rank is None:
+        raise UserError("--conv_rank has no effect without --rank")
+    if rank is None and method.name != "linear":
+        raise UserError(f"--method {method.name}: needs --rank, to which its result is cut, or --base")
+
+
+def _weights_of(
+    sources: Sequence[AdapterFile], weights: Sequence[float], blocks: Sequence[BlockWeights] | None
+) -> Iterator[WeightOf]:
+    """For each file. `UserError` for a list of another family, or without a number for one of the file's layers."""
+    for place, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        if blocks is None:
+            yield partial(_same, weight)
+            continue
+        own = blocks[place]
+        own.check(source.metadata.get("ss_base_model_version", ""), source.source)
+        for name in source.layers:
+            own.of(name)
+        yield partial(_by_block, weight, own)
+
+
+def _same(weight: float, layer: str) -> float:
+    return weight
+
+
+def _by_block(weight: float, blocks: BlockWeights, layer: str) -> float:
+    return weight * blocks.of(layer)
 
 
 def check_ranks(ranks: Mapping[str, int | None]) -> None:
@@ -94,24 +194,60 @@ def check_ranks(ranks: Mapping[str, int | None]) -> None:
             raise UserError(f"{name} {rank}: has to be 1 or more")
 
 
-def summed(
-    sources: Sequence[Mapping[str, Factors]], weights: Sequence[float], *, rank: int | None, conv_rank: int | None
+def merged(
+    sources: Sequence[Mapping[str, Factors]],
+    weights: Sequence[WeightOf],
+    method: Method,
+    *,
+    rank: int | None,
+    conv_rank: int | None,
 ) -> dict[str, Factors]:
-    """Σ weight · difference of each layer, which need not be in every source. `rank` None: exact."""
-    from networks.tools.low_rank import stacked, truncated
+    """The result in each layer, which need not be in every source. `rank` None, of linear methods: exact."""
+    from networks.tools.low_rank import truncated
 
     names = list(dict.fromkeys(name for source in sources for name in source))
     found, kept, whole = {}, 0.0, 0.0
     for name in bar(names, desc="merging", unit="layer"):
-        pairs = zip(sources, weights, strict=True)
-        parts = [source[name].times(weight) for source, weight in pairs if weight and name in source]
-        if not parts:
+        own = [weight(name) for weight in weights]
+        if not any(one for one, source in zip(own, sources, strict=True) if name in source):
             continue
-        one = stacked(parts, name)
+        parts = [source.get(name) for source in sources]
+        if not method.is_linear:
+            assert rank is not None
+            square, found[name] = _combined(name, parts, own, method, rank, conv_rank or rank)
+            whole, kept = whole + square, kept + found[name].norm() ** 2
+            continue
+        one = _summed(name, parts, own)
         if rank is not None:
             exact, one = one, truncated(one, (conv_rank or rank) if one.spatial else rank)
             whole, kept = whole + exact.norm() ** 2, kept + one.norm() ** 2
         found[name] = one
     if whole:
-        logger.info("kept %.2f %% of the energy (squared Frobenius norm)", 100 * kept / whole)
+        share = kept / whole
+        words = "kept %.2f %% of the energy (squared Frobenius norm): the relative error is %.3g"
+        logger.info(words, 100 * share, max(1 - share, 0.0) ** 0.5)
     return found
+
+
+def _summed(name: str, parts: Sequence[Factors | None], weights: Sequence[float]) -> Factors:
+    """The weighted sum in a layer, exactly."""
+    from networks.tools.low_rank import stacked
+
+    pairs = zip(parts, weights, strict=True)
+    return stacked([part.times(weight) for part, weight in pairs if weight and part is not None], name)
+
+
+def _combined(
+    name: str, parts: Sequence[Factors | None], weights: Sequence[float], method: Method, rank: int, conv_rank: int
+) -> tuple[float, Factors]:
+    """The squared norm of the result in a layer, and the result cut to the rank."""
+    import torch
+
+    from networks.tools.low_rank import of_matrix, same_shape
+
+    shape = same_shape([part for part in parts if part is not None], name)
+    nothing = torch.zeros(shape[0], math.prod(shape[1:]))
+    deltas = [nothing if part is None else part.dense() for part in parts]
+    delta = method.combine(deltas, weights, layer=name)
+    spatial = any(size != 1 for size in shape[2:])
+    return float(delta.double().square().sum()), of_matrix(delta, shape, conv_rank if spatial else rank)

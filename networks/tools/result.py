@@ -82,12 +82,16 @@ def about_ranks(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
     }
 
 
-def made_from(sources: Sequence[AdapterFile], weights: Sequence[object], method: str) -> dict[str, str]:
-    """The sources by name and hash of their tensors, the weight of each, and the method."""
-    rows = [
+def made_from(
+    sources: Sequence[AdapterFile], weights: Sequence[object], method: str, *, blocks: Sequence[str] | None = None
+) -> dict[str, str]:
+    """The sources by name and hash of their tensors, the weight of each, those by block, and the method."""
+    rows: list[dict[str, object]] = [
         {"name": Path(one.source).name, "weight": weight, "sshs_model_hash": _hash(Path(one.source))}
         for one, weight in zip(sources, weights, strict=True)
     ]
+    for row, text in zip(rows, blocks or (), strict=blocks is not None):
+        row["lbw"] = text
     names = ",".join(Path(one.source).stem for one in sources)
     return {MADE_FROM: json.dumps(rows), MADE_BY: method, "modelspec.merged_from": names}
 

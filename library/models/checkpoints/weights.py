@@ -143,7 +143,7 @@ class _Reader:
         for start in range(0, entry.count, step):
             count = min(step, entry.count - start)
             piece = self._buffer[: count * ITEM_SIZE[entry.dtype]]
-            _read_bytes(file, piece, entry.file)
+            read_bytes(file, piece, entry.file)
             moved = piece.to(target.device) if on_gpu else piece  # else the CPU would convert, in one thread
             target[start : start + count].copy_(moved.view(source))
         return target
@@ -152,14 +152,13 @@ class _Reader:
     def _strided(file: BinaryIO, entry: TensorEntry, source: torch.dtype) -> torch.Tensor:
         """A transposed or sliced tensor, as old pickles may hold: read its whole extent, then pick."""
         assert entry.stride is not None
-        extent = 1 + sum((n - 1) * step for n, step in zip(entry.shape, entry.stride, strict=True))
-        whole = torch.empty(extent, dtype=source)
+        whole = torch.empty(entry.extent, dtype=source)
         file.seek(entry.offset)
-        _read_bytes(file, whole.view(torch.uint8), entry.file)
+        read_bytes(file, whole.view(torch.uint8), entry.file)
         return whole.as_strided(entry.shape, entry.stride).reshape(-1).clone()
 
 
-def _read_bytes(file: BinaryIO, target: torch.Tensor, path: Path) -> None:
+def read_bytes(file: BinaryIO, target: torch.Tensor, path: Path) -> None:
     """Fill `target` (uint8, on the CPU) from the file's position on."""
     view = target.numpy().data
     done = 0

@@ -1,0 +1,135 @@
+"""Writing a weights file again with some of its weights changed, one tensor at a time.
+
+The new file has the names, element types and shapes of the old one. A change is found by its place in the old file,
+so no name has to be turned back: query, key and value of open_clip are three changes to one tensor. At no time is more
+than one tensor in memory, in the file's type and in fp32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.files.tensors import ITEM_SIZE, SAFETENSORS_NAMES, TensorEntry, WeightsIndex
+from library.models.checkpoints.weights import Change, read_bytes
+from library.progress import bar
+
+SPEC_HASH = "modelspec.hash_sha256"  # of the bytes after the header, as 0x…
+_BUFFER = 1 << 24  # bytes of a tensor without a change that are copied at a time
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change to a weight: its place in a file, its shape in the module, and the function from the weight to the new
+    one, both in fp32."""
+
+    entry: TensorEntry
+    shape: tuple[int, ...]
+    change: Change
+
+
+def rewrite(target: Path, index: WeightsIndex, patches: Sequence[Patch], metadata: Mapping[str, str]) -> None:
+    """Write the tensors of `index` with these changes to `target`, a .safetensors file, and wait for nothing.
+
+    Sums are rounded once to the tensor's type. `metadata`: of the new file; where it has `SPEC_HASH`, the true one is
+    put in its place. Raises `UserError`, naming the tensor, for a result that is not finite in the tensor's type.
+    """
+    names = sorted(index.entries, key=lambda name: (-ITEM_SIZE[index.entries[name].dtype], index.entries[name].offset))
+    about = {**metadata, **({SPEC_HASH: _spec_hash("0" * 64)} if SPEC_HASH in metadata else {})}
+    header, digest = _header(index, names, about), hashlib.sha256() if SPEC_HASH in metadata else None
+    with index.path.open("rb", buffering=0) as source, target.open("wb") as file:
+        file.write(header)
+        within = _Patches(patches)
+        for name in bar(names, desc=f"writing {target.name.removeprefix('.')}", unit="tensor"):
+            for piece in _bytes_of(source, name, index.entries[name], within):
+                file.write(piece)
+                if digest is not None:
+                    digest.update(piece)
+        if digest is not None:
+            file.seek(0)
+            file.write(_header(index, names, {**about, SPEC_HASH: _spec_hash(digest.hexdigest())}))
+
+
+def _spec_hash(digits: str) -> str:
+    return f"0x{digits}"
+
+
+def _header(index: WeightsIndex, names: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        entry = index.entries[name]
+        begin, end = end, end + entry.nbytes
+        table[name] = {
+            "dtype": SAFETENSORS_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Patches:
+    """Changes to one file, by place."""
+
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self._patches = sorted(patches, key=lambda patch: patch.entry.offset)
+        self._offsets = [patch.entry.offset for patch in self._patches]
+
+    def inside(self, entry: TensorEntry) -> list[Patch]:
+        """The changes to this tensor."""
+        end = entry.offset + entry.extent * ITEM_SIZE[entry.dtype]
+        return self._patches[bisect_left(self._offsets, entry.offset) : bisect_left(self._offsets, end)]
+
+
+def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches) -> Iterator[memoryview]:
+    """The elements of a tensor in the order of its shape, in pieces."""
+    source.seek(entry.offset)
+    changes = patches.inside(entry)
+    if not changes and entry.stride is None:
+        left, buffer = entry.nbytes, torch.empty(min(_BUFFER, entry.nbytes), dtype=torch.uint8)
+        while left:
+            piece = buffer[: min(left, len(buffer))]
+            read_bytes(source, piece, entry.file)
+            yield piece.numpy().data
+            left -= len(piece)
+        return
+    whole = torch.empty(entry.extent, dtype=getattr(torch, entry.dtype))
+    read_bytes(source, whole.view(torch.uint8), entry.file)
+    for patch in changes:
+        place = _view(whole, patch.entry, (patch.entry.offset - entry.offset) // ITEM_SIZE[entry.dtype])
+        place.copy_(_changed(name, place, patch).view(place.shape))
+    yield _view(whole, entry, 0).contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _view(whole: Tensor, entry: TensorEntry, start: int) -> Tensor:
+    """The elements of `entry` in `whole`, which has those of its tensor from the first to the last."""
+    stride = entry.stride or torch.empty(entry.shape, device="meta").stride()
+    return whole.as_strided(entry.shape, stride, start)
+
+
+@torch.no_grad()
+def _changed(name: str, place: Tensor, patch: Patch) -> Tensor:
+    """The new weight in the tensor's type."""
+    weight = place.float().reshape(patch.shape)
+    changed = patch.change(weight)
+    rounded = changed.to(place.dtype)
+    if not rounded.float().isfinite().all():
+        kind = str(place.dtype).removeprefix("torch.")
+        where, most = f"{patch.entry.file}: '{name}'", float(changed.abs().max())
+        if not weight.isfinite().all():
+            raise UserError(f"{where} holds NaN or infinity already")
+        if not changed.isfinite().all():
+            raise UserError(f"{where} would hold NaN or infinity: the LoRA's tensors do, or are too large")
+        raise UserError(f"{where} would have values up to {most:g}, which {kind} does not hold; lower the weights")
+    return rounded
