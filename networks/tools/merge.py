@@ -56,18 +56,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conv_rank", type=int, help="that of convolutions wider than 1 × 1; without it --rank")
     parser.add_argument("--base", metavar="MODEL", help="merge into this base model: a file or a diffusers folder")
     parser.add_argument("--allow_missing", action="store_true", help="with --base: leave out layers that it lacks")
-    command.add_output(parser)
+    parser.add_argument(
+        "--advise", metavar="PNG", type=Path, help="write no file but a plot of how far the LoRAs conflict, and advise"
+    )
+    command.add_output(parser, required=False)
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit code."""
+    blocks = blocks_for(options.files, options.lbw)
+    if options.advise is not None:
+        _refuse_with_advise(options)
+        weights = weights_for(options.files, options.weights)
+        print("\n".join(advise(options.files, weights, options.advise, blocks=blocks, overwrite=options.overwrite)))
+        return 0
+    if options.save_to is None:
+        raise UserError("--save_to: the file to write is missing; or give --advise, which writes none")
     method = Method.of(options.method, options.density, options.seed, files=len(options.files))
     merge(
         options.files,
         weights_for(options.files, options.weights, usual=method.usual_weight),
         options.save_to,
         method=method,
-        blocks=blocks_for(options.files, options.lbw),
+        blocks=blocks,
         rank=options.rank,
         conv_rank=options.conv_rank,
         base=options.base,
@@ -76,6 +87,38 @@ def run(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
     )
     return 0
+
+
+def _refuse_with_advise(options: argparse.Namespace) -> None:
+    for name in ("method", "density", "seed", "rank", "conv_rank", "base", "save_to", "save_precision"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} has no effect with --advise, which merges nothing")
+    if options.allow_missing:
+        raise UserError("--allow_missing has no effect with --advise, which merges nothing")
+
+
+def advise(
+    paths: Sequence[Path],
+    weights: Sequence[float],
+    picture: Path,
+    *,
+    blocks: Sequence[BlockWeights] | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Plot how far files conflict, and return the lines of the report. Raises UserError."""
+    from networks.tools import advise, result
+
+    if len(paths) < 2:
+        raise UserError("--advise: compares files; give two or more")
+    command.check_output(picture, list(paths), overwrite=overwrite, option="--advise", end=".png")
+    sources = result.read(paths, purpose="is compared")
+    files = []
+    for source, weight_of in zip(sources, _weights_of(sources, weights, blocks), strict=True):
+        own = {name: one.times(weight_of(name)) for name, one in result.factors(source).items() if weight_of(name)}
+        files.append(own)
+    pairs = advise.pairs_of([path.name for path in paths], files)
+    advise.plot(picture, pairs)
+    return [*advise.report(pairs), f"plot: {picture}"]
 
 
 def weights_for(files: Sequence[Path], weights: Sequence[float] | None, *, usual: float = 1.0) -> list[float]:
