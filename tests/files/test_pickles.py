@@ -27,7 +27,7 @@ from library.models.checkpoints.weights import _Reader
 def _read_all(path: Path) -> dict[str, torch.Tensor]:
     with _Reader() as reader:
         return {
-            name: reader.read(e, dtype=getattr(torch, e.dtype), device=torch.device("cpu")).view(e.shape)
+            name: reader.read(e, dtype=getattr(torch, e.dtype), device=torch.device("cpu"), mapped=False).view(e.shape)
             for name, e in read_index(path).entries.items()
         }
 

@@ -58,7 +58,7 @@ def _same(entries: dict, expected: dict[str, torch.Tensor]) -> None:
     assert entries.keys() == expected.keys()
     with _Reader() as reader:
         for name, entry in entries.items():
-            values = reader.read(entry, dtype=torch.float32, device=torch.device("cpu"))
+            values = reader.read(entry, dtype=torch.float32, device=torch.device("cpu"), mapped=False)
             assert torch.equal(values, expected[name].flatten()), name
 
 
