@@ -11,7 +11,7 @@ from library.errors import UserError, did_you_mean
 from networks.tools.command import run_alone
 
 COMMANDS = {
-    "merge": ("networks.tools.merge", "LoRA files into one, exactly or to a rank"),
+    "merge": ("networks.tools.merge", "LoRA files into one, by several methods, or into a base model"),
     "resize": ("networks.tools.resize", "a file at a lower rank"),
     "ranks": ("networks.tools.ranks", "how much of its rank a file uses"),
     "inspect": ("networks.tools.inspect", "a file's metadata in words, its norms, its training settings"),

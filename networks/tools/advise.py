@@ -184,6 +184,8 @@ def plot(path: Path, pairs: Sequence[Pair]) -> None:
         shares = [float("nan") if one.conflicts is None else 100 * one.conflicts for one in own]
         conflicts.plot(at, shares, **style)
     ratios.set_yscale("log")
+    ratios.yaxis.set_major_formatter("{x:.2g}")
+    ratios.yaxis.set_minor_formatter("{x:.2g}")
     limits = ((cosines, (AGAINST, ALIKE)), (ratios, (1 / UNEQUAL, UNEQUAL)), (conflicts, (100 * CONFLICTS,)))
     for axes, lines in limits:
         for line in lines:

@@ -66,7 +66,7 @@ def merge_into(
     with family.outlined():
         changes = _changes(sources, weights, family.adapter_targets(), method, allow_missing=allow_missing)
         patches = _patches(family, changes)
-    logger.info("%s: %d weights and biases change", base, sum(map(len, patches.values())))
+    logger.info("%s: %d layers change", base, len(changes))
     about = {**about, MADE_ON: location.resolve().name}
     if location.is_dir():
         with replacing_folder(target) as folder:
