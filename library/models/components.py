@@ -102,7 +102,7 @@ class Components:
         return self._sources[name].config
 
     def entries(self, name: str) -> Mapping[str, TensorEntry]:
-        """The table of the part's weights in its files, under the module's own names."""
+        """Where each of the part's weights lies, by its name in the module."""
         return self._sources[name].entries()
 
     def load(
