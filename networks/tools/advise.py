@@ -159,10 +159,9 @@ def _method(pairs: Sequence[Pair], two: bool) -> tuple[str, str]:
         if two:
             return "slerp", f"{words}; on the arc between them the strength stays"
         return "linear", f"{words}; give weights that add up to 1"
-    return "linear", (
-        f"the files hardly overlap (cosines {worst[1].cosine:.2f} to {alike[1].cosine:.2f}, limits {AGAINST:g} and "
-        f"{ALIKE:g}): the sum keeps both"
-    )
+    least = f"{worst[1].cosine:.2f} to " if len(wholes) > 1 else ""
+    words = f"cosine {least}{alike[1].cosine:.2f}, limits {AGAINST:g} and {ALIKE:g}"
+    return "linear", f"the files hardly overlap ({words}): the sum keeps them all"
 
 
 def plot(path: Path, pairs: Sequence[Pair]) -> None:

@@ -124,7 +124,7 @@ def _changed(name: str, place: Tensor, patch: Patch) -> Tensor:
     weight = place.float().reshape(patch.shape)
     changed = patch.change(weight)
     rounded = changed.to(place.dtype)
-    if not _is_finite(rounded):
+    if not _holds(rounded, changed):
         kind = str(place.dtype).removeprefix("torch.")
         where, most = f"{patch.entry.file}: '{name}'", float(changed.abs().max())
         if not weight.isfinite().all():
@@ -135,7 +135,9 @@ def _changed(name: str, place: Tensor, patch: Patch) -> Tensor:
     return rounded
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are: a sum, in a third of the time, that holds NaN or infinity if an element does."""
-    values = tensor.float() if tensor.element_size() == 1 else tensor  # torch adds no float8
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+def _holds(rounded: Tensor, changed: Tensor) -> bool:
+    """Whether the tensor's type holds all elements, and they are numbers."""
+    if rounded.element_size() == 1:  # float8 has no infinity to see: torch rounds to the largest value
+        return bool(changed.abs().max() <= torch.finfo(rounded.dtype).max)
+    # a sum has NaN or infinity in it if an element has, and takes a third of the time; it may overflow by itself
+    return bool(rounded.sum(dtype=torch.float32).isfinite()) or bool(rounded.isfinite().all())

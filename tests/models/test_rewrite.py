@@ -1,0 +1,77 @@
+"""A weights file written again with changes: by place, in each element type, from each layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from library.errors import UserError
+from library.files.header import read_metadata
+from library.files.index import read_index
+from library.models.checkpoints.rewrite import Patch, rewrite
+
+
+def _add_1(weight: Tensor) -> Tensor:
+    assert weight.dtype == torch.float32
+    return weight + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_each_type_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.arange(6.0).view(2, 3)
+    other = {"n": torch.arange(3), "flag": torch.tensor([True]), "empty": torch.zeros(0), "half": torch.ones(5).half()}
+    save_file({"w": values.to(dtype), **other}, tmp_path / "a.safetensors")
+    index = read_index(tmp_path / "a.safetensors")
+    rewrite(tmp_path / "b.safetensors", index, [Patch(index.entries["w"], (2, 3), _add_1)], {"x": "ä"})
+    found = load_file(tmp_path / "b.safetensors")
+    assert found["w"].dtype == dtype
+    assert torch.equal(found["w"].float(), (values + 1).to(dtype).float())
+    for name, tensor in other.items():
+        assert torch.equal(found[name], tensor)
+    assert read_metadata(tmp_path / "b.safetensors") == {"x": "ä"}
+
+
+def test_a_third_and_a_transposed_tensor_change_in_place(tmp_path: Path) -> None:
+    """As open_clip has query, key and value, and its projection: the shape of a change is the module's."""
+    save_file({"qkv": torch.zeros(6, 2), "turned": torch.arange(6.0).view(2, 3)}, tmp_path / "a.safetensors")
+    index = read_index(tmp_path / "a.safetensors")
+    rows = Patch(index.entries["qkv"].rows(1, 3), (2, 2), _add_1)
+    first_row = torch.tensor([[10.0, 10.0], [0, 0], [0, 0]])
+    turned = Patch(index.entries["turned"].transposed(), (3, 2), lambda weight: weight + first_row)
+    rewrite(tmp_path / "b.safetensors", index, [turned, rows], {})
+    found = load_file(tmp_path / "b.safetensors")
+    assert found["qkv"].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1], [0, 0], [0, 0]]
+    assert found["turned"].tolist() == [[10, 1, 2], [13, 4, 5]]
+
+
+def test_a_pickle_with_strides_becomes_contiguous(tmp_path: Path) -> None:
+    """Two names of one storage both get the change, as both are that weight."""
+    turned = torch.arange(6.0).view(2, 3).T
+    torch.save({"state_dict": {"a": turned, "tied": turned, "slice": torch.arange(8.0)[::2]}}, tmp_path / "a.ckpt")
+    index = read_index(tmp_path / "a.ckpt")
+    rewrite(tmp_path / "b.safetensors", index, [Patch(index.entries["a"], (3, 2), _add_1)], {})
+    found = load_file(tmp_path / "b.safetensors")
+    assert torch.equal(found["a"], turned + 1)
+    assert torch.equal(found["tied"], turned + 1)
+    assert torch.equal(found["slice"], torch.arange(8.0)[::2])
+
+
+@pytest.mark.parametrize(
+    ("weight", "change", "said"),
+    [
+        (torch.ones(2).half(), lambda weight: weight * 1e5, r"'w' would have values up to 100000, which float16"),
+        (torch.ones(2).to(torch.float8_e4m3fn), lambda weight: weight * 1e3, r"which float8_e4m3fn does not hold"),
+        (torch.ones(2), lambda weight: weight / 0, r"'w' would hold NaN or infinity"),
+        (torch.tensor([1.0, float("nan")]), _add_1, r"'w' holds NaN or infinity already"),
+        (torch.tensor([float("inf"), -float("inf")]), _add_1, r"'w' holds NaN or infinity already"),
+    ],
+)
+def test_what_is_not_finite_is_named(weight: Tensor, change, said: str, tmp_path: Path) -> None:
+    save_file({"w": weight}, tmp_path / "a.safetensors")
+    index = read_index(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=said):
+        rewrite(tmp_path / "b.safetensors", index, [Patch(index.entries["w"], (2,), change)], {})
