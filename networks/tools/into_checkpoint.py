@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.files.atomic import replacing, replacing_folder
 from library.files.index import read_index
+from library.models.checkpoints.checkpoint import EMA_PREFIX
 from library.models.checkpoints.folder import choose_weights, shards_of
 from library.models.checkpoints.open_file import locate
 from library.models.checkpoints.rewrite import Patch, rewrite
@@ -195,6 +196,10 @@ def _patches(
 
 def _write_file(source: Path, target: Path, patches: Sequence[Patch], about: Mapping[str, str]) -> None:
     index = read_index(source)
+    entries = {name: entry for name, entry in index.entries.items() if not name.startswith(EMA_PREFIX)}
+    if len(entries) < len(index.entries):
+        logger.warning("%s: the averaged (EMA) weights are left out, since nothing is merged into them", source)
+        index = replace(index, entries=entries)
     metadata = {key: text for key, text in index.metadata.items() if key not in _OLD_HASHES} or {"format": "pt"}
     rewrite(target, index, patches, {**metadata, **about, MADE_FROM: _history(metadata, about)})
 

@@ -19,6 +19,7 @@ from library.files.header import read_metadata
 from library.models.checkpoints.single_file import open_file
 from library.models.opening import open_family
 from library.models.stable_diffusion import StableDiffusion
+from library.models.stable_diffusion_xl import StableDiffusionXL
 from networks.create import create, create_to_merge
 from networks.files import read
 from networks.settings import Asked
@@ -26,8 +27,9 @@ from networks.tools import into_checkpoint
 from networks.tools.__main__ import main
 from networks.tools.methods import Method
 from tests import tiny_sd2
+from tests import tiny_sdxl as tiny_sdxl_form
 from tests.conftest import BASE
-from tests.models.original_layout import configuration, single_file, weights_of
+from tests.models.original_layout import configuration, sdxl_file, single_file, weights_of
 from tests.networks.adapter_models import every_kind, randomize
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -153,6 +155,50 @@ def test_a_single_file_keeps_its_layout(
         data = content[8 + int.from_bytes(content[:8], "little") :]
         assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(data).hexdigest()}"
         assert metadata["modelspec.title"] == "tiny"
+
+
+def test_a_single_file_of_sdxl(tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its LoRAs have the original names; the second text encoder's query is a third of a tensor. EMA is left out."""
+    parts = weights_of(tiny_sdxl)
+    states = sdxl_file(parts["unet"], parts["vae"], parts["text"], parts["text_2"], tiny_sdxl_form.configuration())
+    base, target, lora = (tmp_path / f"{name}.safetensors" for name in ("base", "out", "lora"))
+    ema = {"model_ema.decay": torch.tensor(0.9999)}
+    save_file({name: one.contiguous() for name, one in (states | ema).items()}, base)
+    places = {
+        "lora_unet_input_blocks_4_1_proj_in": ("model.diffusion_model.input_blocks.4.1.proj_in.weight", slice(None)),
+        "lora_unet_output_blocks_0_1_transformer_blocks_1_attn2_to_k": (
+            "model.diffusion_model.output_blocks.0.1.transformer_blocks.1.attn2.to_k.weight",
+            slice(None),
+        ),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": (
+            "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+            slice(None),
+        ),
+        "lora_te2_text_model_encoder_layers_1_self_attn_k_proj": (
+            "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight",
+            slice(40, 80),  # of 3 · 40 rows
+        ),
+    }
+    torch.manual_seed(1)
+    tensors, expected = {}, {name: one.clone() for name, one in states.items()}
+    for name, (key, rows) in places.items():
+        out, inputs = states[key][rows].shape
+        up, down = torch.randn(out, 2), torch.randn(2, inputs)
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        expected[key][rows] += 0.5 * up @ down
+    write(lora, tensors, {"ss_base_model_version": "sdxl_base_v1-0"})
+    config = tiny_sdxl_form.configuration()
+    monkeypatch.setattr(
+        into_checkpoint,
+        "open_family",
+        lambda path: StableDiffusionXL(open_file(path, Path(path), kind="sdxl", config=config)),
+    )
+    assert _merged(target, str(lora), "--base", str(base), "--weights", "0.5") == 0
+    found = load_file(target)
+    assert found.keys() == states.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)  # fp32, in another order
+        assert torch.equal(found[name], states[name]) == (name not in {key for key, _ in places.values()})
 
 
 @pytest.mark.parametrize("kind", every_kind("lora", "dora", "oft", "lokr", "ia3"))
