@@ -83,6 +83,8 @@ def _check_target(base: Path, target: Path, sources: Sequence[AdapterFile], *, o
         raise UserError(f"--save_to {target}: the base is a file; give a name that ends with .safetensors")
     if base.is_dir() and target.suffix in _WHOLE_MODELS:
         raise UserError(f"--save_to {target}: the base is a diffusers folder; give the name of a folder")
+    if base.resolve() in target.resolve().parents:
+        raise UserError(f"--save_to {target}: lies inside of the base; give another place")
     if not target.exists():
         return
     inside = [Path(one.source).resolve() for one in sources]

@@ -332,7 +332,13 @@ def test_neither_a_source_nor_a_strange_folder_is_replaced(tmp_path: Path, capsy
     shutil.copytree(BASE, base)
     full.mkdir()
     (full / "diary.txt").write_text("dear diary")
-    for target, said in ((base, "one of the sources"), (tmp_path, "holds one"), (full, "not of a model")):
+    refused = {
+        base: "one of the sources",
+        tmp_path: "holds one",
+        full: "not of a model",
+        base / "new": "inside of the base",
+    }
+    for target, said in refused.items():
         assert _merged(target, str(tmp_path / "a.safetensors"), "--base", str(base), "--overwrite") == 2
         assert said in capsys.readouterr().err
     assert (full / "diary.txt").read_text() == "dear diary"
