@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from library.files.tensors import TensorEntry
     from library.models.blocks import Blocks
     from library.models.checkpoints.base_model import Part
     from library.models.checkpoints.weights import Change
@@ -99,6 +100,10 @@ class Components:
     def config(self, name: str) -> Config:
         """The part's configuration."""
         return self._sources[name].config
+
+    def entries(self, name: str) -> Mapping[str, TensorEntry]:
+        """Where each of the part's weights lies, by its name in the module."""
+        return self._sources[name].entries()
 
     def load(
         self,
