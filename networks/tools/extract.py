@@ -56,6 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="leave a text encoder out if no value of its layers differs by more than this",
     )
+    parser.add_argument(
+        "--v_parameterization", action="store_true", help="the models are of v prediction, where no file states it"
+    )
     parser.add_argument("--exact", action="store_true", help="the exact decomposition of large layers as well")
     command.add_output(parser)
 
@@ -71,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         clamp_quantile=options.clamp_quantile,
         min_diff=options.min_diff,
         exact=options.exact,
+        v_parameterization=options.v_parameterization,
         save_precision=options.save_precision,
         overwrite=options.overwrite,
     )
@@ -115,6 +119,7 @@ def extract(
     clamp_quantile: float = 1.0,
     min_diff: float = 0.0,
     exact: bool = False,
+    v_parameterization: bool = False,
     save_precision: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -130,7 +135,9 @@ def extract(
     if not 0 <= min_diff < float("inf"):
         raise UserError(f"--min_diff {min_diff:g}: has to be 0 or more")
     command.check_output(target, [Path(base), Path(tuned)], overwrite=overwrite)
-    family, other = open_family(base), open_family(tuned)
+    velocity = {"v_parameterization": "--v_parameterization"} if v_parameterization else {}
+    family = open_family(base, options={"v_parameterization": v_parameterization}, given=velocity)
+    other = open_family(tuned)
     if family.NAME != other.NAME:
         raise UserError(f"{base} is {family.TITLE} and {tuned} is {other.TITLE}: their difference is no LoRA")
     parts = _parts(family, other, conv=conv_rank is not None)

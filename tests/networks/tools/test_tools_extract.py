@@ -116,7 +116,7 @@ def test_base_and_lora_are_the_tuned_model_in_both_layouts_of_sdxl(
 ) -> None:
     """A diffusers folder against a single file in the original layout, whose second text encoder has fused weights."""
 
-    def opened(path: str) -> ModelFamily:
+    def opened(path: str, **_: object) -> ModelFamily:
         """Single files have no configuration: that of the tiny model takes the place of SDXL's."""
         if Path(path).is_dir():
             return open_family(path)
