@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KOHYA_QUANTILE = 0.99
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Of the sub-command."""
@@ -213,9 +215,11 @@ def _extract_part(
                 continue
             most = conv_rank if site.spatial and conv_rank is not None else rank
             matrix = delta.view(len(site.module.weight), -1)
-            factors = of_matrix(matrix, tuple(site.module.weight.shape), most, exact=exact)
+            shape = tuple(site.module.weight.shape)
             if clamp_quantile < 1:
-                factors = clamped(factors, clamp_quantile)
+                factors = clipped(matrix, shape, most, clamp_quantile, exact=exact)
+            else:
+                factors = of_matrix(matrix, shape, most, exact=exact)
             part.found += 1
             part.whole += energy
             part.lost += _energy(matrix - factors.dense())
@@ -245,19 +249,21 @@ def _energy(delta: Tensor) -> float:
     return float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
 
 
-def clamped(factors: Factors, quantile: float) -> Factors:
-    """As kohya's scripts clip: U · σ and Vᵀ at ± the quantile of the values of both together. (Of their values, not
-    of the absolute ones.)"""
+def clipped(
+    delta: Tensor, shape: tuple[int, ...], rank: int, quantile: float = KOHYA_QUANTILE, *, exact: bool = False
+) -> Factors:
+    """As `low_rank.of_matrix`, with the factors U · σ and Vᵀ clipped as kohya's scripts do: at ± the quantile of the
+    values of both. (Not of the absolute values, so that the signs of the singular vectors, which are free, matter.)"""
     import numpy
     import torch
 
-    from networks.tools.low_rank import Factors
+    from networks.tools.low_rank import Factors, largest
 
-    left, values, right = factors.decomposed()
+    left, values, right = largest(delta, rank, exact=exact)
     up = left * values
     # torch's quantile refuses more than 16 million values
     highest = float(numpy.quantile(torch.cat([up.flatten(), right.flatten()]).numpy(), quantile))
-    return Factors(up.clamp(-highest, highest), right.clamp(-highest, highest), factors.shape)
+    return Factors(up.clamp(-highest, highest), right.clamp(-highest, highest), shape)
 
 
 def _precision(parts: list[_Part]) -> torch.dtype:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KOHYA_QUANTILE = 0.99  # at which kohya's SVD merge clips
-
 
 def run(
     text: str | None,
@@ -178,7 +176,7 @@ def without_spec(path: Path) -> None:
 def merge_to_rank(options: argparse.Namespace) -> None:
     """kohya's svd_merge_lora.py."""
     from networks.tools import merge, result
-    from networks.tools.extract import clamped
+    from networks.tools.extract import clipped
 
     refuse_blocks(options)
     say_without_effect(options, {"precision": "sums are formed in fp32", "device": "the CPU takes seconds"})
@@ -199,8 +197,10 @@ def merge_to_rank(options: argparse.Namespace) -> None:
     merge.check_ranks({"--new_rank": ranks[0], "--new_conv_rank": ranks[1]})
     command.check_output(target, options.models, overwrite=options.overwrite)
     sources = result.read(options.models, purpose="is merged")
-    found = merge.summed([result.factors(one) for one in sources], weights, rank=ranks[0], conv_rank=ranks[1])
-    layers = {name: clamped(factors, KOHYA_QUANTILE).tensors() for name, factors in found.items()}
+    layers = {}
+    for name, one in merge.summed([result.factors(one) for one in sources], weights, rank=None, conv_rank=None).items():
+        rank = (ranks[1] or ranks[0]) if one.spatial else ranks[0]
+        layers[name] = clipped(one.dense(), one.shape, rank, exact=True).tensors()
     metadata = result.common_metadata(sources) | result.about_ranks(layers)
     metadata |= result.made_from(sources, weights, f"kohya's SVD merge to rank {ranks[0]}")
     result.write(target, layers, metadata, result.precision(precision, sources))
