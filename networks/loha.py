@@ -85,7 +85,7 @@ class LoHa(WithMagnitude):
     def share(self, x: Tensor) -> Tensor:
         """As a LoRA of rank r² where that has fewer multiplications than delta itself, else with delta."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        a1, b1, a2, b2 = _factors(self.tensors())
+        a1, b1, a2, b2 = factors_in(self.tensors())
         if self.drops and self.training:
             a1 = self._dropped(a1)
         factors = Factors(*((tensor.to(dtype)) for tensor in (a1 * self.factor, b1, a2, b2)))
@@ -124,7 +124,7 @@ class LoHa(WithMagnitude):
 
     @classmethod
     def product_of(cls, tensors: Mapping[str, Tensor], weight: Shape) -> Tensor:
-        a1, b1, a2, b2 = _factors(tensors)
+        a1, b1, a2, b2 = factors_in(tensors)
         return ((a1 @ b1) * (a2 @ b2)).view(tuple(weight))
 
     def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class LoHa(WithMagnitude):
         out, inputs = (shape := self.site.module.weight.shape)[0], shape[1:].numel()
         if self.form.axis is not None or self.rank**3 * (out + inputs) > 2 * out * inputs:
             return super().norm()
-        down, up = khatri_rao(_factors(self.tensors()))
+        down, up = khatri_rao(factors_in(self.tensors()))
         return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * abs(self.scale)
 
     def is_zero(self) -> bool:
@@ -176,7 +176,8 @@ class _Hadamard(torch.autograd.Function):
         return first @ b1.T, a1.T @ first, second @ b2.T, a2.T @ second
 
 
-def _factors(tensors: Mapping[str, Tensor]) -> Factors:
+def factors_in(tensors: Mapping[str, Tensor]) -> Factors:
+    """Of the tensors of a layer as files have them, with the cores multiplied in."""
     a1, b1, a2, b2 = (tensors[name].float().flatten(1) for name in (W1_A, W1_B, W2_A, W2_B))
     if T1 not in tensors:
         return Factors(a1, b1, a2, b2)

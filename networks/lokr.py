@@ -147,7 +147,7 @@ class LoKr(WithMagnitude):
         """The shape of w1 is the file's; where the layer's sizes are no multiples of it another one, so that it does
         not fit and `Network.load` refuses it."""
         out, inputs = site.module.weight.shape[:2]
-        o_l, i_m = _matrix(tensors, W1).shape[:2]
+        o_l, i_m = matrix_in(tensors, W1).shape[:2]
         if out % o_l or inputs % i_m:
             o_l, i_m = factorization(out)[0], factorization(inputs)[0]
         return Form(axis_in(site, tensors), T2 in tensors, (o_l, i_m), W1 not in tensors, W2 not in tensors)
@@ -186,7 +186,7 @@ class LoKr(WithMagnitude):
     def share(self, x: Tensor) -> Tensor:
         """w2 on each of the i_m groups of channels, and w1 across the groups: where w2 is a pair between its halves, at
         r channels. Delta, which has out * in numbers, is never formed."""
-        w1 = (_matrix(dict(self.named_parameters()), W1) * self.factor).to(x.dtype)
+        w1 = (matrix_in(dict(self.named_parameters()), W1) * self.factor).to(x.dtype)
         if isinstance(self.site.module, nn.Conv2d):
             return self._share_of_images(x, w1)
         hidden = F.linear(x.unflatten(-1, (w1.shape[1], -1)), self._first().to(x.dtype))
@@ -233,9 +233,9 @@ class LoKr(WithMagnitude):
 
     @classmethod
     def product_of(cls, tensors: Mapping[str, Tensor], weight: Shape) -> Tensor:
-        w1 = _matrix(tensors, W1)
+        w1 = matrix_in(tensors, W1)
         _, i_n, *kernel = _inner(weight, w1.shape)
-        w2 = _matrix(tensors, W2).view(-1, i_n, *kernel)
+        w2 = matrix_in(tensors, W2).view(-1, i_n, *kernel)
         return torch.kron(w1.view(*w1.shape, *(1 for _ in kernel)), w2)
 
     @classmethod
@@ -258,7 +258,7 @@ class LoKr(WithMagnitude):
         """With the weight as [o_l, o_k, i_m, i_n, kernel]: a product with w1, one with w2; |delta|² is that of both."""
         o_k, i_n, *kernel = self.inner
         tensors = self.tensors()
-        w1, w2 = _matrix(tensors, W1) * self.scale, _matrix(tensors, W2).view(o_k, i_n, -1)
+        w1, w2 = matrix_in(tensors, W1) * self.scale, matrix_in(tensors, W2).view(o_k, i_n, -1)
         weight = weight_of(self.site.module).detach().to(w1.device, torch.float32)
         weight = weight.view(len(w1), o_k, -1, i_n, math.prod(kernel))
         if axis == "output":
@@ -274,7 +274,7 @@ class LoKr(WithMagnitude):
         if self.form.axis is not None:
             return super().norm()
         tensors = self.tensors()
-        return _matrix(tensors, W1).norm() * _matrix(tensors, W2).norm() * abs(self.scale)
+        return matrix_in(tensors, W1).norm() * matrix_in(tensors, W2).norm() * abs(self.scale)
 
     def pairs(self) -> list[tuple[str, str]]:
         return [(W2_B, W2_A)] if self.form.pair2 and not self.form.tucker else []
@@ -299,7 +299,7 @@ def _inner(weight: Shape, outer: Sequence[int]) -> tuple[int, ...]:
     return weight[0] // outer[0], weight[1] // outer[1], *weight[2:]
 
 
-def _matrix(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def matrix_in(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """w1 [o_l, i_m], or w2 [o_k, i_n * height * width], in fp32 and whole."""
     if name in tensors:
         return tensors[name].float().flatten(1)

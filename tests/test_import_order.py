@@ -14,7 +14,13 @@ import pytest
 from networks.kinds import KINDS
 
 ROOT = Path(__file__).parent.parent
-ORDER = """
+# Programs, not modules: their place beside the modules of `networks` is where kohya's users have them, and each is no
+# more than kohya's options over a sub-command of `networks.tools`
+DOORS = (
+    *("networks.merge_lora", "networks.sdxl_merge_lora", "networks.svd_merge_lora", "networks.resize_lora"),
+    *("networks.extract_lora_from_models", "networks.check_lora_weights"),
+)
+ORDER = f"""
     library.paths library.errors library.log library.progress library.rng library.cpus library.processes library.gpu
     library.memory library.out_of_memory library.units
     library.files
@@ -34,7 +40,7 @@ ORDER = """
     library.run
     library.guidance
     library.evaluation
-    networks.tools library.job library.diagnose
+    networks.tools library.job library.diagnose {" ".join(DOORS)}
 """
 ROOMS = {room: place for place, line in enumerate(ORDER.strip().splitlines()) for room in line.split()}
 """Where each stands; those of one line may import each other."""
@@ -125,9 +131,11 @@ def test_there_are_no_circles(graph: Graph) -> None:
 
 
 def test_no_room_is_a_long_list() -> None:
-    """More than 20 files in one folder are a room that has been missed, unless they are the members of one registry."""
-    kinds = {ROOT / f"{path.rpartition('.')[0].replace('.', '/')}.py" for path in KINDS.values()}
-    files = {path for top in ("library", "networks") for path in (ROOT / top).rglob("*.py")} - kinds
+    """More than 20 files in one folder are a room that has been missed, unless they are the members of one registry, or
+    kohya's scripts, whose place is given."""
+    members = [*(path.rpartition(".")[0] for path in KINDS.values()), *DOORS]
+    apart = {ROOT / f"{module.replace('.', '/')}.py" for module in members}
+    files = {path for top in ("library", "networks") for path in (ROOT / top).rglob("*.py")} - apart
     folders = [path.parent for path in files]
     assert [str(folder) for folder in set(folders) if folders.count(folder) - 1 > 20] == []  # but for __init__.py
 
@@ -155,3 +163,11 @@ def test_every_kind_of_import_counts(tmp_path: Path) -> None:
     path = tmp_path / "me.py"
     path.write_text(text)
     assert imports("library.me", path, known) == {"library.a", "library.b", "library.c.d"}
+
+
+def test_doors_stay_thin() -> None:
+    """At most 60 lines; and no module imports one."""
+    paths = {door: ROOT / f"{door.replace('.', '/')}.py" for door in DOORS}
+    assert {door for door, path in paths.items() if len(path.read_text(encoding="utf-8").splitlines()) > 60} == set()
+    known = modules()
+    assert [name for name, path in known.items() if imports(name, path, known) & paths.keys()] == []

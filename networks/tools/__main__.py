@@ -13,6 +13,7 @@ from networks.tools.command import run_alone
 COMMANDS = {
     "merge": ("networks.tools.merge", "LoRA files into one, by several methods, or into a base model"),
     "resize": ("networks.tools.resize", "a file at a lower rank"),
+    "extract": ("networks.tools.extract", "the difference of two base models as a LoRA"),
     "ranks": ("networks.tools.ranks", "how much of its rank a file uses"),
     "inspect": ("networks.tools.inspect", "a file's metadata in words, its norms, its training settings"),
     "compare": ("networks.tools.compare", "two files, layer by layer"),

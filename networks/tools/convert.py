@@ -1,7 +1,13 @@
-"""Rename an adapter file's tensors: to diffusers' names (LoRA and DoRA of rows), or from any to kohya's.
+"""Rename an adapter file's tensors, or write another kind of adapter as a plain LoRA.
 
 python -m networks.tools convert lora.safetensors lora-diffusers.safetensors --to diffusers
 python -m networks.tools convert lora-diffusers.safetensors lora.safetensors --to kohya
+python -m networks.tools convert lokr.safetensors lora.safetensors --to lora --rank 16
+python -m networks.tools convert oft.safetensors lora.safetensors --to lora --rank 16 --base sd15.safetensors
+
+Of diffusers' names there are those of LoRA and of DoRA of rows; kohya's are read from any. A LoRA is exact where the
+kind is of low rank and --rank does not cut it; the kept share of the energy is printed. DoRA, OFT, BOFT, (IA)³ and
+GLoRA need the base model, and so do convolutions whose kernel the tensors do not show.
 """
 
 from __future__ import annotations
@@ -27,12 +33,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Of the sub-command."""
     parser.add_argument("source", type=Path, help="the LoRA file to read")
     parser.add_argument("target", type=Path, help="the .safetensors to write")
-    parser.add_argument("--to", choices=get_args(WrittenNaming), required=True, help="whose names to write")
+    parser.add_argument("--to", choices=(*get_args(WrittenNaming), "lora"), required=True, help="whose names, or lora")
+    parser.add_argument("--rank", type=int, help="with --to lora: of the result; without it exact, or an error")
+    parser.add_argument("--conv_rank", type=int, help="that of convolutions wider than 1 × 1; without it --rank")
+    parser.add_argument("--base", metavar="MODEL", help="with --to lora: the base model, a file or a folder")
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit code."""
-    convert(options.source, options.target, to=options.to)
+    if options.to != "lora":
+        for name in ("rank", "conv_rank", "base"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} has no effect without --to lora")
+        convert(options.source, options.target, to=options.to)
+        return 0
+    from networks.tools.to_lora import to_lora
+
+    command.check_output(options.target, [options.source], overwrite=False, option="target")
+    to_lora(options.source, options.target, rank=options.rank, conv_rank=options.conv_rank, base=options.base)
     return 0
 
 

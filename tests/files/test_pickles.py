@@ -21,11 +21,11 @@ import torch
 from library.errors import UserError
 from library.files.index import read_index
 from library.files.pickles import read_pickle_index
-from library.models.checkpoints.weights import _Reader
+from library.models.checkpoints.weights import Reader
 
 
 def _read_all(path: Path) -> dict[str, torch.Tensor]:
-    with _Reader() as reader:
+    with Reader() as reader:
         return {
             name: reader.read(e, dtype=getattr(torch, e.dtype), device=torch.device("cpu"), mapped=False).view(e.shape)
             for name, e in read_index(path).entries.items()

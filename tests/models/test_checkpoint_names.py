@@ -21,7 +21,7 @@ from library.models.checkpoints.checkpoint import (
     unet_entries,
     vae_entries,
 )
-from library.models.checkpoints.weights import _Reader
+from library.models.checkpoints.weights import Reader
 from library.models.modules import new_projected_text_encoder, new_text_encoder, new_unet, new_vae
 
 
@@ -56,7 +56,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def _same(entries: dict, expected: dict[str, torch.Tensor]) -> None:
     assert entries.keys() == expected.keys()
-    with _Reader() as reader:
+    with Reader() as reader:
         for name, entry in entries.items():
             values = reader.read(entry, dtype=torch.float32, device=torch.device("cpu"), mapped=False)
             assert torch.equal(values, expected[name].flatten()), name

@@ -51,7 +51,7 @@ def fill(
     check_fit(module, entries, where)
     device = torch.device(device)
     names = sorted(parameters, key=lambda name: (str(entries[name].file), entries[name].offset))
-    with _Reader() as reader, _one_thread():
+    with Reader() as reader, _one_thread():
         for name in bar(names, desc="weights", unit="tensor") if changes else names:
             change = changes.get(name)
             weight = reader.read(entries[name], dtype=dtype, device=device, mapped=change is None)
@@ -105,22 +105,24 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Reader:
-    """Reads tensors; keeps the files open and one buffer between them."""
+class Reader:
+    """Reads tensors; keeps the files open and one buffer between them. A context."""
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}  # a map stays valid, without its file, as long as a tensor uses it
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_error: object) -> None:
         for file in self._files.values():
             file.close()
 
-    def read(self, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device, mapped: bool) -> torch.Tensor:
+    def read(
+        self, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device, mapped: bool = False
+    ) -> torch.Tensor:
         """The elements of `entry` [count], in the order of its shape. `mapped`: as a mapping where that is possible."""
         if entry.file not in self._files:
             self._files[entry.file] = entry.file.open("rb", buffering=0)

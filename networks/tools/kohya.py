@@ -1,0 +1,206 @@
+"""The doors of kohya's scripts, `networks/merge_lora.py` and the others: the options that they share, and kohya's sum.
+
+kohya's merge of LoRAs multiplies both factors of each by its ratio r and adds the factors, α₀ being the first file's:
+down = Σ r √(α / α₀) down, up = Σ |r| √(α / α₀) up. So 0.6 acts as 0.36, and the product has terms of one LoRA's up and
+another's down. Our merge does what the options say; `--as_kohya` repeats those numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from networks.tools import command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    text: str | None,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    act: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse a door's options and act. `text`: its help. Returns the exit code: 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_options(parser)
+
+    def acted(options: argparse.Namespace) -> int:
+        act(options)
+        if getattr(options, "no_metadata", False):
+            without_spec(options.save_to)
+        return 0
+
+    parser.set_defaults(run=acted)
+    return command.execute(parser.parse_args(sys.argv[1:] if argv is None else argv))
+
+
+def add_result_options(parser: argparse.ArgumentParser, *, metadata: bool = True) -> None:
+    """Of the doors that write a file."""
+    parser.add_argument("--save_to", metavar="FILE", type=Path, required=True, help="the .safetensors to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file where it exists")
+    parser.add_argument("--save_precision", choices=("float", "fp16", "bf16"), help="element type of the result")
+    parser.add_argument("--device", help="without effect: the decompositions take seconds on the CPU")
+    if metadata:
+        parser.add_argument("--no_metadata", action="store_true", help="no modelspec.* in the metadata")
+
+
+def add_merge_options(parser: argparse.ArgumentParser, *, blocks: bool) -> None:
+    """Of the doors that merge."""
+    parser.add_argument("--models", nargs="+", type=Path, required=True, help="the LoRA files")
+    parser.add_argument("--ratios", nargs="+", type=float, help="one for each file")
+    parser.add_argument(
+        "--precision", choices=("float", "fp16", "bf16"), help="without effect: sums are formed in fp32"
+    )
+    parser.add_argument("--as_kohya", action="store_true", help="the numbers of kohya's script")
+    if blocks:
+        parser.add_argument("--lbws", nargs="+", help="refused: weights by block")
+
+
+def say_without_effect(options: argparse.Namespace, reasons: Mapping[str, str]) -> None:
+    """A warning for each of these options that was given, with the reason why it changes nothing."""
+    for name, reason in reasons.items():
+        if getattr(options, name, None) not in (None, False, "float"):
+            logger.warning("--%s has no effect: %s", name, reason)
+
+
+def merge_factors(options: argparse.Namespace) -> None:
+    """kohya's merge_lora.py and sdxl_merge_lora.py without --sd_model."""
+    from networks.tools import merge, result
+
+    refuse_blocks(options)
+    say_without_effect(
+        options,
+        {
+            "precision": "sums are formed in fp32",
+            "device": "the CPU takes seconds",
+            "shuffle": "the order of ranks changes nothing",
+        },
+    )
+    weights = merge.weights_for(options.models, options.ratios)
+    if options.as_kohya:
+        write_as_kohya(options, weights)
+        return
+    if len(options.models) > 1 or any(weight not in (0, 1) for weight in weights):
+        logger.warning(
+            "kohya's script applies a ratio to both factors of a LoRA, so that 0.6 acts as 0.36, and mixes the factors "
+            "of different files; here each file acts as its ratio says. --as_kohya repeats kohya's numbers"
+        )
+    ranks: dict[bool, int] = {}
+    if not options.concat:
+        sources = result.read(options.models, purpose="is merged")
+        for factors in (one for source in sources for one in result.factors(source).values()):
+            ranks[factors.spatial] = max(ranks.get(factors.spatial, 0), factors.rank)
+    merge.merge(
+        options.models,
+        weights,
+        options.save_to,
+        rank=ranks.get(False, ranks.get(True)),
+        conv_rank=ranks.get(True),
+        save_precision=options.save_precision or "float",
+        overwrite=options.overwrite,
+    )
+
+
+def refuse_blocks(options: argparse.Namespace) -> None:
+    """`UserError` for kohya's `--lbws`."""
+    if getattr(options, "lbws", None):
+        raise UserError("--lbws: weights by block are not supported by this script")
+
+
+def write_as_kohya(options: argparse.Namespace, weights: Sequence[float]) -> None:
+    """kohya's sum of factors."""
+    from networks.tools import result
+
+    command.check_output(options.save_to, options.models, overwrite=options.overwrite)
+    sources = result.read(options.models, purpose="is merged")
+    layers = kohya_sum(
+        [{name: own.tensors for name, own in one.layers.items()} for one in sources], weights, concat=options.concat
+    )
+    metadata = result.common_metadata(sources) | result.about_ranks(layers)
+    metadata |= result.made_from(sources, weights, "kohya's sum of factors")
+    result.write(options.save_to, layers, metadata, result.precision(options.save_precision or "float", sources))
+
+
+def kohya_sum(
+    sources: Sequence[Mapping[str, Mapping[str, Tensor]]], ratios: Sequence[float], *, concat: bool
+) -> dict[str, dict[str, Tensor]]:
+    """The sum of kohya's merge by layer; with `concat` the factors beside each other. alpha: of the first file that has
+    the layer. `UserError` for different ranks without `concat`, and for LoCon with a core."""
+    import torch
+
+    from networks.lora import DOWN, MID, UP, LoRA
+
+    found: dict[str, dict[str, Tensor]] = {}
+    for source, ratio in zip(sources, ratios, strict=True):
+        for name, tensors in source.items():
+            if MID in tensors:
+                raise UserError(f"--as_kohya: {name} is a LoCon with a core; kohya's sum is of pairs")
+            alpha = float(tensors.get("alpha", torch.tensor(LoRA.rank_of(tensors))))
+            first = found.setdefault(name, {"alpha": torch.tensor(alpha)})
+            scale = math.sqrt(alpha / float(first["alpha"])) * ratio
+            for end, axis, factor in ((DOWN, 0, scale), (UP, 1, abs(scale))):
+                more = tensors[end].float() * factor
+                if end not in first:
+                    first[end] = more
+                elif concat:
+                    first[end] = torch.cat([first[end], more], dim=axis)
+                elif first[end].shape != more.shape:
+                    shapes = f"{list(first[end].shape)} and {list(more.shape)}"
+                    raise UserError(f"--as_kohya: {name}.{end} has the shapes {shapes}; kohya's sum needs one rank")
+                else:
+                    first[end] = first[end] + more
+    return found
+
+
+def without_spec(path: Path) -> None:
+    """Write a file once more without `modelspec.*`, as kohya's --no_metadata."""
+    from library.files.header import read_metadata
+    from networks import files
+
+    metadata = {key: text for key, text in read_metadata(path).items() if not key.startswith("modelspec.")}
+    files.write(path, files.read_tensors(path), metadata)
+
+
+def merge_to_rank(options: argparse.Namespace) -> None:
+    """kohya's svd_merge_lora.py."""
+    from networks.tools import merge, result
+    from networks.tools.extract import clipped
+
+    refuse_blocks(options)
+    say_without_effect(options, {"precision": "sums are formed in fp32", "device": "the CPU takes seconds"})
+    weights, ranks = merge.weights_for(options.models, options.ratios), (options.new_rank, options.new_conv_rank)
+    precision, target = options.save_precision or "float", options.save_to
+    if not options.as_kohya:
+        logger.info("kohya's script clips the factors at the quantile 0.99 of their values; --as_kohya does so here")
+        merge.merge(
+            options.models,
+            weights,
+            target,
+            rank=ranks[0],
+            conv_rank=ranks[1],
+            save_precision=precision,
+            overwrite=options.overwrite,
+        )
+        return
+    merge.check_ranks({"--new_rank": ranks[0], "--new_conv_rank": ranks[1]})
+    command.check_output(target, options.models, overwrite=options.overwrite)
+    sources = result.read(options.models, purpose="is merged")
+    layers = {}
+    for name, one in merge.summed([result.factors(one) for one in sources], weights, rank=None, conv_rank=None).items():
+        rank = (ranks[1] or ranks[0]) if one.spatial else ranks[0]
+        layers[name] = clipped(one.dense(), one.shape, rank, exact=True).tensors()
+    metadata = result.common_metadata(sources) | result.about_ranks(layers)
+    metadata |= result.made_from(sources, weights, f"kohya's SVD merge to rank {ranks[0]}")
+    result.write(target, layers, metadata, result.precision(precision, sources))
