@@ -18,7 +18,7 @@ COMMANDS = {
     "inspect": ("networks.tools.inspect", "a file's metadata in words, its norms, its training settings"),
     "compare": ("networks.tools.compare", "two files, layer by layer"),
     "ema": ("networks.tools.ema", "the average of a run's files"),
-    "convert": ("networks.tools.convert", "an adapter file in another program's names"),
+    "convert": ("networks.tools.convert", "an adapter file in other names, or another kind as a LoRA"),
     "check": ("networks.tools.check", "what an adapter file is, and which programs load it"),
     "evaluate": ("library.evaluation.evaluate", "the loss of LoRA files on folders of images"),
     "draw": ("library.evaluation.draw", "prompts × LoRA files × multipliers × seeds as one picture"),
