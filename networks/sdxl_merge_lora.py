@@ -15,7 +15,6 @@ from pathlib import Path
 if not __package__:  # a script's own folder leads the search for modules, where the project's root has to
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from library.errors import UserError
 from networks.tools import kohya
 
 
@@ -31,7 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def act(options: argparse.Namespace) -> None:
     """Merge. Raises UserError."""
     if options.sd_model is not None:
-        raise UserError(f"--sd_model {options.sd_model}: merging into a checkpoint is not supported by this script")
+        kohya.merge_into_checkpoint(options)
+        return
     kohya.merge_factors(options)
 
 

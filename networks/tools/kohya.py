@@ -21,6 +21,8 @@ from networks.tools import command
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from networks.tools.block_weights import BlockWeights
+
 logger = logging.getLogger(__name__)
 
 
@@ -65,7 +67,7 @@ def add_merge_options(parser: argparse.ArgumentParser, *, blocks: bool) -> None:
     )
     parser.add_argument("--as_kohya", action="store_true", help="the numbers of kohya's script")
     if blocks:
-        parser.add_argument("--lbws", nargs="+", help="refused: weights by block")
+        parser.add_argument("--lbws", nargs="+", metavar="LIST", help="weights by block, [1,0,…] for each file")
 
 
 def say_without_effect(options: argparse.Namespace, reasons: Mapping[str, str]) -> None:
@@ -79,7 +81,6 @@ def merge_factors(options: argparse.Namespace) -> None:
     """kohya's merge_lora.py and sdxl_merge_lora.py without --sd_model."""
     from networks.tools import merge, result
 
-    refuse_blocks(options)
     say_without_effect(
         options,
         {
@@ -98,6 +99,7 @@ def merge_factors(options: argparse.Namespace) -> None:
             "of different files; here each file acts as its ratio says. --as_kohya repeats kohya's numbers"
         )
     ranks: dict[bool, int] = {}
+    blocks = blocks_of(options)
     if not options.concat:
         sources = result.read(options.models, purpose="is merged")
         for factors in (one for source in sources for one in result.factors(source).values()):
@@ -106,6 +108,7 @@ def merge_factors(options: argparse.Namespace) -> None:
         options.models,
         weights,
         options.save_to,
+        blocks=blocks,
         rank=ranks.get(False, ranks.get(True)),
         conv_rank=ranks.get(True),
         save_precision=options.save_precision or "float",
@@ -113,10 +116,36 @@ def merge_factors(options: argparse.Namespace) -> None:
     )
 
 
-def refuse_blocks(options: argparse.Namespace) -> None:
-    """`UserError` for kohya's `--lbws`."""
-    if getattr(options, "lbws", None):
-        raise UserError("--lbws: weights by block are not supported by this script")
+def blocks_of(options: argparse.Namespace) -> list[BlockWeights] | None:
+    """kohya's `--lbws`, a list for each file. Raises UserError."""
+    from networks.tools.block_weights import BlockWeights
+
+    lists = getattr(options, "lbws", None)
+    if not lists:
+        return None
+    if options.as_kohya:
+        raise UserError("--lbws with --as_kohya: weights by block are applied as they say alone")
+    if len(lists) != len(options.models):
+        raise UserError(f"--lbws: {len(lists)} lists for {len(options.models)} files; give one for each")
+    return [BlockWeights.parse(text.strip("[] ")) for text in lists]
+
+
+def merge_into_checkpoint(options: argparse.Namespace) -> None:
+    """`--sd_model` of kohya's merge_lora.py and sdxl_merge_lora.py, which add each LoRA's whole difference as well."""
+    from networks.tools import merge
+
+    unused = {"save_precision": "its tensors keep their types", "precision": "sums are formed in fp32"}
+    say_without_effect(options, unused | dict.fromkeys(("concat", "no_metadata"), "no LoRA is written"))
+    options.no_metadata = False
+    merge.merge(
+        options.models,
+        merge.weights_for(options.models, options.ratios),
+        options.save_to,
+        blocks=blocks_of(options),
+        base=options.sd_model,
+        allow_missing=True,
+        overwrite=options.overwrite,
+    )
 
 
 def write_as_kohya(options: argparse.Namespace, weights: Sequence[float]) -> None:
@@ -178,7 +207,7 @@ def merge_to_rank(options: argparse.Namespace) -> None:
     from networks.tools import merge, result
     from networks.tools.extract import clipped
 
-    refuse_blocks(options)
+    blocks = blocks_of(options)
     say_without_effect(options, {"precision": "sums are formed in fp32", "device": "the CPU takes seconds"})
     weights, ranks = merge.weights_for(options.models, options.ratios), (options.new_rank, options.new_conv_rank)
     precision, target = options.save_precision or "float", options.save_to
@@ -188,6 +217,7 @@ def merge_to_rank(options: argparse.Namespace) -> None:
             options.models,
             weights,
             target,
+            blocks=blocks,
             rank=ranks[0],
             conv_rank=ranks[1],
             save_precision=precision,
@@ -198,7 +228,9 @@ def merge_to_rank(options: argparse.Namespace) -> None:
     command.check_output(target, options.models, overwrite=options.overwrite)
     sources = result.read(options.models, purpose="is merged")
     layers = {}
-    for name, one in merge.summed([result.factors(one) for one in sources], weights, rank=None, conv_rank=None).items():
+    everywhere = merge.weights_in(sources, weights, None)
+    factors = [result.factors(one) for one in sources]
+    for name, one in merge.merged(factors, everywhere, merge.LINEAR, rank=None, conv_rank=None).items():
         rank = (ranks[1] or ranks[0]) if one.spatial else ranks[0]
         layers[name] = clipped(one.dense(), one.shape, rank, exact=True).tensors()
     metadata = result.common_metadata(sources) | result.about_ranks(layers)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WeightOf = Callable[[str], float]  # from a layer's name in files to the weight of a file there
-_LINEAR = Method()
+LINEAR = Method()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +113,7 @@ def advise(
     command.check_output(picture, list(paths), overwrite=overwrite, option="--advise", end=".png")
     sources = result.read(paths, purpose="is compared")
     files = []
-    for source, weight_of in zip(sources, _weights_of(sources, weights, blocks), strict=True):
+    for source, weight_of in zip(sources, weights_in(sources, weights, blocks), strict=True):
         own = {name: one.times(weight_of(name)) for name, one in result.factors(source).items() if weight_of(name)}
         files.append(own)
     pairs = advise.pairs_of([path.name for path in paths], files)
@@ -146,7 +146,7 @@ def merge(
     weights: Sequence[float],
     target: Path,
     *,
-    method: Method = _LINEAR,
+    method: Method = LINEAR,
     blocks: Sequence[BlockWeights] | None = None,
     rank: int | None = None,
     conv_rank: int | None = None,
@@ -162,7 +162,7 @@ def merge(
     if base is None:
         command.check_output(target, list(paths), overwrite=overwrite)
     sources = result.read(paths, purpose="is merged", any_kind=base is not None)
-    weights_of = list(_weights_of(sources, weights, blocks))
+    weights_of = weights_in(sources, weights, blocks)
     texts = None if blocks is None else [one.text for one in blocks]
     made = result.made_from(sources, weights, str(method), blocks=texts)
     if base is not None:
@@ -207,19 +207,20 @@ def _check_options(
         raise UserError(f"--method {method.name}: needs --rank, to which its result is cut, or --base")
 
 
-def _weights_of(
+def weights_in(
     sources: Sequence[AdapterFile], weights: Sequence[float], blocks: Sequence[BlockWeights] | None
-) -> Iterator[WeightOf]:
-    """For each file. `UserError` for a list of another family, or without a number for one of the file's layers."""
+) -> list[WeightOf]:
+    """Each file's weight by layer. `UserError` for a list of another family, or one that lacks a number for a layer."""
+    if blocks is None:
+        return [partial(_same, weight) for weight in weights]
+    found: list[WeightOf] = []
     for place, (source, weight) in enumerate(zip(sources, weights, strict=True)):
-        if blocks is None:
-            yield partial(_same, weight)
-            continue
         own = blocks[place]
         own.check(source.metadata.get("ss_base_model_version", ""), source.source)
         for name in source.layers:
             own.of(name)
-        yield partial(_by_block, weight, own)
+        found.append(partial(_by_block, weight, own))
+    return found
 
 
 def _same(weight: float, layer: str) -> float:

@@ -196,9 +196,9 @@ def test_no_metadata_leaves_out_the_spec(tmp_path: Path, two: tuple[Path, Path])
 @pytest.mark.parametrize(
     ("name", "more", "said"),
     [
-        ("merge_lora", ["--sd_model", "x.safetensors"], "--sd_model x.safetensors: merging into a checkpoint"),
-        ("sdxl_merge_lora", ["--lbws", "[1]"], "--lbws: weights by block are not supported"),
-        ("svd_merge_lora", ["--lbws", "[1]"], "--lbws: weights by block are not supported"),
+        ("merge_lora", ["--sd_model", "x.safetensors"], "x.safetensors"),
+        ("sdxl_merge_lora", ["--lbws", "[1]"], "--lbws: 1 lists for 2 files"),
+        ("svd_merge_lora", ["--lbws", "[1]", "[1]", "--as_kohya"], "--lbws with --as_kohya"),
         ("svd_merge_lora", ["--new_rank", "0"], "rank 0: has to be 1 or more"),
     ],
 )

@@ -20,6 +20,7 @@ from library.models.checkpoints.single_file import open_file
 from library.models.opening import open_family
 from library.models.stable_diffusion import StableDiffusion
 from library.models.stable_diffusion_xl import StableDiffusionXL
+from networks import merge_lora
 from networks.create import create, create_to_merge
 from networks.files import read
 from networks.settings import Asked
@@ -94,6 +95,14 @@ def test_a_folder_is_merged_and_the_rest_copied(tmp_path: Path) -> None:
     assert [(row["name"], row["weight"]) for row in rows] == [("a.safetensors", 0.5), ("b.safetensors", -1.0)]
     assert (metadata["ss_made_on"], metadata["ss_made_by"]) == ("base", "linear")
     open_family(str(target))
+
+
+def test_the_door_of_kohyas_script_merges_the_whole_difference_too(tmp_path: Path) -> None:
+    parts, target = _parts(BASE), tmp_path / "merged"
+    deltas = _lora(tmp_path / "a.safetensors", parts, 1)
+    words = ["--sd_model", str(BASE), "--models", str(tmp_path / "a.safetensors"), "--ratios", "0.6"]
+    assert merge_lora.main([*words, "--save_to", str(target)]) == 0
+    _check(_parts(target), parts, {name: 0.6 * delta for name, delta in deltas.items()})
 
 
 @pytest.fixture(scope="module")
