@@ -177,6 +177,7 @@ def merge_to_rank(options: argparse.Namespace) -> None:
     """kohya's svd_merge_lora.py."""
     from networks.tools import merge, result
     from networks.tools.extract import clipped
+    from networks.tools.low_rank import stacked
 
     refuse_blocks(options)
     say_without_effect(options, {"precision": "sums are formed in fp32", "device": "the CPU takes seconds"})
@@ -198,7 +199,10 @@ def merge_to_rank(options: argparse.Namespace) -> None:
     command.check_output(target, options.models, overwrite=options.overwrite)
     sources = result.read(options.models, purpose="is merged")
     layers = {}
-    for name, one in merge.summed([result.factors(one) for one in sources], weights, rank=None, conv_rank=None).items():
+    own = [result.factors(source) for source in sources]
+    for name in dict.fromkeys(name for factors in own for name in factors):
+        pairs = zip(own, weights, strict=True)
+        one = stacked([factors[name].times(weight) for factors, weight in pairs if name in factors], name)
         rank = (ranks[1] or ranks[0]) if one.spatial else ranks[0]
         layers[name] = clipped(one.dense(), one.shape, rank, exact=True).tensors()
     metadata = result.common_metadata(sources) | result.about_ranks(layers)
