@@ -82,6 +82,12 @@ def test_every_option_that_is_recommended_exists() -> None:
     assert {word[2:] for word in words} <= set(declared_options())
 
 
+@pytest.fixture(autouse=True)
+def without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/guidance/test_fit.py has the advice, whose estimates take seconds."""
+    monkeypatch.setattr("library.job._advice", lambda plan: LESS_MEMORY)
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
     """Have a method fail at its n-th call."""

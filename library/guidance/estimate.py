@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,19 +35,27 @@ def peak_of(work: Callable[[Callable[[Tensor], Tensor]], object], modules: Seque
     device, which counts as the CPU; their own weights are not counted. Memory that libraries use inside an operation
     (convolution workspaces) is not counted either.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _mode()
     with mode, _with_fake_weights(modules, mode.from_tensor), LiveBytes() as live:
         work(mode.from_tensor)
     return live.peak
+
+
+@lru_cache(maxsize=1)
+def _mode() -> Any:
+    """One for all passes, so that the fake weights serve all of them: making them takes half of a pass."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+_frozen: dict[tuple[object, ...], Tensor] = {}  # fake weights without contents: one serves all of its shape
 
 
 @contextmanager
 def _with_fake_weights(modules: Sequence[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A context in which all weights and buffers of these modules are fake; gradients that they get stay inside."""
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    fakes: dict[int, Tensor] = {}  # weights can be shared
     for module in (inner for outer in modules for inner in outer.modules()):
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
@@ -54,16 +63,26 @@ def _with_fake_weights(modules: Sequence[nn.Module], fake: Callable[[Tensor], Te
                 if tensor is None:
                     continue
                 kept.append((table, name, tensor))
-                if id(tensor) not in fakes:
-                    made = torch.empty_like(tensor, device="cpu") if tensor.is_meta else fake(tensor.detach())
-                    is_parameter = table is module._parameters
-                    fakes[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
-                table[name] = fakes[id(tensor)]
+                table[name] = _fake_weight(tensor, fake, is_parameter=table is module._parameters)
     try:
         yield
     finally:
         for table, name, tensor in kept:
+            table[name].grad = None
             table[name] = tensor
+
+
+def _fake_weight(tensor: Tensor, fake: Callable[[Tensor], Tensor], *, is_parameter: bool) -> Tensor:
+    key = (is_parameter, tensor.shape, tensor.stride(), tensor.dtype, tensor.is_meta, tensor.device)
+    is_shared = not tensor.requires_grad and type(tensor) in (Tensor, nn.Parameter)
+    if is_shared and key in _frozen:
+        return _frozen[key]
+    made = torch.empty_like(tensor, device="cpu") if tensor.is_meta else fake(tensor.detach())
+    if is_parameter:
+        made = nn.Parameter(made, tensor.requires_grad)
+    if is_shared:
+        _frozen[key] = made
+    return made
 
 
 class LiveBytes(TorchDispatchMode):
