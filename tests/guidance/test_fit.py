@@ -153,14 +153,15 @@ def test_images_that_change_cannot_be_cached(planned: Planned) -> None:
 def test_the_card(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    assert card_of(planned().options) is None
+    options = planned().options
+    assert card_of(options) is None
     given = card_of(planned("--gpu_memory", "12GB").options)
     assert given is not None
     assert given.usable == int(12 * 2**30 * 0.95) - 2**29
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 8 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    found = card_of(planned().options)
+    found = card_of(options)
     assert str(found) == "Some GPU: 8.0 GiB, 3.0 GiB free"
 
 

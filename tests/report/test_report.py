@@ -197,8 +197,9 @@ def as_killed(path: Path) -> None:
 
 
 def test_a_run_of_a_version_without_records(finished, tmp_path):
-    """Its metrics are as they are now: what it is stands in their first line, as sentences."""
-    before = Page(finished.read_text(encoding="utf-8")).texts
+    """Its metrics are as they are now: what it is stands in their first line, as sentences. The share of trained
+    parameters, which is younger, is not there."""
+    before = [text.partition(": 0.417 % of")[0] for text in Page(finished.read_text(encoding="utf-8")).texts]
     (finished.parent / f"{NAME}-run.json").unlink()
     assert report([str(finished.parent)]) == 0
     assert Page(finished.read_text(encoding="utf-8")).texts == before
@@ -218,7 +219,10 @@ def test_a_report_is_made_of_the_record_and_not_of_sentences(finished, tmp_path)
     path.write_text(json.dumps(table), encoding="utf-8")
     assert report([str(finished.parent)]) == 0
     found = Page(finished.read_text(encoding="utf-8"))
-    assert "base model models/fox (final: v2) network networks.lora, dim 4, alpha 2 images 6" in found.text
+    assert re.search(
+        r"base model models/fox \(final: v2\) network networks\.lora, dim 4, alpha 2: [^:]* the whole model's images 6",
+        found.text,
+    )
     assert "model models/fox (final: v2) (sd_v1, epsilon); fp32 on cpu" in found.text
     table["id"] = 5  # of another run
     path.write_text(json.dumps(table), encoding="utf-8")

@@ -49,7 +49,7 @@ def test_dry_run_tells_everything_and_writes_nothing(words, tmp_path, capsys):
         "2 images a step: 2 × 1 accumulated × 1 process",
         "text_encoder 0.001, unet 0.001; constant; AdamW",
         "8.01 bytes a parameter",
-        "activations and gradients",
+        "a training step: weights",
         "3 files of",
         str(tmp_path / "out" / "last.safetensors"),
         "last-run.json",
