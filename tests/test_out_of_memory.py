@@ -137,6 +137,7 @@ def test_the_saved_state_can_be_resumed(train: Train, failing: Failing, capsys: 
     assert train("--resume", "latest") == 0
 
 
+@pytest.mark.slow
 def test_the_computers_memory_in_a_step(train: Train, failing: Failing, capsys: pytest.CaptureFixture[str]) -> None:
     error = RuntimeError(
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -234,6 +235,7 @@ def test_saving(train: Train, failing: Failing, tmp_path: Path, capsys: pytest.C
     }
 
 
+@pytest.mark.slow
 def test_the_rate_finder(train: Train, failing: Failing, capsys: pytest.CaptureFixture[str]) -> None:
     failing(loop, "backward", call=2)
     assert train("--find_lr", "--find_lr_steps", "20") == 2

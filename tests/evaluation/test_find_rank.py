@@ -58,6 +58,7 @@ def sweep(folder: Path, *own: str, more: Sequence[str] = ()) -> int:
     return run(find_rank.main, [*own, "--", *words(folder, *more)])
 
 
+@pytest.mark.slow
 def test_a_sweep_and_what_it_does_the_second_time(
     image_folder: Path, tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
 ) -> None:

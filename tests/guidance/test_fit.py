@@ -84,6 +84,7 @@ def test_the_moments_of_a_run(planned: Planned, tmp_path: Path) -> None:
     assert needs.largest.total == max(moment.total for moment in needs.moments)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_small_batches_need_less(planned: Planned) -> None:
     plan = planned("--train_batch_size", "4", "--cache_latents")
     estimates = verdict.estimator(plan)
@@ -196,6 +197,7 @@ def test_the_dry_run_prints_the_verdict(train: Train, capsys: pytest.CaptureFixt
     assert "it does NOT fit: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_networks_of_other_packages(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--network_module", "lycoris.kohya", "--network_args", "algo=lokr")
     assert train(*words, "--dry_run") == 0
@@ -204,6 +206,7 @@ def test_networks_of_other_packages(train: Train, capsys: pytest.CaptureFixture[
     assert "error: --fit 8GB: networks of other packages cannot be made" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_advice_of_an_error_of_memory(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
