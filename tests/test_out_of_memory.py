@@ -201,9 +201,9 @@ def test_parts_before_training(
 
 
 def test_validation(train: Train, failing: Failing, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from library.training.hooks import validation
+    from library.training import fixed_noise
 
-    failing(validation, "image_losses", call=16)  # 5 levels each time, 1 image: the one after step 3
+    failing(fixed_noise, "image_losses", call=16)  # 5 levels each time, 1 image: the one after step 3
     words = ("--validation_split", "0.2", "--validate_every_n_steps", "1")
     assert train(*words) == 2
     message = error_of(capsys)
