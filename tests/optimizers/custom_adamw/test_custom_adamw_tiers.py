@@ -231,6 +231,7 @@ class TestFallingBack:
         assert isinstance(build.shared_library(native.SOURCES / "step.cpp", native.declarations()), ctypes.CDLL)
 
     @needs_kernel
+    @pytest.mark.slow
     def test_compiled_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         build.shared_library(native.SOURCES / "step.cpp", native.declarations())
