@@ -49,10 +49,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         count.captions += len(captions)
         return encode_prompts(self, captions)
 
-    def part(self, name, *words):
+    def part(self, name, *words, **how):
         count.vaes += name == "vae"
         count.text_encoders += name == "text_encoder"
-        return load(self, name, *words)
+        return load(self, name, *words, **how)
 
     monkeypatch.setattr(StableDiffusion, "encode_images", images)
     monkeypatch.setattr(StableDiffusion, "encode_prompts", prompts)

@@ -293,9 +293,9 @@ def test_the_caches_on_disk_hold_both(
     assert train(*words, "--output_name", "first") == 0
     load = Components.load
 
-    def denoiser(self: Components, name: str, *to: Any) -> torch.nn.Module:
+    def denoiser(self: Components, name: str, *to: Any, **how: Any) -> torch.nn.Module:
         assert name == "denoiser", "encoded again"
-        return load(self, name, *to)
+        return load(self, name, *to, **how)
 
     monkeypatch.setattr(Components, "load", denoiser)
     assert train(*words, "--output_name", "second") == 0
