@@ -187,6 +187,7 @@ def test_fit_without_a_card_or_a_size(train: Train, capsys: pytest.CaptureFixtur
     assert "--fit: '8' has no unit, did you mean '8GB'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_dry_run_prints_the_verdict(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--dry_run", "--gpu_memory", "12GB") == 0
     said = capsys.readouterr().out
