@@ -56,6 +56,7 @@ _frozen: dict[tuple[object, ...], Tensor] = {}  # fake weights without contents:
 def _with_fake_weights(modules: Sequence[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A context in which all weights and buffers of these modules are fake; gradients that they get stay inside."""
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    fakes: dict[int, Tensor] = {}  # weights can be shared
     for module in (inner for outer in modules for inner in outer.modules()):
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
@@ -63,7 +64,9 @@ def _with_fake_weights(modules: Sequence[nn.Module], fake: Callable[[Tensor], Te
                 if tensor is None:
                     continue
                 kept.append((table, name, tensor))
-                table[name] = _fake_weight(tensor, fake, is_parameter=table is module._parameters)
+                if id(tensor) not in fakes:
+                    fakes[id(tensor)] = _fake_weight(tensor, fake, is_parameter=table is module._parameters)
+                table[name] = fakes[id(tensor)]
     try:
         yield
     finally:

@@ -107,8 +107,8 @@ class Estimator:
         return sum(moments.standing.values()) + outline.trained
 
     def once(self, key: tuple[object, ...], options: Options, work: Callable[[Outlined], int]) -> int:
-        """The result of a pass."""
-        key = (*key, *_that_matter(options))
+        """The result of a pass. `key`: its kind, of `_THAT_MATTER`, and its sizes."""
+        key = (*key, *_THAT_MATTER[key[0]](options))
         if key not in self._passes:
             with outlined(self.plan.family, options, self.plan.network_arguments) as outline:
                 self._passes[key] = work(outline)
@@ -156,14 +156,33 @@ class Estimator:
         return total
 
 
-def _that_matter(options: Options) -> tuple[object, ...]:
-    """The options on which a pass depends."""
+def _of_step(options: Options) -> tuple[object, ...]:
+    return *_of_prediction(options), *_of_texts(options), *_of_vae(options)
+
+
+def _of_prediction(options: Options) -> tuple[object, ...]:
+    """Without gradients there are no checkpoints."""
+    precision = options.precision
+    return precision.mixed_precision, bool(precision.of_weights), bool(precision.unet_format)
+
+
+def _of_texts(options: Options) -> tuple[object, ...]:
+    """Checkpointing puts trained text encoders into training mode."""
     precision = options.precision
     return (
-        precision.mixed_precision, precision.gradient_checkpointing, bool(precision.of_weights),
-        bool(precision.unet_format), bool(precision.text_format), options.model.no_half_vae,
-        options.network.network_train_unet_only,
+        precision.mixed_precision, bool(precision.of_weights), bool(precision.text_format),
+        precision.gradient_checkpointing, options.network.network_train_unet_only,
     )  # fmt: skip
+
+
+def _of_vae(options: Options) -> tuple[object, ...]:
+    return options.precision.mixed_precision, options.model.no_half_vae
+
+
+_THAT_MATTER: Mapping[object, Callable[[Options], tuple[object, ...]]] = {
+    "step": _of_step, "predict": _of_prediction, "texts": _of_texts, "encode": _of_vae, "decode": _of_vae,
+}  # fmt: skip
+"""The options on which a pass depends, by its kind."""
 
 
 @dataclass

@@ -14,10 +14,10 @@ from library import log
 from library.diffusion.process import predict_and_target
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.quantization.frozen import compute_frozen
-from library.run.encode import DTYPES, trains_text, vae_dtype
-from library.run.network import asked_of, parts_of
+from library.run.encode import DTYPES, freeze_convolutions, into_training, trains_text, vae_dtype
+from library.run.network import asked_of, files_of, parts_of
 from library.run.objective import make_objective
-from networks import create, files, kinds
+from networks import create, kinds
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -140,7 +140,7 @@ def outlined(family: ModelFamily, options: Options, arguments: Arguments, *, hel
     """
     kind = kinds.kind_of(options.network.network_module, options.network.network_args)
     assert kind is not None, "networks of other packages cannot be made without weights"
-    wanted, parts, precision = options.network, family.components, options.precision
+    parts, precision = family.components, options.precision
     with family.outlined(), log.errors_only():
         for module in parts.loaded():
             module.eval().requires_grad_(False)
@@ -148,24 +148,14 @@ def outlined(family: ModelFamily, options: Options, arguments: Arguments, *, hel
             parts[name].to(vae_dtype(family, options) if name == "vae" else DTYPES[precision.mixed_precision])
         for name in held_parts(family, options) if held else ():
             hold(family, name)
-        for layer in parts["denoiser"].modules():
-            if isinstance(layer, nn.Conv2d):
-                compute_frozen(layer)
-        start = None if wanted.network_weights is None else files.read(wanted.network_weights)
-        network = create.make(
-            kind,
-            family.adapter_targets(),
-            asked_of(options),
-            arguments,
-            file=start if wanted.dim_from_weights else None,
-        )
+        freeze_convolutions(parts["denoiser"])
+        _, sizes = files_of(options)
+        network = create.make(kind, family.adapter_targets(), asked_of(options), arguments, file=sizes)
         network.attach(parts_of(options))
         if precision.of_weights:
             network.to(dtype=DTYPES[precision.mixed_precision])
         network.train()
-        parts["denoiser"].train()
-        if precision.gradient_checkpointing:
-            _checkpoint(family, options)
+        into_training(family, options)
         network.before_training(gradient_checkpointing=precision.gradient_checkpointing)
         yield Outlined(family, options, network)
 
@@ -192,19 +182,9 @@ def held_parts(family: ModelFamily, options: Options) -> dict[str, str]:
     return {name: format for name, format in formats.items() if format}
 
 
-def _held_layers(family: ModelFamily, name: str) -> list[nn.Linear | nn.Conv2d]:
-    """The layers whose weights are packed: those that adapters can sit on."""
-    kind = family.PARTS[name]
-    return [
-        layer
-        for path, layer in family.components[name].named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and (kind.linear.fullmatch(path) or kind.conv.fullmatch(path))
-    ]
-
-
 def hold(family: ModelFamily, name: str) -> None:
     """Give these layers of an outline weights of 8 bits, which are decoded where they are used."""
-    for layer in _held_layers(family, name):
+    for layer in family.components.adapted(name).values():
         layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
         compute_frozen(layer)
 
@@ -225,7 +205,7 @@ class Weight:
 
 def weights_in(family: ModelFamily, name: str, layers: Iterable[nn.Module]) -> list[Weight]:
     """The weights of these layers of a part, of an outline where none is packed."""
-    packed = {id(layer) for layer in _held_layers(family, name)}
+    packed = {id(layer) for layer in family.components.adapted(name).values()}
     return [
         Weight(layer.weight.numel(), layer.weight.shape[0], layer.weight.nbytes, id(layer) in packed)
         for layer in layers
@@ -236,18 +216,9 @@ def weights_in(family: ModelFamily, name: str, layers: Iterable[nn.Module]) -> l
 def bytes_in_formats(family: ModelFamily, name: str) -> dict[str, int]:
     """Bytes of a part of an outline where nothing is packed, by the format that its layers would be held in."""
     whole = parameter_bytes([family.components[name]])
-    weights = weights_in(family, name, _held_layers(family, name))
+    weights = weights_in(family, name, family.components.adapted(name).values())
     own = sum(weight.nbytes for weight in weights)
     return {
         format: round(whole - own + sum(weight.bytes_in(format) for weight in weights))
         for format in ("", *FORMAT_BYTES)
     }
-
-
-def _checkpoint(family: ModelFamily, options: Options) -> None:
-    """As `run.encode` does."""
-    family.components.checkpoint("denoiser")
-    if trains_text(options):
-        for name in family.components.text_encoders:
-            family.components.checkpoint(name)
-            family.components[name].train()

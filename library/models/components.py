@@ -128,7 +128,7 @@ class Components:
         source = self._sources[name]
         module = self._modules[name] = self._new(name)
         changes = {} if merged is None else _by_name(module, merged())
-        layers = {} if held is None else self._adapted(name)
+        layers = {} if held is None else self.adapted(name)
         for path in layers:
             assert held is not None
             pack = held.packing(f"{self._kinds[name].prefix} {path}")
@@ -145,7 +145,7 @@ class Components:
             module.eval()
         return self._modules[name]
 
-    def _adapted(self, name: str) -> dict[str, nn.Linear | nn.Conv2d]:
+    def adapted(self, name: str) -> dict[str, nn.Linear | nn.Conv2d]:
         """The layers of a part that adapters can sit on, by their paths."""
         from torch import nn
 

@@ -146,7 +146,7 @@ class _Parts:
 
     def load_denoiser(self) -> None:
         """Load the denoiser, ready to train."""
-        parts, precision, lane = self.family.components, self.options.precision, lane_of(self.accelerator.device)
+        precision, lane = self.options.precision, lane_of(self.accelerator.device)
         if lane is None:
             _warn_of_idle_offloading(self.options)
 
@@ -157,20 +157,11 @@ class _Parts:
         held = _held(precision.unet_format, precision.unet_format_option)
         denoiser = self._load("denoiser", held, apart=lambda: [layer for block in swapped() for layer in block])
         self.base_weights.report()
-        for layer in denoiser.modules():
-            if isinstance(layer, nn.Conv2d):
-                compute_frozen(layer)  # keeps no input, which torch's own does for the gradient of the weight
+        freeze_convolutions(denoiser)
         if lane is not None and (blocks := swapped()):
             self._swap(blocks, lane)
-        # Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes.
-        denoiser.train()
-        if precision.gradient_checkpointing:
-            offloads = precision.cpu_offload_checkpointing
-            parts.checkpoint("denoiser", by=OffloadedCheckpoints(lane) if lane is not None and offloads else None)
-            if trains_text(self.options):
-                for name in parts.text_encoders:
-                    parts.checkpoint(name)
-                    parts[name].train()
+        offloaded = OffloadedCheckpoints(lane) if lane is not None and precision.cpu_offload_checkpointing else None
+        into_training(self.family, self.options, by=offloaded)
 
     def _load(self, name: str, held: Held | None, *, apart: Callable[[], Iterable[nn.Module]] = tuple) -> nn.Module:
         def merged() -> dict[tuple[nn.Module, str], Change]:
@@ -218,6 +209,30 @@ def _warn_of_idle_offloading(options: Options) -> None:
     for name in ("blocks_to_swap", "cpu_offload_checkpointing"):
         if getattr(options.precision, name):
             logger.warning("--%s: has no effect on a CPU, whose memory is the host's already", name)
+
+
+def freeze_convolutions(denoiser: nn.Module) -> None:
+    """Have the convolutions keep no input, which torch's own do for the gradient of their weight."""
+    for layer in denoiser.modules():
+        if isinstance(layer, nn.Conv2d):
+            compute_frozen(layer)
+
+
+def into_training(family: ModelFamily, options: Options, *, by: Callable[..., object] | None = None) -> None:
+    """Put the denoiser into training mode, with checkpoints if they are asked for, then of trained text encoders too.
+
+    Checkpointing is active in training mode only; nothing else in the denoiser differs between the modes. `by`: see
+    `Components.checkpoint`.
+    """
+    parts = family.components
+    parts["denoiser"].train()
+    if not options.precision.gradient_checkpointing:
+        return
+    parts.checkpoint("denoiser", by=by)
+    if trains_text(options):
+        for name in parts.text_encoders:
+            parts.checkpoint(name)
+            parts[name].train()
 
 
 def trains_text(options: Options) -> bool:

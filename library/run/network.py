@@ -18,6 +18,7 @@ from networks.settings import Asked, LearningRates
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
     from library.optimizers.create import ParameterGroups
+    from networks.files import AdapterFile
 
 
 def make_network(
@@ -27,9 +28,7 @@ def make_network(
 
     `arguments`: --network_args.
     """
-    wanted = options.network
-    start = None if wanted.network_weights is None else files.read(wanted.network_weights)
-    sizes = start if wanted.dim_from_weights else None
+    wanted, (start, sizes) = options.network, files_of(options)
     asked = asked_of(options, seed=seed)
     targets = family.adapter_targets()
     # A third party's initial weights come from torch's own stream, whose state differs between processes.
@@ -52,6 +51,13 @@ def make_network(
     network.to(device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
     network.before_training(gradient_checkpointing=options.precision.gradient_checkpointing)
     return network
+
+
+def files_of(options: Options) -> tuple[AdapterFile | None, AdapterFile | None]:
+    """The file of --network_weights, and the one that the sizes are from: the same with --dim_from_weights."""
+    wanted = options.network
+    start = None if wanted.network_weights is None else files.read(wanted.network_weights)
+    return start, start if wanted.dim_from_weights else None
 
 
 def asked_of(options: Options, *, seed: int | None = None) -> Asked:

@@ -10,9 +10,9 @@ from library import log
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.offload import swap
-from library.run.network import asked_of, parameter_groups, parts_of
+from library.run.network import asked_of, files_of, parameter_groups, parts_of
 from library.training.state import State, network_of
-from networks import create, files, kinds
+from networks import create, kinds
 from networks.formats import loaders
 from networks.formats.naming import in_names_of
 from networks.load_report import check_loaded, compare, some_names
@@ -71,9 +71,7 @@ def _check_naming(network: Network, family: ModelFamily, options: Options) -> No
 
 def _network(kind: str, family: ModelFamily, options: Options, arguments: Arguments) -> Network:
     """The run's network without values."""
-    wanted = options.network
-    start = None if wanted.network_weights is None else files.read(wanted.network_weights)
-    sizes = start if wanted.dim_from_weights else None
+    wanted, (start, sizes) = options.network, files_of(options)
     asked = asked_of(options)
     try:
         network = create.make(kind, family.adapter_targets(), asked, arguments, file=sizes)
