@@ -22,24 +22,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """kohya's."""
     kohya.add_result_options(parser)
     kohya.add_merge_options(parser, blocks=False)
-    parser.add_argument("--sd_model", help="a checkpoint to merge into")
+    kohya.add_factors_options(parser)
     parser.add_argument("--v2", action="store_true", help="without effect: the files state their family")
-    parser.add_argument("--concat", action="store_true", help="the factors beside each other: exact, ranks add up")
-    parser.add_argument("--shuffle", action="store_true", help="without effect: the order of ranks changes nothing")
-
-
-def act(options: argparse.Namespace) -> None:
-    """Merge. Raises UserError."""
-    if options.sd_model is not None:
-        kohya.merge_into_checkpoint(options)
-        return
-    kohya.say_without_effect(options, {"v2": "the files state their family"})
-    kohya.merge_factors(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return kohya.run(__doc__, add_options, act, argv)
+    return kohya.run(__doc__, add_options, kohya.merge_loras, argv)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """kohya's."""
     kohya.add_result_options(parser)
     kohya.add_merge_options(parser, blocks=True)
-    parser.add_argument("--sd_model", help="a checkpoint to merge into")
-    parser.add_argument("--concat", action="store_true", help="the factors beside each other: exact, ranks add up")
-    parser.add_argument("--shuffle", action="store_true", help="without effect: the order of ranks changes nothing")
-
-
-def act(options: argparse.Namespace) -> None:
-    """Merge. Raises UserError."""
-    if options.sd_model is not None:
-        kohya.merge_into_checkpoint(options)
-        return
-    kohya.merge_factors(options)
+    kohya.add_factors_options(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return kohya.run(__doc__, add_options, act, argv)
+    return kohya.run(__doc__, add_options, kohya.merge_loras, argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,13 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     with log.lasting_streams():
         log.configure()
         try:
-            return main(sys.argv[1:] if argv is None else argv)
+            code = main(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader of what is printed, as `head`, has seen enough
+            # or Python complains when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

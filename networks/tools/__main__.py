@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from library.config.command import run
 from library.errors import UserError, did_you_mean
-from networks.tools.command import run_alone
+from networks.tools.command import execute
 
 COMMANDS = {
     "merge": ("networks.tools.merge", "LoRA files into one, by several methods, or into a base model"),
@@ -45,7 +45,7 @@ def _main(argv: Sequence[str]) -> int:
     path, _ = COMMANDS[name]
     module = importlib.import_module(path)
     if hasattr(module, "add_options"):
-        return run_alone(path, words)
+        return execute(module, words)
     code: int = module.main(words)
     return code
 

@@ -6,47 +6,43 @@ A sub-command is a module with a docstring, `add_options(parser)` and `run(optio
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from library import log
+from library.config.command import run
 from library.errors import UserError
 
 PRECISIONS = ("float", "fp32", "fp16", "bf16")  # of --save_precision; kohya calls fp32 float
 
 
-def parser_of(module: ModuleType, parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
-    """The parser of a sub-command; a new one where none is given."""
-    parser = parser or argparse.ArgumentParser(
-        description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def parser_of(module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of a sub-command."""
+    assert module.__spec__ is not None
+    parser = argparse.ArgumentParser(
+        prog=f"lora-tools {module.__spec__.name.rpartition('.')[2]}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     module.add_options(parser)
-    parser.set_defaults(run=module.run)
     return parser
 
 
-def execute(options: argparse.Namespace) -> int:
-    """Run the chosen sub-command. Returns the exit code: 2 for what the user can put right."""
-    log.configure()
-    try:
-        code: int = options.run(options)
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of the report, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
-        return 0
+def execute(module: ModuleType, argv: Sequence[str]) -> int:
+    """Run a sub-command. Returns the exit code. Raises UserError."""
+    code: int = module.run(parser_of(module).parse_args(argv))
     return code
 
 
-def run_alone(name: str, argv: list[str] | None = None) -> int:
-    """Run the sub-command whose module has this name, without the name of a sub-command in the arguments."""
-    parser = parser_of(sys.modules[name])
-    parser.prog = f"lora-tools {name.rpartition('.')[2]}"
-    return execute(parser.parse_args(argv))
+def run_alone(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run the sub-command whose module has this name, which may be "__main__", without its own name in the arguments.
+
+    Returns the exit code: 2 for what the user can put right.
+    """
+    return run(partial(execute, sys.modules[name]), argv)
 
 
 def add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

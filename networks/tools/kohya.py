@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,14 +37,14 @@ def run(
     )
     add_options(parser)
 
-    def acted(options: argparse.Namespace) -> int:
+    def acted(words: Sequence[str]) -> int:
+        options = parser.parse_args(words)
         act(options)
         if getattr(options, "no_metadata", False):
             without_spec(options.save_to)
         return 0
 
-    parser.set_defaults(run=acted)
-    return command.execute(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    return command.run(acted, argv)
 
 
 def add_result_options(parser: argparse.ArgumentParser, *, metadata: bool = True) -> None:
@@ -70,6 +69,13 @@ def add_merge_options(parser: argparse.ArgumentParser, *, blocks: bool) -> None:
         parser.add_argument("--lbws", nargs="+", metavar="LIST", help="weights by block, [1,0,…] for each file")
 
 
+def add_factors_options(parser: argparse.ArgumentParser) -> None:
+    """Of merge_lora.py and sdxl_merge_lora.py."""
+    parser.add_argument("--sd_model", help="a checkpoint to merge into")
+    parser.add_argument("--concat", action="store_true", help="the factors beside each other: exact, ranks add up")
+    parser.add_argument("--shuffle", action="store_true", help="without effect: the order of ranks changes nothing")
+
+
 def say_without_effect(options: argparse.Namespace, reasons: Mapping[str, str]) -> None:
     """A warning for each of these options that was given, with the reason why it changes nothing."""
     for name, reason in reasons.items():
@@ -77,8 +83,16 @@ def say_without_effect(options: argparse.Namespace, reasons: Mapping[str, str]) 
             logger.warning("--%s has no effect: %s", name, reason)
 
 
-def merge_factors(options: argparse.Namespace) -> None:
-    """kohya's merge_lora.py and sdxl_merge_lora.py without --sd_model."""
+def merge_loras(options: argparse.Namespace) -> None:
+    """kohya's merge_lora.py and sdxl_merge_lora.py. Raises UserError."""
+    say_without_effect(options, {"v2": "the files state their family"})
+    if options.sd_model is not None:
+        _merge_into_checkpoint(options)
+    else:
+        _merge_factors(options)
+
+
+def _merge_factors(options: argparse.Namespace) -> None:
     from networks.tools import merge, result
 
     say_without_effect(
@@ -130,8 +144,8 @@ def blocks_of(options: argparse.Namespace) -> list[BlockWeights] | None:
     return [BlockWeights.parse(text.strip("[] ")) for text in lists]
 
 
-def merge_into_checkpoint(options: argparse.Namespace) -> None:
-    """`--sd_model` of kohya's merge_lora.py and sdxl_merge_lora.py, which add each LoRA's whole difference as well."""
+def _merge_into_checkpoint(options: argparse.Namespace) -> None:
+    """kohya's scripts add each LoRA's whole difference here as well."""
     from networks.tools import merge
 
     unused = {"save_precision": "its tensors keep their types", "precision": "sums are formed in fp32"}
