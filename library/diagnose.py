@@ -244,10 +244,12 @@ def _compiler() -> str:
     """Its name and version; the kernel is compiled with it."""
     import subprocess
 
-    name = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if name is None:
-        return "none of c++, g++, clang++"
-    done = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    from library.optimizers.custom_adamw.build import COMPILERS, find_compiler
+
+    compiler = find_compiler()
+    if compiler is None:
+        return f"none of {', '.join(COMPILERS)}"
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.splitlines()[0]
 
 

@@ -283,9 +283,8 @@ def table(found: Sequence[Point], chosen: Point, *, within: float) -> Iterator[s
     heads = ["rank", "alpha", "held-out loss", "better than the base", "behind the best", "at step", "file", "trained"]
     rows = [heads]
     for point in found:
-        base = 100 * point.behind / (point.loss / (1 - point.gain / 100))
-        error = 100 * point.error / (point.loss / (1 - point.gain / 100))
-        behind = f"{base:.2f} %" + (f" ± {error:.2f}" if several else "")
+        behind = f"{100 * point.behind / point.base:.2f} %"
+        behind += f" ± {100 * point.error / point.base:.2f}" if several else ""
         steps = ", ".join(str(one.step) for one in point.runs)
         trained = human_time(sum(one.seconds for one in point.runs))
         cells = (f"{point.runs[0].alpha:g}", f"{point.loss:.5f}", f"{point.gain:.2f} %", behind, steps)

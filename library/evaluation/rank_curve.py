@@ -38,9 +38,13 @@ class Point:
     error: float
 
     @property
+    def base(self) -> float:
+        """The loss of the base, the mean over the seeds."""
+        return statistics.fmean(one.base for one in self.runs)
+
+    @property
     def gain(self) -> float:
-        base = statistics.fmean(one.base for one in self.runs)
-        return 100 * (1 - self.loss / base)
+        return 100 * (1 - self.loss / self.base)
 
 
 def points(runs: Sequence[Trained]) -> list[Point]:
@@ -66,7 +70,7 @@ def knee(found: Sequence[Point], *, within: float) -> Point:
     difference (the one-standard-error rule; Breiman et al. 1984, Classification and Regression Trees, section 3.4.3),
     or by no more than `within` % of what the best rank gains over the base, whichever is more."""
     best = min(found, key=lambda point: point.behind)
-    gained = statistics.fmean(one.base for one in best.runs) - best.loss
+    gained = best.base - best.loss
     return next(
         point
         for point in found

@@ -48,4 +48,5 @@ def card_of(options: Options) -> Card | None:
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved()  # what this process has taken is part of what its run needs
     return Card(torch.cuda.get_device_name(), total, free, context=0)  # which is taken once it is asked

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from library.errors import UserError
 from library.guidance import verdict
 from library.guidance.card import Card, card_of
-from library.guidance.levers import Lever, levers, with_changes
+from library.guidance.levers import Lever, changes_of, levers, with_changes
 from library.guidance.moments import Estimator, Needs
 from library.progress import progress
 from library.units import human_bytes
@@ -69,7 +69,7 @@ def fitted(plan: Plan) -> Options:
             card,
             choice.time,
         )
-    return with_changes(plan.options, {name: value for lever in choice.levers for name, value in lever.changes.items()})
+    return with_changes(plan.options, changes_of(choice.levers))
 
 
 def choose(plan: Plan, card: Card, estimates: Estimator | None = None) -> Choice:
@@ -124,7 +124,7 @@ def _combinations(usable: Sequence[Lever]) -> Iterator[tuple[Lever, ...]]:
 def _with(plan: Plan, chosen: Sequence[Lever]) -> Options | None:
     """The plan's options with these levers; None where they do not go together."""
     try:
-        return with_changes(plan.options, {name: value for lever in chosen for name, value in lever.changes.items()})
+        return with_changes(plan.options, changes_of(chosen))
     except UserError:
         return None
 

@@ -7,7 +7,7 @@ set. The factors are estimates, rounded; a card, a model and a resolution each h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,11 @@ def with_changes(options: Options, changes: Changes) -> Options:
         if own:
             parts[name] = dataclasses.replace(getattr(options, name), **own)
     return dataclasses.replace(options, **parts)  # type: ignore[arg-type]
+
+
+def changes_of(levers: Iterable[Lever]) -> Changes:
+    """What these set together."""
+    return {name: value for lever in levers for name, value in lever.changes.items()}
 
 
 def levers(plan: Plan) -> list[Lever]:
@@ -105,7 +110,7 @@ def _all(plan: Plan) -> Iterator[Lever]:
             axis="swapping",
             changes={"blocks_to_swap": f"{share}%"},
             time=1 + 0.15 * share / 100,
-            source="published for all blocks: 4 to 11 % more, where copies overlap with computing",
+            source="estimated, a little above the published 4 to 11 % for all blocks, where copies overlap",
         )
     yield Lever(
         axis="text",
@@ -155,6 +160,7 @@ _SAME = {
     "optimizer_type": ("optimizer_type", "use_8bit_adam", "use_lion_optimizer"),
     "base_format": ("base_format", "fp8_base", "fp8_base_unet"),
     "cache_latents": ("cache_latents", "cache_latents_to_disk"),
+    "network_train_unet_only": ("network_train_unet_only", "network_train_text_encoder_only", "text_encoder_lr"),
     "cache_text_encoder_outputs": ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
 }
 """Options that decide the same."""

@@ -28,13 +28,12 @@ import sys
 from dataclasses import dataclass
 
 from library.config.fields import BadValue, memory_bytes
+from library.quantization import NF4
 from library.units import human_bytes
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STATES = {"AdamW": 8, "AdamW8bit": 2, "SGD": 4, "Adafactor": 0.05}
 """Bytes of state a trained number. Adafactor: a row and a column of a matrix, below 1 % of it."""
-NF4 = 0.5 + (8 / 64 + 32 / (64 * 256)) / 8
-"""Bytes a number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,12 +45,10 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """The moments of a run. `trained`, `of_parts`: numbers of trained parameters, of all and of each part, with the
-    part's own; `state`: bytes of the optimizer's."""
+    """The moments of a run. `trained`: the number of trained parameters; `state`: bytes of the optimizer's."""
 
     moments: tuple[Moment, ...]
     trained: int
-    of_parts: Mapping[str, tuple[int, int]]
     state: int
 
     @property
@@ -64,17 +62,14 @@ class Needs:
 @dataclass(frozen=True)
 class _Outline:
     """What the outline of a variant shows without a pass: of each part of the model the bytes of its `weights` by
-    format and the number of its parameters (`sizes`); the weights of the `blocks` that can be swapped; of the `network`
-    all bytes, those of `trained` tensors and their `count`; `counts` by section; `groups`: how many trained tensors
-    there are of each shape and dtype."""
+    format; the weights of the `blocks` that can be swapped; of the `network` all bytes, those of `trained` tensors and
+    their `count`; `groups`: how many trained tensors there are of each shape and dtype."""
 
     weights: Mapping[str, Mapping[str, int]]
     blocks: Sequence[Sequence[Weight]]
-    sizes: Mapping[str, int]
     network: int
     trained: int
     count: int
-    counts: Mapping[str, int]
     groups: Mapping[tuple[tuple[int, ...], torch.dtype], int]
 
 
@@ -93,12 +88,7 @@ class Estimator:
         outline = self._outline(options)
         state = self._state(outline, options)
         moments = tuple(_Moments(self, outline, options, state).all())
-        shares = {
-            kind.section: (outline.counts[kind.section], outline.sizes[name])
-            for name, kind in self.plan.family.PARTS.items()
-            if kind.section in outline.counts
-        }
-        return Needs(moments=moments, trained=outline.count, of_parts=shares, state=state)
+        return Needs(moments=moments, trained=outline.count, state=state)
 
     def floor(self, options: Options) -> int:
         """The bytes of a training step without its activations; no pass is needed."""
@@ -124,16 +114,15 @@ class Estimator:
             family = self.plan.family
             with outlined(family, options, self.plan.network_arguments, held=False) as outline:
                 network = outline.network
+                packed = set(family.components.adapted("denoiser").values())
                 groups = parameter_groups(network, options)  # freezes what has the rate 0
                 trained = [parameter for group in groups for parameter in group["params"]]
                 self._outlines[key] = _Outline(
                     weights={name: bytes_in_formats(family, name) for name in family.PARTS},
-                    blocks=[weights_in(family, "denoiser", block) for block in family.swap_blocks()],
-                    sizes={name: sum(p.numel() for p in family.components[name].parameters()) for name in family.PARTS},
+                    blocks=[weights_in(block, packed) for block in family.swap_blocks()],
                     network=parameter_bytes([network]),
                     trained=sum(parameter.nbytes for parameter in trained),
                     count=sum(parameter.numel() for parameter in trained),
-                    counts=network.parameter_counts(),
                     groups=Counter((tuple(parameter.shape), parameter.dtype) for parameter in trained),
                 )
         return self._outlines[key]
@@ -236,7 +225,7 @@ class _Moments:
             return 0
         blocks = swap.chosen(self.outline.blocks, precision.blocks_to_swap)
         sizes = [sum(weight.bytes_in(precision.unet_format) for weight in block) for block in blocks]
-        return round(sum(sizes) - 2 * max(sizes, default=0))
+        return round(swap.Cost.of(sizes).saved)
 
     @cached_property
     def standing(self) -> dict[str, int]:

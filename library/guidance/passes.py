@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library import log
 from library.diffusion.process import predict_and_target
 from library.guidance.estimate import parameter_bytes, peak_of
+from library.quantization import BYTES
 from library.quantization.frozen import compute_frozen
 from library.run.encode import DTYPES, freeze_convolutions, into_training, trains_text, vae_dtype
 from library.run.network import asked_of, files_of, parts_of
@@ -162,16 +163,6 @@ def outlined(family: ModelFamily, options: Options, arguments: Arguments, *, hel
 
 # -- formats of frozen weights
 
-FORMAT_BYTES: Mapping[str, Callable[[int, int], float]] = {
-    "fp8": lambda numbers, rows: numbers,
-    "fp8_scaled": lambda numbers, rows: numbers + 4 * rows,
-    "int8": lambda numbers, rows: numbers + 4 * rows,
-    "nf4": lambda numbers, rows: numbers * (0.5 + (8 / 64 + 32 / (64 * 256)) / 8),
-}
-"""Bytes of a weight of so many numbers in so many rows (output channels). fp8: one a number. With scales: one in fp32 a
-row. nf4: 4 bits, for each 64 numbers a scale of 8 bits, and for each 256 scales one of 32 (QLoRA's double quantisation,
-arXiv 2305.14314)."""
-
 
 def held_parts(family: ModelFamily, options: Options) -> dict[str, str]:
     """The format of each part of the model whose frozen weights are packed."""
@@ -199,15 +190,14 @@ class Weight:
     is_packed: bool
 
     def bytes_in(self, format: str) -> float:
-        """Bytes in one of FORMAT_BYTES; "" is as computed with."""
-        return FORMAT_BYTES[format](self.numbers, self.rows) if format and self.is_packed else self.nbytes
+        """Bytes in one of quantization.FORMATS; "" is as computed with."""
+        return BYTES[format](self.numbers, self.rows) if format and self.is_packed else self.nbytes
 
 
-def weights_in(family: ModelFamily, name: str, layers: Iterable[nn.Module]) -> list[Weight]:
-    """The weights of these layers of a part, of an outline where none is packed."""
-    packed = {id(layer) for layer in family.components.adapted(name).values()}
+def weights_in(layers: Iterable[nn.Module], packed: Container[nn.Module]) -> list[Weight]:
+    """The weights of these layers of an outline where none is packed. `packed`: the layers that would be."""
     return [
-        Weight(layer.weight.numel(), layer.weight.shape[0], layer.weight.nbytes, id(layer) in packed)
+        Weight(layer.weight.numel(), layer.weight.shape[0], layer.weight.nbytes, layer in packed)
         for layer in layers
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
@@ -216,9 +206,7 @@ def weights_in(family: ModelFamily, name: str, layers: Iterable[nn.Module]) -> l
 def bytes_in_formats(family: ModelFamily, name: str) -> dict[str, int]:
     """Bytes of a part of an outline where nothing is packed, by the format that its layers would be held in."""
     whole = parameter_bytes([family.components[name]])
-    weights = weights_in(family, name, family.components.adapted(name).values())
+    packed = set(family.components.adapted(name).values())
+    weights = weights_in(packed, packed)
     own = sum(weight.nbytes for weight in weights)
-    return {
-        format: round(whole - own + sum(weight.bytes_in(format) for weight in weights))
-        for format in ("", *FORMAT_BYTES)
-    }
+    return {format: round(whole - own + sum(weight.bytes_in(format) for weight in weights)) for format in ("", *BYTES)}

@@ -37,11 +37,16 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 class Cost:
     """Bytes that swapping takes: `host`, of the swapped weights, and `buffers`, on the device."""
 
-    host: int
-    buffers: int
+    host: float
+    buffers: float
+
+    @classmethod
+    def of(cls, sizes: Sequence[float]) -> Cost:
+        """`sizes`: bytes of each swapped block."""
+        return cls(sum(sizes), 2 * max(sizes, default=0))
 
     @property
-    def saved(self) -> int:
+    def saved(self) -> float:
         """Bytes of the device."""
         return self.host - self.buffers
 
@@ -69,11 +74,9 @@ def chosen(blocks: Sequence[T], asked: int | str) -> list[T]:
     return [blocks[place] for place in sorted(places)]
 
 
-def swapping_cost(blocks: Iterable[Block], size: Callable[[Tensor], int] | None = None) -> Cost:
-    """The bytes that swapping these blocks, or outlines of them, takes. `size`: of a weight whose format is another one
-    in the run."""
-    sizes = [sum((size or _nbytes)(layer.weight) for layer in block) for block in blocks]
-    return Cost(sum(sizes), 2 * max(sizes, default=0))
+def swapping_cost(blocks: Iterable[Block]) -> Cost:
+    """The bytes that swapping these blocks, or outlines of them, takes."""
+    return Cost.of([sum(_nbytes(layer.weight) for layer in block) for block in blocks])
 
 
 def refuse_useless(blocks: Sequence[Block], asked: int | str) -> None:

@@ -14,6 +14,7 @@ from library.config.parser import parse
 from library.errors import UserError
 from library.guidance import fit, levers, verdict
 from library.guidance.card import Card, card_of
+from library.quantization import FORMATS
 from library.run.plan import Plan, make_plan
 from tests.conftest import BASE
 
@@ -151,6 +152,19 @@ def test_images_that_change_cannot_be_cached(planned: Planned) -> None:
     assert "color_aug" in lever.lacking
 
 
+def test_given_rates_of_the_text_encoders_stay(planned: Planned) -> None:
+    def of_text(*words: str) -> levers.Lever:
+        return next(lever for lever in levers.levers(planned(*words)) if lever.axis == "text")
+
+    assert not of_text().lacking
+    assert "text_encoder_lr is given" in of_text("--text_encoder_lr", "1e-5").lacking
+
+
+def test_every_format_is_a_lever(planned: Planned) -> None:
+    offered = {lever.changes["base_format"] for lever in levers.levers(planned()) if lever.axis == "format"}
+    assert offered == FORMATS.keys()
+
+
 def test_the_card(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -161,9 +175,12 @@ def test_the_card(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     assert given.usable == int(12 * 2**30 * 0.95) - 2**29
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     found = card_of(options)
     assert str(found) == "Some GPU: 8.0 GiB, 3.0 GiB free"
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)  # of a dry run that has loaded the model
+    assert card_of(options) == Card("Some GPU", 8 * 2**30, 4 * 2**30, context=0)
 
 
 def test_a_run_with_fit(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

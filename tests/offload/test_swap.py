@@ -20,7 +20,7 @@ from library.errors import UserError
 from library.guidance.dry_run import dummy_loss
 from library.guidance.estimate import peak_of
 from library.models.opening import open_family
-from library.offload.swap import Ring, chosen, layers_in, swapping_cost
+from library.offload.swap import Cost, Ring, chosen, layers_in, swapping_cost
 from library.quantization import FORMATS
 from library.quantization.frozen import Held, compute_frozen, weight_of
 from library.run import encode
@@ -230,7 +230,7 @@ def test_bytes() -> None:
     blocks = [layers_in(layers[0]), layers_in(*layers[1:3]), layers_in(layers[3])]
     cost = swapping_cost(blocks)
     assert (cost.host, cost.buffers, cost.saved) == (4 * (576 + 3 * 64), 2 * 4 * 576, 4 * (576 + 192) - 8 * 576)
-    assert swapping_cost(blocks, lambda weight: weight.numel() // 2).host == (576 + 192) // 2
+    assert Cost.of([0.5 * 576, 0.5 * 128, 0.5 * 64]).host == (576 + 192) // 2
 
 
 def test_only_what_is_swapped_leaves_the_device(made: Made) -> None:

@@ -15,7 +15,7 @@ from library.config.registry import load
 from library.errors import UserError
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.models.opening import open_family
-from library.quantization import FORMATS
+from library.quantization import BYTES, FORMATS
 from library.quantization.fp8 import FLOAT8
 from library.quantization.frozen import Held, compute_frozen, decoded
 from library.quantization.packed import PackedWeight
@@ -166,6 +166,14 @@ def test_a_module_can_be_moved(format: str) -> None:
 def test_the_bytes_are_those_of_the_parts(format: str, bits: float) -> None:
     layer = held(nn.Linear(1280, 640, bias=False, dtype=torch.bfloat16), format)
     assert bits * 0.99 < 8 * parameter_bytes([layer]) / (1280 * 640) <= bits
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_bytes_that_are_planned_are_those_of_the_weight(format: str) -> None:
+    """But for nf4's table of what the codes of its scales mean, 256 numbers in fp32, and their offset."""
+    layer = held(nn.Linear(512, 1024, bias=False, dtype=torch.bfloat16), format)
+    more = 4 * 257 if format == "nf4" else 0
+    assert parameter_bytes([layer]) == BYTES[format](512 * 1024, 1024) + more
 
 
 # -- the layers ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,14 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "
 FLOATS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")  # may be vectorised, may not change a result
 
 
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def find_compiler() -> str | None:
+    """The path of a C++ compiler."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
 class Unavailable(Exception):
     """There is no compiled library; the message is the reason, in one line."""
 
@@ -28,9 +36,9 @@ def shared_library(source: Path, headers: Mapping[str, str] | None = None) -> ct
     """The loaded library, compiled first if the cache does not have it. `source` includes only files beside it and
     `headers`, names to texts. Raises `Unavailable`."""
     headers = headers or {}
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    compiler = find_compiler()
     if sys.platform == "win32" or compiler is None:
-        raise Unavailable("no C++ compiler (c++, g++, clang++) found")
+        raise Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) found")
     # the compiler's version and this CPU are part of the key: different machines may share a home directory
     macros = run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     if "__FMA__" not in macros and "__ARM_FEATURE_FMA" not in macros:
