@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
-    with _naming_places(options), _advised():
+    with _advised(), _naming_places(options):
         plan = make_plan(options, only_family=family)
         if options.guidance.fit:
             plan = _fitted(plan, family)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.config import command
 from library.config.options import declared_options
 from library.out_of_memory import LESS_MEMORY, OutOfMemory, during, reason_of
 from library.training import loop
@@ -113,6 +115,14 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     return error[error.index("error: ") :]
 
 
+def test_a_tool_that_runs_out_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def draw(_: Sequence[str]) -> int:
+        raise torch.OutOfMemoryError(FULL)
+
+    assert command.run(draw, []) == 2
+    assert error_of(capsys).startswith(f"error: {WHAT}")
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_step_keeps_what_was_trained(
     train: Train, failing: Failing, tmp_path: Path, step: int, capsys: pytest.CaptureFixture[str]
@@ -150,13 +160,15 @@ def test_the_computers_memory_in_a_step(train: Train, failing: Failing, capsys: 
     assert "The run is saved as of step 1" in message
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [("accelerate.optimizer:AcceleratedOptimizer", "step"), ("networks.network:Network", "after_step")],
+)
 def test_the_optimizer_may_have_changed_weights(
-    train: Train, failing: Failing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, failing: Failing, owner: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the middle of its step weights are of two steps: they are not saved."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    failing(AcceleratedOptimizer, "step", call=3)
+    """In the middle of its step, and until the step is over, weights are of two steps: they are not saved."""
+    failing(pkgutil.resolve_name(owner), name, call=3)
     assert train() == 2
     message = error_of(capsys)
     assert message.startswith(f"error: the optimizer in step 3: {WHAT}. It has changed some of the weights, so nothing")
@@ -192,10 +204,7 @@ def test_parts_before_training(
     part: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from importlib import import_module
-
-    module, _, attribute = owner.partition(":")
-    failing(getattr(import_module(module), attribute) if attribute else import_module(module), name)
+    failing(pkgutil.resolve_name(owner), name)
     assert train(*words) == 2
     assert error_of(capsys).startswith(f"error: {part}: {WHAT}. ")
 

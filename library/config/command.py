@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library import gpu, log
+from library import gpu, log, out_of_memory
 from library.config.fields import UNSET, BadValue, convert, declared
 from library.config.parser import add_argument
 from library.config.settings import from_words
@@ -108,14 +108,15 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     with log.lasting_streams():
         log.configure()
         try:
-            code = main(sys.argv[1:] if argv is None else argv)
-            sys.stdout.flush()
+            with out_of_memory.during(""):
+                code = main(sys.argv[1:] if argv is None else argv)
+                sys.stdout.flush()
             return code
         except BrokenPipeError:  # the reader of what is printed, as `head`, has seen enough
             # or Python complains when it flushes at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except UserError as error:
+        except (UserError, out_of_memory.OutOfMemory) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except RuntimeError as error:

@@ -60,8 +60,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _remove_folder(old)
             beside.mkdir(parents=True)
             yield beside
-            for file in beside.rglob("*"):
-                _sync(file)
+            for inside in beside.rglob("*"):
+                (_sync_folder if inside.is_dir() else _sync)(inside)
             if path.exists():
                 os.replace(path, old)
             os.replace(beside, path)

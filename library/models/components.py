@@ -156,12 +156,10 @@ class Components:
             if isinstance(layer, nn.Linear | nn.Conv2d) and (kind.linear.fullmatch(path) or kind.conv.fullmatch(path))
         }
 
-    def load_all(
-        self, names: Iterable[str], dtype: torch.dtype, device: torch.device | str, *, held: Held | None = None
-    ) -> None:
+    def load_all(self, names: Iterable[str], dtype: torch.dtype, device: torch.device | str) -> None:
         """`load` each of them."""
         for name in names:
-            self.load(name, dtype, device, held=held)
+            self.load(name, dtype, device)
 
     def release(self, *names: str) -> None:
         """Drop these parts, so that their memory becomes free."""
@@ -182,8 +180,7 @@ class Components:
 
     def size(self, name: str) -> int:
         """The number of the part's parameters, loaded or not."""
-        module = self._modules[name] if name in self._modules else self._new(name)
-        return sum(parameter.numel() for parameter in module.parameters())
+        return sum(entry.count for entry in self.entries(name).values())
 
     def _outline(self, name: str) -> nn.Module:
         from library.models.checkpoints.weights import check_fit

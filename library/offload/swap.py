@@ -216,4 +216,4 @@ def plain_tensors(weight: Tensor) -> dict[str, Tensor]:
 
 
 def _nbytes(weight: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in plain_tensors(weight).values())
+    return sum(tensor.nbytes for tensor in plain_tensors(weight).values())

@@ -20,6 +20,7 @@ from library.config.registry import load
 from library.errors import UserError
 from library.quantization import FORMATS
 from library.quantization.convolution import Shape, convolve, input_gradient
+from library.quantization.fp8 import FLOAT8
 from library.quantization.packed import PackedWeight
 
 Fetch = Callable[[], Tensor]
@@ -76,7 +77,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 def is_own(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
     """Whether this forward is the operation of the layer with its weight as it is, not decoded."""
     if isinstance(forward, partial) and forward.func in (_forward, _forward_swapped):
-        return not isinstance(layer.weight, PackedWeight) and layer.weight.dtype != torch.float8_e4m3fn
+        return not isinstance(layer.weight, PackedWeight) and layer.weight.dtype != FLOAT8
     return forward == MethodType(type(layer).forward, layer)
 
 

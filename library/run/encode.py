@@ -111,8 +111,9 @@ def load_and_encode(
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
         disk = texts_on_disk(family, base_weights, options, accelerator)
-        if options.network.base_weights:
-            parts.load_text_encoders()  # base weights are matched to loaded layers, even if all captions are on disk
+        if options.network.base_weights:  # matched to the layers even if all captions are on disk
+            with family.outlined():
+                base_weights.changes(family.adapter_targets(*family.components.text_encoders))
         data.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=validation)
         if validation is not None:
             validation.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=data)
@@ -150,15 +151,19 @@ class _Parts:
         if lane is None:
             _warn_of_idle_offloading(self.options)
 
-        def swapped() -> list[swap.Block]:
-            asked = precision.blocks_to_swap if lane is not None else None
-            return [] if asked is None else swap.chosen(self.family.swap_blocks(), asked)
+        blocks: list[swap.Block] = []
+
+        def apart() -> list[nn.Module]:
+            """The swapped layers, which the outline has already."""
+            if lane is not None and precision.blocks_to_swap is not None:
+                blocks.extend(swap.chosen(self.family.swap_blocks(), precision.blocks_to_swap))
+            return [layer for block in blocks for layer in block]
 
         held = _held(precision.unet_format, precision.unet_format_option)
-        denoiser = self._load("denoiser", held, apart=lambda: [layer for block in swapped() for layer in block])
+        denoiser = self._load("denoiser", held, apart=apart)
         self.base_weights.report()
         freeze_convolutions(denoiser)
-        if lane is not None and (blocks := swapped()):
+        if lane is not None and blocks:
             self._swap(blocks, lane)
         offloaded = OffloadedCheckpoints(lane) if lane is not None and precision.cpu_offload_checkpointing else None
         into_training(self.family, self.options, by=offloaded)

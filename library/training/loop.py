@@ -170,10 +170,10 @@ def optimizer_step(run: Run, item: StepBatches) -> Step:
         hook.before_step(run, step)
     with during(f"the optimizer in step {step.number}", done=step.number - 1, is_whole=False):
         run.optimizer.step()
-    step.rates = effective_rates(run.optimizer.optimizer)  # before a schedule sets the next step's
-    step.was_skipped = run.optimizer.step_was_skipped
-    if not step.was_skipped:
-        run.network.after_step(step.number, run.position.total)
+        step.rates = effective_rates(run.optimizer.optimizer)  # before a schedule sets the next step's
+        step.was_skipped = run.optimizer.step_was_skipped
+        if not step.was_skipped:
+            run.network.after_step(step.number, run.position.total)
     run.optimizer.zero_grad(set_to_none=True)
     with during(f"step {step.number}", done=step.number):
         for hook in run.hooks:

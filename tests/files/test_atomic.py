@@ -84,6 +84,22 @@ def test_a_folder_is_whole_whenever_it_is_killed(tmp_path, earlier):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the one that is killed is a fork")
+def test_folders_within_a_folder_need_not_be_opened(tmp_path, monkeypatch):
+    """Windows opens none."""
+    sync = atomic._sync
+
+    def files_only(path):
+        if path.is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        sync(path)
+
+    monkeypatch.setattr(atomic, "_sync", files_only)
+    with atomic.replacing_folder(tmp_path / "model") as beside:
+        (beside / "unet").mkdir()
+        (beside / "unet" / "config.json").write_text("{}")
+    assert (tmp_path / "model" / "unet" / "config.json").read_text() == "{}"
+
+
 def test_a_folder_that_is_removed_is_whole_or_gone(tmp_path):
     """Deleted file by file it once was half a state that --resume found."""
     path = tmp_path / "x-state"

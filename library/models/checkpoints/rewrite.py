@@ -20,7 +20,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.tensors import ITEM_SIZE, SAFETENSORS_NAMES, TensorEntry, WeightsIndex
-from library.models.checkpoints.weights import Change, read_bytes
+from library.models.checkpoints.weights import Change, read_bytes, read_extent
 from library.progress import bar
 
 SPEC_HASH = "modelspec.hash_sha256"  # of the bytes after the header, as 0x…
@@ -94,9 +94,9 @@ class _Patches:
 
 def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches) -> Iterator[memoryview]:
     """The elements of a tensor in the order of its shape, in pieces."""
-    source.seek(entry.offset)
     changes = patches.inside(entry)
     if not changes and entry.stride is None:
+        source.seek(entry.offset)
         left, buffer = entry.nbytes, torch.empty(min(_BUFFER, entry.nbytes), dtype=torch.uint8)
         while left:
             piece = buffer[: min(left, len(buffer))]
@@ -104,8 +104,7 @@ def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches
             yield piece.numpy().data
             left -= len(piece)
         return
-    whole = torch.empty(entry.extent, dtype=getattr(torch, entry.dtype))
-    read_bytes(source, whole.view(torch.uint8), entry.file)
+    whole = read_extent(source, entry)
     for patch in changes:
         place = _view(whole, patch.entry, (patch.entry.offset - entry.offset) // ITEM_SIZE[entry.dtype])
         place.copy_(_changed(name, place, patch).view(place.shape))

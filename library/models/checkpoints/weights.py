@@ -128,7 +128,7 @@ class Reader:
             self._files[entry.file] = entry.file.open("rb", buffering=0)
         file, source = self._files[entry.file], getattr(torch, entry.dtype)
         if entry.stride is not None and entry.count:
-            return self._strided(file, entry, source).to(device=device, dtype=dtype)
+            return self._strided(file, entry).to(device=device, dtype=dtype)
         aligned = entry.offset % ITEM_SIZE[entry.dtype] == 0
         if mapped and source == dtype and device.type == "cpu" and aligned and entry.count:
             if entry.file not in self._maps:
@@ -151,13 +151,19 @@ class Reader:
         return target
 
     @staticmethod
-    def _strided(file: BinaryIO, entry: TensorEntry, source: torch.dtype) -> torch.Tensor:
+    def _strided(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
         """A transposed or sliced tensor, as old pickles may hold: read its whole extent, then pick."""
         assert entry.stride is not None
-        whole = torch.empty(entry.extent, dtype=source)
-        file.seek(entry.offset)
-        read_bytes(file, whole.view(torch.uint8), entry.file)
+        whole = read_extent(file, entry)
         return whole.as_strided(entry.shape, entry.stride).reshape(-1).clone()
+
+
+def read_extent(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
+    """All elements from the first of a tensor to its last, in the order of the file."""
+    whole = torch.empty(entry.extent, dtype=getattr(torch, entry.dtype))
+    file.seek(entry.offset)
+    read_bytes(file, whole.view(torch.uint8), entry.file)
+    return whole
 
 
 def read_bytes(file: BinaryIO, target: torch.Tensor, path: Path) -> None:
