@@ -25,6 +25,7 @@ from networks.load_report import some_names
 if TYPE_CHECKING:
     from library.config.options import ModelOptions
     from library.evaluation.candidates import Candidate
+    from library.evaluation.precision import PrecisionOptions
     from library.models.family import ModelFamily
     from networks.network import Network
 
@@ -77,17 +78,17 @@ class BaseModel:
     _networks: dict[tuple[Path, tuple[str, ...]], Network | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, family: ModelFamily, *, mixed_precision: str, no_half_vae: bool, allow_tf32: bool) -> BaseModel:
+    def of(cls, family: ModelFamily, precision: PrecisionOptions, *, no_half_vae: bool) -> BaseModel:
         """`UserError` for a precision that the device does not have."""
         try:
-            accelerator = Accelerator(mixed_precision=mixed_precision)
+            accelerator = Accelerator(mixed_precision=precision.mixed_precision)
         except ValueError as error:
-            raise UserError(f"--mixed_precision {mixed_precision}: {error}") from error
+            raise UserError(f"--mixed_precision {precision.mixed_precision}: {error}") from error
         if accelerator.num_processes > 1:
             raise UserError("one process is enough: start it without a launcher")
         if accelerator.device.type == "cuda":
-            gpu.settle(deterministic=True, allow_tf32=allow_tf32)
-        dtype = dtype_of_vae(family, DTYPES[mixed_precision], no_half_vae=no_half_vae)
+            gpu.settle(deterministic=True, allow_tf32=precision.allow_tf32)
+        dtype = dtype_of_vae(family, DTYPES[precision.mixed_precision], no_half_vae=no_half_vae)
         return cls(family=family, accelerator=accelerator, vae_dtype=dtype)
 
     @property

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from library.errors import UserError, nearest_path
 
+FILES = (
+    "LORA",
+    "a LoRA file; with a multiplier: a.safetensors:0.7; several together: a.safetensors:0.7+b.safetensors:0.5",
+)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -9,15 +9,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from library.config.command import Command, Read, read, run
 from library.config.fields import option
 from library.config.options import ModelOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.errors import UserError, nearest_path
-from library.evaluation.candidates import BASE, Candidate, read_candidates
-from library.evaluation.evaluate import FILES
+from library.evaluation.candidates import BASE, FILES, Candidate, read_candidates
+from library.evaluation.precision import PrecisionOptions
 from library.sampling.prompts import SamplePrompt, SampleTimes, of_line, read_prompts, with_samplers_of
 
 if TYPE_CHECKING:
@@ -51,9 +51,6 @@ class DrawOptions:
     clip: str | None = option(
         None, help="a folder with a CLIP model: rates each image, by the cosine of its embedding and the prompt's"
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", help="the precision to compute in; no means fp32")
-    allow_tf32: bool = option(False, help="on an NVIDIA GPU, let fp32 be computed in TF32")
-    zero_terminal_snr: bool = option(False, help="the base's noise schedule ends in pure noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +67,7 @@ class OutputOptions:
 COMMAND = Command(
     name="draw",
     description=DESCRIPTION,
-    groups={"draw": DrawOptions, "model": ModelOptions, "output": OutputOptions},
+    groups={"draw": DrawOptions, "model": ModelOptions, "precision": PrecisionOptions, "output": OutputOptions},
     leading=FILES,
 )
 
@@ -113,9 +110,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--clip {options.clip}: no CLIP model's folder{nearest_path(Path(options.clip))}")
     singles = _singles(Path(output.output_dir) / output.output_name, rows, columns) if output.singles else None
     paths = [Path(output.output_dir) / f"{output.output_name}.{end}" for end in ("png", "csv")]
-    _check_output([*paths, *(singles or {}).values()], overwrite=output.overwrite)
+    from library.record import saves  # loads torch
 
-    # torch loads from here on
+    saves.prepare([*paths, *(singles or {}).values()], overwrite=output.overwrite)
+
     cells = _rendered(given, rows, columns, singles or {})
     if options.clip is not None:
         _score(cells, Path(options.clip))
@@ -147,14 +145,6 @@ def _singles(folder: Path, rows: Sequence[Row], columns: Sequence[Candidate]) ->
     return named
 
 
-def _check_output(paths: Sequence[Path], *, overwrite: bool) -> None:
-    from library.record import saves
-
-    saves.check_free(paths, overwrite=overwrite)
-    for folder in dict.fromkeys(path.parent for path in paths):
-        saves.prepare_folder(folder)
-
-
 def _rendered(
     given: Read, rows: Sequence[Row], columns: Sequence[Candidate], singles: Mapping[tuple[Row, Candidate], Path]
 ) -> list[Cell]:
@@ -164,17 +154,12 @@ def _rendered(
     from library.progress import progress
     from library.sampling.render import check_sampler
 
-    options, model = given.groups["draw"], given.groups["model"]
-    family = open_base(model, columns, given=given.given, more={"zero_terminal_snr": options.zero_terminal_snr})
+    options, model, precision = given.groups["draw"], given.groups["model"], given.groups["precision"]
+    family = open_base(model, columns, given=given.given, more={"zero_terminal_snr": precision.zero_terminal_snr})
     sampler = _sampler(rows, family.process.samplers, options.sample_sampler, given="sample_sampler" in given.given)
     for row in rows:
         check_sampler(row.prompt.sample_sampler or sampler)
-    base = BaseModel.of(
-        family,
-        mixed_precision=options.mixed_precision,
-        no_half_vae=model.no_half_vae,
-        allow_tf32=options.allow_tf32,
-    )
+    base = BaseModel.of(family, precision, no_half_vae=model.no_half_vae)
     encoders = _encoders(base, rows, columns)
     base.load("denoiser", "vae")
     cells = []

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from library.config.command import Command, Read, read, run
 from library.config.dataset_config import DatasetSpec, dataset_of_folder
@@ -16,8 +16,9 @@ from library.config.fields import MAX_SIDE, REQUIRED, option, read_resolution
 from library.config.options import DataOptions, ModelOptions, Options
 from library.config.options import OutputOptions as TrainOutput
 from library.errors import UserError, nearest_path
-from library.evaluation.candidates import Candidate, read_candidates
+from library.evaluation.candidates import FILES, Candidate, read_candidates
 from library.evaluation.differences import Result, difference, hint, mean, worst
+from library.evaluation.precision import PrecisionOptions
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -29,19 +30,13 @@ DESCRIPTION = """\
 Measures the loss of LoRA files on folders of captioned images: mean squared error with the same noise for all, at five
 noise levels, as validation does during training, beside the base model alone. Writes a table, a CSV file and a plot."""
 
-FILES = (
-    "LORA",
-    "a LoRA file; with a multiplier: a.safetensors:0.7; several together: a.safetensors:0.7+b.safetensors:0.5",
-)
-
-
 # as the trainer names them
 BUCKETS = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Images and precision"""
+    """Images and their noise"""
 
     images: tuple[str, ...] = option(
         (), help="folders of captioned images that were not trained on; NAME=FOLDER gives one another name"
@@ -58,9 +53,6 @@ class EvaluateOptions:
     bucket_no_upscale: bool = option(False, help="never enlarge an image; its own size decides its bucket")
     batch_size: int = option(1, minimum=1, help="images at once")
     vae_batch_size: int = option(1, minimum=1, help="images that the VAE encodes at once")
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", help="the precision to compute in; no means fp32")
-    allow_tf32: bool = option(False, help="on an NVIDIA GPU, let fp32 be computed in TF32")
-    zero_terminal_snr: bool = option(False, help="the base's noise schedule ends in pure noise")
     seed: int = option(0, help="the seed of the noise")
     draws: int = option(1, minimum=1, help="average over the noise of this many seeds, for smaller standard errors")
     skip_bad_images: bool = option(False, help="leave unreadable images out instead of stopping")
@@ -78,7 +70,7 @@ class OutputOptions:
 COMMAND = Command(
     name="evaluate",
     description=DESCRIPTION,
-    groups={"model": ModelOptions, "evaluate": EvaluateOptions, "output": OutputOptions},
+    groups={"model": ModelOptions, "evaluate": EvaluateOptions, "precision": PrecisionOptions, "output": OutputOptions},
     leading=FILES,
 )
 
@@ -104,9 +96,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("no images are given: --images FOLDER, several times for several folders")
     _refuse_twins(folders)
     paths = [Path(output.output_dir) / f"{output.output_name}.{end}" for end in ("csv", "png")]
-    _check_output(paths, overwrite=output.overwrite)
+    from library.record import saves  # loads torch
 
-    # torch loads from here on
+    saves.prepare(paths, overwrite=output.overwrite)
+
     results, names = _measured(given, candidates, folders)
     for line in table(results):
         print(line)
@@ -135,13 +128,6 @@ def _refuse_twins(folders: Sequence[Folder]) -> None:
             raise UserError(f"two folders are called {one.name}: {other.path} and {one.path}; give NAME=FOLDER")
 
 
-def _check_output(paths: Sequence[Path], *, overwrite: bool) -> None:
-    from library.record import saves
-
-    saves.check_free(paths, overwrite=overwrite)
-    saves.prepare_folder(paths[0].parent)
-
-
 def dataset_of(folder: Folder, model: ModelOptions, options: EvaluateOptions) -> DatasetSpec:
     """The folder as the trainer has it."""
     data = DataOptions(
@@ -163,8 +149,8 @@ def _measured(
     from library.evaluation.base_model import BaseModel, open_base
     from library.evaluation.losses import measure
 
-    model, options = given.groups["model"], given.groups["evaluate"]
-    family = open_base(model, candidates, given=given.given, more={"zero_terminal_snr": options.zero_terminal_snr})
+    model, options, precision = given.groups["model"], given.groups["evaluate"], given.groups["precision"]
+    family = open_base(model, candidates, given=given.given, more={"zero_terminal_snr": precision.zero_terminal_snr})
     prepared = {
         folder.name: prepare_to_measure(
             dataset_of(folder, model, options), multiple_of=family.size_divisor, skip_bad_images=options.skip_bad_images
@@ -172,12 +158,7 @@ def _measured(
         for folder in folders
     }
     _warn_of_copies(prepared, folders)
-    base = BaseModel.of(
-        family,
-        mixed_precision=options.mixed_precision,
-        no_half_vae=model.no_half_vae,
-        allow_tf32=options.allow_tf32,
-    )
+    base = BaseModel.of(family, precision, no_half_vae=model.no_half_vae)
     found = measure(
         base,
         prepared,

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -228,6 +228,13 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir: cannot write in {folder}: {why_not(error, verb='write to')}") from error
+
+
+def prepare(files: Collection[Path], *, overwrite: bool) -> None:
+    """Both for each of these files: it may be written, and its folder can be written to."""
+    check_free(files, overwrite=overwrite)
+    for folder in dict.fromkeys(path.parent for path in files):
+        prepare_folder(folder)
 
 
 # -- writing

@@ -52,13 +52,10 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "decay", decay(facts.decay)
 
 
-_FORMATS = {"fp8": "8 bits"}
-
-
 def model(facts: Model) -> str:
     """Its path, its version and its precision."""
     vae = f", VAE {facts.vae}" if facts.vae else ""
-    held = facts.frozen_format and f", frozen weights in {_FORMATS.get(facts.frozen_format, facts.frozen_format)}"
+    held = facts.frozen_format and f", frozen weights in {facts.frozen_format}"
     return f"{facts.path} ({facts.version}, {facts.prediction_type}){vae}; {facts.precision} on {facts.device}{held}"
 
 

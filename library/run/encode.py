@@ -213,7 +213,7 @@ def _held(format: str, option: str) -> Held | None:
 def _warn_of_idle_offloading(options: Options) -> None:
     for name in ("blocks_to_swap", "cpu_offload_checkpointing"):
         if getattr(options.precision, name):
-            logger.warning("--%s: has no effect on a CPU, whose memory is the host's already", name)
+            logger.warning("--%s: has no effect here: the device's memory is the host's already", name)
 
 
 def freeze_convolutions(denoiser: nn.Module) -> None:

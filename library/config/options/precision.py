@@ -30,13 +30,15 @@ class PrecisionOptions:
     fp8_base_unet: bool = option(False, help="the same, for the UNet only")
     gradient_checkpointing: bool = option(False, help="recompute activations instead of storing them: less memory")
     cpu_offload_checkpointing: bool = option(
-        False, help="keep what --gradient_checkpointing stores of the UNet in host memory; no effect on a CPU"
+        False,
+        help="keep what --gradient_checkpointing stores of the UNet in host memory; "
+        "no effect where the device has no memory of its own",
     )
     blocks_to_swap: int | str | None = option(
         None,
         read=read_blocks,
         help="keep the frozen weights of this many of the UNet's blocks (or 50% of them) in host memory and copy them "
-        "to the GPU ahead of their turn; no effect on a CPU",
+        "to the GPU ahead of their turn; no effect where the device has no memory of its own",
     )
     deterministic: bool = option(
         True, help="on an NVIDIA GPU, use only algorithms that give the same bits in every run (ours)"
