@@ -18,6 +18,7 @@ from library.config.masks import check_masks
 from library.config.options import NetworkOptions, Options, OutputOptions
 from library.config.options.validation import check_validation
 from library.config.registry import Arguments
+from library.config.shares import check_shares
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
@@ -191,6 +192,7 @@ def _rates(options: Options) -> dict[str, float]:
 def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
     """Check the data sets against the options about them, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
+    check_shares(datasets)
     check_validation(options.validation, validated=is_validated(datasets))
     warn_of_idle_options(options)
     if options.data.cache_latents:
