@@ -87,12 +87,14 @@ def prepare(
     validation: list[list[Sample]] = []
     summaries: list[SubsetSummary] = []
     shares: list[Shares | None] = []
+    told: list[tuple[SubsetSpec, ...]] = []
     for spec, of_dataset, samples, others in zip(datasets, scans, usable, usable_apart, strict=True):
         to_train, to_validate = split(samples, others, contents, chosen)
         if all(sample.subset.is_reg for sample in to_train):
             raise UserError(f"{_origins(spec)}: no images to train{_why(spec, samples, to_train)}")
-        if len(to_train) < len(samples):
+        if len(to_train) < len(samples) and spec.subsets not in told:
             tell(samples, to_train, to_validate)
+            told.append(spec.subsets)  # once, however many resolutions they have
         shares.append(_shares(spec, to_train))
         drawn = to_train if shares[-1] is not None else dreambooth.balance_regularisation(to_train)
         summaries += _counted(of_dataset, measured, samples, to_train, drawn, shares[-1])

@@ -38,7 +38,7 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
             yield "", f"{item.part}: {_layers(item)}"
     for folder in facts.images:
         yield "images", _images(folder)
-    if len(facts.images) > 1:
+    if any(folder.by_shares or {folder.least, folder.most} != {folder.repeats} for folder in facts.images):
         yield from _drawn(facts.images)
     yield from _captions(facts.captions)
     if facts.validation is not None:
@@ -120,8 +120,9 @@ def _place(facts: Images) -> str:
 def _drawn(folders: Sequence[Images]) -> Iterator[tuple[str, str]]:
     """How often each folder's images are drawn in an epoch."""
     for folder in folders:
-        least, most = _times(folder.least), _times(folder.most)
-        each = f"{least} times" if least == most else f"{least} to {most} times"
+        each = _times(folder.most)
+        if folder.least != folder.most:
+            each = f"{folder.least:.3g} to {each}"
         if folder.by_shares and folder.least % 1:
             each += " on average"
         part, draws = f"{100 * folder.part:.3g} % of its data set", f"{folder.draws:.4g} an epoch"
@@ -129,12 +130,12 @@ def _drawn(folders: Sequence[Images]) -> Iterator[tuple[str, str]]:
     drawn = [folder for folder in folders if folder.images]
     rarest, commonest = min(drawn, key=lambda folder: folder.least), max(drawn, key=lambda folder: folder.most)
     if rarest.least < commonest.most:
-        rare = f"least often an image of {_place(rarest)}, {_times(rarest.least)} times an epoch"
-        yield "", f"{rare}; most often one of {_place(commonest)}, {_times(commonest.most)} times"
+        rare = f"least often an image of {_place(rarest)}, {_times(rarest.least)} an epoch"
+        yield "", f"{rare}; most often one of {_place(commonest)}, {_times(commonest.most)}"
 
 
 def _times(draws: float) -> str:
-    return f"{draws:.3g}"
+    return "once" if draws == 1 else f"{draws:.3g} times"
 
 
 def _captions(facts: Captions) -> Iterator[tuple[str, str]]:

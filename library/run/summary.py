@@ -150,7 +150,7 @@ def _validation(plan: Plan, run: Run, prepared: Prepared) -> facts.Validation:
     wanted, validator = plan.options.validation, run.hook(Validator)
     assert validator is not None, "images are held out"
     return facts.Validation(
-        images=len(prepared.samples),
+        images=len({(sample.key, sample.caption) for sample in prepared.samples}),  # once, whatever the resolutions
         batches=min(prepared.batches_per_epoch, wanted.max_validation_steps or prepared.batches_per_epoch),
         timesteps=len(validator.timesteps),
         times=sum(bool(validator.times.due(step)) for step in range(run.saves.total_steps + 1)),
