@@ -17,6 +17,7 @@ from library.config.options.weight_decay import READ_BY, WeightDecayOptions
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.optimizers import auto_weight_decay
+from library.optimizers.auto_weight_decay import Complexity
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.plateau import Plateau
 from library.optimizers.weight_decay import VANISHED, WITH_AN_END, Curve, Stages, check
@@ -104,29 +105,40 @@ def check_options(
 
 
 def resolve(
-    options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
+    options: WeightDecayOptions,
+    choice: OptimizerChoice,
+    *,
+    total_steps: int,
+    images: int,
+    complexity: Complexity | None = None,
 ) -> DecayChoice | None:
     """`decide`, and log the numbers with their rules."""
-    decided = decide(options, choice, total_steps=total_steps, images=images)
+    decided = decide(options, choice, total_steps=total_steps, images=images, complexity=complexity)
     _warn_of_vanishing(decided, weight_decay_of(choice), total_steps)
     if decided is None:
         return None
     _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
     if options.task is not None and not any(f"task {options.task}" in reason for reason in decided.reasons.values()):
         logger.warning(
-            "--task %s has no effect: only --wd_transition_steps auto uses it, in runs of 3,000 to 20,000 steps "
-            "(the other numbers of auto follow the number of images)",
+            "--task %s has no effect: --wd_decay_factor auto goes by it, unless it is a whole domain, and "
+            "--wd_transition_steps auto in runs of 3,000 to 20,000 steps",
             options.task,
         )
     return decided
 
 
 def decide(
-    options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
+    options: WeightDecayOptions,
+    choice: OptimizerChoice,
+    *,
+    total_steps: int,
+    images: int,
+    complexity: Complexity | None = None,
 ) -> DecayChoice | None:
     """The curve in numbers for a run of this length; None if the weight decay is constant.
 
-    `images`: the number of distinct training images. Options must have passed `check_options`. Raises UserError.
+    `images`: the number of distinct training images. `complexity` None: the network is not known yet. Options must have
+    passed `check_options`. Raises UserError.
     """
     if not _is_on(options, choice):
         return None
@@ -137,7 +149,14 @@ def decide(
     for name in read:
         field_name, given = name.removeprefix("wd_"), getattr(options, name)
         values[field_name], reasons[name] = getattr(own, field_name), _where(given, choice, name)
-        if given == "auto":
+        if given == "complexity":
+            if complexity is None:
+                raise UserError(
+                    "--wd_min_ratio complexity: a --network_module of another package is made after this is decided: "
+                    "give a number, or auto"
+                )
+            values[field_name], reasons[name] = auto_weight_decay.min_ratio_of(complexity, images=images)
+        elif given == "auto":
             values[field_name], reasons[name] = _auto(name, options.task, total_steps=total_steps, images=images)
         elif name == "wd_stages" and given:
             values[field_name] = _stages(given, total_steps)

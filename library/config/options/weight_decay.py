@@ -52,6 +52,14 @@ def read_share(word: str) -> float | str:
     return number
 
 
+def read_least(word: str) -> float | str:
+    """A number from 0 to 1, "auto", or "complexity"."""
+    try:
+        return word if word == "complexity" else read_share(word)
+    except BadValue:
+        raise BadValue(f"'{word}' is neither a number from 0 to 1 nor auto nor complexity") from None
+
+
 def read_progress(word: str) -> float:
     """A number of 0 or more; inf is one."""
     try:
@@ -98,7 +106,10 @@ class WeightDecayOptions:
         None, read=read_share, help="exponential: the factor over as many steps again (default: 0.7), or auto"
     )
     wd_min_ratio: float | str | None = option(
-        None, read=read_share, help="it never falls below this share of itself (default: 0.1), or auto"
+        None,
+        read=read_least,
+        help="it never falls below this share of itself (default: 0.1), or auto: by the number of images, or "
+        "complexity: by that and the trained numbers over those of the images' latents",
     )
     wd_max_progress: float | None = option(
         None,
@@ -135,7 +146,7 @@ class WeightDecayOptions:
             "text_to_image",
         ]
         | None
-    ) = option(None, help="the task, and with it the domain, that auto takes its numbers from")
+    ) = option(None, help="the task: --wd_decay_factor auto and --wd_transition_steps auto then go by it")
 
     def idle(self) -> dict[str, str]:
         """The options that do nothing beside the others, as far as these tell, each with the words that follow "has no
