@@ -168,8 +168,8 @@ def _against_preset(advice: list[Advice]) -> str:
     if not others:
         return ""
     return (
-        f"The preset {PRESET} has {', '.join(others)}: it is for any images, any model of full size and any length; the "
-        "reasons above are about these."
+        f"The preset {PRESET} has {', '.join(others)}: it is for any images, any model of full size and any length, "
+        "and the reasons above are about these."
     )
 
 
