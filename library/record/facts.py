@@ -178,7 +178,8 @@ class DecayCurve:
     """How the weight decay changes with the steps, in the words of the options `--wd_…`.
 
     `held`: the last step with the base value (adaptive: the last one at the earliest). `changes`: whether it changes
-    within the run. `at_end`: its value at the last step. `stages`: (first step, share of the base value).
+    within the run. `at_end`: its value at the last step, at a steady speed. `stages`: (first step, share of the base
+    value). `by_gradient`, `with_rate`: see `weight_decay_pace`.
     """
 
     schedule: str
@@ -191,6 +192,8 @@ class DecayCurve:
     max_progress: float | None  # None: without an end
     stages: tuple[tuple[int, float], ...] = ()
     interpolate: bool = False
+    by_gradient: bool = False
+    with_rate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

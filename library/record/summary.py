@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from library.record.facts import Adapters, Captions, Decay, Facts, Images, Model, Network, Rates, Validation
+from library.record.facts import Adapters, Captions, Decay, DecayCurve, Facts, Images, Model, Network, Rates, Validation
 
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
@@ -190,9 +190,17 @@ def rates(facts: Rates) -> str:
 
 def decay(facts: Decay) -> str:
     """The weight decay as configured, and its curve to the end of the run."""
-    base, curve = f"{facts.base:g}", facts.curve
-    if curve is None:
-        return base
+    if facts.curve is None:
+        return f"{facts.base:g}"
+    text = _curve(f"{facts.base:g}", facts.curve)
+    if facts.curve.by_gradient:
+        text += " at a steady speed, and its speed follows the gradient norm"
+    if facts.curve.with_rate:
+        text += "; the weights shrink by the lower of this curve and the rate's"
+    return text
+
+
+def _curve(base: str, curve: DecayCurve) -> str:
     if curve.schedule == "adaptive":
         return (
             f"{base} until the loss is flat, at step {curve.held} or later; then times {curve.decay_factor:g} in "

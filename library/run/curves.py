@@ -17,6 +17,8 @@ from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 
+_CONSTANT = ("constant", "constant_with_warmup")  # schedules that never lower the rate
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -40,6 +42,8 @@ def curves_of(plan: Plan, *, total_steps: int) -> Curves:
     )
     choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
     schedule = schedule_of(options, choice, total_steps=total_steps)
+    if decay is not None and decay.pace.with_rate and (schedule is None or schedule.name in _CONSTANT):
+        logger.warning("--wd_lr_coupling lower has no effect: the learning rate has no schedule that lowers it")
     if choice.averages and options.ema.ema_decay is not None:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if choice.relative_step and options.divergence.on_divergence == "rollback":

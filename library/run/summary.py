@@ -190,4 +190,6 @@ def decay_curve(choice: DecayChoice, base: float, *, total_steps: int) -> facts.
         max_progress=None if curve.max_progress == float("inf") else curve.max_progress,
         stages=tuple((start, ratio) for start, ratio in curve.stages),
         interpolate=curve.interpolate,
+        by_gradient=choice.pace.by_gradient,
+        with_rate=choice.pace.with_rate,
     )

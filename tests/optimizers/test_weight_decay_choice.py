@@ -198,6 +198,8 @@ def test_metadata() -> None:
         "wd_min_ratio": 0.2,
         "wd_max_progress": 2.0,
     }
+    paced = decide(*ON, "--wd_speed", "gradient", "--wd_lr_coupling", "lower").metadata()
+    assert (paced["wd_speed"], paced["wd_lr_coupling"]) == ("gradient", "lower")
     staged = decide(*ON, "--wd_schedule", "multi_stage", "--wd_stages", "0:1.0,10%:0.25").metadata()
     assert staged["wd_stages"] == "0:1,1000:0.25"
 
@@ -228,7 +230,9 @@ def refused(*words: str, name: str = "AdamW", arguments: tuple[str, ...] = (), c
         ),
         ((*ON, "--wd_flat", "window=1"), {}, "a trend needs 3 steps"),
         ((*ON, "--wd_flat", "validation=0.1"), {}, "needs images to validate on: --validation_split"),
-        ((*ON, "--wd_flat", "gradient=0.1"), {"clips": False}, "needs --max_grad_norm above 0"),
+        ((*ON, "--wd_flat", "gradient=0.1"), {"clips": False}, "--wd_flat gradient needs --max_grad_norm above 0"),
+        ((*ON, "--wd_speed", "gradient"), {"clips": False}, "--wd_speed gradient needs --max_grad_norm above 0"),
+        (("--wd_lr_coupling", "lower"), {}, "--wd_lr_coupling needs --dynamic_weight_decay with AdamW"),
         ((), {"name": "CustomAdamW", "arguments": ("wd_flat=3",)}, "'wd_flat' is set by the program"),
     ],
 )
@@ -258,9 +262,12 @@ def test_words_that_are_no_values(words: tuple[str, ...], message: str) -> None:
 
 def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
     refused(*ON, "--wd_schedule", "cosine", "--wd_decay_factor", "0.5")
+    refused(*ON, "--wd_schedule", "multi_stage", "--wd_stages", "0:1,9:0.5", "--wd_speed", "gradient")
     refused("--no-dynamic_weight_decay", "--wd_min_ratio", "0.2", "--task", "general")
     assert [record.getMessage() for record in caplog.records] == [
         "--wd_decay_factor has no effect with --wd_schedule cosine: it is for exponential, adaptive",
+        "--wd_speed has no effect with --wd_schedule multi_stage: it is for exponential, cosine, sigmoid, linear, "
+        "adaptive",
         "--wd_min_ratio has no effect with --no-dynamic_weight_decay",
         "--task has no effect with --no-dynamic_weight_decay",
     ]
@@ -313,6 +320,11 @@ def test_a_curve_that_changes_nothing_is_told(
         ((), "0.01 until step 1000, then exponential; 0.007 at the last step"),
         (("--wd_schedule", "linear", "--wd_max_progress", "1"), "0.01 until step 1000, then linear; 0.001 at the last"),
         (("--wd_schedule", "multi_stage", "--wd_stages", "0:1,50%:0.5"), "0.01 times 0:1,1000:0.5; 0.005 at the last"),
+        (
+            ("--wd_speed", "gradient", "--wd_lr_coupling", "lower"),
+            "0.01 until step 1000, then exponential; 0.007 at the last step at a steady speed, and its speed follows the "
+            "gradient norm; the weights shrink by the lower of this curve and the rate's",
+        ),
         (("--wd_schedule", "adaptive"), "0.01 until the loss is flat, at step 500 or later; then times 0.7 in every"),
         (("--wd_transition_steps", "2000"), "0.01, exponential: it does not change within this run"),
     ],

@@ -18,6 +18,8 @@ READ_BY = {
     "wd_stages": ("multi_stage",),
     "wd_interpolate": ("multi_stage",),
     "wd_flat": ("adaptive",),
+    "wd_speed": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_lr_coupling": ("exponential", "cosine", "sigmoid", "linear", "multi_stage", "adaptive"),
 }
 _SHARE = re.compile(r"\d+(\.\d*)?%|\.\d+%")
 
@@ -126,6 +128,16 @@ class WeightDecayOptions:
     wd_interpolate: bool = option(False, help="multi_stage: go from ratio to ratio in straight lines, not in steps")
     wd_flat: tuple[str, ...] = option(
         (), help="adaptive: when the loss counts as flat: window=100 slope=0.001 earliest=500 variance=... gradient=..."
+    )
+    wd_speed: Literal["steady", "gradient"] | None = option(
+        None,
+        help="how fast it falls: steady (the default), or gradient: up to twice as fast while the gradient norm is "
+        "below its mean before the fall, down to half as fast while it is above",
+    )
+    wd_lr_coupling: Literal["product", "lower"] | None = option(
+        None,
+        help="with a falling learning rate: product (the default): the weights shrink by rate x weight decay, which "
+        "falls twice; lower: by the lower of the two curves",
     )
     task: (
         Literal[
