@@ -99,6 +99,17 @@ def test_several_resolutions(folder: Path, options: Parse) -> None:
         options("--resolution", "512", "--resolutions", "512,768")
 
 
+def test_resolutions_of_the_command_line_win_over_a_presets_resolution(folder: Path, options: Parse) -> None:
+    data = options("--preset", "sd15_style", "--resolutions", "512", "768").data
+    assert (data.resolution, data.resolutions) == (None, ((512, 512), (768, 768)))
+    (folder / "mine.toml").write_text("[a]\nresolutions = [64, 96]\n", encoding="utf-8")
+    assert options("--config_file", "mine.toml").data.resolutions == ((64, 64), (96, 96))
+    assert options("--config_file", "mine.toml", "--resolution", "32").data.resolutions is None
+    (folder / "mine.toml").write_text("[a]\nresolutions = [64, 96]\nresolution = 64\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--resolution and --resolutions: give one of them\n  mine\.toml"):
+        options("--config_file", "mine.toml")
+
+
 def test_levels(folder: Path, options: Parse) -> None:
     words = ["--flip_aug", "--caption_prefix", "art,", "--train_batch_size", "8", "--dataset_repeats", "7"]
     first, second = load(folder, options, SMALL, *words, "--bucket_reso_steps", "32")

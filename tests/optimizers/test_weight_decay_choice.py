@@ -322,8 +322,8 @@ def test_a_curve_that_changes_nothing_is_told(
         (("--wd_schedule", "multi_stage", "--wd_stages", "0:1,50%:0.5"), "0.01 times 0:1,1000:0.5; 0.005 at the last"),
         (
             ("--wd_speed", "gradient", "--wd_lr_coupling", "lower"),
-            "0.01 until step 1000, then exponential; 0.007 at the last step at a steady speed, and its speed follows the "
-            "gradient norm; the weights shrink by the lower of this curve and the rate's",
+            "0.01 until step 1000, then exponential; 0.007 at the last step at a steady speed, and its speed follows "
+            "the gradient norm; the weights shrink by the lower of this curve and the rate's",
         ),
         (("--wd_schedule", "adaptive"), "0.01 until the loss is flat, at step 500 or later; then times 0.7 in every"),
         (("--wd_transition_steps", "2000"), "0.01, exponential: it does not change within this run"),
