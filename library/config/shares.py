@@ -74,9 +74,9 @@ def check_shares(datasets: Sequence[DatasetSpec]) -> None:
 
 
 def _problems(spec: DatasetSpec) -> Iterator[str]:
-    if not draws_by_shares(spec):
-        return
     train, reg = _parts(spec)
+    if not draws_by_shares(spec) or not train:  # only regularisation images have a message of their own
+        return
     with_share, reg_with_share = ([subset for subset in part if subset.share is not None] for part in (train, reg))
     if spec.balance is not None and with_share:
         yield f"{with_share[0].origin}: share: the data set has balance = '{spec.balance}': give one of them"
