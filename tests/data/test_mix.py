@@ -118,6 +118,16 @@ def test_from_folders_to_batches(subset: MakeSubset, dataset: MakeDataset, folde
     assert all(draws[f"1/r{i}.png"] == pytest.approx(60, abs=3) for i in range(7))
 
 
+def test_an_epoch_is_rounded_up_to_full_batches(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) -> None:
+    parts = (
+        subset(image_dir=folder("a", a=(64, 64)), num_repeats=6),
+        subset(image_dir=folder("b", b=(64, 64)), share=0.4),
+    )
+    prepared = prepare([dataset(*parts, batch_size=4)], multiple_of=8)  # ten draws are asked for
+    assert prepared.batches_per_epoch == 3
+    assert [summary.draws for summary in prepared.summaries] == [pytest.approx(7.2), pytest.approx(4.8)]
+
+
 def test_too_large_a_share(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) -> None:
     parts = subset(image_dir=folder("a", a=(64, 64))), subset(image_dir=folder("b", b=(64, 64)), share=0.99999999)
     with pytest.raises(UserError, match=r"an epoch would have \d+ images, and 20000000 are the most: one share leaves"):
