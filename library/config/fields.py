@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REQUIRED: Any = dataclasses.MISSING  # the default of an option that must be given, whatever its type
+BALANCES = ("smallest", "equal")  # how folders share the draws, beside weights
 MAX_SIDE = 16384  # pixels of an image to train on or to render; a larger number is a typing mistake
 
 
@@ -272,6 +273,14 @@ def read_resolution(word: str) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
 
 
+def read_resolutions(word: str) -> tuple[tuple[int, int], ...]:
+    """Sizes with commas between them, each as "512" or "512x768", none of them twice."""
+    sizes = tuple(read_resolution(part) for part in word.split(","))
+    if twice := [f"{width}x{height}" for width, height in sizes if sizes.count((width, height)) > 1]:
+        raise BadValue(f"'{word}' has {twice[0]} twice")
+    return sizes
+
+
 def read_skipped_resolution(word: str) -> tuple[int, int] | Unset:
     """The same, or 0 for none."""
     return UNSET if word.strip() == "0" else read_resolution(word)
@@ -283,6 +292,36 @@ def read_range(word: str) -> tuple[float, float]:
     if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
         raise BadValue(f"'{word}' is not a range such as 2.0,4.0")
     return ends[0], ends[1]
+
+
+def read_share(word: str) -> float:
+    """A part of all draws, above 0 and below 1."""
+    try:
+        number = read_float(word)
+    except BadValue:
+        number = math.nan
+    if not 0 < number < 1:
+        hint = ""
+        if number == 0:
+            hint = "; num_repeats = 0 leaves a folder out"
+        elif 1 < number < 100:
+            hint = f"; {number:g} % is {number / 100:g}"
+        raise BadValue(f"{word} is not a share, which is a number above 0 and below 1{hint}")
+    return number
+
+
+def read_balance(word: str) -> str:
+    """ "smallest", "equal", or weights above 0 with commas between them, such as 2,1,1."""
+    if word in BALANCES:
+        return word
+    try:
+        weights = [read_float(part) for part in word.split(",")]
+    except BadValue:
+        near = did_you_mean(word, BALANCES)
+        raise BadValue(f"'{word}' is neither smallest nor equal, nor weights such as 2,1,1{near}") from None
+    if not all(0 < weight < math.inf for weight in weights):
+        raise BadValue(f"'{word}': weights must be above 0; num_repeats = 0 leaves a folder out")
+    return word
 
 
 def _is_number(word: str) -> bool:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Options of the command line only: they name files to read or write.
 _COMMAND_LINE_ONLY = ("config_file", "output_config", "list_presets")
+_TWO_WAYS = {"resolution": "resolutions", "resolutions": "resolution"}
 
 
 def parse(argv: list[str]) -> Options:
@@ -140,11 +141,24 @@ def _read(settings: Iterable[Setting]) -> _Reading:
         if value is not UNSET:
             reading.values[name] = value
             reading.places[name] = setting.place
+            _replace_the_other(name, reading)
     rows = kohya.rows()
     asked = {name for name, item in others.items() if name in rows and not rows[name].asks_for_nothing(item.words)}
     for setting in others.values():
         _judge(setting, reading, asked)
     return reading
+
+
+def _replace_the_other(name: str, reading: _Reading) -> None:
+    """Of two options that say the same in two ways, the one of the later file, or of the command line, wins."""
+    other = _TWO_WAYS.get(name)
+    if other in reading.places and _source(reading.places[other]) != _source(reading.places[name]):
+        del reading.values[other], reading.places[other]
+
+
+def _source(place: str) -> str:
+    """The file, or the command line."""
+    return place.partition(": ")[0]
 
 
 def _without_no(setting: Setting) -> Setting:

@@ -119,8 +119,7 @@ def synthetic_batch(plan: Plan, run: Run) -> Batch:
     """A full batch of the bucket that needs most memory, with its real captions and dummy images."""
     data = plan.options.data
     group = max(plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
-    members = [(index, repeat) for index, repeats in group.members for repeat in range(repeats)][: group.batch_size]
-    draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
+    draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in group.example()]
     captions = [as_written(draw.sample.caption, draw.sample.subset)[0] for draw in draws]
     pixels = _pixels(plan, len(draws))
     height, width = (side // run.family.latents.factor for side in pixels.shape[2:])

@@ -313,5 +313,5 @@ class _Moments:
 
 def _largest(groups: Sequence[Group]) -> tuple[Size, int]:
     """The size and the number of images of the batch with the most pixels."""
-    found = {(group.size, min(group.batch_size, group.draws)) for group in groups}
+    found = {(group.size, group.largest_batch) for group in groups}
     return max(found, key=lambda item: (item[0][0] * item[0][1] * item[1], item))
