@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import shlex
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from networks.tools import command
 from networks.tools.__main__ import COMMANDS
 from networks.tools.__main__ import main as tools
 from tests.conftest import IMAGES, ROOT, forget_accelerator
@@ -93,8 +91,7 @@ def test_every_sub_command_is_described() -> None:
 def test_every_option_of_the_page_exists() -> None:
     known = {"--help", "--config_file", "--sd_model", "--lbws", "--as_kohya", "--concat"}
     for name in COMMANDS.keys() - set(ELSEWHERE):
-        parser: argparse.ArgumentParser = command.parser_of(importlib.import_module(COMMANDS[name][0]))
-        known |= set(parser._option_string_actions)
+        known |= {f"--{option}" for option in importlib.import_module(COMMANDS[name][0]).COMMAND.options()}
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     named = {name for words in re.findall(r"`([^`\n]*)`", text) for name in re.findall(r"--\w+", words)}
     assert named <= known
