@@ -30,7 +30,6 @@ _WORDS = (
     ("base model", "ss_sd_model_name"),
     ("family", "ss_base_model_version"),
     ("network", "ss_network_module"),
-    ("arguments", "ss_network_args"),
     ("steps", "ss_steps"),
     ("epoch", "ss_epoch"),
     ("images", "ss_num_train_images"),
@@ -40,7 +39,6 @@ _WORDS = (
     ("seed", "ss_seed"),
     ("comment", "ss_training_comment"),
     ("made by", "ss_made_by"),
-    ("made from", "ss_made_from"),
 )
 _OPTIMIZER = re.compile(r"(?P<type>[\w.]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 _NOT_SETTINGS = ("ss_output_name", "ss_network_args", "ss_network_dim", "ss_network_alpha")  # told apart below
@@ -83,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
 def report(file: AdapterFile) -> list[str]:
     """Lines: metadata in words, and the norms of each block."""
     from library.models.checkpoints.adapter_file import short_title
+    from networks.tools.result import origins
 
     kinds = sorted({layer.kind for layer in file.layers.values()})
     titles = ", ".join(short_title(kind) or "an unknown kind" for kind in kinds)
@@ -90,6 +89,9 @@ def report(file: AdapterFile) -> list[str]:
     for label, key in _WORDS:
         if (text := file.metadata.get(key, "None")) not in ("None", ""):
             lines.append(f"{label:<14}{text}")
+    if arguments := _arguments(file.metadata):
+        lines.append(f"{'arguments':<14}{', '.join(arguments)}")
+    lines += [f"{'made from':<14}{words}" for words in origins(file.metadata)]
     if finished := file.metadata.get("ss_training_finished_at"):
         lines += [f"{'finished':<14}{text}" for text in _time(finished)]
     if not file.metadata:
@@ -184,13 +186,18 @@ def _network(metadata: Mapping[str, str]) -> dict[str, object]:
             found[name] = kind(metadata.get(f"ss_{name}", ""))
         except ValueError:
             continue  # "None", or "Dynamic" of a resized file
+    if arguments := _arguments(metadata):
+        found["network_args"] = arguments
+    return found
+
+
+def _arguments(metadata: Mapping[str, str]) -> list[str]:
+    """The network's arguments as "name=value"; none where the text is no JSON of this program's or kohya's form."""
     try:
         arguments = json.loads(metadata.get("ss_network_args", "{}"))
     except (ValueError, RecursionError):
-        arguments = {}
-    if isinstance(arguments, dict) and arguments:
-        found["network_args"] = [f"{name}={value}" for name, value in arguments.items()]
-    return found
+        return []
+    return [f"{name}={value}" for name, value in arguments.items()] if isinstance(arguments, dict) else []
 
 
 def _optimizer(metadata: Mapping[str, str]) -> dict[str, object]:
