@@ -2,17 +2,21 @@
 
 The new file has the names, element types and shapes of the old one. A change is found by its place in the old file,
 so no name has to be turned back: query, key and value of open_clip are three changes to one tensor. At no time is more
-than one tensor in memory, in the file's type and in fp32.
+than one tensor in memory in fp32; in the file's type there are the few that wait to be written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 import torch
@@ -25,6 +29,8 @@ from library.progress import bar
 
 SPEC_HASH = "modelspec.hash_sha256"  # of the bytes after the header, as 0x…
 _BUFFER = 1 << 24  # bytes of a tensor without a change that are copied at a time
+_AHEAD = 3  # pieces that wait to be written
+_FLUSH = 1 << 26  # bytes after which the system is asked to begin moving them to the disk
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,49 @@ def rewrite(target: Path, index: WeightsIndex, patches: Sequence[Patch], metadat
     with index.path.open("rb", buffering=0) as source, target.open("wb") as file:
         file.write(header)
         within = _Patches(patches)
-        for name in bar(names, desc=f"writing {target.name.removeprefix('.')}", unit="tensor"):
-            for piece in _bytes_of(source, name, index.entries[name], within):
-                file.write(piece)
-                if digest is not None:
-                    digest.update(piece)
+        with _Writer(file, digest) as writer:
+            for name in bar(names, desc=f"writing {target.name.removeprefix('.')}", unit="tensor"):
+                for piece in _bytes_of(source, name, index.entries[name], within):
+                    writer.put(piece)
         if digest is not None:
             file.seek(0)
             file.write(_header(index, names, {**about, SPEC_HASH: _spec_hash(digest.hexdigest())}))
+
+
+class _Writer:
+    """Writes pieces in their order, in a thread of its own: while a sum is formed, the one before is hashed and moved
+    to the disk. A context, which ends when all is written. Errors of writing are raised by a later `put`, or its end.
+    """
+
+    def __init__(self, file: BinaryIO, digest: hashlib._Hash | None) -> None:
+        self._file, self._digest = file, digest
+        self._thread, self._waiting = ThreadPoolExecutor(1), deque[Future[None]]()
+        self._flushed, self._written = 0, file.tell()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        while kind is None and self._waiting:
+            self._waiting.popleft().result()
+
+    def put(self, piece: memoryview) -> None:
+        """The piece must not change any more. Waits while `_AHEAD` others do."""
+        self._waiting.append(self._thread.submit(self._write, piece))
+        if len(self._waiting) > _AHEAD:
+            self._waiting.popleft().result()
+
+    def _write(self, piece: memoryview) -> None:
+        self._file.write(piece)
+        self._written += len(piece)
+        if self._digest is not None:
+            self._digest.update(piece)
+        if self._written - self._flushed >= _FLUSH and hasattr(os, "posix_fadvise"):
+            self._file.flush()
+            # Linux begins to write what is said not to be needed, and does not wait for it
+            os.posix_fadvise(self._file.fileno(), self._flushed, self._written - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
 
 
 def _spec_hash(digits: str) -> str:
@@ -97,9 +138,9 @@ def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches
     changes = patches.inside(entry)
     if not changes and entry.stride is None:
         source.seek(entry.offset)
-        left, buffer = entry.nbytes, torch.empty(min(_BUFFER, entry.nbytes), dtype=torch.uint8)
+        left = entry.nbytes
         while left:
-            piece = buffer[: min(left, len(buffer))]
+            piece = torch.empty(min(left, _BUFFER), dtype=torch.uint8)
             read_bytes(source, piece, entry.file)
             yield piece.numpy().data
             left -= len(piece)
