@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from docs import command_pictures
 from networks.tools.__main__ import COMMANDS
 from networks.tools.__main__ import main as tools
 from tests.conftest import IMAGES, ROOT, forget_accelerator
-from tests.docs.tools_files import write_tuned
 from train_network import main as train
 
 PAGE = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(sh|text)\n(.*?)```", PAGE, flags=re.DOTALL)
 SHORT = ["--compare_prompts=", "--no-loss_plot"]
-ELSEWHERE = ("evaluate", "draw", "find_rank")  # docs/evaluate.md
+ELSEWHERE = ("evaluate", "find_rank")  # docs/evaluate.md
 DOORS = ("resize_lora", "merge_lora", "svd_merge_lora", "extract_lora_from_models", "check_lora_weights")
 
 
@@ -72,8 +72,6 @@ def test_every_command_works(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
             continue
         capsys.readouterr()
         for words in words_of(block):
-            if "tuned" in words and not (folder / "tuned").exists():
-                write_tuned(folder)
             assert run(words) == 0, shlex.join(words)
             seen.add(words[3] if words[1] == "-m" else Path(words[1]).stem)
             named = [word for word in words if word.startswith("output/")]
@@ -95,3 +93,11 @@ def test_every_option_of_the_page_exists() -> None:
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     named = {name for words in re.findall(r"`([^`\n]*)`", text) for name in re.findall(r"--\w+", words)}
     assert named <= known
+
+
+def test_its_pictures_are_there() -> None:
+    pictures = command_pictures.PICTURES["tools"]
+    assert re.findall(r"\(images/(.*?)\)", PAGE) == list(pictures)
+    assert all((ROOT / "docs" / "images" / name).is_file() for name in pictures)
+    written = {word for words in command_pictures.commands("tools") for word in words} | {"output/merged.png"}
+    assert set(pictures.values()) <= written
