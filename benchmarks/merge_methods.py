@@ -1,5 +1,5 @@
-"""Which method of merging keeps most of two styles? Two LoRAs of the quickstart's base model, one of each drawing style,
-merged by each method, and measured on held-out images of both.
+"""Which method of merging keeps most of two styles? Two LoRAs of the quickstart's base model, one of each drawing
+style, merged by each method, and measured on held-out images of both.
 
     python -m benchmarks.merge_methods FOLDER                 # four trainings, then merges: half an hour on one core
     python -m benchmarks.merge_methods FOLDER --seeds 1
@@ -71,8 +71,8 @@ def measured(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     table = folder / "evaluation.csv"
     if not table.exists():
         held_out = [f"{style}={images / 'validation'}" for style, images in STYLES.items()]
-        words = ("--pretrained_model_name_or_path", BASE, "--resolution", "64", "--batch_size", "8")
-        tool("evaluate", *names.values(), *words, "--images", *held_out, "--output_dir", folder)
+        base = ("--pretrained_model_name_or_path", BASE, "--resolution", "64", "--batch_size", "8")
+        tool("evaluate", *names.values(), *base, "--images", *held_out, "--output_dir", folder)
     by_file = read(table)
     return {name: by_file[path.stem] for name, path in names.items()}
 

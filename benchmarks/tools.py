@@ -301,8 +301,9 @@ def into_checkpoint(bench: Bench, family: str) -> None:
     print()
 
 
-def write_checkpoint(path: Path, family: str) -> None:
-    """Random weights in fp16 in one file; the UNet and the text encoders under their original names."""
+def write_checkpoint(path: Path, family: str, *, empty: bool = False) -> None:
+    """Random weights in fp16 in one file; the UNet and the text encoders under their original names. `empty`: a sparse
+    file of that length instead."""
     import torch
 
     shapes = checkpoint_shapes(family)
@@ -316,6 +317,9 @@ def write_checkpoint(path: Path, family: str) -> None:
     block = (torch.randn(1 << 24) * 0.02).half().numpy().tobytes()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if empty:
+            file.truncate(8 + len(text) + end)
+            return
         while end:
             end -= file.write(block[: min(end, len(block))])
 
