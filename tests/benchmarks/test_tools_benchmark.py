@@ -34,6 +34,7 @@ def test_its_checkpoints_are_those_of_the_family(family: str, tmp_path: Path) ->
     path = tmp_path / f"{family}.safetensors"
     tools.write_checkpoint(path, family, empty=True)
     opened = open_family(str(path))
-    assert opened.NAME == {"sd15": "sd", "sdxl": "sdxl"}[family]
+    found = opened.NAME
+    assert found == {"sd15": "sd", "sdxl": "sdxl"}[family]
     with opened.outlined():
         assert opened.adapter_targets()
