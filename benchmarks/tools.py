@@ -41,10 +41,11 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Run:
-    """A finished process: wall time in seconds, and the largest resident memory in bytes."""
+    """A finished process: wall and CPU time in seconds, and the largest resident memory in bytes."""
 
     name: str
     seconds: float
+    cpu: float
     peak: int
 
 
@@ -72,7 +73,7 @@ class Bench:
             seconds = time.perf_counter() - start
         if status:
             raise SystemExit(f"{name}: failed\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
-        return Run(name, seconds, usage.ru_maxrss * 1024)
+        return Run(name, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
     def tool(self, name: str, *words: object) -> Run:
         """One of ours."""
@@ -138,7 +139,7 @@ def resizing(bench: Bench) -> None:
     exact = factors_in(source)
     best = math.sqrt(sum(lost(one, 32) for one in exact.values()) / sum(one.norm() ** 2 for one in exact.values()))
     print(f"### rank 128 to 32: {len(exact)} layers, {human_bytes(source.stat().st_size)}; best error {best:.6f}\n")
-    rows = []
+    rows: list[tuple[Run, float]] = []
     for run in resizers(bench, source, target):
         rows.append((run, distance(factors_in(target), exact)))
         target.unlink()
@@ -264,11 +265,11 @@ def lycoris_resize(source: Path, target: Path, rank: int) -> None:
 
 
 def print_table(rows: Sequence[tuple[Run, float]]) -> None:
-    """Times as multiples of the first's."""
-    print("| program | seconds | × ours | error | peak |\n|---|---|---|---|---|")
+    """CPU times as multiples of the first's: other programs on the machine lengthen them less than wall time."""
+    print("| program | seconds | of CPU | × ours | error | peak |\n|---|---|---|---|---|---|")
     for run, error in rows:
-        times = run.seconds / rows[0][0].seconds
-        print(f"| {run.name} | {run.seconds:.1f} | {times:.1f} | {error:.6f} | {human_bytes(run.peak)} |")
+        times, peak = run.cpu / rows[0][0].cpu, human_bytes(run.peak)
+        print(f"| {run.name} | {run.seconds:.1f} | {run.cpu:.1f} | {times:.1f} | {error:.6f} | {peak} |")
     print()
 
 
@@ -286,7 +287,7 @@ def into_checkpoint(bench: Bench, family: str) -> None:
         write_checkpoint(base, family)
     size = base.stat().st_size
     print(f"### into a checkpoint of {human_bytes(size)} ({family}, fp16, in the page cache)\n")
-    print("| | seconds | MB/s | of the copy's speed | peak |\n|---|---|---|---|---|")
+    print("| | seconds | of CPU | MB/s | of the copy's speed | peak |\n|---|---|---|---|---|---|")
     copies = []
     for _ in range(3):
         copy = bench.run("copy", "sh", "-c", 'cp --reflink=never "$0" "$1" && sync "$1"', base, target)
@@ -296,8 +297,8 @@ def into_checkpoint(bench: Bench, family: str) -> None:
         target.unlink()
         for run in (copy, merged):
             share = copy.seconds / run.seconds
-            speed = size / run.seconds / 1e6
-            print(f"| {run.name} | {run.seconds:.1f} | {speed:.0f} | {share:.2f} | {human_bytes(run.peak)} |")
+            speed, peak = size / run.seconds / 1e6, human_bytes(run.peak)
+            print(f"| {run.name} | {run.seconds:.1f} | {run.cpu:.1f} | {speed:.0f} | {share:.2f} | {peak} |")
     print()
 
 
