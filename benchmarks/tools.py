@@ -111,7 +111,7 @@ def main() -> None:
         if name in parts:
             parts[name](bench)
         else:
-            into_checkpoint(bench, options.family)
+            into_checkpoint(bench, options.family, options.rounds)
 
 
 def read_options() -> argparse.Namespace:
@@ -123,6 +123,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=("resize", "merge", "checkpoint"))
     parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15", help="of the checkpoint")
     parser.add_argument("--every", type=int, default=1, help="take every n-th layer of the LoRAs")
+    parser.add_argument("--rounds", type=int, default=3, help="copies and merges, in turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lycoris_resize", nargs=3, help=argparse.SUPPRESS)  # SOURCE TARGET RANK, in a process
     options = parser.parse_args()
@@ -276,7 +277,7 @@ def print_table(rows: Sequence[tuple[Run, float]]) -> None:
 # -- checkpoints
 
 
-def into_checkpoint(bench: Bench, family: str) -> None:
+def into_checkpoint(bench: Bench, family: str, rounds: int) -> None:
     """A LoRA of rank 64 into a checkpoint, and a copy of that."""
     base, target = bench.folder / f"{family}.safetensors", bench.folder / "target.safetensors"
     version = "sdxl_base_v1-0" if family == "sdxl" else "sd_v1"
@@ -288,11 +289,9 @@ def into_checkpoint(bench: Bench, family: str) -> None:
     size = base.stat().st_size
     print(f"### into a checkpoint of {human_bytes(size)} ({family}, fp16, in the page cache)\n")
     print("| | seconds | of CPU | MB/s | of the copy's speed | peak |\n|---|---|---|---|---|---|")
-    copies = []
-    for _ in range(3):
+    for _ in range(rounds):
         copy = bench.run("copy", "sh", "-c", 'cp --reflink=never "$0" "$1" && sync "$1"', base, target)
         target.unlink()
-        copies.append(copy)
         merged = bench.tool("merge --base", "merge", lora, "--base", base, "--save_to", target)
         target.unlink()
         for run in (copy, merged):
