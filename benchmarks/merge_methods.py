@@ -6,7 +6,8 @@ style, merged by each method, and measured on held-out images of both.
 
 The settings are those of configs/quickstart.toml for 8 epochs, which are 160 steps. Each pair of trainings has its own
 seeds. FOLDER takes the files, and what is finished there is not made again. Prints a Markdown table: the differences to
-the base model's loss by `lora-tools evaluate`, the mean of both styles and the worse one, averaged over the pairs.
+the base model's loss by `lora-tools evaluate`, the mean of both styles and the worse one, averaged over the pairs; and
+draws docs/images/tools-methods.png with some of the first pair's files.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ import csv
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STYLES = {"noto": ROOT / "quickstart" / "images", "twemoji": ROOT / "benchmarks" / "data" / "twemoji"}
+STYLES = {"fluent": ROOT / "quickstart" / "images", "twemoji": ROOT / "benchmarks" / "data" / "twemoji"}
 BASE = ROOT / "quickstart" / "base"
+PICTURE = ROOT / "docs" / "images" / "tools-methods.png"
+DRAWN = ("fluent alone", "twemoji alone", "linear, weights 0.5", "linear, weights 1", "slerp", "ties, weights 1")
+PROMPTS = ("emoji of grinning cat, smileys and emotion", "emoji of broken heart, smileys and emotion")
 EPOCHS = 8
 SEED = 100  # of the first training
 # by the name in the table: the options of merge; of the rank of both files together, unless the name says otherwise
@@ -45,18 +50,19 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    found = [measured(folder / f"pair{pair}", SEED + 2 * pair) for pair in range(options.seeds)]
+    pairs = [files(folder / f"pair{pair}", SEED + 2 * pair) for pair in range(options.seeds)]
+    found = [measured(one) for one in pairs]
     print(f"| | {' | '.join(STYLES)} | mean | worse |\n|---|---|---|---|---|")
     for name in found[0]:
         by_style = [statistics.mean(one[name][style] for one in found) for style in STYLES]
         mean = statistics.mean(by_style)
         worse = statistics.mean(max(one[name].values()) for one in found)
         print(f"| {name} | {' | '.join(f'{value:+.2f} %' for value in (*by_style, mean, worse))} |")
+    draw(pairs[0])
 
 
-def measured(folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """By file, and by style, the difference to the base model's loss in per cent. The pair's seeds: `seed` and the
-    next."""
+def files(folder: Path, seed: int) -> dict[str, Path]:
+    """The LoRAs and their merges, by their names in the table. The pair's seeds: `seed` and the next."""
     folder.mkdir(exist_ok=True)
     names = {}
     for place, (style, images) in enumerate(STYLES.items()):
@@ -64,10 +70,16 @@ def measured(folder: Path, seed: int) -> dict[str, dict[str, float]]:
         if not names[f"{style} alone"].exists():
             train(folder, style, images / "train", seed + place)
     sources = list(names.values())
-    for place, (name, words) in enumerate(METHODS.items()):
-        names[name] = folder / f"merged{place}.safetensors"
+    for name, words in METHODS.items():
+        names[name] = folder / f"{name.replace(',', '').replace(' ', '-')}.safetensors"
         if not names[name].exists():
             tool("merge", *sources, *words, "--save_to", names[name])
+    return names
+
+
+def measured(names: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """By file, and by style, the difference to the base model's loss in per cent."""
+    folder = next(iter(names.values())).parent
     table = folder / "evaluation.csv"
     if not table.exists():
         held_out = [f"{style}={images / 'validation'}" for style, images in STYLES.items()]
@@ -75,6 +87,18 @@ def measured(folder: Path, seed: int) -> dict[str, dict[str, float]]:
         tool("evaluate", *names.values(), *base, "--images", *held_out, "--output_dir", folder)
     by_file = read(table)
     return {name: by_file[path.stem] for name, path in names.items()}
+
+
+def draw(names: Mapping[str, Path]) -> None:
+    """Some of the files as a picture."""
+    from PIL import Image
+
+    shown = [names[name] for name in DRAWN]
+    flags = "--w 64 --h 64 --s 25 --l 4 --d 1"
+    words = ("--pretrained_model_name_or_path", BASE, "--prompt", *(f"{prompt} {flags}" for prompt in PROMPTS))
+    folder = shown[0].parent
+    tool("draw", *shown, *words, "--output_dir", folder, "--cell", 96, "--overwrite")
+    Image.open(folder / "grid.png").convert("RGB").save(PICTURE, optimize=True)
 
 
 def train(folder: Path, style: str, images: Path, seed: int) -> None:

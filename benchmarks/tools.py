@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,11 +140,7 @@ def resizing(bench: Bench) -> None:
     exact = factors_in(source)
     best = math.sqrt(sum(lost(one, 32) for one in exact.values()) / sum(one.norm() ** 2 for one in exact.values()))
     print(f"### rank 128 to 32: {len(exact)} layers, {human_bytes(source.stat().st_size)}; best error {best:.6f}\n")
-    rows: list[tuple[Run, float]] = []
-    for run in resizers(bench, source, target):
-        rows.append((run, distance(factors_in(target), exact)))
-        target.unlink()
-    print_table(rows)
+    print_table(resizers(bench, source, target), target, exact)
 
 
 def resizers(bench: Bench, source: Path, target: Path) -> Iterator[Run]:
@@ -166,11 +162,7 @@ def merging(bench: Bench) -> None:
     whole = sum(one.norm() ** 2 for one in exact.values())
     best = math.sqrt(sum(lost(one, 64) for one in exact.values()) / whole)
     print(f"### two of rank 64: {len(exact)} layers each; best error of rank 64 {best:.6f}\n")
-    rows = []
-    for run in mergers(bench, sources, target):
-        rows.append((run, distance(factors_in(target), exact)))
-        target.unlink()
-    print_table(rows)
+    print_table(mergers(bench, sources, target), target, exact)
 
 
 def mergers(bench: Bench, sources: Sequence[Path], target: Path) -> Iterator[Run]:
@@ -265,12 +257,16 @@ def lycoris_resize(source: Path, target: Path, rank: int) -> None:
     save_file(tensors, target)
 
 
-def print_table(rows: Sequence[tuple[Run, float]]) -> None:
-    """CPU times as multiples of the first's: other programs on the machine lengthen them less than wall time."""
-    print("| program | seconds | of CPU | × ours | error | peak |\n|---|---|---|---|---|---|")
-    for run, error in rows:
-        times, peak = run.cpu / rows[0][0].cpu, human_bytes(run.peak)
-        print(f"| {run.name} | {run.seconds:.1f} | {run.cpu:.1f} | {times:.1f} | {error:.6f} | {peak} |")
+def print_table(runs: Iterable[Run], target: Path, exact: Mapping[str, Factors]) -> None:
+    """A row for each, as soon as it has ended. CPU times as multiples of the first's: other programs on the machine
+    lengthen them less than wall time."""
+    print("| program | seconds | of CPU | × ours | error | peak |\n|---|---|---|---|---|---|", flush=True)
+    first = None
+    for run in runs:
+        first = first or run
+        error, times, peak = distance(factors_in(target), exact), run.cpu / first.cpu, human_bytes(run.peak)
+        target.unlink()
+        print(f"| {run.name} | {run.seconds:.1f} | {run.cpu:.1f} | {times:.1f} | {error:.6f} | {peak} |", flush=True)
     print()
 
 

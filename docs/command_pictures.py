@@ -26,11 +26,9 @@ PICTURES = {
     },
     "tools": {
         "tools-advice.png": "output/advice.png",
-        "tools-merged.png": "output/merged.png",
         "tools-ranks.png": "output/ranks.png",
     },
 }
-GRIDS = ("grid.png", "tools-merged.png")  # plots have few colours, these have not
 FEW = 8  # images that the second LoRA of evaluate is trained on
 
 
@@ -71,7 +69,7 @@ def make(page: str, folder: Path) -> None:
         subprocess.run([sys.executable, str(path), *words[2:]], cwd=folder, check=True, env=environment)
     for name, picture in PICTURES[page].items():
         image = Image.open(folder / picture).convert("RGB")
-        if name not in GRIDS:
+        if name != "grid.png":  # plots have few colours
             image = image.quantize(96, dither=Image.Dither.NONE)
         image.save(ROOT / "docs" / "images" / name, optimize=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import merge_methods
 from docs import command_pictures
 from networks.tools.__main__ import COMMANDS
 from networks.tools.__main__ import main as tools
@@ -19,7 +20,7 @@ from train_network import main as train
 PAGE = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(sh|text)\n(.*?)```", PAGE, flags=re.DOTALL)
 SHORT = ["--compare_prompts=", "--no-loss_plot"]
-ELSEWHERE = ("evaluate", "find_rank")  # docs/evaluate.md
+ELSEWHERE = ("evaluate", "draw", "find_rank")  # docs/evaluate.md
 DOORS = ("resize_lora", "merge_lora", "svd_merge_lora", "extract_lora_from_models", "check_lora_weights")
 
 
@@ -97,7 +98,7 @@ def test_every_option_of_the_page_exists() -> None:
 
 def test_its_pictures_are_there() -> None:
     pictures = command_pictures.PICTURES["tools"]
-    assert re.findall(r"\(images/(.*?)\)", PAGE) == list(pictures)
-    assert all((ROOT / "docs" / "images" / name).is_file() for name in pictures)
-    written = {word for words in command_pictures.commands("tools") for word in words} | {"output/merged.png"}
-    assert set(pictures.values()) <= written
+    shown = re.findall(r"\(images/(.*?)\)", PAGE)
+    assert set(shown) == {*pictures, merge_methods.PICTURE.name}
+    assert all((ROOT / "docs" / "images" / name).is_file() for name in shown)
+    assert set(pictures.values()) <= {word for words in command_pictures.commands("tools") for word in words}
