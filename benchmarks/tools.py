@@ -1,7 +1,7 @@
 """The tools on files of true size, against kohya's scripts, LyCORIS' functions, and a plain copy of the file.
 
     python -m benchmarks.tools FOLDER --kohya ~/sd-scripts               # all parts, every layer: hours of SVDs
-    python -m benchmarks.tools FOLDER --kohya ~/sd-scripts --every 10    # every tenth layer of the LoRAs: minutes
+    python -m benchmarks.tools FOLDER --kohya ~/sd-scripts --every 19    # every 19th layer of the LoRAs: minutes
     python -m benchmarks.tools FOLDER --only checkpoint --family sdxl    # needs 14 GB in FOLDER
 
 FOLDER takes the files, which are made once: LoRAs of SDXL's layers with random factors whose singular values fall as
@@ -14,7 +14,6 @@ environment lacks. Prints Markdown tables.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -58,6 +57,7 @@ class Bench:
     packages: str
     threads: int
     every: int
+    lycoris: bool
 
     def run(self, name: str, *words: object, own: bool = True) -> Run:
         """A program from its start to its end. `own`: of this project; else one of kohya's. Ends if it fails."""
@@ -100,7 +100,9 @@ def main() -> None:
         source, target, rank = options.lycoris_resize
         lycoris_resize(Path(source), Path(target), int(rank))
         return
-    bench = Bench(options.folder.resolve(), options.kohya, options.kohya_packages, options.threads, options.every)
+    bench = Bench(
+        options.folder.resolve(), options.kohya, options.kohya_packages, options.threads, options.every, options.lycoris
+    )
     if bench.kohya is None:
         print("kohya's scripts are absent (--kohya FOLDER): only ours is measured\n")
     elif not (bench.kohya / "networks" / "resize_lora.py").is_file():
@@ -120,9 +122,15 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kohya", type=Path, help="a checkout of kohya's sd-scripts")
     parser.add_argument("--kohya_packages", default="", help="a folder for PYTHONPATH of its scripts")
+    parser.add_argument("--lycoris", action="store_true", help="LyCORIS as well, whose full SVDs take the longest")
     parser.add_argument("--only", nargs="+", choices=("resize", "merge", "checkpoint"))
     parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15", help="of the checkpoint")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th layer of the LoRAs")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        help="take every n-th layer of the LoRAs; no multiple of 2 or 5: ten layers repeat",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="copies and merges, in turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lycoris_resize", nargs=3, help=argparse.SUPPRESS)  # SOURCE TARGET RANK, in a process
@@ -149,7 +157,7 @@ def resizers(bench: Bench, source: Path, target: Path) -> Iterator[Run]:
     if bench.kohya is not None:
         words = ("--model", source, "--new_rank", 32, "--save_precision", "float", "--save_to", target)
         yield bench.script("resize_lora.py", *words)
-    if importlib.util.find_spec("lycoris"):
+    if bench.lycoris:
         own = (sys.executable, "-m", "benchmarks.tools", bench.folder)
         yield bench.run("LyCORIS, extract_linear", *own, "--lycoris_resize", source, target, 32)
 
