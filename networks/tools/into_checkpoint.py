@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
@@ -163,8 +162,8 @@ def _added(shares: Sequence[_Share], leaf: str, weight: Tensor) -> Tensor:
     for share in shares:
         adapter, tensors = share.adapter, share.in_fp32()
         if leaf == "weight" and type(adapter) is LoRA and adapter.form.axis is None:
-            factors = factors_of(tensors)  # in one product, without the difference itself
-            matrix = torch.addmm(weight.flatten(1), factors.up, factors.down, alpha=share.weight)
+            factors = factors_of(tensors)  # one product, into the weight: the difference itself never exists
+            matrix = weight.reshape(len(weight), -1).addmm_(factors.up, factors.down, alpha=share.weight)
             weight = matrix.view(weight.shape)
             continue
         adapter.multiplier = share.weight
