@@ -1,7 +1,7 @@
 """How one option is declared, and how the words that a user gave for it become its value.
 
 An option is a field of a frozen dataclass, made by `option(default, help=…)`. Its annotation is its type: bool, int,
-float, str, a `Literal` of choices, a tuple of one of these (a list of words), each also `| None`.
+float, str, Path, a `Literal` of choices, a tuple of one of these (a list of words), each also `| None`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from library.errors import did_you_mean
@@ -101,7 +102,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """An option as declared: `kind` is bool, int, float or str; `many` if it takes a list of words."""
+    """An option as declared: `kind` is bool, int, float, str or Path; `many` if it takes a list of words."""
 
     name: str
     kind: type
@@ -125,6 +126,25 @@ def declared(group: type) -> dict[str, Declared]:
     }
 
 
+def by_any_name(options: Mapping[str, Declared]) -> dict[str, str]:
+    """The name of each option, by its name and by its aliases."""
+    return {alias: name for name, item in options.items() for alias in (name, *item.details.aliases)}
+
+
+def lacking(options: Mapping[str, Declared], given: Collection[str]) -> dict[str, str]:
+    """By name, a message for each option that must be given and is not."""
+    return {
+        name: f"--{name} is required: {item.details.help}"
+        for name, item in options.items()
+        if item.required and name not in given
+    }
+
+
+def made(group: type[T], values: Mapping[str, object]) -> T:
+    """An object of a dataclass of options. `values`: by option, those that are given; also of other dataclasses."""
+    return group(**{name: values[name] for name in declared(group) if name in values})
+
+
 def _declared(field: dataclasses.Field[object], annotation: object) -> Declared:
     annotation = _without_none(annotation)
     details: Details = field.metadata["option"]
@@ -133,7 +153,7 @@ def _declared(field: dataclasses.Field[object], annotation: object) -> Declared:
         annotation = get_args(annotation)[0]
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     kind = str if choices or details.read else annotation
-    assert kind in (bool, int, float, str), f"option {field.name}: no rule for {annotation}"
+    assert kind in (bool, int, float, str, Path), f"option {field.name}: no rule for {annotation}"
     return Declared(field.name, kind, many, choices, field.default, details)
 
 
@@ -187,6 +207,9 @@ def _one(item: Declared, word: str) -> object:
         if not details.free_text:
             refuse_control_characters(word)
         return word
+    if item.kind is Path:
+        refuse_control_characters(word)
+        return Path(word)
     number = read_int(word) if item.kind is int else read_float(word)
     if number == 0 and details.zero_is_unset:
         return UNSET

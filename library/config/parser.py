@@ -14,9 +14,21 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from library.config import kohya, presets
-from library.config.fields import UNSET, BadValue, ControlCharacters, Declared, OutOfRange, convert, declared
+from library.config.fields import (
+    UNSET,
+    BadValue,
+    ControlCharacters,
+    Declared,
+    OutOfRange,
+    by_any_name,
+    convert,
+    declared,
+    lacking,
+    made,
+)
 from library.config.idle import idle
 from library.config.options import SECRETS, Options, declared_options, option_groups
 from library.config.settings import Setting, from_toml, from_words, places_of, without_secrets
@@ -88,7 +100,7 @@ def add_argument(section: argparse._ArgumentGroup, item: Declared) -> None:
     elif item.default not in (None, "", ()):
         text += f" (default: {item.default})"
     choices = "{" + ",".join(choice for choice in item.choices if choice) + "}"
-    plain = {int: "N", float: "X", str: "TEXT"}[item.kind]
+    plain = {int: "N", float: "X", str: "TEXT", Path: "FILE"}[item.kind]
     nargs = "*" if item.many else "?" if item.details.alone else None
     section.add_argument(f"--{item.name}", nargs=nargs, metavar=choices if item.choices else plain, help=text)
 
@@ -115,7 +127,7 @@ class _Reading:
 def _read(settings: Iterable[Setting]) -> _Reading:
     """Check every setting; of two for one name, the later wins."""
     options = declared_options()
-    names = {alias: name for name, item in options.items() for alias in (name, *item.details.aliases)}
+    names = by_any_name(options)
     reading = _Reading()
     others: dict[str, Setting] = {}
     for setting in map(_without_no, settings):
@@ -200,18 +212,11 @@ def _config_path(reading: _Reading) -> Path | None:
 
 
 def _options(reading: _Reading, *, command: Iterable[str]) -> Options:
-    missing = [
-        f"--{name} is required: {item.details.help}{_stands_in(name, reading)}"
-        for name, item in declared_options().items()
-        if item.required and name not in reading.values
-    ]
+    missing = [text + _stands_in(name, reading) for name, text in lacking(declared_options(), reading.values).items()]
     if missing:
         raise UserError("\n".join([*missing, *map(": ".join, reading.out_of_range.values())]))
     try:
-        groups = {
-            name: group(**{key: reading.values[key] for key in declared(group) if key in reading.values})
-            for name, group in option_groups().items()
-        }
+        groups: dict[str, Any] = {name: made(group, reading.values) for name, group in option_groups().items()}
         return Options(**groups, given=reading.places, command=tuple(command))
     except UserError as error:
         told = [f"{error}{places_of(str(error), reading.places)}", *map(": ".join, reading.out_of_range.values())]
