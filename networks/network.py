@@ -30,6 +30,7 @@ from networks.settings import LearningRates
 from networks.sites import in_names_of
 
 if TYPE_CHECKING:
+    from networks.embeddings.vectors import Embedding
     from library.optimizers.custom_adamw.pairs import Role
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class TrainableNetwork(nn.Module, ABC):
 
     Its `state_dict` and `load_state_dict` are its part of a run's state; `tensors` are those that its file holds.
     """
+
+    @property
+    def embedding(self) -> Embedding | None:
+        """The trained embedding in it; None: it has none."""
+        return None
 
     @abstractmethod
     def attach(self, parts: Collection[str]) -> None:

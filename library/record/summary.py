@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from library.record.facts import Adapters, Captions, Decay, Facts, Images, Model, Network, Rates, Validation
+from library.record.facts import Adapters, Captions, Decay, Embedding, Facts, Images, Model, Network, Rates, Validation
 
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
@@ -31,6 +31,8 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
         merged = ", ".join(f"{file.file} × {file.multiplier:g}" for file in files)
         yield "", f"merged into it: {merged}"
     yield "network", f"{network(facts.network)}: {_parameters(facts.network)}"
+    if facts.network.embedding is not None:
+        yield "embedding", embedding(facts.network.embedding)
     if said := share(facts.network):
         yield "", said
     for item in facts.network.adapters:
@@ -61,6 +63,8 @@ def model(facts: Model) -> str:
 
 def network(facts: Network) -> str:
     """Its module, rank and alpha: "networks.lora, dim 4, alpha 2"."""
+    if not facts.module:
+        return "an embedding, no LoRA"
     if facts.ranks is None:
         dim = "default" if facts.dim is None else str(facts.dim)
     else:
@@ -69,6 +73,13 @@ def network(facts: Network) -> str:
             return facts.module
         dim = str(lowest) if lowest == highest else f"{lowest} to {highest}"
     return f"{facts.module}, dim {dim}, alpha {facts.alpha:g}"
+
+
+def embedding(facts: Embedding) -> str:
+    """ "'<fox>': 2 vectors of 768 (clip_l) and 1280 (clip_g), from 'fox'"."""
+    widths = " and ".join(f"{width} ({key})" for key, width in facts.widths)
+    start = facts.start or "random vectors"
+    return f"'{facts.word}': {count(facts.vectors, 'vector')} of {widths}, from {start}"
 
 
 def share(facts: Network) -> str:

@@ -92,6 +92,7 @@ def plan_saves(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -
         last_n_epochs_state=output.save_last_n_epochs_state,
         ending=output.save_model_as,
         best=plan.prepared.validation is not None,
+        embedding_apart=options.embedding.is_apart,
     )
     if accelerator.is_main_process and options.trains:
         _check_free(plan, saves)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from library.files.index import read_index
 from library.out_of_memory import during
 from library.record import saves
 from library.record.metadata import step_of
+from library.record.modelspec import of_embedding
 from library.record.run_file import RunFile
 from library.record.saves import BrokenWeightsError, Due, SavePlan, state_folder
 from library.record.validation_history import History, Validation
@@ -112,7 +113,8 @@ class Saver(Hook[Run]):
                     logger.error("%s", error)
             # an old file is deleted only after its successor is written
             if due.remove is not None and of_network is None:
-                atomic.remove(due.remove)
+                for old in (due.remove, *self.saves.beside(due.remove)):
+                    atomic.remove(old)
             if due.remove_state is not None and of_state is None:
                 state.remove(due.remove_state)
         if ends and self._unwritten.count:
@@ -152,6 +154,7 @@ class Saver(Hook[Run]):
             try:
                 saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
                 self._record.wrote(path, kind="network", step=step, loads=self._loads(path) if last else {})
+                self._embedding(run, path, step=step, metadata=metadata)
             except BrokenWeightsError:
                 raise
             except UserError as error:
@@ -163,6 +166,14 @@ class Saver(Hook[Run]):
                 except UserError:
                     raise error from None
                 raise UserError(f"{error}. The network is in {elsewhere} instead: move it to a safe place") from None
+
+    def _embedding(self, run: Run, path: Path, *, step: int, metadata: Mapping[str, str]) -> None:
+        """Write the embedding that is trained beside a LoRA into its own file too."""
+        if (embedding := run.network.embedding) is None:
+            return
+        for own in self.saves.beside(path):
+            saves.save_network(embedding, own, precision=self._precision, metadata=of_embedding(metadata))
+            self._record.wrote(own, kind="embedding", step=step)
 
     def _loads(self, path: Path) -> dict[str, int]:
         """Log which programs load the last file, by their rules; the number of its layers that each finds."""
