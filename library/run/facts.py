@@ -36,7 +36,7 @@ def run_metadata(
         vae=family.vae_path,
         total_batch_size=per_device * world_size * options.training.gradient_accumulation_steps,
         from_dataset_config=options.data.dataset_config is not None,
-        network_args=plan.network_arguments,
+        network_args=None if options.embedding.train_embedding_only else plan.network_arguments,
         timestep_distribution=_timestep_distribution(options.objective),
         ours=_ours(plan, decay),
         no_metadata=options.output.no_metadata,
@@ -81,6 +81,7 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
     options, family, choice = plan.options, plan.family, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
+    alone = options.embedding.train_embedding_only
     text_rates = options.optimizer.text_encoder_lr and list(options.optimizer.text_encoder_lr)
     return RunFacts(
         session_id=plan.session_id,

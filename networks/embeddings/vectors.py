@@ -188,16 +188,17 @@ def create(
     init: the tokens to begin with, repeated or cut to `vectors`, as in kohya's scripts. Without any, each number is
     drawn by (seed, table) from a normal with the mean and standard deviation that it has over the table's rows.
     """
-    starts = []
-    for table in tables:
-        weight = table.table.weight
-        if init:
-            starts.append(weight[[init[number % len(init)] for number in range(vectors)]].float().cpu())
-            continue
-        shape, generator = (vectors, weight.shape[1]), torch_generator(seed or 0, table.key, "embedding")
-        if weight.is_meta:
-            starts.append(torch.empty(shape, device="meta"))
-            continue
-        known = weight.float().cpu()
-        starts.append(known.mean(0) + known.std(0) * torch.randn(shape, generator=generator))
-    return Embedding(word, tables, starts)
+    return Embedding(word, tables, [_start(table, vectors, init, seed) for table in tables])
+
+
+def _start(table: TokenTable, vectors: int, init: Sequence[int], seed: int | None) -> Tensor:
+    weight = table.table.weight
+    shape = (vectors, weight.shape[1])
+    if weight.is_meta:
+        return torch.empty(shape, device="meta")
+    if init:
+        return weight[[init[number % len(init)] for number in range(vectors)]].float().cpu()
+    assert seed is not None, "a run has a seed"
+    known = weight.float().cpu()
+    drawn = torch.randn(shape, generator=torch_generator(seed, table.key, "embedding"))
+    return known.mean(0) + known.std(0) * drawn
