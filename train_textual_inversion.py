@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train an embedding (textual inversion): `train_network.py --train_embedding_only` under the name that kohya's users know."""
+"""Train an embedding (textual inversion): `train_network.py --train_embedding_only` under kohya's name."""
 
 from __future__ import annotations
 

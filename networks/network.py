@@ -30,8 +30,8 @@ from networks.settings import LearningRates
 from networks.sites import in_names_of
 
 if TYPE_CHECKING:
-    from networks.embeddings.vectors import Embedding
     from library.optimizers.custom_adamw.pairs import Role
+    from networks.embeddings.vectors import Embedding
 
 logger = logging.getLogger(__name__)
 

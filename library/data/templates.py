@@ -43,9 +43,7 @@ def in_place_of_captions(
         replace(
             dataset,
             subsets=tuple(
-                replace(subset, sentences=texts, enable_wildcard=True)
-                if subset.learns
-                else subset
+                replace(subset, sentences=texts, enable_wildcard=True) if subset.learns else subset
                 for subset in dataset.subsets
             ),
         )

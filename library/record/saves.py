@@ -146,11 +146,10 @@ class SavePlan:
         return sorted(steps)
 
     def planned_files(self, *, after_step: int = 0) -> list[Path]:
-        """Every file that the run writes after `after_step`, including those that retention later deletes."""
+        """Every network's file that is written after `after_step`, including those that retention later deletes."""
         best = [self.best_file] if self.best else []
         steps = (step for step in self.steps_that_save() if step > after_step)
-        files = [*best, *(due.path for step in steps for due in self.due(step))]
-        return [path for file in files for path in (file, *self.beside(file))]
+        return [*best, *(due.path for step in steps for due in self.due(step))]
 
     def planned_states(self, *, after_step: int = 0) -> list[Path]:
         """As `planned_files`, the folders of states."""

@@ -31,13 +31,13 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
         merged = ", ".join(f"{file.file} × {file.multiplier:g}" for file in files)
         yield "", f"merged into it: {merged}"
     yield "network", f"{network(facts.network)}: {_parameters(facts.network)}"
-    if facts.network.embedding is not None:
-        yield "embedding", embedding(facts.network.embedding)
     if said := share(facts.network):
         yield "", said
     for item in facts.network.adapters:
         if item.layers:
             yield "", f"{item.part}: {_layers(item)}"
+    if facts.network.embedding is not None:
+        yield "embedding", embedding(facts.network.embedding)
     for folder in facts.images:
         yield "images", _images(folder)
     yield from _captions(facts.captions)

@@ -41,9 +41,7 @@ def make_network(
         network = _adapters(options, family, arguments=arguments, seed=seed)
         if embedding is not None:
             embedding.attach()
-            network = WithEmbedding(
-                network, embedding, bundle=options.embedding.is_bundled(options.output.save_naming)
-            )
+            network = WithEmbedding(network, embedding, bundle=options.embedding.is_bundled(options.output.save_naming))
     full = options.precision.full_fp16 or options.precision.full_bf16
     network.to(device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
     network.before_training(gradient_checkpointing=options.precision.gradient_checkpointing)

@@ -48,6 +48,7 @@ def learn(options: Options, family: ModelFamily) -> None:
         raise UserError(f"--init_word {wanted.init_word}: contains --token_string, which has no meaning yet")
     if count > 1 and count != vectors:
         fate = f"the first {vectors} are used" if count > vectors else f"they are repeated to {vectors}"
+        fate = "only the first is used" if vectors == 1 else fate
         logger.warning(
             "--init_word %s: has %d tokens, and --num_vectors_per_token is %d: %s, as in kohya's scripts; "
             "--num_vectors_per_token %d takes each once",

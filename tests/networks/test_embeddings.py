@@ -175,7 +175,9 @@ def test_diffusers_reads_the_file_as_the_run_does(tmp_path: Path) -> None:
 
     family, embedding = opened(BASE)
     embedding.save(tmp_path / "fox.safetensors", None, {"a": "b"})
-    theirs = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, feature_extractor=None).to(torch.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, feature_extractor=None).to(
+        torch.float32
+    )
     theirs.load_textual_inversion(str(tmp_path / "fox.safetensors"), token="<zfox1>")
     for caption in ("a photo of <zfox1>, red", "no word"):
         with torch.no_grad():
@@ -259,9 +261,17 @@ def test_of_one_vector_and_of_sdxl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "widths", "reason"),
     [
-        ({"clip_l": ROWS, "clip_g": ROWS}, WIDTHS, "has no emb_params, but clip_g, clip_l: it is an embedding for SDXL"),
+        (
+            {"clip_l": ROWS, "clip_g": ROWS},
+            WIDTHS,
+            "has no emb_params, but clip_g, clip_l: it is an embedding for SDXL",
+        ),
         ({"emb_params": ROWS}, XL, "an embedding for Stable Diffusion 1.x or 2.x"),
-        ({"emb_params": torch.ones(2, 5)}, WIDTHS, "its vectors have 5 numbers, and those of this model's text encoder 4"),
+        (
+            {"emb_params": torch.ones(2, 5)},
+            WIDTHS,
+            "its vectors have 5 numbers, and those of this model's text encoder 4",
+        ),
         ({"emb_params": torch.ones(3, 4)}, WIDTHS, "give --num_vectors_per_token 3"),
         ({"emb_params": torch.full((2, 4), torch.nan)}, WIDTHS, "holds NaN"),
         ({"bundle_emb.a.emb_params": ROWS, "bundle_emb.b.emb_params": ROWS}, WIDTHS, "embeddings of a, b, and none of"),
