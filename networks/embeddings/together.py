@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from library.files.hashes import UNKNOWN_HASHES
 from library.files.header import read_metadata
 from networks.embeddings.files import bundled
 from networks.embeddings.vectors import Embedding
@@ -93,7 +94,9 @@ class WithEmbedding(TrainableNetwork):
             return
         own = {name: value.to("cpu", dtype or value.dtype).contiguous() for name, value in self._of_bundle().items()}
         if str(file).endswith(".safetensors"):
-            save_file(load_file(file) | own, file, read_metadata(Path(file)) or None)
+            about = read_metadata(Path(file))
+            about |= {name: UNKNOWN_HASHES[name] for name in UNKNOWN_HASHES if name in about}  # those of the LoRA alone
+            save_file(load_file(file) | own, file, about or None)
         else:
             written = torch.load(file, map_location="cpu", weights_only=True)
             torch.save(written | {name: value.clone() for name, value in own.items()}, file)

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import UserError
+from library.files.hashes import safetensors_hashes
+from library.files.header import read_metadata
 from library.models.checkpoints.base_model import ASSETS
 from library.models.family import ModelFamily, TokenTable
 from library.models.modules import read_tokenizer
 from library.models.opening import open_family
 from library.models.text.prompts import content_tokens
 from library.models.text.words import TokenizerWithWord
+from library.record.saves import save_network
 from networks.embeddings import files
+from networks.embeddings.together import WithEmbedding
 from networks.embeddings.vectors import Embedding, create
+from networks.network import TrainableNetwork
 from networks.settings import LearningRates
 from tests.conftest import BASE
 
@@ -292,3 +298,22 @@ def test_a_saved_embedding_is_read_again(tmp_path: Path, ending: str) -> None:
     embedding.save(tmp_path / f"e.{ending}", torch.float16, None)
     found = read(tmp_path / f"e.{ending}")
     assert torch.equal(found["emb_params"], made_up().table.weight[[1, 2]].half().float())
+
+
+def test_a_lora_that_another_package_writes_gets_the_embedding_and_its_true_hash(tmp_path: Path) -> None:
+    """Such packages write a hash over their own tensors."""
+
+    class Theirs(TrainableNetwork):
+        def save(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+            save_file({"lora_unet_x.alpha": torch.ones(1)}, file, {**(metadata or {}), "sshs_model_hash": "0xabc"})
+
+    Theirs.__abstractmethods__ = frozenset()
+    embedding = create("zfox", [made_up()], vectors=2, init=[1, 2], seed=1)
+    both, path = WithEmbedding(Theirs(), embedding, bundle=True), tmp_path / "lora.safetensors"  # type: ignore[abstract]
+    save_network(both, path, precision="fp16", metadata={"ss_a": "b"})
+    tensors = load_file(path)
+    assert tensors.keys() == {"lora_unet_x.alpha", "bundle_emb.zfox.emb_params"}
+    assert torch.equal(tensors["bundle_emb.zfox.emb_params"], made_up().table.weight[[1, 2]].half())
+    about = read_metadata(path)
+    assert about["ss_a"] == "b"
+    assert about["sshs_model_hash"] == safetensors_hashes(path)["sshs_model_hash"]
