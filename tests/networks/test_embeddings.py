@@ -3,6 +3,8 @@ them."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -193,13 +195,16 @@ def test_diffusers_reads_the_file_as_the_run_does(tmp_path: Path) -> None:
 
 
 def test_diffusers_reads_the_file_for_sdxl_as_the_run_does(tmp_path: Path, tiny_sdxl: Path) -> None:
-    """As docs/embeddings.md shows it. The second encoder is configured to pool at the largest token, as SDXL's is:
-    diffusers then pools at the new word, unless told which token ends a text."""
+    """As docs/embeddings.md shows it. SDXL's own configuration has another end of a text, 2, with which transformers
+    pools at the largest token: that of the word, unless it is told the true one."""
     from diffusers import StableDiffusionXLPipeline
 
-    family, embedding = opened(tiny_sdxl)
+    model = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    config = model / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 2}))
+    family, embedding = opened(model)
     embedding.save(tmp_path / "fox.safetensors", None, None)
-    theirs = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    theirs = StableDiffusionXLPipeline.from_pretrained(model)
     tensors = load_file(tmp_path / "fox.safetensors")
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
         key: (VECTORS, width) for key, width in embedding.widths().items()
@@ -207,13 +212,20 @@ def test_diffusers_reads_the_file_for_sdxl_as_the_run_does(tmp_path: Path, tiny_
     encoders = (theirs.text_encoder, theirs.tokenizer), (theirs.text_encoder_2, theirs.tokenizer_2)
     for key, (encoder, tokenizer) in zip(("clip_l", "clip_g"), encoders, strict=True):
         theirs.load_textual_inversion(tensors[key], token="<zfox1>", text_encoder=encoder, tokenizer=tokenizer)
-    theirs.text_encoder_2.text_model.eos_token_id = theirs.tokenizer_2.eos_token_id
-    for caption in ("a photo of <zfox1>, red", "no word"):
-        with torch.no_grad():
-            ours = family.encode_prompts([caption])
-            states, _, pooled, _ = theirs.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
-        torch.testing.assert_close(ours["hidden_states"], states, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours["pooled"], pooled, atol=1e-5, rtol=1e-5)
+
+    def encoded(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+        states, _, pooled, _ = theirs.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
+        return states, pooled
+
+    with torch.no_grad():
+        ours = family.encode_prompts(["a photo of <zfox1>, red"])["pooled"]
+        assert not torch.allclose(ours, encoded("a photo of <zfox1>, red")[1], rtol=0.01)
+        theirs.text_encoder_2.text_model.eos_token_id = theirs.tokenizer_2.eos_token_id
+        for caption in ("a photo of <zfox1>, red", "no word"):
+            ours_too = family.encode_prompts([caption])
+            states, pooled = encoded(caption)
+            torch.testing.assert_close(ours_too["hidden_states"], states, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours_too["pooled"], pooled, atol=1e-5, rtol=1e-5)
 
 
 # -- files
