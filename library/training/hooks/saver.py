@@ -152,9 +152,10 @@ class Saver(Hook[Run]):
         metadata = self._metadata.at(steps=step, epoch=epoch)
         with run.weights_for(purpose):
             try:
-                saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
+                apart = self._files(run, path, metadata)
                 self._record.wrote(path, kind="network", step=step, loads=self._loads(path) if last else {})
-                self._embedding(run, path, step=step, metadata=metadata)
+                for own in apart:
+                    self._record.wrote(own, kind="embedding", step=step)
             except BrokenWeightsError:
                 raise
             except UserError as error:
@@ -162,18 +163,20 @@ class Saver(Hook[Run]):
                     raise
                 elsewhere = Path(tempfile.mkdtemp(prefix="lora-")) / path.name
                 try:
-                    saves.save_network(run.network, elsewhere, precision=self._precision, metadata=metadata)
+                    self._files(run, elsewhere, metadata)
                 except UserError:
                     raise error from None
                 raise UserError(f"{error}. The network is in {elsewhere} instead: move it to a safe place") from None
 
-    def _embedding(self, run: Run, path: Path, *, step: int, metadata: Mapping[str, str]) -> None:
-        """Write the embedding that is trained beside a LoRA into its own file too."""
-        if (embedding := run.network.embedding) is None:
-            return
-        for own in self.saves.beside(path):
-            saves.save_network(embedding, own, precision=self._precision, metadata=of_embedding(metadata))
-            self._record.wrote(own, kind="embedding", step=step)
+    def _files(self, run: Run, path: Path, metadata: Mapping[str, str]) -> list[Path]:
+        """Write the network to `path`, and its embedding beside that if it has a file of its own, which is returned."""
+        saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
+        apart = self.saves.beside(path)
+        for own in apart:
+            assert run.network.embedding is not None, "only that has a file of its own"
+            about = of_embedding(metadata)
+            saves.save_network(run.network.embedding, own, precision=self._precision, metadata=about)
+        return apart
 
     def _loads(self, path: Path) -> dict[str, int]:
         """Log which programs load the last file, by their rules; the number of its layers that each finds."""
