@@ -39,12 +39,23 @@ def learn(options: Options, family: ModelFamily) -> None:
             f"--token_string {wanted.token_string}: A1111 cuts words of embeddings in LoRA files at a dot: choose a "
             "word without one, or --save_embedding apart"
         )
+    if wanted.embedding_lr is None and "learning_rate" not in options.given:
+        logger.warning(
+            "--token_string: at the default of --learning_rate, %g, an embedding hardly moves: give --embedding_lr, such "
+            "as 1e-3",
+            options.optimizer.learning_rate,
+        )
+    _check_first_word(options, family)
+
+
+def _check_first_word(options: Options, family: ModelFamily) -> None:
+    wanted = options.embedding
     if wanted.init_word is None or wanted.weights is not None:
         return
     count, vectors = len(family.token_ids(wanted.init_word)), wanted.num_vectors_per_token
     if not count:
         raise UserError(f"--init_word {wanted.init_word!r}: has no token")
-    if wanted.token_string.lower() in wanted.init_word.lower():
+    if family.has_word(wanted.init_word):
         raise UserError(f"--init_word {wanted.init_word}: contains --token_string, which has no meaning yet")
     if count > 1 and count != vectors:
         fate = f"the first {vectors} are used" if count > vectors else f"they are repeated to {vectors}"

@@ -54,7 +54,7 @@ def test_an_embedding_alone(tmp_path: Path, image_folder: Path, capsys: pytest.C
         "0",
     ]
     words += ["--max_train_steps", "3", "--no-loss_plot", "--no-report"]
-    words += ["--validation_split", "0.3"]
+    words += ["--validation_split", "0.3", "--compare_prompts", "a zfox cat", "--compare_steps", "2"]
     words += ["--sample_prompts", str(prompts), "--sample_every_n_steps", "3", "--sample_at_first"]
     assert main(words) == 0
     file = tmp_path / "out" / "zfox.safetensors"  # named after the word, as by kohya's script
@@ -75,6 +75,7 @@ def test_an_embedding_alone(tmp_path: Path, image_folder: Path, capsys: pytest.C
     of_word, plain = drawn[0::2], drawn[1::2]
     assert len({path.read_bytes() for path in of_word}) == 2  # another picture after training …
     assert len({path.read_bytes() for path in plain}) == 1  # … but without the word the same
+    assert (tmp_path / "out" / "zfox-compare.png").exists()
 
 
 def test_kohyas_file_for_sdxl_has_both_encoders(tmp_path: Path, image_folder: Path, tiny_sdxl: Path) -> None:
@@ -215,8 +216,27 @@ def test_a_first_word_of_several_tokens_is_named(
     vectors: str, fate: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     required = ("--pretrained_model_name_or_path", str(BASE), "--output_dir", "out", "--token_string", "zfox")
-    options = parse([*required, "--init_word", "flat drawing of a fox", "--num_vectors_per_token", vectors])
+    options = parse(
+        [
+            *required,
+            "--learning_rate",
+            "1e-3",
+            "--init_word",
+            "flat drawing of a fox",
+            "--num_vectors_per_token",
+            vectors,
+        ]
+    )
     learn(options, open_family(str(BASE)))
     assert (fate is None) == (caplog.text == "")
     if fate is not None:
         assert f"has 5 tokens, and --num_vectors_per_token is {vectors}: {fate}, as in kohya's scripts" in caplog.text
+
+
+def test_the_default_rate_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    required = ("--pretrained_model_name_or_path", str(BASE), "--output_dir", "out", "--token_string", "zfox")
+    learn(parse([*required]), open_family(str(BASE)))
+    assert "at the default of --learning_rate, 2e-06, an embedding hardly moves" in caplog.text
+    caplog.clear()
+    learn(parse([*required, "--embedding_lr", "1e-3"]), open_family(str(BASE)))
+    assert caplog.text == ""
