@@ -41,8 +41,8 @@ def learn(options: Options, family: ModelFamily) -> None:
         )
     if wanted.embedding_lr is None and "learning_rate" not in options.given:
         logger.warning(
-            "--token_string: at the default of --learning_rate, %g, an embedding hardly moves: give --embedding_lr, such "
-            "as 1e-3",
+            "--token_string: at the default of --learning_rate, %g, an embedding hardly moves: give --embedding_lr, "
+            "such as 1e-3",
             options.optimizer.learning_rate,
         )
     _check_first_word(options, family)
