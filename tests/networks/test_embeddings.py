@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,11 @@ def test_its_rate_is_its_own_or_the_default() -> None:
 
 
 # -- in a model
+
+
+def test_a_family_without_such_words_says_so() -> None:
+    with pytest.raises(UserError, match="embeddings of a toy model are not supported here yet"):
+        ModelFamily.learn_word(SimpleNamespace(TITLE="a toy model"), "zfox", vectors=1)  # type: ignore[arg-type]
 
 
 def opened(path: Path) -> tuple[ModelFamily, Embedding]:
