@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.config.parser import parse
@@ -17,15 +16,10 @@ from library.models.opening import open_family
 from library.run.word import learn
 from tests.conftest import BASE, IMAGES, copy_images, forget_accelerator, run_training
 from tests.networks.test_embeddings import opened
-from tests.training.written import same
+from tests.training.written import metadata, same
 
 Train = Callable[..., int]
 WORD = ("--token_string", "zfox", "--init_word", "flat drawing", "--num_vectors_per_token", "2")
-
-
-def metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
 
 
 def start(words: str) -> torch.Tensor:
@@ -63,7 +57,7 @@ def test_an_embedding_alone(tmp_path: Path, image_folder: Path, capsys: pytest.C
     moved = (tensors["emb_params"] - start("flat drawing")).abs()
     assert (moved.amax(1) > 0.005).all()  # Adam's steps have the size of the rate
     assert moved.max() < 0.04
-    about = metadata(file)
+    about = metadata(tmp_path, "zfox")
     assert about["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
     assert about["modelspec.trigger_phrase"] == about["ss_token_string"] == "zfox"
     assert about["ss_network_dim"] == "None"
@@ -133,8 +127,8 @@ def test_the_embedding_is_in_the_loras_file_and_in_its_own(pivotal: Path) -> Non
     assert same(bundle, {"bundle_emb.zfox.emb_params": apart["emb_params"]})
     assert (apart["emb_params"] - start("flat drawing")).abs().amax(1).min() > 0.005
     assert len(lora) > 300
-    assert metadata(pivotal / "test.safetensors")["modelspec.architecture"].endswith("/lora")
-    assert metadata(pivotal / "test-embedding.safetensors")["modelspec.architecture"].endswith("/textual-inversion")
+    assert metadata(pivotal.parent)["modelspec.architecture"].endswith("/lora")
+    assert metadata(pivotal.parent, "test-embedding")["modelspec.architecture"].endswith("/textual-inversion")
 
 
 def test_goes_on_from_its_own_file(pivotal: Path, train: Train, tmp_path: Path) -> None:
