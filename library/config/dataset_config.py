@@ -72,6 +72,7 @@ class SubsetSpec:
     validation_split: float = 0.0
     validation_seed: int | None = None
     validation_dir: str | None = None
+    sentences: tuple[str, ...] = ()  # in place of its captions: library.data.templates
     origin: str
 
     @property
@@ -112,7 +113,7 @@ _MASKS = ("alpha_mask", "conditioning_data_dir")
 _SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "share", "validation_dir", *_MASKS)
 # Keys that a metadata file contains itself, or cannot have.
 _FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg", "validation_dir")
-_NO_KEYS = ("diff_output_preservation", "origin")  # the first stands in custom_attributes
+_NO_KEYS = ("diff_output_preservation", "sentences", "origin")  # the first stands in custom_attributes
 _SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, *_NO_KEYS))
 _DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
 _DATASET_LEVEL = (

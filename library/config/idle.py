@@ -8,6 +8,11 @@ from library.config.options import Options, declared_options
 
 logger = logging.getLogger(__name__)
 
+_OF_ADAPTERS = (
+    *("network_module", "network_dim", "network_alpha", "network_dropout", "network_args", "network_train_unet_only"),
+    *("network_train_text_encoder_only", "unet_lr", "text_encoder_lr", "lr_layer_decay", "save_naming"),
+)
+
 
 def idle(options: Options) -> dict[str, str]:
     """Every option that has no effect beside the others, each with the words that follow "has no effect".
@@ -63,6 +68,10 @@ def _unsaid(options: Options) -> dict[str, str]:
     found = {
         name: f" without {others}" for name, (works, others) in needs.items() if not works
     } | options.compile.idle()
+    if options.embedding.train_embedding_only:
+        found |= dict.fromkeys(_OF_ADAPTERS, " with --train_embedding_only: there is no LoRA")
+    if options.embedding.weights is not None:
+        found["init_word"] = " with --weights, the vectors to start from"
     if options.network.dim_from_weights:
         found["network_dim"] = " with --dim_from_weights: the file has the ranks"
         found["network_alpha"] = " with --dim_from_weights: the file has the alphas"

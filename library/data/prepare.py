@@ -219,7 +219,10 @@ def _scan(subset: SubsetSpec, index: int, once: dict[SubsetSpec, Scan]) -> Scan:
 
 def _found(subset: SubsetSpec, index: int) -> Scan:
     scan = dreambooth.scan(subset, index) if subset.metadata_file is None else metadata.scan(subset, index)
-    return scan._replace(samples=find_masks(scan.samples))
+    samples = find_masks(scan.samples)
+    if subset.sentences:
+        samples = [replace(sample, caption="\n".join(subset.sentences)) for sample in samples]
+    return scan._replace(samples=samples)
 
 
 def _is_readable(sample: Sample, measured: dict[Path, Measured]) -> bool:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from library.record.facts import Adapters, Captions, Decay, DecayCurve, Facts, Images, Model, Network, Rates, Validation
+from library.record.facts import (
+    Adapters,
+    Captions,
+    Decay,
+    DecayCurve,
+    Embedding,
+    Facts,
+    Images,
+    Model,
+    Network,
+    Rates,
+    Validation,
+)
 
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
@@ -36,6 +48,8 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     for item in facts.network.adapters:
         if item.layers:
             yield "", f"{item.part}: {_layers(item)}"
+    if facts.network.embedding is not None:
+        yield "embedding", embedding(facts.network.embedding)
     for folder in facts.images:
         yield "images", _images(folder)
     if any(folder.by_shares or {folder.least, folder.most} != {folder.repeats} for folder in facts.images):
@@ -64,6 +78,8 @@ def model(facts: Model) -> str:
 
 def network(facts: Network) -> str:
     """Its module, rank and alpha: "networks.lora, dim 4, alpha 2"."""
+    if not facts.module:
+        return "an embedding, no LoRA"
     if facts.ranks is None:
         dim = "default" if facts.dim is None else str(facts.dim)
     else:
@@ -72,6 +88,13 @@ def network(facts: Network) -> str:
             return facts.module
         dim = str(lowest) if lowest == highest else f"{lowest} to {highest}"
     return f"{facts.module}, dim {dim}, alpha {facts.alpha:g}"
+
+
+def embedding(facts: Embedding) -> str:
+    """ "'<fox>': 2 vectors of 768 (clip_l) and 1280 (clip_g), from 'fox'"."""
+    widths = " and ".join(f"{width} ({key})" for key, width in facts.widths)
+    start = facts.start or "random vectors"
+    return f"'{facts.word}': {count(facts.vectors, 'vector')} of {widths}, from {start}"
 
 
 def share(facts: Network) -> str:

@@ -114,6 +114,7 @@ def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[
             prompts=output.compare_prompts,
             size=plan.datasets[0].resolution,
             steps=output.compare_steps,
+            what="the training" if plan.options.embedding.train_embedding_only else "the LoRA",
         )
 
 

@@ -26,6 +26,7 @@ from library.models.opening import open_family
 from library.parallel import together
 from library.record.metadata import check_user_metadata
 from library.record.trackers import TrackerPlan
+from library.run import word
 from library.run.trackers import plan_trackers
 from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
 from library.training.state import State
@@ -65,13 +66,14 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
     only_family: the required family of the base model, as in `library.models.FAMILIES`.
     """
-    datasets = load_datasets(options)
+    datasets = word.with_templates(load_datasets(options), options)
     _check_data_options(options, datasets)
     _warn_of_unused_rates(options)
     arguments = _network_arguments(options)
     _check_metadata(options.output)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
+    _refuse_missing_weights("weights", options.embedding.weights)
     trackers = plan_trackers(options)
     samples = plan_samples(options.samples)
     resume = _state_to_resume(options)
@@ -93,6 +95,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         options=vars(options.model) | vars(options.objective),
         given=options.given,
     )
+    word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
     prepared = prepare(
@@ -101,6 +104,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
     )
+    word.check_captions(options, family, prepared)
     rehearsed = rehearse(family, options, arguments, resume=resume)
     if rehearsed.kernels:
         with log.errors_only():  # its warnings have been logged above
@@ -184,7 +188,11 @@ def _warn_of_unused_rates(options: Options) -> None:
 def _rates(options: Options) -> dict[str, float]:
     """The rates of the trained parts, by name."""
     network, wanted = options.network, options.optimizer
-    rates = {}
+    embedding = options.embedding
+    own = wanted.learning_rate if embedding.embedding_lr is None else embedding.embedding_lr
+    rates = {"embedding": own} if embedding.is_trained else {}
+    if embedding.train_embedding_only:
+        return rates
     if not network.network_train_text_encoder_only:
         rates["unet"] = wanted.learning_rate if wanted.unet_lr is None else wanted.unet_lr
     if not network.network_train_unet_only:

@@ -79,7 +79,7 @@ def _network(plan: Plan, run: Run) -> facts.Network:
     sizes = {name: parts.size(name) for name in plan.family.PARTS}
     by_section = {kind.section: sizes[name] for name, kind in plan.family.PARTS.items() if kind.section}
     return facts.Network(
-        module=wanted.network_module,
+        module="" if plan.options.embedding.train_embedding_only else wanted.network_module,
         dim=wanted.network_dim,
         ranks=network.ranks(),
         alpha=wanted.network_alpha,
@@ -95,6 +95,20 @@ def _network(plan: Plan, run: Run) -> facts.Network:
         ),
         parameters=sum(parameter.numel() for parameter in run.parameters),
         model_parameters=sum(sizes.values()),
+        embedding=_embedding(plan, run),
+    )
+
+
+def _embedding(plan: Plan, run: Run) -> facts.Embedding | None:
+    embedding, wanted = run.network.embedding, plan.options.embedding
+    if embedding is None:
+        return None
+    start = f"'{wanted.init_word}'" if wanted.init_word else ""
+    return facts.Embedding(
+        word=embedding.word,
+        vectors=embedding.vectors,
+        widths=tuple(embedding.widths().items()),
+        start=start if wanted.weights is None else wanted.weights,
     )
 
 

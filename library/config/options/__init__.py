@@ -26,6 +26,7 @@ from library.config.options.custom_adamw import CustomAdamWOptions
 from library.config.options.data import DataOptions
 from library.config.options.divergence import DivergenceOptions
 from library.config.options.ema import EmaOptions
+from library.config.options.embedding import EmbeddingOptions
 from library.config.options.guidance import GuidanceOptions
 from library.config.options.monitoring import MonitoringOptions
 from library.config.options.objective import ObjectiveOptions
@@ -321,6 +322,7 @@ class Options:
     compile: CompileOptions = field(default_factory=CompileOptions)
     data: DataOptions = field(default_factory=DataOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
+    embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
@@ -340,6 +342,17 @@ class Options:
     command: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.embedding.check_beside(
+            text_cache=self.data.text_cache_option if self.data.cache_text_encoder_outputs else "",
+            naming=self.output.save_naming,
+            of_loras={
+                "network_weights": self.network.network_weights,
+                "scale_weight_norms": self.network.scale_weight_norms,
+                "recommend": self.guidance.recommend,
+            },
+        )
+        if self.output.output_name is None and (name := self.embedding.file_name):
+            object.__setattr__(self.output, "output_name", name)  # as kohya's script names it
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
             raise UserError(
                 f"--{self.data.text_cache_option} needs --network_train_unet_only: cached text encoders cannot train"

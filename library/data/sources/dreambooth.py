@@ -44,9 +44,11 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     folder = _Folder(spec)
     extension = "." + spec.caption_extension.lstrip(".")
     files = {name: folder.caption_file(name, extension) for name in folder.images}
-    unread = "" if any(files.values()) else _captions_not_read(spec, extension, folder)
+    unread = "" if any(files.values()) or spec.sentences else _captions_not_read(spec, extension, folder)
     pairs = bar(files.items(), desc="captions", total=len(files), disable=len(files) < 5000)
     captions = {name: _read_caption(spec, file) for name, file in pairs}
+    if spec.sentences:
+        captions = dict.fromkeys(captions, _Caption("", "\n".join(spec.sentences), False))
 
     stems = Counter(_key(Path(name).stem) for name in folder.images)
     missing = [name for name, caption in captions.items() if caption.file is None]
