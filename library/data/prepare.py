@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from library.data.crops import face_in_name, is_within
 from library.data.held_out import beside, held_out, plain, split, tell
 from library.data.masks import find_masks, refuse_other_sizes
 from library.data.plan import Group
+from library.data.quality.folder import Folder, picture_of
 from library.data.samples import Sample, Scan, Size, SubsetSummary
 from library.data.sources import dreambooth, metadata
 from library.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec, SubsetSpec
 
 logger = logging.getLogger(__name__)
+NO_FAULTS: Mapping[Path, str] = {}
 _MOST_DRAWS = 20_000_000  # in an epoch
 
 
@@ -38,6 +40,8 @@ class Prepared:
     groups: list[Group]
     summaries: list[SubsetSummary]
     validation: Prepared | None = None
+    folders: tuple[Folder, ...] = ()
+    """All usable images as the data check sees them, before any are held out or balanced."""
 
     @property
     def train_images(self) -> int:
@@ -51,32 +55,24 @@ class Prepared:
 
 
 def prepare(
-    datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_images: bool = False, seed: int = 0
+    datasets: Sequence[DatasetSpec],
+    *,
+    multiple_of: int,
+    skip_bad_images: bool = False,
+    seed: int = 0,
+    validation_group: str = "",
 ) -> Prepared:
     """Find all images and captions, decode every image once, hold out those of validation, place each in a bucket.
 
     `multiple_of`: widths and heights are multiples of this many pixels, as the model's family declares it.
-    `seed`: of validation, for subsets without one of their own. Raises UserError for any mistake in the options, the
-    folders or the files; quick checks come first.
+    `seed`: of validation, for subsets without one of their own. `validation_group`: see `validation_groups`. Raises
+    UserError for any mistake in the options, the folders or the files; quick checks come first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
-    index = count()  # numbers the subsets of all data sets: part of their samples' keys
-    scans = [[_scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
-    apart = [[_scan(own, 0) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
-    found = [sample for of_dataset in (*scans, *apart) for scan in of_dataset for sample in scan.samples]
-    masks = [sample.mask for sample in found if sample.mask is not None]
-    paths = [*(sample.path for sample in found), *masks]
-    validates = is_validated(datasets)
-    measured, bad = check_images(paths, contents=True) if validates else check_images(paths)
-    report_bad_images(bad, skip=skip_bad_images)
-
-    usable, usable_apart = (
-        [_usable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
-        for part in (scans, apart)
-    )
-    contents = {path: one.content for path, one in measured.items()}
-    chosen = held_out((sample for part in usable for sample in part), contents, seed=seed) if validates else set()
-    chosen |= {contents[sample.path] for part in usable_apart for sample in part}
+    found = _find(datasets, contents=is_validated(datasets), skip_bad_images=skip_bad_images)
+    scans, usable, usable_apart, measured = found.scans, found.usable, found.apart, found.measured
+    contents = found.contents
+    chosen = _chosen(found, seed=seed, group=validation_group)
     train: list[list[Sample]] = []
     validation: list[list[Sample]] = []
     summaries: list[SubsetSummary] = []
@@ -92,7 +88,94 @@ def prepare(
         validation.append(to_validate)
     warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
-    return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
+    folders = tuple(_folders(datasets, buckets, found, chosen))
+    return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed, folders=folders)
+
+
+def inspect(
+    datasets: Sequence[DatasetSpec], *, multiple_of: int, seed: int = 0, validation_group: str = ""
+) -> tuple[Folder, ...]:
+    """All images as the data check sees them. Unreadable images and captions are listed where `prepare` stops.
+
+    Raises UserError for other mistakes in the options or folders, as `prepare` does.
+    """
+    buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
+    faults: dict[Path, str] = {}
+    found = _find(datasets, contents=True, faults=faults)
+    chosen = _chosen(found, seed=seed, group=validation_group)
+    return tuple(_folders(datasets, buckets, found, chosen, faults))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The images of all data sets, by data set. `usable`: the samples that can be read and are large enough; `apart`:
+    those of the folders for validation. `contents`: by file."""
+
+    scans: list[list[Scan]]
+    usable: list[list[Sample]]
+    apart: list[list[Sample]]
+    measured: dict[Path, Measured]
+
+    @property
+    def contents(self) -> dict[Path, str]:
+        return {path: one.content for path, one in self.measured.items()}
+
+
+def _find(
+    datasets: Sequence[DatasetSpec],
+    *,
+    contents: bool,
+    skip_bad_images: bool = False,
+    faults: dict[Path, str] | None = None,
+) -> _Found:
+    """Scan all folders and decode every image once. With `faults`, unreadable files are put there instead of raised."""
+    index = count()  # numbers the subsets of all data sets: part of their samples' keys
+    scans = [[_scan(subset, next(index), faults) for subset in spec.subsets] for spec in datasets]
+    apart = [[_scan(own, 0, faults) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
+    found = [sample for of_dataset in (*scans, *apart) for scan in of_dataset for sample in scan.samples]
+    masks = [sample.mask for sample in found if sample.mask is not None]
+    measured, bad = check_images([*(sample.path for sample in found), *masks], contents=contents)
+    if faults is None:
+        report_bad_images(bad, skip=skip_bad_images)
+    else:
+        faults |= bad
+    usable, usable_apart = (
+        [_usable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
+        for part in (scans, apart)
+    )
+    return _Found(scans, usable, usable_apart, measured)
+
+
+def _chosen(found: _Found, *, seed: int, group: str) -> set[str]:
+    """The contents that are not trained: those that are held out, and those of the folders for validation."""
+    samples = [sample for part in found.usable for sample in part]
+    apart = {found.contents[sample.path] for part in found.apart for sample in part}
+    if not apart and not any(sample.subset.validates for sample in samples):
+        return set()
+    return held_out(samples, found.contents, seed=seed) | apart
+
+
+def _folders(
+    datasets: Sequence[DatasetSpec],
+    buckets: Sequence[Buckets],
+    found: _Found,
+    chosen: set[str],
+    faults: Mapping[Path, str] = NO_FAULTS,
+) -> Iterator[Folder]:
+    """One a subset, and one for its validation_dir."""
+    for spec, own_buckets, scans, usable, apart in zip(
+        datasets, buckets, found.scans, found.usable, found.apart, strict=True
+    ):
+        by_subset: dict[SubsetSpec, list[Sample]] = {scan.summary.subset: [] for scan in scans}
+        for sample in (*usable, *apart):
+            by_subset.setdefault(sample.subset, []).append(sample)
+        for subset, samples in by_subset.items():
+            pictures = [
+                picture_of(sample, own_buckets, found.measured[sample.path], held_out=found.contents[sample.path] in chosen)
+                for sample in samples
+            ]
+            at_fault = {path: why for path, why in faults.items() if path.parent == subset.image_dir}
+            yield Folder(subset, subset.source, tuple(pictures), at_fault)
 
 
 def prepare_to_measure(dataset: DatasetSpec, *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:
@@ -171,8 +254,8 @@ def _refuse_endless_epoch(samples: Sequence[Sample]) -> None:
         )
 
 
-def _scan(subset: SubsetSpec, index: int) -> Scan:
-    scan = dreambooth.scan(subset, index) if subset.metadata_file is None else metadata.scan(subset, index)
+def _scan(subset: SubsetSpec, index: int, faults: dict[Path, str] | None = None) -> Scan:
+    scan = dreambooth.scan(subset, index, faults) if subset.metadata_file is None else metadata.scan(subset, index)
     return scan._replace(samples=find_masks(scan.samples))
 
 

@@ -1,0 +1,89 @@
+"""All checks of all folders, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from library.data.quality import blur, duplicates, sizes, texts, words
+from library.data.quality.folder import Finding, Folder, Item, Level
+from library.progress import bar
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder with its findings, the worst first, and its figures.
+
+    `different_images`, `different_captions`: effective numbers as shares of all (`statistics.effective_number`);
+    `different_tags`: the effective number of tags. `caption_length`: the mean in characters. `tags`: (tag, images), the
+    commonest first.
+    """
+
+    folder: Folder
+    findings: tuple[Finding, ...]
+    different_images: float
+    different_captions: float
+    different_tags: float
+    caption_length: float
+    tags: tuple[tuple[str, int], ...]
+
+    @property
+    def source(self) -> Path:
+        return self.folder.source
+
+
+def check(folders: Sequence[Folder], *, count_tokens: Callable[[str], int], token_limit: int) -> list[Checked]:
+    """Every check on every folder. `count_tokens`, `token_limit`: of the model, whose tokenizer decides what is cut."""
+    everything = [picture for folder in folders for picture in folder.pictures]
+    near = duplicates.near_duplicates(everything)
+    done = []
+    for folder in bar(folders, desc="checking folders", total=len(folders), unit="folder"):
+        found = [
+            *_faults(folder),
+            *sizes.check(folder),
+            *blur.check(folder),
+            *duplicates.check(folder, near, everything),
+            *texts.check(folder, count_tokens, token_limit),
+            *words.check(folder),
+        ]
+        captions, tags = words.diversity(folder)
+        done.append(
+            Checked(
+                folder,
+                tuple(sorted(found, key=lambda finding: finding.level.rank)),
+                duplicates.diversity(folder, near),
+                captions,
+                tags,
+                fmean([len(picture.text) for picture in folder.pictures] or [0]),
+                tuple(words.tag_counts(folder).items()),
+            )
+        )
+    return done
+
+
+def verdict(checked: Sequence[Checked]) -> str:
+    """One sentence: the first thing to do."""
+    found = sorted(
+        ((finding, one) for one in checked for finding in one.findings),
+        key=lambda pair: (pair[0].level.rank, -len(pair[0].items)),
+    )
+    serious = [pair for pair in found if pair[0].level is not Level.NOTE]
+    if not serious:
+        return "nothing stands against training on this data" + ("; the notes are worth a look" if found else "")
+    finding, one = serious[0]
+    more = f"; then {len(serious) - 1} more findings" if len(serious) > 1 else ""
+    return f"first: {finding.text} in {one.source}: {finding.advice}{more}"
+
+
+def _faults(folder: Folder) -> Iterator[Finding]:
+    """Files that cannot be read."""
+    if folder.faults:
+        yield Finding(
+            "unreadable",
+            Level.MUST,
+            f"{len(folder.faults)} files cannot be read",
+            "training stops there: replace or remove them, save captions as UTF-8 (--skip_bad_images leaves images out)",
+            tuple(Item(path, reason) for path, reason in folder.faults.items()),
+        )
