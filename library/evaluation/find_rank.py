@@ -144,6 +144,7 @@ def _check(own: Options) -> None:
     for name, value in (
         ("resume", own.run.resume),
         ("dry_run", own.run.dry_run),
+        ("check_data", own.run.check_data),
         ("debug_dataset", own.run.debug_dataset),
         ("find_lr", guidance.find_lr),
         ("recommend", guidance.recommend),

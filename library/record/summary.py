@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from library.record.facts import Adapters, Captions, Decay, Facts, Images, Model, Network, Rates, Validation
+from library.record.facts import Adapters, Captions, Decay, Facts, Flaw, Images, Model, Network, Rates, Validation
 
+_MOST_FLAWS = 4
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
 
@@ -39,6 +40,7 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     for folder in facts.images:
         yield "images", _images(folder)
     yield from _captions(facts.captions)
+    yield from _flaws(facts.flaws)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
     for bucket in facts.buckets:
@@ -114,6 +116,17 @@ def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
         changing = ", ".join(f"{name} {value}".strip() for name, value in example.changing)
         each = f" (changes each time: {changing})" if changing else ""
         yield "", f"trained for example: '{example.text}'{each}"
+
+
+def _flaws(flaws: Sequence[Flaw]) -> Iterator[tuple[str, str]]:
+    """Those that matter, with the first files of each."""
+    serious = [flaw for flaw in flaws if flaw.level != "to know"]
+    for number, flaw in enumerate(serious[:_MOST_FLAWS]):
+        names = ", ".join(flaw.files[:3]) + (" …" if flaw.count > 3 else "")
+        yield "" if number else "data check", f"{flaw.source}: {flaw.text}" + (f" ({names})" if names else "")
+    if flaws:
+        rest = f"{len(serious) - _MOST_FLAWS} more to look at; " if len(serious) > _MOST_FLAWS else ""
+        yield "" if serious else "data check", f"{rest}--check_data shows everything, with pictures"
 
 
 def _validation(facts: Validation) -> str:

@@ -83,7 +83,7 @@ def _faults(folder: Folder) -> Iterator[Finding]:
         yield Finding(
             "unreadable",
             Level.MUST,
-            f"{len(folder.faults)} files cannot be read",
+            f"files that cannot be read: {len(folder.faults)}",
             "training stops there: replace or remove them, save captions as UTF-8 (--skip_bad_images leaves images out)",
             tuple(Item(path, reason) for path, reason in folder.faults.items()),
         )

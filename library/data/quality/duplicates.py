@@ -47,7 +47,7 @@ def check(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator[
         yield Finding(
             "near-duplicates",
             Level.SHOULD,
-            f"{more} of {whole} images are nearly the same as another one ({len(groups)} groups)",
+            f"{more} of {whole} images are nearly the same as another one (groups: {len(groups)})",
             "keep one of each group: the others count as further repeats of the same picture",
             tuple(
                 Item(picture.path, _versions(picture, group), number)
@@ -85,8 +85,8 @@ def _series(folder: Folder, near: Near) -> Iterator[Finding]:
         yield Finding(
             "series",
             Level.NOTE,
-            f"{count} of {len(folder.pictures)} images are in {len(groups)} series: their names are numbered one after "
-            "another, and they look alike",
+            f"{count} of {len(folder.pictures)} images are parts of a series, numbered one after another and alike (series: "
+            f"{len(groups)})",
             "a few of each series teach as much; --validation_group keeps a series on one side of the split",
             tuple(
                 Item(folder.pictures[index].path, f"{len(group)} images", number)

@@ -10,7 +10,7 @@ from library.data.quality.look import UNIT
 from library.progress import bar
 
 NEAR = 0.99  # the least correlation of near-duplicates
-ALIKE = 0.95  # and of neighbours in a series, which their names show as well
+ALIKE = 0.9  # and of neighbours in a series, which their names show as well
 BLOCK = 1024  # rows of the matrix of correlations at one time: 40 MB for 10,000 images
 
 

@@ -91,8 +91,8 @@ def _shared(filled: list[Picture], whole: int) -> Iterator[Finding]:
         yield Finding(
             "one caption, many images",
             Level.NOTE,
-            f"{count} of {whole} images share their caption with others: {len(groups)} different ones, "
-            f"{_quoted(groups[0][0])} on {len(groups[0])} images",
+            f"{count} of {whole} images share their caption with at least {SHARED - 1} others; the commonest, "
+            f"{_quoted(groups[0][0])}, is on {len(groups[0])}",
             "a style or a person can be learnt so; what differs from image to image is controlled by words only if the "
             "captions name it",
             tuple(
