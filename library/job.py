@@ -1,5 +1,5 @@
-"""A whole job: the data check; or plan, then the contact sheet of the data or advice; or build, then a dry run, the rate finder, or the
-training and its pictures."""
+"""A whole job: the data check; or plan, then the contact sheet of the data or advice; or build, then a dry run, the
+rate finder, or the training and its pictures."""
 
 from __future__ import annotations
 

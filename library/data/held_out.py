@@ -109,12 +109,16 @@ def split(
     return train, [distinct[key] for key in sorted(distinct)]
 
 
-def tell(found: Sequence[Sample], train: Sequence[Sample], validation: Sequence[Sample]) -> None:
-    """Log how many images are held out, and how many copies of them are therefore not trained."""
+def tell(
+    found: Sequence[Sample], train: Sequence[Sample], validation: Sequence[Sample], *, grouped: bool = False
+) -> None:
+    """Log how many images are held out, and how many copies of them are therefore not trained. `grouped`: whole groups
+    are held out (`validation_groups`)."""
     logger.info("%d images are held out for validation; %d are left to train", len(validation), len(train))
     gone = Counter(sample.subset for sample in found) - Counter(sample.subset for sample in train)
     for subset, count in gone.items():
         if not (subset.learns and subset.validation_split):
             logger.warning(
-                "%s: %d images are not trained: they are copies of images held out for validation", subset.source, count
+                "%s: %d images are not trained: they are %s images held out for validation",
+                *(subset.source, count, "in a group with" if grouped else "copies of"),
             )

@@ -6,11 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.dataset_config import is_validated
+from library.data import validation_groups
 from library.data.buckets import Buckets, Placement
 from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
@@ -82,13 +84,13 @@ def prepare(
         if not balanced:
             raise UserError(f"{_origins(spec)}: no images to train{_why(spec, samples, to_train)}")
         if len(to_train) < len(samples):
-            tell(samples, to_train, to_validate)
+            tell(samples, to_train, to_validate, grouped=bool(validation_group))
         summaries += _counted(of_dataset, measured, samples, to_train, balanced)
         train.append(balanced)
         validation.append(to_validate)
     warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
-    folders = tuple(_folders(datasets, buckets, found, chosen))
+    folders = tuple(_folders(buckets, found, chosen))
     return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed, folders=folders)
 
 
@@ -103,7 +105,7 @@ def inspect(
     faults: dict[Path, str] = {}
     found = _find(datasets, contents=True, faults=faults)
     chosen = _chosen(found, seed=seed, group=validation_group)
-    return tuple(_folders(datasets, buckets, found, chosen, faults))
+    return tuple(_folders(buckets, found, chosen, faults))
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class _Found:
     apart: list[list[Sample]]
     measured: dict[Path, Measured]
 
-    @property
+    @cached_property
     def contents(self) -> dict[Path, str]:
         return {path: one.content for path, one in self.measured.items()}
 
@@ -152,26 +154,30 @@ def _chosen(found: _Found, *, seed: int, group: str) -> set[str]:
     apart = {found.contents[sample.path] for part in found.apart for sample in part}
     if not apart and not any(sample.subset.validates for sample in samples):
         return set()
-    return held_out(samples, found.contents, seed=seed) | apart
+    if not group:
+        return held_out(samples, found.contents, seed=seed) | apart
+    everything = [*samples, *(sample for part in found.apart for sample in part)]
+    groups = validation_groups.groups(everything, found.measured, how=group)
+    chosen = validation_groups.held_out(samples, found.contents, groups, seed=seed, how=group)
+    return validation_groups.whole_groups(chosen | apart, groups)
 
 
 def _folders(
-    datasets: Sequence[DatasetSpec],
     buckets: Sequence[Buckets],
     found: _Found,
     chosen: set[str],
     faults: Mapping[Path, str] = NO_FAULTS,
 ) -> Iterator[Folder]:
     """One a subset, and one for its validation_dir."""
-    for spec, own_buckets, scans, usable, apart in zip(
-        datasets, buckets, found.scans, found.usable, found.apart, strict=True
-    ):
+    for own_buckets, scans, usable, apart in zip(buckets, found.scans, found.usable, found.apart, strict=True):
         by_subset: dict[SubsetSpec, list[Sample]] = {scan.summary.subset: [] for scan in scans}
         for sample in (*usable, *apart):
             by_subset.setdefault(sample.subset, []).append(sample)
         for subset, samples in by_subset.items():
             pictures = [
-                picture_of(sample, own_buckets, found.measured[sample.path], held_out=found.contents[sample.path] in chosen)
+                picture_of(
+                    sample, own_buckets, found.measured[sample.path], held_out=found.contents[sample.path] in chosen
+                )
                 for sample in samples
             ]
             at_fault = {path: why for path, why in faults.items() if path.parent == subset.image_dir}

@@ -1,4 +1,4 @@
-"""`--check_data`: the flaws of images and captions, printed and on a page with pictures. Nothing is trained or changed."""
+"""`--check_data`: the flaws of images and captions, in the console and on a page with pictures. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def figures(one: Checked) -> str:
     if not pictures:
         return "no image can be read"
     return (
-        f"{count(len(pictures), 'image')}, captions of {one.caption_length:.0f} characters on average; diversity: images "
-        f"{one.different_images:.0%}, captions {one.different_captions:.0%}, {count(len(one.tags), 'tag')} that count as "
-        f"{one.different_tags:.0f}"
+        f"{count(len(pictures), 'image')}, captions of {one.caption_length:.0f} characters on average; diversity: "
+        f"images {one.different_images:.0%}, captions {one.different_captions:.0%}, {count(len(one.tags), 'tag')} that "
+        f"count as {one.different_tags:.0f}"
     )
 
 

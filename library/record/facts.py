@@ -77,8 +77,8 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Flaw:
-    """A finding of the data check in one folder. `level`: "to fix", "to look at" or "to know". `files`: the names of the
-    first of them, `count` in all."""
+    """A finding of the data check in one folder. `level`: "to fix", "to look at" or "to know". `files`: the first names
+    of `count` files."""
 
     source: str
     name: str

@@ -31,7 +31,9 @@ def read_group(word: str) -> str:
     except re.error as error:
         raise BadValue(f"'{word}': no regular expression: {error}") from None
     if not pattern.groups:
-        raise BadValue(f"'{word}' has no group: put the part of the name that images share in parentheses, as in name:(.*)_")
+        raise BadValue(
+            f"'{word}' has no group: put the part of the name that images share in parentheses, as in name:(.*)_"
+        )
     return word
 
 

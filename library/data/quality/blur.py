@@ -20,8 +20,8 @@ def check(folder: Folder) -> Iterator[Finding]:
         yield Finding(
             "blurred",
             Level.SHOULD,
-            f"{len(found)} of {len(folder.pictures)} images are blurred: their blur is {BLURRED:g} or more, that of sharp "
-            "images 0.1 to 0.4",
+            f"{len(found)} of {len(folder.pictures)} images are blurred: their blur is {BLURRED:g} or more, that of "
+            "sharp images 0.1 to 0.4",
             "look at them: a LoRA learns blur as part of its subject",
             tuple(
                 Item(picture.path, "one colour" if picture.look.blur == 1 else f"blur {picture.look.blur:.2f}")

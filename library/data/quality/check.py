@@ -37,7 +37,7 @@ class Checked:
 def check(folders: Sequence[Folder], *, count_tokens: Callable[[str], int], token_limit: int) -> list[Checked]:
     """Every check on every folder. `count_tokens`, `token_limit`: of the model, whose tokenizer decides what is cut."""
     everything = [picture for folder in folders for picture in folder.pictures]
-    near = duplicates.near_duplicates(everything)
+    near = duplicates.near_duplicates((picture.path, picture.look, picture.content) for picture in everything)
     done = []
     for folder in bar(folders, desc="checking folders", total=len(folders), unit="folder"):
         found = [
@@ -84,6 +84,6 @@ def _faults(folder: Folder) -> Iterator[Finding]:
             "unreadable",
             Level.MUST,
             f"files that cannot be read: {len(folder.faults)}",
-            "training stops there: replace or remove them, save captions as UTF-8 (--skip_bad_images leaves images out)",
+            "training stops there: replace them, save captions as UTF-8 (--skip_bad_images leaves out images)",
             tuple(Item(path, reason) for path, reason in folder.faults.items()),
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from library.data.quality.folder import Finding, Folder, Item, Level, Picture
-from library.data.quality.look import UNIT
+from library.data.quality.look import UNIT, Look
 from library.data.quality.near import ALIKE, joined, near_groups
 from library.data.quality.statistics import effective_number
 
@@ -17,18 +17,20 @@ Near = Mapping[Path, int]
 """The number of the group of each image that has near-duplicates anywhere in the data, counted from 1."""
 
 
-def near_duplicates(pictures: Iterable[Picture]) -> dict[Path, int]:
-    """The groups of images that have the same pixels or look nearly alike, over all folders."""
-    distinct = list({picture.path: picture for picture in pictures}.values())
+def near_duplicates(images: Iterable[tuple[Path, Look, str]]) -> dict[Path, int]:
+    """The groups of images that have the same pixels or look nearly alike. `images`: file, look and content of each, as
+    of `check.Measured`; a file may come several times."""
+    distinct = {path: (look, content) for path, look, content in images}
     if not distinct:
         return {}
     same: dict[str, list[int]] = {}
-    for index, picture in enumerate(distinct):
-        if picture.content:
-            same.setdefault(picture.content, []).append(index)
-    groups = near_groups(np.stack([picture.look.signature for picture in distinct]))
+    for index, (_, content) in enumerate(distinct.values()):
+        if content:
+            same.setdefault(content, []).append(index)
+    groups = near_groups(np.stack([look.signature for look, _ in distinct.values()]))
     groups = joined([*groups, *(copies for copies in same.values() if len(copies) > 1)])
-    return {distinct[index].path: number for number, group in enumerate(groups, 1) for index in group}
+    paths = list(distinct)
+    return {paths[index]: number for number, group in enumerate(groups, 1) for index in group}
 
 
 def check(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator[Finding]:
@@ -85,8 +87,8 @@ def _series(folder: Folder, near: Near) -> Iterator[Finding]:
         yield Finding(
             "series",
             Level.NOTE,
-            f"{count} of {len(folder.pictures)} images are parts of a series, numbered one after another and alike (series: "
-            f"{len(groups)})",
+            f"{count} of {len(folder.pictures)} images are parts of a series, numbered one after another and alike "
+            f"(series: {len(groups)})",
             "a few of each series teach as much; --validation_group keeps a series on one side of the split",
             tuple(
                 Item(folder.pictures[index].path, f"{len(group)} images", number)
@@ -107,8 +109,8 @@ def _leaks(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator
         yield Finding(
             "validation knows training",
             Level.SHOULD,
-            f"{len(found)} of {held_out} held-out images are nearly the same as one that is trained: their loss falls as "
-            "the training images are learnt by heart",
+            f"{len(found)} of {held_out} held-out images are nearly the same as one that is trained: their loss falls "
+            "as the training images are learnt by heart",
             "--validation_group near keeps near-duplicates on one side",
             tuple(Item(picture.path, f"as {trained[near[picture.path]]}") for picture in found),
         )

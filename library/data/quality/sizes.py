@@ -31,8 +31,8 @@ def check(folder: Folder) -> Iterator[Finding]:
             "enlarged much",
             Level.SHOULD,
             f"{len(much)} of {whole} images are enlarged {MUCH:g} times or more, up to {much[0].enlargement:.1f} times",
-            "the LoRA learns their lack of detail: find larger ones, leave them out (skip_image_resolution) or train at "
-            "their size (bucket_no_upscale)",
+            "the LoRA learns their lack of detail: find larger ones, leave them out (skip_image_resolution) or train "
+            "at their size (bucket_no_upscale)",
             tuple(Item(picture.path, _growth(picture)) for picture in much),
         )
     if little:

@@ -8,8 +8,8 @@ from collections.abc import Hashable, Iterable
 
 
 def effective_number(things: Iterable[Hashable]) -> float:
-    """The exponential of the Shannon entropy of the things' shares: n for n different ones that are equally common, less
-    for unequal shares, 0 for none.
+    """The exponential of the Shannon entropy of the things' shares: n for n different ones that are equally common,
+    less for unequal shares, 0 for none.
 
     M. O. Hill, "Diversity and evenness: a unifying notation and its consequences", Ecology 54, 1973: N₁.
     """

@@ -20,7 +20,9 @@ _PLACEHOLDER = re.compile(
     r"(img|dsc|dscn|dcim|image|picture|photo|screenshot|file)[ _-]?\d+|lorem ipsum.*",
     re.IGNORECASE,
 )
-_MARKS = re.compile(r"\b(TODO|FIXME|TBD)\b|lorem ipsum|\b(caption|description|text) here\b|\{\{.*\}\}|\[insert", re.IGNORECASE)
+_MARKS = re.compile(
+    r"\b(TODO|FIXME|TBD)\b|lorem ipsum|\b(caption|description|text) here\b|\{\{.*\}\}|\[insert", re.IGNORECASE
+)
 
 
 def check(folder: Folder, count_tokens: Callable[[str], int], token_limit: int) -> Iterator[Finding]:
