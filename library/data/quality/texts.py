@@ -14,14 +14,14 @@ SHARED = 3  # images with one caption
 SHOWN = 60  # characters of a caption in a finding
 
 _PLACEHOLDER = re.compile(
-    r"to-?do|tbd|fixme|x{3,}|\?+|-+|\.{2,}|n/?a|none|null|nil|nan|undefined|untitled|placeholder|test|"
+    r"to-?do|tbd|fixme|x{3,}|n/?a|none|null|nil|nan|undefined|untitled|placeholder|test|"
     r"captions?|(no|your|insert|add|enter|write)( a| the| your)? (captions?|description|text|prompt)( here)?|"
     r"(captions?|description|text|prompt) here|description|prompt|"
     r"(img|dsc|dscn|dcim|image|picture|photo|screenshot|file)[ _-]?\d+|lorem ipsum.*",
     re.IGNORECASE,
 )
 _MARKS = re.compile(
-    r"\b(TODO|FIXME|TBD)\b|lorem ipsum|\b(caption|description|text) here\b|\{\{.*\}\}|\[insert", re.IGNORECASE
+    r"(?-i:\b(TODO|FIXME|TBD)\b)|lorem ipsum|\b(caption|description) here\b|\{\{.*\}\}|\[insert", re.IGNORECASE
 )
 
 
@@ -75,7 +75,8 @@ def check(folder: Folder, count_tokens: Callable[[str], int], token_limit: int) 
 
 def is_placeholder(text: str) -> bool:
     """Whether a caption stands for one that is still to be written."""
-    return bool(_PLACEHOLDER.fullmatch(text.strip(" \t\"'<>[](){}:.!")) or _MARKS.search(text))
+    words = text.strip(" \t\"'<>[](){}:.!")
+    return not any(map(str.isalnum, text)) or bool(_PLACEHOLDER.fullmatch(words) or _MARKS.search(text))
 
 
 def is_mojibake(text: str) -> bool:
