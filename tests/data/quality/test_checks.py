@@ -190,8 +190,7 @@ def test_class_tokens_are_no_captions(folder: Make) -> None:
 
 def test_one_caption_on_many_images(folder: Make) -> None:
     shared = [
-        picture(number, text=f"abcd,  a {word} in the snow")
-        for number, word in zip(range(20, 23), ("fox", "Fox", "FOX"))
+        picture(number, text=f"abcd,  a {word} in the snow") for number, word in enumerate(("fox", "Fox", "FOX"), 20)
     ]
     twice = [picture(number, text="abcd, a bear in the snow") for number in (23, 24)]
     (found,) = texts.check(folder(*shared, *twice), len, 999)
