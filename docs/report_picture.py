@@ -16,8 +16,8 @@ PICTURE = Path(__file__).parent / "images" / "report.png"
 WIDTH, HEIGHT = 1180, 1520
 
 
-def take(report: Path) -> None:
-    """The upper part of the page."""
+def take(page: Path, picture: Path = PICTURE, *, height: int = HEIGHT) -> None:
+    """Write the upper part of a page, `height` pixels, as a picture."""
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"
         subprocess.run(
@@ -25,16 +25,16 @@ def take(report: Path) -> None:
                 *("chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
                 *(
                     "--virtual-time-budget=10000",
-                    f"--window-size={WIDTH},{HEIGHT}",
+                    f"--window-size={WIDTH},{height}",
                     f"--user-data-dir={folder}/profile",
                 ),
-                *(f"--screenshot={shot}", report.resolve().as_uri()),
+                *(f"--screenshot={shot}", page.resolve().as_uri()),
             ],
             check=True,
             capture_output=True,
         )
         # few colours: a quarter of the bytes, and no difference to be seen
-        Image.open(shot).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
+        Image.open(shot).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 if __name__ == "__main__":

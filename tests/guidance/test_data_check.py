@@ -76,14 +76,14 @@ def test_it_names_every_flaw_and_changes_nothing(
     said = capsys.readouterr().out
     for line in (
         f"{flawed}: 9 images, captions of ",
-        "to fix      unreadable: files that cannot be read: 2",
+        "to fix      unreadable: 2 files cannot be read",
         "broken.png (not an image, it begins with 'no image at all')",
         "latin.txt (not UTF-8 (byte 14): save it in that encoding)",
         "to fix      placeholder: 1 of 9 captions are placeholders",
         "to look at  blurred: 1 of 9 images are blurred",
-        "to look at  near-duplicates: 1 of 9 images are nearly the same as another one (groups: 1)",
+        "to look at  near-duplicates: 1 of 9 images are nearly the same as another one (1 group)",
         "to know     enlarged: 1 of 9 images are enlarged, up to 1.60 times",
-        "verdict: first: files that cannot be read: 2 in ",
+        f"verdict: first, in {flawed}: 2 files cannot be read. Training stops there",
         f"written: {page}. Nothing was trained",
     ):
         assert line in said

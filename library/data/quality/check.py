@@ -64,7 +64,7 @@ def check(folders: Sequence[Folder], *, count_tokens: Callable[[str], int], toke
 
 
 def verdict(checked: Sequence[Checked]) -> str:
-    """One sentence: the first thing to do."""
+    """The first thing to do, in a sentence or two."""
     found = sorted(
         ((finding, one) for one in checked for finding in one.findings),
         key=lambda pair: (pair[0].level.rank, -len(pair[0].items)),
@@ -73,8 +73,9 @@ def verdict(checked: Sequence[Checked]) -> str:
     if not serious:
         return "nothing stands against training on this data" + ("; the notes are worth a look" if found else "")
     finding, one = serious[0]
-    more = f"; then {len(serious) - 1} more findings" if len(serious) > 1 else ""
-    return f"first: {finding.text} in {one.source}: {finding.advice}{more}"
+    more = len(serious) - 1
+    rest = f". Then {more} more finding{'s' * (more != 1)}" if more else ""
+    return f"first, in {one.source}: {finding.text}. {finding.advice[:1].upper()}{finding.advice[1:]}{rest}"
 
 
 def _faults(folder: Folder) -> Iterator[Finding]:
@@ -83,7 +84,7 @@ def _faults(folder: Folder) -> Iterator[Finding]:
         yield Finding(
             "unreadable",
             Level.MUST,
-            f"files that cannot be read: {len(folder.faults)}",
+            f"{len(folder.faults)} file{'s' * (len(folder.faults) != 1)} cannot be read",
             "training stops there: replace them, save captions as UTF-8 (--skip_bad_images leaves out images)",
             tuple(Item(path, reason) for path, reason in folder.faults.items()),
         )

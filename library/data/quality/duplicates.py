@@ -49,7 +49,8 @@ def check(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator[
         yield Finding(
             "near-duplicates",
             Level.SHOULD,
-            f"{more} of {whole} images are nearly the same as another one (groups: {len(groups)})",
+            f"{more} of {whole} images are nearly the same as another one "
+            f"({len(groups)} group{'s' * (len(groups) != 1)})",
             "keep one of each group: the others count as further repeats of the same picture",
             tuple(
                 Item(picture.path, _versions(picture, group), number)
@@ -87,8 +88,7 @@ def _series(folder: Folder, near: Near) -> Iterator[Finding]:
         yield Finding(
             "series",
             Level.NOTE,
-            f"{count} of {len(folder.pictures)} images are parts of a series, numbered one after another and alike "
-            f"(series: {len(groups)})",
+            f"{count} of {len(folder.pictures)} images are alike and numbered one after another: {len(groups)} series",
             "a few of each series teach as much; --validation_group keeps a series on one side of the split",
             tuple(
                 Item(folder.pictures[index].path, f"{len(group)} images", number)

@@ -108,7 +108,7 @@ def test_near_duplicates_and_what_validation_knows(folder: Make) -> None:
         *(("fox-a.png", 1), ("fox-u.png", 1), ("fox-v.png", 1)),
         *(("fox-f.png", 2), ("fox-w.png", 2)),
     ]
-    assert finding.text == "3 of 14 images are nearly the same as another one (groups: 2)"
+    assert finding.text == "3 of 14 images are nearly the same as another one (2 groups)"
     assert files(found["validation knows training"]) == ["fox-v.png"]
     assert found["validation knows training"].text.startswith("1 of 2 held-out images")
 
@@ -245,8 +245,8 @@ def test_diversity_counts_near_duplicates_once(folder: Make) -> None:
 def test_the_verdict_names_the_worst_first(folder: Make) -> None:
     data = folder(*(picture(number, look=look(seed=number, blur=0.7)) for number in (20, 21)), picture(22, text="TODO"))
     text = verdict(check([data], count_tokens=len, token_limit=999))
-    assert text.startswith(f"first: 1 of 13 captions are placeholders in {data.source}")
-    assert text.endswith("then 2 more findings")
+    assert text.startswith(f"first, in {data.source}: 1 of 13 captions are placeholders. Write the captions")
+    assert text.endswith(". Then 2 more findings")
     notes = folder(picture(20, text="a fox"), good=3)
     assert verdict(check([notes], count_tokens=len, token_limit=999)).endswith("the notes are worth a look")
 
