@@ -1,8 +1,5 @@
-"""Writes a folder of images with flaws, and takes the picture of docs/data-check.md, with Debian's Chromium.
-
-`python -m docs.flawed_images FOLDER` writes FOLDER/1_fox from the quickstart's images.
-`python -m docs.flawed_images --picture output/flawed-data.html` takes the picture of that folder's data check.
-"""
+"""Writes the images with flaws of docs/data-check.md: `python -m docs.flawed_images FOLDER` makes FOLDER/1_fox of the
+quickstart's. `docs.report_picture` takes the picture of their data check."""
 
 from __future__ import annotations
 
@@ -11,11 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFilter
 
-from docs.report_picture import take
-
-DOCS = Path(__file__).parent
-EMOJI = DOCS.parent / "quickstart" / "images" / "train"
-PICTURE, HEIGHT = DOCS / "images" / "data-check.png", 1450
+EMOJI = Path(__file__).parents[1] / "quickstart" / "images" / "train"
 SIDE = 256  # pixels
 
 CAPTIONS = {
@@ -52,7 +45,4 @@ def write(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--picture":
-        take(Path(sys.argv[2]), PICTURE, height=HEIGHT)
-    else:
-        print(f"written: {write(Path(sys.argv[1]))}")
+    print(f"written: {write(Path(sys.argv[1]))}")

@@ -1,6 +1,7 @@
-"""Takes the picture of a report for docs/monitoring.md, with Debian's Chromium.
+"""Takes the pictures of pages for the documents, with Debian's Chromium.
 
-`python -m docs.report_picture output/quickstart-report.html`
+`python -m docs.report_picture output/quickstart-report.html` for docs/monitoring.md, and for docs/data-check.md
+`python -m docs.report_picture output/flawed-data.html data-check.png 1450`
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from pathlib import Path
 
 from PIL import Image
 
-PICTURE = Path(__file__).parent / "images" / "report.png"
-WIDTH, HEIGHT = 1180, 1520
+IMAGES = Path(__file__).parent / "images"
+WIDTH = 1180
 
 
-def take(page: Path, picture: Path = PICTURE, *, height: int = HEIGHT) -> None:
-    """Write the upper part of a page, `height` pixels, as a picture."""
+def take(page: Path, name: str = "report.png", height: str = "1520") -> None:
+    """Write the upper part of a page, `height` pixels, as a picture among those of the documents."""
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"
         subprocess.run(
@@ -34,8 +35,8 @@ def take(page: Path, picture: Path = PICTURE, *, height: int = HEIGHT) -> None:
             capture_output=True,
         )
         # few colours: a quarter of the bytes, and no difference to be seen
-        Image.open(shot).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(picture, optimize=True)
+        Image.open(shot).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(IMAGES / name, optimize=True)
 
 
 if __name__ == "__main__":
-    take(Path(sys.argv[1]))
+    take(Path(sys.argv[1]), *sys.argv[2:])

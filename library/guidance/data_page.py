@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from library.data.quality.check import Checked, verdict
 from library.data.quality.folder import Finding
+from library.progress import bar
 from library.report import images, page
 
 SHOWN = 10  # pictures of each finding
@@ -30,7 +31,7 @@ def render(checked: Sequence[Checked], *, name: str) -> str:
     return environment.get_template("data.html").render(
         name=name,
         verdict=verdict(checked),
-        folders=[_folder(one) for one in checked],
+        folders=[_folder(one) for one in bar(checked, desc="pictures", total=len(checked), unit="folder")],
         images=sum(len(one.folder.pictures) for one in checked),
     )
 

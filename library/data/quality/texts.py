@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import ftfy.badness
 
 from library.data.quality.folder import Finding, Folder, Item, Level, Picture
+from library.progress import bar
 
 SHORT = 10  # characters; below, a caption hardly describes an image
 SHARED = 3  # images with one caption
@@ -107,7 +108,8 @@ def _shared(filled: list[Picture], whole: int) -> Iterator[Finding]:
 
 
 def _cut(pictures: tuple[Picture, ...], count_tokens: Callable[[str], int], token_limit: int) -> Iterator[Finding]:
-    lengths = {text: count_tokens(text) for text in {picture.text for picture in pictures if len(picture.text) > 1}}
+    different = {picture.text for picture in pictures if picture.text}
+    lengths = {text: count_tokens(text) for text in bar(different, desc="captions", total=len(different))}
     long = [picture for picture in pictures if lengths.get(picture.text, 0) > token_limit]
     if long:
         yield Finding(
