@@ -17,7 +17,7 @@ from library.data.buckets import Buckets, Placement
 from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
-from library.data.held_out import beside, held_out, plain, split, tell
+from library.data.held_out import Fold, beside, held_out, plain, split, tell
 from library.data.masks import find_masks, refuse_other_sizes
 from library.data.plan import Group
 from library.data.quality.folder import Folder, picture_of
@@ -63,18 +63,19 @@ def prepare(
     skip_bad_images: bool = False,
     seed: int = 0,
     validation_group: str = "",
+    fold: Fold | None = None,
 ) -> Prepared:
     """Find all images and captions, decode every image once, hold out those of validation, place each in a bucket.
 
     `multiple_of`: widths and heights are multiples of this many pixels, as the model's family declares it.
-    `seed`: of validation, for subsets without one of their own. `validation_group`: see `validation_groups`. Raises
-    UserError for any mistake in the options, the folders or the files; quick checks come first.
+    `seed`: of validation, for subsets without one of their own. `validation_group`: see `validation_groups`; `fold`:
+    see `held_out`. Raises UserError for any mistake in the options, the folders or the files; quick checks come first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     found = _find(datasets, contents=is_validated(datasets), skip_bad_images=skip_bad_images)
     scans, usable, usable_apart, measured = found.scans, found.usable, found.apart, found.measured
     contents = found.contents
-    chosen = _chosen(found, seed=seed, group=validation_group)
+    chosen = _chosen(found, seed=seed, group=validation_group, fold=fold)
     train: list[list[Sample]] = []
     validation: list[list[Sample]] = []
     summaries: list[SubsetSummary] = []
@@ -95,7 +96,12 @@ def prepare(
 
 
 def inspect(
-    datasets: Sequence[DatasetSpec], *, multiple_of: int, seed: int = 0, validation_group: str = ""
+    datasets: Sequence[DatasetSpec],
+    *,
+    multiple_of: int,
+    seed: int = 0,
+    validation_group: str = "",
+    fold: Fold | None = None,
 ) -> tuple[Folder, ...]:
     """All images as the data check sees them. Unreadable images and captions are listed where `prepare` stops.
 
@@ -104,7 +110,7 @@ def inspect(
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     faults: dict[Path, str] = {}
     found = _find(datasets, contents=True, faults=faults)
-    chosen = _chosen(found, seed=seed, group=validation_group)
+    chosen = _chosen(found, seed=seed, group=validation_group, fold=fold)
     return tuple(_folders(buckets, found, chosen, faults))
 
 
@@ -148,17 +154,17 @@ def _find(
     return _Found(scans, usable, usable_apart, measured)
 
 
-def _chosen(found: _Found, *, seed: int, group: str) -> set[str]:
+def _chosen(found: _Found, *, seed: int, group: str, fold: Fold | None) -> set[str]:
     """The contents that are not trained: those that are held out, and those of the folders for validation."""
     samples = [sample for part in found.usable for sample in part]
     apart = {found.contents[sample.path] for part in found.apart for sample in part}
     if not apart and not any(sample.subset.validates for sample in samples):
         return set()
     if not group:
-        return held_out(samples, found.contents, seed=seed) | apart
+        return held_out(samples, found.contents, seed=seed, fold=fold) | apart
     everything = [*samples, *(sample for part in found.apart for sample in part)]
     groups = validation_groups.groups(everything, found.measured, how=group)
-    chosen = validation_groups.held_out(samples, found.contents, groups, seed=seed, how=group)
+    chosen = validation_groups.held_out(samples, found.contents, groups, seed=seed, how=group, fold=fold)
     return validation_groups.whole_groups(chosen | apart, groups)
 
 

@@ -13,6 +13,7 @@ from PIL import ExifTags
 
 from library.config.options.validation import NAME
 from library.data.check import Measured
+from library.data.held_out import Fold
 from library.data.images import open_image
 from library.data.quality.duplicates import near_duplicates
 from library.data.quality.near import joined
@@ -56,11 +57,13 @@ def held_out(
     *,
     seed: int,
     how: str,
+    fold: Fold | None = None,
 ) -> set[str]:
     """The contents of the groups that are held out: as nearly `validation_split` of the images as whole groups allow.
 
     The groups come in an order drawn from the seed and their contents alone, with `how` "latest" the newest first; one
-    is taken if that comes nearer to the wanted number. Raises UserError where that holds out nothing or everything.
+    is taken if that comes nearer to the wanted number. With a `fold` all groups are in as many parts of nearly the same
+    size, and one part is held out. Raises UserError where that holds out nothing or everything.
     """
     shares: dict[str, float] = {}  # of the images that can be held out
     for sample in samples:
@@ -77,6 +80,8 @@ def held_out(
             f"--validation_group {how}: all {len(shares)} images are one group ({usable[0][0]}): holding it out would "
             "leave nothing to train"
         )
+    if fold is not None:
+        return _part(usable, sizes, fold, own_seed, how)
     if not wanted:
         raise UserError(f"validation_split of {len(shares)} images is none: at least {0.5 / len(shares) + 0.0005:.3f}")
     if how == "latest":
@@ -103,6 +108,24 @@ def held_out(
         *(how, len(chosen), len(usable), taken, wanted),
     )
     return {content for group in chosen for content in group[1]}
+
+
+def _part(groups: Sequence[Group], sizes: Mapping[Group, int], fold: Fold, seed: int, how: str) -> set[str]:
+    """One of several parts: from the largest group to the smallest, each goes into the part with the fewest images."""
+    part, parts = fold
+    if len(groups) < parts:
+        raise UserError(f"--validation_group {how}: {parts} parts of {len(groups)} groups: at most as many")
+    contents: list[set[str]] = [set() for _ in range(parts)]
+    images = [0] * parts
+    for group in sorted(groups, key=lambda group: (-sizes[group], key_of(seed, min(group[1]), "held out"))):
+        smallest = images.index(min(images))
+        contents[smallest] |= group[1]
+        images[smallest] += sizes[group]
+    logger.info(
+        "--validation_group %s: %d groups in %d parts of %d to %d images",
+        *(how, len(groups), parts, min(images), max(images)),
+    )
+    return contents[part - 1]
 
 
 def whole_groups(contents: Iterable[str], groups: Sequence[Group]) -> set[str]:

@@ -38,6 +38,7 @@ def report(options: Options, *, only_family: str | None = None) -> None:
         multiple_of=family.size_divisor,
         seed=(options.training.seed or 0) if seed is None else seed,
         validation_group=options.validation.validation_group,
+        fold=options.validation.validation_fold,
     )
     checked = check(folders, count_tokens=family.count_tokens, token_limit=family.token_limit)
     for line in lines(checked):

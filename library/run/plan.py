@@ -92,6 +92,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
         validation_group=options.validation.validation_group,
+        fold=options.validation.validation_fold,
     )
     if kernels := rehearse(family, options, arguments, resume=resume):
         with log.errors_only():  # its warnings have been logged above

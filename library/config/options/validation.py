@@ -37,6 +37,18 @@ def read_group(word: str) -> str:
     return word
 
 
+def read_fold(word: str) -> tuple[int, int]:
+    """(2, 5) from "2/5": which one of how many parts, at least two."""
+    part, slash, parts = word.partition("/")
+    if not (slash and part.strip().isdecimal() and parts.strip().isdecimal()):
+        raise BadValue(f"'{word}' is not a part such as 2/5, the second of five")
+    if not 1 <= int(part) <= int(parts) or int(parts) < 2:
+        raise BadValue(
+            f"'{word}' is none of the parts 1/{max(2, int(parts))} … {max(2, int(parts))}/{max(2, int(parts))}"
+        )
+    return int(part), int(parts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
     """Validation"""
@@ -54,6 +66,13 @@ class ValidationOptions:
         help="what is held out together, so that no image is judged by its like: folder, date (of the photograph, else "
         "of the file), latest (the newest dates are held out), near (near-duplicates), or name:REGEX (files for which "
         "the groups of the pattern are equal) (ours)",
+    )
+    validation_fold: tuple[int, int] | None = option(
+        None,
+        read=read_fold,
+        joined_by="/",
+        help="hold out one of several equal parts instead: 2/5 is the second of five (lora-tools cross_validate trains "
+        "on all) (ours)",
     )
     validate_every_n_steps: int | None = option(
         None,
@@ -79,6 +98,14 @@ class ValidationOptions:
         maximum=1,
         help="the least improvement that counts: this share of the best loss; 0.01 is 1 percent (ours)",
     )
+
+    def __post_init__(self) -> None:
+        if self.validation_fold is not None and self.validation_split:
+            raise UserError("--validation_fold takes the place of --validation_split: give one of them")
+        if self.validation_fold is not None and self.validation_group == "latest":
+            raise UserError(
+                "--validation_group latest: the newest images are one part, and --validation_fold has several"
+            )
 
 
 def check_validation(options: ValidationOptions, *, validated: bool) -> None:
