@@ -64,8 +64,8 @@ def blur_effect(gray: np.ndarray) -> float:
     F. Crete, T. Dolmiere, P. Ladret, M. Nicolas, "The blur effect: perception and estimation with a new no-reference
     perceptual blur metric", 2007: a mean over nine pixels takes much of the differences between neighbours from a sharp
     image and little from one that is blurred already. The result is the share that is left, along the rows or the
-    columns, whichever is larger. It is computed on at least `LINES` of them, if there are so many, evenly spaced, and in
-    whole numbers, so it has the same bits everywhere.
+    columns, whichever is larger. It is computed on at least `LINES` of them, if there are so many, evenly spaced, and
+    in whole numbers, so it has the same bits everywhere.
     """
     if min(gray.shape) < 2 * REBLUR:
         return 0.0
