@@ -116,10 +116,11 @@ def inspect(
 
 @dataclass(frozen=True)
 class _Found:
-    """The images of all data sets, by data set. `usable`: the samples that can be read and are large enough; `apart`:
-    those of the folders for validation. `contents`: by file."""
+    """The images of all data sets, by data set. `beside`: scans of the folders for validation. `usable`: the samples
+    that can be read and are large enough; `apart`: those of `beside`. `contents`: by file."""
 
     scans: list[list[Scan]]
+    beside: list[list[Scan]]
     usable: list[list[Sample]]
     apart: list[list[Sample]]
     measured: dict[Path, Measured]
@@ -151,7 +152,7 @@ def _find(
         [_usable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
         for part in (scans, apart)
     )
-    return _Found(scans, usable, usable_apart, measured)
+    return _Found(scans, apart, usable, usable_apart, measured)
 
 
 def _chosen(found: _Found, *, seed: int, group: str, fold: Fold | None) -> set[str]:
@@ -175,19 +176,25 @@ def _folders(
     faults: Mapping[Path, str] = NO_FAULTS,
 ) -> Iterator[Folder]:
     """One a subset, and one for its validation_dir."""
-    for own_buckets, scans, usable, apart in zip(buckets, found.scans, found.usable, found.apart, strict=True):
-        by_subset: dict[SubsetSpec, list[Sample]] = {scan.summary.subset: [] for scan in scans}
-        for sample in (*usable, *apart):
-            by_subset.setdefault(sample.subset, []).append(sample)
-        for subset, samples in by_subset.items():
+    for number, own_buckets in enumerate(buckets):
+        samples: dict[SubsetSpec, list[Sample]] = {}
+        for sample in (*found.usable[number], *found.apart[number]):
+            samples.setdefault(sample.subset, []).append(sample)
+        for scan in (*found.scans[number], *found.beside[number]):
+            subset, own = scan.summary.subset, _files(scan)
             pictures = [
                 picture_of(
                     sample, own_buckets, found.measured[sample.path], held_out=found.contents[sample.path] in chosen
                 )
-                for sample in samples
+                for sample in samples.get(subset, ())
             ]
-            at_fault = {path: why for path, why in faults.items() if path.parent == subset.image_dir}
+            at_fault = {path: why for path, why in faults.items() if path in own or path.parent == subset.image_dir}
             yield Folder(subset, subset.source, tuple(pictures), at_fault)
+
+
+def _files(scan: Scan) -> set[Path | None]:
+    """The images and masks of a subset."""
+    return {path for sample in scan.samples for path in (sample.path, sample.mask)}
 
 
 def prepare_to_measure(dataset: DatasetSpec, *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:

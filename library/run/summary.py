@@ -49,7 +49,7 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
         decay=_decay(
             weight_decay_of(plan.choice), None if decay is None else decay.decay, total_steps=saves.total_steps
         ),
-        flaws=tuple(_flaws(plan)),
+        flaws=tuple(dict.fromkeys(_flaws(plan))),  # a folder may be in several data sets
     )
 
 
