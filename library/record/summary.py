@@ -40,7 +40,7 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     for folder in facts.images:
         yield "images", _images(folder)
     yield from _captions(facts.captions)
-    yield from _flaws(facts.flaws)
+    yield from flaw_rows(facts.flaws)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
     for bucket in facts.buckets:
@@ -118,15 +118,19 @@ def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
         yield "", f"trained for example: '{example.text}'{each}"
 
 
-def _flaws(flaws: Sequence[Flaw]) -> Iterator[tuple[str, str]]:
+def flaw_rows(flaws: Sequence[Flaw]) -> Iterator[tuple[str, str]]:
     """Those that matter, with the first files of each."""
     serious = [flaw for flaw in flaws if flaw.level != "to know"]
     for number, flaw in enumerate(serious[:_MOST_FLAWS]):
         names = ", ".join(flaw.files[:3]) + (" …" if flaw.count > 3 else "")
         yield "" if number else "data check", f"{flaw.source}: {flaw.text}" + (f" ({names})" if names else "")
-    if flaws:
-        rest = f"{len(serious) - _MOST_FLAWS} more to look at; " if len(serious) > _MOST_FLAWS else ""
-        yield "" if serious else "data check", f"{rest}--check_data shows everything, with pictures"
+    if len(serious) > _MOST_FLAWS:
+        yield "", f"{len(serious) - _MOST_FLAWS} more to look at; --check_data shows everything, with pictures"
+    elif serious:
+        yield "", "--check_data shows everything, with pictures"
+    elif flaws:
+        names = ", ".join(dict.fromkeys(flaw.name for flaw in flaws))
+        yield "data check", f"nothing to fix; to know: {names} (--check_data shows them, with pictures)"
 
 
 def _validation(facts: Validation) -> str:

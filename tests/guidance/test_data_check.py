@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from library.record import run_file
-from library.record.summary import rows
+from library.record.facts import Flaw
+from library.record.summary import flaw_rows, rows
 from tests.conftest import IMAGES
 
 Train = Callable[..., int]
@@ -155,3 +156,26 @@ def test_a_run_has_the_flaws_in_its_record_and_report(
     page = Text((tmp_path / "out" / "test-report.html").read_text(encoding="utf-8")).text
     assert "1 of 9 captions are placeholders" in page
     assert "1 of 9 images are blurred" in page
+
+
+def test_the_summary_names_the_worst_and_counts_the_rest() -> None:
+    def flaw(name: str, level: str, count: int = 1) -> Flaw:
+        files = tuple(f"{number}.png" for number in range(min(count, 10)))
+        return Flaw(source="a", name=name, level=level, text=f"{name} it is", advice="", count=count, files=files)
+
+    def shown(*flaws: Flaw) -> list[tuple[str, str]]:
+        return list(flaw_rows(flaws))
+
+    everything = "--check_data shows everything, with pictures"
+    note = flaw("series", "to know")
+    assert shown() == []
+    assert shown(note, note) == [
+        ("data check", "nothing to fix; to know: series (--check_data shows them, with pictures)")
+    ]
+    assert shown(flaw("blurred", "to look at", 4), note) == [
+        ("data check", "a: blurred it is (0.png, 1.png, 2.png …)"),
+        ("", everything),
+    ]
+    many = [flaw(str(number), "to fix") for number in range(6)]
+    assert [label for label, _ in shown(*many)] == ["data check", "", "", "", ""]
+    assert shown(*many)[-1] == ("", f"2 more to look at; {everything}")
