@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,11 @@ from library.data import tags
 from library.data.quality.folder import Finding, Folder, Item, Level, Picture
 from library.data.quality.statistics import effective_number
 
-TRIGGER = 0.6  # the share of captions that begin with one word or tag, from which it is meant to be in all of them
+TRIGGER = 0.8  # the share of captions that begin with one word or tag, from which it is meant to be in all of them
+USUAL = re.compile(  # beginnings of captions in any data set
+    r"an?|the|this|th(is|ere) is|in|on|with|two|photo(graph)?s?|pictures?|images?|illustrations?|drawings?|paintings?|"
+    r"close-?up|a (photo(graph)?|picture|image|drawing|painting)|\d+\+?(girl|boy|other)s?|solo|no humans"
+)
 MIXED = 0.05  # the share of captions written in the rarer style, from which the folder is mixed
 FEW = 5  # captions; in smaller folders nothing is common or rare
 
@@ -84,12 +89,16 @@ def _tags(text: str, separator: str) -> list[str]:
 
 
 def _trigger(captioned: Sequence[Picture], separator: str) -> tuple[str, list[Picture]]:
-    """The first tag, or else the first word, of most captions, and the images whose caption has it nowhere."""
+    """The first tag, or else the first word, of most captions, and the images whose caption has it nowhere. ("", [])
+    where they begin in different ways, or as captions usually do."""
     texts = [picture.text.lower() for picture in captioned]
-    firsts = [_tags(text, separator)[:1] for text in texts], [text.split()[:1] for text in texts]
+    firsts = (
+        [_tags(text, separator)[:1] for text in texts],
+        [[word.strip(",.;:") for word in text.split()[:1]] for text in texts],
+    )
     for found in firsts:
         for trigger, number in Counter(first[0] for first in found if first).most_common(1):
-            if TRIGGER * len(texts) <= number:
+            if TRIGGER * len(texts) <= number and not USUAL.fullmatch(trigger):
                 return trigger, [picture for picture, text in zip(captioned, texts, strict=True) if trigger not in text]
     return "", []
 

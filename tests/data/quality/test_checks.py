@@ -209,6 +209,12 @@ def test_the_trigger_word_is_the_one_that_most_captions_begin_with(folder: Make)
     assert not list(words.check(behind)), "anywhere in the caption is enough"
 
 
+@pytest.mark.parametrize("start", ["a", "The", "1girl,", "photo of", "2boys,", "this is"])
+def test_usual_beginnings_are_no_trigger_word(folder: Make, start: str) -> None:
+    usual = [picture(number, text=f"{start} thing {number} by number {number}") for number in range(9)]
+    assert not list(words.check(folder(*usual, picture(20, text="other words of mine"), good=0)))
+
+
 def test_tags_and_sentences(folder: Make) -> None:
     tags = [picture(number, text=f"abcd, fox, snow, tag {number}") for number in range(10)]
     mixed = folder(*tags, picture(20, text="abcd, here a fox that is sitting in the snow looks to the left."), good=0)
