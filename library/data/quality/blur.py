@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from library.data.quality.folder import Finding, Folder, Item, Level
+from library.data.quality.folder import Data, Finding, Folder, Item, Level
 
 BLURRED = 0.5
 """Of `look.blur_effect`. Of 1,383 emoji of 64 × 64 pixels and 14 photographs one is above; blurred by a Gaussian of 1.5
 pixels 96 and 64 % of them are, by 2 pixels 99.8 and 86 %, by 3 pixels all (DECISIONS.md, 2026-11-29)."""
 
 
-def check(folder: Folder) -> Iterator[Finding]:
+def check(folder: Folder, data: Data) -> Iterator[Finding]:
     """Images whose blur is at `BLURRED` or above, the worst first."""
     found = sorted(
         (picture for picture in folder.pictures if picture.look.blur >= BLURRED), key=lambda picture: -picture.look.blur

@@ -8,8 +8,24 @@ from pathlib import Path
 from statistics import fmean
 
 from library.data.quality import blur, duplicates, sizes, texts, words
-from library.data.quality.folder import Finding, Folder, Item, Level
+from library.data.quality.folder import Check, Data, Finding, Folder, Item, Level
 from library.progress import bar
+
+
+def unreadable(folder: Folder, data: Data) -> Iterator[Finding]:
+    """Files that cannot be read."""
+    if folder.faults:
+        yield Finding(
+            "unreadable",
+            Level.MUST,
+            f"{len(folder.faults)} file{'s' * (len(folder.faults) != 1)} cannot be read",
+            "training stops there: replace them, save captions as UTF-8 (--skip_bad_images leaves out images)",
+            tuple(Item(path, reason) for path, reason in folder.faults.items()),
+        )
+
+
+CHECKS: tuple[Check, ...] = (unreadable, sizes.check, blur.check, duplicates.check, texts.check, words.check)
+"""In the order in which findings of one level are shown."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +52,12 @@ class Checked:
 
 def check(folders: Sequence[Folder], *, count_tokens: Callable[[str], int], token_limit: int) -> list[Checked]:
     """Every check on every folder. `count_tokens`, `token_limit`: of the model, whose tokenizer decides what is cut."""
-    everything = [picture for folder in folders for picture in folder.pictures]
-    near = duplicates.near_duplicates((picture.path, picture.look, picture.content) for picture in everything)
+    pictures = tuple(picture for folder in folders for picture in folder.pictures)
+    near = duplicates.near_duplicates((picture.path, picture.look, picture.content) for picture in pictures)
+    data = Data(pictures, near, count_tokens, token_limit)
     done = []
     for folder in bar(folders, desc="checking folders", total=len(folders), unit="folder"):
-        found = [
-            *_faults(folder),
-            *sizes.check(folder),
-            *blur.check(folder),
-            *duplicates.check(folder, near, everything),
-            *texts.check(folder, count_tokens, token_limit),
-            *words.check(folder),
-        ]
+        found = [finding for one in CHECKS for finding in one(folder, data)]
         captions, tags = words.diversity(folder)
         done.append(
             Checked(
@@ -76,15 +86,3 @@ def verdict(checked: Sequence[Checked]) -> str:
     more = len(serious) - 1
     rest = f". Then {more} more finding{'s' * (more != 1)}" if more else ""
     return f"first, in {one.source}: {finding.text}. {finding.advice[:1].upper()}{finding.advice[1:]}{rest}"
-
-
-def _faults(folder: Folder) -> Iterator[Finding]:
-    """Files that cannot be read."""
-    if folder.faults:
-        yield Finding(
-            "unreadable",
-            Level.MUST,
-            f"{len(folder.faults)} file{'s' * (len(folder.faults) != 1)} cannot be read",
-            "training stops there: replace them, save captions as UTF-8 (--skip_bad_images leaves out images)",
-            tuple(Item(path, reason) for path, reason in folder.faults.items()),
-        )

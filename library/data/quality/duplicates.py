@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from library.data.quality.folder import Finding, Folder, Item, Level, Picture
+from library.data.quality.folder import Data, Finding, Folder, Item, Level, Picture
 from library.data.quality.look import UNIT, Look
 from library.data.quality.near import ALIKE, joined, near_groups
 from library.data.quality.statistics import effective_number
-
-Near = Mapping[Path, int]
-"""The number of the group of each image that has near-duplicates anywhere in the data, counted from 1."""
 
 
 def near_duplicates(images: Iterable[tuple[Path, Look, str]]) -> dict[Path, int]:
@@ -33,11 +30,9 @@ def near_duplicates(images: Iterable[tuple[Path, Look, str]]) -> dict[Path, int]
     return {paths[index]: number for number, group in enumerate(groups, 1) for index in group}
 
 
-def check(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator[Finding]:
-    """Near-duplicates within the folder, series in it, and held-out images with a near-duplicate that is trained.
-
-    `elsewhere`: the images of all folders.
-    """
+def check(folder: Folder, data: Data) -> Iterator[Finding]:
+    """Near-duplicates within the folder, series in it, and held-out images with a near-duplicate that is trained."""
+    near = data.near
     own: dict[int, list[Picture]] = {}
     for picture in folder.pictures:
         if picture.path in near:
@@ -59,7 +54,7 @@ def check(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator[
             ),
         )
     yield from _series(folder, near)
-    yield from _leaks(folder, near, elsewhere)
+    yield from _leaks(folder, data)
 
 
 def _versions(picture: Picture, group: Sequence[Picture]) -> str:
@@ -67,7 +62,7 @@ def _versions(picture: Picture, group: Sequence[Picture]) -> str:
     return f"{picture.size[0]} × {picture.size[1]}" + (", the same pixels" if copies else "")
 
 
-def _series(folder: Folder, near: Near) -> Iterator[Finding]:
+def _series(folder: Folder, near: Mapping[Path, int]) -> Iterator[Finding]:
     """Images whose names differ in one number that goes up by one, and which look alike but not nearly the same."""
     by_name: dict[tuple[Path, str, str, int], Picture] = {}
     for picture in folder.pictures:
@@ -98,9 +93,10 @@ def _series(folder: Folder, near: Near) -> Iterator[Finding]:
         )
 
 
-def _leaks(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator[Finding]:
+def _leaks(folder: Folder, data: Data) -> Iterator[Finding]:
+    near = data.near
     trained: dict[int, Path] = {}
-    for picture in elsewhere:
+    for picture in data.pictures:
         if not picture.held_out and picture.path in near:
             trained.setdefault(near[picture.path], picture.path)
     found = [picture for picture in folder.pictures if picture.held_out and near.get(picture.path) in trained]
@@ -116,7 +112,7 @@ def _leaks(folder: Folder, near: Near, elsewhere: Sequence[Picture]) -> Iterator
         )
 
 
-def diversity(folder: Folder, near: Near) -> float:
+def diversity(folder: Folder, near: Mapping[Path, int]) -> float:
     """The effective number of different images, as a share of all: near-duplicates count as one."""
     keys = [near.get(picture.path, picture.path) for picture in folder.pictures]
     return effective_number(keys) / len(keys) if keys else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -83,6 +83,20 @@ class Folder:
 
 
 @dataclass(frozen=True)
+class Data:
+    """The facts that a check may need beside its folder.
+
+    `pictures`: those of all folders. `near`: the number of the group of each image that has near-duplicates anywhere in
+    the data, counted from 1. `count_tokens`, `token_limit`: of the model, whose tokenizer decides what is cut.
+    """
+
+    pictures: tuple[Picture, ...]
+    near: Mapping[Path, int]
+    count_tokens: Callable[[str], int]
+    token_limit: int
+
+
+@dataclass(frozen=True)
 class Item:
     """A file of a finding. `group`: those of one group belong together, such as copies of one image; 0: to none."""
 
@@ -100,3 +114,7 @@ class Finding:
     text: str
     advice: str
     items: tuple[Item, ...] = ()
+
+
+Check = Callable[[Folder, Data], Iterator[Finding]]
+"""A check: finds the flaws of one kind or several in a folder."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from library.data.quality.folder import Finding, Folder, Item, Level, Picture
+from library.data.quality.folder import Data, Finding, Folder, Item, Level, Picture
 
 MUCH = 2.0  # times in width and height: three of four pixels are then made up
 
 
-def check(folder: Folder) -> Iterator[Finding]:
+def check(folder: Folder, data: Data) -> Iterator[Finding]:
     """Images without a bucket, those that are enlarged much, and those that are enlarged a little."""
     whole = len(folder.pictures)
     homeless = [picture for picture in folder.pictures if picture.placement is None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import ftfy.badness
 
-from library.data.quality.folder import Finding, Folder, Item, Level, Picture
+from library.data.quality.folder import Data, Finding, Folder, Item, Level, Picture
 from library.progress import bar
 
 SHORT = 10  # characters; below, a caption hardly describes an image
@@ -26,11 +26,8 @@ _MARKS = re.compile(
 )
 
 
-def check(folder: Folder, count_tokens: Callable[[str], int], token_limit: int) -> Iterator[Finding]:
-    """Captions that are empty, placeholders, short, shared, in other encodings, or longer than is read.
-
-    count_tokens: of the model's tokenizer; `token_limit`: the most that are read.
-    """
+def check(folder: Folder, data: Data) -> Iterator[Finding]:
+    """Captions that are empty, placeholders, short, shared, in other encodings, or longer than the model reads."""
     captioned = [picture for picture in folder.pictures if picture.captioned]
     empty = [picture for picture in folder.pictures if not picture.text.strip()]
     filled = [picture for picture in captioned if picture.text.strip()]
@@ -71,7 +68,7 @@ def check(folder: Folder, count_tokens: Callable[[str], int], token_limit: int) 
             _items(short, _quoted),
         )
     yield from _shared(filled, whole)
-    yield from _cut(folder.pictures, count_tokens, token_limit)
+    yield from _cut(folder.pictures, data)
 
 
 def is_placeholder(text: str) -> bool:
@@ -107,15 +104,15 @@ def _shared(filled: list[Picture], whole: int) -> Iterator[Finding]:
         )
 
 
-def _cut(pictures: tuple[Picture, ...], count_tokens: Callable[[str], int], token_limit: int) -> Iterator[Finding]:
+def _cut(pictures: tuple[Picture, ...], data: Data) -> Iterator[Finding]:
     different = {picture.text for picture in pictures if picture.text}
-    lengths = {text: count_tokens(text) for text in bar(different, desc="captions", total=len(different))}
-    long = [picture for picture in pictures if lengths.get(picture.text, 0) > token_limit]
+    lengths = {text: data.count_tokens(text) for text in bar(different, desc="captions", total=len(different))}
+    long = [picture for picture in pictures if lengths.get(picture.text, 0) > data.token_limit]
     if long:
         yield Finding(
             "caption cut",
             Level.SHOULD,
-            f"{len(long)} of {len(pictures)} captions are cut at {token_limit} tokens",
+            f"{len(long)} of {len(pictures)} captions are cut at {data.token_limit} tokens",
             "shorten them, put the important words first, or give --max_token_length 150 or 225",
             _items(
                 sorted(long, key=lambda picture: -lengths[picture.text]),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from library.data import tags
-from library.data.quality.folder import Finding, Folder, Item, Level, Picture
+from library.data.quality.folder import Data, Finding, Folder, Item, Level, Picture
 from library.data.quality.statistics import effective_number
 
 TRIGGER = 0.8  # the share of captions that begin with one word or tag, from which it is meant to be in all of them
@@ -27,7 +27,7 @@ def tag_counts(folder: Folder) -> Counter[str]:
     return Counter(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))))
 
 
-def check(folder: Folder) -> Iterator[Finding]:
+def check(folder: Folder, data: Data) -> Iterator[Finding]:
     """A trigger word that some captions lack, tags mixed with sentences, tags in all captions, tags in one."""
     captioned = [picture for picture in folder.pictures if picture.captioned and picture.text.strip()]
     if len(captioned) < FEW:

@@ -13,7 +13,7 @@ from library.config.dataset_config import SubsetSpec
 from library.data.buckets import Placement
 from library.data.quality import blur, duplicates, sizes, texts, words
 from library.data.quality.check import check, verdict
-from library.data.quality.folder import Finding, Folder, Level, Picture
+from library.data.quality.folder import Check, Data, Finding, Folder, Level, Picture
 from library.data.quality.look import UNIT, Look
 from library.data.quality.statistics import effective_number
 
@@ -51,6 +51,11 @@ def folder(subset: Callable[..., SubsetSpec]) -> Make:
     return make
 
 
+def found_by(check: Check, folder: Folder) -> list[Finding]:
+    """The findings of one check in a folder that is alone. A word is a token, and 75 are read."""
+    return list(check(folder, Data(folder.pictures, {}, lambda text: len(text.split()), 75)))
+
+
 def by_name(found: object) -> dict[str, Finding]:
     return {finding.name: finding for finding in found}  # type: ignore[attr-defined]
 
@@ -76,7 +81,7 @@ def test_sizes(folder: Make) -> None:
         picture(22, size=(20, 700), placement=None),
         picture(23, size=(511, 512), placement=Placement((512, 512), (512, 513))),  # by rounding alone
     )
-    found = by_name(sizes.check(data))
+    found = by_name(found_by(sizes.check, data))
     assert files(found["enlarged much"]) == ["fox-u.png"]
     assert found["enlarged much"].items[0].detail == "100 × 128 to 512 × 655, 5.12 times"
     assert files(found["enlarged"]) == ["fox-v.png"]
@@ -87,7 +92,7 @@ def test_sizes(folder: Make) -> None:
 
 def test_blur_lists_the_worst_first(folder: Make) -> None:
     data = folder(picture(20, look=look(seed=20, blur=0.5)), picture(21, look=look(seed=21, blur=1.0)))
-    (found,) = blur.check(data)
+    (found,) = found_by(blur.check, data)
     assert [(item.path.name, item.detail) for item in found.items] == [
         ("fox-v.png", "one colour"),
         ("fox-u.png", "blur 0.50"),
@@ -157,7 +162,7 @@ def test_series_are_numbered_and_alike(folder: Make) -> None:
     ],
 )
 def test_captions_that_say_nothing(folder: Make, text: str, name: str) -> None:
-    found = by_name(texts.check(folder(picture(20, text=text)), lambda text: len(text.split()), 75))
+    found = by_name(found_by(texts.check, folder(picture(20, text=text))))
     assert list(found) == [name]
     assert files(found[name]) == ["fox-u.png"]
     assert found[name].text.startswith("1 of 11 ")
@@ -174,7 +179,7 @@ def test_captions_that_say_nothing(folder: Make, text: str, name: str) -> None:
     ],
 )
 def test_captions_that_are_fine(folder: Make, text: str) -> None:
-    assert not list(texts.check(folder(picture(20, text=text)), lambda text: len(text.split()), 75))
+    assert not (found_by(texts.check, folder(picture(20, text=text))))
 
 
 def test_class_tokens_are_no_captions(folder: Make) -> None:
@@ -193,41 +198,41 @@ def test_one_caption_on_many_images(folder: Make) -> None:
         picture(number, text=f"abcd,  a {word} in the snow") for number, word in enumerate(("fox", "Fox", "FOX"), 20)
     ]
     twice = [picture(number, text="abcd, a bear in the snow") for number in (23, 24)]
-    (found,) = texts.check(folder(*shared, *twice), len, 999)
+    (found,) = found_by(texts.check, folder(*shared, *twice))
     assert found.name == "one caption, many images"
     assert files(found) == ["fox-u.png", "fox-v.png", "fox-w.png"]
 
 
 def test_the_trigger_word_is_the_one_that_most_captions_begin_with(folder: Make) -> None:
-    found = by_name(words.check(folder(picture(20, text="a bear, in the woods, at night"))))
+    found = by_name(found_by(words.check, folder(picture(20, text="a bear, in the woods, at night"))))
     assert list(found) == ["trigger word missing"]
     assert found["trigger word missing"].text == "'abcd', with which most captions begin, is missing in 1 of 11"
     sentences = [picture(number, text=f"Abcd sits on chair {number}.") for number in range(9)]
-    found = by_name(words.check(folder(*sentences, picture(20, text="It sits on a chair."), good=0)))
+    found = by_name(found_by(words.check, folder(*sentences, picture(20, text="It sits on a chair."), good=0)))
     assert files(found["trigger word missing"]) == ["fox-u.png"]
     behind = folder(picture(20, text="a bear, in the woods, with abcd"))
-    assert not list(words.check(behind)), "anywhere in the caption is enough"
+    assert not (found_by(words.check, behind)), "anywhere in the caption is enough"
 
 
 @pytest.mark.parametrize("start", ["a", "The", "1girl,", "photo of", "2boys,", "this is"])
 def test_usual_beginnings_are_no_trigger_word(folder: Make, start: str) -> None:
     usual = [picture(number, text=f"{start} thing {number} by number {number}") for number in range(9)]
-    assert not list(words.check(folder(*usual, picture(20, text="other words of mine"), good=0)))
+    assert not (found_by(words.check, folder(*usual, picture(20, text="other words of mine"), good=0)))
 
 
 def test_tags_and_sentences(folder: Make) -> None:
     tags = [picture(number, text=f"abcd, fox, snow, tag {number}") for number in range(10)]
     mixed = folder(*tags, picture(20, text="abcd, here a fox that is sitting in the snow looks to the left."), good=0)
-    found = by_name(words.check(mixed))
+    found = by_name(found_by(words.check, mixed))
     assert files(found["tags and sentences"]) == ["fox-u.png"]
     assert "10 captions are lists of tags and 1 are sentences" in found["tags and sentences"].text
-    assert "tags and sentences" not in by_name(words.check(folder(*tags, good=0)))
+    assert "tags and sentences" not in by_name(found_by(words.check, folder(*tags, good=0)))
 
 
 def test_constant_and_rare_tags(folder: Make) -> None:
     tags = [picture(number, text=f"abcd, fox, snow, {'day' if number % 2 else 'night'}") for number in range(10)]
     data = folder(*tags[:-1], picture(20, text="abcd, fox, snow, nihgt"), good=0)
-    found = by_name(words.check(data))
+    found = by_name(found_by(words.check, data))
     assert found["constant tags"].text == "3 tags are in every caption: abcd, fox, snow"
     assert found["rare tags"].text == "1 of 6 tags are on one image alone: nihgt"
     assert list(words.tag_counts(data).items())[:4] == [("abcd", 10), ("fox", 10), ("snow", 10), ("night", 5)]
