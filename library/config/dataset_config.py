@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,29 @@ def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
 
 def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
     """The data sets of a run. Raises UserError, which names every mistake that was found, one a line."""
+    datasets = _load(options)
+    if (fold := options.validation.validation_fold) is None:
+        return datasets
+    if not any(_is_divided(subset) for spec in datasets for subset in spec.subsets):
+        raise UserError("--validation_fold: there is no folder to hold out a part of: each has a validation_dir")
+    return tuple(
+        replace(spec, subsets=tuple(_folded(subset, 1 / fold[1]) for subset in spec.subsets)) for spec in datasets
+    )
+
+
+def _folded(subset: SubsetSpec, share: float) -> SubsetSpec:
+    """The subset with the share that --validation_fold holds out."""
+    if subset.validation_split:
+        raise UserError(f"{subset.origin}: validation_split: --validation_fold takes its place, leave it out")
+    return replace(subset, validation_split=share) if _is_divided(subset) else subset
+
+
+def _is_divided(subset: SubsetSpec) -> bool:
+    """Whether --validation_fold holds out a part of it."""
+    return subset.learns and subset.validation_dir is None
+
+
+def _load(options: Options) -> tuple[DatasetSpec, ...]:
     data = options.data
     if data.dataset_config is not None:
         _warn_of_others(options, "dataset_config", ("train_data_dir", "reg_data_dir", "in_json"))

@@ -22,8 +22,9 @@ def idle(options: Options) -> dict[str, str]:
     wanted = options.validation
     elsewhere: dict[str, str] = {}  # options that other modules warn of, in more detail
     if options.data.dataset_config is None:
-        if not wanted.validation_split:
-            for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+        if not wanted.validation_split and wanted.validation_fold is None:
+            names = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_group")
+            for name in names:
                 elsewhere[name] = ": it matters only together with --validation_split"
         if not options.data.token_warmup_step:
             elsewhere["token_warmup_min"] = ": it matters only together with --token_warmup_step"

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.util
-import logging
-import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from library import log
 from library.config import dataset_config, parser
-from library.config.command import Command, read, run
+from library.config.command import Command, run
 from library.config.fields import BadValue, option, read_int
 from library.config.options import Options
 from library.errors import UserError
-from library.evaluation import rank_curve
+from library.evaluation import rank_curve, sweep
 from library.evaluation.rank_curve import ALPHAS, Point, Trained, alpha_of
 from library.files.atomic import replacing
-from library.files.typed_json import to_json
-from library.record import metrics, run_file
 from library.units import human_bytes, human_time
-
-logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Trains a LoRA at each of several ranks with the settings of a config file, one after the other, and compares the lowest
@@ -38,8 +27,6 @@ losses on held-out images. Options of train_network.py stand behind --, as in
 
 An interrupted sweep continues with the same command: finished ranks are read, and one that was interrupted resumes from
 its last state, after its last whole epoch."""
-
-NOT_COMPARED = ("resume", "overwrite", "config_file", "ddp_timeout")
 
 
 def read_ranks(word: str) -> tuple[int, ...]:
@@ -72,60 +59,33 @@ COMMAND = Command(name="lora-tools find_rank", description=DESCRIPTION, groups={
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One run: its words for train_network.py, and the options that they mean."""
+class Planned(sweep.Planned):
+    """A run at one rank."""
 
     rank: int
     alpha: float
-    seed: int
-    words: tuple[str, ...]
-    options: Options
-
-    @property
-    def file(self) -> Path:
-        """Its last network."""
-        output = self.options.output
-        return Path(output.output_dir) / f"{output.output_name}.{output.save_model_as}"
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank}, seed {self.seed}"
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: that of a training which failed or was stopped, else 0. Raises UserError."""
-    place = argv.index("--") if "--" in argv else len(argv)
-    try:
-        sweep: FindRankOptions = read(COMMAND, argv[:place]).groups["sweep"]
-    except UserError as error:
-        hint = "\noptions of train_network.py stand behind --" * ("unknown option" in str(error))
-        raise UserError(f"{error}{hint}") from None
-    config = [] if sweep.config_file is None else ["--config_file", sweep.config_file]
-    words = [*config, *argv[place + 1 :]]
+    groups, words = sweep.read_words(COMMAND, argv)
+    wanted: FindRankOptions = groups["sweep"]
     own = parser.parse(words)
     _check(own)
-    runs = list(planned(own, words, sweep))
+    runs = list(planned(own, words, wanted))
     folder = runs[0].file.parent
     paths = [folder / f"find-rank.{end}" for end in ("csv", "png")]
-    if not sweep.overwrite:
+    if not wanted.overwrite:
         for one in runs:
-            _refuse_other_settings(one)
-    print(f"{len(runs)} runs into {folder}: ranks {', '.join(map(str, sweep.ranks))}; {ALPHAS[sweep.alpha]}")
-    done: list[Trained] = []
-    for one in runs:
-        result = None if sweep.overwrite else _finished(one)
-        if result is None:
-            logger.info("find_rank: training %s, alpha %g", one.name, one.alpha)
-            if code := _train(one, anew=sweep.overwrite):
-                print(f"{one.name}: ended with exit code {code}; the same command continues the sweep", file=sys.stderr)
-                return code
-            result = _finished(one)
-            if result is None:
-                raise UserError(f"{one.file}: its run ended without a validation: look at its messages")
-        done.append(result)
+            sweep.refuse_other_settings(one)
+    print(f"{len(runs)} runs into {folder}: ranks {', '.join(map(str, wanted.ranks))}; {ALPHAS[wanted.alpha]}")
+    outcomes, code = sweep.train_all(runs, anew=wanted.overwrite)
+    if code:
+        return code
+    done = [_trained(one, outcome) for one, outcome in zip(runs, outcomes, strict=True)]
     found = rank_curve.points(done)
-    chosen = rank_curve.knee(found, within=sweep.within)
-    for line in table(found, chosen, within=sweep.within):
+    chosen = rank_curve.knee(found, within=wanted.within)
+    for line in table(found, chosen, within=wanted.within):
         print(line)
     _write_csv(paths[0], done)
     rank_curve.plot(paths[1], found, chosen)
@@ -140,17 +100,9 @@ def _check(own: Options) -> None:
             "ranks are compared by the loss on held-out images, and there are none: add --validation_split 0.1 behind "
             "--, or a validation_dir to a subset of --dataset_config (docs/validation.md)"
         )
-    guidance = own.guidance
-    for name, value in (
-        ("resume", own.run.resume),
-        ("dry_run", own.run.dry_run),
-        ("debug_dataset", own.run.debug_dataset),
-        ("find_lr", guidance.find_lr),
-        ("recommend", guidance.recommend),
-        ("dim_from_weights", own.network.dim_from_weights),
-        ("network_weights", own.network.network_weights),
-    ):
-        if value:
+    sweep.refuse_other_jobs(own, "find_rank")
+    for name in ("dim_from_weights", "network_weights"):
+        if getattr(own.network, name):
             raise UserError(f"--{name}: leave it out; find_rank trains new networks of several ranks")
     _refuse_kinds_without_rank(own)
 
@@ -165,7 +117,7 @@ def _refuse_kinds_without_rank(own: Options) -> None:
         raise UserError(f"--network_module {module}: {kinds.load(kind).NOUN} has no rank to find")
 
 
-def planned(own: Options, words: Sequence[str], sweep: FindRankOptions) -> Iterator[Planned]:
+def planned(own: Options, words: Sequence[str], wanted: FindRankOptions) -> Iterator[Planned]:
     """The runs: every rank with the first seed, then with the second. What the user gave stays, but for rank, alpha,
     seed and the places of the files; all runs hold out the same images, with the same noise."""
     own_rank = own.network.network_dim or 4  # the trainer's default
@@ -173,108 +125,22 @@ def planned(own: Options, words: Sequence[str], sweep: FindRankOptions) -> Itera
     first = own.training.seed or 0
     noise = own.validation.validation_seed
     folder = Path(own.output.output_dir) / f"{own.output.output_name or 'last'}-ranks"
-    every, last = own.output.save_every_n_epochs, own.output.save_last_n_epochs
-    states = ["--save_state", "--save_every_n_epochs", str(every or 1), "--save_last_n_epochs_state", "1"]
-    states += ["--save_last_n_epochs", str(last or 1)] if every is None else []
-    for seed in range(first, first + sweep.seeds):
-        for rank in sweep.ranks:
-            alpha = alpha_of(sweep.alpha, rank, own_rank=own_rank, own_alpha=own_alpha)
+    for seed in range(first, first + wanted.seeds):
+        for rank in wanted.ranks:
+            alpha = alpha_of(wanted.alpha, rank, own_rank=own_rank, own_alpha=own_alpha)
             more = [
                 *("--network_dim", str(rank), "--network_alpha", f"{alpha:g}", "--seed", str(seed)),
                 *("--validation_seed", str(first if noise is None else noise), "--monitoring=true"),
-                *("--output_dir", str(folder), "--output_name", f"rank{rank}-seed{seed}", *states),
+                *("--output_dir", str(folder), "--output_name", f"rank{rank}-seed{seed}", *sweep.state_words(own)),
             ]
-            with log.errors_only():  # its warnings came with `own`
-                options = parser.parse([*words, *more])
-            yield Planned(rank, alpha, seed, (*words, *more), options)
+            all_words = (*words, *more)
+            name = f"rank {rank}, seed {seed}"
+            yield Planned(name, seed, all_words, sweep.options_of(all_words), rank, alpha)
 
 
-def _refuse_other_settings(one: Planned) -> None:
-    """`UserError` where the folder holds a run of this name with other settings."""
-    record = run_file.read(run_file.run_path(one.file))
-    if record is None:
-        return
-    now = _in_effect(one)
-    different = [name for name, value in now.items() if record.settings.in_effect.get(name) != value]
-    if different:
-        shown = ", ".join(
-            f"--{name} {record.settings.in_effect.get(name)} there, {now[name]} here" for name in different[:3]
-        )
-        raise UserError(
-            f"{one.file.parent} holds a sweep with other settings ({one.name}: {shown}): give another --output_name, "
-            "or --overwrite before the -- to train everything again"
-        )
-
-
-def _in_effect(one: Planned) -> dict[str, Any]:
-    from library.run.recording import in_effect
-
-    values: dict[str, Any] = to_json(in_effect(one.options, seed=one.seed))
-    return {name: value for name, value in values.items() if name not in NOT_COMPARED}
-
-
-def _finished(one: Planned) -> Trained | None:
-    """The result of a run that has finished; None for another."""
-    record = run_file.read(run_file.run_path(one.file))
-    if record is None or run_file.standing(record) != run_file.FINISHED or not one.file.is_file():
-        return None
-    validations = [
-        (line["validation"]["loss"], line["step"])
-        for line in metrics.lines(metrics.metrics_path(one.file))
-        if "validation" in line and line["validation"].get("loss") is not None
-    ]
-    base = next((loss for loss, step in validations if step == 0), None)
-    after = [(loss, step) for loss, step in validations if step > 0]
-    if base is None or not after:
-        return None
-    loss, step = min(after)
-    seconds = sum((session.ended or session.heartbeat) - session.started for session in record.sessions)
-    return Trained(one.rank, one.alpha, one.seed, base, loss, step, one.file.stat().st_size, seconds)
-
-
-def _train(one: Planned, *, anew: bool) -> int:
-    """Train in a process of its own, from the run's newest state where there is one. Returns the exit code."""
-    record = run_file.read(run_file.run_path(one.file))
-    if record is not None and run_file.standing(record) == run_file.RUNNING and not anew:
-        raise UserError(f"{one.file}: is being trained by another process (process {record.session.pid})")
-    words = [*one.words, "--resume", "latest"] if not anew and _states(one) else [*one.words, "--overwrite"]
-    code = _run([sys.executable, _program(), *words])
-    if code == 0:
-        _forget_states(one)
-    return code
-
-
-def _forget_states(one: Planned) -> None:
-    """Remove the states of a finished run: each is several times as large as its network."""
-    for state in _states(one):
-        shutil.rmtree(state)
-
-
-def _run(command: Sequence[str]) -> int:
-    """Run a program to its end and return its exit code. Ctrl-C reaches it as well, and SIGTERM is passed on to it: it
-    saves its state and ends, and only then does this function return."""
-    with subprocess.Popen(command) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            while True:
-                with contextlib.suppress(KeyboardInterrupt):
-                    return process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _program() -> str:
-    found = importlib.util.find_spec("train_network")
-    assert found is not None, "train_network.py is installed beside this package"
-    assert found.origin is not None
-    return found.origin
-
-
-def _states(one: Planned) -> list[Path]:
-    from library.record import saves
-
-    folder, name = one.file.parent, one.options.output.output_name
-    return [path for path in folder.iterdir() if saves.is_state_name(path.name, name)] if folder.is_dir() else []
+def _trained(one: Planned, outcome: sweep.Outcome) -> Trained:
+    size = one.file.stat().st_size
+    return Trained(one.rank, one.alpha, one.seed, outcome.base, outcome.loss, outcome.step, size, outcome.seconds)
 
 
 def table(found: Sequence[Point], chosen: Point, *, within: float) -> Iterator[str]:

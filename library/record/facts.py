@@ -98,6 +98,20 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Flaw:
+    """A finding of the data check in one folder. `level`: "to fix", "to look at" or "to know". `files`: the first names
+    of `count` files."""
+
+    source: str
+    name: str
+    level: str
+    text: str
+    advice: str
+    count: int
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """A caption as it is trained. `changing`: the settings that change its text each time, with their values; the value
     of a flag is empty."""
@@ -210,7 +224,8 @@ class DecayCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0."""
+    """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0.
+    `flaws`: those of the data, the worst of each folder first."""
 
     model: Model
     network: Network
@@ -222,3 +237,4 @@ class Facts:
     batch: Batch
     rates: Rates
     decay: Decay | None
+    flaws: tuple[Flaw, ...] = ()

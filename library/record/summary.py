@@ -11,6 +11,7 @@ from library.record.facts import (
     DecayCurve,
     Embedding,
     Facts,
+    Flaw,
     Images,
     Model,
     Network,
@@ -18,6 +19,7 @@ from library.record.facts import (
     Validation,
 )
 
+_MOST_FLAWS = 4
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
 
@@ -55,6 +57,7 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     if any(folder.by_shares or {folder.least, folder.most} != {folder.repeats} for folder in facts.images):
         yield from _drawn(facts.images)
     yield from _captions(facts.captions)
+    yield from flaw_rows(facts.flaws)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
     for bucket in facts.buckets:
@@ -167,6 +170,21 @@ def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
         changing = ", ".join(f"{name} {value}".strip() for name, value in example.changing)
         each = f" (changes each time: {changing})" if changing else ""
         yield "", f"trained for example: '{example.text}'{each}"
+
+
+def flaw_rows(flaws: Sequence[Flaw]) -> Iterator[tuple[str, str]]:
+    """Those that matter, with the first files of each."""
+    serious = [flaw for flaw in flaws if flaw.level != "to know"]
+    for number, flaw in enumerate(serious[:_MOST_FLAWS]):
+        names = ", ".join(flaw.files[:3]) + (" …" if flaw.count > 3 else "")
+        yield "" if number else "data check", f"{flaw.source}: {flaw.text}" + (f" ({names})" if names else "")
+    if len(serious) > _MOST_FLAWS:
+        yield "", f"{len(serious) - _MOST_FLAWS} more to look at; --check_data shows everything, with pictures"
+    elif serious:
+        yield "", "--check_data shows everything, with pictures"
+    elif flaws:
+        names = ", ".join(dict.fromkeys(flaw.name for flaw in flaws))
+        yield "data check", f"nothing to fix; to know: {names} (--check_data shows them, with pictures)"
 
 
 def _validation(facts: Validation) -> str:

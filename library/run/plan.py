@@ -67,7 +67,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     only_family: the required family of the base model, as in `library.models.FAMILIES`.
     """
     datasets = word.with_templates(load_datasets(options), options)
-    _check_data_options(options, datasets)
+    check_data_options(options, datasets)
     _warn_of_unused_rates(options)
     arguments = _network_arguments(options)
     _check_metadata(options.output)
@@ -88,13 +88,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     choice = _choose_optimizer(options, validates=is_validated(datasets))
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
-    family = open_family(
-        options.model.pretrained_model_name_or_path,
-        vae=options.model.vae,
-        only=only_family,
-        options=vars(options.model) | vars(options.objective),
-        given=options.given,
-    )
+    family = base_of(options, only_family=only_family)
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
@@ -103,6 +97,8 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         multiple_of=family.size_divisor,
         skip_bad_images=options.data.skip_bad_images,
         seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
+        validation_group=options.validation.validation_group,
+        fold=options.validation.validation_fold,
     )
     word.check_captions(options, family, prepared)
     rehearsed = rehearse(family, options, arguments, resume=resume)
@@ -124,6 +120,17 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         started_at=started_at,
         session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
         resume=resume,
+    )
+
+
+def base_of(options: Options, *, only_family: str | None = None) -> ModelFamily:
+    """The family of the base model, opened but not loaded. `only_family`: as of `make_plan`."""
+    return open_family(
+        options.model.pretrained_model_name_or_path,
+        vae=options.model.vae,
+        only=only_family,
+        options=vars(options.model) | vars(options.objective),
+        given=options.given,
     )
 
 
@@ -201,7 +208,7 @@ def _rates(options: Options) -> dict[str, float]:
     return rates
 
 
-def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
+def check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
     """Check the data sets against the options about them, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
     check_shares(datasets)

@@ -47,7 +47,8 @@ _FREE = frozenset(
         *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights", "deterministic"),
         *("weights", "save_embedding"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
-        *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
+        *("validation_split", "validation_seed", "validation_group", "validation_fold"),
+        *("validate_every_n_steps", "validate_every_n_epochs"),
         *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
     }
 )

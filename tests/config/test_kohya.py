@@ -36,6 +36,7 @@ OWN_DEFAULTS = {
 OURS = {
     *("balance", "reg_share", "resolutions"),
     *("cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"),
+    *("check_data", "validation_group", "validation_fold"),
     *("weight_decay", "lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),
     *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for", "deterministic", "allow_tf32"),

@@ -307,6 +307,12 @@ class RunOptions:
     debug_dataset: bool = option(
         False, help="render the network's input, images and captions, into NAME-dataset.png instead of training"
     )
+    check_data: Literal["", "page", "list"] = option(
+        "",
+        alone="page",
+        help="look for flaws in images and captions instead of training: prints them and writes NAME-data.html with "
+        "pictures; --check_data=list writes all files' names into NAME-data.tsv as well (ours)",
+    )
     dry_run: Literal["", "plan", "measure"] = option(
         "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
     )
@@ -363,7 +369,7 @@ class Options:
                 "itself, which torch's 8-bit floats do not allow; --base_format fp8_scaled, int8 and nf4 do"
             )
         instead = {
-            **{name: getattr(self.run, name) for name in ("dry_run", "debug_dataset")},
+            **{name: getattr(self.run, name) for name in ("dry_run", "check_data", "debug_dataset")},
             **{name: getattr(self.guidance, name) for name in ("find_lr", "recommend")},
         }
         asked = [f"--{name}" for name, value in instead.items() if value]
