@@ -1,17 +1,16 @@
 """Memory of SDXL at its true size: estimates for GPUs, and peak memory and time of real steps on this machine.
 
-    python -m benchmarks.sdxl_memory estimate          # no memory to speak of: shapes only
+    python -m benchmarks.sdxl_memory estimate          # two minutes; shapes only, no weights
     python -m benchmarks.sdxl_memory measure           # needs about 8 GiB of free memory
 
-The model has random weights in bf16, drawn in place into one folder at the first call (6.9 GB on disk, --folder).
-Estimates are those of `--dry_run`; they hold for any device, without its own overhead (CUDA: about 0.5 GiB).
+What is measured has random weights in bf16, drawn in place at the first call (6.9 GB on disk, --folder).
+Estimates are those of `--dry_run --gpu_memory`, without the device's own overhead (CUDA: about 0.5 GiB).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import struct
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.peak_memory import ROOT
 from benchmarks.step_time import image_folder
+from benchmarks.true_outlines import write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,31 +142,20 @@ def estimates(model: Path, data: Path, only: list[str] | None) -> None:
 
 
 def computed(command: list[str]) -> list[float]:
-    """In GiB: a step, of that weights, state, activations and gradients; and encoding the images before."""
-    result = subprocess.run(
-        [sys.executable, "train_network.py", *command, "--dry_run"],
-        cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    whole, step = _moment("a training step", result.stdout)
-    encoding, _ = _moment("caching latents", result.stdout)
-    weights, passing = (sum(step[name] for name in names) for names in (_WEIGHTS, _PASSING))
-    return [whole, weights, step["optimizer state"], passing, encoding]
+    """In GiB, on a GPU: a step, of that weights, state, activations and gradients; and encoding the images before."""
+    from library import log
+    from library.config.parser import parse
+    from library.guidance import verdict
+    from library.guidance.moments import TRAINING
+    from library.run.plan import make_plan
 
-
-_WEIGHTS, _PASSING = ("weights", "adapter"), ("gradients", "activations")
-
-
-def _moment(name: str, said: str) -> tuple[float, dict[str, float]]:
-    """The GiB of one of a dry run's moments, and of its parts."""
-    (line,) = re.findall(rf"^.*  {name}: .*$", said, flags=re.MULTILINE)
-    size = rf"([\d.]+) ({'|'.join(_UNITS)})"
-    found = re.search(size, line)
-    assert found is not None, line
-    parts = re.findall(rf"(?:: |, )([a-z ]+) {size}", line)
-    return float(found[1]) / _UNITS[found[2]], {part: float(number) / _UNITS[unit] for part, number, unit in parts}
-
-
-_UNITS = {"GiB": 1, "MiB": 2**10, "KiB": 2**20}
+    with log.errors_only():
+        plan = make_plan(parse([*command, "--gpu_memory", "24GB"]))
+        needs = verdict.estimator(plan).needs(plan.options)
+    step = needs.moment(TRAINING)
+    parts = (("weights", "adapter"), ("optimizer state",), ("activations", "gradients"))
+    found = [step.total, *(sum(step.parts[name] for name in names) for names in parts)]
+    return [nbytes / 2**30 for nbytes in (*found, needs.moment("caching latents").total)]
 
 
 def measure(model: Path, data: Path, resolution: int, more: tuple[str, ...]) -> None:
@@ -190,13 +179,12 @@ def main() -> None:
     parser.add_argument("--only", choices=SETTINGS, action="append", help="of the estimates")
     parser.add_argument("--fp8_base", action="store_true", help="of the measured steps: weights in 8 bits")
     options = parser.parse_args()
-    model = model_folder(options.folder.resolve())
     with tempfile.TemporaryDirectory() as temporary:
-        data = image_folder(Path(temporary), count=16)  # a batch cannot be larger
+        data = image_folder(Path(temporary, "images"), count=16)  # a batch cannot be larger
         if options.what == "estimate":
-            estimates(model, data, options.only)
+            estimates(write(Path(temporary, "sdxl"), "sdxl"), data, options.only)
         else:
-            measure(model, data, options.resolution, FLOAT8 * options.fp8_base)
+            measure(model_folder(options.folder.resolve()), data, options.resolution, FLOAT8 * options.fp8_base)
 
 
 if __name__ == "__main__":
