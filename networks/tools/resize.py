@@ -82,14 +82,13 @@ def resize(
 ) -> None:
     """Write a LoRA of lower rank, and print the kept energy. Raises UserError."""
     from networks.tools import result
-    from networks.tools.low_rank import Factors, factors_of
+    from networks.tools.low_rank import Factors
 
     _check(method, parameter)
     check_output(target, [path], overwrite=overwrite)
     (source,) = result.read([path], purpose="is resized")
     layers, kept, whole = {}, 0.0, 0.0
-    for name, layer in bar(list(source.layers.items()), desc="resizing", unit="layer"):
-        factors = factors_of(layer.tensors)  # in fp32, of one layer at a time
+    for name, factors in bar(result.factors(source).items(), desc="resizing", unit="layer"):
         left, values, right = factors.decomposed()
         most = (conv_rank or rank) if factors.spatial else rank
         count = min(most, len(values), count_of(values, method, parameter))
