@@ -98,7 +98,8 @@ def draw(names: Mapping[str, Path]) -> None:
     words = ("--pretrained_model_name_or_path", BASE, "--prompt", *(f"{prompt} {flags}" for prompt in PROMPTS))
     folder = shown[0].parent
     tool("draw", *shown, *words, "--output_dir", folder, "--cell", 96, "--overwrite")
-    Image.open(folder / "grid.png").convert("RGB").save(PICTURE, optimize=True)
+    image = Image.open(folder / "grid.png").convert("RGB")
+    image.quantize(128, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
 
 
 def train(folder: Path, style: str, images: Path, seed: int) -> None:

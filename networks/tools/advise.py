@@ -161,7 +161,10 @@ def _method(pairs: Sequence[Pair], two: bool) -> tuple[str, str]:
         return "linear", f"{words}; give weights that add up to 1"
     least = f"{worst[1].cosine:.2f} to " if len(wholes) > 1 else ""
     words = f"cosine {least}{alike[1].cosine:.2f}, limits {AGAINST:g} and {ALIKE:g}"
-    return "linear", f"the files hardly overlap ({words}): the sum keeps them all"
+    return (
+        "linear",
+        f"the files hardly overlap ({words}): the sum keeps them all; lower --weights where it is too strong",
+    )
 
 
 def plot(path: Path, pairs: Sequence[Pair]) -> None:

@@ -76,10 +76,9 @@ def main(argv: Sequence[str]) -> int:
         if path is not None:
             check_output(path, [file], overwrite=options.overwrite, option=name, end=end)
     (source,) = result.read([file], purpose="is analysed")
-    layers = result.factors(source)
     found = [
         spectrum_of(name, factors.rank, factors.values())
-        for name, factors in bar(list(layers.items()), desc="singular values", unit="layer")
+        for name, factors in bar(result.factors(source).items(), desc="singular values", unit="layer")
     ]
     print("\n".join(report(found)))
     if options.csv is not None:

@@ -88,7 +88,7 @@ def resize(
     check_output(target, [path], overwrite=overwrite)
     (source,) = result.read([path], purpose="is resized")
     layers, kept, whole = {}, 0.0, 0.0
-    for name, factors in bar(list(result.factors(source).items()), desc="resizing", unit="layer"):
+    for name, factors in bar(result.factors(source).items(), desc="resizing", unit="layer"):
         left, values, right = factors.decomposed()
         most = (conv_rank or rank) if factors.spatial else rank
         count = min(most, len(values), count_of(values, method, parameter))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,9 +54,28 @@ def _version(file: AdapterFile) -> str:
     return file.metadata.get("ss_base_model_version", "").replace("None", "")
 
 
-def factors(file: AdapterFile) -> dict[str, Factors]:
-    """The factors of each layer."""
-    return {name: factors_of(layer.tensors) for name, layer in file.layers.items()}
+class _Factors(Mapping[str, Factors]):
+    """The factors of each layer of a file, in fp32: formed when one is asked for, and not kept."""
+
+    def __init__(self, file: AdapterFile) -> None:
+        self._layers = file.layers
+
+    def __getitem__(self, name: str) -> Factors:
+        return factors_of(self._layers[name].tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+
+def factors(file: AdapterFile) -> Mapping[str, Factors]:
+    """The factors of each layer, by name; see `_Factors`."""
+    return _Factors(file)
 
 
 def common_metadata(sources: Sequence[AdapterFile]) -> dict[str, str]:
