@@ -124,7 +124,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
 
 
 def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
-    """Whether any images are held out for validation, or lie in a validation folder."""
+    """Whether any images are held out for validation, or lie in a subset's validation folder."""
     return any(subset.validates for dataset in datasets for subset in dataset.subsets)
 
 

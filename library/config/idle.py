@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from library.config.options import Options, declared_options
+from library.config.options.validation import WITHOUT_IMAGES
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +18,9 @@ def idle(options: Options) -> dict[str, str]:
     wanted = options.validation
     elsewhere: dict[str, str] = {}  # options that other modules warn of, in more detail
     if options.data.dataset_config is None:
-        if not wanted.validation_split:
+        if not (wanted.validation_split or wanted.validation_dir or wanted.forgetting_dir):
             for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
-                elsewhere[name] = ": it matters only together with --validation_split"
+                elsewhere[name] = f": {WITHOUT_IMAGES}"
         if not options.data.token_warmup_step:
             elsewhere["token_warmup_min"] = ": it matters only together with --token_warmup_step"
         if options.data.enable_bucket:

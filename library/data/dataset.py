@@ -127,7 +127,7 @@ class TrainingData:
         *,
         batch_size: int,
         disk: Disk | None = None,
-        beside: TrainingData | None = None,
+        beside: Sequence[TrainingData] = (),
     ) -> None:
         """See `cache.encode_images`, or with `disk` `disk_cache.cache_images`. `beside`: other data of the same run."""
         views = self.cached_views()
@@ -135,7 +135,7 @@ class TrainingData:
         if disk is None:
             latents = encode_images(views, encode, batch_size=batch_size)
         else:
-            others = beside.cached_views() if beside is not None else ()
+            others = [view for other in beside for view in other.cached_views()]
             latents = cache_images(views, encode, batch_size=batch_size, disk=disk, used_too=others)
         self.latents = latents
 
@@ -151,7 +151,7 @@ class TrainingData:
         *,
         batch_size: int,
         disk: Disk | None = None,
-        beside: TrainingData | None = None,
+        beside: Sequence[TrainingData] = (),
     ) -> None:
         """See `cache.encode_captions`, or with `disk` `disk_cache.cache_captions`. `beside`: other data of the run.
 
@@ -161,7 +161,7 @@ class TrainingData:
         if disk is None:
             self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
         else:
-            others = beside.caption_folders() if beside is not None else {}
+            others = {text: folder for other in beside for text, folder in other.caption_folders().items()}
             self.texts = cache_captions(
                 self.caption_folders(), encode, batch_size=batch_size, disk=disk, used_too=others
             )

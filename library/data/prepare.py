@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from library.data.plan import Group
 from library.data.samples import Sample, Scan, Size, SubsetSummary
 from library.data.sources import dreambooth, metadata
 from library.errors import UserError
+from library.rng import key_of
 
 if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec, SubsetSpec
@@ -31,13 +32,19 @@ _MOST_DRAWS = 20_000_000  # in an epoch
 
 @dataclass(frozen=True)
 class Prepared:
-    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `validation`: the images held out."""
+    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `validation`: the images held out.
+    `trained`: some of the trained images, prepared as those held out are, to compare the two.
+
+    `contents`: the file of each content among all images, those held out included; empty where nothing is measured.
+    """
 
     samples: list[Sample]
     placements: list[Placement]
     groups: list[Group]
     summaries: list[SubsetSummary]
     validation: Prepared | None = None
+    trained: Prepared | None = None
+    contents: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def train_images(self) -> int:
@@ -51,13 +58,19 @@ class Prepared:
 
 
 def prepare(
-    datasets: Sequence[DatasetSpec], *, multiple_of: int, skip_bad_images: bool = False, seed: int = 0
+    datasets: Sequence[DatasetSpec],
+    *,
+    multiple_of: int,
+    skip_bad_images: bool = False,
+    seed: int = 0,
+    measures: bool = False,
 ) -> Prepared:
     """Find all images and captions, decode every image once, hold out those of validation, place each in a bucket.
 
     `multiple_of`: widths and heights are multiples of this many pixels, as the model's family declares it.
-    `seed`: of validation, for subsets without one of their own. Raises UserError for any mistake in the options, the
-    folders or the files; quick checks come first.
+    `seed`: of validation, for subsets without one of their own. `measures`: other images are measured in this run, or
+    trained ones beside those held out. Raises UserError for any mistake in the options, the folders or the files; quick
+    checks come first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     index = count()  # numbers the subsets of all data sets: part of their samples' keys
@@ -67,7 +80,7 @@ def prepare(
     masks = [sample.mask for sample in found if sample.mask is not None]
     paths = [*(sample.path for sample in found), *masks]
     validates = is_validated(datasets)
-    measured, bad = check_images(paths, contents=True) if validates else check_images(paths)
+    measured, bad = check_images(paths, contents=True) if validates or measures else check_images(paths)
     report_bad_images(bad, skip=skip_bad_images)
 
     usable, usable_apart = (
@@ -92,7 +105,24 @@ def prepare(
         validation.append(to_validate)
     warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
-    return replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
+    prepared = replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
+    if not measures:
+        return prepared
+    return replace(prepared, contents={contents[sample.path]: sample.path for part in usable for sample in part})
+
+
+def some_trained(prepared: Prepared, datasets: Sequence[DatasetSpec], *, multiple_of: int, count: int) -> Prepared:
+    """`count` of the images that are learnt, as validation would have them; all, if there are no more. The choice
+    depends on their contents alone. `prepared`: of `prepare` with `measures`."""
+    contents = {path: content for content, path in prepared.contents.items()}  # of each different image
+    by_dataset: list[list[Sample]] = [[] for _ in datasets]
+    for group in prepared.groups:
+        by_dataset[group.dataset] += [prepared.samples[index] for index, _ in group.members]
+    learnt = [[one for one in own if one.subset.learns and one.path in contents] for own in by_dataset]
+    distinct = [split([], own, contents, set())[1] for own in learnt]
+    chosen = sorted({one.key for own in distinct for one in own}, key=lambda key: key_of(key, "trained"))[:count]
+    kept = [[one for one in own if one.key in frozenset(chosen)] for own in distinct]
+    return _placed(datasets, [Buckets(spec, multiple_of=multiple_of) for spec in datasets], kept)
 
 
 def prepare_to_measure(dataset: DatasetSpec, *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:

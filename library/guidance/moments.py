@@ -191,7 +191,7 @@ class _Moments:
             yield self._encoding_texts()
         yield self._step()
         yield self._optimizers_step()
-        if self.estimator.plan.prepared.validation is not None:
+        if self._measured_groups():
             yield self._validation()
         samples = self.estimator.plan.samples
         if samples is not None:
@@ -277,10 +277,14 @@ class _Moments:
         weights += 0 if data.cache_latents else self.outline.weights["vae"][""]
         return Moment("caching text", {"weights": weights, "activations": peak})
 
+    def _measured_groups(self) -> list[Group]:
+        """The buckets of the images that are held out, and of further sets that are measured."""
+        plan = self.estimator.plan
+        sets = [plan.prepared.validation, plan.prepared.trained, *(one.prepared for one in plan.sets)]
+        return [group for one in sets if one is not None for group in one.groups]
+
     def _validation(self) -> Moment:
-        held_out = self.estimator.plan.prepared.validation
-        assert held_out is not None
-        size, count = _largest(held_out.groups)
+        size, count = _largest(self._measured_groups())
         peak = self._once(("predict", size, count), lambda outline: outline.predict(size, count))
         return Moment("validation", {**self.standing, **self._average_in_use("validate"), "activations": peak})
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
+from library.data.prepare import Prepared
 from library.errors import UserError
 from library.losses.preservation import Preservation
 from library.optimizers import weight_decay_choice
@@ -20,7 +21,7 @@ from library.record.saves import SavePlan
 from library.run import compiled, disk, recording, start
 from library.run.curves import Curves, curves_of, of_length
 from library.run.encode import load_and_encode, trains_text
-from library.run.hooks import Made, make_hooks
+from library.run.hooks import Made, MeasuredData, make_hooks
 from library.run.network import make_network, parameter_groups
 from library.run.objective import make_objective
 from library.run.plan import Plan
@@ -67,7 +68,7 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
         batches_per_step=per_step,
         total_steps=saves.total_steps,
     )
-    held_out = _held_out(plan)
+    measured = _measured(plan)
     prompts = EncodedPrompts(plan.family, _texts_to_draw(plan))
     base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
     load_and_encode(
@@ -77,11 +78,11 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
         accelerator,
         base_weights,
         prompts,
-        validation=held_out,
+        measured=measured.all(),
         cache=not options.run.dry_run,
     )
     core, following = _core(plan, accelerator, objective, saves, data, curves)
-    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, held_out, prompts, facts, record)))
+    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, measured, prompts, facts, record)))
     if plan.resume is not None:
         state.load(plan.resume, run, changed=changed)
     if accelerator.is_main_process and options.trains:
@@ -123,9 +124,10 @@ def _core(
         compiled.compile_blocks(family, options)
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
     if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
-        if refusal := network.refuses("off"):  # now, not in the first step
-            raise UserError(refusal)
+        _refuse_without_off(network)
         objective = replace(objective, more=(Preservation(family.predict, network.off),))
+    if plan.options.validation.forgetting_dir:
+        _refuse_without_off(network)
     groups, optimizer = _optimizer(plan, network)
     # before accelerate wraps the optimizer: it would restore a step() that the schedule has not patched
     schedule = None if curves.schedule is None else create_schedule(curves.schedule, optimizer)
@@ -158,6 +160,12 @@ def _core(
         dummy=dummy,
     )
     return run, (schedule, observe)
+
+
+def _refuse_without_off(network: TrainableNetwork) -> None:
+    """Raise UserError now, not in the first step, for a network that cannot be switched off."""
+    if refusal := network.refuses("off"):
+        raise UserError(refusal)
 
 
 def _optimizer(plan: Plan, network: TrainableNetwork) -> tuple[ParameterGroups, torch.optim.Optimizer]:
@@ -202,10 +210,20 @@ def _refuse_full_disk(plan: Plan, run: Run) -> None:
     )
 
 
-def _held_out(plan: Plan) -> TrainingData | None:
-    """The images that are held out, with the seed of validation."""
-    prepared, seed = plan.prepared.validation, plan.options.validation.validation_seed
-    return None if prepared is None else TrainingData(prepared, seed=plan.seed if seed is None else seed)
+def _measured(plan: Plan) -> MeasuredData:
+    """The images that are measured, with the seed of validation."""
+    seed = plan.options.validation.validation_seed
+
+    def data(prepared: Prepared) -> TrainingData:
+        return TrainingData(prepared, seed=plan.seed if seed is None else seed)
+
+    held_out, trained = plan.prepared.validation, plan.prepared.trained
+    return MeasuredData(
+        held_out=None if held_out is None else data(held_out),
+        trained=None if trained is None else data(trained),
+        sets={one.name: data(one.prepared) for one in plan.sets if not one.is_unrelated},
+        unrelated={one.name: data(one.prepared) for one in plan.sets if one.is_unrelated},
+    )
 
 
 def _texts_to_draw(plan: Plan) -> list[str]:

@@ -24,6 +24,7 @@ from library.sampling import render
 from library.sampling.prompts import SampleTimes
 from library.training.hook import Hook
 from library.training.hooks.ema import Ema
+from library.training.hooks.forgetting import ForgettingMeter
 from library.training.hooks.guard import Guard
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.max_norm import MaxNorm
@@ -33,6 +34,7 @@ from library.training.hooks.sampler import Sampler
 from library.training.hooks.saver import Saver
 from library.training.hooks.spill import Spill
 from library.training.hooks.validation import Times, Validator
+from library.training.hooks.validation_sets import ValidationSets
 from library.training.hooks.weight_decay import Observe, WeightDecay
 from library.training.meter import Meter
 from library.training.run import Run
@@ -40,12 +42,25 @@ from library.training.state import Facts
 from library.training.unwritten import Unwritten
 
 
+class MeasuredData(NamedTuple):
+    """The images that are measured during training: those held out, some of the trained ones, further sets by name."""
+
+    held_out: TrainingData | None
+    trained: TrainingData | None
+    sets: dict[str, TrainingData]
+    unrelated: dict[str, TrainingData]
+
+    def all(self) -> list[TrainingData]:
+        single = [one for one in (self.held_out, self.trained) if one is not None]
+        return [*single, *self.sets.values(), *self.unrelated.values()]
+
+
 class Made(NamedTuple):
     """Objects of this run, beside its core, that the hooks need."""
 
     schedule: LRScheduler | None
     observe: Observe | None
-    held_out: TrainingData | None
+    measured: MeasuredData
     prompts: render.EncodedPrompts
     facts: Facts  # of the states
     record: RunFile
@@ -62,7 +77,8 @@ def make_hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> tuple[Hook[R
 
 def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Run]]:
     options, saves = plan.options, run.saves
-    validator = None if made.held_out is None else _validator(options, run, made.held_out)
+    held_out = made.measured.held_out
+    validator = None if held_out is None else _validator(options, run, held_out)
     if made.schedule is not None and curves.schedule is not None:
         yield LrSchedule(made.schedule, curves.schedule)
     if curves.decay is not None:
@@ -80,6 +96,7 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
         yield from _writers(plan, run, curves, made, None if validator is None else validator.history)
     if validator is not None:
         yield validator
+    yield from _measuring(options, run, made.measured)
     yield Guard(
         options.divergence.on_divergence,
         limit=options.divergence.divergence_limit,
@@ -92,15 +109,35 @@ def _validator(options: Options, run: Run, held_out: TrainingData) -> Validator:
     return Validator(
         held_out,
         History(patience=wanted.early_stopping_patience, threshold=wanted.early_stopping_threshold),
-        Times(
-            every_n_steps=wanted.validate_every_n_steps,
-            every_n_epochs=wanted.validate_every_n_epochs,
-            steps_per_epoch=run.saves.steps_per_epoch,
-            total_steps=run.position.total,
-        ),
+        _times(options, run),
         timesteps=middles(*run.objective.steps),
         most_batches=wanted.max_validation_steps,
     )
+
+
+def _times(options: Options, run: Run) -> Times:
+    return Times(
+        every_n_steps=options.validation.validate_every_n_steps,
+        every_n_epochs=options.validation.validate_every_n_epochs,
+        steps_per_epoch=run.saves.steps_per_epoch,
+        total_steps=run.position.total,
+    )
+
+
+def _measuring(options: Options, run: Run, data: MeasuredData) -> Iterator[Hook[Run]]:
+    """The hooks that measure further images when validation measures those held out."""
+    timesteps, most = middles(*run.objective.steps), options.validation.max_validation_steps
+    if data.sets or data.trained is not None:
+        yield ValidationSets(data.sets, data.trained, timesteps=timesteps, most_batches=most)
+    if data.unrelated:
+        times = _times(options, run)
+        yield ForgettingMeter(
+            data.unrelated,
+            times.due,
+            timesteps=timesteps,
+            most_batches=most,
+            starts_as_base=options.network.network_weights is None,
+        )
 
 
 def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[Pictures]:

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from library.config.options import NetworkOptions, Options, OutputOptions
 from library.config.options.validation import check_validation
 from library.config.registry import Arguments
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
+from library.data.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets, validation_folders
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models.opening import open_family
@@ -41,11 +42,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Options that fit together, data that can be read, a model that exists."""
+    """Options that fit together, data that can be read, a model that exists.
+
+    `sets`: folders that are measured beside `prepared.validation`.
+    """
 
     options: Options
     datasets: tuple[DatasetSpec, ...]
     prepared: Prepared
+    sets: tuple[MeasuredSet, ...]
     family: ModelFamily
     choice: OptimizerChoice
     network_arguments: Arguments
@@ -63,7 +68,9 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     only_family: the required family of the base model, as in `library.models.FAMILIES`.
     """
     datasets = load_datasets(options)
-    _check_data_options(options, datasets)
+    folders = measured_folders(options, datasets)
+    validates = is_validated(datasets) or any(validation_folders(folders))
+    _check_data_options(options, datasets, validates=validates)
     _warn_of_unused_rates(options)
     arguments = _network_arguments(options)
     _check_metadata(options.output)
@@ -75,12 +82,11 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
     # torch loads from here on
     seed = _seed(options, resume)
-    from library.data.prepare import prepare
     from library.optimizers.trial import refuse_useless
     from library.run.rehearse import rehearse
 
     _check_weight_files(options.network)
-    choice = _choose_optimizer(options, validates=is_validated(datasets))
+    choice = _choose_optimizer(options, validates=validates)
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = open_family(
@@ -92,12 +98,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     )
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
-    prepared = prepare(
-        datasets,
-        multiple_of=family.size_divisor,
-        skip_bad_images=options.data.skip_bad_images,
-        seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
-    )
+    prepared, sets = _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
     if kernels := rehearse(family, options, arguments, resume=resume):
         with log.errors_only():  # its warnings have been logged above
             refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
@@ -106,6 +107,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         options=options,
         datasets=datasets,
         prepared=prepared,
+        sets=sets,
         family=family,
         choice=choice,
         network_arguments=arguments,
@@ -116,6 +118,37 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
         resume=resume,
     )
+
+
+def _images(
+    options: Options,
+    datasets: tuple[DatasetSpec, ...],
+    folders: Sequence[MeasuredFolder],
+    *,
+    seed: int,
+    multiple_of: int,
+) -> tuple[Prepared, tuple[MeasuredSet, ...]]:
+    """The images to train and those to validate, and further sets to measure. If no images are held out, those to
+    validate are the first folder of --validation_dir."""
+    from library.data.prepare import prepare, some_trained
+
+    wanted, skip = options.validation, options.data.skip_bad_images
+    prepared = prepare(
+        datasets,
+        multiple_of=multiple_of,
+        skip_bad_images=skip,
+        seed=seed if wanted.validation_seed is None else wanted.validation_seed,
+        measures=bool(folders) or wanted.validation_gap,
+    )
+    sets = measured_sets(folders, prepared.contents, multiple_of=multiple_of, skip_bad_images=skip)
+    if prepared.validation is None and sets and not sets[0].is_unrelated:
+        prepared = replace(prepared, validation=sets.pop(0).prepared)
+    if wanted.validation_gap:
+        assert prepared.validation is not None, "check_validation has seen that"
+        count = len(prepared.validation.samples)
+        trained = some_trained(prepared, datasets, multiple_of=multiple_of, count=count)
+        prepared = replace(prepared, trained=trained)
+    return prepared, tuple(sets)
 
 
 def _state_to_resume(options: Options) -> State | None:
@@ -188,10 +221,10 @@ def _rates(options: Options) -> dict[str, float]:
     return rates
 
 
-def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
+def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...], *, validates: bool) -> None:
     """Check the data sets against the options about them, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
-    check_validation(options.validation, validated=is_validated(datasets))
+    check_validation(options.validation, validated=validates)
     warn_of_idle_options(options)
     if options.data.cache_latents:
         refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)

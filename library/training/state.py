@@ -47,6 +47,7 @@ _FREE = frozenset(
         *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights", "deterministic"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
         *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
+        *("validation_dir", "validation_gap", "forgetting_dir"),
         *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
     }
 )

@@ -39,6 +39,7 @@ OURS = {
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),
     *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for", "deterministic", "allow_tf32"),
     *("save_naming", "base_format", "text_encoder_format", "fit", "gpu_memory"),
+    *("validation_dir", "validation_gap", "forgetting_dir"),
 }
 
 
