@@ -61,9 +61,8 @@ def _unsaid(options: Options) -> dict[str, str]:
     for name in vars(output):
         if name.startswith("metadata_") or name == "training_comment":
             needs[name] = output.save_model_as == "safetensors", "--save_model_as safetensors"
-    found = {
-        name: f" without {others}" for name, (works, others) in needs.items() if not works
-    } | options.compile.idle()
+    found = {name: f" without {others}" for name, (works, others) in needs.items() if not works}
+    found |= options.compile.idle() | options.forgetting.idle()
     if options.network.dim_from_weights:
         found["network_dim"] = " with --dim_from_weights: the file has the ranks"
         found["network_alpha"] = " with --dim_from_weights: the file has the alphas"

@@ -208,6 +208,11 @@ class TrainingData:
         draws = partial(python_random, self.seed, epoch, repeat, sample.key)
         return caption_text(sample.caption, sample.subset, Sight(draws, epoch, step, self.total_steps))
 
+    def _weight(self, subset: SubsetSpec) -> float:
+        """The weight of a sample's loss. Outside of masks the prior's weight is for that part alone."""
+        weight = self.prior_loss_weight if subset.is_reg else 1.0
+        return weight * subset.prior_weight if subset.prior and subset.prior_region == "all" else weight
+
     def _batch(
         self,
         planned: PlannedBatch,
@@ -221,7 +226,7 @@ class TrainingData:
     ) -> Batch:
         draws = [Draw(self.samples[index], epoch, repeat) for index, repeat in planned]
         captions = [self._caption(draw, step) for draw in draws]
-        weights = [self.prior_loss_weight if draw.sample.subset.is_reg else 1.0 for draw in draws]
+        weights = [self._weight(draw.sample.subset) for draw in draws]
         return Batch(
             samples=draws,
             pixels=pixels,

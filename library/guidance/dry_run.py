@@ -33,6 +33,7 @@ from library.run.start import pictures, planned_about
 from library.run.summary import facts_of
 from library.training import loop
 from library.training.hooks.ema import Ema
+from library.training.hooks.ewc import Consolidation
 from library.training.hooks.forgetting import ForgettingMeter
 from library.training.hooks.validation import Validator
 from library.training.hooks.validation_sets import ValidationSets
@@ -223,9 +224,10 @@ def _caches(plan: Plan, run: Run) -> Iterator[str]:
 
 def _measured(run: Run) -> list[TrainingData]:
     """The images that are measured beside training."""
-    validator, sets, forgetting = run.hook(Validator), run.hook(ValidationSets), run.hook(ForgettingMeter)
-    found = [] if validator is None else [validator.data]
-    return [*found, *(sets.data if sets else ()), *(forgetting.folders.values() if forgetting else ())]
+    validator, sets, forgetting, ewc = map(run.hook, (Validator, ValidationSets, ForgettingMeter, Consolidation))
+    found: list[TrainingData] = [] if validator is None else [validator.data]
+    found += [*(sets.data if sets else ()), *(forgetting.folders.values() if forgetting else ())]
+    return [*found, *(ewc.earlier if ewc else ())]
 
 
 def _latents_size(run: Run, size: Size) -> int:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
+from library.data.measured import Use
 from library.data.prepare import Prepared
 from library.errors import UserError
-from library.losses.preservation import Preservation
+from library.losses.distillation import Distillation
+from library.losses.preservation import Active, Preservation
+from library.losses.term import LossTerm
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule
@@ -29,6 +33,7 @@ from library.sampling.render import EncodedPrompts
 from library.training import state
 from library.training.gradients import Gradients, WholeGradients
 from library.training.hooks.weight_decay import Observe
+from library.training.previous import PreviousNetwork
 from library.training.run import Position, Run, StepOptimizer
 from library.training.step import Objective
 from networks.merge import BaseWeights
@@ -123,11 +128,9 @@ def _core(
     if options.compile.is_asked_for and not options.run.dry_run:
         compiled.compile_blocks(family, options)
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
-    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
+    if options.validation.forgetting_dir:
         _refuse_without_off(network)
-        objective = replace(objective, more=(Preservation(family.predict, network.off),))
-    if plan.options.validation.forgetting_dir:
-        _refuse_without_off(network)
+    objective = replace(objective, more=_terms(plan, network, objective))
     groups, optimizer = _optimizer(plan, network)
     # before accelerate wraps the optimizer: it would restore a step() that the schedule has not patched
     schedule = None if curves.schedule is None else create_schedule(curves.schedule, optimizer)
@@ -160,6 +163,25 @@ def _core(
         dummy=dummy,
     )
     return run, (schedule, observe)
+
+
+def _terms(plan: Plan, network: TrainableNetwork, objective: Objective) -> tuple[LossTerm, ...]:
+    """The terms beside the main loss. Raises UserError for a network that cannot be the base alone."""
+    family, wanted = plan.family, plan.options.forgetting
+    priors = {subset.prior for dataset in plan.datasets for subset in dataset.subsets if subset.prior}
+    if "base" in priors:
+        _refuse_without_off(network)
+    contexts: dict[str, Active] = {"base": network.off}
+    if "previous" in priors or wanted.distillation_weight:
+        contexts["previous"] = PreviousNetwork(network).active
+    terms: list[LossTerm] = []
+    if priors:
+        terms.append(Preservation(family.predict, {name: contexts[name] for name in sorted(priors)}, objective.main))
+    if wanted.distillation_weight:
+        weight, schedule = wanted.distillation_weight, wanted.distillation_schedule
+        previous = contexts["previous"]
+        terms.append(Distillation(family.predict, previous, objective.main, weight=weight, schedule=schedule))
+    return tuple(terms)
 
 
 def _refuse_without_off(network: TrainableNetwork) -> None:
@@ -221,8 +243,7 @@ def _measured(plan: Plan) -> MeasuredData:
     return MeasuredData(
         held_out=None if held_out is None else data(held_out),
         trained=None if trained is None else data(trained),
-        sets={one.name: data(one.prepared) for one in plan.sets if not one.is_unrelated},
-        unrelated={one.name: data(one.prepared) for one in plan.sets if one.is_unrelated},
+        folders={use: {one.name: data(one.prepared) for one in plan.sets if one.use == use} for use in get_args(Use)},
     )
 
 

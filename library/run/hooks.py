@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +10,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.config.options import Options
 from library.data.dataset import TrainingData
+from library.data.measured import Use
 from library.diffusion.process import BINS, middles
+from library.losses.distillation import Distillation
 from library.parallel import zero
 from library.record import trackers
 from library.record.run_file import RunFile
@@ -24,12 +26,14 @@ from library.sampling import render
 from library.sampling.prompts import SampleTimes
 from library.training.hook import Hook
 from library.training.hooks.ema import Ema
+from library.training.hooks.ewc import Consolidation
 from library.training.hooks.forgetting import ForgettingMeter
 from library.training.hooks.guard import Guard
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.max_norm import MaxNorm
 from library.training.hooks.monitor import Monitor
 from library.training.hooks.pictures import Pictures
+from library.training.hooks.progress import Progress
 from library.training.hooks.sampler import Sampler
 from library.training.hooks.saver import Saver
 from library.training.hooks.spill import Spill
@@ -43,16 +47,15 @@ from library.training.unwritten import Unwritten
 
 
 class MeasuredData(NamedTuple):
-    """The images that are measured during training: those held out, some of the trained ones, further sets by name."""
+    """The images that are measured: those held out, some of the trained ones, and those of folders, by use and name."""
 
     held_out: TrainingData | None
     trained: TrainingData | None
-    sets: dict[str, TrainingData]
-    unrelated: dict[str, TrainingData]
+    folders: Mapping[Use, Mapping[str, TrainingData]]
 
     def all(self) -> list[TrainingData]:
         single = [one for one in (self.held_out, self.trained) if one is not None]
-        return [*single, *self.sets.values(), *self.unrelated.values()]
+        return [*single, *(data for named in self.folders.values() for data in named.values())]
 
 
 class Made(NamedTuple):
@@ -83,6 +86,7 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
         yield LrSchedule(made.schedule, curves.schedule)
     if curves.decay is not None:
         yield WeightDecay(curves.decay, made.observe, None if validator is None else validator.history)
+    yield from _protections(options, run, made.measured)
     if options.network.scale_weight_norms:
         yield MaxNorm(options.network.scale_weight_norms)
     if options.trains:
@@ -102,6 +106,15 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
         limit=options.divergence.divergence_limit,
         keeps_after=lambda step: bool(saves.due(step)),
     )
+
+
+def _protections(options: Options, run: Run, data: MeasuredData) -> Iterator[Hook[Run]]:
+    """The hooks that work against forgetting."""
+    if terms := [term for term in run.objective.more if isinstance(term, Distillation)]:
+        yield Progress(terms)
+    if earlier := list(data.folders["ewc"].values()):
+        wanted = options.forgetting
+        yield Consolidation(run.parameters, earlier, strength=wanted.ewc_lambda, most_images=wanted.ewc_images)
 
 
 def _validator(options: Options, run: Run, held_out: TrainingData) -> Validator:
@@ -127,12 +140,13 @@ def _times(options: Options, run: Run) -> Times:
 def _measuring(options: Options, run: Run, data: MeasuredData) -> Iterator[Hook[Run]]:
     """The hooks that measure further images when validation measures those held out."""
     timesteps, most = middles(*run.objective.steps), options.validation.max_validation_steps
-    if data.sets or data.trained is not None:
-        yield ValidationSets(data.sets, data.trained, timesteps=timesteps, most_batches=most)
-    if data.unrelated:
+    sets, unrelated = data.folders["validation"], data.folders["forgetting"]
+    if sets or data.trained is not None:
+        yield ValidationSets(sets, data.trained, timesteps=timesteps, most_batches=most)
+    if unrelated:
         times = _times(options, run)
         yield ForgettingMeter(
-            data.unrelated,
+            unrelated,
             times.due,
             timesteps=timesteps,
             most_batches=most,

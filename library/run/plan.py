@@ -141,7 +141,7 @@ def _images(
         measures=bool(folders) or wanted.validation_gap,
     )
     sets = measured_sets(folders, prepared.contents, multiple_of=multiple_of, skip_bad_images=skip)
-    if prepared.validation is None and sets and not sets[0].is_unrelated:
+    if prepared.validation is None and sets and sets[0].use == "validation":
         prepared = replace(prepared, validation=sets.pop(0).prepared)
     if wanted.validation_gap:
         assert prepared.validation is not None, "check_validation has seen that"

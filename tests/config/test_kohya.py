@@ -16,6 +16,7 @@ from library.config import kohya
 from library.config.dataset_keys import NEUTRAL, NOT_YET
 from library.config.fields import Declared, declared
 from library.config.options import CustomAdamWOptions, Options, declared_options
+from library.config.options.forgetting import ForgettingOptions
 from library.config.options.monitoring import MonitoringOptions
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.registry import signature
@@ -58,7 +59,12 @@ def test_no_name_has_two_rows() -> None:
 
 
 def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
-    titled = (CustomAdamWOptions, WeightDecayOptions, MonitoringOptions)  # groups whose titles say it
+    titled = (
+        CustomAdamWOptions,
+        WeightDecayOptions,
+        MonitoringOptions,
+        ForgettingOptions,
+    )  # groups whose titles say it
     of_groups = {name for group in titled for name in declared(group)}
     assert {name for name in OPTIONS if name not in KOHYA} == OURS | of_groups
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS

@@ -132,7 +132,7 @@ def test_captions_of_unrelated_images_have_no_trigger(found: Callable[..., Any],
     words = ("--validation_dir", f"more={folders['validation']}", "--forgetting_dir", str(folders["report"]))
     all_found = found("--caption_prefix", "flat ", *words)
     more, other = all_found.sets
-    assert (more.name, other.name, more.is_unrelated, other.is_unrelated) == ("more", "of_report", False, True)
+    assert (more.name, more.use, other.name, other.use) == ("more", "validation", "of_report", "forgetting")
     assert {one.subset.caption_prefix for one in more.prepared.samples} == {"flat "}
     assert {one.subset.caption_prefix for one in other.prepared.samples} == {None}
     assert [one.name for one in validation_folders(all_found.folders)] == ["more"]
