@@ -320,7 +320,7 @@ class _DatasetFile:
         attributes = own.get("custom_attributes")
         if own.get("prior") == "previous" and isinstance(attributes, dict) and attributes.get(PRESERVATION):
             self.problems.append(f'{place}: prior = "previous" and {PRESERVATION}, which is "base": give one of them')
-        if subset.prior == "previous" and self.options.network.network_weights is None:
+        elif subset.prior == "previous" and self.options.network.network_weights is None:
             self.problems.append(f'{place}: prior = "previous" is the network of --network_weights, which is missing')
         if subset.prior and subset.prior_region == "outside_mask":
             if subset.is_reg:
