@@ -40,7 +40,7 @@ def measured_folders(options: Options, datasets: Sequence[DatasetSpec]) -> list[
         "ewc": options.forgetting.ewc_dir,
     }
     found = [
-        MeasuredFolder(one.name, one.path, one.place, _dataset(one, options, datasets[0], use), use)
+        MeasuredFolder(one.name, one.path, one.place, dataset_like(datasets[0], one, options, use), use)
         for use, words in given.items()
         for one in named_folders(words, option=f"{use}_dir")
     ]
@@ -53,9 +53,9 @@ def validation_folders(folders: Sequence[MeasuredFolder]) -> Iterator[MeasuredFo
     return (one for one in folders if one.use == "validation")
 
 
-def _dataset(folder: NamedFolder, options: Options, like: DatasetSpec, use: Use) -> DatasetSpec:
-    """Captions and sizes are read as those of the first data set's first subset. Only captions to validate on get the
-    words that belong to what is trained. The images for EWC come one at a time."""
+def dataset_like(like: DatasetSpec, folder: NamedFolder, options: Options, use: Use) -> DatasetSpec:
+    """A folder as a data set: captions and sizes are read as those of the first subset of `like`. Only captions to
+    validate on get the words that belong to what is trained. The images for EWC come one at a time."""
     first = like.subsets[0]
     ending = first.caption_extension if first.metadata_file is None else options.data.caption_extension
     if use != "validation":

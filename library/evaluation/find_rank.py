@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.util
 import logging
-import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from library import log
 from library.config import dataset_config, parser
@@ -23,9 +18,9 @@ from library.config.options import Options
 from library.errors import UserError
 from library.evaluation import rank_curve
 from library.evaluation.rank_curve import ALPHAS, Point, Trained, alpha_of
+from library.evaluation.sweep import PlannedRun, finished, refuse_other_settings, state_words, train
 from library.files.atomic import replacing
-from library.files.typed_json import to_json
-from library.record import metrics, run_file
+from library.record import metrics
 from library.units import human_bytes, human_time
 
 logger = logging.getLogger(__name__)
@@ -38,8 +33,6 @@ losses on held-out images. Options of train_network.py stand behind --, as in
 
 An interrupted sweep continues with the same command: finished ranks are read, and one that was interrupted resumes from
 its last state, after its last whole epoch."""
-
-NOT_COMPARED = ("resume", "overwrite", "config_file", "ddp_timeout")
 
 
 def read_ranks(word: str) -> tuple[int, ...]:
@@ -72,20 +65,11 @@ COMMAND = Command(name="find_rank", description=DESCRIPTION, groups={"sweep": Fi
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One run: its words for train_network.py, and the options that they mean."""
+class Planned(PlannedRun):
+    """One run of the sweep."""
 
     rank: int
     alpha: float
-    seed: int
-    words: tuple[str, ...]
-    options: Options
-
-    @property
-    def file(self) -> Path:
-        """Its last network."""
-        output = self.options.output
-        return Path(output.output_dir) / f"{output.output_name}.{output.save_model_as}"
 
     @property
     def name(self) -> str:
@@ -109,14 +93,14 @@ def main(argv: Sequence[str]) -> int:
     paths = [folder / f"find-rank.{end}" for end in ("csv", "png")]
     if not sweep.overwrite:
         for one in runs:
-            _refuse_other_settings(one)
+            refuse_other_settings(one)
     print(f"{len(runs)} runs into {folder}: ranks {', '.join(map(str, sweep.ranks))}; {ALPHAS[sweep.alpha]}")
     done: list[Trained] = []
     for one in runs:
         result = None if sweep.overwrite else _finished(one)
         if result is None:
             logger.info("find_rank: training %s, alpha %g", one.name, one.alpha)
-            if code := _train(one, anew=sweep.overwrite):
+            if code := train(one, anew=sweep.overwrite):
                 print(f"{one.name}: ended with exit code {code}; the same command continues the sweep", file=sys.stderr)
                 return code
             result = _finished(one)
@@ -173,9 +157,7 @@ def planned(own: Options, words: Sequence[str], sweep: FindRankOptions) -> Itera
     first = own.training.seed or 0
     noise = own.validation.validation_seed
     folder = Path(own.output.output_dir) / f"{own.output.output_name or 'last'}-ranks"
-    every, last = own.output.save_every_n_epochs, own.output.save_last_n_epochs
-    states = ["--save_state", "--save_every_n_epochs", str(every or 1), "--save_last_n_epochs_state", "1"]
-    states += ["--save_last_n_epochs", str(last or 1)] if every is None else []
+    states = state_words(own)
     for seed in range(first, first + sweep.seeds):
         for rank in sweep.ranks:
             alpha = alpha_of(sweep.alpha, rank, own_rank=own_rank, own_alpha=own_alpha)
@@ -186,37 +168,12 @@ def planned(own: Options, words: Sequence[str], sweep: FindRankOptions) -> Itera
             ]
             with log.errors_only():  # its warnings came with `own`
                 options = parser.parse([*words, *more])
-            yield Planned(rank, alpha, seed, (*words, *more), options)
-
-
-def _refuse_other_settings(one: Planned) -> None:
-    """`UserError` where the folder holds a run of this name with other settings."""
-    record = run_file.read(run_file.run_path(one.file))
-    if record is None:
-        return
-    now = _in_effect(one)
-    different = [name for name, value in now.items() if record.settings.in_effect.get(name) != value]
-    if different:
-        shown = ", ".join(
-            f"--{name} {record.settings.in_effect.get(name)} there, {now[name]} here" for name in different[:3]
-        )
-        raise UserError(
-            f"{one.file.parent} holds a sweep with other settings ({one.name}: {shown}): give another --output_name, "
-            "or --overwrite before the -- to train everything again"
-        )
-
-
-def _in_effect(one: Planned) -> dict[str, Any]:
-    from library.run.recording import in_effect
-
-    values: dict[str, Any] = to_json(in_effect(one.options, seed=one.seed))
-    return {name: value for name, value in values.items() if name not in NOT_COMPARED}
+            yield Planned(seed, (*words, *more), options, rank, alpha)
 
 
 def _finished(one: Planned) -> Trained | None:
     """The result of a run that has finished; None for another."""
-    record = run_file.read(run_file.run_path(one.file))
-    if record is None or run_file.standing(record) != run_file.FINISHED or not one.file.is_file():
+    if (record := finished(one)) is None:
         return None
     validations = [
         (line["validation"]["loss"], line["step"])
@@ -230,51 +187,6 @@ def _finished(one: Planned) -> Trained | None:
     loss, step = min(after)
     seconds = sum((session.ended or session.heartbeat) - session.started for session in record.sessions)
     return Trained(one.rank, one.alpha, one.seed, base, loss, step, one.file.stat().st_size, seconds)
-
-
-def _train(one: Planned, *, anew: bool) -> int:
-    """Train in a process of its own, from the run's newest state where there is one. Returns the exit code."""
-    record = run_file.read(run_file.run_path(one.file))
-    if record is not None and run_file.standing(record) == run_file.RUNNING and not anew:
-        raise UserError(f"{one.file}: is being trained by another process (process {record.session.pid})")
-    words = [*one.words, "--resume", "latest"] if not anew and _states(one) else [*one.words, "--overwrite"]
-    code = _run([sys.executable, _program(), *words])
-    if code == 0:
-        _forget_states(one)
-    return code
-
-
-def _forget_states(one: Planned) -> None:
-    """Remove the states of a finished run: each is several times as large as its network."""
-    for state in _states(one):
-        shutil.rmtree(state)
-
-
-def _run(command: Sequence[str]) -> int:
-    """Run a program to its end and return its exit code. Ctrl-C reaches it as well, and SIGTERM is passed on to it: it
-    saves its state and ends, and only then does this function return."""
-    with subprocess.Popen(command) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            while True:
-                with contextlib.suppress(KeyboardInterrupt):
-                    return process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _program() -> str:
-    found = importlib.util.find_spec("train_network")
-    assert found is not None, "train_network.py is installed beside this package"
-    assert found.origin is not None
-    return found.origin
-
-
-def _states(one: Planned) -> list[Path]:
-    from library.record import saves
-
-    folder, name = one.file.parent, one.options.output.output_name
-    return [path for path in folder.iterdir() if saves.is_state_name(path.name, name)] if folder.is_dir() else []
 
 
 def table(found: Sequence[Point], chosen: Point, *, within: float) -> Iterator[str]:

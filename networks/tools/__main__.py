@@ -22,6 +22,7 @@ COMMANDS = {
     "check": ("networks.tools.check", "what an adapter file is, and which programs load it"),
     "evaluate": ("library.evaluation.evaluate", "the loss of LoRA files on folders of images"),
     "draw": ("library.evaluation.draw", "prompts × LoRA files × multipliers × seeds as one picture"),
+    "tasks": ("library.evaluation.tasks", "train one task after another, and measure what was forgotten"),
     "find_rank": ("library.evaluation.find_rank", "train at several ranks, and name the smallest that is enough"),
 }
 """Each with its module and a line for the help. A module has `main(argv)`, which returns the exit code, or what

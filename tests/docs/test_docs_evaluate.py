@@ -46,12 +46,13 @@ def short(words: list[str]) -> Iterator[str]:
 
 
 def test_every_command_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.evaluation import find_rank
     from networks.tools.__main__ import main as tools
     from train_network import main as train
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(find_rank, "_run", lambda command: forget_accelerator() or train(list(command[2:])))
+    monkeypatch.setattr(
+        "library.evaluation.sweep.run_program", lambda command: forget_accelerator() or train(list(command[2:]))
+    )
     prompts = folder / "prompts.txt"
     prompts.write_text(prompts.read_text().replace("--s 25", "--s 1"))
     seen = set()

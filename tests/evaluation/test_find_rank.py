@@ -35,7 +35,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
         forget_accelerator()
         return main(list(command[2:]))
 
-    monkeypatch.setattr(find_rank, "_run", call)
+    monkeypatch.setattr("library.evaluation.sweep.run_program", call)
     return started
 
 
