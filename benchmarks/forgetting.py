@@ -8,8 +8,8 @@ judged on images that no training saw.
 
 A seed fixes the adapter's start, the order of the images, the noise and the timesteps, so runs of one seed are pairs;
 all ways of a seed go on from the same first task. The loss is the mean squared error of the predicted noise, the same
-noise for all, at five noise levels. Each finished run is one row of benchmarks/results/forgetting.csv, so an interrupted
-study continues where it stopped. One process per core, one thread each.
+noise for all, at five noise levels. Each finished run is one row of benchmarks/results/forgetting.csv, so that an
+interrupted study continues where it stopped. One process per core, one thread each.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Prepared:
     """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `validation`: the images held out.
     `trained`: some of the trained images, prepared as those held out are, to compare the two.
 
-    `contents`: the file of each content among all images, those held out included; empty where nothing is measured.
+    `contents`: the first file of each content, those held out included; empty where nothing is measured.
     """
 
     samples: list[Sample]
@@ -108,7 +108,10 @@ def prepare(
     prepared = replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
     if not measures:
         return prepared
-    return replace(prepared, contents={contents[sample.path]: sample.path for part in usable for sample in part})
+    firsts: dict[str, Path] = {}
+    for sample in (sample for part in usable for sample in part):
+        firsts.setdefault(contents[sample.path], sample.path)
+    return replace(prepared, contents=firsts)
 
 
 def some_trained(prepared: Prepared, datasets: Sequence[DatasetSpec], *, multiple_of: int, count: int) -> Prepared:
