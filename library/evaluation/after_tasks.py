@@ -9,6 +9,7 @@ from pathlib import Path
 from library.config.dataset_config import DatasetSpec
 from library.config.options import Options
 from library.evaluation.differences import Difference, difference
+from library.evaluation.precision import PrecisionOptions
 
 BASE = "base"
 
@@ -75,12 +76,12 @@ def measure_matrix(
         name: prepare_to_measure(dataset, multiple_of=family.size_divisor, skip_bad_images=skip)
         for name, dataset in folders.items()
     }
-    base = BaseModel.of(
-        family,
+    precision = PrecisionOptions(
         mixed_precision=options.precision.mixed_precision,
-        no_half_vae=options.model.no_half_vae,
         allow_tf32=options.precision.allow_tf32,
+        zero_terminal_snr=options.objective.zero_terminal_snr,
     )
+    base = BaseModel.of(family, precision, no_half_vae=options.model.no_half_vae)
     found = measure(
         base,
         prepared,
