@@ -233,6 +233,11 @@ class _Moments:
         standing = {"weights": self._frozen, "adapter": self.outline.network, "optimizer state": self.state}
         if self.options.ema.ema_decay is not None:
             standing["average"] = self.outline.trained
+        if self.options.forgetting.ewc_dir:
+            standing["Fisher information"] = 2 * self.outline.trained  # and the weights at the start
+        subsets = (subset for dataset in self.estimator.plan.datasets for subset in dataset.subsets)
+        if self.options.forgetting.distillation_weight or any(subset.prior == "previous" for subset in subsets):
+            standing["network before"] = self.outline.network
         if self.options.guidance.find_lr:
             standing["copy for the finder"] = self.outline.network + self.state
         return standing

@@ -71,8 +71,8 @@ class ValidationSets(Hook[Run]):
             self._first_gap = gap
         before = f" ({100 * self._first_gap:+.1f} % before training)" if self._first_gap is not None else ""
         logger.info(
-            "gap %s: held-out images are %.1f %% above trained ones with equal noise%s: %.4f, %.4f",
-            *(_moment(result.step), 100 * gap, before, result.loss, mean(trained)),
+            "gap %s: %+.1f %%%s; held-out images %.4f, trained ones with equal noise %.4f",
+            *(_moment(result.step), 100 * gap, before if result.step else "", result.loss, mean(trained)),
         )
         parts = {f"t{t}": rate(result.by_timestep[t], loss) for t, loss in trained.items()}
         _note(run, result.step, {"gap": {"gap": gap, "trained": mean(trained), **parts}})
