@@ -18,7 +18,7 @@ from library.config.dataset_config import DatasetSpec
 from library.config.fields import option
 from library.config.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.options import Options
-from library.data.measured import dataset_like
+from library.data.measured import MeasuredFolder, Use, dataset_like, measured_sets
 from library.errors import UserError, nearest_path
 from library.evaluation import replay
 from library.evaluation.after_tasks import BASE, Matrix, measure_matrix
@@ -54,7 +54,9 @@ class TasksOptions:
         help="replay: images of earlier tasks are trained along; ewc: weights that they need are held; distillation: "
         "predictions of the network before are kept; progressive: each task has its own LoRA, on top of the others",
     )
-    replay_share: float = option(0.3, minimum=0, maximum=0.9, help="the share of all draws that are of earlier tasks")
+    replay_share: float = option(
+        0.3, minimum=0.01, maximum=0.9, help="the share of all draws that are of earlier tasks"
+    )
     overwrite: bool = option(False, help="train everything again, also what is finished or has other settings")
 
 
@@ -88,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
     if not wanted.overwrite:
         for task in tasks:
             refuse_other_settings(task)
+    held_out = [_held_out(one, tasks) for one in folders]
+    _refuse_trained(held_out, tasks)
     folder = tasks[0].file.parent
     protections = " and ".join(wanted.against) or "nothing"
     print(f"{len(tasks)} tasks into {folder}: {', '.join(names)}; against forgetting: {protections}")
@@ -103,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
             return code
     found = measure_matrix(
         {task.task: task.files for task in tasks},
-        {one.name: _held_out(one, tasks) for one in folders},
+        {one.name: one.dataset for one in held_out},
         tasks[0].options,
         seed=tasks[0].seed,
     )
@@ -144,11 +148,27 @@ def _folders(wanted: TasksOptions, names: Sequence[str]) -> list[NamedFolder]:
     return folders
 
 
-def _held_out(folder: NamedFolder, tasks: Sequence[Task]) -> DatasetSpec:
+def _held_out(folder: NamedFolder, tasks: Sequence[Task]) -> MeasuredFolder:
     """The folder as the data of its task are read; others have no task's trigger words."""
     own = next((task for task in tasks if task.task == folder.name), None)
     task = tasks[0] if own is None else own
-    return dataset_like(task.datasets[0], folder, task.options, "forgetting" if own is None else "validation")
+    use: Use = "forgetting" if own is None else "validation"
+    dataset = dataset_like(task.datasets[0], folder, task.options, use)
+    return MeasuredFolder(folder.name, folder.path, folder.place, dataset, use)
+
+
+def _refuse_trained(held_out: Sequence[MeasuredFolder], tasks: Sequence[Task]) -> None:
+    """`UserError` for images to measure on that a task trains, and for images that cannot be read; before training."""
+    from library.data.prepare import prepare
+    from library.models.opening import open_family
+
+    model = tasks[0].options.model
+    family = open_family(model.pretrained_model_name_or_path, vae=model.vae, options=vars(model))
+    with log.errors_only():
+        for task in tasks:
+            size, skip = family.size_divisor, task.options.data.skip_bad_images
+            trained = prepare(task.datasets, multiple_of=size, skip_bad_images=skip, measures=True).contents
+            measured_sets(held_out, trained, multiple_of=size, skip_bad_images=skip)
 
 
 def planned(wanted: TasksOptions, names: Sequence[str], more: Sequence[str]) -> Iterator[Task]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import get_args
 
@@ -38,6 +39,8 @@ from library.training.run import Position, Run, StepOptimizer
 from library.training.step import Objective
 from networks.merge import BaseWeights
 from networks.network import TrainableNetwork
+
+logger = logging.getLogger(__name__)
 
 Following = tuple[LRScheduler | None, Observe | None]
 """The schedule of the learning rates, and the function by which the adaptive weight decay observes the losses."""
@@ -180,6 +183,7 @@ def _terms(plan: Plan, network: TrainableNetwork, objective: Objective) -> tuple
     if wanted.distillation_weight:
         weight, schedule = wanted.distillation_weight, wanted.distillation_schedule
         previous = contexts["previous"]
+        logger.info("distillation: weight %g, %s, from %s", weight, schedule, plan.options.network.network_weights)
         terms.append(Distillation(family.predict, previous, objective.main, weight=weight, schedule=schedule))
     return tuple(terms)
 

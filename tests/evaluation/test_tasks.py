@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,15 @@ from library.evaluation import replay, tasks
 from library.evaluation.after_tasks import BASE as BASE_ALONE
 from library.evaluation.after_tasks import Matrix
 from library.evaluation.tasks import TasksOptions, planned
-from tests.conftest import BASE, copy_images, forget_accelerator
+from tests.conftest import BASE, IMAGES, copy_images, forget_accelerator
+
+
+def held_out(folder: Path, first: int = 0) -> None:
+    """Two captioned images that are not trained."""
+    folder.mkdir(parents=True)
+    for image in sorted((IMAGES / "validation").glob("*.png"))[first : first + 2]:
+        for file in (image, image.with_suffix(".txt")):
+            shutil.copy(file, folder)
 
 
 @pytest.fixture
@@ -25,7 +34,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("cats", "dogs"):
         copy_images(tmp_path / name / "1_x", 4)
-        copy_images(tmp_path / "held" / name, 2)
+        held_out(tmp_path / "held" / name)
         values = {
             "pretrained_model_name_or_path": str(BASE),
             "train_data_dir": name,
@@ -135,6 +144,12 @@ def test_what_is_refused(words: list[str], message: str, files: Path, capsys: py
     assert not (files / "out").exists()
 
 
+def test_images_that_a_task_trains(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(next((files / "dogs" / "1_x").glob("*.png")), files / "held" / "cats" / "again.png")
+    assert run(tasks.main, ["--tasks", "cats.toml", "dogs.toml", *images("cats", "dogs")]) == 2
+    assert "--images cats=held/cats: 1 of its 3 images are in the training data as well" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["resume", "network_weights", "find_lr"])
 def test_options_that_a_series_sets_itself(name: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--", f"--{name}", *([] if name == "find_lr" else ["latest"])]
@@ -179,7 +194,7 @@ def test_a_series_that_is_interrupted(
         return 130 if len(started) == 2 else train(list(command[2:]))
 
     monkeypatch.setattr("library.evaluation.sweep.run_program", call)
-    copy_images(files / "held" / "other", 3)
+    held_out(files / "held" / "other", first=5)
     words = ["--tasks", "cats.toml", "dogs.toml", *images("cats", "dogs", "other")]
     words += ["--against", *against] if against else []
     assert run(tasks.main, words) == 130
