@@ -42,14 +42,15 @@ EARLIER_SHARE = 0.3  # of replay
 
 @dataclass(frozen=True)
 class Way:
-    """One way to go on with the second style. `more`: words of the command line; `FIRST` is the first task's file."""
+    """One way to go on with the second style. `more`: words of the command line, in which `FIRST` is the first task's
+    file, and `EARLIER` that of its data set."""
 
     name: str
     more: tuple[str, ...] = ()
     continues: bool = True  # the first task's network; else a new one on top of it
     replays: bool = False
 
-    FIRST = "{first}"
+    FIRST, EARLIER = "{first}", "{earlier}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ Key = tuple[str, int]
 def ways() -> list[Way]:
     """The first is what the others are compared with. EWC with multiples of its computed lambda shows whether that is a
     good default."""
-    ewc = ("--ewc_dir", str(STYLES["flat"] / "train"), "--ewc_lambda")
+    ewc = ("--ewc_data", Way.EARLIER, "--ewc_lambda")
     return [
         Way("none"),
         Way("replay 0.3", replays=True),
@@ -102,7 +103,8 @@ def run_seed(seed: int, wanted: Sequence[Way], *, first_is_stored: bool) -> Iter
         for way in wanted:
             began = time.perf_counter()
             begins = ["--network_weights", str(first), "--dim_from_weights"] if way.continues else []
-            more = [word.replace(Way.FIRST, str(first)) for word in way.more]
+            places = {Way.FIRST: str(first), Way.EARLIER: str(Path(folder) / "flat.toml")}
+            more = [places.get(word, word) for word in way.more]
             words = _words(Path(folder), "twemoji", seed, *begins, *more, replays=way.replays)
             yield _row(way.name, seed, _trained(words), began)
 
@@ -124,7 +126,7 @@ def _words(folder: Path, style: str, seed: int, *more: str, replays: bool = Fals
     subsets = [subset(style)]
     if replays:
         subsets += [{**subset(name), "share": EARLIER_SHARE} for name in STYLES if name != style]
-    data = folder / "data.toml"
+    data = folder / f"{style}.toml"
     data.write_text(toml.dumps({"datasets": [{"resolution": 64, "batch_size": study.BATCH_SIZE, "subsets": subsets}]}))
     return [
         *("--config_file", str(study.CONFIG), "--dataset_config", str(data), "--compare_prompts=", "--no-loss_plot"),

@@ -156,6 +156,11 @@ def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
     return (_dataset([], options, tuple(subsets)),)
 
 
+def datasets_of_file(path: Path, options: Options) -> tuple[DatasetSpec, ...]:
+    """The data sets of a file like that of --dataset_config. Raises as `load_datasets` does."""
+    return _DatasetFile(path, options).read()
+
+
 def dataset_of_folder(folder: Path, options: Options, origin: str) -> DatasetSpec:
     """One folder of captioned images, whatever its name, with the options about data. `origin`: begins messages."""
     return _dataset([], options, (_subset({"image_dir": str(folder)}, [], origin, options),))

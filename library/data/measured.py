@@ -1,5 +1,5 @@
 """Named folders of images that are measured, beside those held out of the trained folders: those of `--validation_dir`,
-`--forgetting_dir` and `--ewc_dir`."""
+`--forgetting_dir` and `--ewc_data`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from library.config.dataset_config import DatasetSpec
+from library.config.dataset_config import DatasetSpec, datasets_of_file
 from library.config.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.options import Options
-from library.errors import UserError
+from library.errors import UserError, nearest_path
 
 if TYPE_CHECKING:
     from library.data.prepare import Prepared
@@ -37,15 +37,37 @@ def measured_folders(options: Options, datasets: Sequence[DatasetSpec]) -> list[
     given: dict[Use, tuple[str, ...]] = {
         "validation": options.validation.validation_dir,
         "forgetting": options.validation.forgetting_dir,
-        "ewc": options.forgetting.ewc_dir,
     }
     found = [
         MeasuredFolder(one.name, one.path, one.place, dataset_like(datasets[0], one, options, use), use)
         for use, words in given.items()
         for one in named_folders(words, option=f"{use}_dir")
     ]
-    refuse_twins(one for one in found if one.use != "ewc")
-    return found
+    refuse_twins(found)
+    earlier = list(_earlier(options, datasets[0]))
+    refuse_twins(earlier)
+    return [*found, *earlier]
+
+
+def _earlier(options: Options, like: DatasetSpec) -> Iterator[MeasuredFolder]:
+    """The folders and data set files of --ewc_data, in batches of one image."""
+    for word in options.forgetting.ewc_data:
+        path = Path(word)
+        if path.suffix.lower() not in (".toml", ".json"):
+            (one,) = named_folders([word], option="ewc_data")
+            dataset = replace(dataset_like(like, one, options, "ewc"), batch_size=1)
+            yield MeasuredFolder(one.name, one.path, one.place, dataset, "ewc")
+            continue
+        if not path.is_file():
+            raise UserError(f"--ewc_data {word}: no such file{nearest_path(path)}")
+        for number, dataset in enumerate(datasets_of_file(path, options), 1):
+            learnt = tuple(subset for subset in dataset.subsets if subset.learns)
+            place = f"--ewc_data {word}: [[datasets]] {number}"
+            if not learnt:
+                raise UserError(f"{place}: no subset whose images are learnt")
+            yield MeasuredFolder(
+                f"{path.stem} {number}", path, place, replace(dataset, batch_size=1, subsets=learnt), "ewc"
+            )
 
 
 def validation_folders(folders: Sequence[MeasuredFolder]) -> Iterator[MeasuredFolder]:
@@ -55,7 +77,7 @@ def validation_folders(folders: Sequence[MeasuredFolder]) -> Iterator[MeasuredFo
 
 def dataset_like(like: DatasetSpec, folder: NamedFolder, options: Options, use: Use) -> DatasetSpec:
     """A folder as a data set: captions and sizes are read as those of the first subset of `like`. Only captions to
-    validate on get the words that belong to what is trained. The images for EWC come one at a time."""
+    validate on get the words that belong to what is trained."""
     first = like.subsets[0]
     ending = first.caption_extension if first.metadata_file is None else options.data.caption_extension
     if use != "validation":
@@ -71,8 +93,7 @@ def dataset_like(like: DatasetSpec, folder: NamedFolder, options: Options, use: 
         conditioning_data_dir=None,
         origin=folder.place,
     )
-    batch_size = 1 if use == "ewc" else like.batch_size
-    return replace(like, batch_size=batch_size, skip_image_resolution=None, subsets=(subset,))
+    return replace(like, skip_image_resolution=None, subsets=(subset,))
 
 
 @dataclass(frozen=True)

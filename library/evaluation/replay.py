@@ -1,4 +1,4 @@
-"""Writes the file of a data set that trains images of earlier tasks along with a task's own."""
+"""Writes the files of data sets in which images of earlier tasks stand: beside a task's own, or alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ _FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg")  # a metadata fi
 def write(path: Path, own: Sequence[DatasetSpec], earlier: Sequence[Sequence[DatasetSpec]], share: float) -> None:
     """`own` with the learnt subsets of the earlier tasks beside it, which have `share` of all draws together, each task
     as much as the others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tables = []
     for dataset in own:
         mine = [_table(subset) for subset in dataset.subsets]
@@ -29,6 +28,17 @@ def write(path: Path, own: Sequence[DatasetSpec], earlier: Sequence[Sequence[Dat
             part = share / len(earlier) / len(subsets) if subsets else 0.0
             theirs += [{**_table(subset), "num_repeats": 1, "share": part} for subset in subsets]
         tables.append({**_table(dataset), "subsets": [*mine, *theirs]})
+    _write(path, tables)
+
+
+def write_earlier(path: Path, earlier: Sequence[Sequence[DatasetSpec]]) -> None:
+    """The data sets of the earlier tasks as one file."""
+    every = [dataset for task in earlier for dataset in task]
+    _write(path, [{**_table(dataset), "subsets": [_table(subset) for subset in dataset.subsets]} for dataset in every])
+
+
+def _write(path: Path, tables: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         beside.write_text(toml.dumps({"datasets": tables}), encoding="utf-8")
 

@@ -98,9 +98,11 @@ def main(argv: Sequence[str]) -> int:
     for number, task in enumerate(tasks):
         if not wanted.overwrite and finished(task) is not None:
             continue
+        earlier = [one.datasets for one in tasks[:number]]
         if "replay" in wanted.against and number:
-            earlier = [one.datasets for one in tasks[:number]]
-            replay.write(_replay_file(task.file), task.datasets, earlier, wanted.replay_share)
+            replay.write(_data_file(task.file), task.datasets, earlier, wanted.replay_share)
+        if "ewc" in wanted.against and number:
+            replay.write_earlier(_earlier_file(task.file), earlier)
         logger.info("tasks: training %s", task.task)
         if code := train(task, anew=wanted.overwrite):
             print(f"{task.name}: ended with exit code {code}; the same command continues", file=sys.stderr)
@@ -184,7 +186,7 @@ def planned(wanted: TasksOptions, names: Sequence[str], more: Sequence[str]) -> 
             kinds = "-".join(sorted(wanted.against)) or "unprotected"
             folder = Path(own.output.output_dir) / f"{own.output.output_name or 'last'}-tasks-{kinds}"
         own_file = folder / f"{len(before) + 1}-{name}.{own.output.save_model_as}"
-        protected = [*_protections(wanted, before, _replay_file(own_file))] if before else []
+        protected = [*_protections(wanted, before, own_file)] if before else []
         words += ["--output_dir", str(folder), "--output_name", own_file.stem, "--monitoring=true", *state_words(own)]
         with log.errors_only():  # its warnings came with `own`
             options = parser.parse([*words, *protected])
@@ -211,23 +213,26 @@ def _check(own: Options, name: str) -> None:
             raise UserError(f"task {name}: --{option_name}: leave it out; tasks sets what each training begins with")
 
 
-def _protections(wanted: TasksOptions, before: Sequence[Task], replay_file: Path) -> Iterator[str]:
+def _protections(wanted: TasksOptions, before: Sequence[Task], own_file: Path) -> Iterator[str]:
     """The words by which a task begins where the one before ended, and keeps what the earlier ones learnt."""
     if "progressive" in wanted.against:
         yield from ("--base_weights", *(str(file) for file in before[-1].files))
     else:
         yield from ("--network_weights", str(before[-1].file), "--dim_from_weights")
     if "ewc" in wanted.against:
-        subsets = [one for task in before for dataset in task.datasets for one in dataset.subsets if one.learns]
-        yield from ("--ewc_dir", *dict.fromkeys(str(one.image_dir) for one in subsets))
+        yield from ("--ewc_data", str(_earlier_file(own_file)))
     if "distillation" in wanted.against:
         yield from ("--distillation_weight", "1")
     if "replay" in wanted.against:
-        yield from ("--train_data_dir=", "--reg_data_dir=", "--in_json=", "--dataset_config", str(replay_file))
+        yield from ("--train_data_dir=", "--reg_data_dir=", "--in_json=", "--dataset_config", str(_data_file(own_file)))
 
 
-def _replay_file(network: Path) -> Path:
+def _data_file(network: Path) -> Path:
     return network.with_name(f"{network.stem}-data.toml")
+
+
+def _earlier_file(network: Path) -> Path:
+    return network.with_name(f"{network.stem}-earlier.toml")
 
 
 def _write_csv(path: Path, found: Matrix) -> None:

@@ -233,7 +233,7 @@ class _Moments:
         standing = {"weights": self._frozen, "adapter": self.outline.network, "optimizer state": self.state}
         if self.options.ema.ema_decay is not None:
             standing["average"] = self.outline.trained
-        if self.options.forgetting.ewc_dir:
+        if self.options.forgetting.ewc_data:
             standing["Fisher information"] = 2 * self.outline.trained  # and the weights at the start
         subsets = (subset for dataset in self.estimator.plan.datasets for subset in dataset.subsets)
         if self.options.forgetting.distillation_weight or any(subset.prior == "previous" for subset in subsets):

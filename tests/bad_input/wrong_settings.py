@@ -114,7 +114,7 @@ FLAGS = [
     flags("--network_args", "network_reg_lrs=(=1"),
     flags("--distillation_weight", "1"),
     flags("--distillation_weight", "-1"),
-    flags("--ewc_dir", "data/2_style", "--ewc_lambda", "0"),
+    flags("--ewc_data", "data/2_style", "--ewc_lambda", "0"),
     flags("--validation_gap"),
     flags("--lr_scheduler", "cosine", "--lr_warmup_steps", "100"),
     flags("--lr_warmup_steps", "150%"),

@@ -13,6 +13,7 @@ import toml
 
 from library.config import dataset_config, parser
 from library.config.command import run
+from library.data.measured import measured_folders
 from library.evaluation import replay, tasks
 from library.evaluation.after_tasks import BASE as BASE_ALONE
 from library.evaluation.after_tasks import Matrix
@@ -74,7 +75,7 @@ def test_a_task_begins_where_the_one_before_ended(files: Path) -> None:
 
 def test_the_words_of_each_protection(files: Path) -> None:
     _, ewc = words_of("ewc")
-    assert after(ewc, "--ewc_dir") == str(Path("cats/1_x"))
+    assert after(ewc, "--ewc_data") == str(Path("out/last-tasks-ewc/2-dogs-earlier.toml"))
     first, progressive = words_of("progressive")
     assert "--base_weights" not in first
     assert after(progressive, "--base_weights").endswith("1-cats.safetensors")
@@ -120,6 +121,18 @@ def test_what_replay_writes(files: Path) -> None:
     assert replace(again, subsets=spec.subsets) == spec
 
 
+def test_the_file_of_earlier_images(files: Path) -> None:
+    """Their captions are as they were trained."""
+    words = ["--config_file", "cats.toml", "--caption_prefix", "cats ", "--shuffle_caption"]
+    specs = dataset_config.load_datasets(parser.parse(words))
+    replay.write_earlier(files / "earlier.toml", [specs])
+    options = parser.parse(["--config_file", "dogs.toml", "--ewc_data", "earlier.toml"])
+    (found,) = measured_folders(options, dataset_config.load_datasets(options))
+    assert (found.use, found.name, found.dataset.batch_size) == ("ewc", "earlier 1", 1)
+    (subset,) = found.dataset.subsets
+    assert (subset.image_dir, subset.caption_prefix) == (Path("cats/1_x"), "cats ")
+
+
 def images(*names: str) -> list[str]:
     return ["--images", *(f"{name}=held/{name}" for name in names)]
 
@@ -133,7 +146,7 @@ def images(*names: str) -> list[str]:
         (["--tasks", "cats.toml", "dogs.toml", *images("cats")], "no held-out images of dogs: give dogs=FOLDER"),
         (["--tasks", "cats.toml", "dogs.toml", "--against", "ewd"], "'ewd' is not one of"),
         (["--tasks", "cats.toml", "dogs.toml", "--against", "progressive", "ewc"], "--against progressive ewc"),
-        (["--tasks", "cats.toml", "dogs.toml", "--ewc_dir", "cats"], "stand behind --"),
+        (["--tasks", "cats.toml", "dogs.toml", "--ewc_data", "cats"], "stand behind --"),
     ],
 )
 def test_what_is_refused(words: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:

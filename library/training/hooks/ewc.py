@@ -57,7 +57,7 @@ class Consolidation(Hook[Run]):
     def before_training(self, run: Run) -> None:
         if self.fisher:  # of the state
             return
-        with during("measuring the Fisher information of --ewc_dir", done=run.position.done):
+        with during("measuring the Fisher information of --ewc_data", done=run.position.done):
             self.fisher, loss, elements = measure(run, self.earlier, most_images=self._most_images)
         self.anchor = [parameter.detach().float().clone() for parameter in self._parameters]
         chosen = "as given"

@@ -173,7 +173,7 @@ def test_all_protections_resume_with_the_same_bits(
     words = (
         *("--network_weights", str(tmp_path / "out" / "first.safetensors"), "--dim_from_weights"),
         *("--train_data_dir=", "--dataset_config", str(data), "--max_train_steps", "3", "--learning_rate", "1e-2"),
-        *("--distillation_weight", "1", "--distillation_schedule", "cosine", "--ewc_dir", str(tmp_path / "earlier")),
+        *("--distillation_weight", "1", "--distillation_schedule", "cosine", "--ewc_data", str(tmp_path / "earlier")),
     )
     assert train(*words, "--output_name", "whole", "--save_state_on_train_end") == 0
     messages = capsys.readouterr().err
@@ -194,8 +194,9 @@ def test_all_protections_resume_with_the_same_bits(
     ("words", "message"),
     [
         (("--distillation_weight", "1"), "--distillation_weight needs --network_weights"),
-        (("--ewc_dir", "nowhere"), "--ewc_dir nowhere: no such folder"),
-        (("--ewc_dir", ".", "--ewc_lambda", "0"), "--ewc_lambda must be above 0"),
+        (("--ewc_data", "nowhere"), "--ewc_data nowhere: no such folder"),
+        (("--ewc_data", "nowhere.toml"), "--ewc_data nowhere.toml: no such file"),
+        (("--ewc_data", ".", "--ewc_lambda", "0"), "--ewc_lambda must be above 0"),
     ],
 )
 def test_what_does_not_fit(
@@ -208,7 +209,7 @@ def test_what_does_not_fit(
 def test_options_without_effect() -> None:
     assert ForgettingOptions(ewc_lambda=5.0).idle() == {
         "distillation_schedule": " without --distillation_weight",
-        "ewc_lambda": " without --ewc_dir",
-        "ewc_images": " without --ewc_dir",
+        "ewc_lambda": " without --ewc_data",
+        "ewc_images": " without --ewc_data",
     }
-    assert not ForgettingOptions(ewc_dir=("a",), distillation_weight=1.0).idle()
+    assert not ForgettingOptions(ewc_data=("a",), distillation_weight=1.0).idle()
