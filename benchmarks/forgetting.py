@@ -155,7 +155,9 @@ def _trained(words: Sequence[str]) -> Run:
     from library.training.hooks.saver import Saver
 
     run = _built(words)
-    loop.train(replace(run, hooks=tuple(hook for hook in run.hooks if not isinstance(hook, (Monitor, Saver)))))
+    kept = replace(run, hooks=tuple(hook for hook in run.hooks if not isinstance(hook, (Monitor, Saver))))
+    if loop.train(kept) is not None:
+        raise KeyboardInterrupt  # a run that was stopped is no row
     return run
 
 
