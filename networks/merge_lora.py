@@ -7,28 +7,28 @@ The result has the highest rank of the files; with --concat their ranks add up, 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # a script's own folder leads the search for modules, where the project's root has to
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from library.config.fields import option
 from networks.tools import kohya
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """kohya's."""
-    kohya.add_result_options(parser)
-    kohya.add_merge_options(parser, blocks=False)
-    kohya.add_factors_options(parser)
-    parser.add_argument("--v2", action="store_true", help="without effect: the files state their family")
+@dataclass(frozen=True, kw_only=True)
+class MergeLoraOptions(kohya.FactorsOptions):
+    """Options"""
+
+    v2: bool = option(False, help="without effect: the files state their family")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return kohya.run(__doc__, add_options, kohya.merge_loras, argv)
+    return kohya.run(__doc__, MergeLoraOptions, kohya.merge_loras, argv)
 
 
 if __name__ == "__main__":

@@ -5,29 +5,31 @@ python networks/resize_lora.py --model a.safetensors --save_to b.safetensors --n
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # a script's own folder leads the search for modules, where the project's root has to
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from library.config.fields import REQUIRED, option
 from networks.tools import kohya, resize
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """kohya's."""
-    kohya.add_result_options(parser, metadata=False)
-    parser.add_argument("--model", type=Path, required=True, help="the LoRA file")
-    parser.add_argument("--new_rank", type=int, default=4, help="of the result; with --dynamic_method the highest")
-    parser.add_argument("--new_conv_rank", type=int, help="that of wide convolutions; without it --new_rank")
-    parser.add_argument("--dynamic_method", choices=resize.METHODS, help="choose each layer's rank by its values")
-    parser.add_argument("--dynamic_param", type=float, help="the method's parameter")
-    parser.add_argument("--verbose", action="store_true", help="print rank and kept energy of each layer")
+@dataclass(frozen=True, kw_only=True)
+class ResizeLoraOptions(kohya.DoorOptions):
+    """Options"""
+
+    model: Path = option(REQUIRED, help="the LoRA file")
+    new_rank: int = option(4, minimum=1, help="of the result; with --dynamic_method the highest")
+    new_conv_rank: int | None = option(None, minimum=1, help="that of wide convolutions; without it --new_rank")
+    dynamic_method: resize.Dynamic | None = option(None, help="choose each layer's rank by its values")
+    dynamic_param: float | None = option(None, help="the method's parameter")
+    verbose: bool = option(False, help="print rank and kept energy of each layer")
 
 
-def act(options: argparse.Namespace) -> None:
+def act(options: ResizeLoraOptions) -> None:
     """Resize. Raises UserError."""
     kohya.say_without_effect(options, {"device": "the CPU takes seconds"})
     resize.resize(
@@ -45,7 +47,7 @@ def act(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return kohya.run(__doc__, add_options, act, argv)
+    return kohya.run(__doc__, ResizeLoraOptions, act, argv)
 
 
 if __name__ == "__main__":

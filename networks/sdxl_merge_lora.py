@@ -7,9 +7,9 @@ The result has the highest rank of the files; with --concat their ranks add up, 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # a script's own folder leads the search for modules, where the project's root has to
@@ -18,16 +18,14 @@ if not __package__:  # a script's own folder leads the search for modules, where
 from networks.tools import kohya
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """kohya's."""
-    kohya.add_result_options(parser)
-    kohya.add_merge_options(parser, blocks=True)
-    kohya.add_factors_options(parser)
+@dataclass(frozen=True, kw_only=True)
+class SdxlMergeOptions(kohya.FactorsOptions, kohya.BlockOptions):
+    """Options"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return kohya.run(__doc__, add_options, kohya.merge_loras, argv)
+    return kohya.run(__doc__, SdxlMergeOptions, kohya.merge_loras, argv)
 
 
 if __name__ == "__main__":

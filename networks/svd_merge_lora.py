@@ -7,7 +7,6 @@ kohya clips the factors at the 0.99 quantile of their values, which loses the la
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,22 +17,9 @@ if not __package__:  # a script's own folder leads the search for modules, where
 from networks.tools import kohya
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """kohya's."""
-    kohya.add_result_options(parser)
-    kohya.add_merge_options(parser, blocks=True)
-    parser.add_argument("--new_rank", type=int, default=4, help="of the result")
-    parser.add_argument("--new_conv_rank", type=int, help="that of wide convolutions; without it --new_rank")
-
-
-def act(options: argparse.Namespace) -> None:
-    """Merge. Raises UserError."""
-    kohya.merge_to_rank(options)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    return kohya.run(__doc__, add_options, act, argv)
+    return kohya.run(__doc__, kohya.RankOptions, kohya.merge_to_rank, argv)
 
 
 if __name__ == "__main__":

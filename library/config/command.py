@@ -10,91 +10,126 @@ from dataclasses import dataclass
 from typing import Any
 
 from library import gpu, log, out_of_memory
-from library.config.fields import UNSET, BadValue, convert, declared
+from library.config.fields import UNSET, BadValue, Declared, by_any_name, convert, declared, is_truth, lacking, made
 from library.config.parser import add_argument
-from library.config.settings import from_words
+from library.config.settings import COMMAND_LINE, Setting, from_words
 from library.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that belongs to no option, known by its place. `many`: takes all that are left; only for the last one."""
+
+    name: str
+    help: str
+    many: bool = False
+    required: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """A tool's command line. `groups`: the dataclasses of its options, by the names under which `read` returns them.
-    `leading`: the metavar of the words before the first option, with its help; None: there are none."""
+    `words`: what may stand without an option's name, in this order."""
 
     name: str
     description: str
     groups: Mapping[str, type]
-    leading: tuple[str, str] | None = None
+    words: tuple[Word, ...] = ()
+
+    def options(self) -> dict[str, Declared]:
+        """All its options, by name."""
+        return {name: item for group in self.groups.values() for name, item in declared(group).items()}
 
 
 @dataclass(frozen=True)
 class Read:
-    """`groups`: an object of each dataclass. `leading`: the words before the first option. `given`: by option, the
-    place where the user gave it."""
+    """`groups`: an object of each dataclass. `words`: those without an option's name. `given`: by option, the place
+    where the user gave it."""
 
     groups: Mapping[str, Any]
-    leading: tuple[str, ...]
+    words: tuple[str, ...]
     given: Mapping[str, str]
 
 
 def read(command: Command, argv: Sequence[str]) -> Read:
     """The options on a command line. An option that takes a list may be given several times.
 
+    Words without an option's name may also stand behind an option that does not take them: a flag, or one of one value.
     `--help` is printed, and raises SystemExit(0). Raises UserError, which names every mistake, one a line.
     """
-    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    leading, settings = tuple(argv[:count]), from_words(list(argv[count:]))
+    options, words = command.options(), list[str]()
+    names = by_any_name(options)
+    argv = [f"-{word}" if word[:1] == "-" and word[1:] in names else word for word in argv]  # -s is --s
+    settings = from_words(argv, options, leading=words)
     if any(setting.name == "help" for setting in settings):
         _help(command).print_help()
         raise SystemExit(0)
-    options = {name: item for group in command.groups.values() for name, item in declared(group).items()}
-    names = {alias: name for name, item in options.items() for alias in (name, *item.details.aliases)}
     problems, values, given = [], dict[str, object](), dict[str, str]()
-    if leading and command.leading is None:
-        problems.append(f"command line: unexpected word '{leading[0]}': options begin with --")
-    for setting in settings:
-        plain, words = setting.name.removeprefix("no-"), setting.words
+    for setting in (_without_no(one, options) for one in settings):
         name = names.get(setting.name)
-        if name is None and plain in options and options[plain].kind is bool and not words:
-            name, words = plain, ("false",)
         if name is None:
             problems.append(f"{setting.place}: unknown option{did_you_mean(setting.name, names)}")
             continue
+        item = options[name]
+        taken = _taken(item, setting.words) if command.words else len(setting.words)
+        words += setting.words[taken:]
         try:
-            value = convert(options[name], words)
+            value = convert(item, setting.words[:taken])
         except BadValue as error:
-            problems.append(f"{setting.place}: {error}")
+            hint = f"; {command.words[0].name} stands before the options" if command.words and item.many else ""
+            problems.append(f"{setting.place}: {error}{hint}")
             continue
         if value is not UNSET:
             before = values.get(name)
-            joined = isinstance(before, tuple) and isinstance(value, tuple) and options[name].many
+            joined = isinstance(before, tuple) and isinstance(value, tuple) and item.many
             values[name] = (*before, *value) if joined else value  # type: ignore[misc]
             given[name] = setting.place
-    problems += [
-        f"--{name} is required: {item.details.help}"
-        for name, item in options.items()
-        if item.required and name not in values and not problems
-    ]
+    problems += _wrong_words(command, words)
+    problems = problems or list(lacking(options, values).values())
     if problems:
         raise UserError("\n".join(problems))
-    groups = {
-        name: group(**{key: values[key] for key in declared(group) if key in values})
-        for name, group in command.groups.items()
-    }
-    return Read(groups, leading, given)
+    return Read({name: made(group, values) for name, group in command.groups.items()}, tuple(words), given)
+
+
+def _without_no(setting: Setting, options: Mapping[str, Declared]) -> Setting:
+    """`--no-flag` is `--flag=false`."""
+    name = setting.name.removeprefix("no-")
+    if setting.name in options or name not in options or options[name].kind is not bool:
+        return setting
+    return Setting(name, ("false", *setting.words), setting.place)
+
+
+def _taken(item: Declared, words: tuple[str, ...]) -> int:
+    """How many of the words behind an option are its own."""
+    if item.many or item.details.joined_by is not None:
+        return len(words)
+    if item.kind is bool:
+        return int(bool(words) and is_truth(words[0]))
+    return min(1, len(words))
+
+
+def _wrong_words(command: Command, words: Sequence[str]) -> list[str]:
+    """A problem for each word too many or too few."""
+    needed = [word for word in command.words if word.required]
+    if len(words) < len(needed):
+        return [f"{word.name} is required, before the options: {word.help}" for word in needed[len(words) :]]
+    if "" in words:
+        return [f"{COMMAND_LINE}: an empty word ('') is no {command.words[0].name if command.words else 'option'}"]
+    most = len(words) if command.words and command.words[-1].many else len(command.words)
+    return [f"{COMMAND_LINE}: unexpected word '{word}': options begin with --" for word in words[most:]]
 
 
 def _help(command: Command) -> argparse.ArgumentParser:
-    first = "" if command.leading is None else f" {command.leading[0]} [...]"
+    words = "".join(f" {word.name}" + " [...]" * word.many for word in command.words)
     parser = argparse.ArgumentParser(
         prog=command.name,
-        usage=f"%(prog)s{first} [--option value ...]",
+        usage=f"%(prog)s{words} [--option value ...]",
         description=command.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    if command.leading is not None:
-        parser.add_argument(command.leading[0], nargs="*", help=command.leading[1].replace("%", "%%"))
+    for word in command.words:
+        parser.add_argument(word.name, nargs="*" if word.many else None, help=word.help.replace("%", "%%"))
     for name, group in command.groups.items():
         section = parser.add_argument_group((group.__doc__ or name).strip())
         for item in declared(group).values():

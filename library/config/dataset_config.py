@@ -46,6 +46,7 @@ class SubsetSpec:
     metadata_file: Path | None = None
     is_reg: bool
     num_repeats: int
+    share: float | None = None
     caption_extension: str
     class_tokens: str | None
     shuffle_caption: bool
@@ -95,7 +96,7 @@ class SubsetSpec:
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
     """Folders that are batched together. `resolution` is (width, height) in pixels, as is `skip_image_resolution`:
-    images of at most that area are left out."""
+    images of at most that area are left out. `balance`, `reg_share`: see `shares.py`."""
 
     resolution: tuple[int, int]
     batch_size: int
@@ -105,18 +106,27 @@ class DatasetSpec:
     bucket_reso_steps: int
     bucket_no_upscale: bool
     skip_image_resolution: tuple[int, int] | None = None
+    balance: str | None = None
+    reg_share: float | None = None
     subsets: tuple[SubsetSpec, ...]
 
 
 _MASKS = ("alpha_mask", "conditioning_data_dir")
 _PRIOR = ("prior", "prior_region", "prior_weight")
-_SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "validation_dir", *_PRIOR, *_MASKS)
+_SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "share", "validation_dir", *_PRIOR, *_MASKS)
 # Keys that a metadata file contains itself, or cannot have.
 _FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg", "validation_dir")
 _NO_KEYS = ("origin",)
 _SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, *_NO_KEYS))
 _DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
-_DATASET_LEVEL = (*_DATASET_KEYS, *_SUBSET_KEYS, "custom_attributes", *NOT_YET_DATASET, *NOT_YET_ANYWHERE)
+_DATASET_LEVEL = (
+    *_DATASET_KEYS,
+    "resolutions",
+    *_SUBSET_KEYS,
+    "custom_attributes",
+    *NOT_YET_DATASET,
+    *NOT_YET_ANYWHERE,
+)
 LEVELS: dict[str, tuple[str, ...]] = {
     "[general]": _DATASET_LEVEL,
     "[[datasets]]": _DATASET_LEVEL,
@@ -140,12 +150,12 @@ def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
         return _DatasetFile(Path(data.dataset_config), options).read()
     if data.train_data_dir is None and data.in_json is None:
         raise UserError("no images to train on: give --train_data_dir or --dataset_config")
-    if data.resolution is None:
+    if data.resolution is None and data.resolutions is None:
         raise UserError("--resolution is required, for example --resolution 512")
     if data.in_json is not None:
         _warn_of_others(options, "in_json", ("reg_data_dir",))
         own: Values = {"metadata_file": data.in_json, "image_dir": data.train_data_dir}
-        return (_dataset([], options, (_subset(own, [], _place(options, "in_json"), options),)),)
+        return _datasets([], options, (_subset(own, [], _place(options, "in_json"), options),))
     subsets: list[SubsetSpec] = []
     for name, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
         directory, origin = getattr(data, name), _place(options, name)
@@ -153,7 +163,7 @@ def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
             own = {"image_dir": folder.path, "is_reg": is_reg}
             own |= {"num_repeats": folder.num_repeats, "class_tokens": folder.class_tokens}
             subsets.append(_subset(own, [], origin, options))
-    return (_dataset([], options, tuple(subsets)),)
+    return _datasets([], options, tuple(subsets))
 
 
 def datasets_of_file(path: Path, options: Options) -> tuple[DatasetSpec, ...]:
@@ -163,7 +173,7 @@ def datasets_of_file(path: Path, options: Options) -> tuple[DatasetSpec, ...]:
 
 def dataset_of_folder(folder: Path, options: Options, origin: str) -> DatasetSpec:
     """One folder of captioned images, whatever its name, with the options about data. `origin`: begins messages."""
-    return _dataset([], options, (_subset({"image_dir": str(folder)}, [], origin, options),))
+    return _datasets([], options, (_subset({"image_dir": str(folder)}, [], origin, options),))[0]
 
 
 def _warn_of_others(options: Options, chosen: str, others: tuple[str, ...]) -> None:
@@ -201,6 +211,7 @@ def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> 
         image_dir=on_disk(Path(directory)),
         metadata_file=None if metadata_file is None else on_disk(metadata_file),
         is_reg=own.get("is_reg", False),
+        share=own.get("share"),
         validation_dir=None if validation_dir is None else str(on_disk(Path(validation_dir))),
         prior=own.get("prior", "base" if isinstance(attributes, dict) and attributes.get(PRESERVATION) else ""),
         prior_region=own.get("prior_region", "all"),
@@ -210,9 +221,21 @@ def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> 
     )
 
 
-def _dataset(levels: list[Values], options: Options, subsets: tuple[SubsetSpec, ...]) -> DatasetSpec:
+def _datasets(levels: list[Values], options: Options, subsets: tuple[SubsetSpec, ...]) -> tuple[DatasetSpec, ...]:
+    """One data set for each resolution. `subsets`: of each of them."""
     values: Values = {key: _value(key, levels, options) for key in _DATASET_KEYS}
-    return DatasetSpec(**values, subsets=subsets)
+    sizes = _resolutions(levels, options) or (values["resolution"],)
+    return tuple(DatasetSpec(**{**values, "resolution": size}, subsets=subsets) for size in sizes)
+
+
+def _resolutions(levels: list[Values], options: Options) -> tuple[tuple[int, int], ...]:
+    """Of the first level that has `resolutions` or `resolution`, else the options'; () where nothing has."""
+    for level in (*levels, vars(options.data)):
+        if level.get("resolutions") is not None:
+            return level["resolutions"]
+        if level.get("resolution") is not None:
+            return (level["resolution"],)
+    return ()
 
 
 class _DatasetFile:
@@ -230,15 +253,13 @@ class _DatasetFile:
             self.problems.append(f"{self.path}: {key}: only [general] and [[datasets]] can stand at the top{near}")
         general = self._checked("[general]", content.get("general", {}), f"{self.path}: [general]")
         datasets = [
-            self._dataset(table, f"{self.path}: [[datasets]] {number}", general)
+            dataset
             for number, table in self._tables(content, "datasets", f"{self.path}: [[datasets]]")
+            for dataset in self._datasets(table, f"{self.path}: [[datasets]] {number}", general)
         ]
-        self._refuse()
-        return tuple(datasets)
-
-    def _refuse(self) -> None:
         if self.problems:
             raise UserError("\n".join(self.problems))
+        return tuple(datasets)
 
     def _content(self) -> Values:
         if not os.path.isfile(self.path):
@@ -266,7 +287,7 @@ class _DatasetFile:
             return []
         return list(enumerate(tables, 1))
 
-    def _dataset(self, table: Values, place: str, general: Values) -> DatasetSpec:
+    def _datasets(self, table: Values, place: str, general: Values) -> tuple[DatasetSpec, ...]:
         own = {key: value for key, value in table.items() if key != "subsets"}
         levels = [self._checked("[[datasets]]", own, place), general]
         subsets: dict[Path, SubsetSpec] = {}  # by their source
@@ -277,7 +298,7 @@ class _DatasetFile:
                 logger.warning("%s: has no effect: an earlier one has the same %s", subset.origin, kind)
             elif subset is not None:
                 subsets[subset.source] = subset
-        if _value("resolution", levels, self.options) is None:
+        if not _resolutions(levels, self.options):
             self.problems.append(f"{place}: no resolution: set it here or in [general], or give --resolution")
         elif not subsets and not self.problems:
             self.problems.append(f"{place}: no subset is left to train on")
@@ -286,7 +307,7 @@ class _DatasetFile:
                 f"{place}: subsets with image_dir alone and subsets with metadata_file cannot stand together: "
                 "give each kind [[datasets]] of its own"
             )
-        return _dataset(levels, self.options, tuple(subsets.values()))
+        return _datasets(levels, self.options, tuple(subsets.values()))
 
     def _subset(self, content: Values, place: str, levels: list[Values]) -> SubsetSpec | None:
         own = self._checked("[[datasets.subsets]]", content, place)
@@ -347,4 +368,6 @@ class _DatasetFile:
                 continue
             if found is not UNSET:
                 checked[key] = found
+        if checked.keys() >= {"resolution", "resolutions"}:
+            self.problems.append(f"{place}: resolution and resolutions: give one of them")
         return checked

@@ -18,8 +18,11 @@ from library.config.fields import (
     ControlCharacters,
     Unset,
     convert,
+    read_balance,
     read_range,
     read_resolution,
+    read_resolutions,
+    read_share,
     read_skipped_resolution,
     refuse_control_characters,
 )
@@ -83,6 +86,12 @@ def check_key(key: str, value: object, *, level: str, levels: dict[str, tuple[st
         return _attributes(value, place)
     if key in ("resolution", "skip_image_resolution"):
         return _resolution(value, read_resolution if key == "resolution" else read_skipped_resolution)
+    if key == "resolutions":
+        return _resolutions(value)
+    if key in ("share", "reg_share"):
+        return read_share(_shown(value))
+    if key == "balance":
+        return _balance(value)
     return _range(value) if key == "face_crop_aug_range" else _in_type(key, value)
 
 
@@ -144,6 +153,21 @@ def _resolution(value: object, read: Callable[[str], tuple[int, int] | Unset]) -
     if type(value) not in (int, str):
         raise BadValue(f"{_shown(value)} is neither a whole number of pixels nor [width, height]")
     return read(str(value))
+
+
+def _resolutions(value: object) -> object:
+    """Sizes in a list, each a number of pixels or [width, height]; or text such as "512,768x512"."""
+    sizes = value if isinstance(value, list) else [value]
+    words = ["x".join(map(str, size)) if isinstance(size, list) else str(size) for size in sizes]
+    return read_resolutions(",".join(words))
+
+
+def _balance(value: object) -> str:
+    if isinstance(value, list) and all(type(weight) in (int, float) for weight in value):
+        value = ",".join(map(str, value))
+    if not isinstance(value, str):
+        raise BadValue(f"{_shown(value)} is neither 'smallest' nor 'equal', nor a list of weights such as [2, 1, 1]")
+    return read_balance(value)
 
 
 def _range(value: object) -> tuple[float, float]:

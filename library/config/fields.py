@@ -1,7 +1,7 @@
 """How one option is declared, and how the words that a user gave for it become its value.
 
 An option is a field of a frozen dataclass, made by `option(default, help=…)`. Its annotation is its type: bool, int,
-float, str, a `Literal` of choices, a tuple of one of these (a list of words), each also `| None`.
+float, str, Path, a `Literal` of choices, a tuple of one of these (a list of words), each also `| None`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from library.errors import did_you_mean
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REQUIRED: Any = dataclasses.MISSING  # the default of an option that must be given, whatever its type
+BALANCES = ("smallest", "equal")  # how folders share the draws, beside weights
 MAX_SIDE = 16384  # pixels of an image to train on or to render; a larger number is a typing mistake
 
 
@@ -100,7 +102,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """An option as declared: `kind` is bool, int, float or str; `many` if it takes a list of words."""
+    """An option as declared: `kind` is bool, int, float, str or Path; `many` if it takes a list of words."""
 
     name: str
     kind: type
@@ -124,6 +126,25 @@ def declared(group: type) -> dict[str, Declared]:
     }
 
 
+def by_any_name(options: Mapping[str, Declared]) -> dict[str, str]:
+    """The name of each option, by its name and by its aliases."""
+    return {alias: name for name, item in options.items() for alias in (name, *item.details.aliases)}
+
+
+def lacking(options: Mapping[str, Declared], given: Collection[str]) -> dict[str, str]:
+    """By name, a message for each option that must be given and is not."""
+    return {
+        name: f"--{name} is required: {item.details.help}"
+        for name, item in options.items()
+        if item.required and name not in given
+    }
+
+
+def made(group: type[T], values: Mapping[str, object]) -> T:
+    """An object of a dataclass of options. `values`: by option, those that are given; also of other dataclasses."""
+    return group(**{name: values[name] for name in declared(group) if name in values})
+
+
 def _declared(field: dataclasses.Field[object], annotation: object) -> Declared:
     annotation = _without_none(annotation)
     details: Details = field.metadata["option"]
@@ -132,7 +153,7 @@ def _declared(field: dataclasses.Field[object], annotation: object) -> Declared:
         annotation = get_args(annotation)[0]
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     kind = str if choices or details.read else annotation
-    assert kind in (bool, int, float, str), f"option {field.name}: no rule for {annotation}"
+    assert kind in (bool, int, float, str, Path), f"option {field.name}: no rule for {annotation}"
     return Declared(field.name, kind, many, choices, field.default, details)
 
 
@@ -186,6 +207,9 @@ def _one(item: Declared, word: str) -> object:
         if not details.free_text:
             refuse_control_characters(word)
         return word
+    if item.kind is Path:
+        refuse_control_characters(word)
+        return Path(word)
     number = read_int(word) if item.kind is int else read_float(word)
     if number == 0 and details.zero_is_unset:
         return UNSET
@@ -272,6 +296,14 @@ def read_resolution(word: str) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
 
 
+def read_resolutions(word: str) -> tuple[tuple[int, int], ...]:
+    """Sizes with commas between them, each as "512" or "512x768", none of them twice."""
+    sizes = tuple(read_resolution(part) for part in word.split(","))
+    if twice := [f"{width}x{height}" for width, height in sizes if sizes.count((width, height)) > 1]:
+        raise BadValue(f"'{word}' has {twice[0]} twice")
+    return sizes
+
+
 def read_skipped_resolution(word: str) -> tuple[int, int] | Unset:
     """The same, or 0 for none."""
     return UNSET if word.strip() == "0" else read_resolution(word)
@@ -283,6 +315,36 @@ def read_range(word: str) -> tuple[float, float]:
     if len(ends) != 2 or not 0 < ends[0] <= ends[1] < math.inf:
         raise BadValue(f"'{word}' is not a range such as 2.0,4.0")
     return ends[0], ends[1]
+
+
+def read_share(word: str) -> float:
+    """A part of all draws, above 0 and below 1."""
+    try:
+        number = read_float(word)
+    except BadValue:
+        number = math.nan
+    if not 0 < number < 1:
+        hint = ""
+        if number == 0:
+            hint = "; num_repeats = 0 leaves a folder out"
+        elif 1 < number < 100:
+            hint = f"; {number:g} % is {number / 100:g}"
+        raise BadValue(f"{word} is not a share, which is a number above 0 and below 1{hint}")
+    return number
+
+
+def read_balance(word: str) -> str:
+    """ "smallest", "equal", or weights above 0 with commas between them, such as 2,1,1."""
+    if word in BALANCES:
+        return word
+    try:
+        weights = [read_float(part) for part in word.split(",")]
+    except BadValue:
+        near = did_you_mean(word, BALANCES)
+        raise BadValue(f"'{word}' is neither smallest nor equal, nor weights such as 2,1,1{near}") from None
+    if not all(0 < weight < math.inf for weight in weights):
+        raise BadValue(f"'{word}': weights must be above 0; num_repeats = 0 leaves a folder out")
+    return word
 
 
 def _is_number(word: str) -> bool:

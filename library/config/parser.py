@@ -14,9 +14,21 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from library.config import kohya, presets
-from library.config.fields import UNSET, BadValue, ControlCharacters, Declared, OutOfRange, convert, declared
+from library.config.fields import (
+    UNSET,
+    BadValue,
+    ControlCharacters,
+    Declared,
+    OutOfRange,
+    by_any_name,
+    convert,
+    declared,
+    lacking,
+    made,
+)
 from library.config.idle import idle
 from library.config.options import SECRETS, Options, declared_options, option_groups
 from library.config.settings import Setting, from_toml, from_words, places_of, without_secrets
@@ -27,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Options of the command line only: they name files to read or write.
 _COMMAND_LINE_ONLY = ("config_file", "output_config", "list_presets")
+_TWO_WAYS = {"resolution": "resolutions", "resolutions": "resolution"}
 
 
 def parse(argv: list[str]) -> Options:
@@ -87,7 +100,7 @@ def add_argument(section: argparse._ArgumentGroup, item: Declared) -> None:
     elif item.default not in (None, "", ()):
         text += f" (default: {item.default})"
     choices = "{" + ",".join(choice for choice in item.choices if choice) + "}"
-    plain = {int: "N", float: "X", str: "TEXT"}[item.kind]
+    plain = {int: "N", float: "X", str: "TEXT", Path: "FILE"}[item.kind]
     nargs = "*" if item.many else "?" if item.details.alone else None
     section.add_argument(f"--{item.name}", nargs=nargs, metavar=choices if item.choices else plain, help=text)
 
@@ -114,7 +127,7 @@ class _Reading:
 def _read(settings: Iterable[Setting]) -> _Reading:
     """Check every setting; of two for one name, the later wins."""
     options = declared_options()
-    names = {alias: name for name, item in options.items() for alias in (name, *item.details.aliases)}
+    names = by_any_name(options)
     reading = _Reading()
     others: dict[str, Setting] = {}
     for setting in map(_without_no, settings):
@@ -140,11 +153,24 @@ def _read(settings: Iterable[Setting]) -> _Reading:
         if value is not UNSET:
             reading.values[name] = value
             reading.places[name] = setting.place
+            _replace_the_other(name, reading)
     rows = kohya.rows()
     asked = {name for name, item in others.items() if name in rows and not rows[name].asks_for_nothing(item.words)}
     for setting in others.values():
         _judge(setting, reading, asked)
     return reading
+
+
+def _replace_the_other(name: str, reading: _Reading) -> None:
+    """Of two options that say the same in two ways, the one of the later file, or of the command line, wins."""
+    other = _TWO_WAYS.get(name)
+    if other in reading.places and _source(reading.places[other]) != _source(reading.places[name]):
+        del reading.values[other], reading.places[other]
+
+
+def _source(place: str) -> str:
+    """The file, or the command line."""
+    return place.partition(": ")[0]
 
 
 def _without_no(setting: Setting) -> Setting:
@@ -186,18 +212,11 @@ def _config_path(reading: _Reading) -> Path | None:
 
 
 def _options(reading: _Reading, *, command: Iterable[str]) -> Options:
-    missing = [
-        f"--{name} is required: {item.details.help}{_stands_in(name, reading)}"
-        for name, item in declared_options().items()
-        if item.required and name not in reading.values
-    ]
+    missing = [text + _stands_in(name, reading) for name, text in lacking(declared_options(), reading.values).items()]
     if missing:
         raise UserError("\n".join([*missing, *map(": ".join, reading.out_of_range.values())]))
     try:
-        groups = {
-            name: group(**{key: reading.values[key] for key in declared(group) if key in reading.values})
-            for name, group in option_groups().items()
-        }
+        groups: dict[str, Any] = {name: made(group, reading.values) for name, group in option_groups().items()}
         return Options(**groups, given=reading.places, command=tuple(command))
     except UserError as error:
         told = [f"{error}{places_of(str(error), reading.places)}", *map(": ".join, reading.out_of_range.values())]

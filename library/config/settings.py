@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.config import kohya
+from library.config.fields import Declared
 from library.config.options import SECRETS, declared_options
 from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_toml
@@ -43,8 +44,15 @@ def places_of(message: str, places: Mapping[str, str]) -> str:
     return "".join(f"\n  {place}" for place in found if not place.startswith(COMMAND_LINE))
 
 
-def from_words(words: list[str]) -> list[Setting]:
-    """The settings on a command line. Raises UserError for a word that belongs to no option."""
+def from_words(
+    words: Sequence[str], options: Mapping[str, Declared] | None = None, *, leading: list[str] | None = None
+) -> list[Setting]:
+    """The settings on a command line. Raises UserError for a word that belongs to no option.
+
+    options: those of the program, the trainer's by default. leading: the words before the first option are added to it;
+    without it they are an error.
+    """
+    options = declared_options() if options is None else options
     collected: list[tuple[str, list[str]]] = []
     for word in words:
         if not is_utf8(word):
@@ -55,14 +63,16 @@ def from_words(words: list[str]) -> list[Setting]:
             collected.append((match["name"], [] if value is None else [value]))
         elif word == "-h":
             collected.append(("help", []))
-        elif (near := _WITH_OTHER_DASHES.fullmatch(word)) and near["name"] in declared_options():
+        elif (near := _WITH_OTHER_DASHES.fullmatch(word)) and near["name"] in options:
             raise UserError(f"{COMMAND_LINE}: '{word}': options begin with two hyphens: --{near['name']}")
         elif collected:
             collected[-1][1].append(word)
+        elif leading is not None and not word.startswith("-"):
+            leading.append(word)
         else:
             raise UserError(f"{COMMAND_LINE}: unexpected word '{word}': options begin with --")
     for name, values in collected:
-        _refuse_swallowed(name, values)
+        _refuse_swallowed(name, values, options)
     return [Setting(name, tuple(values), f"{COMMAND_LINE}: --{name}") for name, values in collected]
 
 
@@ -79,17 +89,17 @@ def without_secrets(words: Iterable[str]) -> list[str]:
     return shown
 
 
-def _refuse_swallowed(name: str, words: Iterable[str]) -> None:
+def _refuse_swallowed(name: str, words: Iterable[str], options: Mapping[str, Declared]) -> None:
     """UserError for a word with further options in it: a quote is not closed where it should be.
 
     On Windows a backslash before a closing quote makes it a letter: "--train_data_dir=d:\\images\\" --resolution=64 is
     one word. In prose an option may be mentioned, but not behind a quote.
     """
-    option = declared_options().get(name)
+    option = options.get(name)
     pattern = _SWALLOWED_BEHIND_A_QUOTE if option and option.details.free_text else _SWALLOWED
     for word in words:
         for match in pattern.finditer(word):
-            if match["name"] in declared_options() or match["name"] in kohya.rows():
+            if match["name"] in options or match["name"] in kohya.rows():
                 raise UserError(
                     f"{COMMAND_LINE}: --{name}: its value '{word}' has swallowed --{match['name']}: a quote is missing "
                     'or one too many before it, or a backslash stands before the quote (on Windows \\" does not close)'

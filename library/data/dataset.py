@@ -76,6 +76,7 @@ class TrainingData:
         self.samples = prepared.samples
         self.placements = prepared.placements
         self.groups = prepared.groups
+        self.mixes = prepared.mixes
         self.summaries = prepared.summaries
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
@@ -92,7 +93,8 @@ class TrainingData:
 
     def plan(self, epoch: int) -> list[PlannedBatch]:
         """The batches of this epoch, for all processes."""
-        return epoch_batches(self.groups, seed=self.seed, epoch=epoch)
+        by_shares = [batch for mix in self.mixes for batch in mix.epoch(seed=self.seed, epoch=epoch)]
+        return epoch_batches(self.groups, seed=self.seed, epoch=epoch, by_shares=by_shares)
 
     def captions(self) -> list[str]:
         """The distinct texts that draws start from: see `captions.as_written`."""

@@ -27,6 +27,7 @@ def plain(subset: SubsetSpec) -> SubsetSpec:
     return replace(
         subset,
         num_repeats=1,
+        share=None,
         shuffle_caption=False,
         caption_dropout_rate=0.0,
         caption_dropout_every_n_epochs=0,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 from library.data.samples import Size
@@ -22,24 +23,50 @@ class Group:
     dataset: int
     size: Size
     batch_size: int
-    members: tuple[tuple[int, int], ...]
-    """(index of the sample, number of repeats)."""
+    members: tuple[tuple[int, float], ...]
+    """(index of the sample, draws in an epoch): its repeats, or, where shares decide, their mean over all epochs."""
+    in_first_epoch: int | None = None
+    """Where shares decide: the batches of the first epoch. Later ones may have one more or less of this bucket."""
 
     @property
     def draws(self) -> int:
-        return sum(repeats for _, repeats in self.members)
+        """In an epoch, the first one where shares decide."""
+        if self.in_first_epoch is not None:
+            return self.in_first_epoch * self.batch_size
+        return sum(int(repeats) for _, repeats in self.members)
 
     @property
     def batches(self) -> int:
-        """The number of batches of an epoch; the last may be short."""
+        """The number of batches of an epoch; the last may be short, unless shares decide."""
         return -(-self.draws // self.batch_size)
 
+    @property
+    def largest_batch(self) -> int:
+        """The number of images of its largest batch."""
+        return self.batch_size if self.in_first_epoch is not None else min(self.batch_size, self.draws)
 
-def epoch_batches(groups: Sequence[Group], *, seed: int, epoch: int) -> list[PlannedBatch]:
-    """Every (sample, repeat) once, in the order of this epoch. The last batch of a bucket may be short."""
-    batches: list[PlannedBatch] = []
+    def example(self) -> PlannedBatch:
+        """A batch of the largest size, of the first images."""
+        if self.in_first_epoch is not None:
+            return tuple(
+                (self.members[i % len(self.members)][0], i // len(self.members)) for i in range(self.batch_size)
+            )
+        draws = ((sample, repeat) for sample, repeats in self.members for repeat in range(int(repeats)))
+        return tuple(islice(draws, self.batch_size))
+
+
+def epoch_batches(
+    groups: Sequence[Group], *, seed: int, epoch: int, by_shares: Iterable[PlannedBatch] = ()
+) -> list[PlannedBatch]:
+    """Every (sample, repeat) once, in the order of this epoch. The last batch of a bucket may be short.
+
+    `by_shares`: this epoch's batches of the data sets that are drawn by shares, which take the place of their groups.
+    """
+    batches = list(by_shares)
     for group in groups:
-        draws = [(sample, repeat) for sample, repeats in group.members for repeat in range(repeats)]
+        if group.in_first_epoch is not None:
+            continue
+        draws = [(sample, repeat) for sample, repeats in group.members for repeat in range(int(repeats))]
         python_random(seed, epoch, group.dataset, *group.size, "order").shuffle(draws)
         batches += [tuple(draws[i : i + group.batch_size]) for i in range(0, len(draws), group.batch_size)]
     python_random(seed, epoch, "batches").shuffle(batches)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.dataset_config import is_validated
+from library.config.shares import draws_by_shares, shares_of
 from library.data.buckets import Buckets, Placement
 from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
 from library.data.held_out import beside, held_out, plain, split, tell
 from library.data.masks import find_masks, refuse_other_sizes
+from library.data.mix import Mix, Shares, mix
 from library.data.plan import Group
 from library.data.samples import Sample, Scan, Size, SubsetSummary
 from library.data.sources import dreambooth, metadata
@@ -32,8 +35,9 @@ _MOST_DRAWS = 20_000_000  # in an epoch
 
 @dataclass(frozen=True)
 class Prepared:
-    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `validation`: the images held out.
-    `trained`: some of the trained images, prepared as those held out are, to compare the two.
+    """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `mixes`: of the data sets that are
+    drawn by shares. `validation`: the images held out. `trained`: some of the trained images, prepared as those held
+    out are, to compare the two.
 
     `contents`: the first file of each content, those held out included; empty where nothing is measured.
     """
@@ -42,14 +46,15 @@ class Prepared:
     placements: list[Placement]
     groups: list[Group]
     summaries: list[SubsetSummary]
+    mixes: tuple[Mix, ...] = ()
     validation: Prepared | None = None
     trained: Prepared | None = None
     contents: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def train_images(self) -> int:
-        """Different images, without repeats and without regularisation images."""
-        return sum(summary.images for summary in self.summaries if not summary.subset.is_reg)
+        """Different images, without repeats, other resolutions of them, and regularisation images."""
+        return len({sample.path for sample in self.samples if not sample.subset.is_reg})
 
     @property
     def batches_per_epoch(self) -> int:
@@ -74,8 +79,9 @@ def prepare(
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
     index = count()  # numbers the subsets of all data sets: part of their samples' keys
-    scans = [[_scan(subset, next(index)) for subset in spec.subsets] for spec in datasets]
-    apart = [[_scan(own, 0) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
+    once: dict[SubsetSpec, Scan] = {}
+    scans = [[_scan(subset, next(index), once) for subset in spec.subsets] for spec in datasets]
+    apart = [[_scan(own, 0, once) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
     found = [sample for of_dataset in (*scans, *apart) for scan in of_dataset for sample in scan.samples]
     masks = [sample.mask for sample in found if sample.mask is not None]
     paths = [*(sample.path for sample in found), *masks]
@@ -93,19 +99,23 @@ def prepare(
     train: list[list[Sample]] = []
     validation: list[list[Sample]] = []
     summaries: list[SubsetSummary] = []
+    shares: list[Shares | None] = []
+    told: list[tuple[SubsetSpec, ...]] = []
     for spec, of_dataset, samples, others in zip(datasets, scans, usable, usable_apart, strict=True):
         to_train, to_validate = split(samples, others, contents, chosen)
-        balanced = dreambooth.balance_regularisation(to_train)
-        if not balanced:
+        if all(sample.subset.is_reg for sample in to_train):
             raise UserError(f"{_origins(spec)}: no images to train{_why(spec, samples, to_train)}")
-        if len(to_train) < len(samples):
+        if len(to_train) < len(samples) and spec.subsets not in told:
             tell(samples, to_train, to_validate)
-        summaries += _counted(of_dataset, measured, samples, to_train, balanced)
-        train.append(balanced)
+            told.append(spec.subsets)  # once, however many resolutions they have
+        shares.append(_shares(spec, to_train))
+        drawn = to_train if shares[-1] is not None else dreambooth.balance_regularisation(to_train)
+        summaries += _counted(of_dataset, measured, samples, to_train, drawn, shares[-1])
+        train.append(drawn)
         validation.append(to_validate)
     warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
-    prepared = replace(_placed(datasets, buckets, train), summaries=summaries, validation=placed)
+    prepared = replace(_placed(datasets, buckets, train, shares), summaries=summaries, validation=placed)
     if not measures:
         return prepared
     firsts: dict[str, Path] = {}
@@ -131,7 +141,7 @@ def some_trained(prepared: Prepared, datasets: Sequence[DatasetSpec], *, multipl
 def prepare_to_measure(dataset: DatasetSpec, *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:
     """All images of a data set as validation has those that it holds out: each different image once, with its content
     as its key, cut in the middle. Raises as `prepare` does."""
-    scans = [_scan(plain(subset), 0) for subset in dataset.subsets]
+    scans = [_found(plain(subset), 0) for subset in dataset.subsets]
     found = [sample for scan in scans for sample in scan.samples]
     paths = [*(sample.path for sample in found), *(sample.mask for sample in found if sample.mask is not None)]
     measured, bad = check_images(paths, contents=True)
@@ -143,18 +153,45 @@ def prepare_to_measure(dataset: DatasetSpec, *, multiple_of: int, skip_bad_image
     return _placed([dataset], [Buckets(dataset, multiple_of=multiple_of)], [distinct])
 
 
-def _placed(datasets: Sequence[DatasetSpec], buckets: Sequence[Buckets], samples: Sequence[list[Sample]]) -> Prepared:
-    """The samples of each data set in their buckets."""
+def _placed(
+    datasets: Sequence[DatasetSpec],
+    buckets: Sequence[Buckets],
+    samples: Sequence[list[Sample]],
+    shares: Sequence[Shares | None] = (),
+) -> Prepared:
+    """The samples of each data set in their buckets. `shares`: of each data set; none: all are drawn by repeats."""
     together: list[Sample] = []
     placements: list[Placement] = []
     groups: list[Group] = []
-    for number, (spec, own) in enumerate(zip(datasets, samples, strict=True)):
-        placed = _place(own, buckets[number])
-        groups += _group(number, spec.batch_size, own, placed, first=len(together))
+    mixes: list[Mix] = []
+    for number, (spec, own, share) in enumerate(zip_longest(datasets, samples, shares)):
+        placed, first = _place(own, buckets[number]), len(together)
+        if share is None:
+            groups += _group(number, spec.batch_size, own, placed, first=first)
+        else:
+            mixes.append(mix(number, spec.batch_size, own, placed, share, first=first))
+            groups += mixes[-1].groups()
         together += own
         placements += placed
     _refuse_endless_epoch(together)
-    return Prepared(together, placements, groups, [])
+    return Prepared(together, placements, groups, [], tuple(mixes))
+
+
+def _shares(spec: DatasetSpec, to_train: Sequence[Sample]) -> Shares | None:
+    """How often each folder of a data set is drawn; None where repeats decide. The batches of an epoch are full."""
+    if not draws_by_shares(spec):
+        return None
+    due: Counter[SubsetSpec] = Counter()
+    for sample in to_train:
+        due[sample.subset] += sample.repeats
+    length, shares = shares_of(spec, due)
+    if length > _MOST_DRAWS:
+        raise UserError(
+            f"{_origins(spec)}: with these shares an epoch would have {length:.0f} images, and {_MOST_DRAWS} are the "
+            "most: one share leaves too little for the others"
+        )
+    batches = max(1, math.ceil(length / spec.batch_size - 1e-6))
+    return batches * spec.batch_size, shares
 
 
 def _usable(scans: Sequence[Scan], measured: dict[Path, Measured], spec: DatasetSpec) -> list[Sample]:
@@ -204,7 +241,16 @@ def _refuse_endless_epoch(samples: Sequence[Sample]) -> None:
         )
 
 
-def _scan(subset: SubsetSpec, index: int) -> Scan:
+def _scan(subset: SubsetSpec, index: int, once: dict[SubsetSpec, Scan]) -> Scan:
+    """The samples of a subset, with keys for this index. `once`: those that have been scanned, for another size."""
+    if subset in once:
+        samples = [replace(sample, key=f"{index}/{sample.key.partition('/')[2]}") for sample in once[subset].samples]
+        return once[subset]._replace(samples=samples)
+    once[subset] = _found(subset, index)
+    return once[subset]
+
+
+def _found(subset: SubsetSpec, index: int) -> Scan:
     scan = dreambooth.scan(subset, index) if subset.metadata_file is None else metadata.scan(subset, index)
     return scan._replace(samples=find_masks(scan.samples))
 
@@ -284,8 +330,12 @@ def _counted(
     usable: Sequence[Sample],
     to_train: Sequence[Sample],
     used: Sequence[Sample],
+    shares: Shares | None,
 ) -> Iterator[SubsetSummary]:
     """The summaries of a data set's subsets, with how many images are trained, held out and too small."""
+    repeats: dict[SubsetSpec, list[float]] = {}
+    for sample in used:
+        repeats.setdefault(sample.subset, []).append(sample.repeats)
     are_usable = Counter(sample.subset for sample in usable)
     are_left = Counter(sample.subset for sample in to_train)
     are_used = Counter(sample.subset for sample in used)
@@ -295,9 +345,16 @@ def _counted(
         if unused:
             logger.warning("%s: %d regularisation images are more than needed", subset.image_dir, unused)
         bad = sum(not _is_readable(sample, measured) for sample in found)
+        draws = repeats.get(subset, [0])
+        if shares is not None and subset in shares[1]:
+            draws = [shares[0] * shares[1][subset] / len(draws)] * len(draws)
         yield replace(
             summary,
             images=are_used[subset],
+            draws=sum(draws),
+            least=min(draws),
+            most=max(draws),
+            by_shares=shares is not None,
             bad_images=bad,
             too_small=len(found) - bad - are_usable[subset],
             unused_reg_images=unused,

@@ -51,10 +51,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """A subset's counts, for the dry run and the log. `images` counts those that are trained."""
+    """A subset's counts, for the dry run and the log. `images` counts those that are trained; `draws` are theirs in an
+    epoch, together, and `least` and `most` those of one image: where shares decide (`by_shares`), means."""
 
     subset: SubsetSpec
     images: int
+    draws: float = 0
+    least: float = 0
+    most: float = 0
+    by_shares: bool = False
     bad_images: int = 0
     too_small: int = 0  # for the data set's skip_image_resolution
     unused_reg_images: int = 0

@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from library.config.command import Word
 from library.errors import UserError, nearest_path
 
-FILES = (
+FILES = Word(
     "LORA",
     "a LoRA file; with a multiplier: a.safetensors:0.7; several together: a.safetensors:0.7+b.safetensors:0.5",
+    many=True,
 )
 
 

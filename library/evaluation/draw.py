@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,10 +65,10 @@ class OutputOptions:
 
 
 COMMAND = Command(
-    name="draw",
+    name="lora-tools draw",
     description=DESCRIPTION,
     groups={"draw": DrawOptions, "model": ModelOptions, "precision": PrecisionOptions, "output": OutputOptions},
-    leading=FILES,
+    words=(replace(FILES, required=False),),
 )
 
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code. Raises UserError."""
     given = read(COMMAND, argv)
     options, output = given.groups["draw"], given.groups["output"]
-    candidates = read_candidates(given.leading)
+    candidates = read_candidates(given.words)
     columns = [one.times(factor) for one in candidates for factor in options.multipliers]
     columns = [*([BASE] if options.base_column or not columns else []), *columns]
     if len({one.parts for one in columns}) < len(columns):

@@ -69,10 +69,10 @@ class OutputOptions:
 
 
 COMMAND = Command(
-    name="evaluate",
+    name="lora-tools evaluate",
     description=DESCRIPTION,
     groups={"model": ModelOptions, "evaluate": EvaluateOptions, "precision": PrecisionOptions, "output": OutputOptions},
-    leading=FILES,
+    words=(FILES,),
 )
 
 
@@ -87,9 +87,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code. Raises UserError."""
     given = read(COMMAND, argv)
     options, output = given.groups["evaluate"], given.groups["output"]
-    if not given.leading:
-        raise UserError("no LoRA file is given")
-    candidates = read_candidates(given.leading)
+    candidates = read_candidates(given.words)
     folders = [*_folders(options.train_images, trained=True), *_folders(options.images, trained=False)]
     if not folders:
         raise UserError("no images are given: --images FOLDER, several times for several folders")

@@ -61,7 +61,7 @@ class FindRankOptions:
     overwrite: bool = option(False, help="train everything again, also what is finished or has other settings")
 
 
-COMMAND = Command(name="find_rank", description=DESCRIPTION, groups={"sweep": FindRankOptions})
+COMMAND = Command(name="lora-tools find_rank", description=DESCRIPTION, groups={"sweep": FindRankOptions})
 
 
 @dataclass(frozen=True)

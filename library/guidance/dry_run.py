@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from library.data.dataset import Batch, Draw, TrainingData
 from library.data.samples import Size
 from library.diffusion.process import predict_and_target
 from library.guidance import verdict
+from library.guidance.autocast import gpu_autocast
 from library.guidance.card import card_of
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.optimizers.create import state_bytes, tensor_bytes
@@ -27,7 +29,7 @@ from library.optimizers.small_lora import has_modes
 from library.record import metrics, run_file
 from library.record.summary import count, line, lines
 from library.run import disk
-from library.run.encode import latents_on_disk, texts_on_disk
+from library.run.encode import DTYPES, latents_on_disk, texts_on_disk
 from library.run.plan import Plan
 from library.run.start import pictures, planned_about
 from library.run.summary import facts_of
@@ -80,7 +82,8 @@ def _memory(plan: Plan, run: Run) -> Iterator[str]:
             yield line(label, text)
         return
     modules = [*run.family.components.loaded(), run.network]
-    step = peak_of(lambda fake: dummy_loss(plan, run, fake).backward(), modules)
+    with gpu_autocast() if run.accelerator.device.type == "cuda" else nullcontext():
+        step = peak_of(lambda fake: dummy_loss(plan, run, fake).backward(), modules)
     run.optimizer.zero_grad(set_to_none=True)
     weights = parameter_bytes(modules)
     yield line(
@@ -98,18 +101,18 @@ def _average_bytes(run: Run) -> int:
 
 
 def dummy_loss(plan: Plan, run: Run, fake: Callable[[Tensor], Tensor]) -> Tensor:
-    """The loss of a dummy batch on the run's device: the parts of a step that take memory. Random draws, which need
-    contents, are left out."""
+    """The loss of a dummy batch: the parts of a step that take memory. Random draws, which need contents, are left
+    out."""
     batch = synthetic_batch(plan, run)
-    device = run.accelerator.device
-    with run.accelerator.autocast():
+    dtype = DTYPES[run.accelerator.mixed_precision]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         if batch.moments is not None:
-            latents = fake(batch.moments[0]).to(device)
+            latents = fake(batch.moments[0])
         else:
             assert batch.pixels is not None
             with torch.no_grad():
-                latents, _ = run.family.encode_images(fake(batch.pixels).to(device))
-        condition = condition_of(batch, run.family, device, train_text=run.train_text)
+                latents, _ = run.family.encode_images(fake(batch.pixels))
+        condition = condition_of(batch, run.family, torch.device("cpu"), train_text=run.train_text)
         level = fake(run.objective.process.at(torch.zeros(len(latents), dtype=torch.long)))
         seen = predict_and_target(run.objective.process, run.family.predict, latents, latents, level, condition)
         return run.objective.main.unweighted(seen, None).mean()
@@ -119,8 +122,7 @@ def synthetic_batch(plan: Plan, run: Run) -> Batch:
     """A full batch of the bucket that needs most memory, with its real captions and dummy images."""
     data = plan.options.data
     group = max(plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
-    members = [(index, repeat) for index, repeats in group.members for repeat in range(repeats)][: group.batch_size]
-    draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in members]
+    draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in group.example()]
     captions = [as_written(draw.sample.caption, draw.sample.subset)[0] for draw in draws]
     pixels = _pixels(plan, len(draws))
     height, width = (side // run.family.latents.factor for side in pixels.shape[2:])

@@ -79,6 +79,7 @@ class Estimator:
 
     plan: Plan
     choose: Callable[[Options], OptimizerChoice]  # the optimizer of altered options
+    on_gpu: bool
     _outlines: dict[tuple[object, ...], _Outline] = field(default_factory=dict)
     _passes: dict[tuple[object, ...], int] = field(default_factory=dict)
     _states: dict[tuple[object, ...], int] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class Estimator:
         """The result of a pass. `key`: its kind, of `_THAT_MATTER`, and its sizes."""
         key = (*key, *_THAT_MATTER[key[0]](options))
         if key not in self._passes:
-            with outlined(self.plan.family, options, self.plan.network_arguments) as outline:
+            with outlined(self.plan.family, options, self.plan.network_arguments, on_gpu=self.on_gpu) as outline:
                 self._passes[key] = work(outline)
         return self._passes[key]
 
@@ -112,7 +113,7 @@ class Estimator:
         )
         if key not in self._outlines:
             family = self.plan.family
-            with outlined(family, options, self.plan.network_arguments, held=False) as outline:
+            with outlined(family, options, self.plan.network_arguments, on_gpu=self.on_gpu, held=False) as outline:
                 network = outline.network
                 packed = set(family.components.adapted("denoiser").values())
                 groups = parameter_groups(network, options)  # freezes what has the rate 0
@@ -321,5 +322,5 @@ class _Moments:
 
 def _largest(groups: Sequence[Group]) -> tuple[Size, int]:
     """The size and the number of images of the batch with the most pixels."""
-    found = {(group.size, min(group.batch_size, group.draws)) for group in groups}
+    found = {(group.size, group.largest_batch) for group in groups}
     return max(found, key=lambda item: (item[0][0] * item[0][1] * item[1], item))

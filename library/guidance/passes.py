@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library import log
 from library.diffusion.process import predict_and_target
+from library.guidance.autocast import gpu_autocast
 from library.guidance.estimate import parameter_bytes, peak_of
 from library.quantization import BYTES
 from library.quantization.frozen import compute_frozen
@@ -32,15 +33,20 @@ Fake = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Outlined:
-    """The parts of a model and the network on them, on the meta device, ready for passes."""
+    """The parts of a model and the network on them, on the meta device, ready for passes. `on_gpu`: the run's are."""
 
     family: ModelFamily
     options: Options
     network: Network
+    on_gpu: bool
 
     def autocast(self) -> AbstractContextManager[object]:
         dtype = DTYPES[self.options.precision.mixed_precision]
         return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+    def _peak(self, work: Callable[[Fake], object]) -> int:
+        with gpu_autocast() if self.on_gpu else nullcontext():
+            return peak_of(work, self.parts)
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -55,7 +61,7 @@ class Outlined:
                 for name, value in self.family.encode_prompts([""]).items():
                     shapes[name] = (tuple(value.shape[1:]), value.dtype)
 
-        peak_of(work, self.parts)
+        self._peak(work)
         return {name: torch.zeros(count, *shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
     def latents(self, size: Size, count: int) -> Tensor:
@@ -81,7 +87,7 @@ class Outlined:
             loss.backward()
 
         try:
-            return peak_of(work, self.parts)
+            return self._peak(work)
         finally:
             self.network.zero_grad(set_to_none=True)
 
@@ -99,26 +105,26 @@ class Outlined:
                 self.family.predict(fake(latents), level, condition)
 
         try:
-            return peak_of(work, self.parts)
+            return self._peak(work)
         finally:
             self.network.train(training)
 
     def encode_images(self, size: Size, count: int) -> int:
-        return peak_of(lambda fake: self.family.encode_images(fake(_pixels(size, count))), self.parts)
+        return self._peak(lambda fake: self.family.encode_images(fake(_pixels(size, count))))
 
     def decode_images(self, size: Size) -> int:
         def work(fake: Fake) -> None:
             with torch.no_grad():
                 self.family.decode_latents(fake(self.latents(size, 1)))
 
-        return peak_of(work, self.parts)
+        return self._peak(work)
 
     def encode_texts(self, count: int) -> int:
         def work(fake: Fake) -> None:
             with torch.no_grad():
                 self.family.encode_prompts([""] * count)
 
-        return peak_of(work, self.parts)
+        return self._peak(work)
 
     def _condition(self, fake: Fake, cached: Mapping[str, Tensor] | None, size: Size, count: int) -> dict[str, Tensor]:
         if cached is not None:
@@ -134,10 +140,13 @@ def _pixels(size: Size, count: int) -> Tensor:
 
 
 @contextmanager
-def outlined(family: ModelFamily, options: Options, arguments: Arguments, *, held: bool = True) -> Iterator[Outlined]:
+def outlined(
+    family: ModelFamily, options: Options, arguments: Arguments, *, on_gpu: bool, held: bool = True
+) -> Iterator[Outlined]:
     """The model and the network of these options without weights, in the dtypes and formats of a run.
 
-    `options`: with a network of our own. `arguments`: --network_args. `held` False: no weight is packed.
+    `options`: with a network of our own. `arguments`: --network_args. `on_gpu`: autocast is a GPU's. `held` False: no
+    weight is packed.
     """
     kind = kinds.kind_of(options.network.network_module, options.network.network_args)
     assert kind is not None, "networks of other packages cannot be made without weights"
@@ -158,7 +167,7 @@ def outlined(family: ModelFamily, options: Options, arguments: Arguments, *, hel
         network.train()
         into_training(family, options)
         network.before_training(gradient_checkpointing=precision.gradient_checkpointing)
-        yield Outlined(family, options, network)
+        yield Outlined(family, options, network, on_gpu)
 
 
 # -- formats of frozen weights

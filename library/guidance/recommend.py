@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.config.fields import declared
-from library.config.options import Options, option_groups
+from library.config.fields import convert, declared
+from library.config.options import Options, declared_options, option_groups
 from library.config.options.weight_decay import READ_BY
+from library.config.presets import settings_of
 from library.config.settings import COMMAND_LINE
 from library.errors import UserError
 from library.files.atomic import replacing
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 # images below → rank, images a step
 BY_SIZE = ((50, 16, 2), (1_000, 32, 4), (5_000, 64, 8), (float("inf"), 128, 8))
 FEW = 5_000  # images: below, the weight decay falls less than usual
-TASK = "image_generation"
+TASK = "image_generation"  # unless --task names another
+PRESET = "stable_diffusion_lora"  # the one for anything
 WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 
 
@@ -127,23 +129,48 @@ def _rates(plan: Plan) -> Iterator[Advice]:
 def _weight_decay(plan: Plan, *, steps: int) -> Iterator[Advice]:
     """The curve, where the optimizer has a weight decay and the run is long enough to follow one."""
     choice, options, images = plan.choice, plan.options, plan.prepared.train_images
-    transition, rule = auto_weight_decay.transition_steps(steps, TASK)
+    transition, rule = auto_weight_decay.transition_steps(steps, options.weight_decay.task or TASK)
     if not weight_decay_of(choice) or choice.finds_its_rate or transition >= steps:
         return
     if _is_final(options, "dynamic_weight_decay") and not options.weight_decay.dynamic_weight_decay:
         return
-    factor, by_size = auto_weight_decay.decay_factor(images, TASK)
-    least, _ = auto_weight_decay.min_ratio(images)
-    by_size = by_size.removeprefix("auto: ")
-    why = f"{by_size}: {'fewer need longer regularisation' if images < FEW else 'so many need little regularisation'}"
+    factor, of_factor = auto_weight_decay.decay_factor(images, options.weight_decay.task)
+    least, of_least = auto_weight_decay.min_ratio(images)
+    few = "fewer need longer regularisation" if images < FEW else "so many need little regularisation"
     advice = [
         Advice("wd_transition_steps", transition, rule.removeprefix("auto: ")),
-        Advice("wd_decay_factor", factor, why),
-        Advice("wd_min_ratio", least, why),
+        Advice("wd_decay_factor", factor, _rule(of_factor, few)),
+        Advice("wd_min_ratio", least, _rule(of_least, few)),
     ]
     yield Advice("dynamic_weight_decay", True, f"{steps} steps are enough for it to fall")
     schedule = options.weight_decay.wd_schedule or "exponential"
     yield from (item for item in advice if schedule in READ_BY[item.option])
+
+
+def _rule(rule: str, few: str) -> str:
+    """A rule of auto as a reason: one by the number of images with `few`, that of a task as it is."""
+    rule = rule.removeprefix("auto: ")
+    return rule if rule.startswith("task") else f"{rule}: {few}"
+
+
+def _against_preset(advice: list[Advice]) -> str:
+    """Which of the settings the preset for anything has otherwise, and why; "" for none."""
+    of_preset = {setting.name: setting.words for setting in settings_of([PRESET], where="--recommend")}
+    known = declared_options()
+    values = {
+        item.option: convert(known[item.option], of_preset[item.option]) for item in advice if item.option in of_preset
+    }
+    others = [
+        f"{item.option} {_shown(values[item.option])}"
+        for item in advice
+        if item.option in values and values[item.option] not in (item.value, (item.value,))
+    ]
+    if not others:
+        return ""
+    return (
+        f"The preset {PRESET} has {', '.join(others)}: it is for any images, any model of full size and any length, "
+        "and the reasons above are about these."
+    )
 
 
 def report(plan: Plan) -> Path:
@@ -163,6 +190,8 @@ def report(plan: Plan) -> Path:
     output = options.output
     path = Path(output.output_dir) / f"{output.output_name or 'last'}-recommended.toml"
     text = snippet(plan, advice)
+    if other := _against_preset(advice):
+        print(f"\n{other}")
     print(f"\n{text}")
     if os.path.isfile(path) and path.read_bytes() != text.encode() and not output.overwrite:  # it may have been edited
         raise UserError(f"{path} exists with other contents: --overwrite replaces it, or give another --output_name")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from library import log
 from library.errors import UserError
-from library.guidance.card import Card
+from library.guidance.card import Card, card_of
 from library.guidance.levers import Lever, levers, with_changes
 from library.guidance.moments import Estimator, Needs
 from library.progress import progress
@@ -48,7 +48,7 @@ def estimator(plan: Plan) -> Estimator:
             found[key] = _optimizer(plan, options)
         return found[key]
 
-    return Estimator(plan, choose)
+    return Estimator(plan, choose, on_gpu=card_of(plan.options) is not None)
 
 
 def _optimizer(plan: Plan, options: Options) -> OptimizerChoice:

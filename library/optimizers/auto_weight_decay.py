@@ -1,10 +1,12 @@
 """The numbers of a weight-decay curve that are computed from the run: from its length, its data and its task.
 
-Each function returns the number and the deciding rule in words. If rules disagree, the size of the data set decides,
-then the task, then the default.
+Each function returns the number and the deciding rule in words. A task that was named decides the decay factor and the
+steps; the size of the data set decides the least ratio, and the factor where no task was named or it has none.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 DEFAULT_FACTOR, DEFAULT_MIN_RATIO = 0.7, 0.1
 
@@ -57,32 +59,34 @@ def transition_steps(total_steps: int, task: str | None) -> tuple[int, str]:
 
 def decay_factor(images: int | None, task: str | None) -> Decided:
     """The decay factor. `images`: the number of distinct training images; None: unknown."""
-    if images is not None:
-        _, factor, _ = _size(images)
-        return factor, f"auto: {images} images"
-    factors = FACTORS[domain_of(task)] if task and domain_of(task) in FACTORS else {}
-    if task in factors:
-        return factors[task], f"auto: task {task}"
-    return DEFAULT_FACTOR, "auto: default"
+    by_size = None if images is None else _size(images)[1]
+    if task is not None and (of_task := FACTORS.get(domain_of(task), {}).get(task)) is not None:
+        instead = "" if by_size is None or by_size == of_task else f"; {by_size:g} by its {images} images"
+        return of_task, f"auto: task {task}{instead}"
+    return (DEFAULT_FACTOR, "auto: default") if by_size is None else (by_size, f"auto: {images} images")
 
 
-def min_ratio(images: int | None, *, complexity: float | None = None) -> Decided:
-    """The least ratio by the number of images; if that is unknown, by the `complexity` of the problem."""
-    if images is not None:
-        _, _, ratio = _size(images)
-        return ratio, f"auto: {images} images"
-    if complexity is not None:
-        return min_ratio_of(complexity, images=None), "auto: complexity"
-    return DEFAULT_MIN_RATIO, "auto: default"
+def min_ratio(images: int | None) -> Decided:
+    """The least ratio by the number of images."""
+    return (DEFAULT_MIN_RATIO, "auto: default") if images is None else (_size(images)[2], f"auto: {images} images")
 
 
-def min_ratio_of(complexity: float, *, images: int | None) -> float:
-    """0.05 * clamp(complexity, 0.5, 2) * (2 below 1,000 images, 1.5 below 10,000, else 1).
+class Complexity(NamedTuple):
+    """How much a network could learn by heart: its trained numbers over those of its data, the latents."""
 
-    `complexity`: trainable parameters over effective samples, relative to the usual value.
-    """
-    of_data = 1.0 if images is None or images >= 10_000 else 1.5 if images >= 1_000 else 2.0
-    return 0.05 * min(max(complexity, 0.5), 2.0) * of_data
+    parameters: int
+    values: int
+
+    @property
+    def ratio(self) -> float:
+        return self.parameters / self.values
+
+
+def min_ratio_of(complexity: Complexity, *, images: int) -> Decided:
+    """0.05 * clamp(complexity, 0.5, 2) * (2 below 1,000 images, 1.5 below 10,000, else 1)."""
+    of_data = 1.0 if images >= 10_000 else 1.5 if images >= 1_000 else 2.0
+    numbers = f"{complexity.parameters:,} trained numbers for {complexity.values:,} in the latents of {images} images"
+    return 0.05 * min(max(complexity.ratio, 0.5), 2.0) * of_data, f"complexity {complexity.ratio:.3g}: {numbers}"
 
 
 def _size(images: int) -> tuple[float, float, float]:

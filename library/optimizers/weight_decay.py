@@ -21,7 +21,7 @@ Stages = tuple[tuple[int, float], ...]
 
 
 def exponential(
-    step: int, *, transition_steps: int, decay_factor: float, min_ratio: float, max_progress: float
+    step: float, *, transition_steps: int, decay_factor: float, min_ratio: float, max_progress: float
 ) -> float:
     """1 up to `transition_steps` T, then max(min_ratio, decay_factor ** p) with p = min((step - T) / T, max_progress).
 
@@ -35,25 +35,25 @@ def exponential(
     return max(min_ratio, decay_factor**progress)
 
 
-def cosine(step: int, *, transition_steps: int, min_ratio: float, max_progress: float) -> float:
+def cosine(step: float, *, transition_steps: int, min_ratio: float, max_progress: float) -> float:
     """Half a cosine from 1 to `min_ratio`."""
     way = _way(step, transition_steps, max_progress)
     return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * way)) / 2
 
 
-def sigmoid(step: int, *, transition_steps: int, min_ratio: float, max_progress: float) -> float:
+def sigmoid(step: float, *, transition_steps: int, min_ratio: float, max_progress: float) -> float:
     """A logistic curve, stretched to be exactly 1 at T and `min_ratio` at the end; half of it lies at half the way."""
     way = _way(step, transition_steps, max_progress)
     start, now = _logistic(-STEEPNESS / 2), _logistic(STEEPNESS * (way - 0.5))
     return 1 - (1 - min_ratio) * (now - start) / (1 - 2 * start)
 
 
-def linear(step: int, *, transition_steps: int, min_ratio: float, max_progress: float) -> float:
+def linear(step: float, *, transition_steps: int, min_ratio: float, max_progress: float) -> float:
     """A straight line from 1 to `min_ratio`."""
     return 1 - (1 - min_ratio) * _way(step, transition_steps, max_progress)
 
 
-def multi_stage(step: int, *, stages: Sequence[tuple[int, float]], interpolate: bool = False) -> float:
+def multi_stage(step: float, *, stages: Sequence[tuple[int, float]], interpolate: bool = False) -> float:
     """The ratio of the last of the (step, ratio) pairs whose step has been reached; 1 before the first.
 
     `interpolate` joins the points by straight lines instead, from ratio 1 at step 0 unless a pair says otherwise; the
@@ -69,7 +69,7 @@ def multi_stage(step: int, *, stages: Sequence[tuple[int, float]], interpolate: 
 
 
 def adaptive(
-    step: int,
+    step: float,
     *,
     flat_since: int | None,
     transition_steps: int,
@@ -90,7 +90,7 @@ def adaptive(
     )
 
 
-def _way(step: int, transition_steps: int, max_progress: float) -> float:
+def _way(step: float, transition_steps: int, max_progress: float) -> float:
     """The position between T and the end, in [0, 1]."""
     return min(max(step - transition_steps, 0) / (transition_steps * max_progress), 1.0)
 
@@ -114,7 +114,7 @@ class Curve(NamedTuple):  # not a dataclass: CustomAdamW makes one a step and gr
     stages: Stages = ()
     interpolate: bool = False
 
-    def factor(self, step: int, *, flat_since: int | None = None) -> float:
+    def factor(self, step: float, *, flat_since: int | None = None) -> float:
         """The factor of the configured weight decay at `step`. `flat_since`: see `adaptive`."""
         if self.schedule == "multi_stage":
             return multi_stage(step, stages=self.stages, interpolate=self.interpolate)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,10 +18,12 @@ from library.config.options.weight_decay import READ_BY, WeightDecayOptions
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.optimizers import auto_weight_decay
+from library.optimizers.auto_weight_decay import Complexity
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.plateau import Plateau
 from library.optimizers.weight_decay import VANISHED, WITH_AN_END, Curve, Stages, check
 from library.optimizers.weight_decay_hook import WeightDecayHook
+from library.optimizers.weight_decay_pace import STEADY, Pace
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +34,12 @@ _PLATEAU = "library.optimizers.plateau.Plateau"
 
 @dataclass(frozen=True)
 class DecayChoice:
-    """The curve of a run, and the origin of each of its numbers. `flat`: arguments of `Plateau`."""
+    """The curve of a run, and the origin of each of its numbers. `flat`: arguments of `Plateau`. `pace`: what the curve
+    follows beside the steps."""
 
     curve: Curve
     flat: Arguments = field(default_factory=dict)
+    pace: Pace = STEADY
     reasons: dict[str, str] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, object]:
@@ -44,6 +49,10 @@ class DecayChoice:
             numbers["wd_stages"] = _stages_text(self.curve.stages)
         if self.flat:
             numbers["wd_flat"] = " ".join(f"{name}={value}" for name, value in self.flat.items())
+        if self.pace.by_gradient:
+            numbers["wd_speed"] = "gradient"
+        if self.pace.with_rate:
+            numbers["wd_lr_coupling"] = "lower"
         return {"dynamic_weight_decay": True, **numbers}
 
     @property
@@ -91,10 +100,11 @@ def check_options(
     flat = Plateau(**_words(options))
     if flat.validation is not None and not validates:
         raise UserError("--wd_flat validation needs images to validate on: --validation_split 0.1")
-    if flat.gradient is not None and not clips_gradients:
-        raise UserError(
-            "--wd_flat gradient needs --max_grad_norm above 0: the norm is measured where gradients are clipped"
-        )
+    for asked_for, name in ((flat.gradient is not None, "wd_flat"), (options.wd_speed == "gradient", "wd_speed")):
+        if asked_for and not clips_gradients:
+            raise UserError(
+                f"--{name} gradient needs --max_grad_norm above 0: the norm is measured where gradients are clipped"
+            )
     schedule = options.wd_schedule or _own(choice).schedule
     for name in given:
         if name != "wd_schedule" and schedule not in READ_BY[name]:
@@ -104,40 +114,59 @@ def check_options(
 
 
 def resolve(
-    options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
+    options: WeightDecayOptions,
+    choice: OptimizerChoice,
+    *,
+    total_steps: int,
+    images: int,
+    complexity: Complexity | None = None,
 ) -> DecayChoice | None:
     """`decide`, and log the numbers with their rules."""
-    decided = decide(options, choice, total_steps=total_steps, images=images)
+    decided = decide(options, choice, total_steps=total_steps, images=images, complexity=complexity)
     _warn_of_vanishing(decided, weight_decay_of(choice), total_steps)
     if decided is None:
         return None
     _say(decided, total_steps, asked=bool(options.given() or options.dynamic_weight_decay))
     if options.task is not None and not any(f"task {options.task}" in reason for reason in decided.reasons.values()):
         logger.warning(
-            "--task %s has no effect: only --wd_transition_steps auto uses it, in runs of 3,000 to 20,000 steps "
-            "(the other numbers of auto follow the number of images)",
+            "--task %s has no effect: --wd_decay_factor auto goes by it, unless it is a whole domain, and "
+            "--wd_transition_steps auto in runs of 3,000 to 20,000 steps",
             options.task,
         )
     return decided
 
 
 def decide(
-    options: WeightDecayOptions, choice: OptimizerChoice, *, total_steps: int, images: int
+    options: WeightDecayOptions,
+    choice: OptimizerChoice,
+    *,
+    total_steps: int,
+    images: int,
+    complexity: Complexity | None = None,
 ) -> DecayChoice | None:
     """The curve in numbers for a run of this length; None if the weight decay is constant.
 
-    `images`: the number of distinct training images. Options must have passed `check_options`. Raises UserError.
+    `images`: the number of distinct training images. `complexity` None: the network is not known yet. Options must have
+    passed `check_options`. Raises UserError.
     """
     if not _is_on(options, choice):
         return None
     own, reasons = _own(choice), {}
     values: Arguments = {"schedule": options.wd_schedule or own.schedule}
     reasons["wd_schedule"] = _where(options.wd_schedule, choice, "wd_schedule")
-    read = [name for name, curves in READ_BY.items() if values["schedule"] in curves and name != "wd_flat"]
+    numbers = [name for name in READ_BY if name.removeprefix("wd_") in Curve._fields]
+    read = [name for name in numbers if values["schedule"] in READ_BY[name]]
     for name in read:
         field_name, given = name.removeprefix("wd_"), getattr(options, name)
         values[field_name], reasons[name] = getattr(own, field_name), _where(given, choice, name)
-        if given == "auto":
+        if given == "complexity":
+            if complexity is None:
+                raise UserError(
+                    "--wd_min_ratio complexity: a --network_module of another package is made after this is decided: "
+                    "give a number, or auto"
+                )
+            values[field_name], reasons[name] = auto_weight_decay.min_ratio_of(complexity, images=images)
+        elif given == "auto":
             values[field_name], reasons[name] = _auto(name, options.task, total_steps=total_steps, images=images)
         elif name == "wd_stages" and given:
             values[field_name] = _stages(given, total_steps)
@@ -151,7 +180,8 @@ def decide(
         curve = curve._replace(max_progress=left / curve.transition_steps)
         reasons["wd_max_progress"] = "inf: to the end of the run"
     check(curve, owner=_OWNER)
-    return DecayChoice(curve, _words(options), reasons)
+    by_gradient = options.wd_speed == "gradient" and curve.schedule in READ_BY["wd_speed"]
+    return DecayChoice(curve, _words(options), Pace(by_gradient, options.wd_lr_coupling == "lower"), reasons)
 
 
 def apply(decided: DecayChoice | None, options: WeightDecayOptions, choice: OptimizerChoice) -> OptimizerChoice:
@@ -183,12 +213,31 @@ def attach(decided: DecayChoice | None, optimizer: torch.optim.Optimizer) -> Obs
         return None
     from library.optimizers.custom_adamw import CustomAdamW
 
+    curve, pace = decided.curve, decided.pace
     follower: CustomAdamW | WeightDecayHook
     if isinstance(optimizer, CustomAdamW):
-        follower = optimizer
+        follower, counter = optimizer, "step"
+        if pace:
+            optimizer.register_step_pre_hook(partial(_set_factor, curve, pace))
     else:
-        follower = WeightDecayHook(optimizer, decided.curve, Plateau(**decided.flat))
-    return follower.observe if decided.curve.schedule == "adaptive" else None
+        follower, counter = WeightDecayHook(optimizer, curve, Plateau(**decided.flat), pace), "wd_step"
+    adaptive = curve.schedule == "adaptive"
+    if not pace.by_gradient:
+        return follower.observe if adaptive else None
+
+    def observe(loss: float, gradient_norm: float | None = None, validation_loss: float | None = None) -> None:
+        if adaptive:
+            follower.observe(loss, gradient_norm, validation_loss)
+        if gradient_norm is not None:
+            pace.observe(optimizer.param_groups, curve, gradient_norm, counter=counter)
+
+    return observe
+
+
+def _set_factor(curve: Curve, pace: Pace, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Before a step of CustomAdamW, which counts it itself."""
+    for group in optimizer.param_groups:
+        group["wd_factor"] = pace.factor(group, curve, group["step"] + 1)
 
 
 def _is_on(options: WeightDecayOptions, choice: OptimizerChoice) -> bool:

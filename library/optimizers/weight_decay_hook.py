@@ -9,6 +9,7 @@ import torch
 from library.errors import UserError
 from library.optimizers.plateau import Plateau
 from library.optimizers.weight_decay import VANISHED, Curve
+from library.optimizers.weight_decay_pace import STEADY, Pace
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +21,11 @@ class WeightDecayHook:
     that it is part of the optimizer's state dict. A step that a gradient scaler skips is not counted.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, curve: Curve, plateau: Plateau) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, curve: Curve, plateau: Plateau, pace: Pace = STEADY) -> None:
         """`plateau` is read by the adaptive curve. Raises UserError for an optimizer without a weight decay."""
         if any("weight_decay" not in group for group in optimizer.param_groups):
             raise UserError(f"--dynamic_weight_decay: {type(optimizer).__name__} has no weight_decay to change")
-        self.optimizer, self.curve, self.plateau = optimizer, curve, plateau
+        self.optimizer, self.curve, self.plateau, self.pace = optimizer, curve, plateau, pace
         self._warned = False
         optimizer.register_step_pre_hook(self._before_step)
 
@@ -42,7 +43,7 @@ class WeightDecayHook:
         for group in optimizer.param_groups:
             base = group.setdefault("initial_weight_decay", group["weight_decay"])
             step = group["wd_step"] = group.get("wd_step", 0) + 1
-            group["weight_decay"] = base * self.curve.factor(step, flat_since=group.get("wd_flat_since"))
+            group["weight_decay"] = base * self.pace.factor(group, self.curve, step)
             if base > 0 and group["weight_decay"] < VANISHED and not self._warned:
                 logger.warning("the weight decay has fallen below %g: nothing is regularised any more", VANISHED)
                 self._warned = True

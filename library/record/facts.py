@@ -62,12 +62,22 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """One folder of images, or one metadata file. Counts are of images, without repeats."""
+    """One folder of images, or one metadata file, in one data set. Counts are of images, without repeats.
+
+    `draws`: an epoch's, of all its images; `least`, `most`: of one of them. Where shares decide (`by_shares`), these
+    are means. `part`: of the draws of the data set. `resolution`: set where the folder is trained at several.
+    """
 
     source: str
     regularisation: bool
     images: int
     repeats: int
+    draws: float
+    least: float
+    most: float
+    part: float
+    by_shares: bool
+    resolution: tuple[int, int] | None
     held_out: int  # to validate on
     too_small: int  # left out
     captions_found: int
@@ -108,13 +118,15 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Images of one size. `size`: width, height in pixels. `draws`: images with repeats. `batches`: of an epoch."""
+    """Images of one size. `size`: width, height in pixels. `draws`: images with repeats. `batches`: of an epoch, of the
+    first one where shares decide (`by_shares`)."""
 
     dataset: int  # counted from 1
     size: tuple[int, int]
     images: int
     draws: int
     batches: int
+    by_shares: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +178,8 @@ class DecayCurve:
     """How the weight decay changes with the steps, in the words of the options `--wd_…`.
 
     `held`: the last step with the base value (adaptive: the last one at the earliest). `changes`: whether it changes
-    within the run. `at_end`: its value at the last step. `stages`: (first step, share of the base value).
+    within the run. `at_end`: its value at the last step, at a steady speed. `stages`: (first step, share of the base
+    value). `by_gradient`, `with_rate`: see `weight_decay_pace`.
     """
 
     schedule: str
@@ -179,6 +192,8 @@ class DecayCurve:
     max_progress: float | None  # None: without an end
     stages: tuple[tuple[int, float], ...] = ()
     interpolate: bool = False
+    by_gradient: bool = False
+    with_rate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from library.record.facts import Adapters, Captions, Decay, Facts, Images, Model, Network, Rates, Validation
+from library.record.facts import Adapters, Captions, Decay, DecayCurve, Facts, Images, Model, Network, Rates, Validation
 
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
@@ -38,12 +38,15 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
             yield "", f"{item.part}: {_layers(item)}"
     for folder in facts.images:
         yield "images", _images(folder)
+    if any(folder.by_shares or {folder.least, folder.most} != {folder.repeats} for folder in facts.images):
+        yield from _drawn(facts.images)
     yield from _captions(facts.captions)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
     for bucket in facts.buckets:
         width, height = bucket.size
-        drawn = f"{bucket.images} images, {bucket.draws} with repeats, {bucket.batches} batches"
+        how = "in the first epoch" if bucket.by_shares else "with repeats"
+        drawn = f"{bucket.images} images, {bucket.draws} {how}, {bucket.batches} batches"
         yield "bucket", f"{width} × {height}: {drawn}"
     yield "length", _length(facts)
     yield "batch", _batch(facts)
@@ -102,10 +105,37 @@ def _images(facts: Images) -> str:
     kind = "regularisation images" if facts.regularisation else "images"
     held = f", {facts.held_out} held out" if facts.held_out else ""
     held += f", {facts.too_small} too small and left out" if facts.too_small else ""
+    repeats = "" if facts.by_shares else f" × {facts.repeats}"
     return (
-        f"{facts.source}: {facts.images} {kind} × {facts.repeats}{held}; captions: "
+        f"{_place(facts)}: {facts.images} {kind}{repeats}{held}; captions: "
         f"{facts.captions_found} found, {facts.captions_missing} missing, {facts.captions_empty} empty"
     )
+
+
+def _place(facts: Images) -> str:
+    size = "" if facts.resolution is None else " at {} × {}".format(*facts.resolution)
+    return f"{facts.source}{size}"
+
+
+def _drawn(folders: Sequence[Images]) -> Iterator[tuple[str, str]]:
+    """How often each folder's images are drawn in an epoch."""
+    for folder in folders:
+        each = _times(folder.most)
+        if folder.least != folder.most:
+            each = f"{folder.least:.3g} to {each}"
+        if folder.by_shares and folder.least % 1:
+            each += " on average"
+        part, draws = f"{100 * folder.part:.3g} % of its data set", f"{folder.draws:.4g} an epoch"
+        yield "drawn", f"{_place(folder)}: {part}, {draws}, each image {each}"
+    drawn = [folder for folder in folders if folder.images]
+    rarest, commonest = min(drawn, key=lambda folder: folder.least), max(drawn, key=lambda folder: folder.most)
+    if rarest.least < commonest.most:
+        rare = f"least often an image of {_place(rarest)}, {_times(rarest.least)} an epoch"
+        yield "", f"{rare}; most often one of {_place(commonest)}, {_times(commonest.most)}"
+
+
+def _times(draws: float) -> str:
+    return "once" if draws == 1 else f"{draws:.3g} times"
 
 
 def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
@@ -160,9 +190,17 @@ def rates(facts: Rates) -> str:
 
 def decay(facts: Decay) -> str:
     """The weight decay as configured, and its curve to the end of the run."""
-    base, curve = f"{facts.base:g}", facts.curve
-    if curve is None:
-        return base
+    if facts.curve is None:
+        return f"{facts.base:g}"
+    text = _curve(f"{facts.base:g}", facts.curve)
+    if facts.curve.by_gradient:
+        text += " at a steady speed, and its speed follows the gradient norm"
+    if facts.curve.with_rate:
+        text += "; the weights shrink by the lower of this curve and the rate's"
+    return text
+
+
+def _curve(base: str, curve: DecayCurve) -> str:
     if curve.schedule == "adaptive":
         return (
             f"{base} until the loss is flat, at step {curve.held} or later; then times {curve.decay_factor:g} in "

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.config.options import Options
 from library.errors import UserError
 from library.optimizers import weight_decay_choice
+from library.optimizers.auto_weight_decay import Complexity
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, rehearse
 from library.optimizers.weight_decay_choice import DecayChoice
 from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
+
+_CONSTANT = ("constant", "constant_with_warmup")  # schedules that never lower the rate
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,16 @@ def curves_of(plan: Plan, *, total_steps: int) -> Curves:
     """The curves of a run of this length. Raises UserError for options that do not fit the optimizer."""
     options = plan.options
     decay = weight_decay_choice.resolve(
-        options.weight_decay, plan.choice, total_steps=total_steps, images=plan.prepared.train_images
+        options.weight_decay,
+        plan.choice,
+        total_steps=total_steps,
+        images=plan.prepared.train_images,
+        complexity=_complexity(plan),
     )
     choice = weight_decay_choice.apply(decay, options.weight_decay, plan.choice)
     schedule = schedule_of(options, choice, total_steps=total_steps)
+    if decay is not None and decay.pace.with_rate and (schedule is None or schedule.name in _CONSTANT):
+        logger.warning("--wd_lr_coupling lower has no effect: the learning rate has no schedule that lowers it")
     if choice.averages and options.ema.ema_decay is not None:
         raise UserError(f"--ema_decay: {choice.name} averages the weights by itself: leave one of the two out")
     if choice.relative_step and options.divergence.on_divergence == "rollback":
@@ -42,6 +52,19 @@ def curves_of(plan: Plan, *, total_steps: int) -> Curves:
             "--optimizer_args relative_step=False, or --on_divergence skip"
         )
     return Curves(schedule, decay, choice)
+
+
+def _complexity(plan: Plan) -> Complexity | None:
+    """The trained numbers over those in the latents of the different images to learn, each at its largest size."""
+    if plan.parameters is None:
+        return None
+    latents, sizes = plan.family.latents, dict[Path, int]()
+    for sample, placement in zip(plan.prepared.samples, plan.prepared.placements, strict=True):
+        if not sample.subset.is_reg:
+            width, height = placement.bucket
+            values = latents.channels * (width // latents.factor) * (height // latents.factor)
+            sizes[sample.path] = max(values, sizes.get(sample.path, 0))
+    return Complexity(plan.parameters, sum(sizes.values()))
 
 
 def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) -> ScheduleChoice | None:
@@ -75,7 +98,11 @@ def of_length(plan: Plan, curves: Curves) -> list[str]:
     if curves.schedule is not None and curves.schedule.depends_on_length(options.schedule):
         names.append("learning rate")
     then = weight_decay_choice.decide(
-        options.weight_decay, plan.choice, total_steps=resume.facts.total_steps, images=plan.prepared.train_images
+        options.weight_decay,
+        plan.choice,
+        total_steps=resume.facts.total_steps,
+        images=plan.prepared.train_images,
+        complexity=_complexity(plan),
     )
     if curves.decay is not None and then is not None and curves.decay.curve != then.curve:
         names.append("weight decay")

@@ -170,15 +170,15 @@ def _shared(plan: Plan, name: str, otherwise: Any) -> Any:
 def _datasets(plan: Plan, data: TrainingData) -> Iterator[DatasetFacts]:
     for number, spec in enumerate(plan.datasets):
         groups = [group for group in data.groups if group.dataset == number]
-        members = [(data.samples[i], repeats, data.placements[i]) for g in groups for i, repeats in g.members]
+        members = [(data.samples[i], draws, data.placements[i]) for g in groups for i, draws in g.members]
         errors = [
             abs(sample.size[0] / sample.size[1] - placement.bucket[0] / placement.bucket[1])
             for sample, _, placement in members
         ]
         yield DatasetFacts(
             batch_size=spec.batch_size,
-            num_train_images=sum(repeats for sample, repeats, _ in members if not sample.subset.is_reg),
-            num_reg_images=sum(repeats for sample, repeats, _ in members if sample.subset.is_reg),
+            num_train_images=round(sum(draws for sample, draws, _ in members if not sample.subset.is_reg)),
+            num_reg_images=round(sum(draws for sample, draws, _ in members if sample.subset.is_reg)),
             resolution=spec.resolution,
             enable_bucket=spec.enable_bucket,
             min_bucket_reso=spec.min_bucket_reso,

@@ -42,7 +42,7 @@ def describe(plan: Plan, run: Run, facts: Facts) -> Line:
                 "source": summary.subset.source,
                 "regularisation": summary.subset.is_reg,
                 "images": summary.images,
-                "repeats": summary.subset.num_repeats,
+                "repeats": round(summary.least, 3) if summary.by_shares else summary.subset.num_repeats,
                 "held_out": summary.held_out,
                 "captions": summary.captions_found,
                 "captions_missing": summary.captions_missing,

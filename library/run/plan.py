@@ -18,6 +18,7 @@ from library.config.masks import check_masks
 from library.config.options import NetworkOptions, Options, OutputOptions
 from library.config.options.validation import check_validation
 from library.config.registry import Arguments
+from library.config.shares import check_shares
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets, validation_folders
 from library.data.views import refuse_latent_cache_of_changing_images
@@ -44,7 +45,8 @@ logger = logging.getLogger(__name__)
 class Plan:
     """Options that fit together, data that can be read, a model that exists.
 
-    `sets`: folders that are measured beside `prepared.validation`.
+    `sets`: folders that are measured beside `prepared.validation`. `parameters`: the numbers that the network trains;
+    None for one of another package.
     """
 
     options: Options
@@ -55,6 +57,7 @@ class Plan:
     choice: OptimizerChoice
     network_arguments: Arguments
     seed: int
+    parameters: int | None
     trackers: TrackerPlan
     samples: SampleTimes | None
     started_at: float
@@ -99,9 +102,10 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
     prepared, sets = _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
-    if kernels := rehearse(family, options, arguments, resume=resume):
+    rehearsed = rehearse(family, options, arguments, resume=resume)
+    if rehearsed.kernels:
         with log.errors_only():  # its warnings have been logged above
-            refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=kernels)
+            refuse_useless(choice, rates, precision=options.precision.of_weights, kernels=rehearsed.kernels)
     started_at = time.time() if resume is None else resume.facts.started_at
     return Plan(
         options=options,
@@ -112,6 +116,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         choice=choice,
         network_arguments=arguments,
         seed=seed,
+        parameters=rehearsed.parameters,
         trackers=trackers,
         samples=samples,
         started_at=started_at,
@@ -224,6 +229,7 @@ def _rates(options: Options) -> dict[str, float]:
 def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...], *, validates: bool) -> None:
     """Check the data sets against the options about them, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
+    check_shares(datasets)
     check_validation(options.validation, validated=validates)
     warn_of_idle_options(options)
     if options.data.cache_latents:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from library.models.family import ModelFamily
 
 
-def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, resume: State | None) -> frozenset[int]:
-    """`UserError` if model, LoRA files, settings of the network, rates or a state's network do not fit together.
+class Rehearsed(NamedTuple):
+    """The sizes of the kernels that the network trains, and how many numbers it trains. Nothing is known of networks of
+    other packages, which cannot be made without weights."""
 
-    Returns the sizes of the kernels that the network trains. Networks of other packages cannot be made without
-    weights: their errors come after the model is loaded.
-    """
+    kernels: frozenset[int] = frozenset()
+    parameters: int | None = None
+
+
+def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, resume: State | None) -> Rehearsed:
+    """`UserError` if model, LoRA files, settings of the network, rates or a state's network do not fit together; for
+    networks of other packages that comes after the model is loaded."""
     with family.outlined(), log.errors_only(), torch.no_grad():
         if options.precision.blocks_to_swap:
             swap.refuse_useless(family.swap_blocks(), options.precision.blocks_to_swap)
@@ -40,9 +45,9 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
             _refuse_naming(options)
             if options.precision.blocks_to_swap:
                 raise UserError(kinds.refuses(options.network.network_module, "blocks_to_swap") or "")
-            return frozenset()
+            return Rehearsed()
         network = _network(kind, family, options, arguments)
-        parameter_groups(network, options)
+        groups = parameter_groups(network, options)
         _check_naming(network, family, options)
         if (
             resume is not None and options.run.resume_anyway
@@ -50,7 +55,10 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
             report = compare(network.state_dict(), network_of(resume))
             if different := [*report.mismatched, *report.missing, *report.unexpected]:
                 raise UserError(f"--resume {resume.folder}: its network is not this run's:{some_names(different)}")
-        return frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4)
+        return Rehearsed(
+            kernels=frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4),
+            parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
+        )
 
 
 def _refuse_naming(options: Options) -> None:

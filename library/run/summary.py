@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from library.data.captions import changing_options
@@ -23,7 +24,7 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
     return facts.Facts(
         model=_model(plan, run, hashes=hashes),
         network=_network(plan, run),
-        images=tuple(_images(prepared)),
+        images=tuple(_images(plan)),
         captions=_captions(plan, run),
         validation=None if prepared.validation is None else _validation(plan, run, prepared.validation),
         buckets=tuple(_buckets(prepared)),
@@ -97,13 +98,26 @@ def _network(plan: Plan, run: Run) -> facts.Network:
     )
 
 
-def _images(prepared: Prepared) -> Iterator[facts.Images]:
-    for summary in prepared.summaries:
+def _images(plan: Plan) -> Iterator[facts.Images]:
+    summaries = plan.prepared.summaries
+    numbers = [number for number, spec in enumerate(plan.datasets) for _ in spec.subsets]
+    sources = Counter(summary.subset.source for summary in summaries)
+    of_all: dict[int, float] = {}
+    for number, summary in zip(numbers, summaries, strict=True):
+        of_all[number] = of_all.get(number, 0) + summary.draws
+    for number, summary in zip(numbers, summaries, strict=True):
+        source = summary.subset.source
         yield facts.Images(
-            source=str(summary.subset.source),
+            source=str(source),
             regularisation=summary.subset.is_reg,
             images=summary.images,
             repeats=summary.subset.num_repeats,
+            draws=summary.draws,
+            least=summary.least,
+            most=summary.most,
+            part=summary.draws / of_all[number],
+            by_shares=summary.by_shares,
+            resolution=plan.datasets[number].resolution if sources[source] > 1 else None,
             held_out=summary.held_out,
             too_small=summary.too_small,
             captions_found=summary.captions_found,
@@ -136,7 +150,7 @@ def _validation(plan: Plan, run: Run, prepared: Prepared) -> facts.Validation:
     wanted, validator = plan.options.validation, run.hook(Validator)
     assert validator is not None, "images are held out"
     return facts.Validation(
-        images=len(prepared.samples),
+        images=len({(sample.key, sample.caption) for sample in prepared.samples}),  # once, whatever the resolutions
         batches=min(prepared.batches_per_epoch, wanted.max_validation_steps or prepared.batches_per_epoch),
         timesteps=len(validator.timesteps),
         times=sum(bool(validator.times.due(step)) for step in range(run.saves.total_steps + 1)),
@@ -152,6 +166,7 @@ def _buckets(prepared: Prepared) -> Iterator[facts.Bucket]:
             images=len(group.members),
             draws=group.draws,
             batches=group.batches,
+            by_shares=group.in_first_epoch is not None,
         )
 
 
@@ -175,4 +190,6 @@ def decay_curve(choice: DecayChoice, base: float, *, total_steps: int) -> facts.
         max_progress=None if curve.max_progress == float("inf") else curve.max_progress,
         stages=tuple((start, ratio) for start, ratio in curve.stages),
         interpolate=curve.interpolate,
+        by_gradient=choice.pace.by_gradient,
+        with_rate=choice.pace.with_rate,
     )

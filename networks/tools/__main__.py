@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from library.config.command import run
 from library.errors import UserError, did_you_mean
-from networks.tools.command import execute
 
 COMMANDS = {
     "merge": ("networks.tools.merge", "LoRA files into one, by several methods, or into a base model"),
@@ -25,8 +24,8 @@ COMMANDS = {
     "tasks": ("library.evaluation.tasks", "train one task after another, and measure what was forgotten"),
     "find_rank": ("library.evaluation.find_rank", "train at several ranks, and name the smallest that is enough"),
 }
-"""Each with its module and a line for the help. A module has `main(argv)`, which returns the exit code, or what
-`networks.tools.command` needs."""
+"""Each with its module and a line for the help. A module has its `COMMAND`, and `main(argv)`, which returns the exit
+code and raises UserError."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +44,6 @@ def _main(argv: Sequence[str]) -> int:
         raise UserError(f"'{name}' is no tool{did_you_mean(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
     path, _ = COMMANDS[name]
     module = importlib.import_module(path)
-    if hasattr(module, "add_options"):
-        return execute(module, words)
     code: int = module.main(words)
     return code
 

@@ -168,6 +168,7 @@ def plot(path: Path, pairs: Sequence[Pair]) -> None:
     """A PNG with the three numbers by layer, in the order of the model, and the limits of the advice as lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     names = sorted({name for pair in pairs for name in pair.layers}, key=lambda name: (order(block_of(name)), name))
     places = {name: place for place, name in enumerate(names)}
@@ -183,8 +184,9 @@ def plot(path: Path, pairs: Sequence[Pair]) -> None:
         shares = [float("nan") if one.conflicts is None else 100 * one.conflicts for one in own]
         conflicts.plot(at, shares, **style)
     ratios.set_yscale("log")
+    ratios.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ratios.yaxis.set_major_formatter("{x:.2g}")
-    ratios.yaxis.set_minor_formatter("{x:.2g}")
+    ratios.yaxis.set_minor_locator(NullLocator())
     limits = ((cosines, (AGAINST, ALIKE)), (ratios, (1 / UNEQUAL, UNEQUAL)), (conflicts, (100 * CONFLICTS,)))
     for axes, lines in limits:
         for line in lines:

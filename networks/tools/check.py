@@ -8,18 +8,19 @@ Exit code 2: the file is damaged or no adapter, or none of these programs loads 
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from library import log
+from library.config.command import Command, Word, read, run
+from library.config.fields import option
 from library.errors import UserError
 from library.files.header import read_metadata
 from library.models.checkpoints.adapter_file import layers_of
 from networks import base_weights, kinds
 from networks.formats import loaders
-from networks.tools import command
 
 # What a reader of metadata wants first, by the label of its line; all of it stands in the file's header
 _METADATA = {
@@ -30,24 +31,30 @@ _METADATA = {
 _VALUES_SHOWN = 4  # different ranks or alphas
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("file", type=Path, help="the adapter file")
-    parser.add_argument("--base", metavar="MODEL", help="look for its layers in this base model: a file or a folder")
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """The model"""
+
+    base: str | None = option(None, help="look for its layers in this base model: a file or a folder")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
-    lines, loads = report(options.file, base=options.base)
+COMMAND = Command(
+    name="lora-tools check",
+    description=__doc__,
+    groups={"check": CheckOptions},
+    words=(Word("FILE", "the adapter file"),),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
+    path = Path(given.words[0])
+    lines, loads = report(path, base=given.groups["check"].base)
     print("\n".join(lines))
     if not loads:
-        print(f"error: {options.file}: no program that is known here loads a layer of it", file=sys.stderr)
+        print(f"error: {path}: no program that is known here loads a layer of it", file=sys.stderr)
     return 0 if loads else 2
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    return command.run_alone(__name__, argv)
 
 
 def report(path: Path, *, base: str | None = None) -> tuple[list[str], bool]:
@@ -151,4 +158,4 @@ def _table(found: list[loaders.Verdict]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -8,31 +8,41 @@ difference  |second - first| / |first|, Frobenius norms
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config.command import Command, Word, read
+from library.config.fields import option
 from networks.tools.blocks import block_of, order
 
 if TYPE_CHECKING:
     from networks.tools.low_rank import Factors
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("first", type=Path, help="a LoRA file")
-    parser.add_argument("second", type=Path, help="another")
-    parser.add_argument("--layers", action="store_true", help="print each layer, not only each block")
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """The report"""
+
+    layers: bool = option(False, help="print each layer, not only each block")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
+COMMAND = Command(
+    name="lora-tools compare",
+    description=__doc__,
+    groups={"compare": CompareOptions},
+    words=(Word("FIRST", "a LoRA file"), Word("SECOND", "another")),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
     from networks.tools import result
 
-    first, second = result.read([options.first, options.second], purpose="is compared")
-    print("\n".join(report(result.factors(first), result.factors(second), by_layer=options.layers)))
+    first, second = map(result.factors, result.read([Path(word) for word in given.words], purpose="is compared"))
+    print("\n".join(report(first, second, by_layer=given.groups["compare"].layers)))
     return 0
 
 

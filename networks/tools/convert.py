@@ -12,16 +12,19 @@ GLoRA need the base model, and so do convolutions whose kernel the tensors do no
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal
 
+from library.config.command import Command, Word, read, run
+from library.config.fields import REQUIRED, option
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import WrittenNaming
 from networks import base_weights
-from networks.tools import command
+from networks.tools.output import check_output
 
 logger = logging.getLogger(__name__)
 
@@ -29,34 +32,39 @@ logger = logging.getLogger(__name__)
 _OF_THE_OLD_FILE = ("lora_adapter_metadata", "modelspec.hash_sha256")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("source", type=Path, help="the LoRA file to read")
-    parser.add_argument("target", type=Path, help="the .safetensors to write")
-    parser.add_argument("--to", choices=(*get_args(WrittenNaming), "lora"), required=True, help="whose names, or lora")
-    parser.add_argument("--rank", type=int, help="with --to lora: of the result; without it exact, or an error")
-    parser.add_argument("--conv_rank", type=int, help="that of convolutions wider than 1 × 1; without it --rank")
-    parser.add_argument("--base", metavar="MODEL", help="with --to lora: the base model, a file or a folder")
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """The result"""
+
+    to: Literal[WrittenNaming, "lora"] = option(REQUIRED, help="whose names, or lora")
+    rank: int | None = option(None, minimum=1, help="with --to lora: of the result; without it exact, or an error")
+    conv_rank: int | None = option(None, minimum=1, help="that of convolutions wider than 1 × 1; without it --rank")
+    base: str | None = option(None, help="with --to lora: the base model, a file or a folder")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
+COMMAND = Command(
+    name="lora-tools convert",
+    description=__doc__,
+    groups={"convert": ConvertOptions},
+    words=(Word("SOURCE", "the adapter file to read"), Word("TARGET", "the .safetensors to write")),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
+    options: ConvertOptions = given.groups["convert"]
+    source, target = map(Path, given.words)
     if options.to != "lora":
-        for name in ("rank", "conv_rank", "base"):
-            if getattr(options, name) is not None:
-                raise UserError(f"--{name} has no effect without --to lora")
-        convert(options.source, options.target, to=options.to)
+        if idle := [name for name in given.given if name != "to"]:
+            raise UserError(f"--{idle[0]} has no effect without --to lora")
+        convert(source, target, to=options.to)
         return 0
     from networks.tools.to_lora import to_lora
 
-    command.check_output(options.target, [options.source], overwrite=False, option="target")
-    to_lora(options.source, options.target, rank=options.rank, conv_rank=options.conv_rank, base=options.base)
+    check_output(target, [source], overwrite=False, option="TARGET")
+    to_lora(source, target, rank=options.rank, conv_rank=options.conv_rank, base=options.base)
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 2 for what the user can put right."""
-    return command.run_alone(__name__, argv)
 
 
 def convert(source: Path, target: Path, *, to: WrittenNaming) -> None:
@@ -79,4 +87,4 @@ def convert(source: Path, target: Path, *, to: WrittenNaming) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -9,14 +9,16 @@ half as much as one saved that many steps later. This works for every kind of ad
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config.command import Command, Word, read
+from library.config.fields import option
 from library.errors import UserError
-from networks.tools import command
+from networks.tools.output import OutputOptions, check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,23 +28,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("files", nargs="+", type=Path, help="files that one run saved")
-    parser.add_argument(
-        "--half_life", metavar="STEPS", type=float, help="weight them exponentially; without it all alike"
-    )
-    command.add_output(parser)
+@dataclass(frozen=True, kw_only=True)
+class EmaOptions:
+    """The average"""
+
+    half_life: float | None = option(None, help="weight them exponentially, by this many steps; without it all alike")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
+COMMAND = Command(
+    name="lora-tools ema",
+    description=__doc__,
+    groups={"ema": EmaOptions, "output": OutputOptions},
+    words=(Word("FILE", "files that one run saved", many=True),),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
+    output: OutputOptions = given.groups["output"]
     average(
-        options.files,
-        options.save_to,
-        half_life=options.half_life,
-        save_precision=options.save_precision,
-        overwrite=options.overwrite,
+        [Path(word) for word in given.words],
+        output.save_to,
+        half_life=given.groups["ema"].half_life,
+        save_precision=output.save_precision,
+        overwrite=output.overwrite,
     )
     return 0
 
@@ -63,7 +73,7 @@ def average(
         raise UserError("ema: one file has no average; give two or more")
     if half_life is not None and not 0 < half_life < float("inf"):
         raise UserError(f"--half_life {half_life:g}: has to be above 0")
-    command.check_output(target, list(paths), overwrite=overwrite)
+    check_output(target, list(paths), overwrite=overwrite)
     sources = result.read(paths, purpose="is averaged", any_kind=True)
     _check_one_run(sources)
     steps = [step_of(path) for path in paths]

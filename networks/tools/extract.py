@@ -11,19 +11,19 @@ printed, but for the VAE's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config.command import Command, Word, read
+from library.config.fields import REQUIRED, option
 from library.errors import UserError
 from library.progress import bar
-from networks.tools import command
-from networks.tools.merge import check_ranks
+from networks.tools.output import OutputOptions, check_output
 
 if TYPE_CHECKING:
     import torch
@@ -40,45 +40,46 @@ logger = logging.getLogger(__name__)
 KOHYA_QUANTILE = 0.99
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("base", help="the model that the LoRA is for: a file, a diffusers folder or a hub id")
-    parser.add_argument("tuned", help="the model that base and LoRA are to act like")
-    parser.add_argument("--rank", type=int, required=True, help="of Linear layers and 1 × 1 convolutions")
-    parser.add_argument("--conv_rank", type=int, help="that of wider convolutions; without it these are left out")
-    parser.add_argument(
-        "--clamp_quantile",
-        type=float,
-        default=1.0,
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """The difference"""
+
+    rank: int = option(REQUIRED, minimum=1, help="of Linear layers and 1 × 1 convolutions")
+    conv_rank: int | None = option(None, minimum=1, help="that of wider convolutions; without it these are left out")
+    clamp_quantile: float = option(
+        1.0,
         help="clip a layer's factors at this quantile of their values, as kohya's script does at 0.99; 1: not at all",
     )
-    parser.add_argument(
-        "--min_diff",
-        type=float,
-        default=0.0,
-        help="leave a text encoder out if no value of its layers differs by more than this",
+    min_diff: float = option(
+        0.0, minimum=0, help="leave a text encoder out if no value of its layers differs by more than this"
     )
-    parser.add_argument(
-        "--v_parameterization", action="store_true", help="the models are of v prediction, where no file states it"
-    )
-    parser.add_argument("--exact", action="store_true", help="the exact decomposition of large layers as well")
-    command.add_output(parser)
+    v_parameterization: bool = option(False, help="the models are of v prediction, where no file states it")
+    exact: bool = option(False, help="the exact decomposition of large layers as well")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
+COMMAND = Command(
+    name="lora-tools extract",
+    description=__doc__,
+    groups={"extract": ExtractOptions, "output": OutputOptions},
+    words=(
+        Word("BASE", "the model that the LoRA is for: a file, a diffusers folder or a hub id"),
+        Word("TUNED", "the model that base and LoRA are to act like"),
+    ),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
+    base, tuned = given.words
+    output: OutputOptions = given.groups["output"]
     extract(
-        options.base,
-        options.tuned,
-        options.save_to,
-        rank=options.rank,
-        conv_rank=options.conv_rank,
-        clamp_quantile=options.clamp_quantile,
-        min_diff=options.min_diff,
-        exact=options.exact,
-        v_parameterization=options.v_parameterization,
-        save_precision=options.save_precision,
-        overwrite=options.overwrite,
+        base,
+        tuned,
+        output.save_to,
+        **vars(given.groups["extract"]),
+        save_precision=output.save_precision,
+        overwrite=output.overwrite,
     )
     return 0
 
@@ -131,12 +132,9 @@ def extract(
     from library.models.opening import open_family
     from networks.tools import result
 
-    check_ranks({"--rank": rank, "--conv_rank": conv_rank})
     if not 0 < clamp_quantile <= 1:
         raise UserError(f"--clamp_quantile {clamp_quantile:g}: takes a share above 0, up to 1")
-    if not 0 <= min_diff < float("inf"):
-        raise UserError(f"--min_diff {min_diff:g}: has to be 0 or more")
-    command.check_output(target, [Path(base), Path(tuned)], overwrite=overwrite)
+    check_output(target, [Path(base), Path(tuned)], overwrite=overwrite)
     velocity = {"v_parameterization": "--v_parameterization"} if v_parameterization else {}
     family = open_family(base, options={"v_parameterization": v_parameterization}, given=velocity)
     other = open_family(tuned)

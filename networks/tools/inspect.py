@@ -9,16 +9,18 @@ metadata: the base model, the images and the output folder stand there as commen
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from networks.tools import command
+from library.config.command import Command, Word, read
+from library.config.fields import BadValue, Declared, convert, option
 from networks.tools.blocks import block_of, order
+from networks.tools.output import check_output
 
 if TYPE_CHECKING:
     from networks.files import AdapterFile
@@ -28,7 +30,6 @@ _WORDS = (
     ("base model", "ss_sd_model_name"),
     ("family", "ss_base_model_version"),
     ("network", "ss_network_module"),
-    ("arguments", "ss_network_args"),
     ("steps", "ss_steps"),
     ("epoch", "ss_epoch"),
     ("images", "ss_num_train_images"),
@@ -38,27 +39,38 @@ _WORDS = (
     ("seed", "ss_seed"),
     ("comment", "ss_training_comment"),
     ("made by", "ss_made_by"),
-    ("made from", "ss_made_from"),
 )
 _OPTIMIZER = re.compile(r"(?P<type>[\w.]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
 _NOT_SETTINGS = ("ss_output_name", "ss_network_args", "ss_network_dim", "ss_network_alpha")  # told apart below
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("file", type=Path, help="the adapter file")
-    parser.add_argument("--toml", metavar="FILE", type=Path, help="write the training settings into this .toml")
-    parser.add_argument("--overwrite", action="store_true", help="replace that file where it exists")
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What is written"""
+
+    toml: Path | None = option(None, help="write the training settings into this .toml")
+    overwrite: bool = option(False, help="replace that file where it exists")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
+COMMAND = Command(
+    name="lora-tools inspect",
+    description=__doc__,
+    groups={"inspect": InspectOptions},
+    words=(Word("FILE", "the adapter file"),),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
     from library.files.atomic import replacing
     from networks import files
 
+    options: InspectOptions = given.groups["inspect"]
+    path = Path(given.words[0])
     if options.toml is not None:
-        command.check_output(options.toml, [options.file], overwrite=options.overwrite, option="--toml", end=".toml")
-    file = files.read(options.file, keep_embeddings=True)
+        check_output(options.toml, [path], overwrite=options.overwrite, option="--toml", end=".toml")
+    file = files.read(path, keep_embeddings=True)
     print("\n".join(report(file)))
     if options.toml is not None:
         with replacing(options.toml) as beside:
@@ -69,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
 def report(file: AdapterFile) -> list[str]:
     """Lines: metadata in words, and the norms of each block."""
     from library.models.checkpoints.adapter_file import short_title
+    from networks.tools.result import origins
 
     kinds = sorted({layer.kind for layer in file.layers.values()})
     titles = ", ".join(short_title(kind) or "an unknown kind" for kind in kinds)
@@ -76,6 +89,9 @@ def report(file: AdapterFile) -> list[str]:
     for label, key in _WORDS:
         if (text := file.metadata.get(key, "None")) not in ("None", ""):
             lines.append(f"{label:<14}{text}")
+    if arguments := _arguments(file.metadata):
+        lines.append(f"{'arguments':<14}{', '.join(arguments)}")
+    lines += [f"{'made from':<14}{words}" for words in origins(file.metadata)]
     if finished := file.metadata.get("ss_training_finished_at"):
         lines += [f"{'finished':<14}{text}" for text in _time(finished)]
     if not file.metadata:
@@ -132,10 +148,12 @@ def settings_toml(metadata: Mapping[str, str]) -> str:
 
 def settings(metadata: Mapping[str, str]) -> dict[str, object]:
     """Options of the trainer by name, with the values that a file's metadata state. Defaults are left out."""
+    from library.config.options import declared_options
+
     found: dict[str, object] = {}
-    for name, option in _options().items():
+    for name, item in declared_options().items():
         key = f"ss_{name}"
-        if key in metadata and key not in _NOT_SETTINGS and (value := _value(option, metadata[key])) is not None:
+        if key in metadata and key not in _NOT_SETTINGS and (value := _value(item, metadata[key])) is not None:
             found[name] = value
     found |= _network(metadata) | _optimizer(metadata) | _data(metadata)
     if (steps := metadata.get("ss_max_train_steps", "")).isdecimal():
@@ -145,35 +163,19 @@ def settings(metadata: Mapping[str, str]) -> dict[str, object]:
     return dict(sorted(found.items()))
 
 
-def _options() -> dict[str, object]:
-    """Every option of the trainer, as declared."""
-    import dataclasses
-    from typing import get_type_hints
-
-    from library.config.fields import declared
-    from library.config.options import Options
-
-    hints = get_type_hints(Options)
-    groups = [hints[field.name] for field in dataclasses.fields(Options) if dataclasses.is_dataclass(hints[field.name])]
-    return {name: option for group in groups for name, option in declared(group).items()}
-
-
-def _value(option: object, text: str) -> object:
+def _value(item: Declared, text: str) -> object:
     """The value of an option that a metadata text stands for; None for the default, or where it is none."""
-    from library.config.fields import BadValue, Declared, convert
-
-    assert isinstance(option, Declared)
     if text in ("None", ""):
         return None
-    words = tuple(re.findall(r"[^\s,\[\]()']+", text)) if option.many else (text,)
+    words = tuple(re.findall(r"[^\s,\[\]()']+", text)) if item.many else (text,)
     try:
-        value = convert(option, words)
+        value = convert(item, words)
     except BadValue:
         return None
-    if value == option.default or (isinstance(value, tuple) and list(value) == option.default):
+    if value == item.default:
         return None
     if isinstance(value, tuple):
-        return list(value) if option.many else text
+        return list(value) if item.many else text
     return value if isinstance(value, bool | int | float | str) else text
 
 
@@ -184,13 +186,18 @@ def _network(metadata: Mapping[str, str]) -> dict[str, object]:
             found[name] = kind(metadata.get(f"ss_{name}", ""))
         except ValueError:
             continue  # "None", or "Dynamic" of a resized file
+    if arguments := _arguments(metadata):
+        found["network_args"] = arguments
+    return found
+
+
+def _arguments(metadata: Mapping[str, str]) -> list[str]:
+    """The network's arguments as "name=value"; none where the text is no JSON of this program's or kohya's form."""
     try:
         arguments = json.loads(metadata.get("ss_network_args", "{}"))
     except (ValueError, RecursionError):
-        arguments = {}
-    if isinstance(arguments, dict) and arguments:
-        found["network_args"] = [f"{name}={value}" for name, value in arguments.items()]
-    return found
+        return []
+    return [f"{name}={value}" for name, value in arguments.items()] if isinstance(arguments, dict) else []
 
 
 def _optimizer(metadata: Mapping[str, str]) -> dict[str, object]:

@@ -28,6 +28,8 @@ from library.models.opening import open_family
 from networks.adapter import OnWeight
 from networks.create import create_to_merge
 from networks.load_report import check_loaded, some_names
+from networks.lora import LoRA
+from networks.tools.low_rank import factors_of
 from networks.tools.result import MADE_FROM
 
 if TYPE_CHECKING:
@@ -103,12 +105,17 @@ def _check_target(base: Path, target: Path, sources: Sequence[AdapterFile], *, o
 
 @dataclass(frozen=True)
 class _Share:
-    """The part of one file in one layer. place: of the file in the list. weight: of the file in this layer."""
+    """The part of one file in one layer. place: of the file in the list. tensors: as the file has them. weight: of the
+    file in this layer."""
 
     place: int
     adapter: Adapter
     tensors: Mapping[str, Tensor]
     weight: float
+
+    def in_fp32(self) -> dict[str, Tensor]:
+        """Its tensors; formed for one layer at a time."""
+        return {key: one.float() if one.is_floating_point() else one for key, one in self.tensors.items()}
 
 
 Shares = Mapping[nn.Module, Sequence[_Share]]
@@ -133,8 +140,7 @@ def _changes(
             site = adapter.site
             known |= {site.name, site.alias, site.fused}
             weight = weight_of(site.name)
-            tensors = {key: one.float() if one.is_floating_point() else one for key, one in layers[site.name].items()}
-            tensors = {key: one for key, one in tensors.items() if not one.is_meta}
+            tensors = {key: one for key, one in layers[site.name].items() if not one.is_meta}
             if weight:
                 shares.setdefault(site.module, []).append(_Share(place, adapter, tensors, weight))
         if (missing := sorted(source.layers.keys() - known)) and not allow_missing:
@@ -154,8 +160,14 @@ def _change(shares: Sequence[_Share], method: Method, files: int) -> Callable[[s
 def _added(shares: Sequence[_Share], leaf: str, weight: Tensor) -> Tensor:
     """One file after the other, each with its weight as the multiplier, as programs load them."""
     for share in shares:
-        share.adapter.multiplier = share.weight
-        weight = share.adapter.merged(leaf, share.tensors, weight)
+        adapter, tensors = share.adapter, share.in_fp32()
+        if leaf == "weight" and type(adapter) is LoRA and adapter.form.axis is None:
+            factors = factors_of(tensors)  # one product, into the weight: the difference itself never exists
+            matrix = weight.reshape(len(weight), -1).addmm_(factors.up, factors.down, alpha=share.weight)
+            weight = matrix.view(weight.shape)
+            continue
+        adapter.multiplier = share.weight
+        weight = adapter.merged(leaf, tensors, weight)
     return weight
 
 
@@ -170,11 +182,11 @@ def _combined(shares: Sequence[_Share], method: Method, files: int, leaf: str, w
 
 def _delta(share: _Share, leaf: str, weight: Tensor) -> Tensor:
     """The difference at multiplier 1; from the tensors alone where it does not depend on the weight."""
-    adapter = share.adapter
+    adapter, tensors = share.adapter, share.in_fp32()
     if leaf == "weight" and adapter.LINEAR and not isinstance(adapter, OnWeight):
-        return type(adapter).delta_of(share.tensors, weight.shape)
+        return type(adapter).delta_of(tensors, weight.shape)
     adapter.multiplier = 1.0
-    return adapter.merged(leaf, share.tensors, weight) - weight
+    return adapter.merged(leaf, tensors, weight) - weight
 
 
 def _patches(

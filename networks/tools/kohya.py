@@ -7,15 +7,18 @@ another's down. Our merge does what the options say; `--as_kohya` repeats those 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from library.config.command import Command, read
+from library.config.command import run as run_tool
+from library.config.fields import REQUIRED, option
 from library.errors import UserError
-from networks.tools import command
+from networks.tools.output import OutputOptions, Precision, check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,65 +28,80 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run(
-    text: str | None,
-    add_options: Callable[[argparse.ArgumentParser], None],
-    act: Callable[[argparse.Namespace], None],
-    argv: Sequence[str] | None,
-) -> int:
-    """Parse a door's options and act. `text`: its help. Returns the exit code: 2 for what the user can put right."""
-    parser = argparse.ArgumentParser(
-        description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_options(parser)
+def run(text: str | None, options_type: type, act: Callable[[Any], None], argv: Sequence[str] | None) -> int:
+    """Read the options of a door that writes a file, and act. `text`: its help, which begins with its path.
+
+    Returns the exit code: 2 for what the user can put right.
+    """
+    name = (text or "").removeprefix("kohya's ").partition(":")[0]
+    command = Command(name=name, description=text or "", groups={"options": options_type})
 
     def acted(words: Sequence[str]) -> int:
-        options = parser.parse_args(words)
+        options = read(command, words).groups["options"]
         act(options)
-        if getattr(options, "no_metadata", False):
+        if getattr(options, "no_metadata", False) and getattr(options, "sd_model", None) is None:
             without_spec(options.save_to)
         return 0
 
-    return command.run(acted, argv)
+    return run_tool(acted, argv)
 
 
-def add_result_options(parser: argparse.ArgumentParser, *, metadata: bool = True) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DoorOptions(OutputOptions):
     """Of the doors that write a file."""
-    parser.add_argument("--save_to", metavar="FILE", type=Path, required=True, help="the .safetensors to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file where it exists")
-    parser.add_argument("--save_precision", choices=("float", "fp16", "bf16"), help="element type of the result")
-    parser.add_argument("--device", help="without effect: the decompositions take seconds on the CPU")
-    if metadata:
-        parser.add_argument("--no_metadata", action="store_true", help="no modelspec.* in the metadata")
+
+    device: str | None = option(None, help="without effect: the decompositions take seconds on the CPU")
 
 
-def add_merge_options(parser: argparse.ArgumentParser, *, blocks: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SpecOptions(DoorOptions):
+    """Of those whose file has modelspec.* in its metadata."""
+
+    no_metadata: bool = option(False, help="no modelspec.* in the metadata")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(SpecOptions):
     """Of the doors that merge."""
-    parser.add_argument("--models", nargs="+", type=Path, required=True, help="the LoRA files")
-    parser.add_argument("--ratios", nargs="+", type=float, help="one for each file")
-    parser.add_argument(
-        "--precision", choices=("float", "fp16", "bf16"), help="without effect: sums are formed in fp32"
-    )
-    parser.add_argument("--as_kohya", action="store_true", help="the numbers of kohya's script")
-    if blocks:
-        parser.add_argument("--lbws", nargs="+", metavar="LIST", help="weights by block, [1,0,…] for each file")
+
+    models: tuple[Path, ...] = option(REQUIRED, help="the LoRA files")
+    ratios: tuple[float, ...] = option((), help="one for each file")
+    precision: Precision | None = option(None, help="without effect: sums are formed in fp32")
+    as_kohya: bool = option(False, help="the numbers of kohya's script")
 
 
-def add_factors_options(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """Weights by block."""
+
+    lbws: tuple[str, ...] = option((), help="weights by block, [1,0,…] for each file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorsOptions(MergeOptions):
     """Of merge_lora.py and sdxl_merge_lora.py."""
-    parser.add_argument("--sd_model", help="a checkpoint to merge into")
-    parser.add_argument("--concat", action="store_true", help="the factors beside each other: exact, ranks add up")
-    parser.add_argument("--shuffle", action="store_true", help="without effect: the order of ranks changes nothing")
+
+    sd_model: str | None = option(None, help="a checkpoint to merge into")
+    concat: bool = option(False, help="the factors beside each other: exact, ranks add up")
+    shuffle: bool = option(False, help="without effect: the order of ranks changes nothing")
 
 
-def say_without_effect(options: argparse.Namespace, reasons: Mapping[str, str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RankOptions(MergeOptions, BlockOptions):
+    """Of svd_merge_lora.py."""
+
+    new_rank: int = option(4, minimum=1, help="of the result")
+    new_conv_rank: int | None = option(None, minimum=1, help="that of wide convolutions; without it --new_rank")
+
+
+def say_without_effect(options: DoorOptions, reasons: Mapping[str, str]) -> None:
     """A warning for each of these options that was given, with the reason why it changes nothing."""
     for name, reason in reasons.items():
         if getattr(options, name, None) not in (None, False, "float"):
             logger.warning("--%s has no effect: %s", name, reason)
 
 
-def merge_loras(options: argparse.Namespace) -> None:
+def merge_loras(options: FactorsOptions) -> None:
     """kohya's merge_lora.py and sdxl_merge_lora.py. Raises UserError."""
     say_without_effect(options, {"v2": "the files state their family"})
     if options.sd_model is not None:
@@ -92,7 +110,7 @@ def merge_loras(options: argparse.Namespace) -> None:
         _merge_factors(options)
 
 
-def _merge_factors(options: argparse.Namespace) -> None:
+def _merge_factors(options: FactorsOptions) -> None:
     from networks.tools import merge, result
 
     say_without_effect(
@@ -130,7 +148,7 @@ def _merge_factors(options: argparse.Namespace) -> None:
     )
 
 
-def blocks_of(options: argparse.Namespace) -> list[BlockWeights] | None:
+def blocks_of(options: MergeOptions) -> list[BlockWeights] | None:
     """kohya's `--lbws`, a list for each file. Raises UserError."""
     from networks.tools.block_weights import BlockWeights
 
@@ -144,13 +162,12 @@ def blocks_of(options: argparse.Namespace) -> list[BlockWeights] | None:
     return [BlockWeights.parse(text.strip("[] ")) for text in lists]
 
 
-def _merge_into_checkpoint(options: argparse.Namespace) -> None:
+def _merge_into_checkpoint(options: FactorsOptions) -> None:
     """kohya's scripts add each LoRA's whole difference here as well."""
     from networks.tools import merge
 
     unused = {"save_precision": "its tensors keep their types", "precision": "sums are formed in fp32"}
     say_without_effect(options, unused | dict.fromkeys(("concat", "no_metadata"), "no LoRA is written"))
-    options.no_metadata = False
     merge.merge(
         options.models,
         merge.weights_for(options.models, options.ratios),
@@ -162,11 +179,11 @@ def _merge_into_checkpoint(options: argparse.Namespace) -> None:
     )
 
 
-def write_as_kohya(options: argparse.Namespace, weights: Sequence[float]) -> None:
+def write_as_kohya(options: FactorsOptions, weights: Sequence[float]) -> None:
     """kohya's sum of factors."""
     from networks.tools import result
 
-    command.check_output(options.save_to, options.models, overwrite=options.overwrite)
+    check_output(options.save_to, options.models, overwrite=options.overwrite)
     sources = result.read(options.models, purpose="is merged")
     layers = kohya_sum(
         [{name: own.tensors for name, own in one.layers.items()} for one in sources], weights, concat=options.concat
@@ -216,7 +233,7 @@ def without_spec(path: Path) -> None:
     files.write(path, files.read_tensors(path), metadata)
 
 
-def merge_to_rank(options: argparse.Namespace) -> None:
+def merge_to_rank(options: RankOptions) -> None:
     """kohya's svd_merge_lora.py."""
     from networks.tools import merge, result
     from networks.tools.extract import clipped
@@ -238,8 +255,7 @@ def merge_to_rank(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
         )
         return
-    merge.check_ranks({"--new_rank": ranks[0], "--new_conv_rank": ranks[1]})
-    command.check_output(target, options.models, overwrite=options.overwrite)
+    check_output(target, options.models, overwrite=options.overwrite)
     sources = result.read(options.models, purpose="is merged")
     layers = {}
     everywhere = merge.weights_in(sources, weights, None)

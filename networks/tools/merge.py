@@ -13,19 +13,21 @@ than linear form each layer's difference, so that their result is cut to --rank,
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config.command import Command, Word, read
+from library.config.fields import option
 from library.errors import UserError
 from library.progress import bar
-from networks.tools import command
 from networks.tools.block_weights import BlockWeights
-from networks.tools.methods import METHODS, Method
+from networks.tools.methods import METHODS, Method, MethodName
+from networks.tools.output import ResultOptions, check_output
 
 if TYPE_CHECKING:
     from networks.files import AdapterFile
@@ -37,64 +39,74 @@ WeightOf = Callable[[str], float]  # from a layer's name in files to the weight 
 LINEAR = Method()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("files", nargs="+", type=Path, help="the LoRA files")
-    parser.add_argument("--weights", nargs="+", type=float, help="one for each file; without them 1, of slerp 0.5")
-    parser.add_argument(
-        "--lbw",
-        nargs="+",
-        metavar="LIST",
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """The sum"""
+
+    weights: tuple[float, ...] = option((), help="one for each file; without them 1, of slerp 0.5")
+    lbw: tuple[str, ...] = option(
+        (),
         help="weights by block, one list for each file, times its weight: 17 or 26 numbers (SD 1.x, 2.x), 12 or 20 "
         "(SDXL), named ones as OUT=0,IN05=0.5, or one number for all",
     )
-    words = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
-    parser.add_argument("--method", choices=METHODS, help=f"{words}. Without it linear")
-    parser.add_argument("--density", type=float, help="of ties, dare, dare_ties: the share of weights that is kept")
-    parser.add_argument("--seed", type=int, help="of dare and dare_ties; without it 0")
-    parser.add_argument("--rank", type=int, help="cut the sum to this rank; without it the ranks add up")
-    parser.add_argument("--conv_rank", type=int, help="that of convolutions wider than 1 × 1; without it --rank")
-    parser.add_argument("--base", metavar="MODEL", help="merge into this base model: a file or a diffusers folder")
-    parser.add_argument("--allow_missing", action="store_true", help="with --base: leave out layers that it lacks")
-    parser.add_argument(
-        "--advise", metavar="PNG", type=Path, help="write no file but a plot of how far the LoRAs conflict, and advise"
+    method: MethodName | None = option(
+        None, help="; ".join(f"{name}: {text}" for name, text in METHODS.items()) + ". Without it linear"
     )
-    command.add_output(parser, required=False)
+    density: float | None = option(None, help="of ties, dare, dare_ties: the share of weights that is kept")
+    seed: int | None = option(None, help="of dare and dare_ties; without it 0")
+    rank: int | None = option(None, minimum=1, help="cut the sum to this rank; without it the ranks add up")
+    conv_rank: int | None = option(None, minimum=1, help="that of convolutions wider than 1 × 1; without it --rank")
+    base: str | None = option(None, help="merge into this base model: a file or a diffusers folder")
+    allow_missing: bool = option(False, help="with --base: leave out layers that it lacks")
+    advise: Path | None = option(
+        None, help="write no file but this .png, a plot of how far the LoRAs conflict, and advise"
+    )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
-    blocks = blocks_for(options.files, options.lbw)
+@dataclass(frozen=True, kw_only=True)
+class MergedOptions(ResultOptions):
+    """What is written"""
+
+    save_to: Path | None = option(None, help="the .safetensors to write, or with --base a folder, as the base is one")
+
+
+COMMAND = Command(
+    name="lora-tools merge",
+    description=__doc__,
+    groups={"merge": MergeOptions, "output": MergedOptions},
+    words=(Word("FILE", "the LoRA files", many=True),),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
+    options, output = given.groups["merge"], given.groups["output"]
+    files = [Path(word) for word in given.words]
+    blocks = blocks_for(files, options.lbw)
     if options.advise is not None:
-        _refuse_with_advise(options)
-        weights = weights_for(options.files, options.weights)
-        print("\n".join(advise(options.files, weights, options.advise, blocks=blocks, overwrite=options.overwrite)))
+        if idle := [name for name in given.given if name not in ("advise", "weights", "lbw", "overwrite")]:
+            raise UserError(f"--{idle[0]} has no effect with --advise, which merges nothing")
+        weights = weights_for(files, options.weights)
+        print("\n".join(advise(files, weights, options.advise, blocks=blocks, overwrite=output.overwrite)))
         return 0
-    if options.save_to is None:
+    if output.save_to is None:
         raise UserError("--save_to: the file to write is missing; or give --advise, which writes none")
-    method = Method.of(options.method, options.density, options.seed, files=len(options.files))
+    method = Method.of(options.method, options.density, options.seed, files=len(files))
     merge(
-        options.files,
-        weights_for(options.files, options.weights, usual=method.usual_weight),
-        options.save_to,
+        files,
+        weights_for(files, options.weights, usual=method.usual_weight),
+        output.save_to,
         method=method,
         blocks=blocks,
         rank=options.rank,
         conv_rank=options.conv_rank,
         base=options.base,
         allow_missing=options.allow_missing,
-        save_precision=options.save_precision,
-        overwrite=options.overwrite,
+        save_precision=output.save_precision,
+        overwrite=output.overwrite,
     )
     return 0
-
-
-def _refuse_with_advise(options: argparse.Namespace) -> None:
-    for name in ("method", "density", "seed", "rank", "conv_rank", "base", "save_to", "save_precision"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--{name} has no effect with --advise, which merges nothing")
-    if options.allow_missing:
-        raise UserError("--allow_missing has no effect with --advise, which merges nothing")
 
 
 def advise(
@@ -110,7 +122,7 @@ def advise(
 
     if len(paths) < 2:
         raise UserError("--advise: compares files; give two or more")
-    command.check_output(picture, list(paths), overwrite=overwrite, option="--advise", end=".png")
+    check_output(picture, list(paths), overwrite=overwrite, option="--advise", end=".png")
     sources = result.read(paths, purpose="is compared")
     files = []
     for source, weight_of in zip(sources, weights_in(sources, weights, blocks), strict=True):
@@ -121,20 +133,18 @@ def advise(
     return [*advise.report(pairs), f"plot: {picture}"]
 
 
-def weights_for(files: Sequence[Path], weights: Sequence[float] | None, *, usual: float = 1.0) -> list[float]:
-    """A weight for each file. `UserError` unless their numbers agree and each is finite."""
-    if weights is None:
+def weights_for(files: Sequence[Path], weights: Sequence[float], *, usual: float = 1.0) -> list[float]:
+    """A weight for each file, without any the usual one. `UserError` unless their numbers agree."""
+    if not weights:
         return [usual] * len(files)
     if len(weights) != len(files):
         raise UserError(f"--weights: {len(weights)} for {len(files)} files; give one for each")
-    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
-        raise UserError(f"--weights: {wrong[0]} is no weight")
     return list(weights)
 
 
-def blocks_for(files: Sequence[Path], lists: Sequence[str] | None) -> list[BlockWeights] | None:
-    """The weights by block of each file. Raises UserError."""
-    if lists is None:
+def blocks_for(files: Sequence[Path], lists: Sequence[str]) -> list[BlockWeights] | None:
+    """The weights by block of each file; None without any. Raises UserError."""
+    if not lists:
         return None
     if len(lists) != len(files):
         raise UserError(f"--lbw: {len(lists)} lists for {len(files)} files; give one for each, 1 for a file without")
@@ -160,7 +170,7 @@ def merge(
 
     _check_options(method, rank, conv_rank, base, allow_missing=allow_missing, save_precision=save_precision)
     if base is None:
-        command.check_output(target, list(paths), overwrite=overwrite)
+        check_output(target, list(paths), overwrite=overwrite)
     sources = result.read(paths, purpose="is merged", any_kind=base is not None)
     weights_of = weights_in(sources, weights, blocks)
     texts = None if blocks is None else [one.text for one in blocks]
@@ -191,7 +201,6 @@ def _check_options(
     allow_missing: bool,
     save_precision: str | None,
 ) -> None:
-    check_ranks({"--rank": rank, "--conv_rank": conv_rank})
     if base is not None:
         if method.name == "svd":
             raise UserError("--method svd: has no use with --base, which takes the whole sum; give --method linear")
@@ -229,13 +238,6 @@ def _same(weight: float, layer: str) -> float:
 
 def _by_block(weight: float, blocks: BlockWeights, layer: str) -> float:
     return weight * blocks.of(layer)
-
-
-def check_ranks(ranks: Mapping[str, int | None]) -> None:
-    """`UserError` for a rank below 1, by its option."""
-    for name, rank in ranks.items():
-        if rank is not None and rank < 1:
-            raise UserError(f"{name} {rank}: has to be 1 or more")
 
 
 def merged(

@@ -11,7 +11,6 @@ stable rank     squared Frobenius norm / squared largest singular value
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
@@ -20,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.config.command import Command, Word, read
+from library.config.fields import option
 from library.errors import UserError
 from library.progress import bar
-from networks.tools import command
+from networks.tools.output import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,25 +47,35 @@ class Spectrum:
     values: tuple[float, ...]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("file", type=Path, help="the LoRA file")
-    parser.add_argument(
-        "--csv", metavar="FILE", type=Path, help="write a table of the layers, singular values included"
-    )
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw singular values and energy into a .png")
-    parser.add_argument("--overwrite", action="store_true", help="replace these files where they exist")
+@dataclass(frozen=True, kw_only=True)
+class RanksOptions:
+    """What is written"""
+
+    csv: Path | None = option(None, help="write a table of the layers into this .csv, singular values included")
+    plot: Path | None = option(None, help="draw singular values and energy into this .png")
+    overwrite: bool = option(False, help="replace these files where they exist")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
+COMMAND = Command(
+    name="lora-tools ranks",
+    description=__doc__,
+    groups={"ranks": RanksOptions},
+    words=(Word("FILE", "the LoRA file"),),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
     from library.files.atomic import replacing
     from networks.tools import result
 
+    options: RanksOptions = given.groups["ranks"]
+    file = Path(given.words[0])
     for name, path, end in (("--csv", options.csv, ".csv"), ("--plot", options.plot, ".png")):
         if path is not None:
-            command.check_output(path, [options.file], overwrite=options.overwrite, option=name, end=end)
-    (source,) = result.read([options.file], purpose="is analysed")
+            check_output(path, [file], overwrite=options.overwrite, option=name, end=end)
+    (source,) = result.read([file], purpose="is analysed")
     layers = result.factors(source)
     found = [
         spectrum_of(name, factors.rank, factors.values())
@@ -76,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
             beside.write_text(table(found), encoding="utf-8")
     if options.plot is not None:
         with replacing(options.plot) as beside:
-            draw(beside, found, title=options.file.name)
+            draw(beside, found, title=file.name)
     return 0
 
 

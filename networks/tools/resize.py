@@ -11,49 +11,59 @@ sv_cumulative  until their sum reaches the share "parameter" of the sum of all
 
 from __future__ import annotations
 
-import argparse
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from library.config.command import Command, Word, read
+from library.config.fields import REQUIRED, option
 from library.errors import UserError
 from library.progress import bar
-from networks.tools import command
-from networks.tools.merge import check_ranks
+from networks.tools.output import OutputOptions, check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
+Dynamic = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of the sub-command."""
-    parser.add_argument("file", type=Path, help="the LoRA file")
-    parser.add_argument("--rank", type=int, required=True, help="the new rank; with --dynamic_method the highest")
-    parser.add_argument("--conv_rank", type=int, help="that of convolutions wider than 1 × 1; without it --rank")
-    parser.add_argument(
-        "--dynamic_method", choices=METHODS, help="choose the rank of each layer by its singular values"
-    )
-    parser.add_argument("--dynamic_param", type=float, help="the method's parameter")
-    parser.add_argument("--verbose", action="store_true", help="print rank and kept energy of each layer")
-    command.add_output(parser)
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions:
+    """The new rank"""
+
+    rank: int = option(REQUIRED, minimum=1, help="the new rank; with --dynamic_method the highest")
+    conv_rank: int | None = option(None, minimum=1, help="that of convolutions wider than 1 × 1; without it --rank")
+    dynamic_method: Dynamic | None = option(None, help="choose the rank of each layer by its singular values")
+    dynamic_param: float | None = option(None, help="the method's parameter")
+    verbose: bool = option(False, help="print rank and kept energy of each layer")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns the exit code."""
+COMMAND = Command(
+    name="lora-tools resize",
+    description=__doc__,
+    groups={"resize": ResizeOptions, "output": OutputOptions},
+    words=(Word("FILE", "the LoRA file"),),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code. Raises UserError."""
+    given = read(COMMAND, argv)
+    options, output = given.groups["resize"], given.groups["output"]
     resize(
-        options.file,
-        options.save_to,
+        Path(given.words[0]),
+        output.save_to,
         rank=options.rank,
         conv_rank=options.conv_rank,
         method=options.dynamic_method,
         parameter=options.dynamic_param,
         verbose=options.verbose,
-        save_precision=options.save_precision,
-        overwrite=options.overwrite,
+        save_precision=output.save_precision,
+        overwrite=output.overwrite,
     )
     return 0
 
@@ -75,8 +85,7 @@ def resize(
     from networks.tools.low_rank import Factors
 
     _check(method, parameter)
-    check_ranks({"--rank": rank, "--conv_rank": conv_rank})
-    command.check_output(target, [path], overwrite=overwrite)
+    check_output(target, [path], overwrite=overwrite)
     (source,) = result.read([path], purpose="is resized")
     layers, kept, whole = {}, 0.0, 0.0
     for name, factors in bar(list(result.factors(source).items()), desc="resizing", unit="layer"):

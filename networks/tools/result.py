@@ -96,6 +96,18 @@ def made_from(
     return {MADE_FROM: json.dumps(rows), MADE_BY: method, "modelspec.merged_from": names}
 
 
+def origins(metadata: Mapping[str, str]) -> list[str]:
+    """What `made_from` has stated, in words, a line for each source; the text itself where it is of another form."""
+    text = metadata.get(MADE_FROM, "[]")
+    try:
+        return [
+            f"{row['name']} × {float(row['weight']):g}" + (f", by block {row['lbw']}" if "lbw" in row else "")
+            for row in json.loads(text)
+        ]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return [text]
+
+
 def _hash(path: Path) -> str | None:
     """That of the file's metadata or, where it has none, of its tensors; None for pickled files."""
     if stated := read_metadata(path).get("sshs_model_hash"):

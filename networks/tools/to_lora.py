@@ -41,7 +41,6 @@ from networks.magnitude import DORA_SCALE
 from networks.norm import Norm
 from networks.tools import result
 from networks.tools.low_rank import Factors, factors_of, of_matrix, truncated
-from networks.tools.merge import check_ranks
 
 if TYPE_CHECKING:
     from library.files.tensors import TensorEntry
@@ -74,7 +73,6 @@ def to_lora(
     source: Path, target: Path, *, rank: int | None = None, conv_rank: int | None = None, base: str | None = None
 ) -> None:
     """Write `source` as a plain LoRA, and print the kept share of its energy. Raises UserError."""
-    check_ranks({"--rank": rank, "--conv_rank": conv_rank})
     if conv_rank is not None and rank is None:
         raise UserError("--conv_rank has no effect without --rank")
     content = files.read(source, purpose="becomes a LoRA")

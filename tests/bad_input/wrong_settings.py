@@ -8,6 +8,7 @@ from tests.bad_input.wrong import Wrong, config, dataset, flags, link, write
 
 LONG = "x" * 300  # file systems take 255 bytes
 SUBSET = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "data/2_style"\n'
+SECOND = '[[datasets.subsets]]\nimage_dir = "data/3_other"\n'
 
 CONFIG = [
     Wrong("a folder", ("--config_file", "train.toml"), lambda: Path("train.toml").mkdir()),
@@ -50,6 +51,9 @@ FLAGS = [
     flags("--resolution", "64x64x64"),
     flags("--resolution", "512000"),
     flags("--resolution", "65"),
+    flags("--resolutions", "64,96"),  # beside --resolution
+    flags("--reg_share", "30"),
+    flags("--balance", "2,0"),
     flags("--enable_bucket", "--min_bucket_reso", "512", "--max_bucket_reso", "640"),
     flags("--enable_bucket", "--max_bucket_reso", "99999999"),
     flags("--seed"),
@@ -189,6 +193,15 @@ DATASETS = [
     dataset("three sides", f"[general]\nresolution = [64, 64, 64]\n{SUBSET}"),
     dataset("a side of nothing", f"[general]\nresolution = 0\n{SUBSET}"),
     dataset("only regularisation", f"{SUBSET}is_reg = true\n"),
+    dataset("a share in percent", f"{SUBSET}share = 30\n"),
+    dataset("shares beyond 1", f"{SUBSET}share = 0.7\n{SECOND}share = 0.4\n"),
+    dataset("a share of all, and another folder", f"{SUBSET}share = 0.999\n{SECOND}"),
+    dataset("shares of too little", f"{SUBSET}share = 0.5\n{SECOND}share = 0.4\n"),
+    dataset("an unknown balance", f'[general]\nbalance = "smalest"\n{SUBSET}{SECOND}'),
+    dataset("a weight too many", f"[general]\nbalance = [1, 2, 3]\n{SUBSET}{SECOND}"),
+    dataset("a share in a balance", f"{SUBSET}share = 0.4\n{SECOND}", "--balance", "equal"),
+    dataset("only regularisation, by share", f"{SUBSET}is_reg = true\nshare = 0.4\n"),
+    dataset("one or several resolutions", f"[general]\nresolution = 64\nresolutions = [64, 96]\n{SUBSET}"),
     dataset("masks that are not there", f'{SUBSET}conditioning_data_dir = "masks"\n', "--masked_loss"),
     dataset("a wrong filter", f'{SUBSET}resize_interpolation = "lanczo"\n'),
 ]

@@ -75,6 +75,41 @@ def test_the_size_of_images_to_leave_out(
     assert spec.skip_image_resolution == size
 
 
+def sizes(folder: Path, options: Parse, text: str, *words: str) -> list[tuple[int, int]]:
+    return [spec.resolution for spec in load(folder, options, text, *words)]
+
+
+def test_several_resolutions(folder: Path, options: Parse) -> None:
+    """One data set for each: the nearest level that has either key counts."""
+    own = "[[datasets]]\n{}\n[[datasets.subsets]]\nimage_dir = 'a'\n"
+    squares = [(512, 512), (768, 768)]
+    assert sizes(folder, options, own.format("resolutions = [512, 768]")) == squares
+    assert sizes(folder, options, own.format("resolutions = '512, 768'")) == squares
+    assert sizes(folder, options, own.format("resolutions = [[512, 768], [768, 512]]")) == [(512, 768), (768, 512)]
+    general = "[general]\nresolutions = [512, 768]\n"
+    both = general + own.format("") + own.format("resolution = 64")
+    assert sizes(folder, options, both, "--resolution", "32") == [*squares, (64, 64)]
+    assert sizes(folder, options, own.format(""), "--resolutions", "512", "768x512") == [(512, 512), (768, 512)]
+    specs = load(folder, options, own.format("resolutions = [512, 768]\nbatch_size = 3"))
+    assert specs[0] == replace(specs[1], resolution=(512, 512))
+    (folder / "train" / "1_a").mkdir(parents=True)
+    by_words = load_datasets(options("--train_data_dir", "train", "--resolutions", "512,768"))
+    assert [spec.resolution for spec in by_words] == squares
+    with pytest.raises(UserError, match="--resolution and --resolutions: give one of them"):
+        options("--resolution", "512", "--resolutions", "512,768")
+
+
+def test_resolutions_of_the_command_line_win_over_a_presets_resolution(folder: Path, options: Parse) -> None:
+    data = options("--preset", "sd15_style", "--resolutions", "512", "768").data
+    assert (data.resolution, data.resolutions) == (None, ((512, 512), (768, 768)))
+    (folder / "mine.toml").write_text("[a]\nresolutions = [64, 96]\n", encoding="utf-8")
+    assert options("--config_file", "mine.toml").data.resolutions == ((64, 64), (96, 96))
+    assert options("--config_file", "mine.toml", "--resolution", "32").data.resolutions is None
+    (folder / "mine.toml").write_text("[a]\nresolutions = [64, 96]\nresolution = 64\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--resolution and --resolutions: give one of them\n  mine\.toml"):
+        options("--config_file", "mine.toml")
+
+
 def test_levels(folder: Path, options: Parse) -> None:
     words = ["--flip_aug", "--caption_prefix", "art,", "--train_batch_size", "8", "--dataset_repeats", "7"]
     first, second = load(folder, options, SMALL, *words, "--bucket_reso_steps", "32")
@@ -122,6 +157,11 @@ MISTAKES = {
     "[general]\nresolution = [64, 64, 3]\n" + ONE: HEAD
     + "[general]: resolution: [64, 64, 3] is neither a whole number of "
     "pixels nor [width, height]",
+    "[general]\nresolutions = [64, 96, 64]\n" + ONE: HEAD + "[general]: resolutions: '64,96,64' has 64x64 twice",
+    "[general]\nresolutions = [64.5]\n" + ONE: HEAD
+    + "[general]: resolutions: '64.5' is not a size in pixels such as 512 or 512,768 (width,height)",
+    "[[datasets]]\nresolution = 64\nresolutions = [64, 96]\n[[datasets.subsets]]\nimage_dir = 'a'\n": HEAD
+    + "[[datasets]] 1: resolution and resolutions: give one of them",
     "[general]\nbatch_size = 0\n" + ONE: HEAD + "[general]: batch_size: must be at least 1, not 0",
     "[generals]\nbatch_size = 1\n" + ONE: HEAD
     + "generals: only [general] and [[datasets]] can stand at the top, did you "

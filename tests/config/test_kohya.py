@@ -35,6 +35,7 @@ OWN_DEFAULTS = {
 }
 # Options that kohya does not have
 OURS = {
+    *("balance", "reg_share", "resolutions"),
     *("cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"),
     *("weight_decay", "lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),

@@ -106,6 +106,26 @@ def test_one_folder_in_two_data_sets(subset: MakeSubset, dataset: MakeDataset, f
     assert [summary.images for summary in twice.summaries] == [1, 1]
 
 
+def test_one_folder_at_several_resolutions(
+    subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same as a data set for each resolution, in every draw; the folder is read, and warned about, once."""
+    path = folder("images", a=(64, 64), b=(80, 48), c=(100, 100))
+    (path / "b.txt").unlink()
+    first, second = subset(image_dir=path, num_repeats=2), subset(image_dir=path, num_repeats=2, origin="another")
+    common = {"enable_bucket": True, "batch_size": 2}
+    together = [dataset(first, resolution=(size, size), **common) for size in (64, 96)]
+    apart = [dataset(first, **common), dataset(second, resolution=(96, 96), **common)]
+    caplog.set_level(logging.WARNING)
+    one = prepare(together, multiple_of=16)
+    assert len(caplog.records) == 1
+    other = prepare(apart, multiple_of=16)
+    assert [sample.key for sample in one.samples] == [sample.key for sample in other.samples]
+    assert (one.placements, one.groups) == (other.placements, other.groups)
+    assert {placement.bucket for placement in one.placements} == {(64, 64), (80, 48), (96, 96), (112, 80)}
+    assert (one.train_images, one.batches_per_epoch) == (3, 2 * (2 + 1))
+
+
 def test_images_too_small_for_a_bucket(subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder) -> None:
     path = folder("images", a=(64, 64), b=(15, 64), c=(10, 10))
     spec = dataset(subset(image_dir=path), enable_bucket=True, bucket_no_upscale=True)

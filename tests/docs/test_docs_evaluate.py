@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from docs import evaluate_pictures
+from docs import command_pictures
 from tests.conftest import IMAGES, ROOT, forget_accelerator
 
-PAGE = evaluate_pictures.PAGE
+PAGE = command_pictures.text_of("evaluate")
 # one image, one step, one rank: the tests of tests/evaluation look at what comes out
 SHORT = {
     "train_network.py": ["--max_train_epochs", "0", "--max_train_steps", "1", "--compare_prompts=", "--no-loss_plot"],
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for image in sorted((IMAGES / name).glob("*.png"))[:count]:
             for path in (image, image.with_suffix(".txt")):
                 shutil.copy(path, folder / "quickstart" / "images" / name)
-    evaluate_pictures.write_files(folder)
+    command_pictures.write_files(folder)
     return folder
 
 
@@ -56,7 +56,7 @@ def test_every_command_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     prompts = folder / "prompts.txt"
     prompts.write_text(prompts.read_text().replace("--s 25", "--s 1"))
     seen = set()
-    for command in evaluate_pictures.commands():
+    for command in command_pictures.commands("evaluate"):
         words = list(short(command))
         name = "train_network.py" if words[1] == "train_network.py" else words[3]
         seen.add(name)
@@ -66,13 +66,13 @@ def test_every_command_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         else:
             assert tools([*words[3:], *SHORT[name]]) == 0
     assert seen == SHORT.keys()
-    for picture in evaluate_pictures.PICTURES.values():
+    for picture in command_pictures.PICTURES["evaluate"].values():
         assert (folder / picture).is_file()
 
 
 def test_its_pictures_are_there() -> None:
     shown = re.findall(r"\(images/(.*?)\)", PAGE)
-    assert shown == list(evaluate_pictures.PICTURES)
+    assert shown == list(command_pictures.PICTURES["evaluate"])
     assert all((ROOT / "docs" / "images" / name).is_file() for name in shown)
 
 
@@ -88,5 +88,5 @@ def test_every_option_of_the_page_exists() -> None:
 
 
 def test_commands_are_written_as_a_user_types_them() -> None:
-    for words in evaluate_pictures.commands():
+    for words in command_pictures.commands("evaluate"):
         assert shlex.join(words).startswith(("python train_network.py ", "python -m networks.tools "))

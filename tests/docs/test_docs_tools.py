@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import shlex
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from networks.tools import command
+from benchmarks import merge_methods
+from docs import command_pictures
 from networks.tools.__main__ import COMMANDS
 from networks.tools.__main__ import main as tools
 from tests.conftest import IMAGES, ROOT, forget_accelerator
-from tests.docs.tools_files import write_tuned
 from train_network import main as train
 
 PAGE = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
@@ -74,8 +73,6 @@ def test_every_command_works(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
             continue
         capsys.readouterr()
         for words in words_of(block):
-            if "tuned" in words and not (folder / "tuned").exists():
-                write_tuned(folder)
             assert run(words) == 0, shlex.join(words)
             seen.add(words[3] if words[1] == "-m" else Path(words[1]).stem)
             named = [word for word in words if word.startswith("output/")]
@@ -93,8 +90,15 @@ def test_every_sub_command_is_described() -> None:
 def test_every_option_of_the_page_exists() -> None:
     known = {"--help", "--config_file", "--sd_model", "--lbws", "--as_kohya", "--concat"}
     for name in COMMANDS.keys() - set(ELSEWHERE):
-        parser: argparse.ArgumentParser = command.parser_of(importlib.import_module(COMMANDS[name][0]))
-        known |= set(parser._option_string_actions)
+        known |= {f"--{option}" for option in importlib.import_module(COMMANDS[name][0]).COMMAND.options()}
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     named = {name for words in re.findall(r"`([^`\n]*)`", text) for name in re.findall(r"--\w+", words)}
     assert named <= known
+
+
+def test_its_pictures_are_there() -> None:
+    pictures = command_pictures.PICTURES["tools"]
+    shown = re.findall(r"\(images/(.*?)\)", PAGE)
+    assert set(shown) == {*pictures, merge_methods.PICTURE.name}
+    assert all((ROOT / "docs" / "images" / name).is_file() for name in shown)
+    assert set(pictures.values()) <= {word for words in command_pictures.commands("tools") for word in words}

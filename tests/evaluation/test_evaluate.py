@@ -92,7 +92,7 @@ def test_more_draws_change_the_noise(trained: Trained, tmp_path: Path) -> None:
         (["{lora}", "--imges", "{images}"], "--imges: unknown option, did you mean 'images'?"),
         (["{lora}x", "--images", "{images}"], "no such file: {lora}x, did you mean '{lora}'?"),
         (["{lora}"], "no images are given: --images FOLDER"),
-        (["--images", "{images}"], "no LoRA file is given"),
+        (["--images", "{images}"], "LORA is required, before the options"),
         (["{lora}", "--images", "{images}x"], "--images {images}x: no such folder"),
         (["{lora}", "--images", "{images}", "--train_images", "{images}"], "two folders are called held_out"),
         (["{lora}", "--images", "{images}", "--batch_size", "0"], "--batch_size: must be at least 1, not 0"),

@@ -191,7 +191,7 @@ def test_the_matrix_in_numbers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("against", [(), ("ewc", "distillation"), ("progressive",)])
+@pytest.mark.parametrize("against", [("replay",), ("ewc", "distillation"), ("progressive",)])
 def test_a_series_that_is_interrupted(
     against: tuple[str, ...], files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,18 @@ def test_nothing_is_advised_that_has_no_effect(advice: Any) -> None:
     assert advice(20, "--max_train_steps", "4000")["wd_transition_steps"] == 500
 
 
+def test_a_task_that_is_named_decides_the_factor(advice: Any) -> None:
+    found = advice(20, "--dynamic_weight_decay", "--task", "text_to_image", "--max_train_steps", "4000")
+    assert (found["wd_decay_factor"], found["wd_min_ratio"], found["wd_transition_steps"]) == (0.65, 0.2, 720)
+
+
+def test_it_names_where_the_preset_for_anything_differs() -> None:
+    same = [recommend.Advice("network_dim", 16, ""), recommend.Advice("text_encoder_lr", 5e-5, "")]
+    assert recommend._against_preset(same) == ""
+    other = [*same, recommend.Advice("wd_decay_factor", 0.8, ""), recommend.Advice("max_train_steps", 9, "")]
+    assert "stable_diffusion_lora has wd_decay_factor 0.65: it is for any images" in recommend._against_preset(other)
+
+
 def test_lion_gets_smaller_rates(advice: Any) -> None:
     lion = advice(20, "--optimizer_type", "Lion")
     assert (lion["learning_rate"], lion["text_encoder_lr"]) == (3e-4, 1.5e-4)

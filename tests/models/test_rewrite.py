@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.files.header import read_metadata
 from library.files.index import read_index
-from library.models.checkpoints.rewrite import Patch, rewrite
+from library.models.checkpoints.rewrite import SPEC_HASH, Patch, _Writer, rewrite
 
 
 def _add_1(weight: Tensor) -> Tensor:
@@ -75,3 +77,33 @@ def test_what_is_not_finite_is_named(weight: Tensor, change, said: str, tmp_path
     index = read_index(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=said):
         rewrite(tmp_path / "b.safetensors", index, [Patch(index.entries["w"], (2,), change)], {})
+
+
+def test_what_the_disk_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though another thread writes: of the first piece, and of the last."""
+    save_file({name: torch.ones(4) for name in "abcdefgh"}, tmp_path / "a.safetensors")
+    index = read_index(tmp_path / "a.safetensors")
+    for refused in (0, 7):
+        seen = iter(range(8))
+
+        def write(self: _Writer, piece: memoryview, refused: int = refused, seen: Iterator[int] = seen) -> None:
+            if next(seen) == refused:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(_Writer, "_write", write)
+        with pytest.raises(OSError, match="No space left"):
+            rewrite(tmp_path / "b.safetensors", index, [], {})
+
+
+def test_a_copied_tensor_of_several_pieces_has_its_bytes_and_its_hash(tmp_path: Path) -> None:
+    """More than wait to be written, each with other content: no piece is used again too early."""
+    count = 5 * (1 << 24) // 4 + 3
+    save_file({"large": torch.arange(count, dtype=torch.int32), "w": torch.ones(2)}, tmp_path / "a.safetensors")
+    index = read_index(tmp_path / "a.safetensors")
+    rewrite(tmp_path / "b.safetensors", index, [Patch(index.entries["w"], (2,), _add_1)], {SPEC_HASH: ""})
+    found = load_file(tmp_path / "b.safetensors")
+    assert torch.equal(found["large"], torch.arange(count, dtype=torch.int32))
+    assert found["w"].tolist() == [2, 2]
+    content = (tmp_path / "b.safetensors").read_bytes()
+    tensors = content[8 + int.from_bytes(content[:8], "little") :]
+    assert read_metadata(tmp_path / "b.safetensors")[SPEC_HASH] == f"0x{hashlib.sha256(tensors).hexdigest()}"

@@ -19,7 +19,7 @@ from library.models.opening import open_family
 from networks import files, kinds
 from networks.files import AdapterFile, check
 from networks.merge import BaseWeights
-from networks.tools import convert
+from networks.tools.__main__ import main as tools
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 PEFT = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -155,7 +155,7 @@ def test_an_adapter_is_read_by_the_kinds_that_have_such_layers_and_named_otherwi
         assert all(f"--network_module networks.{kind}" in trained for kind in trainers)
 
     merged, converted = refusal(lambda: BaseWeights([str(path)], [])), tmp_path / "y.safetensors"
-    code = convert.main([str(path), str(converted), "--to", "kohya"])
+    code = tools(["convert", str(path), str(converted), "--to", "kohya"])
     if readable:
         assert (merged, code) == ("", 0)
         assert described(load_file(converted)).layers == contents.layers
@@ -221,7 +221,7 @@ def test_what_is_no_adapter_is_named_by_every_reader(name: str, tmp_path: Path, 
     for purpose in ("", "is trained by networks.lora"):
         assert said(lambda purpose=purpose: check(path, purpose=purpose)) == f"{path} is {title}, and no LoRA"
     assert said(lambda: BaseWeights([str(path)], [])) == f"--base_weights {path} is {title}, and no LoRA"
-    assert convert.main([str(path), str(tmp_path / "y.safetensors"), "--to", "diffusers"]) == 2
+    assert tools(["convert", str(path), str(tmp_path / "y.safetensors"), "--to", "diffusers"]) == 2
     assert f"{path} is {title}, and no LoRA" in capsys.readouterr().err
     if name != "checkpoint":
         assert said(lambda: _open_model(path)).startswith(f"{path} is {title}, not a base model")

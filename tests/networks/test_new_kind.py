@@ -22,7 +22,7 @@ from library.files.header import read_metadata
 from networks import kinds
 from networks.files import check, read
 from networks.merge import BaseWeights
-from networks.tools import convert
+from networks.tools.__main__ import main as tools
 from tests.conftest import BASE, ROOT
 from train_network import main
 
@@ -103,12 +103,12 @@ def test_it_merges_into_the_base(tiny: Any, tmp_path: Path) -> None:
 def test_it_converts_and_says_where_it_has_no_names(tiny: Any, tmp_path: Path, capsys: Any) -> None:
     source, target = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     tensors = diagonal_file(tiny, source)
-    assert convert.main([str(source), str(target), "--to", "kohya"]) == 0
+    assert tools(["convert", str(source), str(target), "--to", "kohya"]) == 0
     assert all(torch.equal(load_file(target)[key], tensor) for key, tensor in tensors.items())
     metadata = read_metadata(target)
     assert metadata["ss_steps"] == "7"
     assert metadata["sshs_model_hash"] == safetensors_hashes(target)["sshs_model_hash"]
-    assert convert.main([str(source), str(tmp_path / "z.safetensors"), "--to", "diffusers"]) == 2
+    assert tools(["convert", str(source), str(tmp_path / "z.safetensors"), "--to", "diffusers"]) == 2
     assert "diag_v has no name in diffusers, which knows plain LoRA and DoRA of rows alone" in capsys.readouterr().err
     assert not (tmp_path / "z.safetensors").exists()
 

@@ -18,7 +18,7 @@ from networks.formats.naming import to_kohya
 from networks.merge import BaseWeights
 from networks.network import Network
 from networks.sites import in_names_of
-from networks.tools import convert
+from networks.tools.__main__ import main as tools
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from original_layout import unet_name
@@ -114,9 +114,9 @@ def test_embeddings_stay_in_a_file_of_kohyas_names_and_leave_one_of_diffusers(tm
     name = "unet.middle_block.1.transformer_blocks.0.attn1.to_q"
     pair = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(6, 2)}
     save_file({**pair, "bundle_emb.fox.emb_params": torch.ones(2, 8)}, source)
-    assert convert.main([str(source), str(tmp_path / "k.safetensors"), "--to", "kohya"]) == 0
+    assert tools(["convert", str(source), str(tmp_path / "k.safetensors"), "--to", "kohya"]) == 0
     assert "left out" not in capsys.readouterr().err
-    assert convert.main([str(source), str(tmp_path / "d.safetensors"), "--to", "diffusers"]) == 0
+    assert tools(["convert", str(source), str(tmp_path / "d.safetensors"), "--to", "diffusers"]) == 0
     assert "textual inversion embeddings beside the LoRA are left out: fox" in capsys.readouterr().err
     layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     ends = ("lora_down.weight", "lora_up.weight", "alpha")

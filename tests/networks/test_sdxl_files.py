@@ -17,7 +17,7 @@ from library.files.hashes import safetensors_hashes
 from library.files.header import read_metadata
 from networks.files import read
 from networks.merge import BaseWeights
-from networks.tools import convert
+from networks.tools.__main__ import main as tools
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5
@@ -149,8 +149,8 @@ def test_there_and_back(sdxl, tiny, tmp_path):
         randomize(network)
         own, there, back = (tmp_path / f"{name}-{which}.safetensors" for which in ("own", "there", "back"))
         network.save(str(own), torch.float16, {"ss_steps": "7", **OF_THE_OLD_FILE})
-        assert convert.main([str(own), str(there), "--to", "diffusers"]) == 0
-        assert convert.main([str(there), str(back), "--to", "kohya"]) == 0
+        assert tools(["convert", str(own), str(there), "--to", "diffusers"]) == 0
+        assert tools(["convert", str(there), str(back), "--to", "kohya"]) == 0
         before, after = load_file(own), load_file(back)
         assert after.keys() == before.keys()
         assert len(load_file(there)) == 2 * len(before) // 3
@@ -178,7 +178,8 @@ def test_diffusers_takes_what_was_converted(sdxl, tiny_sdxl, tmp_path):
 
     expected = trained(sdxl, tmp_path / "own.safetensors", conv_dim=2)
     assert (
-        convert.main([str(tmp_path / "own.safetensors"), str(tmp_path / "there.safetensors"), "--to", "diffusers"]) == 0
+        tools(["convert", str(tmp_path / "own.safetensors"), str(tmp_path / "there.safetensors"), "--to", "diffusers"])
+        == 0
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, add_watermarker=False)
     pipeline.load_lora_weights(str(tmp_path), weight_name="there.safetensors")
@@ -194,9 +195,9 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
         ("lora_te_x.alpha", "no known kind, such as lora_te"),
     ):
         save_file({key: torch.ones(2)}, source)
-        assert convert.main([str(source), str(target), "--to", "diffusers"]) == 2
+        assert tools(["convert", str(source), str(target), "--to", "diffusers"]) == 2
         assert said in capsys.readouterr().err
-    assert convert.main([str(source), str(source), "--to", "kohya"]) == 2
+    assert tools(["convert", str(source), str(source), "--to", "kohya"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 

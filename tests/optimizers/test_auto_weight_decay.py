@@ -67,9 +67,15 @@ def test_factor_by_task(task: str, factor: float) -> None:
         (20_000, 0.6, 0.1),
     ],
 )
-def test_by_size_of_the_data_set_which_goes_before_the_task(images: int, factor: float, ratio: float) -> None:
-    assert auto.decay_factor(images, "text_generation") == (factor, f"auto: {images} images")
-    assert auto.min_ratio(images, complexity=0.5) == (ratio, f"auto: {images} images")
+def test_by_size_of_the_data_set(images: int, factor: float, ratio: float) -> None:
+    for task in (None, "general", "computer_vision"):  # none has a factor
+        assert auto.decay_factor(images, task) == (factor, f"auto: {images} images")
+    assert auto.min_ratio(images) == (ratio, f"auto: {images} images")
+
+
+def test_a_task_that_is_named_goes_before_the_size_which_is_told_too() -> None:
+    assert auto.decay_factor(20, "image_generation") == (0.6, "auto: task image_generation; 0.8 by its 20 images")
+    assert auto.decay_factor(6000, "text_to_image") == (0.65, "auto: task text_to_image")  # both have it
 
 
 def test_defaults_come_last() -> None:
@@ -86,15 +92,18 @@ def test_defaults_come_last() -> None:
         (1.0, 10_000, 0.05),
         (0.1, 10_000, 0.025),
         (9.0, 10, 0.2),
-        (1.5, None, 0.075),
+        (1.5, 1000, 0.1125),
     ],
 )
-def test_least_ratio_by_complexity(complexity: float, images: int | None, ratio: float) -> None:
-    assert auto.min_ratio_of(complexity, images=images) == pytest.approx(ratio)
+def test_least_ratio_by_complexity(complexity: float, images: int, ratio: float) -> None:
+    found, _ = auto.min_ratio_of(auto.Complexity(int(complexity * 1000), 1000), images=images)
+    assert found == pytest.approx(ratio)
 
 
-def test_complexity_counts_where_the_size_is_not_known() -> None:
-    assert auto.min_ratio(None, complexity=1.0) == (0.05, "auto: complexity")
+def test_the_complexity_is_told() -> None:
+    assert auto.min_ratio_of(auto.Complexity(139776, 20480), images=20)[1] == (
+        "complexity 6.83: 139,776 trained numbers for 20,480 in the latents of 20 images"
+    )
 
 
 def test_the_option_knows_every_task_and_domain() -> None:

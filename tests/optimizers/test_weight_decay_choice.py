@@ -12,6 +12,7 @@ import torch
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.parser import parse
 from library.errors import UserError
+from library.optimizers.auto_weight_decay import Complexity
 from library.optimizers.create import OptimizerChoice, choose_optimizer, create_optimizer
 from library.optimizers.weight_decay import Curve
 from library.optimizers.weight_decay_choice import DecayChoice, apply, attach, check_options, resolve
@@ -31,11 +32,15 @@ def choice(name: str = "AdamW", *words: str) -> OptimizerChoice:
 
 
 def decide(
-    *words: str, optimizer: OptimizerChoice | None = None, total_steps: int = 10_000, images: int = 20
+    *words: str,
+    optimizer: OptimizerChoice | None = None,
+    total_steps: int = 10_000,
+    images: int = 20,
+    complexity: Complexity | None = None,
 ) -> DecayChoice:
     given, optimizer = options(*words), optimizer or choice()
     check_options(given, optimizer, clips_gradients=True)
-    decided = resolve(given, optimizer, total_steps=total_steps, images=images)
+    decided = resolve(given, optimizer, total_steps=total_steps, images=images, complexity=complexity)
     assert decided is not None
     return decided
 
@@ -68,19 +73,29 @@ def test_numbers_are_taken_as_they_are(caplog: pytest.LogCaptureFixture) -> None
 AUTO = ("--wd_transition_steps", "auto", "--wd_decay_factor", "auto", "--wd_min_ratio", "auto")
 
 
-def test_auto_asks_the_data_set_then_the_task_then_the_default() -> None:
+def test_auto_asks_the_task_and_the_data_set() -> None:
     decided = decide(*ON, *AUTO, "--task", "image_generation", images=6000)
-    assert decided.curve == Curve(transition_steps=1200, decay_factor=0.65, min_ratio=0.12)
+    assert decided.curve == Curve(transition_steps=1200, decay_factor=0.6, min_ratio=0.12)
     assert decided.reasons == {
         "wd_schedule": "default",
         "wd_transition_steps": "auto: task image_generation, 12% of 10000 steps",
-        "wd_decay_factor": "auto: 6000 images",
+        "wd_decay_factor": "auto: task image_generation; 0.65 by its 6000 images",
         "wd_min_ratio": "auto: 6000 images",
         "wd_max_progress": "default",
     }
-    assert decide(*ON, *AUTO, images=6000).curve.transition_steps == 1600
+    by_size = decide(*ON, *AUTO, images=6000).curve
+    assert (by_size.transition_steps, by_size.decay_factor) == (1600, 0.65)
     given = decide(*ON, *AUTO, "--wd_decay_factor", "0.9")  # the last word wins; what is given goes before everything
     assert (given.curve.decay_factor, given.reasons["wd_decay_factor"]) == (0.9, "given")
+
+
+def test_the_least_ratio_by_complexity() -> None:
+    words = (*ON, "--wd_min_ratio", "complexity")
+    decided = decide(*words, images=2000, complexity=Complexity(3000, 4000))
+    assert decided.curve.min_ratio == pytest.approx(0.05 * 0.75 * 1.5)
+    assert decided.reasons["wd_min_ratio"].startswith("complexity 0.75: 3,000 trained numbers for 4,000 in the latents")
+    with pytest.raises(UserError, match="--wd_min_ratio complexity: a --network_module of another package"):
+        decide(*words)
 
 
 def test_percentages_are_of_the_run() -> None:
@@ -183,6 +198,8 @@ def test_metadata() -> None:
         "wd_min_ratio": 0.2,
         "wd_max_progress": 2.0,
     }
+    paced = decide(*ON, "--wd_speed", "gradient", "--wd_lr_coupling", "lower").metadata()
+    assert (paced["wd_speed"], paced["wd_lr_coupling"]) == ("gradient", "lower")
     staged = decide(*ON, "--wd_schedule", "multi_stage", "--wd_stages", "0:1.0,10%:0.25").metadata()
     assert staged["wd_stages"] == "0:1,1000:0.25"
 
@@ -213,7 +230,9 @@ def refused(*words: str, name: str = "AdamW", arguments: tuple[str, ...] = (), c
         ),
         ((*ON, "--wd_flat", "window=1"), {}, "a trend needs 3 steps"),
         ((*ON, "--wd_flat", "validation=0.1"), {}, "needs images to validate on: --validation_split"),
-        ((*ON, "--wd_flat", "gradient=0.1"), {"clips": False}, "needs --max_grad_norm above 0"),
+        ((*ON, "--wd_flat", "gradient=0.1"), {"clips": False}, "--wd_flat gradient needs --max_grad_norm above 0"),
+        ((*ON, "--wd_speed", "gradient"), {"clips": False}, "--wd_speed gradient needs --max_grad_norm above 0"),
+        (("--wd_lr_coupling", "lower"), {}, "--wd_lr_coupling needs --dynamic_weight_decay with AdamW"),
         ((), {"name": "CustomAdamW", "arguments": ("wd_flat=3",)}, "'wd_flat' is set by the program"),
     ],
 )
@@ -243,9 +262,12 @@ def test_words_that_are_no_values(words: tuple[str, ...], message: str) -> None:
 
 def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
     refused(*ON, "--wd_schedule", "cosine", "--wd_decay_factor", "0.5")
+    refused(*ON, "--wd_schedule", "multi_stage", "--wd_stages", "0:1,9:0.5", "--wd_speed", "gradient")
     refused("--no-dynamic_weight_decay", "--wd_min_ratio", "0.2", "--task", "general")
     assert [record.getMessage() for record in caplog.records] == [
         "--wd_decay_factor has no effect with --wd_schedule cosine: it is for exponential, adaptive",
+        "--wd_speed has no effect with --wd_schedule multi_stage: it is for exponential, cosine, sigmoid, linear, "
+        "adaptive",
         "--wd_min_ratio has no effect with --no-dynamic_weight_decay",
         "--task has no effect with --no-dynamic_weight_decay",
     ]
@@ -255,7 +277,8 @@ def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
     ("words", "total_steps", "asked"),
     [
         ((), 5000, False),
-        (("--wd_decay_factor", "auto", "--wd_min_ratio", "auto"), 5000, False),  # the number of images decides
+        (("--wd_decay_factor", "auto"), 500, True),
+        (("--wd_min_ratio", "auto"), 5000, False),  # the number of images decides
         (("--wd_transition_steps", "auto"), 5000, True),
         (("--wd_transition_steps", "auto"), 2999, False),
         (("--wd_transition_steps", "auto"), 20_001, False),
@@ -297,6 +320,11 @@ def test_a_curve_that_changes_nothing_is_told(
         ((), "0.01 until step 1000, then exponential; 0.007 at the last step"),
         (("--wd_schedule", "linear", "--wd_max_progress", "1"), "0.01 until step 1000, then linear; 0.001 at the last"),
         (("--wd_schedule", "multi_stage", "--wd_stages", "0:1,50%:0.5"), "0.01 times 0:1,1000:0.5; 0.005 at the last"),
+        (
+            ("--wd_speed", "gradient", "--wd_lr_coupling", "lower"),
+            "0.01 until step 1000, then exponential; 0.007 at the last step at a steady speed, and its speed follows "
+            "the gradient norm; the weights shrink by the lower of this curve and the rate's",
+        ),
         (("--wd_schedule", "adaptive"), "0.01 until the loss is flat, at step 500 or later; then times 0.7 in every"),
         (("--wd_transition_steps", "2000"), "0.01, exponential: it does not change within this run"),
     ],

@@ -129,6 +129,7 @@ def test_the_environment_does_not_divide_the_losses(train: Train, monkeypatch: p
     assert seen == [1]
 
 
+@pytest.mark.slow
 def test_how_long_processes_wait_for_each_other(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that draws many samples keeps the others waiting, ten minutes at most with NCCL's default."""
     seen = []

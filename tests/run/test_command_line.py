@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import BASE, PATIENCE, ROOT, copy_images
+from tests.quick import quick
 from train_network import main
 
 
@@ -139,7 +140,7 @@ def test_a_mistake_that_needs_packages_to_be_seen(words, wrong, said, monkeypatc
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to one process there")
-@pytest.mark.parametrize("gone", [False, True], ids=["Ctrl-C", "a terminal that is closed"])
+@pytest.mark.parametrize("gone", quick([False, True], False), ids=["Ctrl-C", "a terminal that is closed"])
 def test_a_signal_saves_what_was_learnt(words, tmp_path, gone):
     """Ctrl-C also ends the `tee` that a run is piped into; the shell and the terminal both send SIGHUP."""
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from library.files.header import read_metadata
 from networks import base_weights
-from networks.tools import convert
+from networks.tools.__main__ import main as tools
 from tests.conftest import BASE
 from tests.training.written import weights
 
@@ -123,7 +123,7 @@ def test_a_file_says_which_loras_its_base_was_merged_with(train, tmp_path, capsy
     assert f"on top of {told}" in (tmp_path / "out" / "top-report.html").read_text(encoding="utf-8")
 
     converted = tmp_path / "out" / "converted.safetensors"
-    assert convert.main([str(top), str(converted), "--to", "diffusers"]) == 0
+    assert tools(["convert", str(top), str(converted), "--to", "diffusers"]) == 0
     assert f"acts as it was trained only on top of {told}" in capsys.readouterr().err
     assert read_metadata(converted)["ss_base_weights"] == read_metadata(top)["ss_base_weights"]
 

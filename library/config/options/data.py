@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from library.config.fields import MAX_SIDE, option, read_range, read_resolution, read_skipped_resolution
+from library.config.fields import (
+    MAX_SIDE,
+    option,
+    read_balance,
+    read_range,
+    read_resolution,
+    read_resolutions,
+    read_share,
+    read_skipped_resolution,
+)
 from library.errors import UserError
 
 
@@ -21,6 +30,13 @@ class DataOptions:
     dataset_config: str | None = option(None, help="a TOML or JSON file that describes the data, instead of all these")
     resolution: tuple[int, int] | None = option(
         None, read=read_resolution, joined_by=",", help="the size to train at in pixels: 512, or 512,768 (width,height)"
+    )
+    resolutions: tuple[tuple[int, int], ...] | None = option(
+        None,
+        read=read_resolutions,
+        joined_by=",",
+        help="train every image at each of these sizes, instead of --resolution: 512 768 1024; 512x768 is width and "
+        "height (ours)",
     )
     train_batch_size: int = option(1, minimum=1, help="images per step and device")
     enable_bucket: bool = option(False, help="train images of different aspect ratios at different sizes")
@@ -86,6 +102,19 @@ class DataOptions:
     alpha_mask: bool = option(False, help="learn the images' opaque parts only: the alpha channel weighs the loss")
     masked_loss: bool = option(False, help="learn only where masks are white: conditioning_data_dir, or --alpha_mask")
     dataset_repeats: int = option(1, minimum=1, help="repeats of each image per epoch where the data set gives none")
+    balance: str | None = option(
+        None,
+        read=read_balance,
+        joined_by=",",
+        help="how the folders to learn share the draws, instead of by images x repeats: smallest (each as often as the "
+        "smallest), equal (as many draws in all as before), or a weight for each, 2,1,1 (ours)",
+    )
+    reg_share: float | None = option(
+        None,
+        read=read_share,
+        help="the part of all draws that are regularisation images, such as 0.3 (default: half, as many as the others) "
+        "(ours)",
+    )
     prior_loss_weight: float = option(1.0, minimum=0, help="weight of the loss of regularisation images")
     cache_latents: bool = option(False, help="encode each image once, before training")
     cache_latents_to_disk: bool = option(False, help="the same, and keep the result on disk for later runs")
@@ -115,6 +144,8 @@ class DataOptions:
         for name in ("cache_latents", "cache_text_encoder_outputs"):
             if getattr(self, f"{name}_to_disk"):  # implies the cache, in kohya's scripts too
                 object.__setattr__(self, name, True)
+        if self.resolution is not None and self.resolutions is not None:
+            raise UserError("--resolution and --resolutions: give one of them")
         if self.cache_dir is not None and not self.caches_to_disk:
             raise UserError(
                 "--cache_dir is the folder of caches on disk, and there are none: add --cache_latents_to_disk or "

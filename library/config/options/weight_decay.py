@@ -18,6 +18,8 @@ READ_BY = {
     "wd_stages": ("multi_stage",),
     "wd_interpolate": ("multi_stage",),
     "wd_flat": ("adaptive",),
+    "wd_speed": ("exponential", "cosine", "sigmoid", "linear", "adaptive"),
+    "wd_lr_coupling": ("exponential", "cosine", "sigmoid", "linear", "multi_stage", "adaptive"),
 }
 _SHARE = re.compile(r"\d+(\.\d*)?%|\.\d+%")
 
@@ -50,6 +52,14 @@ def read_share(word: str) -> float | str:
     if not 0 <= number <= 1:
         raise BadValue(f"'{word}' is neither a number from 0 to 1 nor auto")
     return number
+
+
+def read_least(word: str) -> float | str:
+    """A number from 0 to 1, "auto", or "complexity"."""
+    try:
+        return word if word == "complexity" else read_share(word)
+    except BadValue:
+        raise BadValue(f"'{word}' is neither a number from 0 to 1 nor auto nor complexity") from None
 
 
 def read_progress(word: str) -> float:
@@ -98,7 +108,10 @@ class WeightDecayOptions:
         None, read=read_share, help="exponential: the factor over as many steps again (default: 0.7), or auto"
     )
     wd_min_ratio: float | str | None = option(
-        None, read=read_share, help="it never falls below this share of itself (default: 0.1), or auto"
+        None,
+        read=read_least,
+        help="it never falls below this share of itself (default: 0.1), or auto: by the number of images, or "
+        "complexity: by that and the trained numbers over those of the images' latents",
     )
     wd_max_progress: float | None = option(
         None,
@@ -115,6 +128,16 @@ class WeightDecayOptions:
     wd_interpolate: bool = option(False, help="multi_stage: go from ratio to ratio in straight lines, not in steps")
     wd_flat: tuple[str, ...] = option(
         (), help="adaptive: when the loss counts as flat: window=100 slope=0.001 earliest=500 variance=... gradient=..."
+    )
+    wd_speed: Literal["steady", "gradient"] | None = option(
+        None,
+        help="how fast it falls: steady (the default), or gradient: up to twice as fast while the gradient norm is "
+        "below its mean before the fall, down to half as fast while it is above",
+    )
+    wd_lr_coupling: Literal["product", "lower"] | None = option(
+        None,
+        help="with a falling learning rate: product (the default): the weights shrink by rate x weight decay, which "
+        "falls twice; lower: by the lower of the two curves",
     )
     task: (
         Literal[
@@ -135,7 +158,7 @@ class WeightDecayOptions:
             "text_to_image",
         ]
         | None
-    ) = option(None, help="the task, and with it the domain, that auto takes its numbers from")
+    ) = option(None, help="the task: --wd_decay_factor auto and --wd_transition_steps auto then go by it")
 
     def idle(self) -> dict[str, str]:
         """The options that do nothing beside the others, as far as these tell, each with the words that follow "has no

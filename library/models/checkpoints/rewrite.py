@@ -2,17 +2,21 @@
 
 The new file has the names, element types and shapes of the old one. A change is found by its place in the old file,
 so no name has to be turned back: query, key and value of open_clip are three changes to one tensor. At no time is more
-than one tensor in memory, in the file's type and in fp32.
+than one tensor in memory in fp32; in the file's type there are the few that wait to be written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 import torch
@@ -25,12 +29,14 @@ from library.progress import bar
 
 SPEC_HASH = "modelspec.hash_sha256"  # of the bytes after the header, as 0x…
 _BUFFER = 1 << 24  # bytes of a tensor without a change that are copied at a time
+_AHEAD = 3  # pieces that wait to be written
+_FLUSH = 1 << 26  # bytes after which the system is asked to begin moving them to the disk
 
 
 @dataclass(frozen=True)
 class Patch:
     """A change to a weight: its place in a file, its shape in the module, and the function from the weight to the new
-    one, both in fp32."""
+    one, both in fp32. The function may write into the weight that it gets."""
 
     entry: TensorEntry
     shape: tuple[int, ...]
@@ -49,14 +55,49 @@ def rewrite(target: Path, index: WeightsIndex, patches: Sequence[Patch], metadat
     with index.path.open("rb", buffering=0) as source, target.open("wb") as file:
         file.write(header)
         within = _Patches(patches)
-        for name in bar(names, desc=f"writing {target.name.removeprefix('.')}", unit="tensor"):
-            for piece in _bytes_of(source, name, index.entries[name], within):
-                file.write(piece)
-                if digest is not None:
-                    digest.update(piece)
+        with _Writer(file, digest) as writer:
+            for name in bar(names, desc=f"writing {target.name.removeprefix('.')}", unit="tensor"):
+                for piece in _bytes_of(source, name, index.entries[name], within):
+                    writer.put(piece)
         if digest is not None:
             file.seek(0)
             file.write(_header(index, names, {**about, SPEC_HASH: _spec_hash(digest.hexdigest())}))
+
+
+class _Writer:
+    """Writes pieces in their order, in a thread of its own: while a sum is formed, the one before is hashed and moved
+    to the disk. A context, which ends when all is written. Errors of writing are raised by a later `put`, or its end.
+    """
+
+    def __init__(self, file: BinaryIO, digest: hashlib._Hash | None) -> None:
+        self._file, self._digest = file, digest
+        self._thread, self._waiting = ThreadPoolExecutor(1), deque[Future[None]]()
+        self._flushed, self._written = 0, file.tell()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        while kind is None and self._waiting:
+            self._waiting.popleft().result()
+
+    def put(self, piece: memoryview) -> None:
+        """The piece must not change any more. Waits while `_AHEAD` others do."""
+        self._waiting.append(self._thread.submit(self._write, piece))
+        if len(self._waiting) > _AHEAD:
+            self._waiting.popleft().result()
+
+    def _write(self, piece: memoryview) -> None:
+        self._file.write(piece)
+        self._written += len(piece)
+        if self._digest is not None:
+            self._digest.update(piece)
+        if self._written - self._flushed >= _FLUSH and hasattr(os, "posix_fadvise"):
+            self._file.flush()
+            # Linux begins to write what is said not to be needed, and does not wait for it
+            os.posix_fadvise(self._file.fileno(), self._flushed, self._written - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
 
 
 def _spec_hash(digits: str) -> str:
@@ -97,9 +138,9 @@ def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches
     changes = patches.inside(entry)
     if not changes and entry.stride is None:
         source.seek(entry.offset)
-        left, buffer = entry.nbytes, torch.empty(min(_BUFFER, entry.nbytes), dtype=torch.uint8)
+        left = entry.nbytes
         while left:
-            piece = buffer[: min(left, len(buffer))]
+            piece = torch.empty(min(left, _BUFFER), dtype=torch.uint8)
             read_bytes(source, piece, entry.file)
             yield piece.numpy().data
             left -= len(piece)
@@ -120,13 +161,13 @@ def _view(whole: Tensor, entry: TensorEntry, start: int) -> Tensor:
 @torch.no_grad()
 def _changed(name: str, place: Tensor, patch: Patch) -> Tensor:
     """The new weight in the tensor's type."""
-    weight = place.float().reshape(patch.shape)
-    changed = patch.change(weight)
+    weight = place.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    changed = patch.change(weight.reshape(patch.shape))
     rounded = changed.to(place.dtype)
     if not _holds(rounded, changed):
         kind = str(place.dtype).removeprefix("torch.")
         where, most = f"{patch.entry.file}: '{name}'", float(changed.abs().max())
-        if not weight.isfinite().all():
+        if not place.float().isfinite().all():
             raise UserError(f"{where} holds NaN or infinity already")
         if not changed.isfinite().all():
             raise UserError(f"{where} would hold NaN or infinity: the LoRA's tensors do, or are too large")
@@ -138,5 +179,7 @@ def _holds(rounded: Tensor, changed: Tensor) -> bool:
     """Whether the tensor's type holds all elements, and they are numbers."""
     if rounded.element_size() == 1:  # float8 has no infinity to see: torch rounds to the largest value
         return bool(changed.abs().max() <= torch.finfo(rounded.dtype).max)
-    # a sum has NaN or infinity in it if an element has, and takes a third of the time; it may overflow by itself
-    return bool(rounded.sum(dtype=torch.float32).isfinite()) or bool(rounded.isfinite().all())
+    if not rounded.numel():
+        return True
+    low, high = rounded.aminmax()  # NaN if an element is; one pass, without a tensor of truths
+    return bool(low.isfinite()) and bool(high.isfinite())

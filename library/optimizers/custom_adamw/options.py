@@ -82,8 +82,9 @@ def options_key(group: Options) -> tuple[object, ...]:
 
 
 def decayed_weight_decay(group: Options, step: int) -> float:
-    """The group's weight decay at its `step`-th optimizer step."""
-    return float(group["weight_decay"] * techniques.decay_factor(group, step))
+    """The group's weight decay at its `step`-th optimizer step. "wd_factor": set if `weight_decay_pace` decides."""
+    factor = group["wd_factor"] if "wd_factor" in group else techniques.decay_factor(group, step)
+    return float(group["weight_decay"] * factor)
 
 
 def rates_of(group: Options, step: int, weight_decay: float) -> Rates:

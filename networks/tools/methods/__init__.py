@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHODS = {
+MethodName = Literal["linear", "svd", "slerp", "ties", "dare", "dare_ties"]
+METHODS: dict[MethodName, str] = {
     "linear": "the weighted sum (task arithmetic; negative weights take away)",
     "svd": "the weighted sum, cut to --rank",
     "slerp": "two files on the arc between their directions, with the length between theirs",

@@ -19,7 +19,7 @@ from networks.files import read
 from networks.formats.forms import flat
 from networks.formats.naming import from_kohya
 from networks.settings import Asked
-from networks.tools import check, convert
+from networks.tools.__main__ import main as tools
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 2e-5
@@ -87,7 +87,7 @@ def test_a_kind_of_peft_acts_as_there(config: str, settings: Any, kind: str, tin
     assert {layer.kind for layer in read(file).layers.values()} == {kind}
     assert difference(acts(file, tiny)[1], expected[1]) < BOUND
     own = tmp_path / "own.safetensors"
-    assert convert.main([str(file), str(own), "--to", "kohya"]) == 0
+    assert tools(["convert", str(file), str(own), "--to", "kohya"]) == 0
     assert difference(acts(own, tiny)[1], expected[1]) < BOUND
 
 
@@ -115,9 +115,10 @@ def test_a_file_in_diffusers_names_acts_there_and_back(kind: str, tiny: Any, tmp
     found = outputs(pipeline.unet, pipeline.text_encoder)
     assert all(difference(actual, wanted) < BOUND for actual, wanted in zip(found, expected, strict=True))
     assert all(difference(a, b) < BOUND for a, b in zip(acts(tmp_path / "x.safetensors", tiny), expected, strict=True))
-    assert convert.main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors"), "--to", "kohya"]) == 0
+    x, y, z = (str(tmp_path / f"{name}.safetensors") for name in "xyz")
+    assert tools(["convert", x, y, "--to", "kohya"]) == 0
     assert all(difference(a, b) < BOUND for a, b in zip(acts(tmp_path / "y.safetensors", tiny), expected, strict=True))
-    assert convert.main([str(tmp_path / "y.safetensors"), str(tmp_path / "z.safetensors"), "--to", "diffusers"]) == 0
+    assert tools(["convert", y, z, "--to", "diffusers"]) == 0
     first, again = load_file(tmp_path / "x.safetensors"), load_file(tmp_path / "z.safetensors")
     assert first.keys() == again.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
@@ -168,7 +169,7 @@ def test_check_prints_what_a_file_is_and_who_loads_it(tiny: Any, tmp_path: Path,
     about = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "ss_steps": "7"}
     base = '[{"name": "style.safetensors", "multiplier": 0.5, "sha256": "x", "sshs_model_hash": null}]'
     network.save(file, None, {**about, "ss_base_weights": base})
-    assert check.main([str(file), "--base", str(BASE)]) == 0
+    assert tools(["check", str(file), "--base", str(BASE)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{file}: a LoRA, 138 layers, names in kohya's style"
     assert "rank        4" in lines
@@ -190,21 +191,21 @@ def test_check_says_which_layers_a_model_does_not_have(tiny: Any, tmp_path: Path
     foreign = {key.replace("down_blocks_0", "down_blocks_7"): tensor for key, tensor in tensors.items()}
     lost = len({key.partition(".")[0] for key in foreign if "down_blocks_7" in key})
     save_file(foreign, file)
-    assert check.main([str(file), "--base", str(BASE)]) == 0
+    assert tools(["check", str(file), "--base", str(BASE)]) == 0
     out = capsys.readouterr().out
     assert f"{138 - lost} layers fit it, {lost} are not in it" in out
     assert f"{lost} layers: not in this model" in out
-    assert check.main([str(file)]) == 0  # without a model the names are good ones
+    assert tools(["check", str(file)]) == 0  # without a model the names are good ones
 
 
 def test_check_of_what_nobody_loads_exits_with_2(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "x.safetensors"
     save_file({"base_model.model.mid_block.attentions.0.proj_in.oft_R.weight": torch.ones(2, 6)}, file)
-    assert check.main([str(file)]) == 2
+    assert tools(["check", str(file)]) == 2
     captured = capsys.readouterr()
     assert "an OFT, 1 layers, names in PEFT's style" in captured.out
     assert "not read    is an OFT: base_model" in captured.out
     assert captured.err == f"error: {file}: no program that is known here loads a layer of it\n"
     (tmp_path / "y.safetensors").write_bytes(b"nonsense")
-    assert check.main([str(tmp_path / "y.safetensors")]) == 2
+    assert tools(["check", str(tmp_path / "y.safetensors")]) == 2
     assert "Traceback" not in capsys.readouterr().err

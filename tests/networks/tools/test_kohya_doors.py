@@ -199,7 +199,7 @@ def test_no_metadata_leaves_out_the_spec(tmp_path: Path, two: tuple[Path, Path])
         ("merge_lora", ["--sd_model", "x.safetensors"], "x.safetensors"),
         ("sdxl_merge_lora", ["--lbws", "[1]"], "--lbws: 1 lists for 2 files"),
         ("svd_merge_lora", ["--lbws", "[1]", "[1]", "--as_kohya"], "--lbws with --as_kohya"),
-        ("svd_merge_lora", ["--new_rank", "0"], "rank 0: has to be 1 or more"),
+        ("svd_merge_lora", ["--new_rank", "0"], "rank: must be at least 1, not 0"),
     ],
 )
 def test_what_is_refused(

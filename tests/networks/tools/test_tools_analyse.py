@@ -18,6 +18,7 @@ from networks.tools.__main__ import main
 from networks.tools.blocks import block_of, order
 from networks.tools.inspect import settings
 from networks.tools.ranks import spectrum_of
+from networks.tools.result import origins
 
 
 def test_measures_of_singular_values() -> None:
@@ -141,6 +142,25 @@ def test_inspecting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "steps         120" in text
     assert f"te encoder_layers_0       1  {norm:.4g}" in text
     assert toml.loads(target.read_text()) == {"network_dim": 3, "seed": 5}
+
+
+def test_inspecting_a_merged_file_names_its_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (write(tmp_path / f"{name}.safetensors", tensors_of(1)) for name in ("fox", "style"))
+    target = tmp_path / "both.safetensors"
+    words = [str(first), str(second), "--weights", "0.8", "-0.25", "--lbw", "1", "OUT=0,IN05=0.5"]
+    assert main(["merge", *words, "--save_to", str(target)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(target)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("made from")] == [
+        "made from     fox.safetensors × 0.8, by block 1",
+        "made from     style.safetensors × -0.25, by block OUT=0,IN05=0.5",
+    ]
+
+
+@pytest.mark.parametrize("text", ["someone else's words", "[1]", '{"a": 2}', '[{"name": "a"}]', "[" * 5000])
+def test_other_programs_words_stay_as_they_are(text: str) -> None:
+    assert origins({"ss_made_from": text}) == [text]
 
 
 # -- averages

@@ -217,8 +217,8 @@ def test_what_is_refused(tmp_path: Path, tuned: Path, tiny_sdxl: Path, capsys: p
 
     assert "no layer that a LoRA sits on differs" in said(str(BASE), str(tuned), "--rank", "2")
     assert "their difference is no LoRA" in said(str(BASE), str(tiny_sdxl), "--rank", "2")
-    assert "--rank 0: has to be 1 or more" in said(str(BASE), str(tuned), "--rank", "0")
+    assert "--rank: must be at least 1, not 0" in said(str(BASE), str(tuned), "--rank", "0")
     assert "--clamp_quantile 0: takes a share" in said(str(BASE), str(tuned), "--rank", "1", "--clamp_quantile", "0")
-    assert "--min_diff -1: has to be 0 or more" in said(str(BASE), str(tuned), "--rank", "1", "--min_diff", "-1")
+    assert "--min_diff: must be at least 0, not -1" in said(str(BASE), str(tuned), "--rank", "1", "--min_diff", "-1")
     change(tuned / UNET, {f"{QUERY}.weight": lambda weight: weight * 0 + float("nan")})
     assert f"UNet, {QUERY}.weight holds NaN or infinity" in said(str(BASE), str(tuned), "--rank", "1")

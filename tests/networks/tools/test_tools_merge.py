@@ -70,9 +70,9 @@ def test_the_result_states_its_sources(tmp_path: Path, two: tuple[Path, Path]) -
     ("words", "said"),
     [
         (["--weights", "1"], "--weights: 1 for 2 files"),
-        (["--weights", "1", "nan"], "--weights: nan is no weight"),
+        (["--weights", "1", "nan"], "--weights: 'nan' is not a number"),
         (["--weights", "0", "0"], "every weight is 0"),
-        (["--rank", "0"], "--rank 0: has to be 1 or more"),
+        (["--rank", "0"], "--rank: must be at least 1, not 0"),
         (["--conv_rank", "2"], "--conv_rank has no effect without --rank"),
         (["--weights", "1e5", "1", "--save_precision", "fp16"], "which float16 does not hold"),
     ],

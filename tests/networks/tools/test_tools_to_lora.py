@@ -178,7 +178,7 @@ def test_what_a_lora_cannot_have_is_said(
         ("oft", Asked(dim=4), ["--rank", "2"], "its difference depends on the base's weights: give --base"),
         ("full", Asked(), [], "its difference is of no low rank: give --rank"),
         ("lokr", Asked(dim=100000), [], "which is no low one: give --rank"),
-        ("lora", Asked(dim=2), ["--rank", "0"], "--rank 0: has to be 1 or more"),
+        ("lora", Asked(dim=2), ["--rank", "0"], "--rank: must be at least 1, not 0"),
         ("lora", Asked(dim=2), ["--conv_rank", "2"], "--conv_rank has no effect without --rank"),
         ("lora", Asked(dim=2), ["--to", "kohya", "--rank", "2"], "--rank has no effect without --to lora"),
         ("norm", Asked(), ["--rank", "2"], "there are differences of norms alone"),

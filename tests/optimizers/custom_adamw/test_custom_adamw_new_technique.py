@@ -173,6 +173,7 @@ print(json.dumps([alone, info["implementation"], info["techniques"], told, count
         ]
 
 
+@pytest.mark.slow
 def test_it_trains_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     copy_images(tmp_path / "data" / "2_style")
     text = f"""
