@@ -10,20 +10,21 @@ from library.config import parser
 from library.errors import CommonError, UserError
 
 
-def main(argv: list[str] | None = None, *, family: str | None = None) -> int:
+def main(argv: list[str] | None = None, *, family: str | None = None, before: tuple[str, ...] = ()) -> int:
     """Read the options, build the run, train. Returns the exit code: 2 for mistakes that the user can correct.
 
-    family: the only one to train, as in `library.models.FAMILIES`; None finds it from the model.
+    family: the only one to train, as in `library.models.FAMILIES`; None finds it from the model. before: words that a
+    command adds in front of the user's.
     """
     with log.lasting_streams():
-        return _main(argv, family)
+        return _main([*before, *(sys.argv[1:] if argv is None else argv)], family)
 
 
-def _main(argv: list[str] | None, family: str | None) -> int:
+def _main(argv: list[str], family: str | None) -> int:
     log.set_up()
     cpus.spin_briefly()  # before torch is imported
     try:
-        options = parser.parse(sys.argv[1:] if argv is None else argv)
+        options = parser.parse(argv)
         log.configure(level=options.logging.console_log_level, file=options.logging.console_log_file)
         from library.job import run  # the rest of the program loads only if the options are good
 

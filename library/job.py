@@ -1,5 +1,5 @@
-"""A whole job: plan, then the contact sheet of the data or advice; or build, then a dry run, the rate finder, or the
-training and its pictures."""
+"""A whole job: the data check; or plan, then the contact sheet of the data or advice; or build, then a dry run, the
+rate finder, or the training and its pictures."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 def run(options: Options, *, family: str | None = None) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
+    if options.run.check_data:
+        if processes.is_first():
+            from library.guidance import data_check
+
+            with _naming_places(options):
+                data_check.report(options, only_family=family)
+        return 0
     with _advised(), _naming_places(options):
         plan = make_plan(options, only_family=family)
         if options.guidance.fit:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -37,11 +37,29 @@ logger = logging.getLogger(__name__)
 Group = dict[str, Any]  # of parameters, as torch's optimizers take it: its values have many types
 
 
+class TrainedWord(Protocol):
+    """A trained embedding (`networks.embeddings`) as the record and the files of a run need it. `word`: its new word.
+    `vectors`: how many that has. `widths`: the numbers of a vector, by its name in files."""
+
+    word: str
+
+    @property
+    def vectors(self) -> int: ...
+    def widths(self) -> dict[str, int]: ...
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    def save(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None: ...
+
+
 class TrainableNetwork(nn.Module, ABC):
     """The interface of every network that the trainer trains.
 
     Its `state_dict` and `load_state_dict` are its part of a run's state; `tensors` are those that its file holds.
     """
+
+    @property
+    def embedding(self) -> TrainedWord | None:
+        """The trained embedding in it; None: it has none."""
+        return None
 
     @abstractmethod
     def attach(self, parts: Collection[str]) -> None:

@@ -155,7 +155,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The learning rates of a run: `--text_encoder_lr`, `--unet_lr`, `--learning_rate`, `--lr_layer_decay`.
+    """The learning rates of a run: `--text_encoder_lr`, `--unet_lr`, `--learning_rate`, `--lr_layer_decay`,
+    `--embedding_lr`.
 
     None is `default`. `text_encoder` may be a list with one rate per text encoder; a list of one is for all.
     """
@@ -164,3 +165,4 @@ class LearningRates:
     unet: float | None
     default: float | None
     layer_decay: float | None = None
+    embedding: float | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class SubsetSpec:
     validation_split: float = 0.0
     validation_seed: int | None = None
     validation_dir: str | None = None
+    sentences: tuple[str, ...] = ()  # in place of its captions: library.data.templates
     origin: str
 
     @property
@@ -116,7 +117,7 @@ _PRIOR = ("prior", "prior_region", "prior_weight")
 _SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "share", "validation_dir", *_PRIOR, *_MASKS)
 # Keys that a metadata file contains itself, or cannot have.
 _FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg", "validation_dir")
-_NO_KEYS = ("origin",)
+_NO_KEYS = ("sentences", "origin")
 _SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, *_NO_KEYS))
 _DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
 _DATASET_LEVEL = (
@@ -144,6 +145,29 @@ def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
 
 def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
     """The data sets of a run. Raises UserError, which names every mistake that was found, one a line."""
+    datasets = _load(options)
+    if (fold := options.validation.validation_fold) is None:
+        return datasets
+    if not any(_is_divided(subset) for spec in datasets for subset in spec.subsets):
+        raise UserError("--validation_fold: there is no folder to hold out a part of: each has a validation_dir")
+    return tuple(
+        replace(spec, subsets=tuple(_folded(subset, 1 / fold[1]) for subset in spec.subsets)) for spec in datasets
+    )
+
+
+def _folded(subset: SubsetSpec, share: float) -> SubsetSpec:
+    """The subset with the share that --validation_fold holds out."""
+    if subset.validation_split:
+        raise UserError(f"{subset.origin}: validation_split: --validation_fold takes its place, leave it out")
+    return replace(subset, validation_split=share) if _is_divided(subset) else subset
+
+
+def _is_divided(subset: SubsetSpec) -> bool:
+    """Whether --validation_fold holds out a part of it."""
+    return subset.learns and subset.validation_dir is None
+
+
+def _load(options: Options) -> tuple[DatasetSpec, ...]:
     data = options.data
     if data.dataset_config is not None:
         _warn_of_others(options, "dataset_config", ("train_data_dir", "reg_data_dir", "in_json"))

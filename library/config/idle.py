@@ -9,6 +9,11 @@ from library.config.options.validation import WITHOUT_IMAGES
 
 logger = logging.getLogger(__name__)
 
+_OF_ADAPTERS = (
+    *("network_module", "network_dim", "network_alpha", "network_dropout", "network_args", "network_train_unet_only"),
+    *("network_train_text_encoder_only", "unet_lr", "text_encoder_lr", "lr_layer_decay", "save_naming"),
+)
+
 
 def idle(options: Options) -> dict[str, str]:
     """Every option that has no effect beside the others, each with the words that follow "has no effect".
@@ -18,9 +23,12 @@ def idle(options: Options) -> dict[str, str]:
     wanted = options.validation
     elsewhere: dict[str, str] = {}  # options that other modules warn of, in more detail
     if options.data.dataset_config is None:
-        if not (wanted.validation_split or wanted.validation_dir or wanted.forgetting_dir):
-            for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
-                elsewhere[name] = f": {WITHOUT_IMAGES}"
+        held_out = wanted.validation_split or wanted.validation_fold is not None or wanted.validation_dir
+        times = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+        if not (held_out or wanted.forgetting_dir):
+            elsewhere |= dict.fromkeys(times, f": {WITHOUT_IMAGES}")
+        if not wanted.validation_split and wanted.validation_fold is None:
+            elsewhere["validation_group"] = f": {WITHOUT_IMAGES}"
         if not options.data.token_warmup_step:
             elsewhere["token_warmup_min"] = ": it matters only together with --token_warmup_step"
         if options.data.enable_bucket:
@@ -63,6 +71,10 @@ def _unsaid(options: Options) -> dict[str, str]:
             needs[name] = output.save_model_as == "safetensors", "--save_model_as safetensors"
     found = {name: f" without {others}" for name, (works, others) in needs.items() if not works}
     found |= options.compile.idle() | options.forgetting.idle()
+    if options.embedding.train_embedding_only:
+        found |= dict.fromkeys(_OF_ADAPTERS, " with --train_embedding_only: there is no LoRA")
+    if options.embedding.weights is not None:
+        found["init_word"] = " with --weights, the vectors to start from"
     if options.network.dim_from_weights:
         found["network_dim"] = " with --dim_from_weights: the file has the ranks"
         found["network_alpha"] = " with --dim_from_weights: the file has the alphas"

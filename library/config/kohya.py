@@ -181,15 +181,6 @@ OTHER_SCRIPTS: dict[str, Row] = {
         train_text_encoder=flag(hint="here the text encoder is trained unless --network_train_unet_only"),
     ),
     **_of(
-        "textual inversion",
-        init_word=value(),
-        num_vectors_per_token=value(1),
-        token_string=value(),
-        use_object_template=flag(),
-        use_style_template=flag(),
-        weights=value(hint="to start from a LoRA file: --network_weights"),
-    ),
-    **_of(
         "ControlNet",
         cond_emb_dim=value(None, 32),
         conditioning_data_dir=value(hint="for masks: a subset's key in --dataset_config, with --masked_loss"),

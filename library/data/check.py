@@ -7,7 +7,7 @@ import logging
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from library.cpus import thread_count
 from library.data.images import open_image, orientation, to_rgb
+from library.data.quality.look import Look, halvings, look_at
 from library.data.samples import Size
 from library.errors import UserError, why_not
 from library.progress import bar
@@ -32,13 +33,14 @@ class Measured:
     size: Size
     transparent: bool
     animated: bool
+    look: Look = field(compare=False, repr=False)
     content: str = ""
 
 
 def check_images(paths: Iterable[Path], *, contents: bool = False) -> tuple[dict[Path, Measured], dict[Path, str]]:
     """Decode every image. Returns the measures of the good ones, and the reason why each bad one cannot be read.
 
-    With `contents` JPEGs are decoded at their full size, which takes three times as long.
+    With `contents` JPEGs are decoded at their full size, which takes longer.
     """
     distinct = list(dict.fromkeys(paths))
     good: dict[Path, Measured] = {}
@@ -89,13 +91,15 @@ def _measure(path: Path, *, contents: bool) -> Measured | str:
             size = image.size
             # phones' MPO holds a preview as its second picture: no animation
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
-            if not contents:  # a JPEG is read to its end but decoded at an eighth of its size, three times as fast
-                image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
+            if not contents:  # a JPEG is read to its end but decoded no larger than its looks need, which is faster
+                smaller = 2 ** halvings(size)
+                image.draft(None, (max(1, size[0] // smaller), max(1, size[1] // smaller)))
             pixels = to_rgb(image)
             transparent = image.has_transparency_data
             if orientation(image) >= 5:
                 size = size[1], size[0]
-        return Measured(size, transparent, animated, _content(pixels) if contents else "")
+        look = look_at(pixels, full_size=size)
+        return Measured(size, transparent, animated, look, _content(pixels) if contents else "")
     except UnidentifiedImageError:
         return f"not an image, it begins with {_head(path)!r}"
     except OSError as error:  # decoders raise it as well, without a number

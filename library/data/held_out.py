@@ -58,8 +58,15 @@ def beside(subset: SubsetSpec) -> SubsetSpec | None:
     )
 
 
-def held_out(samples: Iterable[Sample], contents: Mapping[Path, str], *, seed: int) -> set[str]:
-    """The contents that are held out from each subset with a `validation_split`: that share of its different images.
+Fold = tuple[int, int]
+"""Which part is held out, from 1, and of how many."""
+
+
+def held_out(
+    samples: Iterable[Sample], contents: Mapping[Path, str], *, seed: int, fold: Fold | None = None
+) -> set[str]:
+    """The contents that are held out from each subset with a `validation_split`: that share of its different images, or
+    with a `fold` that part of them; each image is in one part.
 
     The choice depends on the seed and the contents alone, not on names, order or repeats. `contents`: by file.
     Raises UserError if the shares are less than one image.
@@ -72,6 +79,13 @@ def held_out(samples: Iterable[Sample], contents: Mapping[Path, str], *, seed: i
     too_small: list[str] = []
     for subset, distinct in by_subset.items():
         own_seed = seed if subset.validation_seed is None else subset.validation_seed
+        ordered = sorted(distinct, key=lambda content: key_of(own_seed, content, "held out"))
+        if fold is not None:
+            part, parts = fold
+            if len(ordered) < parts:
+                raise UserError(f"{subset.source}: {parts} parts of {len(ordered)} different images: at most as many")
+            chosen |= set(ordered[part - 1 :: parts])
+            continue
         count = int(len(distinct) * subset.validation_split + 0.5)
         if count == 0:
             least = f"{0.5 / len(distinct) + 0.0005:.3f}"
@@ -79,7 +93,7 @@ def held_out(samples: Iterable[Sample], contents: Mapping[Path, str], *, seed: i
                 f"{subset.source}: validation_split {subset.validation_split:g} of {len(distinct)} different images is "
                 f"none: at least {least}"
             )
-        chosen |= set(sorted(distinct, key=lambda content: key_of(own_seed, content, "held out"))[:count])
+        chosen |= set(ordered[:count])
     if too_small and not chosen:
         raise UserError("\n".join(too_small))
     for line in too_small:
@@ -112,12 +126,16 @@ def split(
     return train, [distinct[key] for key in sorted(distinct)]
 
 
-def tell(found: Sequence[Sample], train: Sequence[Sample], validation: Sequence[Sample]) -> None:
-    """Log how many images are held out, and how many copies of them are therefore not trained."""
+def tell(
+    found: Sequence[Sample], train: Sequence[Sample], validation: Sequence[Sample], *, grouped: bool = False
+) -> None:
+    """Log how many images are held out, and how many copies of them are therefore not trained. `grouped`: whole groups
+    are held out (`validation_groups`)."""
     logger.info("%d images are held out for validation; %d are left to train", len(validation), len(train))
     gone = Counter(sample.subset for sample in found) - Counter(sample.subset for sample in train)
     for subset, count in gone.items():
         if not (subset.learns and subset.validation_split):
             logger.warning(
-                "%s: %d images are not trained: they are copies of images held out for validation", subset.source, count
+                "%s: %d images are not trained: they are %s images held out for validation",
+                *(subset.source, count, "in a group with" if grouped else "copies of"),
             )

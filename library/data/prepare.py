@@ -7,20 +7,23 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.dataset_config import is_validated
 from library.config.shares import draws_by_shares, shares_of
+from library.data import validation_groups
 from library.data.buckets import Buckets, Placement
 from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
-from library.data.held_out import beside, held_out, plain, split, tell
+from library.data.held_out import Fold, beside, held_out, plain, split, tell
 from library.data.masks import find_masks, refuse_other_sizes
 from library.data.mix import Mix, Shares, mix
 from library.data.plan import Group
+from library.data.quality.folder import Folder, picture_of
 from library.data.samples import Sample, Scan, Size, SubsetSummary
 from library.data.sources import dreambooth, metadata
 from library.errors import UserError
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec, SubsetSpec
 
 logger = logging.getLogger(__name__)
+NO_FAULTS: Mapping[Path, str] = {}
 _MOST_DRAWS = 20_000_000  # in an epoch
 
 
@@ -50,6 +54,8 @@ class Prepared:
     validation: Prepared | None = None
     trained: Prepared | None = None
     contents: Mapping[str, Path] = field(default_factory=dict)
+    folders: tuple[Folder, ...] = ()
+    """All usable images as the data check sees them, before any are held out or balanced."""
 
     @property
     def train_images(self) -> int:
@@ -69,33 +75,21 @@ def prepare(
     skip_bad_images: bool = False,
     seed: int = 0,
     measures: bool = False,
+    validation_group: str = "",
+    fold: Fold | None = None,
 ) -> Prepared:
     """Find all images and captions, decode every image once, hold out those of validation, place each in a bucket.
 
     `multiple_of`: widths and heights are multiples of this many pixels, as the model's family declares it.
     `seed`: of validation, for subsets without one of their own. `measures`: other images are measured in this run, or
-    trained ones beside those held out. Raises UserError for any mistake in the options, the folders or the files; quick
-    checks come first.
+    trained ones beside those held out. `validation_group`: see `validation_groups`; `fold`: see `held_out`. Raises
+    UserError for any mistake in the options, the folders or the files; quick checks come first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
-    index = count()  # numbers the subsets of all data sets: part of their samples' keys
-    once: dict[SubsetSpec, Scan] = {}
-    scans = [[_scan(subset, next(index), once) for subset in spec.subsets] for spec in datasets]
-    apart = [[_scan(own, 0, once) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
-    found = [sample for of_dataset in (*scans, *apart) for scan in of_dataset for sample in scan.samples]
-    masks = [sample.mask for sample in found if sample.mask is not None]
-    paths = [*(sample.path for sample in found), *masks]
-    validates = is_validated(datasets)
-    measured, bad = check_images(paths, contents=True) if validates or measures else check_images(paths)
-    report_bad_images(bad, skip=skip_bad_images)
-
-    usable, usable_apart = (
-        [_usable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
-        for part in (scans, apart)
-    )
-    contents = {path: one.content for path, one in measured.items()}
-    chosen = held_out((sample for part in usable for sample in part), contents, seed=seed) if validates else set()
-    chosen |= {contents[sample.path] for part in usable_apart for sample in part}
+    found = _find(datasets, contents=is_validated(datasets) or measures, skip_bad_images=skip_bad_images)
+    scans, usable, usable_apart, measured = found.scans, found.usable, found.apart, found.measured
+    contents = found.contents
+    chosen = _chosen(found, seed=seed, group=validation_group, fold=fold)
     train: list[list[Sample]] = []
     validation: list[list[Sample]] = []
     summaries: list[SubsetSummary] = []
@@ -106,7 +100,7 @@ def prepare(
         if all(sample.subset.is_reg for sample in to_train):
             raise UserError(f"{_origins(spec)}: no images to train{_why(spec, samples, to_train)}")
         if len(to_train) < len(samples) and spec.subsets not in told:
-            tell(samples, to_train, to_validate)
+            tell(samples, to_train, to_validate, grouped=bool(validation_group))
             told.append(spec.subsets)  # once, however many resolutions they have
         shares.append(_shares(spec, to_train))
         drawn = to_train if shares[-1] is not None else dreambooth.balance_regularisation(to_train)
@@ -115,7 +109,10 @@ def prepare(
         validation.append(to_validate)
     warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
-    prepared = replace(_placed(datasets, buckets, train, shares), summaries=summaries, validation=placed)
+    folders = tuple(_folders(buckets, found, chosen))
+    prepared = replace(
+        _placed(datasets, buckets, train, shares), summaries=summaries, validation=placed, folders=folders
+    )
     if not measures:
         return prepared
     firsts: dict[str, Path] = {}
@@ -124,8 +121,8 @@ def prepare(
     return replace(prepared, contents=firsts)
 
 
-def some_trained(prepared: Prepared, datasets: Sequence[DatasetSpec], *, multiple_of: int, count: int) -> Prepared:
-    """`count` of the images that are learnt, as validation would have them; all, if there are no more. The choice
+def some_trained(prepared: Prepared, datasets: Sequence[DatasetSpec], *, multiple_of: int, most: int) -> Prepared:
+    """`most` of the images that are learnt, as validation would have them; all, if there are no more. The choice
     depends on their contents alone. `prepared`: of `prepare` with `measures`."""
     contents = {path: content for content, path in prepared.contents.items()}  # of each different image
     by_dataset: list[list[Sample]] = [[] for _ in datasets]
@@ -133,15 +130,118 @@ def some_trained(prepared: Prepared, datasets: Sequence[DatasetSpec], *, multipl
         by_dataset[group.dataset] += [prepared.samples[index] for index, _ in group.members]
     learnt = [[one for one in own if one.subset.learns and one.path in contents] for own in by_dataset]
     distinct = [split([], own, contents, set())[1] for own in learnt]
-    chosen = sorted({one.key for own in distinct for one in own}, key=lambda key: key_of(key, "trained"))[:count]
+    chosen = sorted({one.key for own in distinct for one in own}, key=lambda key: key_of(key, "trained"))[:most]
     kept = [[one for one in own if one.key in frozenset(chosen)] for own in distinct]
     return _placed(datasets, [Buckets(spec, multiple_of=multiple_of) for spec in datasets], kept)
+
+
+def inspect(
+    datasets: Sequence[DatasetSpec],
+    *,
+    multiple_of: int,
+    seed: int = 0,
+    validation_group: str = "",
+    fold: Fold | None = None,
+) -> tuple[Folder, ...]:
+    """All images as the data check sees them. Unreadable images and captions are listed where `prepare` stops.
+
+    Raises UserError for other mistakes in the options or folders, as `prepare` does.
+    """
+    buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
+    faults: dict[Path, str] = {}
+    found = _find(datasets, contents=True, faults=faults)
+    chosen = _chosen(found, seed=seed, group=validation_group, fold=fold)
+    return tuple(_folders(buckets, found, chosen, faults))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The images of all data sets, by data set. `beside`: scans of the folders for validation. `usable`: the samples
+    that can be read and are large enough; `apart`: those of `beside`. `contents`: by file."""
+
+    scans: list[list[Scan]]
+    beside: list[list[Scan]]
+    usable: list[list[Sample]]
+    apart: list[list[Sample]]
+    measured: dict[Path, Measured]
+
+    @cached_property
+    def contents(self) -> dict[Path, str]:
+        return {path: one.content for path, one in self.measured.items()}
+
+
+def _find(
+    datasets: Sequence[DatasetSpec],
+    *,
+    contents: bool,
+    skip_bad_images: bool = False,
+    faults: dict[Path, str] | None = None,
+) -> _Found:
+    """Scan all folders and decode every image once. With `faults`, unreadable files are put there instead of raised."""
+    index = count()  # numbers the subsets of all data sets: part of their samples' keys
+    once: dict[SubsetSpec, Scan] = {}
+    scans = [[_scan(subset, next(index), once, faults) for subset in spec.subsets] for spec in datasets]
+    apart = [[_scan(own, 0, once, faults) for subset in spec.subsets if (own := beside(subset))] for spec in datasets]
+    found = [sample for of_dataset in (*scans, *apart) for scan in of_dataset for sample in scan.samples]
+    masks = [sample.mask for sample in found if sample.mask is not None]
+    measured, bad = check_images([*(sample.path for sample in found), *masks], contents=contents)
+    if faults is None:
+        report_bad_images(bad, skip=skip_bad_images)
+    else:
+        faults |= bad
+    usable, usable_apart = (
+        [_usable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
+        for part in (scans, apart)
+    )
+    return _Found(scans, apart, usable, usable_apart, measured)
+
+
+def _chosen(found: _Found, *, seed: int, group: str, fold: Fold | None) -> set[str]:
+    """The contents that are not trained: those that are held out, and those of the folders for validation."""
+    samples = [sample for part in found.usable for sample in part]
+    apart = {found.contents[sample.path] for part in found.apart for sample in part}
+    if not apart and not any(sample.subset.validates for sample in samples):
+        return set()
+    if not group:
+        return held_out(samples, found.contents, seed=seed, fold=fold) | apart
+    everything = [*samples, *(sample for part in found.apart for sample in part)]
+    groups = validation_groups.groups(everything, found.measured, how=group)
+    chosen = validation_groups.held_out(samples, found.contents, groups, seed=seed, how=group, fold=fold)
+    return validation_groups.whole_groups(chosen | apart, groups)
+
+
+def _folders(
+    buckets: Sequence[Buckets],
+    found: _Found,
+    chosen: set[str],
+    faults: Mapping[Path, str] = NO_FAULTS,
+) -> Iterator[Folder]:
+    """One a subset, and one for its validation_dir."""
+    for number, own_buckets in enumerate(buckets):
+        samples: dict[SubsetSpec, list[Sample]] = {}
+        for sample in (*found.usable[number], *found.apart[number]):
+            samples.setdefault(sample.subset, []).append(sample)
+        for scan in (*found.scans[number], *found.beside[number]):
+            subset, own = scan.summary.subset, _files(scan)
+            pictures = [
+                picture_of(
+                    sample, own_buckets, found.measured[sample.path], held_out=found.contents[sample.path] in chosen
+                )
+                for sample in samples.get(subset, ())
+            ]
+            at_fault = {path: why for path, why in faults.items() if path in own or path.parent == subset.image_dir}
+            yield Folder(subset, subset.source, tuple(pictures), at_fault)
+
+
+def _files(scan: Scan) -> set[Path | None]:
+    """The images and masks of a subset."""
+    return {path for sample in scan.samples for path in (sample.path, sample.mask)}
 
 
 def prepare_to_measure(dataset: DatasetSpec, *, multiple_of: int, skip_bad_images: bool = False) -> Prepared:
     """All images of a data set as validation has those that it holds out: each different image once, with its content
     as its key, cut in the middle. Raises as `prepare` does."""
-    scans = [_found(plain(subset), 0) for subset in dataset.subsets]
+    scans = [_scanned(plain(subset), 0, None) for subset in dataset.subsets]
     found = [sample for scan in scans for sample in scan.samples]
     paths = [*(sample.path for sample in found), *(sample.mask for sample in found if sample.mask is not None)]
     measured, bad = check_images(paths, contents=True)
@@ -241,18 +341,21 @@ def _refuse_endless_epoch(samples: Sequence[Sample]) -> None:
         )
 
 
-def _scan(subset: SubsetSpec, index: int, once: dict[SubsetSpec, Scan]) -> Scan:
+def _scan(subset: SubsetSpec, index: int, once: dict[SubsetSpec, Scan], faults: dict[Path, str] | None) -> Scan:
     """The samples of a subset, with keys for this index. `once`: those that have been scanned, for another size."""
     if subset in once:
         samples = [replace(sample, key=f"{index}/{sample.key.partition('/')[2]}") for sample in once[subset].samples]
         return once[subset]._replace(samples=samples)
-    once[subset] = _found(subset, index)
+    once[subset] = _scanned(subset, index, faults)
     return once[subset]
 
 
-def _found(subset: SubsetSpec, index: int) -> Scan:
-    scan = dreambooth.scan(subset, index) if subset.metadata_file is None else metadata.scan(subset, index)
-    return scan._replace(samples=find_masks(scan.samples))
+def _scanned(subset: SubsetSpec, index: int, faults: dict[Path, str] | None) -> Scan:
+    scan = dreambooth.scan(subset, index, faults) if subset.metadata_file is None else metadata.scan(subset, index)
+    samples = find_masks(scan.samples)
+    if subset.sentences:
+        samples = [replace(sample, caption="\n".join(subset.sentences)) for sample in samples]
+    return scan._replace(samples=samples)
 
 
 def _is_readable(sample: Sample, measured: dict[Path, Measured]) -> bool:

@@ -35,6 +35,7 @@ class Sample:
     `key` names it in every keyed draw: "{subset index}/{path inside the subset}", the same on every machine.
     `caption` is the text as the source has it, several lines if `enable_wildcard` is set;
     `captions.caption_text` makes the trained text of it.
+    `captioned`: the source has a caption of its own for it, be it empty.
     `size` is that of the upright image, `UNMEASURED` until the image has been opened. `mask` is an image that weighs
     the loss; `face` is set if the crops are made around it.
     """
@@ -47,6 +48,7 @@ class Sample:
     repeats: int
     mask: Path | None = None
     face: Face | None = None
+    captioned: bool = True
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import csv
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library import log
 from library.config import dataset_config, parser
-from library.config.command import Command, read, run
+from library.config.command import Command, run
 from library.config.fields import BadValue, option, read_int
 from library.config.options import Options
 from library.errors import UserError
-from library.evaluation import rank_curve
+from library.evaluation import rank_curve, sweep
 from library.evaluation.rank_curve import ALPHAS, Point, Trained, alpha_of
-from library.evaluation.sweep import PlannedRun, finished, refuse_other_settings, state_words, train
 from library.files.atomic import replacing
-from library.record import metrics
 from library.units import human_bytes, human_time
-
-logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Trains a LoRA at each of several ranks with the settings of a config file, one after the other, and compares the lowest
@@ -65,51 +59,33 @@ COMMAND = Command(name="lora-tools find_rank", description=DESCRIPTION, groups={
 
 
 @dataclass(frozen=True)
-class Planned(PlannedRun):
-    """One run of the sweep."""
+class Planned(sweep.Planned):
+    """A run at one rank."""
 
     rank: int
     alpha: float
 
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank}, seed {self.seed}"
-
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: that of a training which failed or was stopped, else 0. Raises UserError."""
-    place = argv.index("--") if "--" in argv else len(argv)
-    try:
-        sweep: FindRankOptions = read(COMMAND, argv[:place]).groups["sweep"]
-    except UserError as error:
-        hint = "\noptions of train_network.py stand behind --" * ("unknown option" in str(error))
-        raise UserError(f"{error}{hint}") from None
-    config = [] if sweep.config_file is None else ["--config_file", sweep.config_file]
-    words = [*config, *argv[place + 1 :]]
+    groups, words = sweep.read_words(COMMAND, argv)
+    wanted: FindRankOptions = groups["sweep"]
     own = parser.parse(words)
     _check(own)
-    runs = list(planned(own, words, sweep))
+    runs = list(planned(own, words, wanted))
     folder = runs[0].file.parent
     paths = [folder / f"find-rank.{end}" for end in ("csv", "png")]
-    if not sweep.overwrite:
+    if not wanted.overwrite:
         for one in runs:
-            refuse_other_settings(one)
-    print(f"{len(runs)} runs into {folder}: ranks {', '.join(map(str, sweep.ranks))}; {ALPHAS[sweep.alpha]}")
-    done: list[Trained] = []
-    for one in runs:
-        result = None if sweep.overwrite else _finished(one)
-        if result is None:
-            logger.info("find_rank: training %s, alpha %g", one.name, one.alpha)
-            if code := train(one, anew=sweep.overwrite):
-                print(f"{one.name}: ended with exit code {code}; the same command continues the sweep", file=sys.stderr)
-                return code
-            result = _finished(one)
-            if result is None:
-                raise UserError(f"{one.file}: its run ended without a validation: look at its messages")
-        done.append(result)
+            sweep.refuse_other_settings(one)
+    print(f"{len(runs)} runs into {folder}: ranks {', '.join(map(str, wanted.ranks))}; {ALPHAS[wanted.alpha]}")
+    outcomes, code = sweep.train_all(runs, anew=wanted.overwrite)
+    if code:
+        return code
+    done = [_trained(one, outcome) for one, outcome in zip(runs, outcomes, strict=True)]
     found = rank_curve.points(done)
-    chosen = rank_curve.knee(found, within=sweep.within)
-    for line in table(found, chosen, within=sweep.within):
+    chosen = rank_curve.knee(found, within=wanted.within)
+    for line in table(found, chosen, within=wanted.within):
         print(line)
     _write_csv(paths[0], done)
     rank_curve.plot(paths[1], found, chosen)
@@ -119,22 +95,14 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(own: Options) -> None:
     """`UserError` for settings of which a sweep of ranks cannot be made."""
-    if not (own.validation.validation_dir or dataset_config.is_validated(dataset_config.load_datasets(own))):
+    if not dataset_config.is_validated(dataset_config.load_datasets(own)):
         raise UserError(
             "ranks are compared by the loss on held-out images, and there are none: add --validation_split 0.1 behind "
-            "--, --validation_dir, or a validation_dir to a subset of --dataset_config (docs/validation.md)"
+            "--, or a validation_dir to a subset of --dataset_config (docs/validation.md)"
         )
-    guidance = own.guidance
-    for name, value in (
-        ("resume", own.run.resume),
-        ("dry_run", own.run.dry_run),
-        ("debug_dataset", own.run.debug_dataset),
-        ("find_lr", guidance.find_lr),
-        ("recommend", guidance.recommend),
-        ("dim_from_weights", own.network.dim_from_weights),
-        ("network_weights", own.network.network_weights),
-    ):
-        if value:
+    sweep.refuse_other_jobs(own, "find_rank")
+    for name in ("dim_from_weights", "network_weights"):
+        if getattr(own.network, name):
             raise UserError(f"--{name}: leave it out; find_rank trains new networks of several ranks")
     _refuse_kinds_without_rank(own)
 
@@ -149,7 +117,7 @@ def _refuse_kinds_without_rank(own: Options) -> None:
         raise UserError(f"--network_module {module}: {kinds.load(kind).NOUN} has no rank to find")
 
 
-def planned(own: Options, words: Sequence[str], sweep: FindRankOptions) -> Iterator[Planned]:
+def planned(own: Options, words: Sequence[str], wanted: FindRankOptions) -> Iterator[Planned]:
     """The runs: every rank with the first seed, then with the second. What the user gave stays, but for rank, alpha,
     seed and the places of the files; all runs hold out the same images, with the same noise."""
     own_rank = own.network.network_dim or 4  # the trainer's default
@@ -157,36 +125,22 @@ def planned(own: Options, words: Sequence[str], sweep: FindRankOptions) -> Itera
     first = own.training.seed or 0
     noise = own.validation.validation_seed
     folder = Path(own.output.output_dir) / f"{own.output.output_name or 'last'}-ranks"
-    states = state_words(own)
-    for seed in range(first, first + sweep.seeds):
-        for rank in sweep.ranks:
-            alpha = alpha_of(sweep.alpha, rank, own_rank=own_rank, own_alpha=own_alpha)
+    for seed in range(first, first + wanted.seeds):
+        for rank in wanted.ranks:
+            alpha = alpha_of(wanted.alpha, rank, own_rank=own_rank, own_alpha=own_alpha)
             more = [
                 *("--network_dim", str(rank), "--network_alpha", f"{alpha:g}", "--seed", str(seed)),
                 *("--validation_seed", str(first if noise is None else noise), "--monitoring=true"),
-                *("--output_dir", str(folder), "--output_name", f"rank{rank}-seed{seed}", *states),
+                *("--output_dir", str(folder), "--output_name", f"rank{rank}-seed{seed}", *sweep.state_words(own)),
             ]
-            with log.errors_only():  # its warnings came with `own`
-                options = parser.parse([*words, *more])
-            yield Planned(seed, (*words, *more), options, rank, alpha)
+            all_words = (*words, *more)
+            name = f"rank {rank}, seed {seed}"
+            yield Planned(name, seed, all_words, sweep.options_of(all_words), rank, alpha)
 
 
-def _finished(one: Planned) -> Trained | None:
-    """The result of a run that has finished; None for another."""
-    if (record := finished(one)) is None:
-        return None
-    validations = [
-        (line["validation"]["loss"], line["step"])
-        for line in metrics.lines(metrics.metrics_path(one.file))
-        if "validation" in line and line["validation"].get("loss") is not None
-    ]
-    base = next((loss for loss, step in validations if step == 0), None)
-    after = [(loss, step) for loss, step in validations if step > 0]
-    if base is None or not after:
-        return None
-    loss, step = min(after)
-    seconds = sum((session.ended or session.heartbeat) - session.started for session in record.sessions)
-    return Trained(one.rank, one.alpha, one.seed, base, loss, step, one.file.stat().st_size, seconds)
+def _trained(one: Planned, outcome: sweep.Outcome) -> Trained:
+    size = one.file.stat().st_size
+    return Trained(one.rank, one.alpha, one.seed, outcome.base, outcome.loss, outcome.step, size, outcome.seconds)
 
 
 def table(found: Sequence[Point], chosen: Point, *, within: float) -> Iterator[str]:

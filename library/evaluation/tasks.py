@@ -18,12 +18,12 @@ from library.config.dataset_config import DatasetSpec
 from library.config.fields import option
 from library.config.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.options import Options
-from library.data.measured import MeasuredFolder, Use, dataset_like, measured_sets
 from library.errors import UserError, nearest_path
 from library.evaluation import replay
 from library.evaluation.after_tasks import BASE, Matrix, measure_matrix
-from library.evaluation.sweep import PlannedRun, finished, refuse_other_settings, state_words, train
+from library.evaluation.sweep import Planned, finished_record, options_of, refuse_other_settings, state_words, train
 from library.files.atomic import replacing
+from library.run.measured import MeasuredFolder, Use, dataset_like, measured_sets
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +64,12 @@ COMMAND = Command(name="tasks", description=DESCRIPTION, groups={"tasks": TasksO
 
 
 @dataclass(frozen=True)
-class Task(PlannedRun):
+class Task(Planned):
     """One task's training. `files`: of the networks that act after it, its own last."""
 
     task: str
     datasets: tuple[DatasetSpec, ...]
     files: tuple[Path, ...]
-
-    @property
-    def name(self) -> str:
-        return f"task {self.task}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     protections = " and ".join(wanted.against) or "nothing"
     print(f"{len(tasks)} tasks into {folder}: {', '.join(names)}; against forgetting: {protections}")
     for number, task in enumerate(tasks):
-        if not wanted.overwrite and finished(task) is not None:
+        if not wanted.overwrite and finished_record(task) is not None:
             continue
         earlier = [one.datasets for one in tasks[:number]]
         if "replay" in wanted.against and number:
@@ -188,12 +184,11 @@ def planned(wanted: TasksOptions, names: Sequence[str], more: Sequence[str]) -> 
         own_file = folder / f"{len(before) + 1}-{name}.{own.output.save_model_as}"
         protected = [*_protections(wanted, before, own_file)] if before else []
         words += ["--output_dir", str(folder), "--output_name", own_file.stem, "--monitoring=true", *state_words(own)]
-        with log.errors_only():  # its warnings came with `own`
-            options = parser.parse([*words, *protected])
+        options = options_of([*words, *protected])
         seed = own.training.seed or 0
         words += [] if own.training.seed is not None else ["--seed", "0"]
         files = (*before[-1].files, own_file) if before and "progressive" in wanted.against else (own_file,)
-        task = Task(seed, (*words, *protected), options, name, datasets, files)
+        task = Task(f"task {name}", seed, (*words, *protected), options, name, datasets, files)
         yield task
         before.append(task)
 

@@ -180,6 +180,10 @@ def _files(plan: Plan, run: Run) -> Iterator[str]:
     room = human_bytes(shutil.disk_usage(_existing(saves.folder)).free)
     yield line("disk", f"{human_bytes(most)} at one time at most, {room} are free; in all:")
     yield from _paths(f"{count(len(files), 'file')} of {human_bytes(of_file)}", files)
+    apart = [path for file in files for path in saves.beside(file)]
+    if apart and run.network.embedding is not None:
+        each = disk.file_bytes(run.network.embedding.tensors(), plan.options.output.save_precision)
+        yield from _paths(f"{count(len(apart), 'embedding')} of {human_bytes(each)}", apart)
     if states:
         yield from _paths(f"{count(len(states), 'state')} of {human_bytes(of_state)}", states)
     drawn = list(pictures(plan.options, saves).values())

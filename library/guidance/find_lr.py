@@ -85,6 +85,9 @@ def _reference(options: Options, title: str) -> tuple[str, float]:
     rates, network = options.optimizer, options.network
     unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
     text = rates.text_encoder_lr[0] if rates.text_encoder_lr else rates.learning_rate
+    if options.embedding.train_embedding_only:
+        own = options.embedding.embedding_lr
+        return "the embedding", rates.learning_rate if own is None else own
     if not network.network_train_text_encoder_only and unet > 0:
         return f"the {title}", unet
     assert text > 0, "a run without any rate is refused before"
@@ -210,8 +213,12 @@ def _other_rates(network_arguments: Arguments, factor: float) -> Iterator[str]:
 
 def rate_options(options: Options, factor: float) -> list[str]:
     """The words that set the rates to `factor` times the configured ones."""
-    rates = options.optimizer
+    rates, own = options.optimizer, options.embedding.embedding_lr
     words = []
+    if own is not None:
+        words += ["--embedding_lr", f"{lr_curve.two_digits(own * factor):g}"]
+    if options.embedding.train_embedding_only:
+        return words or ["--learning_rate", f"{lr_curve.two_digits(rates.learning_rate * factor):g}"]
     if rates.unet_lr is None or rates.text_encoder_lr is None:
         words += ["--learning_rate", f"{lr_curve.two_digits(rates.learning_rate * factor):g}"]
     if rates.unet_lr is not None:

@@ -112,6 +112,8 @@ def _all(plan: Plan) -> Iterator[Lever]:
             time=1 + 0.15 * share / 100,
             source="estimated, a little above the published 4 to 11 % for all blocks, where copies overlap",
         )
+    if options.embedding.is_trained:
+        return  # texts cannot be cached while what they return is trained
     yield Lever(
         axis="text",
         changes={"network_train_unet_only": True, "cache_text_encoder_outputs": True},

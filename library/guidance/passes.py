@@ -17,16 +17,17 @@ from library.guidance.estimate import parameter_bytes, peak_of
 from library.quantization import BYTES
 from library.quantization.frozen import compute_frozen
 from library.run.encode import DTYPES, freeze_convolutions, into_training, trains_text, vae_dtype
-from library.run.network import asked_of, files_of, parts_of
+from library.run.network import asked_of, files_of, make_embedding, parts_of
 from library.run.objective import make_objective
 from networks import create, kinds
+from networks.embeddings.together import WithEmbedding
 
 if TYPE_CHECKING:
     from library.config.options import Options
     from library.config.registry import Arguments
     from library.data.samples import Size
     from library.models.family import ModelFamily
-    from networks.network import Network
+    from networks.network import TrainableNetwork
 
 Fake = Callable[[Tensor], Tensor]
 
@@ -37,7 +38,7 @@ class Outlined:
 
     family: ModelFamily
     options: Options
-    network: Network
+    network: TrainableNetwork
     on_gpu: bool
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -148,8 +149,6 @@ def outlined(
     `options`: with a network of our own. `arguments`: --network_args. `on_gpu`: autocast is a GPU's. `held` False: no
     weight is packed.
     """
-    kind = kinds.kind_of(options.network.network_module, options.network.network_args)
-    assert kind is not None, "networks of other packages cannot be made without weights"
     parts, precision = family.components, options.precision
     with family.outlined(), log.errors_only():
         for module in parts.loaded():
@@ -159,15 +158,28 @@ def outlined(
         for name in held_parts(family, options) if held else ():
             hold(family, name)
         freeze_convolutions(parts["denoiser"])
-        _, sizes = files_of(options)
-        network = create.make(kind, family.adapter_targets(), asked_of(options), arguments, file=sizes)
-        network.attach(parts_of(options))
+        network = _network(family, options, arguments)
         if precision.of_weights:
             network.to(dtype=DTYPES[precision.mixed_precision])
         network.train()
         into_training(family, options)
         network.before_training(gradient_checkpointing=precision.gradient_checkpointing)
         yield Outlined(family, options, network, on_gpu)
+
+
+def _network(family: ModelFamily, options: Options, arguments: Arguments) -> TrainableNetwork:
+    """The network of these options on the outline, attached."""
+    embedding = make_embedding(options, family)
+    if embedding is not None:
+        embedding.attach()
+        if options.embedding.train_embedding_only:
+            return embedding
+    kind = kinds.kind_of(options.network.network_module, options.network.network_args)
+    assert kind is not None, "networks of other packages cannot be made without weights"
+    _, sizes = files_of(options)
+    network = create.make(kind, family.adapter_targets(), asked_of(options), arguments, file=sizes)
+    network.attach(parts_of(options))
+    return network if embedding is None else WithEmbedding(network, embedding, bundle=False)
 
 
 # -- formats of frozen weights

@@ -35,7 +35,10 @@ class Effect:
 def is_computable(plan: Plan) -> bool:
     """Whether the needs of this run can be computed: its network is one of our own."""
     network = plan.options.network
-    return kinds.kind_of(network.network_module, network.network_args) is not None
+    return (
+        plan.options.embedding.train_embedding_only
+        or kinds.kind_of(network.network_module, network.network_args) is not None
+    )
 
 
 def estimator(plan: Plan) -> Estimator:

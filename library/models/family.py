@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from library.errors import UserError
 from library.models.components import NOTHING, Components, PartKind
 
 if TYPE_CHECKING:
@@ -51,6 +52,20 @@ class AdapterTargets:
     more: re.Pattern[str] = NOTHING
     choices: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     fused: Callable[[str], str] = lambda name: ""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """A text encoder's table of token embeddings, which a trained embedding adds rows to.
+
+    key: of the rows in embedding files. section: as rates have it, "embedding" or, of several encoders, "embedding_1".
+    first: the first token behind the vocabulary: the first of the new word.
+    """
+
+    key: str
+    section: str
+    table: nn.Embedding
+    first: int
 
 
 class ModelFamily(ABC):
@@ -138,6 +153,24 @@ class ModelFamily(ABC):
         The second axis may be as long as the longest caption. Caches pad shorter rows with zeros, so such a family also
         returns a mask, which is 0 there.
         """
+
+    # -- a new word, of a trained embedding
+
+    def learn_word(self, word: str, *, vectors: int) -> None:
+        """Read this word as that many new tokens from now on. `UserError` if the tokenizer has it already."""
+        raise UserError(f"--token_string: embeddings of {self.TITLE} are not supported here yet")
+
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of a text, without those that begin and end it."""
+        raise NotImplementedError
+
+    def has_word(self, text: str) -> bool:
+        """Whether a text has the word that was learnt."""
+        raise NotImplementedError
+
+    def token_tables(self) -> list[TokenTable]:
+        """The table of each loaded text encoder, in their order, for the word that was learnt."""
+        raise NotImplementedError
 
     # -- the network
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.errors import UserError
 from library.models.checkpoints.base_model import ZERO_TERMINAL, BaseModel
 from library.models.components import PartKind
-from library.models.family import AdapterTargets, ModelFamily
+from library.models.family import AdapterTargets, ModelFamily, TokenTable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from library.diffusion.ddpm import DDPM
     from library.diffusion.latents import LatentSpace
     from library.models.modules import Tokenizer
+    from library.models.text.words import TokenizerWithWord
     from library.offload.swap import Block
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,10 @@ class LatentDiffusion(ModelFamily):
     """The scale of the latents, if the VAE's configuration is older than the field."""
     DEFAULT_CELLS: ClassVar[int]
     """Latent cells of a side, if the UNet's configuration is older than the field."""
+    TOKEN_TABLES: ClassVar[Mapping[str, str]]
+    """The name that each text encoder's vectors have in embedding files."""
+
+    _with_word: TokenizerWithWord | None = None
 
     def __init__(
         self,
@@ -245,6 +250,34 @@ class LatentDiffusion(ModelFamily):
 
         return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
 
+    @property
+    def _reader(self) -> Tokenizer:
+        """What captions are read with: the tokenizer, with the word that was learnt."""
+        return self._tokenizer if self._with_word is None else self._with_word
+
+    def learn_word(self, word: str, *, vectors: int) -> None:
+        from library.models.text.words import TokenizerWithWord
+
+        self._with_word = TokenizerWithWord(self._tokenizer, word, vectors=vectors)
+
+    def token_ids(self, text: str) -> list[int]:
+        from library.models.text.prompts import content_tokens
+
+        return content_tokens(self._reader, text)
+
+    def has_word(self, text: str) -> bool:
+        assert self._with_word is not None, "no word was learnt"
+        return self._with_word.is_in(text)
+
+    def token_tables(self) -> list[TokenTable]:
+        assert self._with_word is not None, "no word was learnt"
+        tables = []
+        for number, (part, key) in enumerate(self.TOKEN_TABLES.items(), 1):
+            section = "embedding" if len(self.TOKEN_TABLES) == 1 else f"embedding_{number}"
+            encoder: Any = self.components[part]
+            tables.append(TokenTable(key, section, encoder.get_input_embeddings(), self._with_word.first))
+        return tables
+
     def _reading(self) -> dict[str, Any]:
         """The settings by which captions become tokens: a part of `text_fingerprint`."""
         from library.models.fingerprint import folder_fingerprint
@@ -262,7 +295,7 @@ class LatentDiffusion(ModelFamily):
         """The number of tokens without BOS and EOS; brackets that weight words do not count."""
         from library.models.text.prompts import count_tokens
 
-        return count_tokens(self._tokenizer, caption, weighted=self.weighted_captions)
+        return count_tokens(self._reader, caption, weighted=self.weighted_captions)
 
     def denoiser_blocks(self) -> list[nn.Module]:
         """Down, middle and up."""

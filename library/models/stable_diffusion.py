@@ -44,6 +44,7 @@ class StableDiffusion(LatentDiffusion):
         "vae": VAE,
         "text_encoder": TEXT_ENCODER,
     }
+    TOKEN_TABLES: ClassVar[Mapping[str, str]] = {"text_encoder": "emb_params"}
     DEFAULT_SCALING, DEFAULT_CELLS = 0.18215, 64
     implementation = "diffusers"
 
@@ -102,9 +103,7 @@ class StableDiffusion(LatentDiffusion):
         from library.models.text.prompts import encode, ids_and_weights, weigh
 
         encoder: Any = self.components["text_encoder"]
-        ids, weights = ids_and_weights(
-            self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions
-        )
+        ids, weights = ids_and_weights(self._reader, captions, limit=self.token_limit, weighted=self.weighted_captions)
         ids = to_device(ids, encoder.embeddings.position_ids.device)
         states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
         return {"hidden_states": weigh(states, weights)}

@@ -59,6 +59,7 @@ class StableDiffusionXL(LatentDiffusion):
             linear=_SECOND_LINEAR,
         ),
     }
+    TOKEN_TABLES: ClassVar[Mapping[str, str]] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     LEAVE_TEXT_ENCODERS = "SDXL's text encoders are easily spoilt; most of its LoRAs leave them alone"
     DEFAULT_SCALING, DEFAULT_CELLS = 0.13025, 128
     base_model_version = "sdxl_base_v1-0"
@@ -116,10 +117,14 @@ class StableDiffusionXL(LatentDiffusion):
         from library.models.text.prompts import encode_penultimate, ids_and_weights, weigh
 
         states = []
+        if self._with_word is not None:
+            # By its configuration transformers pools at the largest token, which is EOS only in the old vocabulary
+            second: Any = self.components["text_encoder_2"]
+            second.text_model.eos_token_id = self._with_word.eos_token_id
         for part, pad in zip(_PARTS, _PADS, strict=True):
             encoder = self.components[part]
             ids, weights = ids_and_weights(
-                self._tokenizer, captions, limit=self.token_limit, weighted=self.weighted_captions, pad=pad
+                self._reader, captions, limit=self.token_limit, weighted=self.weighted_captions, pad=pad
             )
             layers = self._base.parts[part].config["num_hidden_layers"]
             of_encoder, pooled = encode_penultimate(encoder, to_device(ids, _device_of(encoder)), layers=layers)

@@ -46,10 +46,21 @@ class Adapters:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """The trained embedding of a new word. `widths`: of a vector, by its name in files. `start`: the words, or the
+    file, whose vectors it starts from; "": random ones."""
+
+    word: str
+    vectors: int
+    widths: tuple[tuple[str, int], ...]
+    start: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """The trained network. `ranks`: the lowest and the highest of our own adapters; None for those of other packages,
     of which only the configured rank, `dim`, is known. `parameters`: the number of trained ones. `model_parameters`:
-    of the whole base model; 0: unknown."""
+    of the whole base model; 0: unknown. `module` "": no adapters are trained, the embedding alone."""
 
     module: str
     dim: int | None
@@ -58,6 +69,7 @@ class Network:
     adapters: tuple[Adapters, ...]
     parameters: int
     model_parameters: int = 0
+    embedding: Embedding | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,20 @@ class Images:
     captions_found: int
     captions_missing: int
     captions_empty: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flaw:
+    """A finding of the data check in one folder. `level`: "to fix", "to look at" or "to know". `files`: the first names
+    of `count` files."""
+
+    source: str
+    name: str
+    level: str
+    text: str
+    advice: str
+    count: int
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +224,8 @@ class DecayCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0."""
+    """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0.
+    `flaws`: those of the data, the worst of each folder first."""
 
     model: Model
     network: Network
@@ -210,3 +237,4 @@ class Facts:
     batch: Batch
     rates: Rates
     decay: Decay | None
+    flaws: tuple[Flaw, ...] = ()

@@ -31,6 +31,7 @@ PRECISIONS: dict[str | None, torch.dtype | None] = {
 
 ENDINGS = ("safetensors", "ckpt", "pt")  # --save_model_as
 STATE_SUFFIX = "-state"
+EMBEDDING_SUFFIX = "-embedding"
 _MOMENT = r"-step\d{8,}|-\d{6,}"  # the step, or epoch, after which a file was written
 _MOST_FILES = 1_000_000  # each name is checked before training
 _LONGEST_NAME = 200  # bytes; file systems take 255, and the longest thing that follows is a sample's time and seed
@@ -70,6 +71,7 @@ class SavePlan:
     last_n_epochs_state: int | None = None
     ending: str = "safetensors"  # --save_model_as
     best: bool = False  # keep the network that validates best
+    embedding_apart: bool = False  # an embedding's file beside every network's
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -92,6 +94,10 @@ class SavePlan:
     @property
     def best_file(self) -> Path:
         return self.last_file.with_name(f"{self.last_file.stem}-best.{self.ending}")
+
+    def beside(self, file: Path) -> list[Path]:
+        """The further file that goes with a network's: fox-000002.safetensors, fox-000002-embedding.safetensors."""
+        return [file.with_name(f"{file.stem}{EMBEDDING_SUFFIX}{file.suffix}")] if self.embedding_apart else []
 
     def step_file(self, step: int) -> Path:
         return self.folder / f"{self.name or 'at'}-step{step:08d}.{self.ending}"
@@ -140,7 +146,7 @@ class SavePlan:
         return sorted(steps)
 
     def planned_files(self, *, after_step: int = 0) -> list[Path]:
-        """Every file that the run writes after `after_step`, including those that retention later deletes."""
+        """Every network's file that is written after `after_step`, including those that retention later deletes."""
         best = [self.best_file] if self.best else []
         steps = (step for step in self.steps_that_save() if step > after_step)
         return [*best, *(due.path for step in steps for due in self.due(step))]

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from library.record.facts import Adapters, Captions, Decay, DecayCurve, Facts, Images, Model, Network, Rates, Validation
+from library.record.facts import (
+    Adapters,
+    Captions,
+    Decay,
+    DecayCurve,
+    Embedding,
+    Facts,
+    Flaw,
+    Images,
+    Model,
+    Network,
+    Rates,
+    Validation,
+)
 
+_MOST_FLAWS = 4
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
 
@@ -36,11 +50,14 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     for item in facts.network.adapters:
         if item.layers:
             yield "", f"{item.part}: {_layers(item)}"
+    if facts.network.embedding is not None:
+        yield "embedding", embedding(facts.network.embedding)
     for folder in facts.images:
         yield "images", _images(folder)
     if any(folder.by_shares or {folder.least, folder.most} != {folder.repeats} for folder in facts.images):
         yield from _drawn(facts.images)
     yield from _captions(facts.captions)
+    yield from flaw_rows(facts.flaws)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
     for bucket in facts.buckets:
@@ -64,6 +81,8 @@ def model(facts: Model) -> str:
 
 def network(facts: Network) -> str:
     """Its module, rank and alpha: "networks.lora, dim 4, alpha 2"."""
+    if not facts.module:
+        return "an embedding, no LoRA"
     if facts.ranks is None:
         dim = "default" if facts.dim is None else str(facts.dim)
     else:
@@ -72,6 +91,13 @@ def network(facts: Network) -> str:
             return facts.module
         dim = str(lowest) if lowest == highest else f"{lowest} to {highest}"
     return f"{facts.module}, dim {dim}, alpha {facts.alpha:g}"
+
+
+def embedding(facts: Embedding) -> str:
+    """ "'<fox>': 2 vectors of 768 (clip_l) and 1280 (clip_g), from 'fox'"."""
+    widths = " and ".join(f"{width} ({key})" for key, width in facts.widths)
+    start = facts.start or "random vectors"
+    return f"'{facts.word}': {count(facts.vectors, 'vector')} of {widths}, from {start}"
 
 
 def share(facts: Network) -> str:
@@ -144,6 +170,21 @@ def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
         changing = ", ".join(f"{name} {value}".strip() for name, value in example.changing)
         each = f" (changes each time: {changing})" if changing else ""
         yield "", f"trained for example: '{example.text}'{each}"
+
+
+def flaw_rows(flaws: Sequence[Flaw]) -> Iterator[tuple[str, str]]:
+    """Those that matter, with the first files of each."""
+    serious = [flaw for flaw in flaws if flaw.level != "to know"]
+    for number, flaw in enumerate(serious[:_MOST_FLAWS]):
+        names = ", ".join(flaw.files[:3]) + (" …" if flaw.count > 3 else "")
+        yield "" if number else "data check", f"{flaw.source}: {flaw.text}" + (f" ({names})" if names else "")
+    if len(serious) > _MOST_FLAWS:
+        yield "", f"{len(serious) - _MOST_FLAWS} more to look at; --check_data shows everything, with pictures"
+    elif serious:
+        yield "", "--check_data shows everything, with pictures"
+    elif flaws:
+        names = ", ".join(dict.fromkeys(flaw.name for flaw in flaws))
+        yield "data check", f"nothing to fix; to know: {names} (--check_data shows them, with pictures)"
 
 
 def _validation(facts: Validation) -> str:

@@ -61,6 +61,7 @@ def render(story: Story) -> str:
         glance=_glance(story),
         facts=_facts(story),
         held_back=any(subset.get("held_out") for subset in run.get("subsets", ())),
+        flaws=story.facts.flaws if story.facts is not None else (),
         changed=[row for row in _options(run) if row["changed"]],
         options=_groups(_options(run)),
         examples=[

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
-from library.data.measured import Use
 from library.data.prepare import Prepared
 from library.errors import UserError
 from library.losses.distillation import Distillation
@@ -27,6 +26,7 @@ from library.run import compiled, disk, recording, start
 from library.run.curves import Curves, curves_of, of_length
 from library.run.encode import load_and_encode, trains_text
 from library.run.hooks import Made, MeasuredData, make_hooks
+from library.run.measured import Use
 from library.run.network import make_network, parameter_groups
 from library.run.objective import make_objective
 from library.run.plan import Plan

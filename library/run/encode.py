@@ -241,5 +241,5 @@ def into_training(family: ModelFamily, options: Options, *, by: Callable[..., ob
 
 
 def trains_text(options: Options) -> bool:
-    """Whether the text encoders are trained."""
-    return not options.network.network_train_unet_only
+    """Whether gradients flow through the text encoders: to adapters in them, or to an embedding."""
+    return options.embedding.is_trained or not options.network.network_train_unet_only

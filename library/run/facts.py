@@ -36,7 +36,7 @@ def run_metadata(
         vae=family.vae_path,
         total_batch_size=per_device * world_size * options.training.gradient_accumulation_steps,
         from_dataset_config=options.data.dataset_config is not None,
-        network_args=plan.network_arguments,
+        network_args=None if options.embedding.train_embedding_only else plan.network_arguments,
         timestep_distribution=_timestep_distribution(options.objective),
         ours=_ours(plan, decay),
         no_metadata=options.output.no_metadata,
@@ -50,6 +50,9 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     if (network := plan.options.network).base_weights:
         files = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
         ours[base_weights.KEY.removeprefix("ss_")] = base_weights.to_text(files)
+    if (embedding := plan.options.embedding).is_trained:
+        names = ("token_string", "init_word", "num_vectors_per_token", "embedding_lr")
+        ours |= {name: getattr(embedding, name) for name in names}
     if layer_decay is not None:
         ours["lr_layer_decay"] = layer_decay
     if (average := plan.options.ema).ema_decay is not None:
@@ -78,6 +81,7 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
     options, family, choice = plan.options, plan.family, plan.choice
     arguments = ",".join(f"{name}={value}" for name, value in choice.arguments.items())
     own_schedule = "adafactor" if choice.relative_step else "constant" if choice.schedule_free else ""
+    alone = options.embedding.train_embedding_only
     text_rates = options.optimizer.text_encoder_lr and list(options.optimizer.text_encoder_lr)
     return RunFacts(
         session_id=plan.session_id,
@@ -101,9 +105,9 @@ def _run_facts(plan: Plan, saves: SavePlan, data: TrainingData, datasets: list[D
         max_train_steps=saves.total_steps,
         lr_warmup_steps=0 if own_schedule else options.schedule.lr_warmup_steps,
         lr_scheduler=own_schedule or options.schedule.lr_scheduler_type or options.schedule.lr_scheduler,
-        network_module=options.network.network_module,
-        network_dim=options.network.network_dim,
-        network_alpha=options.network.network_alpha,
+        network_module="networks.embeddings" if alone else options.network.network_module,
+        network_dim=None if alone else options.network.network_dim,
+        network_alpha=None if alone else options.network.network_alpha,
         network_dropout=options.network.network_dropout,
         mixed_precision=options.precision.mixed_precision,
         full_fp16=options.precision.full_fp16,
@@ -243,9 +247,10 @@ def _model_spec(plan: Plan) -> ModelSpec:
         usage_hint=output.metadata_usage_hint,
         thumbnail=output.metadata_thumbnail and data_url(output.metadata_thumbnail),
         merged_from=output.metadata_merged_from,
-        trigger_phrase=output.metadata_trigger_phrase,
+        trigger_phrase=output.metadata_trigger_phrase or plan.options.embedding.token_string,
         preprocessor=output.metadata_preprocessor,
         is_negative_embedding=output.metadata_is_negative_embedding,
         timestep_range=_timestep_range(plan.options.objective),
         encoder_layer=family.clip_skip,
+        is_embedding=plan.options.embedding.train_embedding_only,
     )

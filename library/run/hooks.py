@@ -10,7 +10,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.config.options import Options
 from library.data.dataset import TrainingData
-from library.data.measured import Use
 from library.diffusion.process import BINS, middles
 from library.losses.distillation import Distillation
 from library.parallel import zero
@@ -20,6 +19,7 @@ from library.record.validation_history import History
 from library.run.curves import Curves
 from library.run.encode import vae_dtype
 from library.run.facts import run_metadata
+from library.run.measured import Use
 from library.run.plan import Plan
 from library.run.start import pictures
 from library.sampling import render
@@ -165,6 +165,7 @@ def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[
             prompts=output.compare_prompts,
             size=plan.datasets[0].resolution,
             steps=output.compare_steps,
+            what="the training" if plan.options.embedding.train_embedding_only else "the LoRA",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,12 @@ from library import rng
 from library.config.options import Options
 from library.config.registry import Arguments
 from library.errors import UserError
-from library.run.encode import DTYPES, trains_text
+from library.run.encode import DTYPES
 from networks import create, files, foreign, kinds, lycoris
+from networks.embeddings.files import read as read_embedding
+from networks.embeddings.together import WithEmbedding
+from networks.embeddings.vectors import Embedding
+from networks.embeddings.vectors import create as create_embedding
 from networks.network import TrainableNetwork
 from networks.settings import Asked, LearningRates
 
@@ -28,6 +33,42 @@ def make_network(
 
     `arguments`: --network_args.
     """
+    embedding = make_embedding(options, family, seed=seed)
+    if embedding is not None and options.embedding.train_embedding_only:
+        network: TrainableNetwork = embedding
+        network.attach(())
+    else:
+        network = _adapters(options, family, arguments=arguments, seed=seed)
+        if embedding is not None:
+            embedding.attach()
+            network = WithEmbedding(network, embedding, bundle=options.embedding.is_bundled(options.output.save_naming))
+    full = options.precision.full_fp16 or options.precision.full_bf16
+    network.to(device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
+    network.before_training(gradient_checkpointing=options.precision.gradient_checkpointing)
+    return network
+
+
+def make_embedding(options: Options, family: ModelFamily, *, seed: int | None = None) -> Embedding | None:
+    """The embedding of --token_string with its first vectors, not attached; None without that option.
+
+    The family has learnt the word already. `UserError` for a file of --weights that does not fit.
+    """
+    wanted = options.embedding
+    if wanted.token_string is None:
+        return None
+    vectors, tables = wanted.num_vectors_per_token, family.token_tables()
+    init = family.token_ids(wanted.init_word) if wanted.init_word and wanted.weights is None else []
+    embedding = create_embedding(wanted.token_string, tables, vectors=vectors, init=init, seed=seed)
+    if wanted.weights is not None:
+        widths = embedding.widths()
+        embedding.begin_with(
+            read_embedding(Path(wanted.weights), word=wanted.token_string, widths=widths, vectors=vectors)
+        )
+    return embedding
+
+
+def _adapters(options: Options, family: ModelFamily, *, arguments: Arguments, seed: int) -> TrainableNetwork:
+    """The network of adapters, attached, with its first weights."""
     wanted, (start, sizes) = options.network, files_of(options)
     asked = asked_of(options, seed=seed)
     targets = family.adapter_targets()
@@ -47,16 +88,16 @@ def make_network(
     network.attach(parts_of(options))
     if start is not None:
         network.load(start)
-    full = options.precision.full_fp16 or options.precision.full_bf16
-    network.to(device, DTYPES[options.precision.mixed_precision] if full else torch.float32)
-    network.before_training(gradient_checkpointing=options.precision.gradient_checkpointing)
     return network
 
 
 def files_of(options: Options) -> tuple[AdapterFile | None, AdapterFile | None]:
     """The file of --network_weights, and the one that the sizes are from: the same with --dim_from_weights."""
     wanted = options.network
-    start = None if wanted.network_weights is None else files.read(wanted.network_weights)
+    start = None
+    if wanted.network_weights is not None:
+        both = options.embedding.weights == wanted.network_weights
+        start = files.read(wanted.network_weights, keep_embeddings=both)
     return start, start if wanted.dim_from_weights else None
 
 
@@ -73,8 +114,9 @@ def asked_of(options: Options, *, seed: int | None = None) -> Asked:
 
 
 def parts_of(options: Options) -> list[str]:
-    """The parts of the model that are trained."""
-    trained = {"text_encoder": trains_text(options), "unet": not options.network.network_train_text_encoder_only}
+    """The parts of the model that get adapters."""
+    wanted = options.network
+    trained = {"text_encoder": not wanted.network_train_unet_only, "unet": not wanted.network_train_text_encoder_only}
     return [part for part, is_trained in trained.items() if is_trained]
 
 
@@ -86,5 +128,6 @@ def parameter_groups(network: TrainableNetwork, options: Options) -> ParameterGr
             unet=options.optimizer.unet_lr,
             default=options.optimizer.learning_rate,
             layer_decay=options.optimizer.lr_layer_decay,
+            embedding=options.embedding.embedding_lr,
         )
     )

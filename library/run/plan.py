@@ -20,13 +20,14 @@ from library.config.options.validation import check_validation
 from library.config.registry import Arguments
 from library.config.shares import check_shares
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
-from library.data.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets, validation_folders
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
 from library.models.opening import open_family
 from library.parallel import together
 from library.record.metadata import check_user_metadata
 from library.record.trackers import TrackerPlan
+from library.run import word
+from library.run.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets
 from library.run.trackers import plan_trackers
 from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
 from library.training.state import State
@@ -70,15 +71,15 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
     only_family: the required family of the base model, as in `library.models.FAMILIES`.
     """
-    datasets = load_datasets(options)
+    datasets = word.with_templates(load_datasets(options), options)
     folders = measured_folders(options, datasets)
-    validates = is_validated(datasets) or any(validation_folders(folders))
-    _check_data_options(options, datasets, validates=validates)
+    check_data_options(options, datasets)
     _warn_of_unused_rates(options)
     arguments = _network_arguments(options)
     _check_metadata(options.output)
     _refuse_missing_weights("network_weights", options.network.network_weights)
     _refuse_missing_weights("base_weights", *options.network.base_weights)
+    _refuse_missing_weights("weights", options.embedding.weights)
     trackers = plan_trackers(options)
     samples = plan_samples(options.samples)
     resume = _state_to_resume(options)
@@ -89,19 +90,15 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     from library.run.rehearse import rehearse
 
     _check_weight_files(options.network)
-    choice = _choose_optimizer(options, validates=validates)
+    choice = _choose_optimizer(options, validates=_validates(options, datasets))
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
-    family = open_family(
-        options.model.pretrained_model_name_or_path,
-        vae=options.model.vae,
-        only=only_family,
-        options=vars(options.model) | vars(options.objective),
-        given=options.given,
-    )
+    family = base_of(options, only_family=only_family)
+    word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
     prepared, sets = _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
+    word.check_captions(options, family, prepared)
     rehearsed = rehearse(family, options, arguments, resume=resume)
     if rehearsed.kernels:
         with log.errors_only():  # its warnings have been logged above
@@ -125,6 +122,17 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     )
 
 
+def base_of(options: Options, *, only_family: str | None = None) -> ModelFamily:
+    """The family of the base model, opened but not loaded. `only_family`: as of `make_plan`."""
+    return open_family(
+        options.model.pretrained_model_name_or_path,
+        vae=options.model.vae,
+        only=only_family,
+        options=vars(options.model) | vars(options.objective),
+        given=options.given,
+    )
+
+
 def _images(
     options: Options,
     datasets: tuple[DatasetSpec, ...],
@@ -144,6 +152,8 @@ def _images(
         skip_bad_images=skip,
         seed=seed if wanted.validation_seed is None else wanted.validation_seed,
         measures=bool(folders) or wanted.validation_gap,
+        validation_group=wanted.validation_group,
+        fold=wanted.validation_fold,
     )
     sets = measured_sets(folders, prepared.contents, multiple_of=multiple_of, skip_bad_images=skip)
     if prepared.validation is None and sets and sets[0].use == "validation":
@@ -151,7 +161,7 @@ def _images(
     if wanted.validation_gap:
         assert prepared.validation is not None, "check_validation has seen that"
         count = len(prepared.validation.samples)
-        trained = some_trained(prepared, datasets, multiple_of=multiple_of, count=count)
+        trained = some_trained(prepared, datasets, multiple_of=multiple_of, most=count)
         prepared = replace(prepared, trained=trained)
     return prepared, tuple(sets)
 
@@ -217,7 +227,11 @@ def _warn_of_unused_rates(options: Options) -> None:
 def _rates(options: Options) -> dict[str, float]:
     """The rates of the trained parts, by name."""
     network, wanted = options.network, options.optimizer
-    rates = {}
+    embedding = options.embedding
+    own = wanted.learning_rate if embedding.embedding_lr is None else embedding.embedding_lr
+    rates = {"embedding": own} if embedding.is_trained else {}
+    if embedding.train_embedding_only:
+        return rates
     if not network.network_train_text_encoder_only:
         rates["unet"] = wanted.learning_rate if wanted.unet_lr is None else wanted.unet_lr
     if not network.network_train_unet_only:
@@ -226,11 +240,16 @@ def _rates(options: Options) -> dict[str, float]:
     return rates
 
 
-def _check_data_options(options: Options, datasets: tuple[DatasetSpec, ...], *, validates: bool) -> None:
+def _validates(options: Options, datasets: Sequence[DatasetSpec]) -> bool:
+    """Whether some images are held out, or lie in a folder for validation."""
+    return is_validated(datasets) or bool(options.validation.validation_dir)
+
+
+def check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
     """Check the data sets against the options about them, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
     check_shares(datasets)
-    check_validation(options.validation, validated=validates)
+    check_validation(options.validation, validated=_validates(options, datasets))
     warn_of_idle_options(options)
     if options.data.cache_latents:
         refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)

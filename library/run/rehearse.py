@@ -10,14 +10,15 @@ from library import log
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.offload import swap
-from library.run.network import asked_of, files_of, parameter_groups, parts_of
+from library.run.network import asked_of, files_of, make_embedding, parameter_groups, parts_of
 from library.training.state import State, network_of
 from networks import create, kinds
+from networks.embeddings.together import WithEmbedding
 from networks.formats import loaders
 from networks.formats.naming import in_names_of
 from networks.load_report import check_loaded, compare, some_names
 from networks.merge import BaseWeights
-from networks.network import Network
+from networks.network import Network, TrainableNetwork
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -41,24 +42,33 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
         BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
             family.adapter_targets()
         )
+        embedding = make_embedding(options, family)
+        if options.embedding.train_embedding_only:
+            assert embedding is not None, "it needs a --token_string"
+            return _checked(embedding, options, resume)
         if (kind := kinds.kind_of(options.network.network_module, options.network.network_args)) is None:
             _refuse_naming(options)
             if options.precision.blocks_to_swap:
                 raise UserError(kinds.refuses(options.network.network_module, "blocks_to_swap") or "")
             return Rehearsed()
         network = _network(kind, family, options, arguments)
-        groups = parameter_groups(network, options)
         _check_naming(network, family, options)
-        if (
-            resume is not None and options.run.resume_anyway
-        ):  # otherwise the settings are compared, with a better message
-            report = compare(network.state_dict(), network_of(resume))
-            if different := [*report.mismatched, *report.missing, *report.unexpected]:
-                raise UserError(f"--resume {resume.folder}: its network is not this run's:{some_names(different)}")
-        return Rehearsed(
-            kernels=frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4),
-            parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
-        )
+        if embedding is not None:
+            return _checked(WithEmbedding(network, embedding, bundle=False), options, resume)
+        return _checked(network, options, resume)
+
+
+def _checked(network: TrainableNetwork, options: Options, resume: State | None) -> Rehearsed:
+    """`UserError` if rates or a state's network do not fit it."""
+    groups = parameter_groups(network, options)
+    if resume is not None and options.run.resume_anyway:  # otherwise the settings are compared, with a better message
+        report = compare(network.state_dict(), network_of(resume))
+        if different := [*report.mismatched, *report.missing, *report.unexpected]:
+            raise UserError(f"--resume {resume.folder}: its network is not this run's:{some_names(different)}")
+    return Rehearsed(
+        kernels=frozenset(parameter.shape[-1] for parameter in network.parameters() if parameter.dim() == 4),
+        parameters=sum(parameter.numel() for group in groups for parameter in group["params"]),
+    )
 
 
 def _refuse_naming(options: Options) -> None:

@@ -92,6 +92,7 @@ def plan_saves(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -
         last_n_epochs_state=output.save_last_n_epochs_state,
         ending=output.save_model_as,
         best=plan.prepared.validation is not None,
+        embedding_apart=options.embedding.is_apart,
     )
     if accelerator.is_main_process and options.trains:
         _check_free(plan, saves)
@@ -103,7 +104,8 @@ def plan_saves(plan: Plan, accelerator: Accelerator, *, batches_per_step: int) -
 def _check_free(plan: Plan, saves: save.SavePlan) -> None:
     """Without --overwrite only a resumed run may replace files, and only its own."""
     resume = plan.resume
-    files = saves.planned_files(after_step=resume.facts.step if resume else 0)
+    planned = saves.planned_files(after_step=resume.facts.step if resume else 0)
+    files = [path for file in planned for path in (file, *saves.beside(file))]
     drawn = list(pictures(plan.options, saves).values())
     if resume is not None:
         files = [file for file in files if not belongs_to(file, session_id=plan.session_id)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from library.data.captions import changing_options
 from library.data.prepare import Prepared
+from library.data.quality.check import check
 from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
 from library.record import facts
 from library.run.plan import Plan
@@ -15,6 +16,8 @@ from library.training.hooks.validation import Validator
 from library.training.hooks.weight_decay import WeightDecay
 from library.training.run import Run
 from networks import base_weights
+
+NAMED = 10  # files of a flaw of the data
 
 
 def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
@@ -47,6 +50,7 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
         decay=_decay(
             weight_decay_of(plan.choice), None if decay is None else decay.decay, total_steps=saves.total_steps
         ),
+        flaws=tuple(dict.fromkeys(_flaws(plan))),  # a folder may be in several data sets
     )
 
 
@@ -79,7 +83,7 @@ def _network(plan: Plan, run: Run) -> facts.Network:
     sizes = {name: parts.size(name) for name in plan.family.PARTS}
     by_section = {kind.section: sizes[name] for name, kind in plan.family.PARTS.items() if kind.section}
     return facts.Network(
-        module=wanted.network_module,
+        module="" if plan.options.embedding.train_embedding_only else wanted.network_module,
         dim=wanted.network_dim,
         ranks=network.ranks(),
         alpha=wanted.network_alpha,
@@ -95,6 +99,20 @@ def _network(plan: Plan, run: Run) -> facts.Network:
         ),
         parameters=sum(parameter.numel() for parameter in run.parameters),
         model_parameters=sum(sizes.values()),
+        embedding=_embedding(plan, run),
+    )
+
+
+def _embedding(plan: Plan, run: Run) -> facts.Embedding | None:
+    embedding, wanted = run.network.embedding, plan.options.embedding
+    if embedding is None:
+        return None
+    start = f"'{wanted.init_word}'" if wanted.init_word else ""
+    return facts.Embedding(
+        word=embedding.word,
+        vectors=embedding.vectors,
+        widths=tuple(embedding.widths().items()),
+        start=start if wanted.weights is None else wanted.weights,
     )
 
 
@@ -124,6 +142,21 @@ def _images(plan: Plan) -> Iterator[facts.Images]:
             captions_missing=summary.captions_missing,
             captions_empty=summary.captions_empty,
         )
+
+
+def _flaws(plan: Plan) -> Iterator[facts.Flaw]:
+    family = plan.family
+    for one in check(plan.prepared.folders, count_tokens=family.count_tokens, token_limit=family.token_limit):
+        for finding in one.findings:
+            yield facts.Flaw(
+                source=str(one.source),
+                name=finding.name,
+                level=finding.level.value,
+                text=finding.text,
+                advice=finding.advice,
+                count=len(finding.items),
+                files=tuple(item.path.name for item in finding.items[:NAMED]),
+            )
 
 
 def _captions(plan: Plan, run: Run) -> facts.Captions:

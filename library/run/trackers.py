@@ -21,7 +21,7 @@ _PRIVATE = frozenset(
         *SECRETS,
         *("pretrained_model_name_or_path", "vae", "train_data_dir", "reg_data_dir", "dataset_config"),
         *("output_dir", "logging_dir", "log_tracker_config", "console_log_file", "config_file", "network_weights"),
-        *("base_weights", "sample_prompts"),
+        *("base_weights", "weights", "sample_prompts"),
     )
 )
 

@@ -219,15 +219,16 @@ def compare(
     size: tuple[int, int],
     steps: int,
     seed: int,
+    what: str = "the LoRA",
 ) -> None:
-    """A PNG with one column per prompt: above without the LoRA, below with it, from the same noise.
+    """A PNG with one column per prompt: above without `what`, below with it, from the same noise.
 
     `without()` is a context in which the network has no effect.
     """
     with without():
         plain = draw(family, encode, prompts, size=size, steps=steps, seed=seed)
     changed = draw(family, encode, prompts, size=size, steps=steps, seed=seed)
-    _save_grid(path, prompts, [("without the LoRA", plain), ("with the LoRA", changed)])
+    _save_grid(path, prompts, [(f"without {what}", plain), (f"with {what}", changed)])
 
 
 def _save_grid(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image]]]) -> None:

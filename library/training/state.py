@@ -46,9 +46,10 @@ _FREE = frozenset(
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
         *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "text_encoder_batch_size"),
         *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights", "deterministic"),
+        *("weights", "save_embedding"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
-        *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
-        *("validation_dir", "validation_gap", "forgetting_dir"),
+        *("validation_split", "validation_seed", "validation_group", "validation_fold"),
+        *("validate_every_n_steps", "validate_every_n_epochs", "validation_dir", "validation_gap", "forgetting_dir"),
         "ewc_data",  # what was measured on it is in the state
         *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
     }

@@ -21,6 +21,7 @@ COMMANDS = {
     "check": ("networks.tools.check", "what an adapter file is, and which programs load it"),
     "evaluate": ("library.evaluation.evaluate", "the loss of LoRA files on folders of images"),
     "draw": ("library.evaluation.draw", "prompts × LoRA files × multipliers × seeds as one picture"),
+    "cross_validate": ("library.evaluation.cross_validate", "train on several splits of the images, and average"),
     "tasks": ("library.evaluation.tasks", "train one task after another, and measure what was forgotten"),
     "find_rank": ("library.evaluation.find_rank", "train at several ranks, and name the smallest that is enough"),
 }
@@ -37,7 +38,7 @@ def _main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m networks.tools SUBCOMMAND …    (SUBCOMMAND --help shows its options)\n")
         for name, (_, text) in COMMANDS.items():
-            print(f"  {name:<12}{text}")
+            print(f"  {name:<16}{text}")
         return 0 if argv else 2
     name, *words = argv
     if name not in COMMANDS:

@@ -37,11 +37,13 @@ OWN_DEFAULTS = {
 OURS = {
     *("balance", "reg_share", "resolutions"),
     *("cache_dir", "skip_bad_images", "overwrite", "loss_plot", "compare_prompts", "compare_steps", "dry_run"),
+    *("check_data", "validation_group", "validation_fold"),
     *("weight_decay", "lr_layer_decay", "resume_anyway", "on_divergence", "divergence_limit"),
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),
     *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for", "deterministic", "allow_tf32"),
     *("save_naming", "base_format", "text_encoder_format", "fit", "gpu_memory"),
     *("validation_dir", "validation_gap", "forgetting_dir"),
+    *("embedding_lr", "train_embedding_only", "save_embedding"),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library.config.dataset_config import DatasetSpec, SubsetSpec
-from library.data.prepare import prepare
+from library.data.prepare import inspect, prepare
 from library.errors import UserError
 
 MakeSubset = Callable[..., SubsetSpec]
@@ -143,3 +143,30 @@ def test_what_is_told_fast_is_told_first(
         prepare([dataset(subset(image_dir=path / "gone"), resolution=(60, 64))], multiple_of=8)
     with pytest.raises(UserError, match="no such folder"):
         prepare([dataset(subset(image_dir=path), subset(image_dir=path / "gone"))], multiple_of=8)
+
+
+def test_the_data_check_lists_what_training_stops_at(
+    subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder, tmp_path: Path
+) -> None:
+    """Broken images, masks and captions, wherever they lie; and images of a folder for validation."""
+    images, masks, apart = (
+        folder("all", a=(64, 64), b=(64, 64), c=(64, 64)),
+        folder("masks", a=(64, 64)),
+        folder("apart"),
+    )
+    for path in (images / "b.png", masks / "b.png", masks / "c.png", apart / "d.png"):
+        path.write_bytes(b"no image")
+    (images / "a.txt").write_bytes(b"caf\xe9")
+    (masks / "c.png").write_bytes((masks / "a.png").read_bytes())
+    listed = tmp_path / "list.json"
+    listed.write_text('{"all/a.png": {"caption": "a"}, "all/b.png": {"caption": "b"}}', encoding="utf-8")
+    spec = dataset(subset(image_dir=images, conditioning_data_dir=str(masks), validation_dir=str(apart)))
+    by_file = dataset(subset(image_dir=tmp_path, metadata_file=listed))
+    first, second, third = inspect([spec, by_file], multiple_of=8)
+    assert {path.relative_to(tmp_path).as_posix() for path in first.faults} == {"all/b.png", "masks/b.png", "all/a.txt"}
+    assert {path.relative_to(tmp_path).as_posix() for path in third.faults} == {"all/b.png"}
+    assert [picture.path.name for picture in first.pictures] == ["a.png", "c.png"]
+    assert [picture.path.name for picture in third.pictures] == ["a.png"]
+    assert (second.source, second.pictures) == (apart, ())
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepare([spec], multiple_of=8)

@@ -19,6 +19,7 @@ SHORT = {
     "train_network.py": ["--max_train_epochs", "0", "--max_train_steps", "1", "--compare_prompts=", "--no-loss_plot"],
     "evaluate": ["--batch_size", "1"],
     "draw": [],
+    "cross_validate": ["--max_train_epochs", "0", "--max_train_steps", "1", "--max_validation_steps", "1"],
     "find_rank": ["--max_train_epochs", "0", "--max_train_steps", "1", "--max_validation_steps", "1"],
 }
 
@@ -46,13 +47,12 @@ def short(words: list[str]) -> Iterator[str]:
 
 
 def test_every_command_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.evaluation import sweep
     from networks.tools.__main__ import main as tools
     from train_network import main as train
 
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(
-        "library.evaluation.sweep.run_program", lambda command: forget_accelerator() or train(list(command[2:]))
-    )
+    monkeypatch.setattr(sweep, "_run", lambda command: forget_accelerator() or train(list(command[2:])))
     prompts = folder / "prompts.txt"
     prompts.write_text(prompts.read_text().replace("--s 25", "--s 1"))
     seen = set()
@@ -79,9 +79,11 @@ def test_its_pictures_are_there() -> None:
 def test_every_option_of_the_page_exists() -> None:
     from library.config.fields import declared
     from library.config.options import declared_options
-    from library.evaluation import draw, evaluate, find_rank
+    from library.evaluation import cross_validate, draw, evaluate, find_rank
 
-    groups = [group for module in (draw, evaluate, find_rank) for group in module.COMMAND.groups.values()]
+    groups = [
+        group for module in (cross_validate, draw, evaluate, find_rank) for group in module.COMMAND.groups.values()
+    ]
     known = {"help"} | {name for group in groups for name in declared(group)} | declared_options().keys()
     named = {name.removeprefix("no-") for name in re.findall(r"`--([\w-]{3,})", PAGE)}  # shorter: flags of prompts
     assert named <= known

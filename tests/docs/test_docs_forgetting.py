@@ -49,7 +49,7 @@ def test_every_command_works(block: str, folder: Path, monkeypatch: pytest.Monke
         forget_accelerator()
         return train(list(command[2:]))
 
-    monkeypatch.setattr("library.evaluation.sweep.run_program", here)
+    monkeypatch.setattr("library.evaluation.sweep._run", here)
     for _, *words in lines(block):
         forget_accelerator()
         if words[0] == "train_network.py":

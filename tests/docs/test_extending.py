@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
+from library.data.quality import check
 from library.run import build
 from tests.conftest import ROOT
 
@@ -47,12 +50,26 @@ def test_the_hook_ends_the_run_and_resumes(
     assert made[-1].state_dict() == {"low": 3}  # it ended after its third low step, one after the resume
 
 
+def test_the_check_finds_panoramas(
+    train: Callable[..., int], image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(block("panorama"), "docs/extending.md", "exec"), names)
+    monkeypatch.setattr(check, "CHECKS", (*check.CHECKS, names["check"]))
+    Image.effect_noise((200, 64), 90).save(image_folder / "2_style" / "wide.png")
+    assert train("--check_data") == 0
+    said = capsys.readouterr().out
+    assert "to know     panorama: 1 of 7 images are more than 3 times as long as wide" in said
+    assert "wide.png (200 × 64)" in said
+
+
 def test_the_table_names_what_is_there() -> None:
     for path, name in (
         ("networks/kinds.py", "KINDS"),
         ("library/models/__init__.py", "FAMILIES"),
         ("library/optimizers/registry.py", "OPTIMIZERS"),
         ("library/run/hooks.py", "_hooks"),
+        ("library/data/quality/check.py", "CHECKS"),
     ):
         assert f"`{name}` (`{path}`)" in PAGE
         assert re.search(rf"^(def )?{name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), name

@@ -16,6 +16,7 @@ import pytest
 
 from library.config.command import run
 from library.evaluation import find_rank
+from library.evaluation import sweep as sweeps
 from tests.conftest import BASE, PATIENCE, forget_accelerator
 
 Commands = list[list[str]]
@@ -35,7 +36,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
         forget_accelerator()
         return main(list(command[2:]))
 
-    monkeypatch.setattr("library.evaluation.sweep.run_program", call)
+    monkeypatch.setattr(sweeps, "_run", call)
     return started
 
 
@@ -92,7 +93,7 @@ def test_an_interrupted_run_resumes(
 ) -> None:
     """A finished run is made one that was stopped after its first epoch: the rest has the same losses."""
     with monkeypatch.context() as patched:
-        patched.setattr(find_rank, "_forget_states", lambda one: None)
+        patched.setattr(sweeps, "_forget_states", lambda one: None)
         assert sweep(tmp_path, "--ranks", "2") == 0
     before = rows(tmp_path)
     folder = tmp_path / "out" / "fox-ranks"

@@ -13,11 +13,11 @@ import toml
 
 from library.config import dataset_config, parser
 from library.config.command import run
-from library.data.measured import measured_folders
 from library.evaluation import replay, tasks
 from library.evaluation.after_tasks import BASE as BASE_ALONE
 from library.evaluation.after_tasks import Matrix
 from library.evaluation.tasks import TasksOptions, planned
+from library.run.measured import measured_folders
 from tests.conftest import BASE, IMAGES, copy_images, forget_accelerator
 
 
@@ -206,7 +206,7 @@ def test_a_series_that_is_interrupted(
         forget_accelerator()
         return 130 if len(started) == 2 else train(list(command[2:]))
 
-    monkeypatch.setattr("library.evaluation.sweep.run_program", call)
+    monkeypatch.setattr("library.evaluation.sweep._run", call)
     held_out(files / "held" / "other", first=5)
     words = ["--tasks", "cats.toml", "dogs.toml", *images("cats", "dogs", "other")]
     words += ["--against", *against] if against else []

@@ -27,6 +27,10 @@ IMAGES = ROOT / "quickstart" / "images" / "train"
 LONG = ("--max_train_steps", "8", "--lr_scheduler", "cosine", "--shuffle_caption", "--flip_aug", "--clip_skip", "2")
 # Four images trained and one held back: three batches an epoch, so one process has nothing to do in every second step.
 UNEVEN = ("--max_train_steps", "5", "--train_batch_size", "3", "--validation_split", "0.2", "--gradient_checkpointing")
+WORD = (
+    *("--token_string", "zfox", "--init_word", "flat", "--embedding_lr", "1e-2", "--caption_prefix", "zfox"),
+    *("--network_train_unet_only", "--max_train_steps", "3"),
+)
 ADAM8 = ("--optimizer_type", "CustomAdamW", "--network_dim", "64")
 # two of five images; nothing improves by a half, so the second validation after a step is the last
 VALIDATED = (
@@ -67,6 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
         "nan": words(folder, "nan", *LONG, "@nan=2"),
         "copied": words(folder, "copied", *UNEVEN),
         "shared": words(folder, "shared", *UNEVEN, "@fsdp=1"),
+        "word": words(folder, "word", *WORD, "@fsdp=1"),
         "seedless": seedless,
         "different": words(folder, "different", "--max_train_steps", "5", "@second=--noise_offset=0.1"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
@@ -124,6 +129,19 @@ def test_the_same_lora_as_one_process_with_accumulation(runs: Any, tmp_path: Pat
     ]
     assert trained[0] == trained[1]
     assert len(trained[0]) < len(one)
+
+
+def test_the_same_embedding_as_one_process_though_the_unet_is_sharded(runs: Any, tmp_path: Path) -> None:
+    from train_network import main
+
+    assert [run["code"] for run in runs("word")] == [0, 0]
+    shutil.copytree(runs.folder / "data", tmp_path / "data")
+    assert main([*words(tmp_path, "one", *WORD), "--gradient_accumulation_steps", "2"]) == 0
+    one, two = (
+        load_file(folder / "out" / f"{name}.safetensors") for folder, name in ((tmp_path, "one"), (runs.folder, "word"))
+    )
+    assert "bundle_emb.zfox.emb_params" in one
+    assert distance(one, two) < ROUNDED
 
 
 def test_nothing_is_seen_twice(runs: Any) -> None:

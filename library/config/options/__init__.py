@@ -26,6 +26,7 @@ from library.config.options.custom_adamw import CustomAdamWOptions
 from library.config.options.data import DataOptions
 from library.config.options.divergence import DivergenceOptions
 from library.config.options.ema import EmaOptions
+from library.config.options.embedding import EmbeddingOptions
 from library.config.options.forgetting import ForgettingOptions
 from library.config.options.guidance import GuidanceOptions
 from library.config.options.monitoring import MonitoringOptions
@@ -307,6 +308,12 @@ class RunOptions:
     debug_dataset: bool = option(
         False, help="render the network's input, images and captions, into NAME-dataset.png instead of training"
     )
+    check_data: Literal["", "page", "list"] = option(
+        "",
+        alone="page",
+        help="look for flaws in images and captions instead of training: prints them and writes NAME-data.html with "
+        "pictures; --check_data=list writes all files' names into NAME-data.tsv as well (ours)",
+    )
     dry_run: Literal["", "plan", "measure"] = option(
         "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
     )
@@ -322,6 +329,7 @@ class Options:
     compile: CompileOptions = field(default_factory=CompileOptions)
     data: DataOptions = field(default_factory=DataOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
+    embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
@@ -342,6 +350,17 @@ class Options:
     command: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.embedding.check_beside(
+            text_cache=self.data.text_cache_option if self.data.cache_text_encoder_outputs else "",
+            naming=self.output.save_naming,
+            of_loras={
+                "network_weights": self.network.network_weights,
+                "scale_weight_norms": self.network.scale_weight_norms,
+                "recommend": self.guidance.recommend,
+            },
+        )
+        if self.output.output_name is None and (name := self.embedding.file_name):
+            object.__setattr__(self.output, "output_name", name)  # as kohya's script names it
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
             raise UserError(
                 f"--{self.data.text_cache_option} needs --network_train_unet_only: cached text encoders cannot train"
@@ -357,7 +376,7 @@ class Options:
                 "itself, which torch's 8-bit floats do not allow; --base_format fp8_scaled, int8 and nf4 do"
             )
         instead = {
-            **{name: getattr(self.run, name) for name in ("dry_run", "debug_dataset")},
+            **{name: getattr(self.run, name) for name in ("dry_run", "check_data", "debug_dataset")},
             **{name: getattr(self.guidance, name) for name in ("find_lr", "recommend")},
         }
         asked = [f"--{name}" for name, value in instead.items() if value]

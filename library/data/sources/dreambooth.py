@@ -34,19 +34,22 @@ class _Caption:
     more_lines: bool
 
 
-def scan(spec: SubsetSpec, index: int) -> Scan:
+def scan(spec: SubsetSpec, index: int, faults: dict[Path, str] | None = None) -> Scan:
     """The samples of a subset, sorted by file name and not yet measured. Sub-folders are not searched, as in kohya.
 
     An image without a caption file takes `class_tokens` as its caption. With `enable_wildcard` all lines of a caption
     are kept that are not empty, otherwise the first. Raises UserError where the folder is missing or holds no images,
-    or where captions lie there under another extension than the one asked for, if that can be an oversight.
+    or where captions lie there under another extension than the one asked for, if that can be an oversight; and where
+    a caption cannot be read, unless there is `faults`, which then gets the file and the reason.
     """
     folder = _Folder(spec)
     extension = "." + spec.caption_extension.lstrip(".")
     files = {name: folder.caption_file(name, extension) for name in folder.images}
-    unread = "" if any(files.values()) else _captions_not_read(spec, extension, folder)
+    unread = "" if any(files.values()) or spec.sentences else _captions_not_read(spec, extension, folder)
     pairs = bar(files.items(), desc="captions", total=len(files), disable=len(files) < 5000)
-    captions = {name: _read_caption(spec, file) for name, file in pairs}
+    captions = {name: _read_caption(spec, file, faults) for name, file in pairs}
+    if spec.sentences:
+        captions = dict.fromkeys(captions, _Caption("", "\n".join(spec.sentences), False))
 
     stems = Counter(_key(Path(name).stem) for name in folder.images)
     missing = [name for name, caption in captions.items() if caption.file is None]
@@ -65,7 +68,10 @@ def scan(spec: SubsetSpec, index: int) -> Scan:
     warn_of(spec.image_dir, findings)
 
     samples = [
-        Sample(spec.image_dir / name, f"{index}/{name}", caption.text, spec, UNMEASURED, spec.num_repeats)
+        Sample(
+            *(spec.image_dir / name, f"{index}/{name}", caption.text, spec, UNMEASURED, spec.num_repeats),
+            captioned=caption.file is not None,
+        )
         for name, caption in captions.items()
     ]
     summary = SubsetSummary(
@@ -163,10 +169,25 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     return Path(entry.name).suffix.lower() in image_extensions() and not os.path.isdir(entry)
 
 
-def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
+def _read_caption(spec: SubsetSpec, name: str | None, faults: dict[Path, str] | None) -> _Caption:
     if name is None:
         return _Caption(None, spec.class_tokens or "", False)
     path = spec.image_dir / name
+    try:
+        text = _text_of(path)
+    except UserError as error:
+        if faults is None:
+            raise
+        faults[path] = str(error).removeprefix(f"{path}: ")
+        return _Caption(None, "", False)
+    lines = [line.strip() for line in text.split("\n")]
+    if spec.enable_wildcard:
+        return _Caption(name, "\n".join(filter(None, lines)), False)
+    return _Caption(name, lines[0], any(lines[1:]))
+
+
+def _text_of(path: Path) -> str:
+    """The text of a caption file. Raises UserError, which begins with the path, if it cannot be read."""
     try:
         refuse_long_caption(path.stat().st_size, str(path))
         if not path.is_file() and not path.is_dir():  # reading a pipe would block
@@ -179,10 +200,7 @@ def _read_caption(spec: SubsetSpec, name: str | None) -> _Caption:
         raise UserError(f"{path}: {why_not(error)}") from error
     if "\0" in text:  # which UTF-8 lets pass
         raise UserError(f"{path}: it holds null characters: UTF-16? Save it as UTF-8")
-    lines = [line.strip() for line in text.split("\n")]
-    if spec.enable_wildcard:
-        return _Caption(name, "\n".join(filter(None, lines)), False)
-    return _Caption(name, lines[0], any(lines[1:]))
+    return text
 
 
 def _captions_not_read(spec: SubsetSpec, extension: str, folder: _Folder) -> str:

@@ -34,11 +34,13 @@ class Pictures(Hook[Run]):
         prompts: Sequence[str],
         size: tuple[int, int],
         steps: int,
+        what: str = "the LoRA",
     ) -> None:
         """`paths`: of the wanted pictures, "loss" and "compare". `size`: width and height of the images of the
-        `prompts`, rendered in `steps` steps; `encode`: see `render.EncodedPrompts`."""
+        `prompts`, rendered in `steps` steps; `what`: is left out in the first row; `encode`: see
+        `render.EncodedPrompts`."""
         self._paths, self._encode, self._vae_dtype = paths, encode, vae_dtype
-        self._prompts, self._size, self._steps = prompts, size, steps
+        self._prompts, self._size, self._steps, self._what = prompts, size, steps, what
 
     def end(self, run: Run, *, stopped_by: str, conclusion: str) -> None:
         if stopped_by:
@@ -69,5 +71,6 @@ class Pictures(Hook[Run]):
                     size=self._size,
                     steps=self._steps,
                     seed=run.seed,
+                    what=self._what,
                 )
             logger.info("drew %s", path)

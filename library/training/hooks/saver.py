@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from library.files.index import read_index
 from library.out_of_memory import during
 from library.record import saves
 from library.record.metadata import step_of
+from library.record.modelspec import of_embedding
 from library.record.run_file import RunFile
 from library.record.saves import BrokenWeightsError, Due, SavePlan, state_folder
 from library.record.validation_history import History, Validation
@@ -112,7 +113,8 @@ class Saver(Hook[Run]):
                     logger.error("%s", error)
             # an old file is deleted only after its successor is written
             if due.remove is not None and of_network is None:
-                atomic.remove(due.remove)
+                for old in (due.remove, *self.saves.beside(due.remove)):
+                    atomic.remove(old)
             if due.remove_state is not None and of_state is None:
                 state.remove(due.remove_state)
         if ends and self._unwritten.count:
@@ -150,8 +152,10 @@ class Saver(Hook[Run]):
         metadata = self._metadata.at(steps=step, epoch=epoch)
         with run.weights_for(purpose):
             try:
-                saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
+                apart = self._files(run, path, metadata)
                 self._record.wrote(path, kind="network", step=step, loads=self._loads(path) if last else {})
+                for own in apart:
+                    self._record.wrote(own, kind="embedding", step=step)
             except BrokenWeightsError:
                 raise
             except UserError as error:
@@ -159,10 +163,20 @@ class Saver(Hook[Run]):
                     raise
                 elsewhere = Path(tempfile.mkdtemp(prefix="lora-")) / path.name
                 try:
-                    saves.save_network(run.network, elsewhere, precision=self._precision, metadata=metadata)
+                    self._files(run, elsewhere, metadata)
                 except UserError:
                     raise error from None
                 raise UserError(f"{error}. The network is in {elsewhere} instead: move it to a safe place") from None
+
+    def _files(self, run: Run, path: Path, metadata: Mapping[str, str]) -> list[Path]:
+        """Write the network to `path`, and its embedding beside that if it has a file of its own, which is returned."""
+        saves.save_network(run.network, path, precision=self._precision, metadata=metadata)
+        apart = self.saves.beside(path)
+        for own in apart:
+            assert run.network.embedding is not None, "only that has a file of its own"
+            about = of_embedding(metadata)
+            saves.save_network(run.network.embedding, own, precision=self._precision, metadata=about)
+        return apart
 
     def _loads(self, path: Path) -> dict[str, int]:
         """Log which programs load the last file, by their rules; the number of its layers that each finds."""

@@ -70,11 +70,6 @@ def _earlier(options: Options, like: DatasetSpec) -> Iterator[MeasuredFolder]:
             )
 
 
-def validation_folders(folders: Sequence[MeasuredFolder]) -> Iterator[MeasuredFolder]:
-    """Those of --validation_dir."""
-    return (one for one in folders if one.use == "validation")
-
-
 def dataset_like(like: DatasetSpec, folder: NamedFolder, options: Options, use: Use) -> DatasetSpec:
     """A folder as a data set: captions and sizes are read as those of the first subset of `like`. Only captions to
     validate on get the words that belong to what is trained."""
