@@ -8,7 +8,10 @@ lambda · F_i (w_i - w*_i), is added to the loss's: so the reported losses are t
 Why lambda is computed. The penalty is to be the rise of the earlier images' loss, so lambda F should be its Hessian H.
 A loss L that is the mean of N squared residuals r has, by the Gauss-Newton approximation, H_i = 2/N Σ (∂r/∂w_i)². Its
 gradient is 2/N Σ r ∂r/∂w_i, and the square of that on average 4/N² · L · Σ (∂r/∂w_i)², if the residuals are independent
-and of equal size. So H = N / (2 L) · F, and lambda = N / (2 L).
+and of equal size. So H = N / (2 L) · F.
+
+The diagonal leaves out that the weights of a LoRA move together, so this penalty is too small: lambda is `STRENGTH` times
+N / (2 L), which was measured (benchmarks/forgetting.py).
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from library.training.step import Objective, batch_loss
 logger = logging.getLogger(__name__)
 
 DRAWS = 4  # noise levels of each image
+STRENGTH = 10  # times N / (2 L)
 
 
 class Consolidation(Hook[Run]):
@@ -62,7 +66,8 @@ class Consolidation(Hook[Run]):
         self.anchor = [parameter.detach().float().clone() for parameter in self._parameters]
         chosen = "as given"
         if self._strength is None:
-            self._strength, chosen = natural_strength(loss, elements), f"{elements} elements / (2 · loss {loss:.4f})"
+            self._strength = STRENGTH * natural_strength(loss, elements)
+            chosen = f"{STRENGTH} · {elements} elements / (2 · loss {loss:.4f})"
         mean = float(sum(one.sum() for one in self.fisher)) / sum(one.numel() for one in self.fisher)
         logger.info("ewc: lambda %.4g (%s), mean Fisher information %.3g", self._strength, chosen, mean)
 
