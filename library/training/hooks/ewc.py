@@ -10,8 +10,8 @@ A loss L that is the mean of N squared residuals r has, by the Gauss-Newton appr
 gradient is 2/N Σ r ∂r/∂w_i, and the square of that on average 4/N² · L · Σ (∂r/∂w_i)², if the residuals are independent
 and of equal size. So H = N / (2 L) · F.
 
-The diagonal leaves out that the weights of a LoRA move together, so this penalty is too small: lambda is `STRENGTH` times
-N / (2 L), which was measured (benchmarks/forgetting.py).
+The diagonal leaves out that the weights of a LoRA move together, so this penalty is too small: lambda is `STRENGTH`
+times N / (2 L), which was measured (benchmarks/forgetting.py).
 """
 
 from __future__ import annotations
