@@ -216,7 +216,9 @@ def train_and_judge(style: Path, rate: float, seed: int, *more: str) -> Outcome:
         run = build(make_plan(parse(words(style, rate, seed, folder, *more))))
         parameters = sum(run.network.parameter_counts().values())
         try:
-            loop.train(replace(run, hooks=tuple(hook for hook in run.hooks if not isinstance(hook, (Monitor, Saver)))))
+            kept = replace(run, hooks=tuple(hook for hook in run.hooks if not isinstance(hook, (Monitor, Saver))))
+            if loop.train(kept) is not None:
+                raise KeyboardInterrupt  # a run that was stopped is no row
         except Diverged:
             diverged = True
         return Outcome(

@@ -38,7 +38,8 @@ Values = dict[str, Any]  # each in the type of its key: see `check_key`
 @dataclass(frozen=True, kw_only=True)
 class SubsetSpec:
     """One folder of images, or one metadata file. `origin` begins each message about it: the file and place that
-    define it. With a `metadata_file`, `image_dir` is where the relative paths in it begin.
+    define it. With a `metadata_file`, `image_dir` is where the relative paths in it begin. `prior`: "base", "previous"
+    or ""; see `library.losses.preservation`.
     """
 
     image_dir: Path
@@ -68,7 +69,9 @@ class SubsetSpec:
     resize_interpolation: str | None = None
     alpha_mask: bool = False
     conditioning_data_dir: str | None = None
-    diff_output_preservation: bool = False
+    prior: str = ""
+    prior_region: str = "all"
+    prior_weight: float = 1.0
     validation_split: float = 0.0
     validation_seed: int | None = None
     validation_dir: str | None = None
@@ -82,8 +85,8 @@ class SubsetSpec:
 
     @property
     def learns(self) -> bool:
-        """Whether its images are to be learnt; regularisation images and output preservation are not."""
-        return not (self.is_reg or self.diff_output_preservation)
+        """Whether its images are to be learnt; regularisation images and those preserved as a whole are not."""
+        return not (self.is_reg or (self.prior and self.prior_region == "all"))
 
     @property
     def validates(self) -> bool:
@@ -110,10 +113,11 @@ class DatasetSpec:
 
 
 _MASKS = ("alpha_mask", "conditioning_data_dir")
-_SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "share", "validation_dir", *_MASKS)
+_PRIOR = ("prior", "prior_region", "prior_weight")
+_SUBSET_ONLY = ("image_dir", "metadata_file", "is_reg", "share", "validation_dir", *_PRIOR, *_MASKS)
 # Keys that a metadata file contains itself, or cannot have.
 _FOLDERS_ONLY = ("caption_extension", "class_tokens", "is_reg", "validation_dir")
-_NO_KEYS = ("diff_output_preservation", "sentences", "origin")  # the first stands in custom_attributes
+_NO_KEYS = ("sentences", "origin")
 _SUBSET_KEYS = tuple(field.name for field in fields(SubsetSpec) if field.name not in (*_SUBSET_ONLY, *_NO_KEYS))
 _DATASET_KEYS = tuple(field.name for field in fields(DatasetSpec) if field.name != "subsets")
 _DATASET_LEVEL = (
@@ -135,7 +139,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
 
 
 def is_validated(datasets: Iterable[DatasetSpec]) -> bool:
-    """Whether any images are held out for validation, or lie in a validation folder."""
+    """Whether any images are held out for validation, or lie in a subset's validation folder."""
     return any(subset.validates for dataset in datasets for subset in dataset.subsets)
 
 
@@ -186,6 +190,11 @@ def _load(options: Options) -> tuple[DatasetSpec, ...]:
     return _datasets([], options, tuple(subsets))
 
 
+def datasets_of_file(path: Path, options: Options) -> tuple[DatasetSpec, ...]:
+    """The data sets of a file like that of --dataset_config. Raises as `load_datasets` does."""
+    return _DatasetFile(path, options).read()
+
+
 def dataset_of_folder(folder: Path, options: Options, origin: str) -> DatasetSpec:
     """One folder of captioned images, whatever its name, with the options about data. `origin`: begins messages."""
     return _datasets([], options, (_subset({"image_dir": str(folder)}, [], origin, options),))[0]
@@ -228,7 +237,9 @@ def _subset(own: Values, outer: list[Values], origin: str, options: Options) -> 
         is_reg=own.get("is_reg", False),
         share=own.get("share"),
         validation_dir=None if validation_dir is None else str(on_disk(Path(validation_dir))),
-        diff_output_preservation=isinstance(attributes, dict) and bool(attributes.get(PRESERVATION)),
+        prior=own.get("prior", "base" if isinstance(attributes, dict) and attributes.get(PRESERVATION) else ""),
+        prior_region=own.get("prior_region", "all"),
+        prior_weight=own.get("prior_weight", 1.0),
         origin=origin,
         **values,
     )
@@ -335,6 +346,7 @@ class _DatasetFile:
             return None
         self._check_validation(own, place)
         subset = _subset(own, levels, place, self.options)
+        self._check_prior(own, subset)
         if subset.num_repeats < 1:
             logger.warning("%s: is left out: it asks for %d repeats", place, subset.num_repeats)
             return None
@@ -349,6 +361,22 @@ class _DatasetFile:
             self.problems.append(f"{place}: {wanted[0]}: regularisation images are not validated")
         elif "validation_dir" in own:
             own["validation_split"] = 0.0  # whatever an outer table says
+
+    def _check_prior(self, own: Values, subset: SubsetSpec) -> None:
+        """A prior is the base's or that of --network_weights; what belongs to it needs one."""
+        place = subset.origin
+        for key in (key for key in ("prior_region", "prior_weight") if key in own and not subset.prior):
+            self.problems.append(f'{place}: {key}: needs prior = "base" or "previous"')
+        attributes = own.get("custom_attributes")
+        if own.get("prior") == "previous" and isinstance(attributes, dict) and attributes.get(PRESERVATION):
+            self.problems.append(f'{place}: prior = "previous" and {PRESERVATION}, which is "base": give one of them')
+        elif subset.prior == "previous" and self.options.network.network_weights is None:
+            self.problems.append(f'{place}: prior = "previous" is the network of --network_weights, which is missing')
+        if subset.prior and subset.prior_region == "outside_mask":
+            if subset.is_reg:
+                self.problems.append(f"{place}: prior_region: regularisation images have nothing to learn in a mask")
+            elif not (subset.alpha_mask or subset.conditioning_data_dir):
+                self.problems.append(f"{place}: prior_region: no mask: give alpha_mask or conditioning_data_dir")
 
     def _checked(self, level: str, content: object, place: str) -> Values:
         """The values of one table, each in its type; keys with an empty value ("") are left out."""

@@ -53,6 +53,10 @@ EMPTY_IS_OFF: dict[str, object] = {
 # The only key of custom_attributes that is read; kohya's trainer reads it, too.
 PRESERVATION = "diff_output_preservation"
 
+# Keys that are no options, in their types, and the values of those that are a choice.
+_TYPES: dict[str, type] = {"is_reg": bool, "prior_weight": float}
+_CHOICES = {"prior": ("base", "previous"), "prior_region": ("all", "outside_mask")}
+
 _KINDS: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -107,7 +111,7 @@ def _refuse_unless_neutral(key: str, value: object, place: str) -> None:
 
 def _in_type(key: str, value: object) -> object:
     option = declared_options().get(OPTION_NAMES.get(key, key))
-    kind: type = bool if key == "is_reg" else option.kind if option else str
+    kind: type = _TYPES.get(key) or (option.kind if option else str)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:  # not isinstance: true is an int in Python
@@ -119,6 +123,10 @@ def _in_type(key: str, value: object) -> object:
             raise BadValue(f"{error}; {ControlCharacters.in_a_file}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise BadValue(f"{_shown(value)} is not a number")
+    if key in _CHOICES and isinstance(value, str) and value not in _CHOICES[key]:
+        raise BadValue(f"{_shown(value)} is not one of {', '.join(_CHOICES[key])}{did_you_mean(value, _CHOICES[key])}")
+    if key == "prior_weight" and isinstance(value, float) and value < 0:
+        raise BadValue(f"must be at least 0, not {value:g}")
     # 0 repeats is how kohya's users switch a subset off
     minimum = option.details.minimum if option and key != "num_repeats" else None
     maximum = option.details.maximum if option else None

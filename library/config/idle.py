@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from library.config.options import Options, declared_options
+from library.config.options.validation import WITHOUT_IMAGES
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,12 @@ def idle(options: Options) -> dict[str, str]:
     wanted = options.validation
     elsewhere: dict[str, str] = {}  # options that other modules warn of, in more detail
     if options.data.dataset_config is None:
+        held_out = wanted.validation_split or wanted.validation_fold is not None or wanted.validation_dir
+        times = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+        if not (held_out or wanted.forgetting_dir):
+            elsewhere |= dict.fromkeys(times, f": {WITHOUT_IMAGES}")
         if not wanted.validation_split and wanted.validation_fold is None:
-            names = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_group")
-            for name in names:
-                elsewhere[name] = ": it matters only together with --validation_split"
+            elsewhere["validation_group"] = f": {WITHOUT_IMAGES}"
         if not options.data.token_warmup_step:
             elsewhere["token_warmup_min"] = ": it matters only together with --token_warmup_step"
         if options.data.enable_bucket:
@@ -66,9 +69,8 @@ def _unsaid(options: Options) -> dict[str, str]:
     for name in vars(output):
         if name.startswith("metadata_") or name == "training_comment":
             needs[name] = output.save_model_as == "safetensors", "--save_model_as safetensors"
-    found = {
-        name: f" without {others}" for name, (works, others) in needs.items() if not works
-    } | options.compile.idle()
+    found = {name: f" without {others}" for name, (works, others) in needs.items() if not works}
+    found |= options.compile.idle() | options.forgetting.idle()
     if options.embedding.train_embedding_only:
         found |= dict.fromkeys(_OF_ADAPTERS, " with --train_embedding_only: there is no LoRA")
     if options.embedding.weights is not None:

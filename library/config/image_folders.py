@@ -1,10 +1,12 @@
-"""Image folders as kohya's users lay them out: `train_data_dir/10_name` means 10 repeats of each image per epoch."""
+"""Folders of images as users give them: `train_data_dir/10_name` means 10 repeats of each image per epoch, as kohya's
+users lay them out; other options take NAME=FOLDER."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +68,37 @@ def _advice(root: Path) -> str:
     if folders:
         return f"; rename its folders, for example {folders[0]} to 10_{folders[0]}"
     return "; it is empty" if not entries else ""
+
+
+@dataclass(frozen=True)
+class NamedFolder:
+    """NAME=FOLDER: a folder, by the name that tables and curves have for it. `place` begins messages about it."""
+
+    name: str
+    path: Path
+    place: str
+
+
+def named_folders(words: Sequence[str], *, option: str) -> list[NamedFolder]:
+    """The folders of `--option`, each NAME=FOLDER, or FOLDER, whose own name it then has. Raises UserError for one that
+    does not exist, and for an empty name."""
+    found = []
+    for word in words:
+        place = f"--{option} {word}"
+        name, equals, path = word.partition("=")
+        folder = on_disk(Path(path) if equals and not Path(word).is_dir() else Path(word))
+        if not folder.is_dir():
+            raise UserError(f"{place}: no such folder: {folder}{nearest_path(folder)}")
+        own = name.strip() if equals and folder != on_disk(Path(word)) else folder.resolve().name
+        if not own:
+            raise UserError(f"{place}: the name before = is empty")
+        found.append(NamedFolder(own, folder, place))
+    return found
+
+
+def refuse_twins(folders: Iterable[NamedFolder]) -> None:
+    """Raises UserError for two folders of one name."""
+    seen: dict[str, NamedFolder] = {}
+    for one in folders:
+        if (other := seen.setdefault(one.name, one)) is not one:
+            raise UserError(f"two folders are called {one.name}: {other.path} and {one.path}; give NAME=FOLDER")

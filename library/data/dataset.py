@@ -129,7 +129,7 @@ class TrainingData:
         *,
         batch_size: int,
         disk: Disk | None = None,
-        beside: TrainingData | None = None,
+        beside: Sequence[TrainingData] = (),
     ) -> None:
         """See `cache.encode_images`, or with `disk` `disk_cache.cache_images`. `beside`: other data of the same run."""
         views = self.cached_views()
@@ -137,7 +137,7 @@ class TrainingData:
         if disk is None:
             latents = encode_images(views, encode, batch_size=batch_size)
         else:
-            others = beside.cached_views() if beside is not None else ()
+            others = [view for other in beside for view in other.cached_views()]
             latents = cache_images(views, encode, batch_size=batch_size, disk=disk, used_too=others)
         self.latents = latents
 
@@ -153,7 +153,7 @@ class TrainingData:
         *,
         batch_size: int,
         disk: Disk | None = None,
-        beside: TrainingData | None = None,
+        beside: Sequence[TrainingData] = (),
     ) -> None:
         """See `cache.encode_captions`, or with `disk` `disk_cache.cache_captions`. `beside`: other data of the run.
 
@@ -163,7 +163,7 @@ class TrainingData:
         if disk is None:
             self.texts = encode_captions(self.captions(), encode, batch_size=batch_size)
         else:
-            others = beside.caption_folders() if beside is not None else {}
+            others = {text: folder for other in beside for text, folder in other.caption_folders().items()}
             self.texts = cache_captions(
                 self.caption_folders(), encode, batch_size=batch_size, disk=disk, used_too=others
             )
@@ -210,6 +210,11 @@ class TrainingData:
         draws = partial(python_random, self.seed, epoch, repeat, sample.key)
         return caption_text(sample.caption, sample.subset, Sight(draws, epoch, step, self.total_steps))
 
+    def _weight(self, subset: SubsetSpec) -> float:
+        """The weight of a sample's loss. Outside of masks the prior's weight is for that part alone."""
+        weight = self.prior_loss_weight if subset.is_reg else 1.0
+        return weight * subset.prior_weight if subset.prior and subset.prior_region == "all" else weight
+
     def _batch(
         self,
         planned: PlannedBatch,
@@ -223,7 +228,7 @@ class TrainingData:
     ) -> Batch:
         draws = [Draw(self.samples[index], epoch, repeat) for index, repeat in planned]
         captions = [self._caption(draw, step) for draw in draws]
-        weights = [self.prior_loss_weight if draw.sample.subset.is_reg else 1.0 for draw in draws]
+        weights = [self._weight(draw.sample.subset) for draw in draws]
         return Batch(
             samples=draws,
             pixels=pixels,

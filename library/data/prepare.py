@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count, zip_longest
 from pathlib import Path
@@ -27,6 +27,7 @@ from library.data.quality.folder import Folder, picture_of
 from library.data.samples import Sample, Scan, Size, SubsetSummary
 from library.data.sources import dreambooth, metadata
 from library.errors import UserError
+from library.rng import key_of
 
 if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec, SubsetSpec
@@ -39,7 +40,11 @@ _MOST_DRAWS = 20_000_000  # in an epoch
 @dataclass(frozen=True)
 class Prepared:
     """`placements[i]` belongs to `samples[i]`; the groups hold indices into both. `mixes`: of the data sets that are
-    drawn by shares. `validation`: the images held out."""
+    drawn by shares. `validation`: the images held out. `trained`: some of the trained images, prepared as those held
+    out are, to compare the two.
+
+    `contents`: the first file of each content, those held out included; empty where nothing is measured.
+    """
 
     samples: list[Sample]
     placements: list[Placement]
@@ -47,6 +52,8 @@ class Prepared:
     summaries: list[SubsetSummary]
     mixes: tuple[Mix, ...] = ()
     validation: Prepared | None = None
+    trained: Prepared | None = None
+    contents: Mapping[str, Path] = field(default_factory=dict)
     folders: tuple[Folder, ...] = ()
     """All usable images as the data check sees them, before any are held out or balanced."""
 
@@ -67,17 +74,19 @@ def prepare(
     multiple_of: int,
     skip_bad_images: bool = False,
     seed: int = 0,
+    measures: bool = False,
     validation_group: str = "",
     fold: Fold | None = None,
 ) -> Prepared:
     """Find all images and captions, decode every image once, hold out those of validation, place each in a bucket.
 
     `multiple_of`: widths and heights are multiples of this many pixels, as the model's family declares it.
-    `seed`: of validation, for subsets without one of their own. `validation_group`: see `validation_groups`; `fold`:
-    see `held_out`. Raises UserError for any mistake in the options, the folders or the files; quick checks come first.
+    `seed`: of validation, for subsets without one of their own. `measures`: other images are measured in this run, or
+    trained ones beside those held out. `validation_group`: see `validation_groups`; `fold`: see `held_out`. Raises
+    UserError for any mistake in the options, the folders or the files; quick checks come first.
     """
     buckets = [Buckets(spec, multiple_of=multiple_of) for spec in datasets]
-    found = _find(datasets, contents=is_validated(datasets), skip_bad_images=skip_bad_images)
+    found = _find(datasets, contents=is_validated(datasets) or measures, skip_bad_images=skip_bad_images)
     scans, usable, usable_apart, measured = found.scans, found.usable, found.apart, found.measured
     contents = found.contents
     chosen = _chosen(found, seed=seed, group=validation_group, fold=fold)
@@ -101,7 +110,29 @@ def prepare(
     warn_of_captions_without_tags(sample for own in train for sample in own)
     placed = _placed(datasets, buckets, validation) if any(validation) else None
     folders = tuple(_folders(buckets, found, chosen))
-    return replace(_placed(datasets, buckets, train, shares), summaries=summaries, validation=placed, folders=folders)
+    prepared = replace(
+        _placed(datasets, buckets, train, shares), summaries=summaries, validation=placed, folders=folders
+    )
+    if not measures:
+        return prepared
+    firsts: dict[str, Path] = {}
+    for sample in (sample for part in usable for sample in part):
+        firsts.setdefault(contents[sample.path], sample.path)
+    return replace(prepared, contents=firsts)
+
+
+def some_trained(prepared: Prepared, datasets: Sequence[DatasetSpec], *, multiple_of: int, most: int) -> Prepared:
+    """`most` of the images that are learnt, as validation would have them; all, if there are no more. The choice
+    depends on their contents alone. `prepared`: of `prepare` with `measures`."""
+    contents = {path: content for content, path in prepared.contents.items()}  # of each different image
+    by_dataset: list[list[Sample]] = [[] for _ in datasets]
+    for group in prepared.groups:
+        by_dataset[group.dataset] += [prepared.samples[index] for index, _ in group.members]
+    learnt = [[one for one in own if one.subset.learns and one.path in contents] for own in by_dataset]
+    distinct = [split([], own, contents, set())[1] for own in learnt]
+    chosen = sorted({one.key for own in distinct for one in own}, key=lambda key: key_of(key, "trained"))[:most]
+    kept = [[one for one in own if one.key in frozenset(chosen)] for own in distinct]
+    return _placed(datasets, [Buckets(spec, multiple_of=multiple_of) for spec in datasets], kept)
 
 
 def inspect(

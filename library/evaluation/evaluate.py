@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from library.config.command import Command, Read, read, run
 from library.config.dataset_config import DatasetSpec, dataset_of_folder
 from library.config.fields import MAX_SIDE, REQUIRED, option, read_resolution
+from library.config.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.options import DataOptions, ModelOptions, Options
 from library.config.options import OutputOptions as TrainOutput
-from library.errors import UserError, nearest_path
+from library.errors import UserError
 from library.evaluation.candidates import FILES, Candidate, read_candidates
 from library.evaluation.differences import Result, difference, hint, mean, worst
 from library.evaluation.precision import PrecisionOptions
@@ -76,11 +77,9 @@ COMMAND = Command(
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A folder of images, by the name that tables have for it."""
+class Folder(NamedFolder):
+    """A folder of images, and whether the LoRAs were trained on it."""
 
-    name: str
-    path: Path
     trained: bool
 
 
@@ -92,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     folders = [*_folders(options.train_images, trained=True), *_folders(options.images, trained=False)]
     if not folders:
         raise UserError("no images are given: --images FOLDER, several times for several folders")
-    _refuse_twins(folders)
+    refuse_twins(folders)
     paths = [Path(output.output_dir) / f"{output.output_name}.{end}" for end in ("csv", "png")]
     from library.record import saves  # loads torch
 
@@ -110,20 +109,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _folders(words: Sequence[str], *, trained: bool) -> Iterator[Folder]:
-    option_name = "train_images" if trained else "images"
-    for word in words:
-        name, equals, path = word.partition("=")
-        folder = Path(path) if equals and not Path(word).is_dir() else Path(word)
-        if not folder.is_dir():
-            raise UserError(f"--{option_name} {word}: no such folder: {folder}{nearest_path(folder)}")
-        yield Folder(name if folder != Path(word) else folder.resolve().name, folder, trained)
-
-
-def _refuse_twins(folders: Sequence[Folder]) -> None:
-    seen: dict[str, Folder] = {}
-    for one in folders:
-        if (other := seen.setdefault(one.name, one)) is not one:
-            raise UserError(f"two folders are called {one.name}: {other.path} and {one.path}; give NAME=FOLDER")
+    for one in named_folders(words, option="train_images" if trained else "images"):
+        yield Folder(one.name, one.path, one.place, trained)
 
 
 def dataset_of(folder: Folder, model: ModelOptions, options: EvaluateOptions) -> DatasetSpec:
@@ -134,8 +121,8 @@ def dataset_of(folder: Folder, model: ModelOptions, options: EvaluateOptions) ->
         caption_extension=options.caption_extension,
         **{name: getattr(options, name) for name in BUCKETS},
     )
-    place = f"--{'train_images' if folder.trained else 'images'} {folder.path}"
-    return dataset_of_folder(folder.path, Options(model=model, data=data, output=TrainOutput(output_dir="")), place)
+    options_of_run = Options(model=model, data=data, output=TrainOutput(output_dir=""))
+    return dataset_of_folder(folder.path, options_of_run, folder.place)
 
 
 def _measured(

@@ -95,10 +95,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(own: Options) -> None:
     """`UserError` for settings of which a sweep of ranks cannot be made."""
-    if not dataset_config.is_validated(dataset_config.load_datasets(own)):
+    if not (own.validation.validation_dir or dataset_config.is_validated(dataset_config.load_datasets(own))):
         raise UserError(
             "ranks are compared by the loss on held-out images, and there are none: add --validation_split 0.1 behind "
-            "--, or a validation_dir to a subset of --dataset_config (docs/validation.md)"
+            "--, --validation_dir, or a validation_dir to a subset of --dataset_config (docs/validation.md)"
         )
     sweep.refuse_other_jobs(own, "find_rank")
     for name in ("dim_from_weights", "network_weights"):

@@ -124,7 +124,7 @@ def train_all(runs: Sequence[Planned], *, anew: bool) -> tuple[list[Outcome], in
         result = None if anew else finished(one)
         if result is None:
             logger.info("training %s", one.name)
-            if code := _train(one, anew=anew):
+            if code := train(one, anew=anew):
                 print(f"{one.name}: ended with exit code {code}; the same command continues the sweep", file=sys.stderr)
                 return done, code
             result = finished(one)
@@ -134,10 +134,17 @@ def train_all(runs: Sequence[Planned], *, anew: bool) -> tuple[list[Outcome], in
     return done, 0
 
 
-def finished(one: Planned) -> Outcome | None:
-    """The outcome of a run that has finished; None for another."""
+def finished_record(one: Planned) -> run_file.Record | None:
+    """The record of a run that has finished; None for another."""
     record = run_file.read(run_file.run_path(one.file))
     if record is None or run_file.standing(record) != run_file.FINISHED or not one.file.is_file():
+        return None
+    return record
+
+
+def finished(one: Planned) -> Outcome | None:
+    """The outcome of a run that has finished; None for another."""
+    if (record := finished_record(one)) is None:
         return None
     validations = [
         (line["validation"]["loss"], line["step"])
@@ -154,7 +161,7 @@ def finished(one: Planned) -> Outcome | None:
     )
 
 
-def _train(one: Planned, *, anew: bool) -> int:
+def train(one: Planned, *, anew: bool) -> int:
     """Train in a process of its own, from the run's newest state where there is one. Returns the exit code."""
     record = run_file.read(run_file.run_path(one.file))
     if record is not None and run_file.standing(record) == run_file.RUNNING and not anew:

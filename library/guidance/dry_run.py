@@ -17,7 +17,7 @@ from torch import Tensor
 from library.data.caches.disk import Found, caption_files, latent_files, look
 from library.data.caches.files import size_of
 from library.data.captions import as_written
-from library.data.dataset import Batch, Draw
+from library.data.dataset import Batch, Draw, TrainingData
 from library.data.samples import Size
 from library.diffusion.process import predict_and_target
 from library.guidance import verdict
@@ -35,7 +35,10 @@ from library.run.start import pictures, planned_about
 from library.run.summary import facts_of
 from library.training import loop
 from library.training.hooks.ema import Ema
+from library.training.hooks.ewc import Consolidation
+from library.training.hooks.forgetting import ForgettingMeter
 from library.training.hooks.validation import Validator
+from library.training.hooks.validation_sets import ValidationSets
 from library.training.run import Run
 from library.training.step import condition_of
 from library.units import human_bytes, human_time
@@ -206,8 +209,7 @@ def _existing(folder: Path) -> Path:
 def _caches(plan: Plan, run: Run) -> Iterator[str]:
     """The size of the caches on disk, and how much of that exists. Reads the images and the existing files."""
     options = plan.options
-    validator = run.hook(Validator)
-    cached = [run.data, *([] if validator is None else [validator.data])]
+    cached = [run.data, *_measured(run)]
     if place := latents_on_disk(run.family, options, run.accelerator):
         views = [view for data in cached for view in data.cached_views()]
         files, _ = latent_files(views, place)
@@ -224,6 +226,14 @@ def _caches(plan: Plan, run: Run) -> Iterator[str]:
             example = run.family.encode_prompts([""])
         to_come = len(found.missing) * size_of({name: output[0] for name, output in example.items()})
         yield _cache("text encoder outputs", found, to_come)
+
+
+def _measured(run: Run) -> list[TrainingData]:
+    """The images that are measured beside training."""
+    validator, sets, forgetting, ewc = map(run.hook, (Validator, ValidationSets, ForgettingMeter, Consolidation))
+    found: list[TrainingData] = [] if validator is None else [validator.data]
+    found += [*(sets.data if sets else ()), *(forgetting.folders.values() if forgetting else ())]
+    return [*found, *(ewc.earlier if ewc else ())]
 
 
 def _latents_size(run: Run, size: Size) -> int:

@@ -192,7 +192,7 @@ class _Moments:
             yield self._encoding_texts()
         yield self._step()
         yield self._optimizers_step()
-        if self.estimator.plan.prepared.validation is not None:
+        if self._measured_groups():
             yield self._validation()
         samples = self.estimator.plan.samples
         if samples is not None:
@@ -234,6 +234,11 @@ class _Moments:
         standing = {"weights": self._frozen, "adapter": self.outline.network, "optimizer state": self.state}
         if self.options.ema.ema_decay is not None:
             standing["average"] = self.outline.trained
+        if self.options.forgetting.ewc_data:
+            standing["Fisher information"] = 2 * self.outline.trained  # and the weights at the start
+        subsets = (subset for dataset in self.estimator.plan.datasets for subset in dataset.subsets)
+        if self.options.forgetting.distillation_weight or any(subset.prior == "previous" for subset in subsets):
+            standing["network before"] = self.outline.network
         if self.options.guidance.find_lr:
             standing["copy for the finder"] = self.outline.network + self.state
         return standing
@@ -278,10 +283,14 @@ class _Moments:
         weights += 0 if data.cache_latents else self.outline.weights["vae"][""]
         return Moment("caching text", {"weights": weights, "activations": peak})
 
+    def _measured_groups(self) -> list[Group]:
+        """The buckets of the images that are held out, and of further sets that are measured."""
+        plan = self.estimator.plan
+        sets = [plan.prepared.validation, plan.prepared.trained, *(one.prepared for one in plan.sets)]
+        return [group for one in sets if one is not None for group in one.groups]
+
     def _validation(self) -> Moment:
-        held_out = self.estimator.plan.prepared.validation
-        assert held_out is not None
-        size, count = _largest(held_out.groups)
+        size, count = _largest(self._measured_groups())
         peak = self._once(("predict", size, count), lambda outline: outline.predict(size, count))
         return Moment("validation", {**self.standing, **self._average_in_use("validate"), "activations": peak})
 

@@ -74,6 +74,7 @@ def refuse_what_cannot_be(options: Options, choice: OptimizerChoice, network_arg
         ("full_fp16", options.precision.full_fp16, "the trained weights are fp32"),
         ("full_bf16", options.precision.full_bf16, "the trained weights are fp32"),
         ("scale_weight_norms", options.network.scale_weight_norms, "it changes weights beside the optimizer"),
+        ("ewc_data", options.forgetting.ewc_data, "it adds to gradients that no process has whole"),
         ("find_lr", options.guidance.find_lr, "find the rate with one process"),
     ):
         fine = {"mixed_precision": ("no", "bf16")}.get(option, ())

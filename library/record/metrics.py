@@ -1,7 +1,8 @@
 """`NAME-metrics.jsonl`: the log of a run, one JSON object a line, beside its files.
 
 The first line describes the run: {"run": {…}}. Every other line has a "step" and its values: of a step of the optimizer
-("loss", "rates" …), {"validation": {…}} or {"warning": {…}}. Numbers that are not finite are null. Lines are appended
+("loss", "rates" …), {"validation": {…}}, {"validation_sets": {…}}, {"gap": {…}}, {"forgetting": {…}} or
+{"warning": {…}}. Numbers that are not finite are null. Lines are appended
 whole, so that a run may be killed at any time. After a power cut the last line may be incomplete; it is ignored.
 """
 

@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from bokeh.embed import components
 from bokeh.resources import Resources
 
+from library.record.forgetting import SEVERE, WARNED
 from library.report import figures
-from library.report.figures import Key, Line
+from library.report.figures import NO_MARKS, Key, Line, Marks
 from library.report.loss_plot import smoothed
 from library.report.read import Curve, Story
 
+LIMITS = (100 * WARNED, 100 * SEVERE)
 MOST_GROUPS = 8  # of parameters in one chart; rates by block or layer make dozens
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`lines` to draw; `log` and `small` as in `figures.draw`."""
+    """`lines` to draw; `log`, `small` and `marks` as in `figures.draw`."""
 
     title: str
     note: str
     lines: list[Line]
     log: bool = False
     small: bool = False
+    marks: Marks = NO_MARKS
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,10 @@ def draw(story: Story) -> tuple[list[Drawn], str]:
     wanted = [chart for chart in charts(story) if any(line.curve.steps for line in chart.lines)]
     if not wanted:
         return [], ""
-    made = [figures.draw(n, steps, chart.lines, log=chart.log, small=chart.small) for n, chart in enumerate(wanted)]
+    made = [
+        figures.draw(n, steps, chart.lines, log=chart.log, small=chart.small, marks=chart.marks)
+        for n, chart in enumerate(wanted)
+    ]
     script, places = components(tuple(plot for plot, _ in made))
     drawn = [
         Drawn(chart.title, chart.note, html, keys if len(keys) > 1 else [])
@@ -65,8 +71,13 @@ def charts(story: Story) -> Iterator[Chart]:
     loss.append(Line("mean of 100 steps", curves.get("loss_average", empty)))
     if "validation/loss" in curves:
         loss.append(Line("validation", curves["validation/loss"], dots=True))
+    if "gap/trained" in curves:
+        loss.append(Line("trained images, at validation's noise", curves["gap/trained"], dots=True))
     note = "A single step's loss depends on the noise levels drawn for it; learning shows in the mean."
-    yield Chart("Loss", note, loss)
+    best = story.best
+    if best is not None:
+        note += f" Dashed: the best validation, {best[1]:.4f} after step {best[0]:.0f}."
+    yield Chart("Loss", note, loss, marks=NO_MARKS if best is None else Marks(steps=(best[0],)))
     note = "Moving means. Low timesteps (little noise) decide about fine detail, high ones about the composition."
     yield Chart("Loss by timestep", note, [Line(line.label, _mean(line.curve)) for line in _group(story, "timesteps")])
     note = "In effect, for each group of parameters."
@@ -84,6 +95,13 @@ def charts(story: Story) -> Iterator[Chart]:
     yield Chart("Norm of the adapters' deltas", note, deltas)
     validation = [line for line in _group(story, "validation", dots=True) if line.label != "loss"]
     yield Chart("Validation loss by timestep", "On images that are not trained.", validation)
+    sets = [Line("validation", curves.get("validation/loss", empty), dots=True)]
+    sets += _group(story, "validation_sets", dots=True)
+    yield Chart("Validation loss by set", "Folders of --validation_dir.", sets if len(sets) > 1 else [])
+    note = "How far the loss of held-out images is above that of trained ones with equal noise, in %."
+    yield Chart("Gap between validation and training", note, [Line("gap", curves.get("gap/gap", empty), dots=True)])
+    note = "How far the loss on unrelated images is above the base model's, in %. Dashed: the limits of the warnings."
+    yield Chart("Forgetting", note, _group(story, "forgetting", dots=True), marks=Marks(values=LIMITS))
 
 
 def _group(story: Story, prefix: str, *, dots: bool = False) -> list[Line]:

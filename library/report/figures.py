@@ -17,6 +17,7 @@ from bokeh.models import (
     Range1d,
     ResetTool,
     SaveTool,
+    Span,
     WheelZoomTool,
 )
 from bokeh.plotting import figure
@@ -39,6 +40,17 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """Dashed lines across a chart: at these steps, and at these values."""
+
+    steps: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
+
+
+NO_MARKS = Marks()
+
+
+@dataclass(frozen=True)
 class Key:
     """The name of a curve, and the names of its Bokeh parts, by which the page shows and hides it."""
 
@@ -52,7 +64,9 @@ def steps_of(last: int) -> Range1d:
     return Range1d(0, last, bounds=(0, last), name=RANGE)
 
 
-def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small: bool) -> tuple[Any, list[Key]]:
+def draw(
+    number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small: bool, marks: Marks = NO_MARKS
+) -> tuple[Any, list[Key]]:
     """A Bokeh figure, and the key to its curves. `number`: which chart of the page it is. `log`: a logarithmic axis;
     values not above 0 are left out. `small`: show the numbers with an exponent."""
     plot = figure(
@@ -88,6 +102,9 @@ def draw(number: int, steps: Range1d, lines: Sequence[Line], *, log: bool, small
     ]
     for line, key in zip(lines, keys, strict=True):
         _line(plot, line, key, log=log)
+    for dimension, places in (("height", marks.steps), ("width", marks.values)):
+        for place in places:
+            plot.add_layout(Span(location=place, dimension=dimension, line_color=TEXT, line_dash="dashed"))
     _style(plot)
     return plot, keys
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from library.files.atomic import replacing
 from library.record.loss_history import LossHistory
+from library.record.validation_history import History
 
 
 def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
@@ -22,9 +23,11 @@ def smoothed(losses: Sequence[float], *, window: int) -> list[float]:
     return means
 
 
-def plot(path: Path, history: LossHistory, *, steps_per_epoch: int, title: str) -> None:
+def plot(
+    path: Path, history: LossHistory, *, steps_per_epoch: int, title: str, validation: History | None = None
+) -> None:
     """A PNG of the loss per optimizer step (in a long run, per few steps) as a faint line, and of its moving mean as a
-    strong one.
+    strong one; and of the validation loss, with a dashed line at its best step.
 
     The noise level drawn for each image changes a single step's loss more than learning does, so the mean is the
     curve to look at.
@@ -42,9 +45,15 @@ def plot(path: Path, history: LossHistory, *, steps_per_epoch: int, title: str) 
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label=each)
     label = f"mean of {window * stretch} steps"
     axes.plot(steps, smoothed(losses, window=window), color="tab:blue", linewidth=1.8, label=label)
+    if validation is not None and validation.validations:
+        measured = [(one.step, one.loss) for one in validation.validations]
+        axes.plot(*zip(*measured, strict=True), color="tab:orange", linewidth=1.5, marker=".", label="validation")
+        if (best := validation.best) is not None:
+            label = f"best validation: {best.loss:.4f}, step {best.step}"
+            axes.axvline(best.step, color="tab:orange", linewidth=1.0, linestyle="--", label=label)
     for boundary in range(steps_per_epoch, last, max(steps_per_epoch, last // 20)):
         axes.axvline(boundary, color="0.85", linewidth=0.6, zorder=0)
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(1, max(2, last)))
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(0 if validation else 1, max(2, last)))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     with replacing(path) as beside:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from markupsafe import Markup
 from library.errors import UserError
 from library.files.atomic import replacing
 from library.record import run_file, summary
+from library.record.forgetting import WARNED
 from library.record.metrics import Line, report_path, session_of_report
 from library.record.run_file import Session
 from library.report import charts, images
@@ -69,6 +71,7 @@ def render(story: Story) -> str:
         pictures=_pictures(story),
         samples=_samples(samples(story), run.get("prompts", [])),
         files=saved_files(story),
+        forgetting=_forgetting(story),
         charts=drawn,
         bokeh=Markup(charts.library()),
         script=Markup(script),
@@ -156,6 +159,20 @@ def _session(session: Session) -> str:
     until = _moment(session.heartbeat if session.ended is None else session.ended)
     steps = f"steps {session.first_step} to {session.steps_done}"
     return f"{_moment(session.started)} to {until} on {session.host}, {steps}: {session.status}{end}"
+
+
+def _forgetting(story: Story) -> Row | None:
+    """The last measurement of forgetting: a row a folder, the rate at all noise levels first, then by level."""
+    if story.forgetting is None:
+        return None
+    step, folders = story.forgetting
+    levels = [name for name in next(iter(folders.values())) if re.fullmatch(r"t\d+", name)]
+    rows = []
+    for name, own in folders.items():
+        rates = [own[key] for key in ("rate", *levels)]
+        shown = ["not a number" if rate is None else f"{100 * rate:+.1f}" for rate in rates]
+        rows.append({"name": name, "rates": shown, "level": rates[0] is None or rates[0] > WARNED})
+    return {"step": step, "levels": levels, "rows": rows}
 
 
 def _options(run: Line) -> list[Row]:

@@ -59,11 +59,19 @@ class Story:
     last_step: int = 0
     seconds: float = 0.0
     end: Line = field(default_factory=dict)  # empty: the run was killed, or is still running
+    forgetting: tuple[int, Line] | None = None  # the last step it was measured after, and the numbers of each folder
     largest: list[tuple[str, float]] = field(default_factory=list)  # adapters with the largest deltas at the end
 
     @property
     def name(self) -> str:
         return str(self.run.get("name", self.path.name.removesuffix(SUFFIX)))
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """The step with the lowest validation loss after a step, and that loss."""
+        curve = self.curves.get("validation/loss", Curve())
+        after = [(step, loss) for step, loss in zip(curve.steps, curve.values, strict=True) if step > 0]
+        return min(after, key=lambda point: point[1], default=None)
 
     @property
     def facts(self) -> Facts | None:
@@ -123,6 +131,16 @@ def read_story(path: Path) -> Story:
         elif "validation" in line:
             for name, value in line["validation"].items():
                 _add(story, f"validation/{name}", step, value)
+        elif "validation_sets" in line:
+            for name, own in line["validation_sets"].items():
+                _add(story, f"validation_sets/{name}", step, own["loss"])
+        elif "gap" in line:
+            _add(story, "gap/gap", step, _percent(line["gap"]["gap"]))
+            _add(story, "gap/trained", step, line["gap"]["trained"])
+        elif "forgetting" in line:
+            story.forgetting = (step, line["forgetting"])
+            for name, own in line["forgetting"].items():
+                _add(story, f"forgetting/{name}", step, _percent(own["rate"]))
         elif "warning" in line:
             story.warnings.append((step, line["warning"]["sign"], line["warning"]["text"]))
         elif "end" in line:
@@ -130,6 +148,10 @@ def read_story(path: Path) -> Story:
     named = zip(run.get("adapters", ()), deltas, strict=False)
     story.largest = sorted(named, key=lambda item: -(item[1] or 0))[:8]
     return story
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _record_of(metrics: Path, run: Line) -> Record | None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
+from library.data.prepare import Prepared
 from library.errors import UserError
-from library.losses.preservation import Preservation
+from library.losses.distillation import Distillation
+from library.losses.preservation import Active, Preservation
+from library.losses.term import LossTerm
 from library.optimizers import weight_decay_choice
 from library.optimizers.create import ParameterGroups, create_optimizer
 from library.optimizers.schedules import create_schedule
@@ -20,7 +25,8 @@ from library.record.saves import SavePlan
 from library.run import compiled, disk, recording, start
 from library.run.curves import Curves, curves_of, of_length
 from library.run.encode import load_and_encode, trains_text
-from library.run.hooks import Made, make_hooks
+from library.run.hooks import Made, MeasuredData, make_hooks
+from library.run.measured import Use
 from library.run.network import make_network, parameter_groups
 from library.run.objective import make_objective
 from library.run.plan import Plan
@@ -28,10 +34,13 @@ from library.sampling.render import EncodedPrompts
 from library.training import state
 from library.training.gradients import Gradients, WholeGradients
 from library.training.hooks.weight_decay import Observe
+from library.training.previous import PreviousNetwork
 from library.training.run import Position, Run, StepOptimizer
 from library.training.step import Objective
 from networks.merge import BaseWeights
 from networks.network import TrainableNetwork
+
+logger = logging.getLogger(__name__)
 
 Following = tuple[LRScheduler | None, Observe | None]
 """The schedule of the learning rates, and the function by which the adaptive weight decay observes the losses."""
@@ -67,7 +76,7 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
         batches_per_step=per_step,
         total_steps=saves.total_steps,
     )
-    held_out = _held_out(plan)
+    measured = _measured(plan)
     prompts = EncodedPrompts(plan.family, _texts_to_draw(plan))
     base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
     load_and_encode(
@@ -77,11 +86,11 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
         accelerator,
         base_weights,
         prompts,
-        validation=held_out,
+        measured=measured.all(),
         cache=not options.run.dry_run,
     )
     core, following = _core(plan, accelerator, objective, saves, data, curves)
-    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, held_out, prompts, facts, record)))
+    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, measured, prompts, facts, record)))
     if plan.resume is not None:
         state.load(plan.resume, run, changed=changed)
     if accelerator.is_main_process and options.trains:
@@ -122,10 +131,9 @@ def _core(
     if options.compile.is_asked_for and not options.run.dry_run:
         compiled.compile_blocks(family, options)
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
-    if any(subset.diff_output_preservation for dataset in plan.datasets for subset in dataset.subsets):
-        if refusal := network.refuses("off"):  # now, not in the first step
-            raise UserError(refusal)
-        objective = replace(objective, more=(Preservation(family.predict, network.off),))
+    if options.validation.forgetting_dir:
+        _refuse_without_off(network)
+    objective = replace(objective, more=_terms(plan, network, objective))
     groups, optimizer = _optimizer(plan, network)
     # before accelerate wraps the optimizer: it would restore a step() that the schedule has not patched
     schedule = None if curves.schedule is None else create_schedule(curves.schedule, optimizer)
@@ -158,6 +166,32 @@ def _core(
         dummy=dummy,
     )
     return run, (schedule, observe)
+
+
+def _terms(plan: Plan, network: TrainableNetwork, objective: Objective) -> tuple[LossTerm, ...]:
+    """The terms beside the main loss. Raises UserError for a network that cannot be the base alone."""
+    family, wanted = plan.family, plan.options.forgetting
+    priors = {subset.prior for dataset in plan.datasets for subset in dataset.subsets if subset.prior}
+    if "base" in priors:
+        _refuse_without_off(network)
+    contexts: dict[str, Active] = {"base": network.off}
+    if "previous" in priors or wanted.distillation_weight:
+        contexts["previous"] = PreviousNetwork(network).active
+    terms: list[LossTerm] = []
+    if priors:
+        terms.append(Preservation(family.predict, {name: contexts[name] for name in sorted(priors)}, objective.main))
+    if wanted.distillation_weight:
+        weight, schedule = wanted.distillation_weight, wanted.distillation_schedule
+        previous = contexts["previous"]
+        logger.info("distillation: weight %g, %s, from %s", weight, schedule, plan.options.network.network_weights)
+        terms.append(Distillation(family.predict, previous, objective.main, weight=weight, schedule=schedule))
+    return tuple(terms)
+
+
+def _refuse_without_off(network: TrainableNetwork) -> None:
+    """Raise UserError now, not in the first step, for a network that cannot be switched off."""
+    if refusal := network.refuses("off"):
+        raise UserError(refusal)
 
 
 def _optimizer(plan: Plan, network: TrainableNetwork) -> tuple[ParameterGroups, torch.optim.Optimizer]:
@@ -202,10 +236,19 @@ def _refuse_full_disk(plan: Plan, run: Run) -> None:
     )
 
 
-def _held_out(plan: Plan) -> TrainingData | None:
-    """The images that are held out, with the seed of validation."""
-    prepared, seed = plan.prepared.validation, plan.options.validation.validation_seed
-    return None if prepared is None else TrainingData(prepared, seed=plan.seed if seed is None else seed)
+def _measured(plan: Plan) -> MeasuredData:
+    """The images that are measured, with the seed of validation."""
+    seed = plan.options.validation.validation_seed
+
+    def data(prepared: Prepared) -> TrainingData:
+        return TrainingData(prepared, seed=plan.seed if seed is None else seed)
+
+    held_out, trained = plan.prepared.validation, plan.prepared.trained
+    return MeasuredData(
+        held_out=None if held_out is None else data(held_out),
+        trained=None if trained is None else data(trained),
+        folders={use: {one.name: data(one.prepared) for one in plan.sets if one.use == use} for use in get_args(Use)},
+    )
 
 
 def _texts_to_draw(plan: Plan) -> list[str]:

@@ -85,12 +85,12 @@ def load_and_encode(
     base_weights: BaseWeights,
     prompts: sample.EncodedPrompts,
     *,
-    validation: TrainingData | None,
+    measured: Sequence[TrainingData],
     cache: bool,
 ) -> None:
     """Load VAE, text encoders and denoiser one after the other, each released before the next if its output is cached.
 
-    The latents of `validation` are cached in any case: they never change. Without `cache` nothing is encoded, and
+    The latents of what is `measured` are cached in any case: they never change. Without `cache` nothing is encoded, and
     everything stays loaded: a dry run looks at all parts.
     """
     dtype = DTYPES[options.precision.mixed_precision]
@@ -99,14 +99,14 @@ def load_and_encode(
     parts = _Parts(family, options, accelerator, base_weights)
     if cache and options.data.cache_latents:
         disk, batch_size = latents_on_disk(family, options, accelerator), options.data.vae_batch_size
-        data.cache_latents(parts.encode_images, batch_size=batch_size, disk=disk, beside=validation)
-        if validation is not None:
-            validation.cache_latents(parts.encode_images, batch_size=batch_size, disk=disk, beside=data)
+        for one in (data, *measured):
+            beside = [other for other in (data, *measured) if other is not one]
+            one.cache_latents(parts.encode_images, batch_size=batch_size, disk=disk, beside=beside)
         parts.release("vae")
     else:
         parts.load_vae()
-        if cache and validation is not None:
-            validation.cache_latents(parts.encode_images, batch_size=options.data.vae_batch_size)
+        for one in measured if cache else ():
+            one.cache_latents(parts.encode_images, batch_size=options.data.vae_batch_size)
 
     if cache and options.data.cache_text_encoder_outputs:
         batch_size = options.data.text_encoder_batch_size or options.data.train_batch_size
@@ -114,9 +114,9 @@ def load_and_encode(
         if options.network.base_weights:  # matched to the layers even if all captions are on disk
             with family.outlined():
                 base_weights.changes(family.adapter_targets(*family.components.text_encoders))
-        data.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=validation)
-        if validation is not None:
-            validation.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=data)
+        for one in (data, *measured):
+            beside = [other for other in (data, *measured) if other is not one]
+            one.cache_captions(parts.encode_prompts, batch_size=batch_size, disk=disk, beside=beside)
         prompts.keep(parts.encode_prompts)
         parts.release(*family.components.text_encoders)
     else:

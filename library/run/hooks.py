@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library.config.options import Options
 from library.data.dataset import TrainingData
 from library.diffusion.process import BINS, middles
+from library.losses.distillation import Distillation
 from library.parallel import zero
 from library.record import trackers
 from library.record.run_file import RunFile
@@ -18,21 +19,26 @@ from library.record.validation_history import History
 from library.run.curves import Curves
 from library.run.encode import vae_dtype
 from library.run.facts import run_metadata
+from library.run.measured import Use
 from library.run.plan import Plan
 from library.run.start import pictures
 from library.sampling import render
 from library.sampling.prompts import SampleTimes
 from library.training.hook import Hook
 from library.training.hooks.ema import Ema
+from library.training.hooks.ewc import Consolidation
+from library.training.hooks.forgetting import ForgettingMeter
 from library.training.hooks.guard import Guard
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.max_norm import MaxNorm
 from library.training.hooks.monitor import Monitor
 from library.training.hooks.pictures import Pictures
+from library.training.hooks.progress import Progress
 from library.training.hooks.sampler import Sampler
 from library.training.hooks.saver import Saver
 from library.training.hooks.spill import Spill
 from library.training.hooks.validation import Times, Validator
+from library.training.hooks.validation_sets import ValidationSets
 from library.training.hooks.weight_decay import Observe, WeightDecay
 from library.training.meter import Meter
 from library.training.run import Run
@@ -40,12 +46,24 @@ from library.training.state import Facts
 from library.training.unwritten import Unwritten
 
 
+class MeasuredData(NamedTuple):
+    """The images that are measured: those held out, some of the trained ones, and those of folders, by use and name."""
+
+    held_out: TrainingData | None
+    trained: TrainingData | None
+    folders: Mapping[Use, Mapping[str, TrainingData]]
+
+    def all(self) -> list[TrainingData]:
+        single = [one for one in (self.held_out, self.trained) if one is not None]
+        return [*single, *(data for named in self.folders.values() for data in named.values())]
+
+
 class Made(NamedTuple):
     """Objects of this run, beside its core, that the hooks need."""
 
     schedule: LRScheduler | None
     observe: Observe | None
-    held_out: TrainingData | None
+    measured: MeasuredData
     prompts: render.EncodedPrompts
     facts: Facts  # of the states
     record: RunFile
@@ -62,11 +80,13 @@ def make_hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> tuple[Hook[R
 
 def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Run]]:
     options, saves = plan.options, run.saves
-    validator = None if made.held_out is None else _validator(options, run, made.held_out)
+    held_out = made.measured.held_out
+    validator = None if held_out is None else _validator(options, run, held_out)
     if made.schedule is not None and curves.schedule is not None:
         yield LrSchedule(made.schedule, curves.schedule)
     if curves.decay is not None:
         yield WeightDecay(curves.decay, made.observe, None if validator is None else validator.history)
+    yield from _protections(options, run, made.measured)
     if options.network.scale_weight_norms:
         yield MaxNorm(options.network.scale_weight_norms)
     if options.trains:
@@ -80,6 +100,7 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
         yield from _writers(plan, run, curves, made, None if validator is None else validator.history)
     if validator is not None:
         yield validator
+    yield from _measuring(options, run, made.measured)
     yield Guard(
         options.divergence.on_divergence,
         limit=options.divergence.divergence_limit,
@@ -87,20 +108,50 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
     )
 
 
+def _protections(options: Options, run: Run, data: MeasuredData) -> Iterator[Hook[Run]]:
+    """The hooks that work against forgetting."""
+    if terms := [term for term in run.objective.more if isinstance(term, Distillation)]:
+        yield Progress(terms)
+    if earlier := list(data.folders["ewc"].values()):
+        wanted = options.forgetting
+        yield Consolidation(run.parameters, earlier, strength=wanted.ewc_lambda, most_images=wanted.ewc_images)
+
+
 def _validator(options: Options, run: Run, held_out: TrainingData) -> Validator:
     wanted = options.validation
     return Validator(
         held_out,
         History(patience=wanted.early_stopping_patience, threshold=wanted.early_stopping_threshold),
-        Times(
-            every_n_steps=wanted.validate_every_n_steps,
-            every_n_epochs=wanted.validate_every_n_epochs,
-            steps_per_epoch=run.saves.steps_per_epoch,
-            total_steps=run.position.total,
-        ),
+        _times(options, run),
         timesteps=middles(*run.objective.steps),
         most_batches=wanted.max_validation_steps,
     )
+
+
+def _times(options: Options, run: Run) -> Times:
+    return Times(
+        every_n_steps=options.validation.validate_every_n_steps,
+        every_n_epochs=options.validation.validate_every_n_epochs,
+        steps_per_epoch=run.saves.steps_per_epoch,
+        total_steps=run.position.total,
+    )
+
+
+def _measuring(options: Options, run: Run, data: MeasuredData) -> Iterator[Hook[Run]]:
+    """The hooks that measure further images when validation measures those held out."""
+    timesteps, most = middles(*run.objective.steps), options.validation.max_validation_steps
+    sets, unrelated = data.folders["validation"], data.folders["forgetting"]
+    if sets or data.trained is not None:
+        yield ValidationSets(sets, data.trained, timesteps=timesteps, most_batches=most)
+    if unrelated:
+        times = _times(options, run)
+        yield ForgettingMeter(
+            unrelated,
+            times.due,
+            timesteps=timesteps,
+            most_batches=most,
+            starts_as_base=options.network.network_weights is None,
+        )
 
 
 def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[Pictures]:

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from library.parallel import together
 from library.record.metadata import check_user_metadata
 from library.record.trackers import TrackerPlan
 from library.run import word
+from library.run.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets
 from library.run.trackers import plan_trackers
 from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
 from library.training.state import State
@@ -43,12 +44,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Options that fit together, data that can be read, a model that exists. `parameters`: the numbers that the network
-    trains; None for one of another package."""
+    """Options that fit together, data that can be read, a model that exists.
+
+    `sets`: folders that are measured beside `prepared.validation`. `parameters`: the numbers that the network trains;
+    None for one of another package.
+    """
 
     options: Options
     datasets: tuple[DatasetSpec, ...]
     prepared: Prepared
+    sets: tuple[MeasuredSet, ...]
     family: ModelFamily
     choice: OptimizerChoice
     network_arguments: Arguments
@@ -67,6 +72,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     only_family: the required family of the base model, as in `library.models.FAMILIES`.
     """
     datasets = word.with_templates(load_datasets(options), options)
+    folders = measured_folders(options, datasets)
     check_data_options(options, datasets)
     _warn_of_unused_rates(options)
     arguments = _network_arguments(options)
@@ -80,26 +86,18 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
     # torch loads from here on
     seed = _seed(options, resume)
-    from library.data.prepare import prepare
     from library.optimizers.trial import refuse_useless
     from library.run.rehearse import rehearse
 
     _check_weight_files(options.network)
-    choice = _choose_optimizer(options, validates=is_validated(datasets))
+    choice = _choose_optimizer(options, validates=_validates(options, datasets))
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = base_of(options, only_family=only_family)
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
-    prepared = prepare(
-        datasets,
-        multiple_of=family.size_divisor,
-        skip_bad_images=options.data.skip_bad_images,
-        seed=seed if options.validation.validation_seed is None else options.validation.validation_seed,
-        validation_group=options.validation.validation_group,
-        fold=options.validation.validation_fold,
-    )
+    prepared, sets = _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
     word.check_captions(options, family, prepared)
     rehearsed = rehearse(family, options, arguments, resume=resume)
     if rehearsed.kernels:
@@ -110,6 +108,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         options=options,
         datasets=datasets,
         prepared=prepared,
+        sets=sets,
         family=family,
         choice=choice,
         network_arguments=arguments,
@@ -132,6 +131,39 @@ def base_of(options: Options, *, only_family: str | None = None) -> ModelFamily:
         options=vars(options.model) | vars(options.objective),
         given=options.given,
     )
+
+
+def _images(
+    options: Options,
+    datasets: tuple[DatasetSpec, ...],
+    folders: Sequence[MeasuredFolder],
+    *,
+    seed: int,
+    multiple_of: int,
+) -> tuple[Prepared, tuple[MeasuredSet, ...]]:
+    """The images to train and those to validate, and further sets to measure. If no images are held out, those to
+    validate are the first folder of --validation_dir."""
+    from library.data.prepare import prepare, some_trained
+
+    wanted, skip = options.validation, options.data.skip_bad_images
+    prepared = prepare(
+        datasets,
+        multiple_of=multiple_of,
+        skip_bad_images=skip,
+        seed=seed if wanted.validation_seed is None else wanted.validation_seed,
+        measures=bool(folders) or wanted.validation_gap,
+        validation_group=wanted.validation_group,
+        fold=wanted.validation_fold,
+    )
+    sets = measured_sets(folders, prepared.contents, multiple_of=multiple_of, skip_bad_images=skip)
+    if prepared.validation is None and sets and sets[0].use == "validation":
+        prepared = replace(prepared, validation=sets.pop(0).prepared)
+    if wanted.validation_gap:
+        assert prepared.validation is not None, "check_validation has seen that"
+        count = len(prepared.validation.samples)
+        trained = some_trained(prepared, datasets, multiple_of=multiple_of, most=count)
+        prepared = replace(prepared, trained=trained)
+    return prepared, tuple(sets)
 
 
 def _state_to_resume(options: Options) -> State | None:
@@ -208,11 +240,16 @@ def _rates(options: Options) -> dict[str, float]:
     return rates
 
 
+def _validates(options: Options, datasets: Sequence[DatasetSpec]) -> bool:
+    """Whether some images are held out, or lie in a folder for validation."""
+    return is_validated(datasets) or bool(options.validation.validation_dir)
+
+
 def check_data_options(options: Options, datasets: tuple[DatasetSpec, ...]) -> None:
     """Check the data sets against the options about them, before any file is looked at."""
     check_masks(datasets, masked_loss=options.data.masked_loss)
     check_shares(datasets)
-    check_validation(options.validation, validated=is_validated(datasets))
+    check_validation(options.validation, validated=_validates(options, datasets))
     warn_of_idle_options(options)
     if options.data.cache_latents:
         refuse_latent_cache_of_changing_images(datasets, option=options.data.latent_cache_option)

@@ -83,6 +83,9 @@ class Hook(Generic[R]):
         """After the report; optimizers that average now have the average as weights. True ends the training here."""
         return False
 
+    def noted(self, run: R, step: int, values: Mapping[str, Any]) -> None:
+        """Another hook has measured something after `step` steps: a line of the metrics, as `record.metrics` has it."""
+
     # -- files
 
     def validated(self, run: R, result: Validation, *, best: bool) -> None:

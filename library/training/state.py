@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
+from library.config.dataset_keys import PRESERVATION
 from library.config.options import SECRETS, Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
 from library.files import atomic
@@ -48,7 +49,8 @@ _FREE = frozenset(
         *("weights", "save_embedding"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
         *("validation_split", "validation_seed", "validation_group", "validation_fold"),
-        *("validate_every_n_steps", "validate_every_n_epochs"),
+        *("validate_every_n_steps", "validate_every_n_epochs", "validation_dir", "validation_gap", "forgetting_dir"),
+        "ewc_data",  # what was measured on it is in the state
         *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
     }
 )
@@ -225,11 +227,14 @@ def data_hash(datasets: tuple[DatasetSpec, ...], prepared: Prepared) -> str:
 
 def _settings(spec: DatasetSpec | SubsetSpec) -> dict[str, Any]:
     """The settings that differ from their defaults: so new settings of later versions do not change the hash."""
-    return {
+    found = {
         field.name: value
         for field in fields(spec)
         if (value := getattr(spec, field.name)) != field.default and field.name not in (*_PLACES, "subsets")
     }
+    if found.get("prior") == "base":  # as versions wrote it that had no other prior
+        found[PRESERVATION] = bool(found.pop("prior"))
+    return found
 
 
 def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyway: bool) -> frozenset[str]:

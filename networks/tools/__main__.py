@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("library.evaluation.evaluate", "the loss of LoRA files on folders of images"),
     "draw": ("library.evaluation.draw", "prompts × LoRA files × multipliers × seeds as one picture"),
     "cross_validate": ("library.evaluation.cross_validate", "train on several splits of the images, and average"),
+    "tasks": ("library.evaluation.tasks", "train one task after another, and measure what was forgotten"),
     "find_rank": ("library.evaluation.find_rank", "train at several ranks, and name the smallest that is enough"),
 }
 """Each with its module and a line for the help. A module has its `COMMAND`, and `main(argv)`, which returns the exit

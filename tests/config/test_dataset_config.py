@@ -190,6 +190,17 @@ MISTAKES = {
     ONE + "custom_attributes = 5\n": PLACE + "custom_attributes: 5 is not a table such as { name = 1 }",
     ONE + "custom_attributes = { diff_output_preservation = 1 }\n": PLACE
     + "custom_attributes: diff_output_preservation: 1 is not true or false",
+    ONE + "prior = 'bases'\n": PLACE + "prior: \"bases\" is not one of base, previous, did you mean 'base'?",
+    ONE + "prior = 'previous'\n": PLACE[:-2]
+    + ': prior = "previous" is the network of --network_weights, which is missing',
+    ONE + "prior_weight = 0.5\n": PLACE + 'prior_weight: needs prior = "base" or "previous"',
+    ONE + "prior = 'base'\nprior_weight = -1\n": PLACE + "prior_weight: must be at least 0, not -1",
+    ONE + "prior = 'base'\nprior_region = 'outside_mask'\n": PLACE
+    + "prior_region: no mask: give alpha_mask or conditioning_data_dir",
+    ONE + "prior = 'base'\nprior_region = 'outside_mask'\nis_reg = true\n": PLACE
+    + "prior_region: regularisation images have nothing to learn in a mask",
+    ONE + "prior = 'previous'\ncustom_attributes = { diff_output_preservation = true }\n": PLACE[:-2]
+    + ': prior = "previous" and diff_output_preservation, which is "base": give one of them',
     ONE + "caption_dropout_rate = 1.5\n": PLACE + "caption_dropout_rate: must be at most 1, not 1.5",
     ONE + "token_warmup_step = '9'\n": PLACE + 'token_warmup_step: "9" is not a number',
     ONE + "metadata_file = 'm.json'\ncaption_extension = '.txt'\n": PLACE
@@ -327,9 +338,9 @@ def test_metadata_files(folder: Path, options: Parse, caplog: pytest.LogCaptureF
 
 def test_custom_attributes(folder: Path, options: Parse, caplog: pytest.LogCaptureFixture) -> None:
     text = "[general]\ncustom_attributes = { diff_output_preservation = true }\n" + ONE
-    assert load(folder, options, text)[0].subsets[0].diff_output_preservation
+    assert load(folder, options, text)[0].subsets[0].prior == "base"
     (dataset,) = load(folder, options, text + "custom_attributes = { artist = 'x' }\n")
-    assert not dataset.subsets[0].diff_output_preservation
+    assert not dataset.subsets[0].prior
     assert [record.getMessage() for record in caplog.records] == [
         PLACE + "custom_attributes: artist has no effect: nothing reads it",
     ]

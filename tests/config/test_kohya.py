@@ -16,6 +16,7 @@ from library.config import kohya
 from library.config.dataset_keys import NEUTRAL, NOT_YET
 from library.config.fields import Declared, declared
 from library.config.options import CustomAdamWOptions, Options, declared_options
+from library.config.options.forgetting import ForgettingOptions
 from library.config.options.monitoring import MonitoringOptions
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.registry import signature
@@ -41,6 +42,7 @@ OURS = {
     *("preset", "list_presets", "recommend", "find_lr", "find_lr_start", "find_lr_end", "find_lr_steps"),
     *("early_stopping_patience", "early_stopping_threshold", "ema_decay", "ema_for", "deterministic", "allow_tf32"),
     *("save_naming", "base_format", "text_encoder_format", "fit", "gpu_memory"),
+    *("validation_dir", "validation_gap", "forgetting_dir"),
     *("embedding_lr", "train_embedding_only", "save_embedding"),
 }
 
@@ -60,7 +62,12 @@ def test_no_name_has_two_rows() -> None:
 
 
 def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
-    titled = (CustomAdamWOptions, WeightDecayOptions, MonitoringOptions)  # groups whose titles say it
+    titled = (
+        CustomAdamWOptions,
+        WeightDecayOptions,
+        MonitoringOptions,
+        ForgettingOptions,
+    )  # groups whose titles say it
     of_groups = {name for group in titled for name in declared(group)}
     assert {name for name in OPTIONS if name not in KOHYA} == OURS | of_groups
     assert {name for name, item in OPTIONS.items() if "(ours)" in item.details.help} == OURS

@@ -19,8 +19,10 @@ from PIL import Image
 
 from library.config.parser import parse
 from library.errors import UserError
+from library.record.loss_history import LossHistory
 from library.record.metrics import MetricsFile, lines, session_of_report
-from library.report import charts, figures, page
+from library.record.validation_history import History, Validation
+from library.report import charts, figures, loss_plot, page
 from library.report.__main__ import main as report
 from library.report.images import data_url
 from library.report.read import MOST_POINTS, Curve, block_of, find_metrics, read_story
@@ -426,3 +428,57 @@ def test_thumbnails_of_any_picture(tmp_path, mode):
     assert data_url(tmp_path / "none.png", side=64) is None
     (tmp_path / "b.png").write_bytes(b"no picture")
     assert data_url(tmp_path / "b.png", side=64) is None
+
+
+def test_what_was_measured_beside_training(tmp_path):
+    """The best step is marked; sets, gap and forgetting have charts, the last measurement of forgetting a table."""
+    forgotten = {"loss": 0.12, "base": 0.1, "rate": 0.2, "t100": 0.05, "t900": None}
+    write_metrics(
+        tmp_path / "fox-metrics.jsonl",
+        {"session_id": 5, "name": "fox", "total_steps": 3},
+        (0, {"validation": {"loss": 0.3, "t100": 0.3}}),
+        *((step, {"loss": 0.5}) for step in (1, 2, 3)),
+        (1, {"validation": {"loss": 0.5}}),
+        (2, {"validation": {"loss": 0.4}}),
+        (2, {"validation_sets": {"more <i>": {"loss": 0.6}}}),
+        (2, {"gap": {"gap": 0.25, "trained": 0.32}}),
+        (1, {"forgetting": {"noto": {**forgotten, "rate": 0.01}}}),
+        (2, {"forgetting": {"noto": forgotten, "fine": {**forgotten, "rate": -0.1}}}),
+        (3, {"validation": {"loss": None}}),
+    )
+    story = read_story(tmp_path / "fox-metrics.jsonl")
+    assert story.best == (2, 0.4)
+    drawn = {chart.title: chart for chart in charts.charts(story)}
+    assert drawn["Loss"].marks.steps == (2,)
+    assert "Dashed: the best validation, 0.4000 after step 2." in drawn["Loss"].note
+    assert drawn["Forgetting"].marks.values == (10, 30)
+    values = {line.label: line.curve.values for line in drawn["Forgetting"].lines}
+    assert values == {"noto": [1.0, 20.0], "fine": [-10.0]}
+    assert [line.label for line in drawn["Validation loss by set"].lines] == ["validation", "more <i>"]
+    assert drawn["Gap between validation and training"].lines[0].curve.values == [25.0]
+    found = Page(page.render(story))
+    assert "Forgetting after step 2, in % of the base model's loss" in found.texts
+    start = found.texts.index("noto", found.texts.index("images of"))
+    row = [text for text in found.texts[start:] if text][:4]
+    assert row == ["noto", "+20.0", "+5.0", "not a number"]
+    bad = [attributes for tag, attributes in found.tags if tag == "td" and "bad" in (attributes.get("class") or "")]
+    assert len(bad) == 1
+
+
+def test_the_loss_picture_marks_the_best_validation(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures_drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **b: figures_drawn.append(self) or save(self, *a, **b))
+    losses = LossHistory()
+    for _ in range(4):
+        losses.add(0.5)
+    history = History(validations=[Validation(step, loss, {}) for step, loss in ((0, 0.4), (2, 0.3), (4, 0.35))])
+    loss_plot.plot(tmp_path / "a.png", losses, steps_per_epoch=10, title="fox", validation=history)
+    (axes,) = figures_drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["validation"] == [[0, 0.4], [2, 0.3], [4, 0.35]]
+    assert lines["best validation: 0.3000, step 2"] == [[2, 0], [2, 1]]
+    loss_plot.plot(tmp_path / "b.png", losses, steps_per_epoch=10, title="fox")
+    assert len(figures_drawn[1].axes[0].lines) == 2

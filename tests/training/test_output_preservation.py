@@ -50,7 +50,7 @@ class Base:
 def loss(*preserved: bool, base: Base | None = None) -> float:
     base = base or Base()
     samples = [
-        SimpleNamespace(key=f"0/{i}", subset=SimpleNamespace(diff_output_preservation=keep))
+        SimpleNamespace(key=f"0/{i}", subset=SimpleNamespace(prior="base" if keep else "", prior_region="all"))
         for i, keep in enumerate(preserved)
     ]
     mean = torch.arange(len(samples) * 16.0).view(-1, 1, 4, 4) / 16
@@ -71,7 +71,7 @@ def loss(*preserved: bool, base: Base | None = None) -> float:
         steps=(0, 1000),
         noise=Noise(),
         main=MainLoss(l2),
-        more=(Preservation(base.predict, base.without),),
+        more=(Preservation(base.predict, {"base": base.without}, MainLoss(l2)),),
     )
     found = batch_loss(batch, base, objective, seed=1, device=torch.device("cpu"), train_text=False)  # type: ignore[arg-type]
     return found.loss.item()

@@ -27,6 +27,7 @@ from library.config.options.data import DataOptions
 from library.config.options.divergence import DivergenceOptions
 from library.config.options.ema import EmaOptions
 from library.config.options.embedding import EmbeddingOptions
+from library.config.options.forgetting import ForgettingOptions
 from library.config.options.guidance import GuidanceOptions
 from library.config.options.monitoring import MonitoringOptions
 from library.config.options.objective import ObjectiveOptions
@@ -337,6 +338,7 @@ class Options:
     divergence: DivergenceOptions = field(default_factory=DivergenceOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
+    forgetting: ForgettingOptions = field(default_factory=ForgettingOptions)
     ema: EmaOptions = field(default_factory=EmaOptions)
     output: OutputOptions
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -362,6 +364,11 @@ class Options:
         if self.data.cache_text_encoder_outputs and not self.network.network_train_unet_only:
             raise UserError(
                 f"--{self.data.text_cache_option} needs --network_train_unet_only: cached text encoders cannot train"
+            )
+        if self.forgetting.distillation_weight and self.network.network_weights is None:
+            raise UserError(
+                "--distillation_weight needs --network_weights, the network whose predictions are kept; the base's are "
+                'kept by subsets with prior = "base"'
             )
         if (name := self.precision.formats.get("fp8")) and not source.is_ours(self.network.network_module):
             raise UserError(

@@ -1,7 +1,7 @@
 """The options of validation and early stopping, and whether they fit the data sets.
 
 Names, defaults and meanings are kohya's but for those marked as ours. `validation_split` and `validation_seed` may
-stand in a data set's file, too; a subset may have its own, or a `validation_dir`.
+stand in a data set's file, too; a subset may have its own, or a `validation_dir`, whose images join those held out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from library.config.fields import BadValue, option
 from library.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
+
+TIMES = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed")
+WITHOUT_IMAGES = "it matters only together with --validation_split"
 
 
 GROUPS = ("folder", "date", "latest", "near")
@@ -58,6 +61,21 @@ class ValidationOptions:
     )
     validation_seed: int | None = option(
         None, help="the seed that chooses these images and the noise they are measured with (default: as --seed)"
+    )
+    validation_dir: tuple[str, ...] = option(
+        (),
+        help="more folders of captioned images to validate on, each with a curve of its own; NAME=FOLDER names one. If "
+        "no images are held out, the first decides which step is the best (ours)",
+    )
+    validation_gap: bool = option(
+        False,
+        help="at each validation measure as many of the trained images as are held out, with equal noise: the gap "
+        "between the two (ours)",
+    )
+    forgetting_dir: tuple[str, ...] = option(
+        (),
+        help="folders of captioned images that the LoRA is not about: measure at each validation how far the loss on "
+        "them is above the base model's; NAME=FOLDER names one (ours)",
     )
     validation_group: str = option(
         "",
@@ -109,19 +127,21 @@ class ValidationOptions:
 
 
 def check_validation(options: ValidationOptions, *, validated: bool) -> None:
-    """Raises UserError for early stopping without validation images; warns of options that have no effect.
+    """Raises UserError for early stopping and a gap without validation images; warns of options that have no effect.
 
     `validated`: some images are held out, or lie in a validation folder.
     """
     if not validated:
-        if options.early_stopping_patience is not None:
-            raise UserError(
-                "--early_stopping_patience needs images to validate on: give --validation_split 0.1, or a subset's "
-                "validation_dir in --dataset_config"
-            )
-        names = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed")
-        for name in (*names, "validation_group"):
-            if getattr(options, name) not in (None, ""):
-                logger.warning("--%s has no effect: it matters only together with --validation_split", name)
+        for name in ("early_stopping_patience", "validation_gap"):
+            if getattr(options, name):
+                raise UserError(
+                    f"--{name} needs images to validate on: give --validation_split 0.1, --validation_dir, or a "
+                    "subset's validation_dir in --dataset_config"
+                )
+        for name in TIMES if not options.forgetting_dir else ():
+            if getattr(options, name) is not None:
+                logger.warning("--%s has no effect: %s", name, WITHOUT_IMAGES)
+        if options.validation_group:
+            logger.warning("--validation_group has no effect: %s", WITHOUT_IMAGES)
     if options.early_stopping_threshold and options.early_stopping_patience is None:
         logger.warning("--early_stopping_threshold has no effect without --early_stopping_patience")

@@ -97,6 +97,9 @@ class Monitor(Hook[Run]):
         self._write(result.step, {"validation": {"loss": result.loss, **parts}})
         self._warn(run, result.step, self._watch.validated(result.step, result.loss, run.losses.curve()))
 
+    def noted(self, run: Run, step: int, values: Mapping[str, Any]) -> None:
+        self._write(step, values)
+
     def diverged(self, run: Run, step: int, why: str) -> None:
         self._meter.forget()
         self._write(step, {"warning": {"sign": "divergence", "text": why}})

@@ -14,6 +14,7 @@ from library.out_of_memory import OutOfMemory, during
 from library.report import loss_plot
 from library.sampling import render
 from library.training.hook import Hook
+from library.training.hooks.validation import Validator
 from library.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ class Pictures(Hook[Run]):
     def _draw(self, run: Run) -> None:
         if path := self._paths.get("loss"):
             steps_per_epoch, title = run.saves.steps_per_epoch, run.saves.last_file.stem
-            loss_plot.plot(path, run.losses, steps_per_epoch=steps_per_epoch, title=title)
+            validator = run.hook(Validator)
+            history = None if validator is None else validator.history
+            loss_plot.plot(path, run.losses, steps_per_epoch=steps_per_epoch, title=title, validation=history)
             logger.info("drew %s", path)
         if path := self._paths.get("compare"):
             if "vae" not in run.family.components:
