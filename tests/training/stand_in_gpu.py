@@ -39,7 +39,11 @@ def place_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(start, "make_accelerator", placed)
     autocast, is_enabled = torch.autocast, torch.is_autocast_enabled  # they know no such device: a step in fp32
-    monkeypatch.setattr(torch, "autocast", lambda kind, **kw: nullcontext() if kind == "meta" else autocast(kind, **kw))
+
+    def _autocast(kind: str, *more: Any, **named: Any) -> Any:
+        return nullcontext() if kind == "meta" else autocast(kind, *more, **named)
+
+    monkeypatch.setattr(torch, "autocast", _autocast)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and is_enabled(*kind))
 
 

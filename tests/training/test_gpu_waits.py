@@ -11,6 +11,7 @@ import torch
 
 from library.config.parser import parse
 from library.guidance import dry_run
+from library.guidance.estimate import peak_of
 from library.run.build import build
 from library.run.plan import Plan, make_plan
 from library.training import loop
@@ -128,15 +129,17 @@ def _seen(act: Callable[[], Any]) -> Stops:
 
 
 @pytest.mark.parametrize("sdxl", [False, True])
-def test_the_dry_runs_batch_is_where_the_model_is(
+def test_the_dry_run_counts_a_step_on_a_device(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_sdxl: Path, sdxl: bool
 ) -> None:
-    """A mixture with what lies on the CPU is an error; images are encoded first, as without caches."""
+    """Its tensors without contents are on no device, and may be mixed with what lies on one; images are encoded first,
+    as without caches. Nothing stays on the model."""
     place_on(monkeypatch)
     copy_images(tmp_path / "data" / "2_style")
     plan = planned(tmp_path, "--dry_run", base=tiny_sdxl if sdxl else BASE)
     run = build(plan)
-    loss = dry_run.dummy_loss(plan, run, lambda tensor: tensor)
-    loss.backward()
-    assert loss.device == META
-    assert {parameter.grad.device for parameter in run.parameters if parameter.grad is not None} == {META}
+    modules = [*run.family.components.loaded(), run.network]
+    peak = peak_of(lambda fake: dry_run.dummy_loss(plan, run, fake).backward(), modules)
+    assert peak > 2 * sum(parameter.nbytes for parameter in run.parameters)
+    assert {parameter.device for module in modules for parameter in module.parameters()} == {META}
+    assert all(parameter.grad is None for parameter in run.parameters)
