@@ -102,7 +102,7 @@ def _check(own: Options) -> None:
         )
     sweep.refuse_other_jobs(own, "find_rank")
     for name in ("dim_from_weights", "network_weights"):
-        if getattr(own.network, name):
+        if vars(own.network)[name]:
             raise UserError(f"--{name}: leave it out; find_rank trains new networks of several ranks")
     _refuse_kinds_without_rank(own)
 

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+from library.record import forgetting
 from library.record.metrics import lines
 from library.report.__main__ import main as report
 from library.training import warning_signs
@@ -83,7 +84,9 @@ def test_the_table_of_values_is_what_a_step_tells(train, tmp_path):
 def test_the_table_of_signs_is_what_the_rules_find():
     signs = {sign.name: sign for sign in vars(warning_signs).values() if isinstance(sign, warning_signs.Sign)}
     rows = dict(re.findall(r"^\| \*\*(.*?)\*\* \| (.*) \|$", PAGE, flags=re.MULTILINE))
-    assert rows.keys() == signs.keys() | {"divergence"}
+    assert rows.keys() == signs.keys() | {"divergence", "forgetting", "severe forgetting"}  # which other hooks find
+    for name, limit in (("forgetting", forgetting.WARNED), ("severe forgetting", forgetting.SEVERE)):
+        assert f"more than {100 * limit:g} %" in rows[name]
     for name, sign in signs.items():
         numbers = re.findall(r"--\w+|\d[\d.]*\b(?! %)", sign.text)
         missing = [word for word in numbers if word.rstrip(".") not in rows[name]]
