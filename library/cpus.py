@@ -1,4 +1,4 @@
-"""CPUs and threads: the number for decoding, hashing and reading, and the time that torch's threads spin."""
+"""CPUs and threads: the number for decoding, hashing and reading, the time that torch's threads spin, and bf16."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def spin_briefly() -> None:
     """
     if not any(name in os.environ for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def computes_bf16() -> bool:
+    """Whether torch's products and convolutions in bf16 have kernels for this CPU (on x86 from AVX-512 on).
+
+    Without them torch falls back to plain loops: on an AVX2 processor with two threads a 3×3 convolution of 320
+    channels took 38 times as long as in fp32, a product of 1024 × 1280 × 1280 took 67 times (DECISIONS.md, 2026-11-29).
+    """
+    import torch
+
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""How long torch's threads spin: settled before torch is imported, and only where the user has not."""
+"""How long torch's threads spin: settled before torch is imported, and only where the user has not. And bf16."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from library import cpus
+from library.run import start
 
 ROOT = Path(__file__).parents[1]
 SHOWN = """
@@ -36,3 +41,28 @@ def test_threads_spin_briefly() -> None:
 def test_what_the_user_has_settled_is_kept() -> None:
     assert "GOMP_SPINCOUNT = '77'" in libgomp_reads(GOMP_SPINCOUNT="77")
     assert "GOMP_SPINCOUNT = '10000'" not in libgomp_reads(OMP_WAIT_POLICY="ACTIVE")
+
+
+def test_bf16_without_kernels_is_warned_of_where_it_hurts(monkeypatch, caplog) -> None:
+    def warned(*, device: str = "cpu", precision: str = "bf16", size: int = start.LARGE, kernels: bool = False) -> bool:
+        monkeypatch.setattr(cpus, "computes_bf16", lambda: kernels)
+        plan = SimpleNamespace(
+            options=SimpleNamespace(precision=SimpleNamespace(mixed_precision=precision)),
+            family=SimpleNamespace(components=SimpleNamespace(size=lambda name: size)),
+        )
+        caplog.clear()
+        start._warn_of_slow_bf16(plan, SimpleNamespace(device=torch.device(device)))
+        return "--mixed_precision no is faster" in caplog.text
+
+    assert warned()
+    assert not warned(device="cuda")
+    assert not warned(precision="no")
+    assert not warned(size=start.LARGE - 1)
+    assert not warned(kernels=True)
+
+
+def test_bf16_is_asked_of_torch_itself() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "DEFAULT":
+        pytest.skip("no x86 processor with AVX2, or ATEN_CPU_CAPABILITY is set")
+    assert cpus.computes_bf16() == (capability != "AVX2")

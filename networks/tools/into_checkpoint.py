@@ -23,13 +23,14 @@ from library.files.index import read_index
 from library.models.checkpoints.checkpoint import EMA_PREFIX
 from library.models.checkpoints.folder import choose_weights, shards_of
 from library.models.checkpoints.open_file import locate
-from library.models.checkpoints.rewrite import Patch, rewrite
+from library.models.checkpoints.rewrite import Patch, RowChange, rewrite
+from library.models.checkpoints.weights import Change
 from library.models.opening import open_family
 from networks.adapter import OnWeight
 from networks.create import create_to_merge
 from networks.load_report import check_loaded, some_names
 from networks.lora import LoRA
-from networks.tools.low_rank import factors_of
+from networks.tools.low_rank import Factors, factors_of
 from networks.tools.result import MADE_FROM
 
 if TYPE_CHECKING:
@@ -121,6 +122,26 @@ class _Share:
 Shares = Mapping[nn.Module, Sequence[_Share]]
 
 
+@dataclass(frozen=True)
+class _LayerChange:
+    """The change of one layer's parameters: `shares` of `files` files, which `method` combines."""
+
+    shares: Sequence[_Share]
+    method: Method
+    files: int
+
+    def whole(self, leaf: str) -> Change:
+        """From the fp32 value of a parameter to the new value."""
+        if self.method.is_linear:
+            return partial(_added, self.shares, leaf)
+        return partial(_combined, self.shares, self.method, self.files, leaf)
+
+    def by_rows(self, leaf: str) -> Callable[[], RowChange] | None:
+        """The same for rows of the weight alone: sums of plain LoRAs."""
+        plain = leaf == "weight" and self.method.is_linear and all(map(_is_product, self.shares))
+        return partial(_added_to_rows, self.shares) if plain else None
+
+
 def _changes(
     sources: Sequence[AdapterFile],
     weights: Sequence[WeightOf],
@@ -128,8 +149,7 @@ def _changes(
     method: Method,
     *,
     allow_missing: bool,
-) -> dict[nn.Module, Callable[[str, Tensor], Tensor]]:
-    """By a layer, the function from the name and the fp32 value of one of its parameters to the new value."""
+) -> dict[nn.Module, _LayerChange]:
     shares: dict[nn.Module, list[_Share]] = {}
     for place, (source, weight_of) in enumerate(zip(sources, weights, strict=True)):
         network = create_to_merge(source, targets, multiplier=1.0)
@@ -150,24 +170,39 @@ def _changes(
             )
     if not shares:
         raise UserError("no layer is left: every weight is 0")
-    return {layer: _change(own, method, len(sources)) for layer, own in shares.items()}
+    return {layer: _LayerChange(own, method, len(sources)) for layer, own in shares.items()}
 
 
-def _change(shares: Sequence[_Share], method: Method, files: int) -> Callable[[str, Tensor], Tensor]:
-    return partial(_added, shares) if method.is_linear else partial(_combined, shares, method, files)
+def _is_product(share: _Share) -> bool:
+    """Whether the difference is a product of two matrices."""
+    return type(share.adapter) is LoRA and share.adapter.form.axis is None
+
+
+def _factors(share: _Share) -> Factors:
+    return factors_of(share.in_fp32())
+
+
+def _added_to_rows(shares: Sequence[_Share]) -> RowChange:
+    """As `_added`, for plain LoRAs: products of rows of `up`."""
+    products = [(_factors(share), share.weight) for share in shares]
+
+    def change(rows: Tensor, start: int) -> None:
+        for factors, weight in products:
+            rows.addmm_(factors.up[start : start + len(rows)], factors.down, alpha=weight)
+
+    return change
 
 
 def _added(shares: Sequence[_Share], leaf: str, weight: Tensor) -> Tensor:
     """One file after the other, each with its weight as the multiplier, as programs load them."""
     for share in shares:
-        adapter, tensors = share.adapter, share.in_fp32()
-        if leaf == "weight" and type(adapter) is LoRA and adapter.form.axis is None:
-            factors = factors_of(tensors)  # one product, into the weight: the difference itself never exists
+        if leaf == "weight" and _is_product(share):
+            factors = _factors(share)  # one product, into the weight: the difference itself never exists
             matrix = weight.reshape(len(weight), -1).addmm_(factors.up, factors.down, alpha=share.weight)
             weight = matrix.view(weight.shape)
             continue
-        adapter.multiplier = share.weight
-        weight = adapter.merged(leaf, tensors, weight)
+        share.adapter.multiplier = share.weight
+        weight = share.adapter.merged(leaf, share.in_fp32(), weight)
     return weight
 
 
@@ -189,9 +224,7 @@ def _delta(share: _Share, leaf: str, weight: Tensor) -> Tensor:
     return adapter.merged(leaf, tensors, weight) - weight
 
 
-def _patches(
-    family: ModelFamily, changes: Mapping[nn.Module, Callable[[str, Tensor], Tensor]]
-) -> dict[Path, list[Patch]]:
+def _patches(family: ModelFamily, changes: Mapping[nn.Module, _LayerChange]) -> dict[Path, list[Patch]]:
     """The changes to each file of the base model."""
     found: dict[Path, list[Patch]] = {}
     for part in (name for name, kind in family.PARTS.items() if kind.section):
@@ -201,7 +234,8 @@ def _patches(
                 continue
             for leaf, parameter in layer.named_parameters(recurse=False):
                 entry = entries[f"{path}.{leaf}"]
-                found.setdefault(entry.file, []).append(Patch(entry, tuple(parameter.shape), partial(change, leaf)))
+                shape, rows = tuple(parameter.shape), change.by_rows(leaf)
+                found.setdefault(entry.file, []).append(Patch(entry, shape, change.whole(leaf), rows))
     return found
 
 

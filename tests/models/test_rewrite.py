@@ -14,6 +14,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.files.header import read_metadata
 from library.files.index import read_index
+from library.models.checkpoints import rewrite as rewriting
 from library.models.checkpoints.rewrite import SPEC_HASH, Patch, _Writer, rewrite
 
 
@@ -48,6 +49,58 @@ def test_a_third_and_a_transposed_tensor_change_in_place(tmp_path: Path) -> None
     found = load_file(tmp_path / "b.safetensors")
     assert found["qkv"].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1], [0, 0], [0, 0]]
     assert found["turned"].tolist() == [[10, 1, 2], [13, 4, 5]]
+
+
+@pytest.mark.parametrize("block", [1, 6, 9, 1 << 18])
+def test_a_change_by_rows_is_the_change_of_the_whole(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of a row, of two, of one and a remainder, of all; of convolutions, of a third and a transposed one."""
+    monkeypatch.setattr(rewriting, "_ROWS", block)
+    tensors = {
+        "conv": torch.arange(30.0).view(5, 3, 2, 1).half(),
+        "qkv": torch.arange(18.0).view(6, 3).bfloat16(),
+        "turned": torch.arange(15.0).view(3, 5),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    entries = (index := read_index(tmp_path / "a.safetensors")).entries
+    places = {
+        entries["conv"]: (5, 3, 2, 1),
+        entries["qkv"].rows(1, 3): (2, 3),
+        entries["turned"].transposed(): (5, 3),
+    }
+    results = []
+    for by_rows in (None, lambda: _add_place):
+        patches = [Patch(entry, shape, _add_places, by_rows) for entry, shape in places.items()]
+        rewrite(tmp_path / "b.safetensors", index, patches, {})
+        results.append(load_file(tmp_path / "b.safetensors"))
+    for name in tensors:
+        assert torch.equal(results[0][name], results[1][name])
+        assert not torch.equal(results[1][name], tensors[name])
+
+
+def _add_place(rows: Tensor, start: int) -> None:
+    """To each element 10 times its row and its place in that."""
+    rows += 10 * torch.arange(start, start + len(rows))[:, None] + torch.arange(rows.shape[1])
+
+
+def _add_places(weight: Tensor) -> Tensor:
+    rows = weight.reshape(len(weight), -1).clone()
+    _add_place(rows, 0)
+    return rows.view(weight.shape)
+
+
+def test_a_row_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewriting, "_ROWS", 2)
+    save_file({"w": torch.tensor([[1.0, 2], [3, 4]]).half()}, tmp_path / "a.safetensors")
+    index = read_index(tmp_path / "a.safetensors")
+
+    def grow(rows: Tensor, start: int) -> None:
+        rows *= 1 + start * 1e5
+
+    patch = Patch(index.entries["w"], (2, 2), _add_1, lambda: grow)
+    with pytest.raises(UserError, match=r"'w' would have values up to 400004, which float16"):
+        rewrite(tmp_path / "b.safetensors", index, [patch], {})
 
 
 def test_a_pickle_with_strides_becomes_contiguous(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The new file has the names, element types and shapes of the old one. A change is found by its place in the old file,
 so no name has to be turned back: query, key and value of open_clip are three changes to one tensor. At no time is more
-than one tensor in memory in fp32; in the file's type there are the few that wait to be written.
+than one tensor in memory in fp32, and of one that is changed by rows only those that fit a cache; in the file's type
+there are the few that wait to be written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,27 @@ from library.progress import bar
 SPEC_HASH = "modelspec.hash_sha256"  # of the bytes after the header, as 0x…
 _BUFFER = 1 << 24  # bytes of a tensor without a change that are copied at a time
 _AHEAD = 3  # pieces that wait to be written
+_ROWS = 1 << 18  # elements of a block of rows, 1 MiB in fp32: read, changed, checked and rounded while it is in a cache
 _FLUSH = 1 << 26  # bytes after which the system is asked to begin moving them to the disk
+
+
+RowChange = Callable[[Tensor, int], None]
+"""Changes some rows of a weight, [k, n] in fp32, in place. The number is that of the first of them."""
 
 
 @dataclass(frozen=True)
 class Patch:
     """A change to a weight: its place in a file, its shape in the module, and the function from the weight to the new
-    one, both in fp32. The function may write into the weight that it gets."""
+    one, both in fp32. The function may write into the weight that it gets.
+
+    by_rows: prepares the same change for rows of the weight, whose other axes are flattened, where it acts on each row
+    by itself; None where it does not.
+    """
 
     entry: TensorEntry
     shape: tuple[int, ...]
     change: Change
+    by_rows: Callable[[], RowChange] | None = None
 
 
 def rewrite(target: Path, index: WeightsIndex, patches: Sequence[Patch], metadata: Mapping[str, str]) -> None:
@@ -148,7 +159,10 @@ def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches
     whole = read_extent(source, entry)
     for patch in changes:
         place = _view(whole, patch.entry, (patch.entry.offset - entry.offset) // ITEM_SIZE[entry.dtype])
-        place.copy_(_changed(name, place, patch).view(place.shape))
+        if patch.by_rows is not None:
+            _change_rows(name, place, patch, patch.by_rows())
+        else:
+            place.copy_(_changed(name, place, patch).view(place.shape))
     yield _view(whole, entry, 0).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
@@ -165,14 +179,36 @@ def _changed(name: str, place: Tensor, patch: Patch) -> Tensor:
     changed = patch.change(weight.reshape(patch.shape))
     rounded = changed.to(place.dtype)
     if not _holds(rounded, changed):
-        kind = str(place.dtype).removeprefix("torch.")
-        where, most = f"{patch.entry.file}: '{name}'", float(changed.abs().max())
-        if not place.float().isfinite().all():
-            raise UserError(f"{where} holds NaN or infinity already")
-        if not changed.isfinite().all():
-            raise UserError(f"{where} would hold NaN or infinity: the LoRA's tensors do, or are too large")
-        raise UserError(f"{where} would have values up to {most:g}, which {kind} does not hold; lower the weights")
+        raise _refusal(name, place, changed, patch)
     return rounded
+
+
+@torch.no_grad()
+def _change_rows(name: str, place: Tensor, patch: Patch, change: RowChange) -> None:
+    """Write the new weight into its place, block by block: the sum in fp32 never leaves the cache."""
+    length = max(1, place.numel() // max(1, len(place)))
+    count = max(1, _ROWS // length)
+    block = torch.empty(min(count, len(place)), length)
+    for start in range(0, len(place), count):
+        rows = place[start : start + count]
+        weight = block[: len(rows)]
+        weight.view(rows.shape).copy_(rows)
+        change(weight, start)
+        rounded = weight.view(rows.shape).to(rows.dtype)
+        if not _holds(rounded, weight):
+            raise _refusal(name, place, weight, patch)
+        rows.copy_(rounded)
+
+
+def _refusal(name: str, place: Tensor, changed: Tensor, patch: Patch) -> UserError:
+    """The error for a new weight, or rows of it, that the tensor's type does not hold."""
+    kind = str(place.dtype).removeprefix("torch.")
+    where, most = f"{patch.entry.file}: '{name}'", float(changed.abs().max())
+    if not place.float().isfinite().all():
+        return UserError(f"{where} holds NaN or infinity already")
+    if not changed.isfinite().all():
+        return UserError(f"{where} would hold NaN or infinity: the LoRA's tensors do, or are too large")
+    return UserError(f"{where} would have values up to {most:g}, which {kind} does not hold; lower the weights")
 
 
 def _holds(rounded: Tensor, changed: Tensor) -> bool:
