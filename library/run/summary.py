@@ -11,6 +11,7 @@ from library.data.quality.check import check
 from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
 from library.record import facts
 from library.run.plan import Plan
+from library.run.protections import protections_of
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.validation import Validator
 from library.training.hooks.weight_decay import WeightDecay
@@ -51,6 +52,7 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
             weight_decay_of(plan.choice), None if decay is None else decay.decay, total_steps=saves.total_steps
         ),
         flaws=tuple(dict.fromkeys(_flaws(plan))),  # a folder may be in several data sets
+        protections=protections_of(plan),
     )
 
 

@@ -41,7 +41,11 @@ _WORDS = (
     ("made by", "ss_made_by"),
 )
 _OPTIMIZER = re.compile(r"(?P<type>[\w.]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
-_NOT_SETTINGS = ("ss_output_name", "ss_network_args", "ss_network_dim", "ss_network_alpha")  # told apart below
+# These are read below, or name files and folders without their paths
+_NOT_SETTINGS = (
+    *("ss_output_name", "ss_network_args", "ss_network_dim", "ss_network_alpha"),
+    *("ss_base_weights", "ss_ewc_data", "ss_ewc_images"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,8 @@ def main(argv: Sequence[str]) -> int:
 def report(file: AdapterFile) -> list[str]:
     """Lines: metadata in words, and the norms of each block."""
     from library.models.checkpoints.adapter_file import short_title
+    from library.record import protections, summary
+    from networks import base_weights
     from networks.tools.result import origins
 
     kinds = sorted({layer.kind for layer in file.layers.values()})
@@ -92,6 +98,10 @@ def report(file: AdapterFile) -> list[str]:
     if arguments := _arguments(file.metadata):
         lines.append(f"{'arguments':<14}{', '.join(arguments)}")
     lines += [f"{'made from':<14}{words}" for words in origins(file.metadata)]
+    if trained_on := base_weights.in_metadata(file.metadata):
+        lines.append(f"{'on top of':<14}{base_weights.in_words(trained_on)}")
+    if (kept := protections.from_metadata(file.metadata)) is not None:
+        lines.append(f"{'protection':<14}{summary.protections(kept)}")
     if finished := file.metadata.get("ss_training_finished_at"):
         lines += [f"{'finished':<14}{text}" for text in _time(finished)]
     if not file.metadata:
