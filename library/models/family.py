@@ -160,6 +160,10 @@ class ModelFamily(ABC):
         """Read this word as that many new tokens from now on. `UserError` if the tokenizer has it already."""
         raise UserError(f"--token_string: embeddings of {self.TITLE} are not supported here yet")
 
+    def forget_word(self) -> None:
+        """Read the word that was learnt as any other text again."""
+        raise NotImplementedError
+
     def token_ids(self, text: str) -> list[int]:
         """The tokens of a text, without those that begin and end it."""
         raise NotImplementedError

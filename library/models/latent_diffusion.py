@@ -260,6 +260,9 @@ class LatentDiffusion(ModelFamily):
 
         self._with_word = TokenizerWithWord(self._tokenizer, word, vectors=vectors)
 
+    def forget_word(self) -> None:
+        self._with_word = None
+
     def token_ids(self, text: str) -> list[int]:
         from library.models.text.prompts import content_tokens
 
