@@ -18,7 +18,7 @@ from library.data.captions import Sight, as_written, caption_text, is_static
 from library.data.loader import PixelLoader
 from library.data.masks import MaskCache, cache_masks
 from library.data.plan import PlannedBatch, epoch_batches
-from library.data.prepare import Prepared
+from library.data.prepared import Prepared
 from library.data.samples import Sample, Size
 from library.data.views import View, drawn_view, fixed_view
 from library.rng import python_random

@@ -22,7 +22,7 @@ from library.evaluation.differences import Result, difference, hint, mean, worst
 from library.evaluation.precision import PrecisionOptions
 
 if TYPE_CHECKING:
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
     from library.evaluation.losses import Losses
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from library.config.options import Options
 from library.errors import UserError, nearest_path
 
 if TYPE_CHECKING:
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from library.data.captions import changing_options
-from library.data.prepare import Prepared
+from library.data.prepared import Prepared
 from library.data.quality.check import check
 from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
 from library.record import facts
