@@ -152,7 +152,7 @@ def _folders(
                 for sample in samples.get(subset, ())
             ]
             at_fault = {path: why for path, why in faults.items() if path in own or path.parent == subset.image_dir}
-            yield Folder(subset, subset.source, tuple(pictures), at_fault)
+            yield Folder(subset, subset.source, tuple(pictures), at_fault, own_buckets.spec)
 
 
 def _files(scan: Scan) -> set[Path | None]:

@@ -99,7 +99,8 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Flaw:
-    """A finding of the data check in one folder. `level`: "to fix", "to look at" or "to know". `files`: the first names
+    """A finding of the data check in one folder. `text` names the data sets where only some of several that have the
+    folder have the flaw. `level`: "to fix", "to look at" or "to know". `files`: the first names
     of `count` files."""
 
     source: str

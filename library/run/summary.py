@@ -51,7 +51,7 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
         decay=_decay(
             weight_decay_of(plan.choice), None if decay is None else decay.decay, total_steps=saves.total_steps
         ),
-        flaws=tuple(dict.fromkeys(_flaws(plan))),  # a folder may be in several data sets
+        flaws=tuple(_flaws(plan)),
         protections=protections_of(plan),
     )
 
