@@ -125,14 +125,11 @@ def test_a_folder_of_two_data_sets_is_listed_once(
     """What is the same in both is one finding; what depends on their settings names these."""
     config = tmp_path / "data.toml"
     subset = f"[[datasets.subsets]]\nimage_dir = '{flawed.as_posix()}'\ncaption_extension = '.txt'\nnum_repeats = "
-    sizes = ("resolution = 64", "resolution = 128\nenable_bucket = true")
+    sizes = ("resolution = 64\nbatch_size = 1", "resolution = 128\nbatch_size = 3")
     config.write_text("".join(f"[[datasets]]\n{size}\n{subset}{n}\n" for n, size in enumerate(sizes, 1)))
     assert train("--check_data=list", "--train_data_dir=", "--dataset_config", str(config)) == 0
     said = capsys.readouterr().out
-    both = [
-        "resolution 64 × 64, enable_bucket off, num_repeats 1",
-        "resolution 128 × 128, enable_bucket on, num_repeats 2",
-    ]
+    both = ["resolution 64 × 64, batch_size 1, num_repeats 1", "resolution 128 × 128, batch_size 3, num_repeats 2"]
     for line in (
         f"  in 2 data sets: {'; '.join(both)}\n",
         "to fix      placeholder: 1 of 9 captions are placeholders\n",
