@@ -176,6 +176,16 @@ class ModelFamily(ABC):
         """The table of each loaded text encoder, in their order, for the word that was learnt."""
         raise NotImplementedError
 
+    # -- single tokens
+
+    def vocabulary(self) -> list[str]:
+        """The text of each token, with "…" behind those that end no word. `UserError` where there is no such list."""
+        raise UserError(f"the tokens of {self.TITLE} cannot be compared one by one yet")
+
+    def token_states(self, tokens: Sequence[int]) -> Tensor:
+        """The text encoders' states of texts of one token each, [B, 3, D]: BOS, the token, EOS."""
+        raise NotImplementedError
+
     # -- the network
 
     def condition(
