@@ -280,6 +280,19 @@ def run_missing(
     bar.close()
 
 
+def complete(
+    todo: Sequence[V],
+    rows: dict[Key, R],
+    run: Callable[[V, float, int], R],
+    path: Path,
+    options: argparse.Namespace,
+) -> None:
+    """Run what is missing, unless --report asks for what is there. Finished runs are added to the CSV file `path`,
+    whose rows `rows` are. `options`: see `parser`."""
+    if not options.report:
+        run_missing(todo, rows, run, lambda row: files.append(path, row), seeds=options.seeds, workers=options.workers)
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all studies have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

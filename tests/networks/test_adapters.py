@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import Toy, made_up_kind, randomize, unet_targets
+from adapter_models import Toy, made_up_kind, merge_into, randomize, unet_targets
 from torch import nn
 
 from library.quantization import FORMATS
@@ -133,7 +133,7 @@ def test_an_outline_of_the_base_gives_the_same_changes(kind, toy, tmp_path: Path
             for (layer, leaf), change in twice.changes([unet_targets(outline)]).items()
         }
     before = {name: weight.clone() for name, weight in weights.items()}
-    twice.merge_into([unet_targets(toy)])
+    merge_into(twice, [unet_targets(toy)])
     assert any(not torch.equal(weight, before[name]) for name, weight in weights.items())
     for name, weight in weights.items():
         assert torch.equal(found.get(name, before[name]), weight), name

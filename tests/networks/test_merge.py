@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import difference, lora, lora_from_file, outputs, randomize, sd_targets
+from adapter_models import difference, lora, lora_from_file, merge_into, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -46,7 +46,7 @@ def merge(tiny, files, multipliers) -> None:
     weights = BaseWeights([str(file) for file in files], multipliers)
     targets = sd_targets(*tiny)
     for part in ("text_encoder", "unet"):
-        weights.merge_into([target for target in targets if target.part == part])
+        merge_into(weights, [target for target in targets if target.part == part])
     weights.report()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import MADE_UP, made_up_kind, sd_targets
+from adapter_models import MADE_UP, made_up_kind, merge_into, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -93,7 +93,7 @@ def test_it_merges_into_the_base(tiny: Any, tmp_path: Path) -> None:
     before = layer.weight.detach().clone()
     weights = BaseWeights([str(tmp_path / "x.safetensors")], [0.5])
     weights.check(targets)
-    weights.merge_into(targets)
+    merge_into(weights, targets)
     weights.report()
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.diag_v"
     v = load_file(tmp_path / "x.safetensors")[name]

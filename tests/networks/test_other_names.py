@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import difference, lora, lora_from_file, outputs, randomize, sd_targets
+from adapter_models import difference, lora, lora_from_file, merge_into, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.models.checkpoints.adapter_file import naming_of
@@ -104,7 +104,7 @@ def test_they_act_as_kohyas(tiny: Any, tmp_path: Path, style: str, caplog: Any) 
     other.detach()
 
     merged = BaseWeights([str(file)], [])
-    merged.merge_into(sd_targets(*tiny))
+    merge_into(merged, sd_targets(*tiny))
     merged.report()
     assert all(difference(actual, wanted) < 5e-5 for actual, wanted in zip(outputs(*tiny), expected, strict=True))
 

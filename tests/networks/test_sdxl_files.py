@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import difference, lora, lora_from_file, randomize, sd_targets, sdxl_outputs
+from adapter_models import difference, lora, lora_from_file, merge_into, randomize, sd_targets, sdxl_outputs
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -106,7 +106,7 @@ def test_either_naming_can_be_merged_into_the_base(sdxl, tmp_path, caplog):
     save_file(with_diffusers_blocks(load_file(tmp_path / "own.safetensors"), sdxl), tmp_path / "other.safetensors")
     merged = BaseWeights([str(tmp_path / "other.safetensors")], [])
     with caplog.at_level(logging.INFO):
-        merged.merge_into(sdxl.adapter_targets())
+        merge_into(merged, sdxl.adapter_targets())
         merged.report()
     assert "293 of 293 modules" in caplog.text
     for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):
