@@ -81,7 +81,7 @@ class BaseModel:
     family: ModelFamily
     accelerator: Accelerator
     vae_dtype: torch.dtype
-    words: Mapping[Path, TrainedWord] = MappingProxyType({})
+    words: Mapping[Path, TrainedWord] = field(default_factory=dict)
     _files: dict[Path, AdapterFile] = field(default_factory=dict)
     _networks: dict[tuple[Path, tuple[str, ...]], Network | None] = field(default_factory=dict)
 
