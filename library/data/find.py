@@ -59,11 +59,11 @@ def find(
         report_bad_images(bad, skip=skip_bad_images)
     else:
         faults |= bad
-    usable, usable_apart = (
-        [usable(scans_of_one, measured, spec) for scans_of_one, spec in zip(part, datasets, strict=True)]
+    large, large_apart = (
+        [usable(of_dataset, measured, spec) for of_dataset, spec in zip(part, datasets, strict=True)]
         for part in (scans, apart)
     )
-    return Found(scans, apart, usable, usable_apart, measured)
+    return Found(scans, apart, large, large_apart, measured)
 
 
 def usable(scans: Sequence[Scan], measured: dict[Path, Measured], spec: DatasetSpec) -> list[Sample]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from library.errors import UserError
+from library.record.summary import count
 from networks.embeddings import files
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def read_words(
     for path in dict.fromkeys(part.path for one in candidates for part in one.parts):
         if (word := _read(family, path, token_string)) is not None:
             found[path] = word
-            logger.info("%s: an embedding of '%s', %d vectors", path, word.word, word.count)
+            logger.info("%s: an embedding of '%s', %s", path, word.word, count(word.count, "vector"))
     if token_string is not None and not found:
         raise UserError(f"--token_string {token_string}: none of the files has an embedding")
     for one in candidates:

@@ -89,7 +89,7 @@ def test_captions_with_the_word_are_measured_with_its_vectors(
     letters, alone, bundle = losses(WORD, str(files["alone"]), str(files["bundle"]))
     assert (alone, bundle) == (base, adapted)
     assert letters != base
-    other = losses("another", str(files["alone"]), more=("--token_string", "another"))
+    other = losses("zzother", str(files["alone"]), more=("--token_string", "zzother"))
     assert other[1] == base
 
 
@@ -100,7 +100,7 @@ def test_captions_with_the_word_are_measured_with_its_vectors(
         (["{alone}+{bundle}"], "have an embedding each, and one can be read at a time"),
         (["{lora}", "--token_string", WORD], f"--token_string {WORD}: none of the files has an embedding"),
         (["{alone}", "--token_string", "cat"], "the tokenizer has this word already"),
-        (["{xl}"], "xl.safetensors: has no emb_params, but clip_g, clip_l: it is an embedding for SDXL"),
+        (["{xl}"], "zxl.safetensors: has no emb_params, but clip_g, clip_l: it is an embedding for SDXL"),
     ],
 )
 def test_mistakes_are_named(
@@ -111,8 +111,8 @@ def test_mistakes_are_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save_file({"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 6)}, tmp_path / "xl.safetensors")
-    places = {"lora": trained.unet, "xl": tmp_path / "xl.safetensors", **files}
+    save_file({"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 6)}, tmp_path / "zxl.safetensors")
+    places = {"lora": trained.unet, "xl": tmp_path / "zxl.safetensors", **files}
     given = [word.format(**places) for word in words]
     assert run(draw.main, [*given, *MODEL, "--output_dir", str(tmp_path / "out"), "--prompt", "a fox"]) == 2
     assert said in capsys.readouterr().err
