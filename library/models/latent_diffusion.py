@@ -285,9 +285,8 @@ class LatentDiffusion(ModelFamily):
         names: list[str] = self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer))))
         special = set(self._tokenizer.all_special_tokens)
         return [
-            self._tokenizer.convert_tokens_to_string([name]).strip()
-            + ("" if name.endswith("</w>") or name in special else "…")
-            for name in names
+            self._tokenizer.decode([token]).strip() + ("" if name.endswith("</w>") or name in special else "…")
+            for token, name in enumerate(names)
         ]
 
     def _alone(self, tokens: Sequence[int]) -> Tensor:

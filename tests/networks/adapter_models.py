@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from networks import kinds
 from networks.create import create, create_from_file
 from networks.files import AdapterFile, read
 from networks.foreign import BaseModel, ForeignNetwork
-from networks.merge import BaseWeights
 from networks.network import Network
 from networks.settings import Asked
 from tests.quick import quick
@@ -180,11 +179,3 @@ def outputs(unet: nn.Module, text_encoder: nn.Module) -> tuple[Tensor, Tensor]:
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest, relative to the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-@torch.no_grad()
-def merge_into(weights: BaseWeights, targets: Sequence[AdapterTargets]) -> None:
-    """Make the changes of these files to parts that are loaded."""
-    for (layer, leaf), change in weights.changes(targets).items():
-        weight = layer.get_parameter(leaf)
-        weight.copy_(change(weight))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import Toy, made_up_kind, merge_into, randomize, unet_targets
+from adapter_models import Toy, made_up_kind, randomize, unet_targets
 from torch import nn
 
 from library.quantization import FORMATS
@@ -26,6 +26,7 @@ from networks.merge import BaseWeights
 from networks.network import Network
 from networks.settings import Asked
 from tests.frozen import held
+from tests.merging import merge_into
 from tests.quick import quick
 
 # Sizes that differ between the layers, where a kind has any

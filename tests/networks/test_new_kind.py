@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import MADE_UP, made_up_kind, merge_into, sd_targets
+from adapter_models import MADE_UP, made_up_kind, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -24,6 +24,7 @@ from networks.files import check, read
 from networks.merge import BaseWeights
 from networks.tools.__main__ import main as tools
 from tests.conftest import BASE, ROOT
+from tests.merging import merge_into
 from train_network import main
 
 WORDS = (

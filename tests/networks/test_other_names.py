@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import difference, lora, lora_from_file, merge_into, outputs, randomize, sd_targets
+from adapter_models import difference, lora, lora_from_file, outputs, randomize, sd_targets
 from safetensors.torch import load_file, save_file
 
 from library.models.checkpoints.adapter_file import naming_of
@@ -22,6 +22,8 @@ from networks.tools.__main__ import main as tools
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from original_layout import unet_name
+
+from tests.merging import merge_into
 
 ATTENTION_UP = {"sd15": (False, True, True, True), "sd2": (False, True, True, True), "sdxl": (True, True, False)}
 ENCODERS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import difference, lora, lora_from_file, merge_into, randomize, sd_targets, sdxl_outputs
+from adapter_models import difference, lora, lora_from_file, randomize, sd_targets, sdxl_outputs
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -18,6 +18,7 @@ from library.files.header import read_metadata
 from networks.files import read
 from networks.merge import BaseWeights
 from networks.tools.__main__ import main as tools
+from tests.merging import merge_into
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import merge_into
 from safetensors.torch import load_file, save_file
 from tool_files import deltas
 from torch import Tensor
@@ -26,6 +25,7 @@ from networks.tools import low_rank
 from networks.tools.__main__ import main
 from networks.tools.extract import clipped
 from tests.conftest import BASE
+from tests.merging import merge_into
 from tests.models.original_layout import sdxl_file, weights_of
 from tests.tiny_sdxl import configuration
 
