@@ -16,13 +16,13 @@ from library.data import validation_groups
 from library.data.buckets import Buckets
 from library.data.captions import warn_of_captions_without_tags
 from library.data.check import Measured, check_images, report_bad_images
-from library.data.find import Found, find, is_readable, scanned, usable
 from library.data.held_out import Fold, held_out, plain, split, tell
 from library.data.mix import Shares
 from library.data.prepared import MOST_DRAWS, Prepared, placed
 from library.data.quality.folder import Folder, picture_of
 from library.data.samples import Sample, Scan, SubsetSummary
 from library.data.sources import dreambooth
+from library.data.sources.find import Found, find, is_readable, scanned, usable
 from library.errors import UserError
 from library.rng import key_of
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from library.data.check import Measured, check_images, report_bad_images
 from library.data.crops import face_in_name, is_within
 from library.data.held_out import beside
-from library.data.masks import find_masks, refuse_other_sizes
 from library.data.samples import Sample, Scan, Size
 from library.data.sources import dreambooth, metadata
+from library.data.sources.masks import find_masks, refuse_other_sizes
 from library.errors import UserError
 
 if TYPE_CHECKING:
