@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -290,7 +290,8 @@ def complete(
     """Run what is missing, unless --report asks for what is there. Finished runs are added to the CSV file `path`,
     whose rows `rows` are. `options`: see `parser`."""
     if not options.report:
-        run_missing(todo, rows, run, lambda row: files.append(path, row), seeds=options.seeds, workers=options.workers)
+        store = partial(files.append, path)
+        run_missing(todo, rows, run, store, seeds=options.seeds, workers=options.workers)  # type: ignore[arg-type]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
