@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks import study
-from benchmarks.rows import append
 
 RESULTS = study.ROOT / "benchmarks" / "results" / "adapter_quality.csv"
 PLOT = study.ROOT / "docs" / "images" / "adapter-quality.png"
@@ -185,11 +184,7 @@ def main() -> None:
         reference, *others = variants(style)
         wanted[style] = [reference, *study.named(others, options.only)]
     rows = study.read_rows(RESULTS, Row)
-    if not options.report:
-        todo = [variant for members in wanted.values() for variant in members]
-        study.run_missing(
-            todo, rows, run, lambda row: append(RESULTS, row), seeds=options.seeds, workers=options.workers
-        )
+    study.complete([variant for members in wanted.values() for variant in members], rows, run, RESULTS, options)
     report(wanted, rows)
 
 

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks import study
-from benchmarks.rows import append
 from library.quantization import FORMATS
 
 RESULTS = study.ROOT / "benchmarks" / "results" / "format_quality.csv"
@@ -98,10 +97,7 @@ def main() -> None:
     options = study.parser(__doc__).parse_args()
     variants = [REFERENCE, *study.named(VARIANTS[1:], options.only)]
     rows = study.read_rows(RESULTS, Row)
-    if not options.report:
-        study.run_missing(
-            variants, rows, run, lambda row: append(RESULTS, row), seeds=options.seeds, workers=options.workers
-        )
+    study.complete(variants, rows, run, RESULTS, options)
     report(variants, rows)
 
 

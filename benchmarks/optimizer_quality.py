@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from benchmarks import study
-from benchmarks.rows import append
 from library.config.registry import Arguments
 
 RESULTS = study.ROOT / "benchmarks" / "results" / "optimizer_quality.csv"
@@ -163,10 +162,7 @@ def main() -> None:
     options = study.parser(__doc__).parse_args()
     wanted = study.named(variants(), options.only)
     rows = study.read_rows(RESULTS, Row)
-    if not options.report:
-        study.run_missing(
-            wanted, rows, run, lambda row: append(RESULTS, row), seeds=options.seeds, workers=options.workers
-        )
+    study.complete(wanted, rows, run, RESULTS, options)
     from benchmarks.quality_report import report
 
     report(wanted, rows)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -278,6 +278,20 @@ def run_missing(
                 store(row)
                 bar.update()
     bar.close()
+
+
+def complete(
+    todo: Sequence[V],
+    rows: dict[Key, R],
+    run: Callable[[V, float, int], R],
+    path: Path,
+    options: argparse.Namespace,
+) -> None:
+    """Run what is missing, unless --report asks for what is there. Finished runs are added to the CSV file `path`,
+    whose rows `rows` are. `options`: see `parser`."""
+    if not options.report:
+        store = partial(files.append, path)
+        run_missing(todo, rows, run, store, seeds=options.seeds, workers=options.workers)  # type: ignore[arg-type]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

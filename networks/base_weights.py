@@ -7,7 +7,7 @@ with "name", "multiplier", "sha256" and "sshs_model_hash".
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,8 +65,13 @@ def to_text(files: Iterable[BaseFile]) -> str:
 
 def read(path: Path) -> list[BaseFile]:
     """The record in an adapter file's metadata; empty if there is none, or one that this program did not write."""
+    return in_metadata(read_metadata(path))
+
+
+def in_metadata(metadata: Mapping[str, str]) -> list[BaseFile]:
+    """As `read`, from the metadata."""
     try:
-        rows = json.loads(read_metadata(path).get(KEY, "[]"))
+        rows = json.loads(metadata.get(KEY, "[]"))
         return [
             BaseFile(str(row["name"]), float(row["multiplier"]), str(row["sha256"]), row["sshs_model_hash"])
             for row in rows

@@ -98,13 +98,6 @@ class BaseWeights:
                 file.merged.update(part.layers.keys() & set(adapted))
         return found
 
-    @torch.no_grad()
-    def merge_into(self, targets: Sequence[AdapterTargets]) -> None:
-        """Make these changes to parts that are loaded."""
-        for (layer, leaf), change in self.changes(targets).items():
-            weight = layer.get_parameter(leaf)
-            weight.copy_(change(weight))
-
     def report(self) -> None:
         """Say what went into the base. To be called when every part is loaded. `UserError` if nothing of a file did."""
         for file in self._files:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # more than kohya's options over a sub-command of `networks.tools`
 DOORS = (
     *("networks.merge_lora", "networks.sdxl_merge_lora", "networks.svd_merge_lora", "networks.resize_lora"),
-    *("networks.extract_lora_from_models", "networks.check_lora_weights"),
+    *("networks.extract_lora_from_models", "networks.check_lora_weights", "networks.lora_interrogator"),
 )
 ORDER = f"""
     library.paths library.errors library.log library.progress library.rng library.cpus library.processes library.gpu

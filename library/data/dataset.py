@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from library.data.caches.disk import Disk, DiskLatents, DiskTexts, cache_captions, cache_images
+from library.data.caches.masks import MaskCache, cache_masks
 from library.data.caches.memory import LatentCache, TextCache, encode_captions, encode_images
 from library.data.captions import Sight, as_written, caption_text, is_static
 from library.data.loader import PixelLoader
-from library.data.masks import MaskCache, cache_masks
 from library.data.plan import PlannedBatch, epoch_batches
-from library.data.prepare import Prepared
+from library.data.prepared import Prepared
 from library.data.samples import Sample, Size
 from library.data.views import View, drawn_view, fixed_view
 from library.rng import python_random

@@ -9,13 +9,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.config.command import Word
+from library.config.fields import option
 from library.errors import UserError, nearest_path
 
 FILES = Word(
     "LORA",
-    "a LoRA file; with a multiplier: a.safetensors:0.7; several together: a.safetensors:0.7+b.safetensors:0.5",
+    "a LoRA file, or a trained embedding; with a multiplier: a.safetensors:0.7; several together: "
+    "a.safetensors:0.7+b.safetensors:0.5",
     many=True,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordOptions:
+    """Trained embeddings among the files"""
+
+    token_string: str | None = option(
+        None,
+        help="the word of the embeddings in prompts and captions (default: the one in the file, else the file's name)",
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from library.config.fields import option
 from library.config.options import ModelOptions
 from library.config.samplers import SAMPLERS, read_sampler
 from library.errors import UserError, nearest_path
-from library.evaluation.candidates import BASE, FILES, Candidate, read_candidates
+from library.evaluation.candidates import BASE, FILES, Candidate, WordOptions, read_candidates
 from library.evaluation.precision import PrecisionOptions
 from library.sampling.prompts import SamplePrompt, SampleTimes, of_line, read_prompts, with_samplers_of
 
@@ -67,7 +67,13 @@ class OutputOptions:
 COMMAND = Command(
     name="lora-tools draw",
     description=DESCRIPTION,
-    groups={"draw": DrawOptions, "model": ModelOptions, "precision": PrecisionOptions, "output": OutputOptions},
+    groups={
+        "draw": DrawOptions,
+        "words": WordOptions,
+        "model": ModelOptions,
+        "precision": PrecisionOptions,
+        "output": OutputOptions,
+    },
     words=(replace(FILES, required=False),),
 )
 
@@ -150,16 +156,20 @@ def _rendered(
 ) -> list[Cell]:
     """The cells, column by column: the base is loaded once, and a column's files are switched on for its images."""
     from library.evaluation.base_model import BaseModel, open_base
+    from library.evaluation.trained_words import read_words, warn_of_absent_words
     from library.files.atomic import replacing
     from library.progress import progress
     from library.sampling.render import check_sampler
 
     options, model, precision = given.groups["draw"], given.groups["model"], given.groups["precision"]
-    family = open_base(model, columns, given=given.given, more={"zero_terminal_snr": precision.zero_terminal_snr})
+    more = {"zero_terminal_snr": precision.zero_terminal_snr}
+    family = open_base(model, columns, given=given.given, more=more, embeddings=True)
+    words = read_words(family, columns, token_string=given.groups["words"].token_string)
     sampler = _sampler(rows, family.process.samplers, options.sample_sampler, given="sample_sampler" in given.given)
     for row in rows:
         check_sampler(row.prompt.sample_sampler or sampler)
-    base = BaseModel.of(family, precision, no_half_vae=model.no_half_vae)
+    warn_of_absent_words(family, words, _texts(rows), what="prompt")
+    base = BaseModel.of(family, precision, no_half_vae=model.no_half_vae, words=words)
     encoders = _encoders(base, rows, columns)
     base.load("denoiser", "vae")
     cells = []
@@ -177,6 +187,10 @@ def _rendered(
     return cells
 
 
+def _texts(rows: Sequence[Row]) -> list[str]:
+    return [text for row in rows for text in (row.prompt.prompt, row.prompt.negative_prompt)]
+
+
 def _sampler(rows: Sequence[Row], known: Sequence[str], sampler: str, *, given: bool) -> str:
     """The sampler of prompts without one of their own. `UserError` for one that the model does not have."""
     prompts = tuple(row.prompt for row in rows)
@@ -191,7 +205,7 @@ def _encoders(
     here, and the text encoders released."""
     from library.sampling.render import EncodedPrompts
 
-    texts = [text for row in rows for text in (row.prompt.prompt, row.prompt.negative_prompt)]
+    texts = _texts(rows)
     names = tuple(base.family.components.text_encoders)
     base.load(*names)
     encoders: dict[Candidate, Callable[[str, str], dict[str, Tensor]]] = {}

@@ -17,12 +17,12 @@ from library.config.image_folders import NamedFolder, named_folders, refuse_twin
 from library.config.options import DataOptions, ModelOptions, Options
 from library.config.options import OutputOptions as TrainOutput
 from library.errors import UserError
-from library.evaluation.candidates import FILES, Candidate, read_candidates
+from library.evaluation.candidates import FILES, Candidate, WordOptions, read_candidates
 from library.evaluation.differences import Result, difference, hint, mean, worst
 from library.evaluation.precision import PrecisionOptions
 
 if TYPE_CHECKING:
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
     from library.evaluation.losses import Losses
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,13 @@ class OutputOptions:
 COMMAND = Command(
     name="lora-tools evaluate",
     description=DESCRIPTION,
-    groups={"model": ModelOptions, "evaluate": EvaluateOptions, "precision": PrecisionOptions, "output": OutputOptions},
+    groups={
+        "model": ModelOptions,
+        "evaluate": EvaluateOptions,
+        "words": WordOptions,
+        "precision": PrecisionOptions,
+        "output": OutputOptions,
+    },
     words=(FILES,),
 )
 
@@ -133,9 +139,12 @@ def _measured(
     from library.diffusion.process import BINS, middles
     from library.evaluation.base_model import BaseModel, open_base
     from library.evaluation.losses import measure
+    from library.evaluation.trained_words import read_words, warn_of_absent_words
 
     model, options, precision = given.groups["model"], given.groups["evaluate"], given.groups["precision"]
-    family = open_base(model, candidates, given=given.given, more={"zero_terminal_snr": precision.zero_terminal_snr})
+    more = {"zero_terminal_snr": precision.zero_terminal_snr}
+    family = open_base(model, candidates, given=given.given, more=more, embeddings=True)
+    words = read_words(family, candidates, token_string=given.groups["words"].token_string)
     prepared = {
         folder.name: prepare_to_measure(
             dataset_of(folder, model, options), multiple_of=family.size_divisor, skip_bad_images=options.skip_bad_images
@@ -143,7 +152,9 @@ def _measured(
         for folder in folders
     }
     _warn_of_copies(prepared, folders)
-    base = BaseModel.of(family, precision, no_half_vae=model.no_half_vae)
+    captions = [sample.caption for one in prepared.values() for sample in one.samples]
+    warn_of_absent_words(family, words, captions, what="caption")
+    base = BaseModel.of(family, precision, no_half_vae=model.no_half_vae, words=words)
     found = measure(
         base,
         prepared,

@@ -122,6 +122,8 @@ def planned(own: Options, words: Sequence[str], wanted: FindRankOptions) -> Iter
     seed and the places of the files; all runs hold out the same images, with the same noise."""
     own_rank = own.network.network_dim or 4  # the trainer's default
     own_alpha = own.network.network_alpha or float(own_rank)  # 0 means the rank
+    if "network_alpha" not in own.given and wanted.alpha != "fixed":
+        own_alpha = float(own_rank)
     first = own.training.seed or 0
     noise = own.validation.validation_seed
     folder = Path(own.output.output_dir) / f"{own.output.output_name or 'last'}-ranks"

@@ -18,7 +18,7 @@ from library.progress import progress
 from library.training.fixed_noise import losses_of_batch
 
 if TYPE_CHECKING:
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
     from library.evaluation.base_model import BaseModel
     from library.evaluation.candidates import Candidate
 

@@ -120,9 +120,11 @@ def plot(path: Path, found: Sequence[Point], chosen: Point) -> None:
 
 
 ALPHAS: Mapping[str, str] = {
-    "ratio": "alpha = rank × the alpha / rank of your own settings, so that every rank has the same scale",
-    "sqrt": "alpha grows with the square root of the rank, as rsLoRA has it (arXiv 2312.03732)",
-    "fixed": "every rank has the alpha of your own settings",
+    "ratio": "alpha = rank × the alpha / rank of your own settings, so that every rank has the same scale; without a "
+    "--network_alpha of yours alpha is the rank",
+    "sqrt": "the same at your own rank, and alpha grows with the square root of the rank, as rsLoRA has it (arXiv "
+    "2312.03732)",
+    "fixed": "every rank has the alpha of your own settings, or the trainer's default",
 }
 
 

@@ -60,6 +60,8 @@ def lines(checked: Sequence[Checked]) -> Iterator[str]:
     """The console's text: each folder with its figures and findings, then the verdict."""
     for one in checked:
         yield f"{one.source}: {figures(one)}"
+        if one.data_sets:
+            yield f"  in {len(one.data_sets)} data sets: {'; '.join(one.data_sets)}"
         for finding in one.findings:
             yield f"  {finding.level.value:<11} {finding.name}: {finding.text}"
             if finding.items:

@@ -43,6 +43,7 @@ def _folder(one: Checked) -> dict[str, Any]:
         "source": str(one.source),
         "figures": [
             ("images", f"{len(pictures)}"),
+            *([("data sets", "; ".join(one.data_sets))] if one.data_sets else []),
             ("held out", str(sum(picture.held_out for picture in pictures))),
             ("sizes", _sizes(one)),
             ("caption", f"{one.caption_length:.0f} characters on average"),

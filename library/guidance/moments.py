@@ -45,11 +45,13 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """The moments of a run. `trained`: the number of trained parameters; `state`: bytes of the optimizer's."""
+    """The moments of a run. `trained`: the number of trained parameters; `state`: bytes of the optimizer's. `host`:
+    bytes of the host's memory that spare the device's, by what lies there."""
 
     moments: tuple[Moment, ...]
     trained: int
     state: int
+    host: Mapping[str, int]
 
     @property
     def largest(self) -> Moment:
@@ -81,15 +83,15 @@ class Estimator:
     choose: Callable[[Options], OptimizerChoice]  # the optimizer of altered options
     on_gpu: bool
     _outlines: dict[tuple[object, ...], _Outline] = field(default_factory=dict)
-    _passes: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _passes: dict[tuple[object, ...], tuple[int, int]] = field(default_factory=dict)
     _states: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def needs(self, options: Options) -> Needs:
         """All moments of a run with these options, which must have a network of our own."""
         outline = self._outline(options)
         state = self._state(outline, options)
-        moments = tuple(_Moments(self, outline, options, state).all())
-        return Needs(moments=moments, trained=outline.count, state=state)
+        moments = _Moments(self, outline, options, state)
+        return Needs(moments=tuple(moments.all()), trained=outline.count, state=state, host=moments.host())
 
     def floor(self, options: Options) -> int:
         """The bytes of a training step without its activations; no pass is needed."""
@@ -97,12 +99,13 @@ class Estimator:
         moments = _Moments(self, outline, options, self._state(outline, options))
         return sum(moments.standing.values()) + outline.trained
 
-    def once(self, key: tuple[object, ...], options: Options, work: Callable[[Outlined], int]) -> int:
-        """The result of a pass. `key`: its kind, of `_THAT_MATTER`, and its sizes."""
+    def once(self, key: tuple[object, ...], options: Options, work: Callable[[Outlined], int]) -> tuple[int, int]:
+        """The result of a pass, and the bytes of host memory that it needed. `key`: its kind, of `_THAT_MATTER`, and
+        its sizes."""
         key = (*key, *_THAT_MATTER[key[0]](options))
         if key not in self._passes:
             with outlined(self.plan.family, options, self.plan.network_arguments, on_gpu=self.on_gpu) as outline:
-                self._passes[key] = work(outline)
+                self._passes[key] = work(outline), outline.on_host
         return self._passes[key]
 
     def _outline(self, options: Options) -> _Outline:
@@ -147,7 +150,8 @@ class Estimator:
 
 
 def _of_step(options: Options) -> tuple[object, ...]:
-    return *_of_prediction(options), *_of_texts(options), *_of_vae(options)
+    offloaded = options.precision.cpu_offload_checkpointing
+    return *_of_prediction(options), *_of_texts(options), *_of_vae(options), offloaded
 
 
 def _of_prediction(options: Options) -> tuple[object, ...]:
@@ -216,17 +220,21 @@ class _Moments:
         names += [] if data.cache_text_encoder_outputs else parts.text_encoders
         names += [] if data.cache_latents else ["vae"]
         held = held_parts(self._family, self.options)
-        return sum(self.outline.weights[name][held.get(name, "")] for name in names) - self._swapped
+        return sum(self.outline.weights[name][held.get(name, "")] for name in names) - round(self._swapping.saved)
 
     @cached_property
-    def _swapped(self) -> int:
-        """Bytes that lie in host memory, less the two buffers in their place."""
+    def _swapping(self) -> swap.Cost:
         precision = self.options.precision
         if precision.blocks_to_swap is None:
-            return 0
+            return swap.Cost.of([])
         blocks = swap.chosen(self.outline.blocks, precision.blocks_to_swap)
         sizes = [sum(weight.bytes_in(precision.unet_format) for weight in block) for block in blocks]
-        return round(swap.Cost.of(sizes).saved)
+        return swap.Cost.of(sizes)
+
+    def host(self) -> dict[str, int]:
+        """Bytes in host memory that spare the device's."""
+        found = {"swapped blocks": round(self._swapping.host), "checkpoints": self._forward_and_backward()[1]}
+        return {name: size for name, size in found.items() if size}
 
     @cached_property
     def standing(self) -> dict[str, int]:
@@ -246,13 +254,18 @@ class _Moments:
     def _step(self) -> Moment:
         """Of the largest batch."""
         size, count = _largest(self._groups())
-        peak = self._once(("step", size, count), lambda outline: outline.step(size, count))
+        peak, _ = self._forward_and_backward()
         if not self.options.data.cache_latents:  # gone before the denoiser runs
             peak = max(peak, self._once(("encode", size, count), lambda outline: outline.encode_images(size, count)))
         if not (trains_text(self.options) or self.options.data.cache_text_encoder_outputs):
             peak = max(peak, self._once(("texts", count), lambda outline: outline.encode_texts(count)))
         activations = max(peak - self.outline.trained, 0)
         return Moment(TRAINING, {**self.standing, "gradients": self.outline.trained, "activations": activations})
+
+    def _forward_and_backward(self) -> tuple[int, int]:
+        """Bytes on the device, beside what is always there, and in host memory."""
+        size, count = _largest(self._groups())
+        return self.estimator.once(("step", size, count), self.options, lambda outline: outline.step(size, count))
 
     def _optimizers_step(self) -> Moment:
         """torch's optimizers compute all updates at once (foreach), in one more copy of the trained weights."""
@@ -317,7 +330,8 @@ class _Moments:
         )
 
     def _once(self, key: tuple[object, ...], work: Callable[[Outlined], int]) -> int:
-        return self.estimator.once(key, self.options, work)
+        peak, _ = self.estimator.once(key, self.options, work)
+        return peak
 
 
 def _largest(groups: Sequence[Group]) -> tuple[Size, int]:

@@ -14,6 +14,8 @@ from library import log
 from library.diffusion.process import predict_and_target
 from library.guidance.autocast import gpu_autocast
 from library.guidance.estimate import parameter_bytes, peak_of
+from library.offload.checkpoints import OffloadedCheckpoints
+from library.offload.lane import OutlineLane
 from library.quantization import BYTES
 from library.quantization.frozen import compute_frozen
 from library.run.encode import DTYPES, freeze_convolutions, into_training, trains_text, vae_dtype
@@ -34,12 +36,19 @@ Fake = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Outlined:
-    """The parts of a model and the network on them, on the meta device, ready for passes. `on_gpu`: the run's are."""
+    """The parts of a model and the network on them, on the meta device, ready for passes. `on_gpu`: the run's are.
+    `offloaded`: what keeps checkpoints in host memory, if they are kept there."""
 
     family: ModelFamily
     options: Options
     network: TrainableNetwork
     on_gpu: bool
+    offloaded: OffloadedCheckpoints | None = None
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory that the passes so far needed for checkpoints."""
+        return 0 if self.offloaded is None else self.offloaded.outlines.host
 
     def autocast(self) -> AbstractContextManager[object]:
         dtype = DTYPES[self.options.precision.mixed_precision]
@@ -162,9 +171,10 @@ def outlined(
         if precision.of_weights:
             network.to(dtype=DTYPES[precision.mixed_precision])
         network.train()
-        into_training(family, options)
+        offloaded = OffloadedCheckpoints(OutlineLane()) if precision.cpu_offload_checkpointing else None
+        into_training(family, options, by=offloaded)
         network.before_training(gradient_checkpointing=precision.gradient_checkpointing)
-        yield Outlined(family, options, network, on_gpu)
+        yield Outlined(family, options, network, on_gpu, offloaded)
 
 
 def _network(family: ModelFamily, options: Options, arguments: Arguments) -> TrainableNetwork:

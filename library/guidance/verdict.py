@@ -107,6 +107,9 @@ def _moments(needs: Needs) -> Iterator[tuple[str, str]]:
     for number, moment in enumerate(sorted(needs.moments, key=lambda moment: -moment.total)):
         parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in moment.parts.items() if size)
         yield "memory" * (not number), f"{human_bytes(moment.total):>9}  {moment.name}: {parts}"
+    if needs.host:
+        parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needs.host.items())
+        yield "host memory", f"{human_bytes(sum(needs.host.values())):>9}  while it trains, pinned: {parts}"
 
 
 def _verdict(needs: Needs, card: Card | None) -> str:

@@ -160,6 +160,10 @@ class ModelFamily(ABC):
         """Read this word as that many new tokens from now on. `UserError` if the tokenizer has it already."""
         raise UserError(f"--token_string: embeddings of {self.TITLE} are not supported here yet")
 
+    def forget_word(self) -> None:
+        """Read the word that was learnt as any other text again."""
+        raise NotImplementedError
+
     def token_ids(self, text: str) -> list[int]:
         """The tokens of a text, without those that begin and end it."""
         raise NotImplementedError
@@ -170,6 +174,16 @@ class ModelFamily(ABC):
 
     def token_tables(self) -> list[TokenTable]:
         """The table of each loaded text encoder, in their order, for the word that was learnt."""
+        raise NotImplementedError
+
+    # -- single tokens
+
+    def vocabulary(self) -> list[str]:
+        """The text of each token, with "…" behind those that end no word. `UserError` where there is no such list."""
+        raise UserError(f"the tokens of {self.TITLE} cannot be compared one by one yet")
+
+    def token_states(self, tokens: Sequence[int]) -> Tensor:
+        """The text encoders' states of texts of one token each, [B, 3, D]: BOS, the token, EOS."""
         raise NotImplementedError
 
     # -- the network

@@ -19,7 +19,7 @@ from library.models.family import AdapterTargets, ModelFamily, TokenTable
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from library.diffusion.ddpm import DDPM
     from library.diffusion.latents import LatentSpace
@@ -260,6 +260,9 @@ class LatentDiffusion(ModelFamily):
 
         self._with_word = TokenizerWithWord(self._tokenizer, word, vectors=vectors)
 
+    def forget_word(self) -> None:
+        self._with_word = None
+
     def token_ids(self, text: str) -> list[int]:
         from library.models.text.prompts import content_tokens
 
@@ -277,6 +280,21 @@ class LatentDiffusion(ModelFamily):
             encoder: Any = self.components[part]
             tables.append(TokenTable(key, section, encoder.get_input_embeddings(), self._with_word.first))
         return tables
+
+    def vocabulary(self) -> list[str]:
+        names: list[str] = self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer))))
+        special = set(self._tokenizer.all_special_tokens)
+        return [
+            self._tokenizer.decode([token]).strip() + ("" if name.endswith("</w>") or name in special else "…")
+            for token, name in enumerate(names)
+        ]
+
+    def _alone(self, tokens: Sequence[int]) -> Tensor:
+        """Token ids [B, 1, 3] of texts of one token each."""
+        import torch
+
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        return torch.tensor([[[bos, token, eos]] for token in tokens])
 
     def _reading(self) -> dict[str, Any]:
         """The settings by which captions become tokens: a part of `text_fingerprint`."""

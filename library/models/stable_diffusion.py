@@ -108,6 +108,13 @@ class StableDiffusion(LatentDiffusion):
         states = encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
         return {"hidden_states": weigh(states, weights)}
 
+    def token_states(self, tokens: Sequence[int]) -> Tensor:
+        from library.models.text.prompts import encode
+
+        encoder: Any = self.components["text_encoder"]
+        ids = to_device(self._alone(tokens), encoder.embeddings.position_ids.device)
+        return encode(encoder, ids, clip_skip=self.clip_skip, layers=self._layers)
+
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Noise or velocity, as the process says, [B, C, h, w]; levels are timesteps 0 … 999."""
         import torch

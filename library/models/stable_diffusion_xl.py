@@ -132,6 +132,20 @@ class StableDiffusionXL(LatentDiffusion):
         assert pooled is not None, "the second text encoder has a projection"
         return {"hidden_states": torch.cat(states, dim=2), "pooled": pooled}
 
+    def token_states(self, tokens: Sequence[int]) -> Tensor:
+        """Those of both encoders, side by side."""
+        import torch
+
+        from library.models.text.prompts import encode_penultimate
+
+        found = []
+        for part in _PARTS:
+            encoder = self.components[part]
+            ids = to_device(self._alone(tokens), _device_of(encoder))
+            layers = self._base.parts[part].config["num_hidden_layers"]
+            found.append(encode_penultimate(encoder, ids, layers=layers)[0])
+        return torch.cat(found, dim=2)
+
     def condition(
         self,
         texts: Mapping[str, Tensor],

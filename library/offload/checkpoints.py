@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from library.offload.lane import Done, Lane
+from library.offload.lane import Done, Lane, OutlineLane
 
 Memory = tuple[int, torch.Size]
 _AT_ONCE = 2  # inputs that are on their way to the host while blocks compute
@@ -26,8 +26,11 @@ class OffloadedCheckpoints:
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
+        self.outlines = OutlineLane()
+        """The lane of tensors without contents, which an estimate of memory has instead of real ones."""
         self._last: weakref.ref[_Away] | None = None
-        self._leaving: deque[tuple[Tensor, Done]] = deque()  # what is being copied to the host, still on the device
+        # what is being copied to the host, still on the device
+        self._leaving: deque[tuple[Tensor, Done, Lane]] = deque()
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
         """The block's output; diffusers' `gradient_checkpointing_func`."""
@@ -35,20 +38,19 @@ class OffloadedCheckpoints:
         with saved_tensors_hooks(lambda tensor: self._pack(tensor, moved), self._unpack):
             return checkpoint(block.__call__, *args, use_reentrant=False)
 
-    def _pack(self, tensor: Tensor, moved: Memory) -> Tensor | _Away | _Outline:
+    def _pack(self, tensor: Tensor, moved: Memory) -> Tensor | _Away:
         if _memory_of(tensor) != moved:
             return tensor
-        if type(tensor) not in (Tensor, nn.Parameter):  # fake tensors have no memory that could be copied
-            return _Outline(tensor)
+        lane = self._lane if type(tensor) in (Tensor, nn.Parameter) else self.outlines
         self._leave(_AT_ONCE - 1)
-        host = self._lane.pinned_like(tensor)
+        host = lane.pinned_like(tensor)
         with torch.no_grad():
-            self._leaving.append((tensor.detach(), self._lane.copy(host, tensor)))
-        away = _Away(host, tensor.device, self._lane, self._last)
+            self._leaving.append((tensor.detach(), lane.copy(host, tensor), lane))
+        away = _Away(host, tensor.device, lane, self._last)
         self._last = weakref.ref(away)
         return away
 
-    def _unpack(self, packed: Tensor | _Away | _Outline) -> Tensor:
+    def _unpack(self, packed: Tensor | _Away) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         self._leave(0)  # the forward pass is over
@@ -57,7 +59,8 @@ class OffloadedCheckpoints:
     def _leave(self, most: int) -> None:
         """Have the computation wait for copies to the host until at most so many are under way, and free the rest."""
         while len(self._leaving) > most:
-            self._lane.wait(self._leaving.popleft()[1])
+            _, done, lane = self._leaving.popleft()
+            lane.wait(done)
 
 
 class _Away:
@@ -90,17 +93,6 @@ class _Away:
             before.start_back()
         self._lane.wait(done)
         return here
-
-
-class _Outline:
-    """A fake tensor that has left the device: an estimate of memory must not count it there meanwhile."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._shape, self._stride = tensor.shape, tensor.stride()
-        self._dtype, self._device = tensor.dtype, tensor.device
-
-    def back(self) -> Tensor:
-        return torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device=self._device)
 
 
 def _memory_of(tensor: Tensor) -> Memory:

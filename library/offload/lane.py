@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from library.units import human_bytes
 
@@ -72,6 +73,39 @@ class CudaLane:
     def wait(self, done: Done) -> None:
         assert isinstance(done, torch.cuda.Event)
         torch.cuda.current_stream(self.device).wait_event(done)
+
+
+class OutlineLane:
+    """Copies nothing: for passes over tensors without contents, which count what is on the device.
+
+    `host`: the most bytes of host memory that the copies would have taken at one time.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.host = 0
+        self._now = 0
+
+    def registered(self, count: int) -> Tensor:
+        raise AssertionError("weights of an outline are not swapped")
+
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        with _disable_current_modes():  # such a pass would count it
+            host = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        self._now += tensor.nbytes
+        self.host = max(self.host, self._now)
+        weakref.finalize(host, self._forget, tensor.nbytes)
+        return host
+
+    def _forget(self, count: int) -> None:
+        self._now -= count
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """No-op."""
+
+    def wait(self, done: Done) -> None:
+        """No-op."""
 
 
 def _unregister(memories: list[Tensor]) -> None:

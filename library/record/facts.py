@@ -99,7 +99,8 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Flaw:
-    """A finding of the data check in one folder. `level`: "to fix", "to look at" or "to know". `files`: the first names
+    """A finding of the data check in one folder. `text` names the data sets where only some of several that have the
+    folder have the flaw. `level`: "to fix", "to look at" or "to know". `files`: the first names
     of `count` files."""
 
     source: str
@@ -223,9 +224,49 @@ class DecayCurve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preserved:
+    """Images whose target is a prediction: that of the "base" model, or of the "previous" network. `region`: "all" of
+    each image, or "outside_mask". `weight`: of their loss."""
+
+    images: int
+    prior: str
+    region: str = "all"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """The distance to the previous network's predictions is a part of the loss, times `weight`, which falls by
+    `schedule`."""
+
+    weight: float
+    schedule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consolidated:
+    """Elastic weight consolidation for some earlier images, those of `sources`. `strength`: its lambda; None: it is
+    computed from them before the first step."""
+
+    images: int
+    sources: tuple[str, ...]
+    strength: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protections:
+    """What keeps the network from forgetting. `previous`: the file whose predictions are kept; "": no network's."""
+
+    preserved: tuple[Preserved, ...] = ()
+    distilled: Distilled | None = None
+    consolidated: Consolidated | None = None
+    previous: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0.
-    `flaws`: those of the data, the worst of each folder first."""
+    `flaws`: those of the data, the worst of each folder first. `protections` None: nothing is kept from forgetting."""
 
     model: Model
     network: Network
@@ -238,3 +279,4 @@ class Facts:
     rates: Rates
     decay: Decay | None
     flaws: tuple[Flaw, ...] = ()
+    protections: Protections | None = None

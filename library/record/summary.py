@@ -15,6 +15,7 @@ from library.record.facts import (
     Images,
     Model,
     Network,
+    Protections,
     Rates,
     Validation,
 )
@@ -60,6 +61,8 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield from flaw_rows(facts.flaws)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
+    if facts.protections is not None:
+        yield "protection", protections(facts.protections)
     for bucket in facts.buckets:
         width, height = bucket.size
         how = "in the first epoch" if bucket.by_shares else "with repeats"
@@ -196,6 +199,24 @@ def _validation(facts: Validation) -> str:
         f"{count(facts.images, 'image')} held out: {count(facts.batches, 'batch', 'es')} × "
         f"{count(facts.timesteps, 'noise level')}, {facts.times} times{stops}"
     )
+
+
+def protections(facts: Protections) -> str:
+    """What keeps the network from forgetting: "79 images keep the base model's prediction; EWC for 20 images of noto,
+    lambda computed"."""
+    said = []
+    for one in facts.preserved:
+        whose = "the base model's prediction" if one.prior == "base" else f"the prediction of {facts.previous}"
+        where = "" if one.region == "all" else " outside of their masks"
+        weight = "" if one.weight == 1 else f", weight {one.weight:g}"
+        said.append(f"{count(one.images, 'image')} keep{'s' * (one.images == 1)} {whose}{where}{weight}")
+    if (distilled := facts.distilled) is not None:
+        falls = "" if distilled.schedule == "constant" else f", {distilled.schedule} to 0"
+        said.append(f"distillation from {facts.previous}, weight {distilled.weight:g}{falls}")
+    if (held := facts.consolidated) is not None:
+        strength = "computed" if held.strength is None else f"{held.strength:g}"
+        said.append(f"EWC for {count(held.images, 'image')} of {', '.join(held.sources)}, lambda {strength}")
+    return "; ".join(said)
 
 
 def _length(facts: Facts) -> str:

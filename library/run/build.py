@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
-from library.data.prepare import Prepared
+from library.data.prepared import Prepared
 from library.errors import UserError
 from library.losses.distillation import Distillation
 from library.losses.preservation import Active, Preservation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,10 @@ from library.optimizers.weight_decay_choice import DecayChoice
 from library.record.dataset_metadata import DatasetFacts, SubsetFacts
 from library.record.metadata import RunFacts, RunMetadata
 from library.record.modelspec import ModelSpec, data_url
+from library.record.protections import to_metadata
 from library.record.saves import SavePlan
 from library.run.plan import Plan
+from library.run.protections import protections_of
 from networks import base_weights
 
 
@@ -57,6 +60,12 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
         ours["lr_layer_decay"] = layer_decay
     if (average := plan.options.ema).ema_decay is not None:
         ours |= {"ema_decay": average.ema_decay, "ema_for": " ".join(average.purposes)}
+    subsets = [subset for dataset in plan.datasets for subset in dataset.subsets]
+    if any(subset.share is not None for subset in subsets):
+        shares = {subset.source.name: subset.share for subset in subsets if subset.share is not None}
+        ours["shares"] = json.dumps(shares)
+    if (protections := protections_of(plan)) is not None:
+        ours |= to_metadata(protections)
     return ours | ({} if decay is None else decay.metadata())
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 
 from library.config.options import Options, declared_options, option_groups
-from library.data.prepare import Prepared
+from library.data.prepared import Prepared
 from library.diffusion.process import BINS
 from library.record.facts import Facts
 from library.record.metrics import Line

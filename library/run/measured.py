@@ -15,12 +15,13 @@ from library.config.options import Options
 from library.errors import UserError, nearest_path
 
 if TYPE_CHECKING:
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 
 
 Use = Literal["validation", "forgetting", "ewc"]
+_DATA_FILES = (".toml", ".json")
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,26 @@ def measured_folders(options: Options, datasets: Sequence[DatasetSpec]) -> list[
     refuse_twins(found)
     earlier = list(_earlier(options, datasets[0]))
     refuse_twins(earlier)
+    _tell_of_sizes(options, datasets)
     return [*found, *earlier]
+
+
+def _tell_of_sizes(options: Options, datasets: Sequence[DatasetSpec]) -> None:
+    """Log the size of the images that are measured where training has several."""
+    first, *others = dict.fromkeys(dataset.resolution for dataset in datasets)
+    given = [*options.validation.validation_dir, *options.validation.forgetting_dir, *options.forgetting.ewc_data]
+    if others and any(Path(word.rpartition("=")[2]).suffix.lower() not in _DATA_FILES for word in given):
+        logger.info(
+            "folders to measure are read at %d × %d, the size of the first data set, and not at %s as well",
+            *(*first, ", ".join("{} × {}".format(*size) for size in others)),
+        )
 
 
 def _earlier(options: Options, like: DatasetSpec) -> Iterator[MeasuredFolder]:
     """The folders and data set files of --ewc_data, in batches of one image."""
     for word in options.forgetting.ewc_data:
         path = Path(word)
-        if path.suffix.lower() not in (".toml", ".json"):
+        if path.suffix.lower() not in _DATA_FILES:
             (one,) = named_folders([word], option="ewc_data")
             dataset = replace(dataset_like(like, one, options, "ewc"), batch_size=1)
             yield MeasuredFolder(one.name, one.path, one.place, dataset, "ewc")

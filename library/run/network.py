@@ -62,7 +62,13 @@ def make_embedding(options: Options, family: ModelFamily, *, seed: int | None = 
     if wanted.weights is not None:
         widths = embedding.widths()
         embedding.begin_with(
-            read_embedding(Path(wanted.weights), word=wanted.token_string, widths=widths, vectors=vectors)
+            read_embedding(
+                Path(wanted.weights),
+                word=wanted.token_string,
+                widths=widths,
+                vectors=vectors,
+                where=f"--weights {wanted.weights}",
+            )
         )
     return embedding
 

@@ -35,7 +35,7 @@ from library.training.state import find as find_state
 from networks import kinds
 
 if TYPE_CHECKING:
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
     from library.models.family import ModelFamily
     from library.optimizers.create import OptimizerChoice
 

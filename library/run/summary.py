@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 from library.data.captions import changing_options
-from library.data.prepare import Prepared
+from library.data.prepared import Prepared
 from library.data.quality.check import check
 from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
 from library.record import facts
 from library.run.plan import Plan
+from library.run.protections import protections_of
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.validation import Validator
 from library.training.hooks.weight_decay import WeightDecay
@@ -50,7 +51,8 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
         decay=_decay(
             weight_decay_of(plan.choice), None if decay is None else decay.decay, total_steps=saves.total_steps
         ),
-        flaws=tuple(dict.fromkeys(_flaws(plan))),  # a folder may be in several data sets
+        flaws=tuple(_flaws(plan)),
+        protections=protections_of(plan),
     )
 
 

@@ -12,7 +12,7 @@ from library.errors import UserError
 if TYPE_CHECKING:
     from library.config.dataset_config import DatasetSpec
     from library.config.options import Options
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
     from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)

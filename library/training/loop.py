@@ -87,8 +87,7 @@ def _train(run: Run, stop: StopRequest, bar: tqdm) -> signal.Signals | None:
         if item.epoch != epoch:
             epoch = item.epoch
             start_epoch(run, epoch)
-        with during(f"step {item.step}", done=item.step - 1):
-            step = _step_or_skip(run, item)
+        step = _step_or_skip(run, item)
         run.losses.add(step.loss)
         _report(run, step, bar)
         _from_training(run)
@@ -150,24 +149,11 @@ def optimizer_step(run: Run, item: StepBatches) -> Step:
     `Diverged` if that loss or its gradient is not finite: the weights are then unchanged. `OutOfMemory` if it needs
     more memory than there is.
     """
-    accelerator, step = run.accelerator, Step(item.step, item.epoch)
-    # Processes average their gradients below, so each weights its batches by the number of processes.
-    weight = accelerator.num_processes / item.count
+    step = Step(item.step, item.epoch)
     with during(f"step {step.number}", done=step.number - 1):
-        losses = _backward_all(run, item, weight=weight)
-    total = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
-    run.gradients.average()
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(total, reduction="mean")
-    for hook in run.hooks:
-        hook.after_backward(run, step)
-    # The only point of a step where the host waits for the device; all work so far has been queued.
-    loss, norm = torch.stack((total.float(), run.gradients.clip().to(total.device).float())).tolist()
-    if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
-        raise _diverged(run, item, losses)
-    step.loss, step.gradient_norm = loss, norm
-    for hook in run.hooks:
-        hook.before_step(run, step)
+        step.loss, step.gradient_norm = _gradients(run, item, step)
+        for hook in run.hooks:
+            hook.before_step(run, step)
     with during(f"the optimizer in step {step.number}", done=step.number - 1, is_whole=False):
         run.optimizer.step()
         step.rates = effective_rates(run.optimizer.optimizer)  # before a schedule sets the next step's
@@ -191,6 +177,24 @@ def _step_or_skip(run: Run, item: StepBatches) -> Step:
         for hook in run.hooks:
             hook.diverged(run, item.step, str(problem))
         return Step(item.step, item.epoch, rates=effective_rates(run.optimizer.optimizer))
+
+
+def _gradients(run: Run, item: StepBatches, step: Step) -> tuple[float, float]:
+    """Compute the gradients of a step, averaged and clipped. Returns the loss, and their norm before clipping."""
+    accelerator = run.accelerator
+    # Processes average their gradients below, so each weights its batches by the number of processes.
+    losses = _backward_all(run, item, weight=accelerator.num_processes / item.count)
+    total = torch.stack(losses).sum() if losses else torch.zeros((), device=accelerator.device)
+    run.gradients.average()
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, reduction="mean")
+    for hook in run.hooks:
+        hook.after_backward(run, step)
+    # The only point of a step where the host waits for the device; all work so far has been queued.
+    loss, norm = torch.stack((total.float(), run.gradients.clip().to(total.device).float())).tolist()
+    if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
+        raise _diverged(run, item, losses)
+    return loss, norm
 
 
 def _backward_all(run: Run, item: StepBatches, *, weight: float) -> list[torch.Tensor]:

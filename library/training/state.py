@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.config.dataset_config import DatasetSpec, SubsetSpec
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
     from library.training.run import Run
 
 logger = logging.getLogger(__name__)

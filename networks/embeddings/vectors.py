@@ -50,6 +50,10 @@ class Rows(nn.Module):
         """Act on every forward of the table from now on."""
         vars(self._attached_to[0])["forward"] = self.forward
 
+    def detach(self) -> None:
+        """The table's own forward again."""
+        vars(self._attached_to[0]).pop("forward", None)
+
     def forward(self, ids: Tensor) -> Tensor:
         """The vectors of the tokens [...] → [..., width]: those below `first` are the table's, bit for bit."""
         rows = self.start if self.is_off else self.weight
@@ -88,6 +92,11 @@ class Embedding(TrainableNetwork):
         """Act on all text encoders, whatever the parts that adapters act on."""
         for rows in self._rows():
             rows.attach()
+
+    def detach(self) -> None:
+        """Leave the text encoders as they were."""
+        for rows in self._rows():
+            rows.detach()
 
     @torch.no_grad()
     def begin_with(self, tensors: Mapping[str, Tensor]) -> None:

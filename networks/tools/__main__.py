@@ -21,6 +21,7 @@ COMMANDS = {
     "check": ("networks.tools.check", "what an adapter file is, and which programs load it"),
     "evaluate": ("library.evaluation.evaluate", "the loss of LoRA files on folders of images"),
     "draw": ("library.evaluation.draw", "prompts × LoRA files × multipliers × seeds as one picture"),
+    "interrogate": ("library.evaluation.interrogate", "the tokens that a LoRA changes most in the text encoders"),
     "cross_validate": ("library.evaluation.cross_validate", "train on several splits of the images, and average"),
     "tasks": ("library.evaluation.tasks", "train one task after another, and measure what was forgotten"),
     "find_rank": ("library.evaluation.find_rank", "train at several ranks, and name the smallest that is enough"),

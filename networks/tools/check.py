@@ -25,7 +25,7 @@ from networks.formats import loaders
 # What a reader of metadata wants first, by the label of its line; all of it stands in the file's header
 _METADATA = {
     "base model": ("ss_base_model_version", "ss_sd_model_name"),
-    "made by": ("ss_network_module", "ss_network_args"),
+    "made by": ("ss_network_module",),
     "trained": ("ss_output_name", "ss_steps", "ss_epoch"),
 }
 _VALUES_SHOWN = 4  # different ranks or alphas
@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
 def report(path: Path, *, base: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report, and whether any program loads a layer. `UserError` for what is no adapter file."""
     from networks import files
+    from networks.tools.result import network_arguments
 
     contents, index = files.contents_of(path)
     shapes = {name: entry.shape for name, entry in index.entries.items()}
@@ -72,6 +73,8 @@ def report(path: Path, *, base: str | None = None) -> tuple[list[str], bool]:
     for label, keys in _METADATA.items():
         if words := [f"{key} {metadata[key]}" for key in keys if metadata.get(key, "None") != "None"]:
             lines.append(_line(label, ", ".join(words)))
+    if arguments := network_arguments(metadata):
+        lines.append(_line("arguments", ", ".join(arguments)))
     if trained_on := base_weights.read(path):
         lines.append(_line("on top of", base_weights.in_words(trained_on)))
     version, known = metadata.get("ss_base_model_version", ""), None

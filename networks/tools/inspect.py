@@ -41,7 +41,11 @@ _WORDS = (
     ("made by", "ss_made_by"),
 )
 _OPTIMIZER = re.compile(r"(?P<type>[\w.]+)(?:\((?P<arguments>.*)\))?", re.DOTALL)
-_NOT_SETTINGS = ("ss_output_name", "ss_network_args", "ss_network_dim", "ss_network_alpha")  # told apart below
+# These are read below, or name files and folders without their paths
+_NOT_SETTINGS = (
+    *("ss_output_name", "ss_network_args", "ss_network_dim", "ss_network_alpha"),
+    *("ss_base_weights", "ss_ewc_data", "ss_ewc_images"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,9 @@ def main(argv: Sequence[str]) -> int:
 def report(file: AdapterFile) -> list[str]:
     """Lines: metadata in words, and the norms of each block."""
     from library.models.checkpoints.adapter_file import short_title
-    from networks.tools.result import origins
+    from library.record import protections, summary
+    from networks import base_weights
+    from networks.tools.result import network_arguments, origins
 
     kinds = sorted({layer.kind for layer in file.layers.values()})
     titles = ", ".join(short_title(kind) or "an unknown kind" for kind in kinds)
@@ -89,9 +95,13 @@ def report(file: AdapterFile) -> list[str]:
     for label, key in _WORDS:
         if (text := file.metadata.get(key, "None")) not in ("None", ""):
             lines.append(f"{label:<14}{text}")
-    if arguments := _arguments(file.metadata):
+    if arguments := network_arguments(file.metadata):
         lines.append(f"{'arguments':<14}{', '.join(arguments)}")
     lines += [f"{'made from':<14}{words}" for words in origins(file.metadata)]
+    if trained_on := base_weights.in_metadata(file.metadata):
+        lines.append(f"{'on top of':<14}{base_weights.in_words(trained_on)}")
+    if (kept := protections.from_metadata(file.metadata)) is not None:
+        lines.append(f"{'protection':<14}{summary.protections(kept)}")
     if finished := file.metadata.get("ss_training_finished_at"):
         lines += [f"{'finished':<14}{text}" for text in _time(finished)]
     if not file.metadata:
@@ -180,24 +190,17 @@ def _value(item: Declared, text: str) -> object:
 
 
 def _network(metadata: Mapping[str, str]) -> dict[str, object]:
+    from networks.tools.result import network_arguments
+
     found: dict[str, object] = {}
     for name, kind in (("network_dim", int), ("network_alpha", float)):
         try:
             found[name] = kind(metadata.get(f"ss_{name}", ""))
         except ValueError:
             continue  # "None", or "Dynamic" of a resized file
-    if arguments := _arguments(metadata):
+    if arguments := network_arguments(metadata):
         found["network_args"] = arguments
     return found
-
-
-def _arguments(metadata: Mapping[str, str]) -> list[str]:
-    """The network's arguments as "name=value"; none where the text is no JSON of this program's or kohya's form."""
-    try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-    except (ValueError, RecursionError):
-        return []
-    return [f"{name}={value}" for name, value in arguments.items()] if isinstance(arguments, dict) else []
 
 
 def _optimizer(metadata: Mapping[str, str]) -> dict[str, object]:

@@ -127,6 +127,15 @@ def origins(metadata: Mapping[str, str]) -> list[str]:
         return [text]
 
 
+def network_arguments(metadata: Mapping[str, str]) -> list[str]:
+    """The network's arguments as "name=value"; none where the text is no JSON of this program's or kohya's form."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        return []
+    return [f"{name}={value}" for name, value in arguments.items()] if isinstance(arguments, dict) else []
+
+
 def _hash(path: Path) -> str | None:
     """That of the file's metadata or, where it has none, of its tensors; None for pickled files."""
     if stated := read_metadata(path).get("sshs_model_hash"):

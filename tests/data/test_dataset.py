@@ -16,7 +16,8 @@ from library.data.dataset import Batch, TrainingData
 from library.data.images import View, load_pixels
 from library.data.loader import PixelLoader
 from library.data.plan import of_rank, split_into_steps
-from library.data.prepare import Prepared, prepare
+from library.data.prepare import prepare
+from library.data.prepared import Prepared
 from library.rng import python_random
 
 MakeSubset = Callable[..., SubsetSpec]

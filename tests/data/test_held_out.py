@@ -13,7 +13,8 @@ from PIL import Image
 
 from library.config.dataset_config import DatasetSpec, SubsetSpec
 from library.data.dataset import TrainingData
-from library.data.prepare import Prepared, prepare
+from library.data.prepare import prepare
+from library.data.prepared import Prepared
 from library.data.samples import Sample
 from library.errors import UserError
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.data.caches.masks import cache_masks, latent_mask
 from library.data.dataset import TrainingData
 from library.data.images import load_mask, load_pixels, load_view
-from library.data.masks import cache_masks, latent_mask
 from library.data.prepare import prepare
 from library.data.views import View
 from library.errors import UserError
@@ -141,7 +141,7 @@ def test_each_mask_is_read_once(cut_out: Path, monkeypatch: pytest.MonkeyPatch) 
     view = View(cut_out, (100, 50), (0, 0), (80, 48), False, alpha_mask=True)
     plain = replace(view, alpha_mask=False)
     read: list[View] = []
-    monkeypatch.setattr("library.data.masks.load_mask", lambda view: read.append(view) or torch.zeros(1, 48, 80))
+    monkeypatch.setattr("library.data.caches.masks.load_mask", lambda view: read.append(view) or torch.zeros(1, 48, 80))
     cache = cache_masks([view, plain, view], lambda view: (6, 10))
     assert read == [view]
     assert cache.get([plain, plain]) is None

@@ -137,7 +137,7 @@ def test_what_is_told_fast_is_told_first(
     subset: MakeSubset, dataset: MakeDataset, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong options before missing folders, and both before the images are decoded."""
-    monkeypatch.setattr("library.data.prepare.check_images", lambda paths: pytest.fail("decoded"))
+    monkeypatch.setattr("library.data.sources.find.check_images", lambda paths: pytest.fail("decoded"))
     path = folder("images", a=(64, 64))
     with pytest.raises(UserError, match="resolution 60"):
         prepare([dataset(subset(image_dir=path / "gone"), resolution=(60, 64))], multiple_of=8)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from library.config.dataset_config import SubsetSpec, load_datasets
 from library.config.parser import parse
-from library.data.masks import find_masks
 from library.data.sources import dreambooth, metadata
+from library.data.sources.masks import find_masks
 from library.errors import UserError, nearest_path
 from library.paths import on_disk
 

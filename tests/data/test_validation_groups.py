@@ -14,7 +14,8 @@ from PIL import ExifTags, Image
 from library.config.dataset_config import DatasetSpec, SubsetSpec
 from library.config.fields import BadValue
 from library.config.options.validation import read_group
-from library.data.prepare import Prepared, inspect, prepare
+from library.data.prepare import inspect, prepare
+from library.data.prepared import Prepared
 from library.data.validation_groups import date_taken
 from library.errors import UserError
 

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from library.data import templates
+from networks.tools.__main__ import main as tools
 from tests.conftest import ROOT, forget_accelerator
 
 PAGE = (ROOT / "docs" / "embeddings.md").read_text(encoding="utf-8")
@@ -44,7 +45,7 @@ def test_the_commands_train_what_the_page_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here(monkeypatch, tmp_path)
-    alone, together = COMMANDS
+    alone, together, drawn = COMMANDS
     run(alone, *SHORT)
     said = capsys.readouterr().err
     (shown,) = re.findall(r"```text\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -53,6 +54,11 @@ def test_the_commands_train_what_the_page_names(
     run(together, *SHORT)
     assert load_file("output/flat-embedding.safetensors").keys() == {"emb_params"}
     assert "bundle_emb.flatstyle.emb_params" in load_file("output/flat.safetensors")
+    _, _, _, *words = shlex.split(drawn.replace("--s 25", "--s 1"))
+    assert tools(words) == 0
+    assert Path("output/grid.png").is_file()
+    said = capsys.readouterr().err
+    assert all(f"{name}.safetensors: an embedding of 'flatstyle', 4 vectors" in said for name in ("flatstyle", "flat"))
 
 
 def test_every_option_of_the_page_exists() -> None:

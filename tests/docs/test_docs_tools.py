@@ -21,7 +21,10 @@ PAGE = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(sh|text)\n(.*?)```", PAGE, flags=re.DOTALL)
 SHORT = ["--compare_prompts=", "--no-loss_plot"]
 ELSEWHERE = ("evaluate", "draw", "cross_validate", "find_rank", "tasks")  # docs/evaluate.md, docs/forgetting.md
-DOORS = ("resize_lora", "merge_lora", "svd_merge_lora", "extract_lora_from_models", "check_lora_weights")
+DOORS = (
+    *("resize_lora", "merge_lora", "svd_merge_lora", "extract_lora_from_models", "check_lora_weights"),
+    "lora_interrogator",
+)
 
 
 def words_of(block: str) -> list[list[str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from library.config.command import run
+from library.config.parser import parse
 from library.evaluation import find_rank
 from library.evaluation import sweep as sweeps
 from tests.conftest import BASE, PATIENCE, forget_accelerator
@@ -86,6 +87,28 @@ def test_a_sweep_and_what_it_does_the_second_time(
     assert sweep(tmp_path, "--ranks", "1", more=["--learning_rate", "2e-3"]) == 2
     assert "rank 1, seed 3: --learning_rate 0.001 there, 0.002 here" in capsys.readouterr().err
     assert len(commands) == 5
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "alphas"),
+    [
+        ("ratio", ["--network_alpha", "4"], [2, 8]),
+        ("ratio", [], [4, 16]),
+        ("sqrt", ["--network_alpha", "4"], [2.82843, 5.65685]),
+        ("sqrt", [], [5.65685, 11.3137]),
+        ("fixed", ["--network_alpha", "4"], [4, 4]),
+        ("fixed", [], [1, 1]),
+    ],
+)
+def test_alpha_follows_the_settings_or_is_the_rank(
+    image_folder: Path, tmp_path: Path, rule: str, given: list[str], alphas: list[float]
+) -> None:
+    """At a rank of 8 in the settings."""
+    all_words = words(tmp_path)
+    place = all_words.index("--network_alpha")
+    all_words[place : place + 2] = given
+    wanted = find_rank.FindRankOptions(ranks=(4, 16), alpha=rule)  # type: ignore[arg-type]
+    assert [one.alpha for one in find_rank.planned(parse(all_words), all_words, wanted)] == alphas
 
 
 def test_an_interrupted_run_resumes(

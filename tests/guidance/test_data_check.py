@@ -119,6 +119,33 @@ def test_data_that_is_fine(train: Train, image_folder: Path, capsys: pytest.Capt
     assert "verdict: nothing stands against training on this data" in said
 
 
+def test_a_folder_of_two_data_sets_is_listed_once(
+    train: Train, flawed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is the same in both is one finding; what depends on their settings names these."""
+    config = tmp_path / "data.toml"
+    subset = f"[[datasets.subsets]]\nimage_dir = '{flawed.as_posix()}'\ncaption_extension = '.txt'\nnum_repeats = "
+    sizes = ("resolution = 64\nbatch_size = 1", "resolution = 128\nbatch_size = 3")
+    config.write_text("".join(f"[[datasets]]\n{size}\n{subset}{n}\n" for n, size in enumerate(sizes, 1)))
+    assert train("--check_data=list", "--train_data_dir=", "--dataset_config", str(config)) == 0
+    said = capsys.readouterr().out
+    both = ["resolution 64 × 64, batch_size 1, num_repeats 1", "resolution 128 × 128, batch_size 3, num_repeats 2"]
+    for line in (
+        f"  in 2 data sets: {'; '.join(both)}\n",
+        "to fix      placeholder: 1 of 9 captions are placeholders\n",
+        f"enlarged: 1 of 9 images are enlarged, up to 1.60 times (with {both[0]})\n",
+        f"enlarged much: 9 of 9 images are enlarged 2 times or more, up to 3.2 times (with {both[1]})\n",
+    ):
+        assert said.count(line) == 1
+    assert said.count(f"{flawed}: 9 images") == 1
+    with (tmp_path / "out" / "test-data.tsv").open(encoding="utf-8", newline="") as file:
+        found = [row["finding"] for row in csv.DictReader(file, delimiter="\t")]
+    assert found.count("placeholder") == 1
+    page = Text((tmp_path / "out" / "test-data.html").read_text(encoding="utf-8")).text
+    assert "9 images. Nothing was trained" in page
+    assert both[1] in page
+
+
 def test_what_training_refuses_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--check_data", "--train_data_dir", str(tmp_path / "gone")) == 2
     assert train("--check_data", "--dry_run") == 2

@@ -19,6 +19,7 @@ from networks.formats.fused import fuse, split
 from networks.merge import BaseWeights
 from networks.sites import Site
 from tests import toy_family
+from tests.merging import merge_into
 from tests.training.written import metadata, same, weights
 
 Train = Callable[..., int]
@@ -99,7 +100,7 @@ def test_fused_layers_are_split_where_they_are_read(train_toy: Train, model: Pat
     attention = family.components["denoiser"].get_submodule("blocks.1.attn")
     before = [getattr(attention, name).weight.clone() for name in ("to_q", "to_k", "to_v")]
     merged = BaseWeights([str(file)], [])
-    merged.merge_into(family.adapter_targets())
+    merge_into(merged, family.adapter_targets())
     merged.report()
     after = [getattr(attention, name).weight for name in ("to_q", "to_k", "to_v")]
     change = torch.cat([now - was for now, was in zip(after, before, strict=True)])

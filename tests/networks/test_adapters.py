@@ -26,6 +26,7 @@ from networks.merge import BaseWeights
 from networks.network import Network
 from networks.settings import Asked
 from tests.frozen import held
+from tests.merging import merge_into
 from tests.quick import quick
 
 # Sizes that differ between the layers, where a kind has any
@@ -133,7 +134,7 @@ def test_an_outline_of_the_base_gives_the_same_changes(kind, toy, tmp_path: Path
             for (layer, leaf), change in twice.changes([unet_targets(outline)]).items()
         }
     before = {name: weight.clone() for name, weight in weights.items()}
-    twice.merge_into([unet_targets(toy)])
+    merge_into(twice, [unet_targets(toy)])
     assert any(not torch.equal(weight, before[name]) for name, weight in weights.items())
     for name, weight in weights.items():
         assert torch.equal(found.get(name, before[name]), weight), name

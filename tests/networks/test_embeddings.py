@@ -114,6 +114,16 @@ def test_the_rows_are_the_words_and_the_table_keeps_its_bits() -> None:
     assert torch.equal(table.table.weight, before)
 
 
+def test_detached_the_table_is_as_before() -> None:
+    table = made_up()
+    ids = torch.tensor([[3, 9]])
+    before, embedding = table.table(ids), create("w", [table], vectors=1, init=[7], seed=1)
+    embedding.attach()
+    embedding.detach()
+    assert "forward" not in vars(table.table)
+    assert torch.equal(table.table(ids), before)
+
+
 def test_off_is_the_word_before_training() -> None:
     table = made_up()
     embedding = create("w", [table], vectors=1, init=[7], seed=1)
@@ -249,7 +259,7 @@ def written(path: Path, content: dict[str, Any]) -> Path:
 
 
 def read(path: Path, widths: dict[str, int] = WIDTHS, vectors: int = 2) -> dict[str, torch.Tensor]:
-    return files.read(path, word="zfox", widths=widths, vectors=vectors)
+    return files.read(path, word="zfox", widths=widths, vectors=vectors, where=f"--weights {path}")
 
 
 ROWS = torch.arange(8.0).view(2, 4)
@@ -280,6 +290,27 @@ def test_of_one_vector_and_of_sdxl(tmp_path: Path) -> None:
     found = read(written(tmp_path / "xl.safetensors", content), XL)
     assert found.keys() == XL.keys()
     assert torch.equal(found["clip_l"], ROWS)
+
+
+def test_the_words_of_a_file(tmp_path: Path) -> None:
+    def words(name: str, content: dict[str, Any]) -> tuple[str, ...]:
+        return files.words(written(tmp_path / name, content))
+
+    assert words("fox.safetensors", {"emb_params": ROWS}) == ("fox",)
+    assert words("fox.pt", {"string_to_param": {"*": ROWS}, "name": "other"}) == ("fox",)
+    assert words("xl.safetensors", {"clip_l": ROWS, "clip_g": ROWS}) == ("xl",)
+    assert words("diffusers.safetensors", {"<fox>": ROWS}) == ("<fox>",)
+    both = {f"bundle_emb.{word}.emb_params": ROWS for word in ("a", "b")}
+    assert words("lora.safetensors", {**both, "lora_unet_x.alpha": torch.ones(())}) == ("a", "b")
+    assert words("plain.safetensors", {"lora_unet_x.lora_up.weight": ROWS, "lora_unet_x.alpha": ROWS[0, :1]}) == ()
+    save_file({"emb_params": ROWS.clone()}, tmp_path / "ours.safetensors", {"ss_token_string": "zfox"})
+    assert files.words(tmp_path / "ours.safetensors") == ("zfox",)
+
+
+def test_other_numbers_of_vectors_in_the_text_encoders_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "xl.safetensors", {"clip_l": ROWS, "clip_g": torch.ones(3, 6)})
+    with pytest.raises(UserError, match="different numbers of vectors: clip_l 2, clip_g 3"):
+        files.read(path, word="zfox", widths=XL, where="x")
 
 
 @pytest.mark.parametrize(

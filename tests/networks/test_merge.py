@@ -14,6 +14,7 @@ from library.errors import UserError
 from networks import base_weights
 from networks.files import read
 from networks.merge import BaseWeights
+from tests.merging import merge_into
 
 # Largest difference of an output, relative to the largest output: fp32 rounds W + dW once, and sums in another order
 BOUND = 5e-5
@@ -46,7 +47,7 @@ def merge(tiny, files, multipliers) -> None:
     weights = BaseWeights([str(file) for file in files], multipliers)
     targets = sd_targets(*tiny)
     for part in ("text_encoder", "unet"):
-        weights.merge_into([target for target in targets if target.part == part])
+        merge_into(weights, [target for target in targets if target.part == part])
     weights.report()
 
 
@@ -88,10 +89,10 @@ def test_a_merge_that_would_be_wrong_is_refused(tiny, tmp_path, caplog):
     with pytest.raises(
         UserError, match=r"(?s)--base_weights .*dora_scale: \[3, 1, 1, 1\] in the file, \[48, 1, 1, 1\]"
     ):
-        BaseWeights([str(path)], []).merge_into(sd_targets(*tiny))
+        merge_into(BaseWeights([str(path)], []), sd_targets(*tiny))
     save_file(tensors | {f"{name}.lora_up.weight": torch.ones(3, 4)}, path)
     with pytest.raises(UserError, match=rf"{name}.lora_up.weight: \[3, 4\] in the file, \["):
-        BaseWeights([str(path)], []).merge_into(sd_targets(*tiny))
+        merge_into(BaseWeights([str(path)], []), sd_targets(*tiny))
     save_file(
         {key.replace("lora_unet_", "lora_unet_x_"): value for key, value in tensors.items() if "unet" in key}, path
     )

@@ -24,6 +24,7 @@ from networks.files import check, read
 from networks.merge import BaseWeights
 from networks.tools.__main__ import main as tools
 from tests.conftest import BASE, ROOT
+from tests.merging import merge_into
 from train_network import main
 
 WORDS = (
@@ -93,7 +94,7 @@ def test_it_merges_into_the_base(tiny: Any, tmp_path: Path) -> None:
     before = layer.weight.detach().clone()
     weights = BaseWeights([str(tmp_path / "x.safetensors")], [0.5])
     weights.check(targets)
-    weights.merge_into(targets)
+    merge_into(weights, targets)
     weights.report()
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.diag_v"
     v = load_file(tmp_path / "x.safetensors")[name]

@@ -23,6 +23,8 @@ from networks.tools.__main__ import main as tools
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from original_layout import unet_name
 
+from tests.merging import merge_into
+
 ATTENTION_UP = {"sd15": (False, True, True, True), "sd2": (False, True, True, True), "sdxl": (True, True, False)}
 ENCODERS = {
     "legacy": {"sd15": ("lora_te",), "sd2": ("lora_te",), "sdxl": ("lora_te1", "lora_te2")},
@@ -104,7 +106,7 @@ def test_they_act_as_kohyas(tiny: Any, tmp_path: Path, style: str, caplog: Any) 
     other.detach()
 
     merged = BaseWeights([str(file)], [])
-    merged.merge_into(sd_targets(*tiny))
+    merge_into(merged, sd_targets(*tiny))
     merged.report()
     assert all(difference(actual, wanted) < 5e-5 for actual, wanted in zip(outputs(*tiny), expected, strict=True))
 

@@ -18,6 +18,7 @@ from library.files.header import read_metadata
 from networks.files import read
 from networks.merge import BaseWeights
 from networks.tools.__main__ import main as tools
+from tests.merging import merge_into
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5
@@ -106,7 +107,7 @@ def test_either_naming_can_be_merged_into_the_base(sdxl, tmp_path, caplog):
     save_file(with_diffusers_blocks(load_file(tmp_path / "own.safetensors"), sdxl), tmp_path / "other.safetensors")
     merged = BaseWeights([str(tmp_path / "other.safetensors")], [])
     with caplog.at_level(logging.INFO):
-        merged.merge_into(sdxl.adapter_targets())
+        merge_into(merged, sdxl.adapter_targets())
         merged.report()
     assert "293 of 293 modules" in caplog.text
     for actual, wanted in zip(sdxl_outputs(sdxl), expected, strict=True):

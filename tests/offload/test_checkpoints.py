@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.guidance import verdict
 from library.guidance.estimate import peak_of
+from library.guidance.levers import with_changes
+from library.guidance.moments import TRAINING
 from library.offload.checkpoints import OffloadedCheckpoints
-from tests.offload.conftest import Made, same, trained
+from library.offload.lane import Done
+from library.units import human_bytes
+from tests.offload.conftest import Made, Planned, same, started, trained
 from tests.offload.held_back import HeldBackLane
 
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing")
@@ -91,12 +97,62 @@ def test_no_gradients_no_copies() -> None:
 
 
 def test_an_estimate_counts_what_stays_on_the_device() -> None:
-    """All inputs but the last leave: with 20 blocks of 64 KiB each, 18 of them or more are not there at the peak."""
+    """With inputs of 64 KiB for each of 20 blocks: at the peak, in the backward pass of one of them, its own input is
+    back, and that of the block before it. On the host are all of them, once."""
     blocks, x, shared = stack(count=20, width=256)
-    peaks = []
+    peaks, offloaded = [], OffloadedCheckpoints(HeldBackLane())
     plain = torch.utils.checkpoint.checkpoint
-    for by in (lambda b, *args: plain(b, *args, use_reentrant=False), OffloadedCheckpoints(HeldBackLane())):
+    for by in (lambda b, *args: plain(b, *args, use_reentrant=False), offloaded):
         for block in blocks:
             block.requires_grad_(False)
         peaks.append(peak_of(lambda fake, by=by: passed(by, blocks, fake(x).requires_grad_(), fake(shared)).backward()))
-    assert 17 * x.nbytes <= peaks[0] - peaks[1] <= 20 * x.nbytes
+    assert 17 * x.nbytes <= peaks[0] - peaks[1] <= 18 * x.nbytes
+    assert offloaded.outlines.host == 20 * x.nbytes
+
+
+class CountingLane:
+    """Copies at once, and counts the host memory that is in use."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.now = self.most = self.largest = self.swapped = 0
+
+    def registered(self, count: int) -> Tensor:
+        self.swapped += count
+        return torch.empty(count, dtype=torch.uint8)
+
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        host = torch.empty_like(tensor)
+        self._add(host.nbytes)
+        self.largest = max(self.largest, host.nbytes)
+        weakref.finalize(host, self._add, -host.nbytes)
+        return host
+
+    def _add(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most, self.now)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def wait(self, done: Done) -> None:
+        """The copy is done."""
+
+
+def test_the_needs_of_a_run_have_what_its_steps_keep_on_the_host(planned: Planned) -> None:
+    """On the device at most three of the inputs are left: the one in use, and two on their way."""
+    plan = planned(*OFFLOADED, "--blocks_to_swap", "50%")
+    estimates = verdict.estimator(plan)
+    needs = estimates.needs(plan.options)
+    lane = CountingLane()
+    trained(started(plan, lane))
+    assert needs.host == {"swapped blocks": pytest.approx(lane.swapped, rel=0.01), "checkpoints": lane.most}
+    here = estimates.needs(with_changes(plan.options, {"cpu_offload_checkpointing": False}))
+    saved = here.moment(TRAINING).parts["activations"] - needs.moment(TRAINING).parts["activations"]
+    assert lane.most - 3 * lane.largest <= saved < lane.most
+    said = dict(verdict.rows(plan, None))
+    assert said["host memory"].endswith(
+        f"while it trains, pinned: swapped blocks {human_bytes(needs.host['swapped blocks'])}, checkpoints "
+        f"{human_bytes(needs.host['checkpoints'])}"
+    )

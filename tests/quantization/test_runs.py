@@ -13,6 +13,7 @@ from library.models.components import Components
 from library.quantization import FORMATS
 from library.quantization.packed import PackedWeight
 from tests.conftest import BASE
+from tests.merging import merge_into
 from tests.quick import quick
 from tests.training.written import distance, same, weights
 
@@ -90,7 +91,7 @@ def _merged_base(folder: Path, style: Path) -> None:
     names = {"denoiser": "unet", "text_encoder": "text_encoder"}
     for name in names:
         family.components.load(name, torch.bfloat16, "cpu")
-    BaseWeights([str(style)], []).merge_into(family.adapter_targets())
+    merge_into(BaseWeights([str(style)], []), family.adapter_targets())
     for name, part in names.items():
         family.components[name].save_pretrained(folder / part)
 

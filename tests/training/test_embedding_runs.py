@@ -179,6 +179,8 @@ def test_checkpointing_changes_no_gradient() -> None:
         ((*WORD, "--save_naming", "diffusers", "--save_embedding", "both"), "diffusers refuses a LoRA file"),
         ((*WORD, "--train_embedding_only", "--save_embedding", "apart"), "has no LoRA"),
         (("--token_string", "cat"), "has this word already"),
+        (("--token_string", "zfox", "zcat"), "A run trains one word: train zfox and zcat in a run each"),
+        (("--token_string", "zfox,zcat"), "A run trains one word: train zfox and zcat in a run each"),
         (("--token_string", "z.fox", "--caption_prefix", "z.fox"), "A1111 cuts words"),
         (WORD, "no caption has this word"),
         (("--token_string", "zfox", "--init_word", "!zFox"), "contains --token_string"),

@@ -279,7 +279,7 @@ def test_a_state_of_an_earlier_version_goes_on(train: Train, tmp_path: Path) -> 
 def test_a_new_key_of_data_sets_leaves_their_hash(image_folder: Path) -> None:
     from library.config.dataset_config import DatasetSpec, SubsetSpec, load_datasets
     from library.config.parser import parse
-    from library.data.prepare import Prepared
+    from library.data.prepared import Prepared
 
     words = ("--pretrained_model_name_or_path", "x", "--output_dir", "out", "--train_data_dir", str(image_folder))
     specs = load_datasets(parse([*words, "--caption_extension", ".txt", "--resolution", "64"]))

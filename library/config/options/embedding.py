@@ -21,7 +21,9 @@ class EmbeddingOptions:
     """A trained embedding (textual inversion)"""
 
     token_string: str | None = option(
-        None, help="train an embedding as well, the meaning of this new word, which stands in captions and prompts"
+        None,
+        joined_by=" ",  # several words are refused with the reason: library.models.text.words
+        help="train an embedding as well, the meaning of this new word, which stands in captions and prompts",
     )
     init_word: str | None = option(
         None, help="the word whose vectors the embedding starts from (default: random ones)", free_text=True

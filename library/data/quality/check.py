@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -34,7 +34,7 @@ class Checked:
 
     `different_images`, `different_captions`: effective numbers as shares of all (`statistics.effective_number`);
     `different_tags`: the effective number of tags. `caption_length`: the mean in characters. `tags`: (tag, images), the
-    commonest first.
+    commonest first. `data_sets`: the settings in which the data sets differ that have this folder, if several have it.
     """
 
     folder: Folder
@@ -44,6 +44,7 @@ class Checked:
     different_tags: float
     caption_length: float
     tags: tuple[tuple[str, int], ...]
+    data_sets: tuple[str, ...] = ()
 
     @property
     def source(self) -> Path:
@@ -51,15 +52,18 @@ class Checked:
 
 
 def check(folders: Sequence[Folder], *, count_tokens: Callable[[str], int], token_limit: int) -> list[Checked]:
-    """Every check on every folder. `count_tokens`, `token_limit`: of the model, whose tokenizer decides what is cut."""
+    """Every check on every folder. A folder that several data sets have is listed once.
+
+    `count_tokens`, `token_limit`: of the model, whose tokenizer decides what is cut.
+    """
     pictures = tuple(picture for folder in folders for picture in folder.pictures)
     near = duplicates.near_duplicates((picture.path, picture.look, picture.content) for picture in pictures)
     data = Data(pictures, near, count_tokens, token_limit)
-    done = []
+    done: dict[Path, list[Checked]] = {}
     for folder in bar(folders, desc="checking folders", total=len(folders), unit="folder"):
         found = [finding for one in CHECKS for finding in one(folder, data)]
         captions, tags = words.diversity(folder)
-        done.append(
+        done.setdefault(folder.source, []).append(
             Checked(
                 folder,
                 tuple(sorted(found, key=lambda finding: finding.level.rank)),
@@ -70,7 +74,44 @@ def check(folders: Sequence[Folder], *, count_tokens: Callable[[str], int], toke
                 tuple(words.tag_counts(folder).items()),
             )
         )
-    return done
+    return [_joined(same) for same in done.values()]
+
+
+def _joined(same: Sequence[Checked]) -> Checked:
+    """A folder as several data sets have it. Findings that only some of these have name their settings; the figures are
+    those of the first."""
+    if len(same) == 1:
+        return same[0]
+    names = _differences([one.folder for one in same])
+    where: dict[Finding, list[str]] = {}
+    for name, one in zip(names, same, strict=True):
+        for finding in one.findings:
+            where.setdefault(finding, []).append(name)
+    found = [
+        finding if len(own) == len(same) else replace(finding, text=f"{finding.text} (with {' and '.join(own)})")
+        for finding, own in where.items()
+    ]
+    data_sets = tuple(dict.fromkeys(names))
+    return replace(
+        same[0],
+        findings=tuple(sorted(found, key=lambda finding: finding.level.rank)),
+        data_sets=data_sets if len(data_sets) > 1 else (),
+    )
+
+
+def _differences(folders: Sequence[Folder]) -> list[str]:
+    """For each folder those of its settings that are not the same for all: "resolution 512 × 512, num_repeats 2"."""
+    tables = [folder.settings() for folder in folders]
+    names = [name for name, value in tables[0].items() if any(table[name] != value for table in tables)]
+    return [", ".join(f"{name} {_shown(table[name])}" for name in names) for table in tables]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple) and all(isinstance(number, int) for number in value):
+        return " × ".join(map(str, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
 def verdict(checked: Sequence[Checked]) -> str:

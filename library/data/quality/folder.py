@@ -13,9 +13,12 @@ from library.data.captions import as_written
 from library.data.samples import Sample, Size
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.dataset_config import DatasetSpec, SubsetSpec
     from library.data.check import Measured
     from library.data.quality.look import Look
+
+
+_NO_SETTINGS = ("subsets", "image_dir", "metadata_file", "origin")
 
 
 class Level(Enum):
@@ -74,12 +77,20 @@ def picture_of(sample: Sample, buckets: Buckets, measured: Measured, *, held_out
 
 @dataclass(frozen=True)
 class Folder:
-    """A subset at one resolution. `faults`: its images and caption files that cannot be read, with the reasons."""
+    """A subset at one resolution. `faults`: its images and caption files that cannot be read, with the reasons.
+    `dataset`: the one that it is in."""
 
     subset: SubsetSpec
     source: Path
     pictures: tuple[Picture, ...]
     faults: Mapping[Path, str] = field(default_factory=dict)
+    dataset: DatasetSpec | None = None
+
+    def settings(self) -> dict[str, object]:
+        """The options of the subset and of its data set, by name, without the images that they are about."""
+        of_dataset = {} if self.dataset is None else vars(self.dataset)
+        found = {**of_dataset, **vars(self.subset)}
+        return {name: value for name, value in found.items() if name not in _NO_SETTINGS}
 
 
 @dataclass(frozen=True)

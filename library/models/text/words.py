@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from library.errors import UserError
@@ -70,7 +71,9 @@ class TokenizerWithWord:
 
 def _refuse_no_word(word: str) -> None:
     if wrong := [letter for letter in word if letter.isspace() or letter in _IN_PROMPTS]:
+        several = [part for part in re.split(r"[\s,|]+", word) if part]
+        more = f". A run trains one word: train {' and '.join(several)} in a run each" if len(several) > 1 else ""
         raise UserError(
             f"--token_string {word!r}: contains {wrong[0]!r}: it is one word without spaces and without "
-            f"{' '.join(_IN_PROMPTS)}, which have a meaning in captions and prompts"
+            f"{' '.join(_IN_PROMPTS)}, which have a meaning in captions and prompts{more}"
         )

@@ -18,6 +18,7 @@ from library.files.header import read_metadata
 from networks import (
     check_lora_weights,
     extract_lora_from_models,
+    lora_interrogator,
     merge_lora,
     resize_lora,
     sdxl_merge_lora,
@@ -33,6 +34,7 @@ DOORS = {
     "resize_lora": resize_lora,
     "extract_lora_from_models": extract_lora_from_models,
     "check_lora_weights": check_lora_weights,
+    "lora_interrogator": lora_interrogator,
 }
 
 

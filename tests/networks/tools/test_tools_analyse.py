@@ -14,6 +14,7 @@ from tool_files import LINEAR, SHAPES, TEXT, deltas, tensors_of, write
 
 from library.files.hashes import safetensors_hashes
 from library.files.header import read_metadata
+from networks import base_weights
 from networks.tools.__main__ import main
 from networks.tools.blocks import block_of, order
 from networks.tools.inspect import settings
@@ -156,6 +157,20 @@ def test_inspecting_a_merged_file_names_its_sources(tmp_path: Path, capsys: pyte
         "made from     fox.safetensors × 0.8, by block 1",
         "made from     style.safetensors × -0.25, by block OUT=0,IN05=0.5",
     ]
+
+
+def test_inspecting_names_what_a_file_was_trained_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other LoRAs below it, and protections against forgetting. Their files and folders are no settings: paths are not
+    in the metadata."""
+    below = write(tmp_path / "below.safetensors", tensors_of(1))
+    metadata = {base_weights.KEY: base_weights.to_text(base_weights.of_files([str(below)], [0.5]))}
+    metadata |= {"ss_ewc_data": '["noto"]', "ss_ewc_images": "20", "ss_ewc_lambda": "5.0"}
+    file = write(tmp_path / "a.safetensors", tensors_of(1), metadata)
+    assert main(["inspect", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "on top of     below.safetensors × 0.5\n" in text
+    assert "protection    EWC for 20 images of noto, lambda 5\n" in text
+    assert settings(metadata) == {"ewc_lambda": 5.0}
 
 
 @pytest.mark.parametrize("text", ["someone else's words", "[1]", '{"a": 2}', '[{"name": "a"}]', "[" * 5000])

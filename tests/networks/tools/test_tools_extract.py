@@ -25,6 +25,7 @@ from networks.tools import low_rank
 from networks.tools.__main__ import main
 from networks.tools.extract import clipped
 from tests.conftest import BASE
+from tests.merging import merge_into
 from tests.models.original_layout import sdxl_file, weights_of
 from tests.tiny_sdxl import configuration
 
@@ -139,7 +140,7 @@ def test_base_and_lora_are_the_tuned_model_in_both_layouts_of_sdxl(
     merged = BaseWeights([str(target)], [1.0])
     family.components.load_all(("denoiser", "text_encoder", "text_encoder_2"), torch.float32, "cpu")
     before = {name: family.components[name].get_parameter(path).clone() for name, path in _places(key, second)}
-    merged.merge_into(family.adapter_targets())
+    merge_into(merged, family.adapter_targets())
     for (name, path), expected in zip(_places(key, second), (more[key], more_text[second]), strict=True):
         added = family.components[name].get_parameter(path) - before[name]
         assert (added.detach() - expected).abs().max() < 1e-5

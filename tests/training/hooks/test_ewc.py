@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from library.config.options.forgetting import ForgettingOptions
 from library.diffusion.ddpm import DDPM
 from library.diffusion.noise import Noise
+from library.files.header import read_metadata
 from library.losses.l2 import l2
 from library.losses.main import MainLoss
+from library.record import protections, summary
 from library.training import state
 from library.training.hook import Step
 from library.training.hooks.ewc import DRAWS, Consolidation, measure, natural_strength
@@ -180,6 +182,15 @@ def test_all_protections_resume_with_the_same_bits(
     assert "ewc: lambda" in messages
     assert "elements / (2 · loss" in messages
     assert "ewc: the penalty at the end is" in messages
+    kept = [
+        *("2 images keep the prediction of first.safetensors", "distillation from first.safetensors, weight 1, cosine"),
+        "EWC for 2 images of earlier, lambda computed",
+    ]
+    assert f"protection  {kept[0]}; {kept[1]} to 0; {kept[2]}" in messages
+    metadata = read_metadata(tmp_path / "out" / "whole.safetensors")
+    found = protections.from_metadata(metadata)
+    assert found is not None
+    assert f"{kept[0]}; {kept[1]} to 0; {kept[2]}" == summary.protections(found)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert train(*words, "--output_name", "broken") == 130

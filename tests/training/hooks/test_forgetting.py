@@ -138,6 +138,22 @@ def test_captions_of_unrelated_images_have_no_trigger(found: Callable[..., Any],
     assert len(other.prepared.samples) == 3
 
 
+def test_of_several_resolutions_the_first_is_measured_and_named(
+    found: Callable[..., Any], folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    unrelated = ("--forgetting_dir", str(folders["report"]))
+    sizes = ("--resolution=", "--resolutions", "96", "64")
+    (one,) = found(*sizes, *unrelated).sets
+    assert {placement.bucket for placement in one.prepared.placements} == {(96, 96)}
+    said = "folders to measure are read at 96 × 96, the size of the first data set, and not at 64 × 64 as well"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    found(*unrelated)
+    found(*sizes)
+    assert "folders to measure" not in caplog.text
+
+
 @pytest.mark.parametrize("option", ["forgetting_dir", "validation_dir"])
 def test_images_that_are_trained_too_are_an_error(
     option: str, found: Callable[..., Any], folders: dict[str, Path], image_folder: Path
