@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from library.config.fields import BadValue
+from library.config.fields import UNSET, BadValue, is_truth, read_bool
 from library.errors import did_you_mean
 
 SUBJECTS = ("style", "character", "concept")
@@ -29,8 +29,10 @@ class Wishes:
         return None if self.budget is None or self.step is None else max(1, int(self.budget / self.step))
 
 
-def read(word: str) -> str:
-    """The words of --recommend, checked. Raises BadValue."""
+def read(word: str) -> object:
+    """The words of --recommend, checked; "true" is the flag alone, "false" none. Raises BadValue."""
+    if is_truth(word):
+        return BY_DATA if read_bool(word) else UNSET
     of(word)
     return word
 
