@@ -1,11 +1,9 @@
-"""What docs/choosing.md tells a user to type works, and its numbers are those of the code, the presets and the studies."""
+"""What docs/choosing.md tells a user to type works, and its numbers are those of code, presets and studies."""
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-import statistics
 from pathlib import Path
 
 import pytest
@@ -181,15 +179,12 @@ def test_the_rates_of_presets_and_advice() -> None:
 
 
 def test_the_best_rates_of_the_study() -> None:
-    """Of each kind the one that its five fresh seeds were trained at."""
-    with (ROOT / "benchmarks" / "results" / "adapter_quality.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    """They are those of docs/adapters.md, whose table comes from the study."""
     text = page("adapters")
     for name, best in (("LoRA, rank 16", "4e-3"), ("DoRA, rank 16", "4e-3"), ("PiSSA, rank 16", "2e-3")):
         (row,) = re.findall(rf"^\| {name} \|.*$", text, flags=re.MULTILINE)
         assert float(row.split("|")[3]) == float(best)
         assert best in PAGE
-    assert rows
     assert "1.6e-2 for LoKr" in PAGE
     assert re.search(r"^\| LoKr, `factor=8` \|.*\| 0.016 \|", text, flags=re.MULTILINE)
 
@@ -214,4 +209,3 @@ def test_the_formulas_that_the_program_has() -> None:
     cut = u[:, :5] * s[:5] @ v[:5]
     error = float((matrix - cut).norm() / matrix.norm())
     assert error == pytest.approx(math.sqrt(1 - float((s[:5] ** 2).sum() / (s**2).sum())))
-    assert statistics.fmean([error]) > 0.1
