@@ -36,7 +36,8 @@ def number(cell: str) -> float:
 
 
 def options_named(text: str) -> set[str]:
-    """The options that a page names, without --no-."""
+    """The options that a page names, without --no- and without those in links."""
+    text = re.sub(r"\]\([^)]*\)", "]", text)
     return {name.removeprefix("no-") for name in re.findall(r"--([a-zA-Z][\w-]+)", text)}
 
 

@@ -80,7 +80,8 @@ def test_a_dry_run_draws_what_the_run_then_does(
         assert train(*words, "--dry_run=curves") == 0
     path = tmp_path / "out" / "test-curves.png"
     assert list((tmp_path / "out").iterdir()) == [path]
-    assert Image.open(path).size[0] > 500
+    with Image.open(path) as image:
+        assert image.size[0] > 500
     assert f"nothing was trained, the curves are in {path}." in capsys.readouterr().out
     assert train(*words) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "test-metrics.jsonl").read_text().splitlines()]
