@@ -32,8 +32,8 @@ class Frozen:
 
     def __init__(self, base: str) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-        self.text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").eval()
-        self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae").eval()
+        self.text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").float().eval()
+        self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae").float().eval()
         self.noise = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     frozen = Frozen(wanted.base)
     latents, texts = frozen.encode(wanted.images / "train", size=wanted.size)
     other_latents, other_texts = frozen.encode(wanted.images / "validation", size=wanted.size)
-    unet = UNet2DConditionModel.from_pretrained(wanted.base, subfolder="unet").requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(wanted.base, subfolder="unet").float().requires_grad_(False)
     unet.add_adapter(LoraConfig(r=16, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
     # with their names, by which it finds the LoRA pairs; 8 bits of state are its default
