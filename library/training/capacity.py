@@ -40,7 +40,8 @@ def is_full(epochs: Sequence[Epoch], validation: Iterable[tuple[float, float]], 
     )
     if not (level > 0 and -fall < -slope / level < fall - error / level):
         return False
-    before, since = [], []
+    before: list[float] = []
+    since: list[float] = []
     for step, loss in validation:
         (before if step <= epochs[0].last_step else since).append(loss)
     if not before or len(since) < 2:
