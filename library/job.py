@@ -83,7 +83,7 @@ def _carry_out(plan: Plan, record: RunFile) -> int:
             find_lr.refuse(plan.choice)
         run = build(plan, record)
     if options.run.dry_run:
-        dry_run.report(plan, run, measure=options.run.dry_run == "measure")
+        dry_run.report(plan, run, measure=options.run.dry_run == "measure", draw=options.run.dry_run == "curves")
         return 0
     facts = facts_of(plan, run, hashes=record.is_kept)
     for line in summary.lines(facts):

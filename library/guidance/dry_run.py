@@ -20,7 +20,7 @@ from library.data.captions import as_written
 from library.data.dataset import Batch, Draw, TrainingData
 from library.data.samples import Size
 from library.diffusion.process import predict_and_target
-from library.guidance import verdict
+from library.guidance import preview, verdict
 from library.guidance.autocast import gpu_autocast
 from library.guidance.card import card_of
 from library.guidance.estimate import parameter_bytes, peak_of
@@ -52,15 +52,17 @@ _ABOUT = {
 }
 
 
-def report(plan: Plan, run: Run, *, measure: bool) -> None:
-    """Print everything that is known before training; with `measure`, time a few steps as well. Nothing is written."""
+def report(plan: Plan, run: Run, *, measure: bool, draw: bool = False) -> None:
+    """Print everything that is known before training; with `measure`, time a few steps as well. Nothing is written, but
+    with `draw` the picture of the curves."""
     for text in (*lines(facts_of(plan, run)), *_memory(plan, run), *_files(plan, run), *_caches(plan, run)):
         print(text)
     if measure:
         print(_time(plan, run))
     else:
         print(line("time", "not measured: --dry_run=measure times a few steps"))
-    print("\nDry run: nothing was trained, nothing was written.")
+    written = f"the curves are in {preview.write(plan, run)}" if draw else "nothing was written"
+    print(f"\nDry run: nothing was trained, {written}.")
     sys.stdout.flush()
 
 

@@ -1,7 +1,8 @@
-"""`--recommend`: settings for this data and this model, each with its reason. Nothing is loaded, nothing trained.
+"""`--recommend`: settings for this data, model and card, each with its reason. Nothing is loaded, nothing trained.
 
-The number of images drives nearly all of it. Rank, length and batch are rules of thumb of this project's own, in the
-range of what kohya's users write; rates are those of the presets; the weight decay's numbers are what `auto` takes.
+The number of images drives most of it, and what the user says about the job (`library.config.wishes`); the tables are
+in `library.guidance.rules`. Rates are those of the presets, the weight decay's numbers are what `auto` takes, and what
+makes the run fit into the card is what `--fit` chooses.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.config import wishes
 from library.config.fields import convert, declared
-from library.config.options import Options, declared_options, option_groups
+from library.config.options import declared_options, option_groups
 from library.config.options.weight_decay import READ_BY
 from library.config.presets import settings_of
-from library.config.settings import COMMAND_LINE
+from library.config.wishes import Wishes
 from library.errors import UserError
 from library.files.atomic import replacing
+from library.guidance import rules
+from library.guidance.advice import Advice, is_final
+from library.guidance.card_advice import for_card
 from library.guidance.lr_curve import two_digits
 from library.optimizers import auto_weight_decay
 from library.optimizers.weight_decay_choice import weight_decay_of
@@ -27,79 +31,87 @@ from library.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-# images below → rank, images a step
-BY_SIZE = ((50, 16, 2), (1_000, 32, 4), (5_000, 64, 8), (float("inf"), 128, 8))
 FEW = 5_000  # images: below, the weight decay falls less than usual
 TASK = "image_generation"  # unless --task names another
 PRESET = "stable_diffusion_lora"  # the one for anything
 WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 
 
-@dataclass(frozen=True)
-class Advice:
-    """`value` as the option has it."""
-
-    option: str
-    value: int | float | str | bool
-    why: str
-
-
-def views(images: int) -> int:
-    """How often images are shown in a whole run, together: 400 images ** 0.6.
-
-    The more images there are, the less often each is shown: 20 images 120 times, 100 63, 1,000 25, 10,000 10 times.
-    """
-    return round(400 * images**0.6)
-
-
 def advise(plan: Plan) -> list[Advice]:
-    """The recommended settings, in the order of a config file."""
+    """The recommended settings, in the order of a config file, without those for the card's memory."""
     options, images = plan.options, plan.prepared.train_images
-    rank, batch = _by_size(images)
+    wanted = wishes.of(options.guidance.recommend)
+    _, batch = rules.by_size(images)
     own_batch = {spec.batch_size for spec in plan.datasets} if options.data.dataset_config else set()
     if len(own_batch) == 1:
         (batch,) = own_batch
-    per_step = batch * options.training.gradient_accumulation_steps
-    steps = max(1, round(views(images) / per_step))
-    of = f"{images} images"
-    advice = []
-    if options.network.network_module == "networks.lora":
-        advice.append(Advice("network_dim", rank, f"{of}: {_rank_reason(images)}"))
-        advice.append(Advice("network_alpha", rank // 2, "half the rank, which goes with the rates below"))
-    advice += _rates(plan)
+    advice = [*_network(plan, wanted), *_rates(plan)]
     if (why := plan.family.LEAVE_TEXT_ENCODERS) and not options.network.network_train_text_encoder_only:
         advice.append(Advice("network_train_unet_only", True, why))
-    if not (plan.choice.schedule_free or plan.choice.relative_step or options.schedule.lr_scheduler_type):
-        advice.append(Advice("lr_scheduler", "cosine", "usual where pictures are generated: fine steps at the end"))
-        if not (_is_final(options, "lr_scheduler") and options.schedule.lr_scheduler in WITHOUT_WARMUP):
-            advice.append(Advice("lr_warmup_steps", "5%", "usual for a LoRA: the first steps are the noisiest"))
+    advice += _schedule(plan)
     if not own_batch:
-        why = f"{of}: {'few, so that there are enough steps' if batch == 2 else 'enough for steadier steps'}"
+        why = f"{images} images: {'few, so that there are enough steps' if batch == 2 else 'enough for steadier steps'}"
         advice.append(Advice("train_batch_size", batch, f"{why}; short of memory: 1, and accumulate"))
+    per_step = batch * options.training.gradient_accumulation_steps
+    steps, length = _length(plan, wanted, per_step=per_step)
+    return [*advice, length, *_weight_decay(plan, steps=steps)]
+
+
+def _network(plan: Plan, wanted: Wishes) -> Iterator[Advice]:
+    """Method, rank and alpha; nothing for networks of another kind than LoRA, which the user has chosen."""
+    network, images = plan.options.network, plan.prepared.train_images
+    if network.network_module != "networks.lora":
+        return
+    method = rules.METHODS[wanted.difficulty]
+    if method is not None and not network.network_args:  # LoRA's arguments may not be the other kind's
+        yield Advice("network_module", method.module, method.why)
+    usual, _ = rules.by_size(images)
+    why = f"{images} images: {_rank_reason(images)}"
+    presets = rules.SUBJECT_PRESETS.get(plan.family.NAME, {})
+    if wanted.subject in presets:
+        name = presets[wanted.subject]
+        instead = f"; {usual} by its {images} images" if _of_preset(name)["network_dim"] != usual else ""
+        usual = int(_of_preset(name)["network_dim"])
+        why = f"that of {name}{instead}"
+    rank = rules.rank_for(usual, wanted.difficulty)
+    if rank != usual:
+        why += f"; {'twice' if rank > usual else 'half'} of {usual}, since it is {wanted.difficulty}"
+    yield Advice("network_dim", rank, why)
+    yield Advice("network_alpha", round(rank * rules.ALPHA), "half the rank, which goes with the rates below")
+
+
+def _schedule(plan: Plan) -> Iterator[Advice]:
+    options = plan.options
+    if plan.choice.schedule_free or plan.choice.relative_step or options.schedule.lr_scheduler_type:
+        return
+    yield Advice("lr_scheduler", "cosine", "usual where pictures are generated: fine steps at the end")
+    if not (is_final(options, "lr_scheduler") and options.schedule.lr_scheduler in WITHOUT_WARMUP):
+        yield Advice("lr_warmup_steps", "5%", "usual for a LoRA: the first steps are the noisiest")
+
+
+def _length(plan: Plan, wanted: Wishes, *, per_step: int) -> tuple[int, Advice]:
+    """The steps of the run as it will be, and the advice about them."""
+    options, images = plan.options, plan.prepared.train_images
+    of, usual = f"{images} images", max(1, round(rules.views(images) / per_step))
+    steps = min(usual, wanted.most_steps or usual)
     epochs = max(1, round(steps * per_step / sum(group.draws for group in plan.prepared.groups)))
-    each = f"each image about {views(images) / images:.0f} times"
+    each = f"each image about {steps * per_step / images:.0f} times"
+    if steps < usual:
+        each += f"; the time is enough for no more, where {usual} steps would be usual"
     if options.training.max_train_epochs is not None:  # it goes before steps
-        advice.append(Advice("max_train_epochs", epochs, f"{of}: {each}; {steps} steps"))
-    else:
-        advice.append(Advice("max_train_steps", steps, f"{of}, {per_step} a step: {each}; {epochs} epochs"))
-    if _is_final(options, "max_train_steps") and options.training.max_train_epochs is None:
-        steps = options.training.max_train_steps
-    return [*advice, *_weight_decay(plan, steps=steps)]
-
-
-def _is_final(options: Options, name: str) -> bool:
-    """Whether the command line sets this option: it wins over the file that is written."""
-    return options.given.get(name, "").startswith(COMMAND_LINE)
-
-
-def _by_size(images: int) -> tuple[int, int]:
-    return next((rank, batch) for most, rank, batch in BY_SIZE if images < most)
+        return steps, Advice("max_train_epochs", epochs, f"{of}: {each}; {steps} steps")
+    advice = Advice("max_train_steps", steps, f"{of}, {per_step} a step: {each}; {epochs} epochs")
+    return (options.training.max_train_steps if is_final(options, "max_train_steps") else steps), advice
 
 
 def _rank_reason(images: int) -> str:
-    if images < BY_SIZE[0][0]:
+    if images < rules.BY_SIZE[0][0]:
         return "a higher rank would learn so few by heart"
-    return "enough to fill this rank, for a subject or a style" if images < BY_SIZE[1][0] else "there is much to learn"
+    return (
+        "enough to fill this rank, for a subject or a style"
+        if images < rules.BY_SIZE[1][0]
+        else "there is much to learn"
+    )
 
 
 def _rates(plan: Plan) -> Iterator[Advice]:
@@ -114,16 +126,17 @@ def _rates(plan: Plan) -> Iterator[Advice]:
             of = "" if choice.has_a_rate_a_group else ", which is one for all parts"
             yield Advice("text_encoder_lr", 1.0, f"a factor on the rate that it finds{of}")
     elif not choice.relative_step:
-        small, lion = plan.family.native_resolution < 256, "lion" in choice.name.rpartition(".")[2].lower()
+        small, lion = plan.family.native_resolution < rules.SMALL, "lion" in choice.name.rpartition(".")[2].lower()
         usual = "ten times the usual, since the base is small" if small else "usual for a LoRA of Stable Diffusion"
-        rate = (1e-3 if small else 1e-4) * (0.3 if lion else 1)
+        plain = rules.SMALL_RATE if small else rules.RATE
+        rate = plain * rules.LION if lion else plain
         if lion:
-            usual = f"Lion's steps are larger than AdamW's: three tenths of {rate / 0.3:g}"
+            usual = f"Lion's steps are larger than AdamW's: three tenths of {plain:g}"
         if unet:
             yield Advice(name, two_digits(rate), f"{usual}; --find_lr finds yours")
         if text:
             why = f"half of the {plan.family.PARTS['denoiser'].title}'s: the text encoder overfits sooner"
-            yield Advice("text_encoder_lr", two_digits(rate / 2), why)
+            yield Advice("text_encoder_lr", two_digits(rate * rules.TEXT), why)
 
 
 def _weight_decay(plan: Plan, *, steps: int) -> Iterator[Advice]:
@@ -132,7 +145,7 @@ def _weight_decay(plan: Plan, *, steps: int) -> Iterator[Advice]:
     transition, rule = auto_weight_decay.transition_steps(steps, options.weight_decay.task or TASK)
     if not weight_decay_of(choice) or choice.finds_its_rate or transition >= steps:
         return
-    if _is_final(options, "dynamic_weight_decay") and not options.weight_decay.dynamic_weight_decay:
+    if is_final(options, "dynamic_weight_decay") and not options.weight_decay.dynamic_weight_decay:
         return
     factor, of_factor = auto_weight_decay.decay_factor(images, options.weight_decay.task)
     least, of_least = auto_weight_decay.min_ratio(images)
@@ -153,13 +166,21 @@ def _rule(rule: str, few: str) -> str:
     return rule if rule.startswith("task") else f"{rule}: {few}"
 
 
-def _against_preset(advice: list[Advice]) -> str:
-    """Which of the settings the preset for anything has otherwise, and why; "" for none."""
-    of_preset = {setting.name: setting.words for setting in settings_of([PRESET], where="--recommend")}
+def _of_preset(name: str) -> dict[str, Any]:
+    """The values of a preset, by option."""
     known = declared_options()
-    values = {
-        item.option: convert(known[item.option], of_preset[item.option]) for item in advice if item.option in of_preset
-    }
+    return {item.name: convert(known[item.name], item.words) for item in settings_of([name], where="--recommend")}
+
+
+def _preset(plan: Plan) -> str:
+    """The preset to compare with: that of the subject, else the one for anything."""
+    subject = wishes.of(plan.options.guidance.recommend).subject
+    return rules.SUBJECT_PRESETS.get(plan.family.NAME, {}).get(subject, PRESET)
+
+
+def _against_preset(advice: list[Advice], preset: str = PRESET) -> str:
+    """Which of the settings a preset has otherwise, and why; "" for none."""
+    values = _of_preset(preset)
     others = [
         f"{item.option} {_shown(values[item.option])}"
         for item in advice
@@ -168,7 +189,7 @@ def _against_preset(advice: list[Advice]) -> str:
     if not others:
         return ""
     return (
-        f"The preset {PRESET} has {', '.join(others)}: it is for any images, any model of full size and any length, "
+        f"The preset {preset} has {', '.join(others)}: it is for any images, any model of full size and any length, "
         "and the reasons above are about these."
     )
 
@@ -178,20 +199,26 @@ def report(plan: Plan) -> Path:
 
     UserError, after all is printed, if the file exists with other contents.
     """
-    advice, options = advise(plan), plan.options
+    (advice, of_card), options = for_card(plan, advise(plan)), plan.options
     for line in _facts(plan):
         print(line)
+    if of_card:
+        print(f"card     {of_card}")
     width = max(len(item.option) for item in advice)
     print(f"\n{'setting':<{width}}  {'now':<10} {'advice':<10} why")
     for item in advice:
-        given = " (the command line's wins)" if _is_final(options, item.option) else ""
+        given = " (the command line's wins)" if is_final(options, item.option) else ""
         now = _shown(_now(plan, item.option))
         print(f"{item.option:<{width}}  {now:<10} {_shown(item.value):<10} {item.why}{given}")
     output = options.output
     path = Path(output.output_dir) / f"{output.output_name or 'last'}-recommended.toml"
     text = snippet(plan, advice)
-    if other := _against_preset(advice):
+    if other := _against_preset(advice, _preset(plan)):
         print(f"\n{other}")
+    if any(item.option == "network_dim" for item in advice):
+        print("\nnot advised, though others do:")
+        for name, why in rules.NOT_ADVISED.items():
+            print(f"  {name}: {why}")
     print(f"\n{text}")
     if os.path.isfile(path) and path.read_bytes() != text.encode() and not output.overwrite:  # it may have been edited
         raise UserError(f"{path} exists with other contents: --overwrite replaces it, or give another --output_name")

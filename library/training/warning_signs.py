@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from library.optimizers.weight_decay import VANISHED
+from library.training.capacity import Epochs, is_full
 
 Series = Sequence[tuple[float, float]]  # (step, value)
 ByTimestep = Sequence[float | None]  # a mean loss for each range of noise levels, None where there was no sample
@@ -69,6 +70,13 @@ OVERFITTING = Sign(
     "the validation loss rises while the training loss falls: the images are being learnt by heart. Use the file from "
     "where the validation loss was lowest; next time train fewer steps, with a lower --network_dim or with "
     "--network_dropout 0.1. With a weight decay that falls, keep more of it (--wd_min_ratio 0.15 to 0.2)",
+)
+CAPACITY = Sign(
+    "capacity",
+    "in four epochs the training loss has fallen by less than 2 % an epoch, and the validation loss by less than 2 % "
+    "in all, without overfitting: the network may have learnt all that it can hold. If samples are good, stop here; if "
+    "not, first look at images and captions (--check_data), then double --network_dim, or adapt more layers "
+    "(--network_args conv_dim=8, preset=full)",
 )
 WEIGHT_DECAY_GONE = Sign(
     "weight decay gone",
@@ -209,6 +217,7 @@ class Watch:
         self._first: list[ByTimestep] = []
         self._last: deque[ByTimestep] = deque(maxlen=LAST)
         self._validation: deque[tuple[float, float]] = deque(maxlen=200)
+        self._epochs = Epochs()
 
     def step(self, *, loss: float, gradient_norm: float | None, weight_decay: float | None) -> list[Sign]:
         """Add the numbers of a step. Returns the new signs. `weight_decay`: the largest of the groups'.
@@ -226,6 +235,10 @@ class Watch:
             (EXPLODING_GRADIENTS, explodes(list(self._norms))),
             (WEIGHT_DECAY_GONE, self._decays is not None and 0 <= self._decays[1] < VANISHED <= self._decays[0]),
         )
+
+    def trained(self, step: int, *, epoch: int, loss: float) -> None:
+        """Add the loss of a step of an epoch, for the rule about the network's capacity."""
+        self._epochs.add(step, epoch=epoch, loss=loss)
 
     def measured(
         self,
@@ -261,7 +274,10 @@ class Watch:
     def validated(self, step: int, loss: float, training: Series) -> list[Sign]:
         """Add a validation loss, and the training losses so far. Returns the new signs."""
         self._validation.append((step, loss))
-        return self._new((OVERFITTING, overfits(training, list(self._validation))))
+        found = self._new((OVERFITTING, overfits(training, list(self._validation))))
+        falls = bool(self._rates) and self._rates[-1] < self._peak / 2  # of the rate: standing still is expected then
+        full = not falls and OVERFITTING.name not in self.found and is_full(self._epochs.whole(), self._validation)
+        return found + self._new((CAPACITY, full))
 
     def _lengthen(self, step: int, loss_by_timestep: ByTimestep) -> None:
         """Add losses to the current stretch; if it is long enough, keep its means and begin another."""

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import rate_finder
 from docs import pictures
 from library.config.presets import presets
-from library.guidance import recommend
+from library.guidance import rules
 from library.optimizers import auto_weight_decay
 from tests.conftest import ROOT
 
@@ -86,8 +86,8 @@ def test_the_table_of_sizes() -> None:
     for row in table:
         images, rank, batch, together, each = (int(cell.replace(",", "")) for cell in row[:5])
         factor, least = (float(cell) for cell in row[5].split(","))
-        assert recommend._by_size(images) == (rank, batch)
-        assert (recommend.views(images), int(recommend.views(images) / images)) == (together, each)
+        assert rules.by_size(images) == (rank, batch)
+        assert (rules.views(images), int(rules.views(images) / images)) == (together, each)
         assert auto_weight_decay.decay_factor(images, None)[0] == factor
         assert auto_weight_decay.min_ratio(images)[0] == least
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from examples import adapt_vision_transformer, finetune_language_model
+import pytest
+from safetensors.torch import load_file
+
+from examples import adapt_vision_transformer, finetune_language_model, train_diffusers_unet
 from library.errors import UserError
 from library.optimizers import CustomAdamW, preset_arguments
 
@@ -19,6 +22,13 @@ def test_a_language_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_vision_transformer_learns(preset: str) -> None:
     before, after = adapt_vision_transformer.main(["--steps", "60", "--preset", preset])
     assert after < before - 0.05
+
+
+def test_a_unet_learns_and_its_lora_is_saved(tmp_path: Path) -> None:
+    before, after = train_diffusers_unet.main(["--steps", "30", "--learning_rate", "4e-3", "--save_to", str(tmp_path)])
+    assert after < before * 0.99
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name or "lora.up" in name)
 
 
 def test_layers_and_what_is_not_the_optimizers() -> None:

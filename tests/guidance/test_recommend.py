@@ -10,9 +10,13 @@ import toml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.config import wishes
 from library.config.options import declared_options
 from library.config.parser import parse
-from library.guidance import recommend
+from library.guidance import card_advice, fit, recommend, rules
+from library.guidance.advice import Advice
+from library.guidance.card import Card
+from library.guidance.fit import Choice
 from library.models.components import Components
 from library.models.stable_diffusion import StableDiffusion
 from library.run.plan import make_plan
@@ -28,7 +32,7 @@ def advice(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         output = ("--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(tmp_path / "out"))
         plan = make_plan(parse([*given, *output, *words]))
         monkeypatch.setattr(type(plan.prepared), "train_images", images)
-        found = recommend.advise(plan)
+        found, _ = card_advice.for_card(plan, recommend.advise(plan))
         assert all(item.option in declared_options() and len(item.why) > 10 for item in found)
         return {item.option: item.value for item in found}
 
@@ -52,8 +56,8 @@ def test_the_number_of_images_drives_it(advice: Any) -> None:
 
 @given(st.integers(1, 10**6))
 def test_more_images_are_seen_more_often_together_and_less_often_each(images: int) -> None:
-    assert recommend.views(images) <= recommend.views(images + 1)
-    assert recommend.views(images) / images * 1.001 >= recommend.views(images + 1) / (images + 1)
+    assert rules.views(images) <= rules.views(images + 1)
+    assert rules.views(images) / images * 1.001 >= rules.views(images + 1) / (images + 1)
 
 
 def test_what_the_user_has_said_counts(advice: Any) -> None:
@@ -94,9 +98,9 @@ def test_a_task_that_is_named_decides_the_factor(advice: Any) -> None:
 
 
 def test_it_names_where_the_preset_for_anything_differs() -> None:
-    same = [recommend.Advice("network_dim", 16, ""), recommend.Advice("text_encoder_lr", 5e-5, "")]
+    same = [Advice("network_dim", 16, ""), Advice("text_encoder_lr", 5e-5, "")]
     assert recommend._against_preset(same) == ""
-    other = [*same, recommend.Advice("wd_decay_factor", 0.8, ""), recommend.Advice("max_train_steps", 9, "")]
+    other = [*same, Advice("wd_decay_factor", 0.8, ""), Advice("max_train_steps", 9, "")]
     assert "stable_diffusion_lora has wd_decay_factor 0.65: it is for any images" in recommend._against_preset(other)
 
 
@@ -171,3 +175,77 @@ def test_a_base_of_full_size_and_sdxl(advice: Any, monkeypatch: pytest.MonkeyPat
     found = advice(20)
     assert (found["learning_rate"], found["network_train_unet_only"], "text_encoder_lr" in found) == (1e-4, True, False)
     assert "text_encoder_lr" not in advice(20, "--optimizer_type", "Prodigy")
+
+
+# -- what the user says about the job
+
+
+def test_a_subject_has_the_rank_of_its_preset(advice: Any) -> None:
+    for subject, name in rules.SUBJECT_PRESETS["sd"].items():
+        preset, found = recommend._of_preset(name), advice(20, "--recommend", subject)
+        assert (found["network_dim"], found["network_alpha"]) == (preset["network_dim"], preset["network_alpha"])
+    assert advice(20, "--recommend")["network_dim"] == 16  # by the number of images
+    assert recommend._of_preset("sd15_style")["network_dim"] == 32
+
+
+def test_the_subjects_have_presets_for_each_family_that_has_any() -> None:
+    assert all(set(subjects) == set(wishes.SUBJECTS) for subjects in rules.SUBJECT_PRESETS.values())
+    assert rules.BY_DIFFICULTY.keys() == rules.METHODS.keys() == set(wishes.DIFFICULTIES)
+
+
+def test_difficulty_changes_rank_and_method(advice: Any) -> None:
+    easy, normal, hard = (advice(200, "--recommend", word) for word in ("easy", "normal", "hard"))
+    assert [found["network_dim"] for found in (easy, normal, hard)] == [16, 32, 64]
+    assert [found.get("network_module") for found in (easy, normal, hard)] == [None, None, "networks.dora"]
+    assert advice(50_000, "--recommend", "hard")["network_dim"] == 128  # no more
+    own = advice(200, "--recommend", "hard", "--network_args", "use_tucker=True")
+    assert "network_module" not in own
+
+
+def test_the_time_bounds_the_steps(advice: Any) -> None:
+    assert advice(20, "--recommend", "1h,2s")["max_train_steps"] == 1207  # as without: there is time for 1,800
+    assert advice(20, "--recommend", "1h,4s")["max_train_steps"] == 900
+    short = advice(20, "--recommend", "10min,2s")
+    assert short["max_train_steps"] == 300
+    assert "wd_transition_steps" not in short  # it would never begin to fall
+
+
+# -- the card
+
+
+def test_what_fits_is_left_alone(advice: Any) -> None:
+    assert advice(20) == advice(20, "--gpu_memory", "24GB")
+
+
+def test_a_small_card_gets_what_fit_would_set(
+    advice: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable = 60 * 2**20  # 71 MiB are needed as it is
+    monkeypatch.setattr(Card, "usable", property(lambda card: usable))
+    plain, small = advice(20, "--recommend", "concept"), advice(20, "--recommend", "concept", "--gpu_memory", "8GB")
+    added = {name: value for name, value in small.items() if plain.get(name) != value}
+    assert added
+
+    given = ("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(image_folder))
+    output = ("--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(tmp_path / "out"))
+    advised = ("--network_dim", "16", "--train_batch_size", "2")
+    plan = make_plan(parse([*given, *output, *advised, "--gpu_memory", "8GB"]))
+    chosen: Choice = fit.choose(plan, Card("8 GB", 2**33, 2**33))
+    assert {name: value for lever in chosen.levers for name, value in lever.changes.items()} == added
+
+
+def test_where_nothing_fits_it_says_so(
+    train: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Card, "usable", property(lambda card: 2**20))
+    assert train("--recommend", "--gpu_memory", "8GB") == 0
+    assert "card     nothing fits into the 1.0 MiB" in capsys.readouterr().out
+
+
+def test_it_compares_with_the_preset_of_the_subject(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--recommend", "style") == 0
+    said = capsys.readouterr().out
+    assert "that of sd15_style; 16 by its 6 images" in said
+    assert "The preset sd15_style has learning_rate 0.0001" in said
+    for name in rules.NOT_ADVISED:
+        assert f"  {name}: " in said

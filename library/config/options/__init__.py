@@ -314,8 +314,11 @@ class RunOptions:
         help="look for flaws in images and captions instead of training: prints them and writes NAME-data.html with "
         "pictures; --check_data=list writes all files' names into NAME-data.tsv as well (ours)",
     )
-    dry_run: Literal["", "plan", "measure"] = option(
-        "", alone="plan", help="do everything but train, and report; --dry_run=measure times one step as well (ours)"
+    dry_run: Literal["", "plan", "measure", "curves"] = option(
+        "",
+        alone="plan",
+        help="do everything but train, and report; --dry_run=measure times one step as well, --dry_run=curves draws "
+        "the curves of learning rate and weight decay into the output folder (ours)",
     )
 
 

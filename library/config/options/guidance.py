@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.config import wishes
 from library.config.fields import option, read_fit, read_memory
 from library.errors import UserError
 
@@ -19,8 +20,14 @@ class GuidanceOptions:
         help="settings that ship with the program, by name; later ones win over earlier ones, your own over all (ours)",
     )
     list_presets: bool = option(False, help="list the presets instead of training (ours)")
-    recommend: bool = option(
-        False, help="recommend rank, rates, steps and so on for this data and model, with reasons; do not train (ours)"
+    recommend: str = option(
+        "",
+        alone=wishes.BY_DATA,
+        read=wishes.read,
+        joined_by=",",
+        help="recommend method, rank, rates, steps and so on for this data, model and card, with reasons; do not "
+        "train. It may be told style, character or concept; easy, normal or hard; and the time there is with that of "
+        "a step: style,hard,2h,1.4s (ours)",
     )
     find_lr: bool = option(
         False,

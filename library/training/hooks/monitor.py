@@ -136,6 +136,7 @@ class Monitor(Hook[Run]):
 
     def _look(self, step: int, line: Mapping[str, Any]) -> list[Sign]:
         """The warning signs that the rules find in a step's line."""
+        self._watch.trained(step, epoch=line["epoch"], loss=_number(line["loss"]))
         signs = self._watch.step(
             loss=_number(line["loss"]),
             gradient_norm=line["gradient_norm"],

@@ -1,0 +1,152 @@
+"""Measures CustomAdamW and its techniques on the tensors of a network of yours: the time of a step, bytes of state.
+
+    python -m library.optimizers.profile output/quickstart.safetensors
+    python -m library.optimizers.profile lora.safetensors --optimizer AdamW8bit pytorch_optimizer.CAME --rounds 40
+
+Only the names and shapes in the file's header count. In every round each optimizer makes one step, so that disturbances
+of the machine affect all alike; the ratio is the median over the rounds of time / time of torch's AdamW in that round.
+`measure` does the same for the parameters of a program of yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.config.registry import Arguments
+from library.errors import UserError
+from library.files.index import read_index
+from library.optimizers.create import OptimizerChoice, choose_optimizer, create_optimizer, tensor_bytes
+from library.optimizers.custom_adamw.techniques import TECHNIQUES, techniques
+
+BASELINE = "AdamW (torch)"
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """`milliseconds`: the median of a step. `ratio`: to the baseline. `bytes_per_parameter`: of state."""
+
+    name: str
+    milliseconds: float
+    ratio: float
+    bytes_per_parameter: float
+
+
+def parameters_of(file: Path, device: torch.device) -> Named:
+    """Parameters of the shapes in a file of weights; scalars, such as alphas, are left out. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    draws = torch.Generator().manual_seed(0)
+    shapes = {name: entry.shape for name, entry in read_index(file).entries.items() if len(entry.shape) > 0}
+    if not shapes:
+        raise UserError(f"{file}: holds no tensors with a size")
+    values = {name: 1e-2 * torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+    return [(name, nn.Parameter(value.to(device))) for name, value in values.items()]
+
+
+def contenders(others: Iterable[str] = ()) -> dict[str, OptimizerChoice]:
+    """torch's AdamW, CustomAdamW with nothing, as shipped, and with each technique alone, then the `others` by name."""
+    off: Arguments = dict.fromkeys(TECHNIQUES, False)
+    custom = partial(choose_optimizer, "CustomAdamW", [])
+    found = {
+        BASELINE: choose_optimizer("AdamW", ["fused=True"]),
+        "CustomAdamW, nothing on, 32 bits": custom(custom_adamw={**off, "optim_bits": 32}),
+        "CustomAdamW, nothing on": custom(custom_adamw=off),
+        "CustomAdamW as shipped": custom(),
+    }
+    for kind in techniques():
+        switch = kind.switch().name
+        found[f"{kind.name} alone"] = custom(custom_adamw={**off, switch: True})
+    return found | {name: choose_optimizer(name, []) for name in others}
+
+
+def measure(named: Named, chosen: Mapping[str, OptimizerChoice], *, rounds: int = 20) -> list[Row]:
+    """A row for each choice, of which one is BASELINE. The parameters and gradients, which are made, change."""
+    draws = torch.Generator().manual_seed(1)
+    for _, parameter in named:
+        parameter.grad = (1e-3 * torch.randn(parameter.shape, generator=draws)).to(parameter)
+    numbers = sum(parameter.numel() for _, parameter in named)
+    group, rate = _group(named), 1e-6
+    optimizers = {name: create_optimizer(choice, [{**group}], learning_rate=rate) for name, choice in chosen.items()}
+    for optimizer in [*optimizers.values()] * 2:  # the first steps compile and allocate; ADOPT moves from the second on
+        optimizer.step()
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for count in range(rounds):
+        for name in list(optimizers) if count % 2 else reversed(optimizers):
+            times[name].append(_timed(optimizers[name], named[0][1].device))
+    base = times[BASELINE]
+    return [
+        Row(
+            name,
+            1e3 * statistics.median(own),
+            statistics.median(mine / plain for mine, plain in zip(own, base, strict=True)),
+            tensor_bytes(optimizers[name].state) / numbers,
+        )
+        for name, own in times.items()
+    ]
+
+
+def _group(named: Named) -> dict[str, object]:
+    names, parameters = zip(*named, strict=True)
+    return {"params": [*parameters], "param_names": [*names], "lr": 1e-6, "name": "all"}
+
+
+def _timed(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    optimizer.step()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """As Markdown."""
+    lines = ["| optimizer | ms a step | ratio to AdamW | bytes of state a number |", "|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row.name} | {row.milliseconds:.2f} | {row.ratio:.2f} | {row.bytes_per_parameter:.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m library.optimizers.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="a LoRA or other weights: their names and shapes are used")
+    parser.add_argument("--optimizer", nargs="+", default=[], metavar="NAME", help="further ones, as --optimizer_type")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each that are measured (default: 20)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: the GPU)")
+    given = parser.parse_args(argv)
+    logging.getLogger("library").setLevel(logging.ERROR)
+    try:
+        named = parameters_of(given.file, torch.device(given.device))
+        chosen = contenders(given.optimizer)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    numbers = sum(parameter.numel() for _, parameter in named)
+    print(f"{given.file}: {len(named)} tensors, {numbers:,} numbers; {max(1, given.rounds)} rounds on {given.device}\n")
+    print(table(measure(named, chosen, rounds=max(1, given.rounds))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
