@@ -70,7 +70,7 @@ def _unsaid(options: Options) -> dict[str, str]:
         if name.startswith("metadata_") or name == "training_comment":
             needs[name] = output.save_model_as == "safetensors", "--save_model_as safetensors"
     found = {name: f" without {others}" for name, (works, others) in needs.items() if not works}
-    found |= options.compile.idle() | options.forgetting.idle()
+    found |= options.compile.idle() | options.forgetting.idle() | options.slider.idle()
     if options.embedding.train_embedding_only:
         found |= dict.fromkeys(_OF_ADAPTERS, " with --train_embedding_only: there is no LoRA")
     if options.embedding.weights is not None:

@@ -17,6 +17,7 @@ _KINDS = {
     "log_tracker_config": "settings of trackers",
     "in_json": "a list of images with captions",
     "lycoris_preset": "a preset of LyCORIS",
+    "prompts_file": "prompts of a slider",
 }
 _INSTEAD = {
     "in_json": "give it as --in_json, or as metadata_file in a data set",
@@ -51,6 +52,8 @@ def _kind_of(content: object) -> str:
         return "dataset_config"
     if isinstance(prompt, dict) and "subset" in prompt:
         return "sample_prompts"
+    if isinstance(content.get("prompts"), list) or isinstance(content.get("targets"), list) or "slider" in content:
+        return "prompts_file"
     if len(tables) == len(content):
         if content.keys() <= _TRACKERS:
             return "log_tracker_config"

@@ -225,7 +225,7 @@ class DecayCurve:
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0.
-    `flaws`: those of the data, the worst of each folder first."""
+    `flaws`: those of the data, the worst of each folder first. `prompts`: what a slider is trained on, a line each."""
 
     model: Model
     network: Network
@@ -238,3 +238,4 @@ class Facts:
     rates: Rates
     decay: Decay | None
     flaws: tuple[Flaw, ...] = ()
+    prompts: tuple[str, ...] = ()
