@@ -174,9 +174,12 @@ class ForeignNetwork(TrainableNetwork):
 
     @contextmanager
     def at(self, multiplier: float) -> Iterator[None]:
+        before = getattr(self.network, "multiplier", 1.0)
+        if multiplier == before:
+            yield
+            return
         if refusal := self.refuses("off"):
             raise UserError(refusal)
-        before = getattr(self.network, "multiplier", 1.0)
         self.network.set_multiplier(multiplier)
         try:
             yield

@@ -28,7 +28,7 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
     return facts.Facts(
         model=_model(plan, run, hashes=hashes),
         network=_network(plan, run),
-        images=tuple(_images(plan)),
+        images=() if plan.settings else tuple(_images(plan)),
         captions=_captions(plan, run),
         validation=None if prepared.validation is None else _validation(plan, run, prepared.validation),
         buckets=() if plan.settings else tuple(_buckets(prepared)),

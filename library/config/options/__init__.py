@@ -392,8 +392,7 @@ class Options:
         """Check a slider's run, and set what it implies: only the UNet is trained, and the prompts are encoded once."""
         if not self.slider.is_trained:
             return
-        values = {name: value for group in vars(self).values() if hasattr(group, "__dict__")
-                  for name, value in vars(group).items()}  # fmt: skip
+        values = {name: value for group in option_groups() for name, value in vars(getattr(self, group)).items()}
         self.slider.check_beside(values, self.given)
         object.__setattr__(self.network, "network_train_unet_only", True)
         for name in ("cache_latents", "cache_text_encoder_outputs"):
