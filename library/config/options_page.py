@@ -54,7 +54,7 @@ DIFFERS: Mapping[str, str] = {
     "network_module": "networks.lora by default",
     "network_weights": "reads diffusers' and PEFT's names, too; no matching layer, or other shapes, is an error",
     "output_name": "files that exist stop the run, unless --overwrite is given",
-    "prompts_file": "an unknown key, and prompts that teach nothing, are errors; every setting comes once in each round",
+    "prompts_file": "an unknown key, and prompts that teach nothing, are errors; each setting comes once in a round",
     "sample_prompts": "read once, at the start; an unknown flag or key is an error; a prompt without a seed has the "
     "same noise each time; the first process renders all; the latents are not clipped",
     "sample_sampler": "an unknown name is an error, where kohya takes ddim",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.config.dataset_config import DatasetSpec
 from library.data.buckets import Placement
-from library.data.caches.memory import encode_captions
+from library.data.caches.memory import TextCache, encode_captions
 from library.data.dataset import Batch, Draw, TrainingData
 from library.data.loader import PixelLoader
 from library.data.plan import Group, PlannedBatch
@@ -39,11 +39,11 @@ _STEP = 64
 class PromptBatch(Batch):
     """One setting, `len(samples)` times, each with noise of its own. It has neither pixels nor moments.
 
-    `texts`: the text encoders' states of each of its prompts, name → [1, …]; None: not encoded yet.
+    `texts`: the text encoders' states of all prompts; None: they are not encoded yet.
     """
 
     setting: Setting
-    texts: dict[str, dict[str, Tensor]] | None
+    texts: TextCache | None
 
 
 def prepared(settings: Sequence[Setting], datasets: Sequence[DatasetSpec], *, file: Path) -> Prepared:
@@ -78,6 +78,7 @@ class PromptData(TrainingData):
     ) -> None:
         super().__init__(prepared, seed=seed, batches_per_step=batches_per_step, total_steps=total_steps)
         self.settings = tuple(settings)
+        self.texts: TextCache | None = None
 
     def plan(self, epoch: int) -> list[PlannedBatch]:
         planned: list[PlannedBatch] = []
@@ -128,7 +129,6 @@ class PromptData(TrainingData):
     def _prompt_batch(self, setting: Setting, draws: list[Draw]) -> PromptBatch:
         size, count = self._size(setting, draws[0]), len(draws)
         original, crop = self._crop(setting, draws[0], size)
-        texts = None if self.texts is None else {text: self.texts.get([text]) for text in setting.prompts}
         return PromptBatch(
             samples=draws,
             pixels=None,
@@ -140,7 +140,7 @@ class PromptData(TrainingData):
             crops=[crop] * count,
             target_size=size,
             setting=setting,
-            texts=texts,
+            texts=self.texts,
         )
 
     def _random(self, draw: Draw, purpose: str) -> Callable[[int, int], int]:

@@ -5,9 +5,10 @@ Gandikota et al. 2023: Erasing Concepts from Diffusion Models, arXiv 2303.07345;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Condition = dict[str, Tensor]
 Conditions = Callable[..., Condition]
-"""(prompts) → the condition of one batch for each of them, one after the other: [prompts · B, …]."""
+"""See `_condition`; of one batch."""
 
 
 def denoising_steps(seed: int, draw: Draw, most: int) -> int:
@@ -68,7 +69,7 @@ class SliderLoss:
     ) -> BatchLoss:
         """The loss of the batch. All but one of the forward passes are without gradients."""
         assert isinstance(batch, PromptBatch)
-        setting, process, conditions = batch.setting, objective.process, _conditions(batch, family, device)
+        setting, process, conditions = batch.setting, objective.process, partial(_condition, batch, family, device)
         count = denoising_steps(seed, batch.samples[0], self.steps)
 
         def told(level_B: Tensor) -> None:
@@ -125,28 +126,17 @@ def _noise(batch: PromptBatch, family: ModelFamily, objective: Objective, seed: 
 
 
 @torch.no_grad()
-def _conditions(batch: PromptBatch, family: ModelFamily, device: torch.device) -> Conditions:
-    """The conditions of the batch's prompts, from the cache or, in a dry run, encoded now."""
-    setting, size = batch.setting, len(batch.samples)
-    texts = batch.texts or {text: family.encode_prompts([text]) for text in setting.prompts}
-    on_device = {text: {name: to_device(row, device) for name, row in rows.items()} for text, rows in texts.items()}
-
-    def conditions(*prompts: str) -> Condition:
-        names = on_device[prompts[0]]
-        rows = {name: torch.cat([on_device[text][name].expand(size, *_rest(names[name])) for text in prompts])
-                for name in names}  # fmt: skip
-        return family.condition(
-            rows,
-            original_sizes=batch.original_sizes * len(prompts),
-            crops=batch.crops * len(prompts),
-            target_size=batch.target_size,
-        )
-
-    return conditions
-
-
-def _rest(row: Tensor) -> Sequence[int]:
-    return row.shape[1:]
+def _condition(batch: PromptBatch, family: ModelFamily, device: torch.device, *prompts: str) -> Condition:
+    """The condition of the batch for each of these prompts, one after the other: [prompts · B, …]. From the cache, or,
+    in a dry run, encoded now."""
+    each = [text for text in prompts for _ in batch.samples]
+    texts = family.encode_prompts(each) if batch.texts is None else batch.texts.get(each)
+    return family.condition(
+        {name: to_device(value, device) for name, value in texts.items()},
+        original_sizes=batch.original_sizes * len(prompts),
+        crops=batch.crops * len(prompts),
+        target_size=batch.target_size,
+    )
 
 
 def _target(
