@@ -61,9 +61,9 @@ class Setting:
 
 
 _COMMON = ("guidance_scale", "resolution", "dynamic_resolution", "batch_size", "dynamic_crops", "multiplier", "weight")
-_OF_PROMPT = ("target", "positive", "unconditional", "neutral", "action", *_COMMON)
+_OF_PROMPT: tuple[str, ...] = ("target", "positive", "unconditional", "neutral", "action", *_COMMON)
 _NEUTRALS = ("neutrals", "neutral_prompt_file", "prompt_file")
-_OF_AXIS = ("target_class", "positive", "negative", "neutral", *_NEUTRALS, "resolutions", *_COMMON)
+_OF_AXIS: tuple[str, ...] = ("target_class", "positive", "negative", "neutral", *_NEUTRALS, "resolutions", *_COMMON)
 _FILES = ("neutral_prompt_file", "prompt_file")
 
 
@@ -320,7 +320,7 @@ def _flag(table: Table, name: str, place: str) -> bool:
 
 def _size(value: object, where: str) -> tuple[int, int]:
     """(width, height) from a side or, as kohya has it, [height, width]."""
-    sides = value if isinstance(value, list) else [value, value]
+    sides: list[Any] = value if isinstance(value, list) else [value, value]
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
         raise UserError(f"{where} {value!r}: must be a number of pixels, or [height, width]")
     if wrong := [side for side in sides if not 1 <= side <= MAX_SIDE]:

@@ -101,10 +101,11 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
-    if settings:
-        prepared, sets = slider.prepared_of(settings, datasets, options, family), tuple[MeasuredSet, ...]()
-    else:
-        prepared, sets = _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
+    prepared, sets = (
+        (slider.prepared_of(settings, datasets, options, family), ())
+        if settings
+        else _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
+    )
     word.check_captions(options, family, prepared)
     rehearsed = rehearse(family, options, arguments, resume=resume)
     if rehearsed.kernels:
