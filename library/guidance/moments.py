@@ -205,7 +205,7 @@ class _Moments:
             )
         if options.output.compare_prompts:
             yield from self._sampling("rendering --compare_prompts", {self.estimator.plan.datasets[0].resolution: True})
-        if settings and options.slider.slider_picture:
+        if options.slider.draws:
             yield from self._sampling("rendering the slider", {picture_size(settings): True})
 
     @property

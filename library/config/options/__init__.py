@@ -242,7 +242,7 @@ class OutputOptions:
         help="after training render each of these prompts without and with the LoRA, in one grid (ours)",
         free_text=True,
     )
-    compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts (ours)")
+    compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts and the picture of a slider (ours)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,7 +397,6 @@ class Options:
         object.__setattr__(self.network, "network_train_unet_only", True)
         for name in ("cache_latents", "cache_text_encoder_outputs"):
             object.__setattr__(self.data, name, True)
-            object.__setattr__(self.data, f"{name}_to_disk", False)
 
     @property
     def trains(self) -> bool:

@@ -73,6 +73,11 @@ class SliderOptions:
         """Whether the run is one without images."""
         return self.prompts_file is not None
 
+    @property
+    def draws(self) -> bool:
+        """Whether the slider's picture is rendered."""
+        return self.is_trained and self.slider_picture
+
     def check_beside(self, values: Mapping[str, object], given: Mapping[str, str]) -> None:
         """Check the other options of a slider's run. `values`: of all options. Raises UserError."""
         if not self.is_trained:
