@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
 from library.data.prepare import Prepared
-from library.data.prompts import PromptData
+from library.data.sources.prompts import PromptData
 from library.errors import UserError
 from library.losses.distillation import Distillation
 from library.losses.preservation import Active, Preservation

@@ -77,7 +77,7 @@ def prepared_of(
     settings: Sequence[Setting], datasets: Sequence[DatasetSpec], options: Options, family: ModelFamily
 ) -> Prepared:
     """The samples of the settings. UserError for sizes or a noise schedule that cannot be."""
-    from library.data.prompts import prepared
+    from library.data.sources.prompts import prepared
 
     check_sizes(settings, multiple_of=family.size_divisor)
     _refuse_pure_noise(family)

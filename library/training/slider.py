@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from library.data.dataset import Draw
-from library.data.prompts import PromptBatch
+from library.data.sources.prompts import PromptBatch
 from library.diffusion.noise import draw_noise
 from library.diffusion.process import Predict, Predicted, Process
 from library.gpu import to_device

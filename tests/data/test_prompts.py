@@ -8,7 +8,7 @@ import torch
 
 from library.config.options import ModelOptions, Options, OutputOptions
 from library.config.slider_prompts import Setting
-from library.data.prompts import ROUNDS, PromptBatch, PromptData, prepared
+from library.data.sources.prompts import ROUNDS, PromptBatch, PromptData, prepared
 from library.run.slider import datasets_of
 
 

@@ -133,7 +133,7 @@ def test_the_losses_are_those_of_a_plain_implementation(
     words += ["--v_parameterization"] if predicts == "v_prediction" else []
     assert train(*words, "--max_train_steps", "4", "--leco_denoise_guidance_scale", "2.5") == 0
     from library.config.parser import parse
-    from library.data.prompts import PromptData
+    from library.data.sources.prompts import PromptData
     from library.run.plan import make_plan
 
     settings = read_settings(tmp_path / "prompts.toml")

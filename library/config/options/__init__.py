@@ -242,7 +242,9 @@ class OutputOptions:
         help="after training render each of these prompts without and with the LoRA, in one grid (ours)",
         free_text=True,
     )
-    compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts and the picture of a slider (ours)")
+    compare_steps: int = option(
+        25, minimum=1, help="denoising steps for --compare_prompts and a slider's picture (ours)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from library.data.prompts import PromptBatch
+from library.data.sources.prompts import PromptBatch
 from library.training.hook import Hook, Step
 from library.training.run import Run
 
