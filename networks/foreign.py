@@ -173,11 +173,14 @@ class ForeignNetwork(TrainableNetwork):
         """No-op: kohya's protocol has none."""
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def at(self, multiplier: float) -> Iterator[None]:
+        before = getattr(self.network, "multiplier", 1.0)
+        if multiplier == before:
+            yield
+            return
         if refusal := self.refuses("off"):
             raise UserError(refusal)
-        before = getattr(self.network, "multiplier", 1.0)
-        self.network.set_multiplier(0.0)
+        self.network.set_multiplier(multiplier)
         try:
             yield
         finally:

@@ -96,8 +96,12 @@ class TrainableNetwork(nn.Module, ABC):
         """After optimizer step `done` of `total`, with the gradients still there."""
 
     @abstractmethod
+    def at(self, multiplier: float) -> AbstractContextManager[None]:
+        """A context in which its effect is `multiplier` times the trained one. `UserError` if `refuses("off")`."""
+
     def off(self) -> AbstractContextManager[None]:
         """A context in which the base runs alone. `UserError` if `refuses("off")`."""
+        return self.at(0.0)
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
@@ -239,9 +243,9 @@ class Network(TrainableNetwork):
             adapter.set_multiplier(multiplier)
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def at(self, multiplier: float) -> Iterator[None]:
         before = self.multiplier
-        self.set_multiplier(0.0)
+        self.set_multiplier(multiplier)
         try:
             yield
         finally:

@@ -131,12 +131,12 @@ def by_any_name(options: Mapping[str, Declared]) -> dict[str, str]:
     return {alias: name for name, item in options.items() for alias in (name, *item.details.aliases)}
 
 
-def lacking(options: Mapping[str, Declared], given: Collection[str]) -> dict[str, str]:
-    """By name, a message for each option that must be given and is not."""
+def lacking(options: Mapping[str, Declared], given: Collection[str], *, also: Collection[str] = ()) -> dict[str, str]:
+    """By name, a message for each option that must be given and is not. `also`: more of those than are declared so."""
     return {
         name: f"--{name} is required: {item.details.help}"
         for name, item in options.items()
-        if item.required and name not in given
+        if (item.required or name in also) and name not in given
     }
 
 

@@ -59,7 +59,7 @@ def _unsaid(options: Options) -> dict[str, str]:
         "save_last_n_epochs_state": (by_epochs and output.save_state, "--save_every_n_epochs and --save_state"),
         "divergence_limit": (options.divergence.on_divergence != "stop", "--on_divergence skip or rollback"),
         "resume_anyway": (options.run.resume is not None, "--resume"),
-        "compare_steps": (bool(output.compare_prompts), "--compare_prompts"),
+        "compare_steps": (bool(output.compare_prompts) or options.slider.draws, "--compare_prompts"),
         "prior_loss_weight": (described or data.reg_data_dir is not None, "--reg_data_dir"),
         "dataset_repeats": (described or data.in_json is not None, "--in_json or --dataset_config"),
         "text_encoder_batch_size": (data.cache_text_encoder_outputs, "--cache_text_encoder_outputs"),
@@ -70,7 +70,7 @@ def _unsaid(options: Options) -> dict[str, str]:
         if name.startswith("metadata_") or name == "training_comment":
             needs[name] = output.save_model_as == "safetensors", "--save_model_as safetensors"
     found = {name: f" without {others}" for name, (works, others) in needs.items() if not works}
-    found |= options.compile.idle() | options.forgetting.idle()
+    found |= options.compile.idle() | options.forgetting.idle() | options.slider.idle()
     if options.embedding.train_embedding_only:
         found |= dict.fromkeys(_OF_ADAPTERS, " with --train_embedding_only: there is no LoRA")
     if options.embedding.weights is not None:

@@ -196,12 +196,6 @@ OTHER_SCRIPTS: dict[str, Row] = {
         lllite_use_aspp=flag(),
     ),
     **_of(
-        "LECO, which trains on prompts without images",
-        leco_denoise_guidance_scale=value(3.0),
-        max_denoising_steps=value(40),
-        prompts_file=value(hint="for samples: --sample_prompts"),
-    ),
-    **_of(
         "SD3, FLUX, Lumina and Anima",
         show_timesteps=value(),
         show_timesteps_offset=value(None, 0, only_with="show_timesteps"),

@@ -45,13 +45,16 @@ DIFFERS: Mapping[str, str] = {
     "fp8_base": "the same as --base_format fp8; biases, norms, embeddings, the first and the last layers keep their "
     "precision; not with other packages' networks",
     "full_fp16": "refused with an optimizer whose steps in fp16 are zero or NaN",
+    "leco_denoise_guidance_scale": "1 needs half the work",
     "log_config": "keys and paths are left out, as in kohya; the other files that options name, too",
     "log_tracker_config": "only [tensorboard] and [wandb]; --wandb_run_name goes before the file's name",
+    "max_denoising_steps": "steps of DDIM without gradients, which end at the noise level of the predictions",
     "max_data_loader_n_workers": "an upper bound: no more are started than there is work for",
     "network_args": f"an unknown name is an error; not supported yet: {', '.join(kohya.NETWORK_ARGS_NOT_YET)}",
     "network_module": "networks.lora by default",
     "network_weights": "reads diffusers' and PEFT's names, too; no matching layer, or other shapes, is an error",
     "output_name": "files that exist stop the run, unless --overwrite is given",
+    "prompts_file": "an unknown key, and prompts that teach nothing, are errors; each setting comes once in a round",
     "sample_prompts": "read once, at the start; an unknown flag or key is an error; a prompt without a seed has the "
     "same noise each time; the first process renders all; the latents are not clipped",
     "sample_sampler": "an unknown name is an error, where kohya takes ddim",

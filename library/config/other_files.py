@@ -17,6 +17,7 @@ _KINDS = {
     "log_tracker_config": "settings of trackers",
     "in_json": "a list of images with captions",
     "lycoris_preset": "a preset of LyCORIS",
+    "prompts_file": "prompts of a slider",
 }
 _INSTEAD = {
     "in_json": "give it as --in_json, or as metadata_file in a data set",
@@ -27,6 +28,7 @@ _LYCORIS = {
     *("enable_conv", "unet_target_module", "unet_target_name", "text_encoder_target_module", "module_algo_map"),
     *("text_encoder_target_name", "name_algo_map", "use_fnmatch", "exclude_name", "lora_prefix"),
 }
+_SLIDER = {"slider", "target", "target_class"}
 _OF_AN_IMAGE = {"caption", "tags", "train_resolution"}
 
 
@@ -51,6 +53,8 @@ def _kind_of(content: object) -> str:
         return "dataset_config"
     if isinstance(prompt, dict) and "subset" in prompt:
         return "sample_prompts"
+    if any(isinstance(content.get(name), list) for name in ("prompts", "targets")) or content.keys() & _SLIDER:
+        return "prompts_file"
     if len(tables) == len(content):
         if content.keys() <= _TRACKERS:
             return "log_tracker_config"

@@ -42,9 +42,10 @@ _COMMAND_LINE_ONLY = ("config_file", "output_config", "list_presets")
 _TWO_WAYS = {"resolution": "resolutions", "resolutions": "resolution"}
 
 
-def parse(argv: list[str]) -> Options:
+def parse(argv: list[str], *, required: Collection[str] = ()) -> Options:
     """The options of a run. Raises UserError, which names every mistake that was found, one a line.
 
+    `required`: names of options that must be given, beside those without a default.
     `--help`, `--list_presets` and `--output_config` do their work and raise SystemExit(0).
     """
     settings = from_words(argv)
@@ -66,7 +67,7 @@ def parse(argv: list[str]) -> Options:
         raise SystemExit(0)
     reading = _read(presets.layered([] if config_path is None else from_toml(config_path), settings))
     reading.refuse()
-    options = _options(reading, command=without_secrets(argv))
+    options = _options(reading, command=without_secrets(argv), required=required)
     _judge_out_of_range(reading, idle(options))
     for warning in reading.warnings:
         logger.warning("%s", warning)
@@ -211,8 +212,11 @@ def _config_path(reading: _Reading) -> Path | None:
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
-def _options(reading: _Reading, *, command: Iterable[str]) -> Options:
-    missing = [text + _stands_in(name, reading) for name, text in lacking(declared_options(), reading.values).items()]
+def _options(reading: _Reading, *, command: Iterable[str], required: Collection[str]) -> Options:
+    missing = [
+        text + _stands_in(name, reading)
+        for name, text in lacking(declared_options(), reading.values, also=required).items()
+    ]
     if missing:
         raise UserError("\n".join([*missing, *map(": ".join, reading.out_of_range.values())]))
     try:

@@ -84,6 +84,17 @@ class DDPM:
         signal, sigma = self._rates(level_B, latents_BCHW)
         return signal * noise_BCHW - sigma * latents_BCHW
 
+    def denoised(self, noisy_BCHW: Tensor, prediction_BCHW: Tensor, level_B: Tensor, next_B: Tensor) -> Tensor:
+        """A step of DDIM with η = 0 (Song et al. 2020, arXiv 2010.02502, eq. 12)."""
+        (signal, sigma), (next_signal, next_sigma) = self._rates(level_B, noisy_BCHW), self._rates(next_B, noisy_BCHW)
+        if self.prediction_type == "epsilon":
+            noise = prediction_BCHW
+            latents = (noisy_BCHW - sigma * noise) / signal
+        else:
+            noise = signal * prediction_BCHW + sigma * noisy_BCHW
+            latents = signal * noisy_BCHW - sigma * prediction_BCHW
+        return next_signal * latents + next_sigma * noise
+
     def _rates(self, level_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), each [B, 1, 1, 1] on the device and in the dtype of `like`.
 

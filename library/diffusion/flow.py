@@ -89,6 +89,10 @@ class Flow:
         """eps - x_0, whatever the level."""
         return noise_BCHW - latents_BCHW
 
+    def denoised(self, noisy_BCHW: Tensor, prediction_BCHW: Tensor, level_B: Tensor, next_B: Tensor) -> Tensor:
+        """Along the straight line: a step of Euler's method."""
+        return noisy_BCHW + per_sample(next_B.double() - level_B.double(), noisy_BCHW) * prediction_BCHW
+
     def signal_to_noise(self, level_B: Tensor) -> Tensor:
         """((1 - σ) / σ)²."""
         sigma = level_B.double()

@@ -67,6 +67,11 @@ class Process(Protocol):
         """The target of the network's prediction for `noisy` of the same arguments."""
         ...
 
+    def denoised(self, noisy_BCHW: Tensor, prediction_BCHW: Tensor, level_B: Tensor, next_B: Tensor) -> Tensor:
+        """The latents at the levels `next_B`, from those at `level_B` and the network's prediction for them: a step
+        without fresh noise."""
+        ...
+
     def signal_to_noise(self, level_B: Tensor) -> Tensor:
         """The ratio of the variances of signal and noise, float64; 0 where there is only noise."""
         ...

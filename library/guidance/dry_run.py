@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,6 +42,7 @@ from library.training.hooks.forgetting import ForgettingMeter
 from library.training.hooks.validation import Validator
 from library.training.hooks.validation_sets import ValidationSets
 from library.training.run import Run
+from library.training.slider import denoising_steps
 from library.training.step import condition_of
 from library.units import human_bytes, human_time
 from networks.merge import BaseWeights
@@ -121,7 +124,10 @@ def dummy_loss(plan: Plan, run: Run, fake: Callable[[Tensor], Tensor]) -> Tensor
 
 
 def synthetic_batch(plan: Plan, run: Run) -> Batch:
-    """A full batch of the bucket that needs most memory, with its real captions and dummy images."""
+    """A full batch of the bucket that needs most memory, with its real captions and dummy images; of a slider, a
+    batch that is denoised for a usual number of steps."""
+    if plan.settings:
+        return _usual_batch(plan, run)
     data = plan.options.data
     group = max(plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
     draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in group.example()]
@@ -144,6 +150,20 @@ def synthetic_batch(plan: Plan, run: Run) -> Batch:
         crops=[(0, 0)] * len(draws),
         target_size=group.size,
     )
+
+
+def _usual_batch(plan: Plan, run: Run) -> Batch:
+    """A batch of a slider's largest setting, denoised for the mean number of steps, as nearly as an epoch has one."""
+    most = plan.options.slider.max_denoising_steps
+    batches = list(run.data.batches(run.data.plan(0), epoch=0, loader=run.loader))
+    largest = max(math.prod(batch.target_size) * len(batch.samples) for batch in batches)
+    full = [batch for batch in batches if math.prod(batch.target_size) * len(batch.samples) == largest]
+    chosen = min(full, key=lambda batch: abs(denoising_steps(plan.seed, batch.samples[0], most) - most / 2))
+    height, width = (side // run.family.latents.factor for side in reversed(chosen.target_size))
+    latents = torch.zeros(len(chosen.samples), run.family.latents.channels, height, width)
+    with torch.no_grad():
+        condition = run.family.encode_prompts(chosen.captions)
+    return replace(chosen, moments=(latents, torch.ones_like(latents)), condition=condition)
 
 
 def _pixels(plan: Plan, count: int) -> Tensor:

@@ -146,6 +146,8 @@ def _lacking(lever: Lever, plan: Plan) -> str:
         place = options.given.get(_asking(name, options), "")
         if place and not is_preset(place):
             return f"{place} is given"
+    if lever.axis == "batch" and plan.settings:
+        return "--prompts_file has the batch sizes"
     if lever.axis == "batch" and any(spec.batch_size != options.data.train_batch_size for spec in plan.datasets):
         return "the data sets have batch sizes of their own"
     try:

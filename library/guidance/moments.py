@@ -19,6 +19,7 @@ from library.optimizers.create import create_optimizer, state_bytes
 from library.optimizers.small_lora import has_modes
 from library.run.encode import trains_text
 from library.run.network import parameter_groups
+from library.run.slider import picture_size
 
 if TYPE_CHECKING:
     from library.config.options import Options
@@ -190,11 +191,14 @@ class _Moments:
 
     def all(self) -> Iterator[Moment]:
         options, data = self.options, self.options.data
-        if data.cache_latents:
+        settings = self.estimator.plan.settings
+        if data.cache_latents and not settings:
             yield self._encoding_images()
         if data.cache_text_encoder_outputs:
             yield self._encoding_texts()
         yield self._step()
+        if settings:
+            yield self._target()
         yield self._optimizers_step()
         if self._measured_groups():
             yield self._validation()
@@ -205,6 +209,8 @@ class _Moments:
             )
         if options.output.compare_prompts:
             yield from self._sampling("rendering --compare_prompts", {self.estimator.plan.datasets[0].resolution: True})
+        if options.slider.draws:
+            yield from self._sampling("rendering the slider", {picture_size(settings): True})
 
     @property
     def _family(self) -> ModelFamily:
@@ -266,6 +272,12 @@ class _Moments:
         """Bytes on the device, beside what is always there, and in host memory."""
         size, count = _largest(self._groups())
         return self.estimator.once(("step", size, count), self.options, lambda outline: outline.step(size, count))
+
+    def _target(self) -> Moment:
+        """Of a slider: the base's predictions for three prompts in one pass, without gradients."""
+        size, count = _largest(self._groups())
+        peak = self._once(("predict", size, 3 * count), lambda outline: outline.predict(size, 3 * count))
+        return Moment("the slider's target", {**self.standing, "activations": peak})
 
     def _optimizers_step(self) -> Moment:
         """torch's optimizers compute all updates at once (foreach), in one more copy of the trained weights."""

@@ -50,6 +50,11 @@ def refuse_what_cannot_be(options: Options) -> None:
             raise UserError(
                 f"--{option} with FSDP: one process renders, and has only a part of the model: leave it out"
             )
+    if options.slider.is_trained:
+        raise UserError(
+            "--prompts_file with FSDP: each process denoises a number of steps of its own, and sharded weights need "
+            "equally many on all; configs/accelerate/multi_gpu.yaml and deepspeed_zero2.yaml do not"
+        )
     if options.precision.unet_format:
         name = options.precision.unet_format_option
         raise UserError(f"--{name} with FSDP: only weights of one precision can be sharded")

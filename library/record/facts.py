@@ -266,7 +266,8 @@ class Protections:
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """All of these. `validation` None: nothing is held out. `decay` None: the optimizer has no weight decay, or 0.
-    `flaws`: those of the data, the worst of each folder first. `protections` None: nothing is kept from forgetting."""
+    `flaws`: those of the data, the worst of each folder first. `protections` None: nothing is kept from forgetting.
+    `prompts`: what a slider is trained on, a line each."""
 
     model: Model
     network: Network
@@ -280,3 +281,4 @@ class Facts:
     decay: Decay | None
     flaws: tuple[Flaw, ...] = ()
     protections: Protections | None = None
+    prompts: tuple[str, ...] = ()

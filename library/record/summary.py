@@ -21,6 +21,7 @@ from library.record.facts import (
 )
 
 _MOST_FLAWS = 4
+_MOST_PROMPTS = 12
 _MOST_RATES = 8  # groups whose rates are listed; rates by block or layer make dozens
 
 
@@ -57,7 +58,7 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "images", _images(folder)
     if any(folder.by_shares or {folder.least, folder.most} != {folder.repeats} for folder in facts.images):
         yield from _drawn(facts.images)
-    yield from _captions(facts.captions)
+    yield from _prompts(facts) if facts.prompts else _captions(facts.captions)
     yield from flaw_rows(facts.flaws)
     if facts.validation is not None:
         yield "validation", _validation(facts.validation)
@@ -175,6 +176,15 @@ def _captions(facts: Captions) -> Iterator[tuple[str, str]]:
         yield "", f"trained for example: '{example.text}'{each}"
 
 
+def _prompts(facts: Facts) -> Iterator[tuple[str, str]]:
+    """What a slider is trained on."""
+    captions = facts.captions
+    yield "prompts", f"{captions.different} different, {captions.too_long} cut off at {captions.token_limit} tokens"
+    yield from (("", text) for text in facts.prompts[:_MOST_PROMPTS])
+    if (more := len(facts.prompts) - _MOST_PROMPTS) > 0:
+        yield "", f"and {more} more"
+
+
 def flaw_rows(flaws: Sequence[Flaw]) -> Iterator[tuple[str, str]]:
     """Those that matter, with the first files of each."""
     serious = [flaw for flaw in flaws if flaw.level != "to know"]
@@ -232,7 +242,8 @@ def _batch(facts: Facts) -> str:
     a_step = " or ".join(str(size * batch.accumulation * batch.processes) for size in batch.sizes)
     a_batch = " or ".join(map(str, batch.sizes))
     on = count(batch.processes, "process", "es")
-    return f"{a_step} images a step: {a_batch} × {batch.accumulation} accumulated × {on}"
+    what = "latents" if facts.prompts else "images"
+    return f"{a_step} {what} a step: {a_batch} × {batch.accumulation} accumulated × {on}"
 
 
 def rates(facts: Rates) -> str:

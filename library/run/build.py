@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import TrainingData
 from library.data.prepared import Prepared
+from library.data.sources.prompts import PromptData
 from library.errors import UserError
 from library.losses.distillation import Distillation
 from library.losses.preservation import Active, Preservation
@@ -30,13 +31,15 @@ from library.run.measured import Use
 from library.run.network import make_network, parameter_groups
 from library.run.objective import make_objective
 from library.run.plan import Plan
+from library.run.slider import pictured
 from library.sampling.render import EncodedPrompts
 from library.training import state
 from library.training.gradients import Gradients, WholeGradients
 from library.training.hooks.weight_decay import Observe
 from library.training.previous import PreviousNetwork
 from library.training.run import Position, Run, StepOptimizer
-from library.training.step import Objective
+from library.training.slider import SliderLoss
+from library.training.step import BatchLossOf, Objective, batch_loss
 from networks.merge import BaseWeights
 from networks.network import TrainableNetwork
 
@@ -69,13 +72,7 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
     record = RunFile() if record is None else record
     if accelerator.is_main_process:
         recording.begin(record, plan, saves)
-    data = TrainingData(
-        plan.prepared,
-        seed=plan.seed,
-        prior_loss_weight=options.data.prior_loss_weight,
-        batches_per_step=per_step,
-        total_steps=saves.total_steps,
-    )
+    data = _data(plan, batches_per_step=per_step, total_steps=saves.total_steps)
     measured = _measured(plan)
     prompts = EncodedPrompts(plan.family, _texts_to_draw(plan))
     base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
@@ -99,6 +96,15 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
         for hook in run.hooks:
             hook.resumed(run)
     return run
+
+
+def _data(plan: Plan, *, batches_per_step: int, total_steps: int) -> TrainingData:
+    """The images, or the prompts of a slider."""
+    steps = {"batches_per_step": batches_per_step, "total_steps": total_steps}
+    if plan.settings:
+        return PromptData(plan.prepared, plan.settings, seed=plan.seed, **steps)
+    weight = plan.options.data.prior_loss_weight
+    return TrainingData(plan.prepared, seed=plan.seed, prior_loss_weight=weight, **steps)
 
 
 def _facts(plan: Plan, saves: SavePlan, *, batches_per_step: int) -> state.Facts:
@@ -131,7 +137,7 @@ def _core(
     if options.compile.is_asked_for and not options.run.dry_run:
         compiled.compile_blocks(family, options)
     shares = shard.is_asked_for() and not options.run.dry_run and shard.shard(family, accelerator)
-    if options.validation.forgetting_dir:
+    if options.validation.forgetting_dir or plan.settings:
         _refuse_without_off(network)
     objective = replace(objective, more=_terms(plan, network, objective))
     groups, optimizer = _optimizer(plan, network)
@@ -158,6 +164,7 @@ def _core(
         data=data,
         loader=loader,
         objective=objective,
+        batch_loss=_batch_loss(plan, network),
         train_text=trains_text(options),
         seed=plan.seed,
         accumulation=options.training.gradient_accumulation_steps,
@@ -166,6 +173,14 @@ def _core(
         dummy=dummy,
     )
     return run, (schedule, observe)
+
+
+def _batch_loss(plan: Plan, network: TrainableNetwork) -> BatchLossOf:
+    """The loss of a batch of images, or of a slider's prompts."""
+    wanted = plan.options.slider
+    if not plan.settings:
+        return batch_loss
+    return SliderLoss(network, wanted.max_denoising_steps, wanted.leco_denoise_guidance_scale)
 
 
 def _terms(plan: Plan, network: TrainableNetwork, objective: Objective) -> tuple[LossTerm, ...]:
@@ -255,5 +270,5 @@ def _texts_to_draw(plan: Plan) -> list[str]:
     """Every text that samples and pictures need, including negative prompts."""
     samples = plan.samples.prompts if plan.samples is not None else ()
     texts = [text for item in samples for text in (item.prompt, item.negative_prompt)]
-    compared = plan.options.output.compare_prompts
+    compared = [*plan.options.output.compare_prompts, *pictured(plan.settings)]
     return [*texts, *compared, *([""] if compared else [])]

@@ -46,8 +46,8 @@ def dtype_of_vae(family: ModelFamily, dtype: torch.dtype, *, no_half_vae: bool) 
 
 
 def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelerator) -> Disk | None:
-    """The cache of --cache_latents_to_disk; None without that option."""
-    if not options.data.cache_latents_to_disk:
+    """The cache of --cache_latents_to_disk; None without that option, and for a slider."""
+    if not options.data.cache_latents_to_disk or options.slider.is_trained:
         return None
     encoder = f"VAE {family.vae_fingerprint()} in {_precision(vae_dtype(family, options), options)}"
     return _disk(encoder, options, accelerator)
@@ -56,8 +56,8 @@ def latents_on_disk(family: ModelFamily, options: Options, accelerator: Accelera
 def texts_on_disk(
     family: ModelFamily, base_weights: BaseWeights, options: Options, accelerator: Accelerator
 ) -> Disk | None:
-    """The cache of --cache_text_encoder_outputs_to_disk; None without that option."""
-    if not options.data.cache_text_encoder_outputs_to_disk:
+    """The cache of --cache_text_encoder_outputs_to_disk; None without that option, and for a slider."""
+    if not options.data.cache_text_encoder_outputs_to_disk or options.slider.is_trained:
         return None
     dtype = DTYPES[options.precision.mixed_precision]
     encoders = f"text encoders {family.text_fingerprint()}{base_weights.fingerprint()} in {_precision(dtype, options)}"

@@ -19,6 +19,7 @@ from library.record.metadata import RunFacts, RunMetadata
 from library.record.modelspec import ModelSpec, data_url
 from library.record.protections import to_metadata
 from library.record.saves import SavePlan
+from library.run import slider
 from library.run.plan import Plan
 from library.run.protections import protections_of
 from networks import base_weights
@@ -29,7 +30,7 @@ def run_metadata(
 ) -> RunMetadata:
     """The metadata of every file of this run, without the time, step and epoch of each."""
     options, family = plan.options, plan.family
-    datasets = list(_datasets(plan, data))
+    datasets = [] if plan.settings else list(_datasets(plan, data))
     per_device = max(spec.batch_size for spec in plan.datasets)
     return RunMetadata(
         facts=_run_facts(plan, saves, data, datasets),
@@ -38,7 +39,7 @@ def run_metadata(
         model=family.path,
         vae=family.vae_path,
         total_batch_size=per_device * world_size * options.training.gradient_accumulation_steps,
-        from_dataset_config=options.data.dataset_config is not None,
+        from_dataset_config=options.data.dataset_config is not None or not datasets,
         network_args=None if options.embedding.train_embedding_only else plan.network_arguments,
         timestep_distribution=_timestep_distribution(options.objective),
         ours=_ours(plan, decay),
@@ -66,6 +67,7 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
         ours["shares"] = json.dumps(shares)
     if (protections := protections_of(plan)) is not None:
         ours |= to_metadata(protections)
+    ours |= slider.metadata(plan.settings, plan.options)
     return ours | ({} if decay is None else decay.metadata())
 
 

@@ -58,8 +58,9 @@ def describe(plan: Plan, run: Run, facts: Facts) -> Line:
                 "batches": group.batches,
             }
             for group in plan.prepared.groups
+            if not plan.settings
         ],
-        "examples": _examples(plan.prepared),
+        "examples": [] if plan.settings else _examples(plan.prepared),
         "prompts": [] if sampling is None else [item.prompt for item in sampling.prompts],
         "machine": _machine(run.accelerator.device, run.accelerator.num_processes),
     }

@@ -16,6 +16,7 @@ from library.parallel import zero
 from library.record import trackers
 from library.record.run_file import RunFile
 from library.record.validation_history import History
+from library.run import slider
 from library.run.curves import Curves
 from library.run.encode import vae_dtype
 from library.run.facts import run_metadata
@@ -32,6 +33,7 @@ from library.training.hooks.guard import Guard
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.max_norm import MaxNorm
 from library.training.hooks.monitor import Monitor
+from library.training.hooks.multiplier import Multiplier
 from library.training.hooks.pictures import Pictures
 from library.training.hooks.progress import Progress
 from library.training.hooks.sampler import Sampler
@@ -86,6 +88,8 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
         yield LrSchedule(made.schedule, curves.schedule)
     if curves.decay is not None:
         yield WeightDecay(curves.decay, made.observe, None if validator is None else validator.history)
+    if plan.settings:
+        yield Multiplier()
     yield from _protections(options, run, made.measured)
     if options.network.scale_weight_norms:
         yield MaxNorm(options.network.scale_weight_norms)
@@ -163,7 +167,8 @@ def _pictures(plan: Plan, run: Run, prompts: render.EncodedPrompts) -> Iterator[
             encode=prompts,
             vae_dtype=vae_dtype(run.family, plan.options),
             prompts=output.compare_prompts,
-            size=plan.datasets[0].resolution,
+            moved=slider.pictured(plan.settings),
+            size=slider.picture_size(plan.settings) if plan.settings else plan.datasets[0].resolution,
             steps=output.compare_steps,
             what="the training" if plan.options.embedding.train_embedding_only else "the LoRA",
         )
@@ -211,6 +216,7 @@ def _sampling(plan: Plan, times: SampleTimes, run: Run, prompts: render.EncodedP
         times=times,
         family=run.family,
         network=run.network,
+        at=run.network.at,
         encode=prompts,
         vae_dtype=vae_dtype(run.family, plan.options),
         autocast=run.accelerator.autocast,

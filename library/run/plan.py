@@ -26,7 +26,7 @@ from library.models.opening import open_family
 from library.parallel import together
 from library.record.metadata import check_user_metadata
 from library.record.trackers import TrackerPlan
-from library.run import word
+from library.run import slider, word
 from library.run.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets
 from library.run.trackers import plan_trackers
 from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
@@ -35,6 +35,7 @@ from library.training.state import find as find_state
 from networks import kinds
 
 if TYPE_CHECKING:
+    from library.config.slider_prompts import Setting
     from library.data.prepared import Prepared
     from library.models.family import ModelFamily
     from library.optimizers.create import OptimizerChoice
@@ -47,7 +48,7 @@ class Plan:
     """Options that fit together, data that can be read, a model that exists.
 
     `sets`: folders that are measured beside `prepared.validation`. `parameters`: the numbers that the network trains;
-    None for one of another package.
+    None for one of another package. `settings`: of a slider, which has no images.
     """
 
     options: Options
@@ -64,6 +65,7 @@ class Plan:
     started_at: float
     session_id: int
     resume: State | None = None
+    settings: tuple[Setting, ...] = ()
 
 
 def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
@@ -71,7 +73,9 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
     only_family: the required family of the base model, as in `library.models.FAMILIES`.
     """
-    datasets = word.with_templates(load_datasets(options), options)
+    settings = slider.settings_of(options)
+    datasets = slider.datasets_of(settings, options) if settings else load_datasets(options)
+    datasets = word.with_templates(datasets, options)
     folders = measured_folders(options, datasets)
     check_data_options(options, datasets)
     _warn_of_unused_rates(options)
@@ -97,7 +101,11 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
-    prepared, sets = _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
+    prepared, sets = (
+        (slider.prepared_of(settings, datasets, options, family), ())
+        if settings
+        else _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
+    )
     word.check_captions(options, family, prepared)
     rehearsed = rehearse(family, options, arguments, resume=resume)
     if rehearsed.kernels:
@@ -119,6 +127,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         started_at=started_at,
         session_id=int(started_at * 1000) % 2**32 if resume is None else resume.facts.session_id,
         resume=resume,
+        settings=settings,
     )
 
 

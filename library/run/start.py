@@ -138,7 +138,8 @@ def planned_about(options: Options, saves: save.SavePlan) -> list[Path]:
 
 
 def pictures(options: Options, saves: save.SavePlan) -> dict[str, Path]:
-    """The pictures that the run renders at its end, beside its last file: "loss" and "compare"."""
+    """The pictures that the run renders at its end, beside its last file: "loss", "compare" and "slider"."""
     wanted = {"loss": options.output.loss_plot, "compare": bool(options.output.compare_prompts)}
+    wanted["slider"] = options.slider.draws
     stem = saves.last_file.stem
     return {kind: saves.last_file.with_name(f"{stem}-{kind}.png") for kind, asked in wanted.items() if asked}

@@ -10,6 +10,7 @@ from library.data.prepared import Prepared
 from library.data.quality.check import check
 from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
 from library.record import facts
+from library.run import slider
 from library.run.plan import Plan
 from library.run.protections import protections_of
 from library.training.hooks.lr_schedule import LrSchedule
@@ -28,10 +29,11 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
     return facts.Facts(
         model=_model(plan, run, hashes=hashes),
         network=_network(plan, run),
-        images=tuple(_images(plan)),
+        images=() if plan.settings else tuple(_images(plan)),
         captions=_captions(plan, run),
         validation=None if prepared.validation is None else _validation(plan, run, prepared.validation),
-        buckets=tuple(_buckets(prepared)),
+        buckets=() if plan.settings else tuple(_buckets(prepared)),
+        prompts=tuple(slider.in_words(plan.settings)),
         length=facts.Length(
             steps=saves.total_steps,
             steps_per_epoch=saves.steps_per_epoch,

@@ -22,7 +22,7 @@ from library.files.json_text import parse_json
 logger = logging.getLogger(__name__)
 
 _FLAGS = {"w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "n": "negative_prompt"}
-_FLAGS |= {"ss": "sample_sampler"}
+_FLAGS |= {"ss": "sample_sampler", "am": "multiplier"}
 # Kohya's flags for other models or for a ControlNet
 _UNUSED = {"g": "guidance_scale", "cn": "controlnet_image", "ctr": "cfg_trunc_ratio"}
 _UNUSED |= {"rcfg": "renorm_cfg", "fs": "flow_shift"}
@@ -40,6 +40,7 @@ class SamplePrompt:
     scale: float = 7.5  # classifier-free guidance; 1 is without
     seed: int | None = None  # None: from the run's seed and the prompt's place, the same at each time
     sample_sampler: str | None = None  # None: that of --sample_sampler
+    multiplier: float = 1.0  # of the network: 0 is the base; a slider's other direction is below it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,7 @@ def _of_table(values: dict[str, Any], where: str) -> SamplePrompt:
     readers: dict[str, Callable[[str], Any]] = {
         "seed": _seed,
         "scale": read_float,
+        "multiplier": read_float,
         "sample_sampler": read_sampler,
         "prompt": str,
     }

@@ -112,6 +112,7 @@ class Sampling:
     times: SampleTimes
     family: ModelFamily
     network: nn.Module
+    at: Callable[[float], AbstractContextManager[None]]  # the network at another strength
     encode: Callable[[str, str], dict[str, Tensor]]
     vae_dtype: torch.dtype  # of the VAE, which is loaded for the samples and released again if it is not in memory
     autocast: Callable[[], AbstractContextManager[object]]
@@ -156,15 +157,16 @@ class Sampling:
             generator = rng.torch_generator(self.seed, number, "sample")
             if item.seed is not None:
                 generator = torch.Generator().manual_seed(item.seed)
-            image = render(
-                self.family,
-                pipeline,
-                self.encode,
-                item,
-                sampler=self.times.sampler,
-                generator=generator,
-                autocast=self.autocast,
-            )
+            with self.at(item.multiplier):
+                image = render(
+                    self.family,
+                    pipeline,
+                    self.encode,
+                    item,
+                    sampler=self.times.sampler,
+                    generator=generator,
+                    autocast=self.autocast,
+                )
             with replacing(self.folder / sample_files.file_name(self.name, moment, number, item.seed)) as beside:
                 image.save(beside, format="PNG")
             self.show(f"sample_{number}", image, caption=item.prompt, step=step)
@@ -231,6 +233,30 @@ def compare(
     _save_grid(path, prompts, [(f"without {what}", plain), (f"with {what}", changed)])
 
 
+def strengths(
+    path: Path,
+    family: ModelFamily,
+    encode: Callable[[str, str], dict[str, Tensor]],
+    at: Callable[[float], AbstractContextManager[None]],
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    seed: int,
+    multipliers: Sequence[float] = (-2, -1, 0, 1, 2),
+) -> None:
+    """A PNG with one row per prompt and one column per multiplier of the network, from the same noise.
+
+    `at(multiplier)` is a context in which the network has that strength.
+    """
+    columns: list[list[Image]] = []
+    for multiplier in multipliers:
+        with at(multiplier):
+            columns.append(draw(family, encode, prompts, size=size, steps=steps, seed=seed))
+    rows = [(prompt, [column[i] for column in columns]) for i, prompt in enumerate(prompts)]
+    _save_grid(path, [f"{multiplier:+g}" if multiplier else "0, the base" for multiplier in multipliers], rows)
+
+
 def _save_grid(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image]]]) -> None:
     import textwrap
 
@@ -249,6 +275,6 @@ def _save_grid(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Seq
             if r == 0:
                 axes.set_title(textwrap.fill(columns[c], 22), fontsize=7)
             if c == 0:
-                axes.set_ylabel(label, fontsize=8)
+                axes.set_ylabel(textwrap.fill(label, 24), fontsize=8)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=150, format="png")

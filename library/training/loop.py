@@ -24,7 +24,7 @@ from library.training import divergence
 from library.training.divergence import Diverged
 from library.training.hook import Step
 from library.training.run import Run
-from library.training.step import BatchLoss, batch_loss, refuse_broken_latents
+from library.training.step import BatchLoss, refuse_broken_latents
 from library.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def backward(run: Run, batch: Batch, *, weight: float) -> torch.Tensor:
 def loss_of(run: Run, batch: Batch, *, train_text: bool) -> BatchLoss:
     """The loss of one batch, with the current weights."""
     with run.accelerator.autocast():
-        return batch_loss(
+        return run.batch_loss(
             batch,
             run.family,
             run.objective,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from library.record.loss_history import LossHistory
 from library.training.hook import Hook
+from library.training.step import BatchLossOf, batch_loss
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +58,9 @@ class Run:
     """The core of a run, and its hooks in the order in which they are called.
 
     `groups`: the trained parameters with the rates as configured (a schedule changes those in the optimizer's groups);
-    None if the optimizer sets its rates itself. `dummy`: a batch with loss weight 0 for a process that has none left:
-    under FSDP and ZeRO all processes must run the model equally often.
+    None if the optimizer sets its rates itself. `batch_loss`: the loss of a batch of `data`, for the objective.
+    `dummy`: a batch with loss weight 0 for a process that has none left: under FSDP and ZeRO all processes must run the
+    model equally often.
     """
 
     accelerator: Accelerator
@@ -70,6 +72,7 @@ class Run:
     data: TrainingData
     loader: PixelLoader
     objective: Objective
+    batch_loss: BatchLossOf = batch_loss
     train_text: bool
     seed: int
     accumulation: int

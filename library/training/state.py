@@ -50,6 +50,7 @@ _FREE = frozenset(
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
         *("validation_split", "validation_seed", "validation_group", "validation_fold"),
         *("validate_every_n_steps", "validate_every_n_epochs", "validation_dir", "validation_gap", "forgetting_dir"),
+        *("prompts_file", "slider_picture"),
         "ewc_data",  # what was measured on it is in the state
         *("early_stopping_patience", "early_stopping_threshold", "ema_for"),
     }

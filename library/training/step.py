@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,22 @@ class BatchLoss(NamedTuple):
     loss: Tensor  # a scalar in fp32
     per_sample: Tensor  # [B], each with its weights
     t: Tensor  # [B], the noise levels drawn; on the CPU
+
+
+class BatchLossOf(Protocol):
+    """A function as `batch_loss`: from a batch to its loss, with the network's current weights."""
+
+    def __call__(
+        self,
+        batch: Batch,
+        family: ModelFamily,
+        objective: Objective,
+        *,
+        seed: int,
+        device: torch.device,
+        train_text: bool,
+        at_noise: Callable[[Tensor], None] | None = None,
+    ) -> BatchLoss: ...
 
 
 def latents_of(batch: Batch, family: ModelFamily, seed: int, device: torch.device) -> Tensor:

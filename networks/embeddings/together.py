@@ -76,9 +76,9 @@ class WithEmbedding(TrainableNetwork):
         self.network.after_step(done, total)
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """The base alone; the word means what it meant before training."""
-        with self.network.off(), self._embedding.off():
+    def at(self, multiplier: float) -> Iterator[None]:
+        """At 0 the base alone; the word means what it meant before training."""
+        with self.network.at(multiplier), self._embedding.at(multiplier):
             yield
 
     def tensors(self) -> Mapping[str, Tensor]:

@@ -113,9 +113,9 @@ class Embedding(TrainableNetwork):
         return [{"params": [rows.weight], "lr": rate, "name": rows.section} for rows in self._rows()]
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """A context in which the word means what it meant before training."""
-        self._set_off(True)
+    def at(self, multiplier: float) -> Iterator[None]:
+        """At 0 the word means what it meant before training; a word has no other strength than the trained one."""
+        self._set_off(multiplier == 0)
         try:
             yield
         finally:

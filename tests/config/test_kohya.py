@@ -44,6 +44,7 @@ OURS = {
     *("save_naming", "base_format", "text_encoder_format", "fit", "gpu_memory"),
     *("validation_dir", "validation_gap", "forgetting_dir"),
     *("embedding_lr", "train_embedding_only", "save_embedding"),
+    "slider_picture",
 }
 
 
@@ -184,7 +185,6 @@ REFUSED_WORDS = [
     "--noise_offset",
     "--conditioning_data_dir masks",
     "--show_timesteps console",
-    "--prompts_file prompts.toml",
     "--network_module networks.lora_flux",
     "--skip_image_resolution -1",
 ]

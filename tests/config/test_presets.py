@@ -43,7 +43,7 @@ def values(name: str) -> dict[str, object]:
 
 
 def test_there_are_those_that_are_documented() -> None:
-    assert set(ALL) == {*TABLE, *FOR_KOHYAS_USERS, "origin"}
+    assert set(ALL) == {*TABLE, *FOR_KOHYAS_USERS, "origin", "slider"}
     assert all(40 < len(preset.description) < 120 for preset in ALL.values())
 
 

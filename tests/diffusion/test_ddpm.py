@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from library.diffusion.ddpm import DDPM
 
@@ -75,3 +75,19 @@ def test_steps_bins_and_shares():
     assert process.share(t).tolist() == [0, 0.199, 0.2, 0.999]
     assert torch.equal(process.at(t), t)
     assert process.stacked([3, 4]).dtype == torch.int64
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_a_step_without_noise_is_ddims(scheduler, pair, predicts):
+    """Up to the table's single precision there. Of clean latents' own noise it leads to their latents at that level."""
+    noisy, prediction = pair
+    settings = {"prediction_type": predicts, "timestep_spacing": "trailing", "set_alpha_to_one": False}
+    theirs = DDIMScheduler.from_config(scheduler.config, **settings)
+    theirs.set_timesteps(40)
+    process = DDPM(predicts, scheduler.alphas_cumprod.double())
+    level, following = torch.full((4,), 999), torch.full((4,), 974)
+    ours = process.denoised(noisy, prediction, level, following)
+    torch.testing.assert_close(ours, theirs.step(prediction, 999, noisy).prev_sample, rtol=1e-4, atol=1e-4)
+    latents, noise = (x.double() for x in pair)
+    there = process.denoised(process.noisy(latents, noise, T[3:]), process.target(latents, noise, T[3:]), T[3:], T[2:3])
+    torch.testing.assert_close(there, process.noisy(latents, noise, T[2:3]), rtol=0, atol=1e-9)

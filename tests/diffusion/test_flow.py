@@ -131,3 +131,10 @@ def test_the_middles_are_of_five_equal_parts() -> None:
     assert middles(0, 1000) == (100, 300, 500, 700, 900)
     assert middles(200, 300) == (210, 230, 250, 270, 290)
     assert middles(7, 8) == (7,)
+
+
+def test_a_step_without_noise_stays_on_the_line() -> None:
+    latents, noise = pair()
+    flow, level, following = Flow(), torch.full((4,), 0.9), torch.full((4,), 0.4)
+    there = flow.denoised(flow.noisy(latents, noise, level), flow.target(latents, noise, level), level, following)
+    torch.testing.assert_close(there, flow.noisy(latents, noise, following), rtol=0, atol=1e-12)

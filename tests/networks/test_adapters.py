@@ -206,6 +206,21 @@ def test_switching_off_gives_exactly_the_base_and_on_again_the_adapter(kind, toy
     assert not torch.equal(expected, base)
 
 
+def test_another_strength_lasts_as_long_as_its_context(kind, toy):
+    """A strength that is not 0 or 1 is another output; contexts may be nested."""
+    base = toy(pixels())
+    network = create(kind, toy)
+    randomize(network)
+    expected = toy(pixels())
+    with network.at(-1.0):
+        other = toy(pixels())
+        assert not any(torch.equal(other, one) for one in (base, expected))
+        with network.at(1.0):
+            assert torch.equal(toy(pixels()), expected)
+        assert torch.equal(toy(pixels()), other)
+    assert torch.equal(toy(pixels()), expected)
+
+
 def test_removing_gives_the_layers_their_own_forward_back(kind, toy):
     network = create(kind, toy)
     network.detach()

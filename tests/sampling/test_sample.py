@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -123,17 +125,24 @@ def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_p
         modes.append(network.training)
         shown.append((name, caption, step, image.size))
 
-    item = SamplePrompt(prompt="emoji of cat", width=64, height=64, sample_steps=1)
+    item, strengths = SamplePrompt(prompt="emoji of cat", width=64, height=64, sample_steps=1, multiplier=-1.5), []
+
+    @contextmanager
+    def at(multiplier: float) -> Iterator[None]:
+        strengths.append(multiplier)
+        yield
+
     sampling = Sampling(
         times=SampleTimes(prompts=(item,), sampler="ddim", at_first=False, every_n_steps=2, every_n_epochs=None),
-        family=family, network=network, encode=EncodedPrompts(family, []), folder=tmp_path, name=None, seed=1, since=0,
-        vae_dtype=torch.float32, autocast=torch.no_grad, show=show, steps_per_epoch=5,
+        family=family, network=network, at=at, encode=EncodedPrompts(family, []), folder=tmp_path, name=None, seed=1,
+        vae_dtype=torch.float32, autocast=torch.no_grad, show=show, steps_per_epoch=5, since=0,
         device=torch.device("cpu"),
     )  # fmt: skip
     for step in range(4):
         sampling(step)
     assert shown == [("sample_0", "emoji of cat", 2, (64, 64))]
     assert modes == [False]
+    assert strengths == [-1.5]
     assert network.training
     assert "vae" not in family.components
     names = sorted(re.sub(r"\d{14}", "T", path.name) for path in tmp_path.iterdir())

@@ -13,7 +13,7 @@ from library.sampling.prompts import SamplePrompt, SampleTimes, plan_samples, re
 
 CAT = SamplePrompt(
     prompt="a cat, --sitting", negative_prompt="bad, ugly", width=640, height=448, seed=7, sample_steps=20, scale=6.5,
-    sample_sampler="euler_a",
+    sample_sampler="euler_a", multiplier=-1.5,
 )  # fmt: skip
 PLAIN = SamplePrompt(prompt="a dog")
 
@@ -24,7 +24,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_lines_with_flags(tmp_path):
-    text = "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --n bad, ugly --ss k_euler_a\n  a dog  \n"
+    text = "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --n bad, ugly --ss k_euler_a --am -1.5\n  a dog  \n"
     cat, dog = read_prompts(write(tmp_path / "p.txt", text))
     assert cat == SamplePrompt(**(vars(CAT) | {"prompt": "a cat"}))
     assert dog == PLAIN
@@ -34,6 +34,7 @@ def test_lines_with_flags(tmp_path):
 def test_toml_and_json(tmp_path):
     toml = '[prompt]\nwidth = 640\nscale = 6.5\nnegative_prompt = "bad, ugly"\n[[prompt.subset]]\n'
     toml += 'prompt = "a cat, --sitting"\nheight = 448\nseed = 7\nsample_steps = 20\nsample_sampler = "euler_a"\n'
+    toml += "multiplier = -1.5\n"
     toml += '[[prompt.subset]]\nprompt = "b"\nwidth = 64\n'
     cat, b = read_prompts(write(tmp_path / "p.toml", toml))
     assert cat == CAT

@@ -33,6 +33,7 @@ from library.config.options.monitoring import MonitoringOptions
 from library.config.options.objective import ObjectiveOptions
 from library.config.options.precision import PrecisionOptions
 from library.config.options.schedule import ScheduleOptions
+from library.config.options.slider import SliderOptions
 from library.config.options.validation import ValidationOptions
 from library.config.options.weight_decay import WeightDecayOptions
 from library.config.samplers import SAMPLERS, read_sampler
@@ -241,7 +242,9 @@ class OutputOptions:
         help="after training render each of these prompts without and with the LoRA, in one grid (ours)",
         free_text=True,
     )
-    compare_steps: int = option(25, minimum=1, help="denoising steps for --compare_prompts (ours)")
+    compare_steps: int = option(
+        25, minimum=1, help="denoising steps for --compare_prompts and a slider's picture (ours)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +336,7 @@ class Options:
     data: DataOptions = field(default_factory=DataOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
+    slider: SliderOptions = field(default_factory=SliderOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     custom_adamw: CustomAdamWOptions = field(default_factory=CustomAdamWOptions)
@@ -353,6 +357,7 @@ class Options:
     command: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._check_slider()
         self.embedding.check_beside(
             text_cache=self.data.text_cache_option if self.data.cache_text_encoder_outputs else "",
             naming=self.output.save_naming,
@@ -387,6 +392,16 @@ class Options:
             raise UserError(f"{' and '.join(asked)}: give one of them; each does something else instead of training")
         if self.run.resume is not None and (self.guidance.find_lr or self.guidance.recommend):
             raise UserError(f"{asked[0]} is for a new run, and --resume continues an old one: give one of them")
+
+    def _check_slider(self) -> None:
+        """Check a slider's run, and set what it implies: only the UNet is trained, and the prompts are encoded once."""
+        if not self.slider.is_trained:
+            return
+        values = {name: value for group in option_groups() for name, value in vars(getattr(self, group)).items()}
+        self.slider.check_beside(values, self.given)
+        object.__setattr__(self.network, "network_train_unet_only", True)
+        for name in ("cache_latents", "cache_text_encoder_outputs"):
+            object.__setattr__(self.data, name, True)
 
     @property
     def trains(self) -> bool:

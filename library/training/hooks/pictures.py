@@ -32,15 +32,16 @@ class Pictures(Hook[Run]):
         encode: Callable[[str, str], dict[str, Tensor]],
         vae_dtype: torch.dtype,
         prompts: Sequence[str],
+        moved: Sequence[str] = (),
         size: tuple[int, int],
         steps: int,
         what: str = "the LoRA",
     ) -> None:
-        """`paths`: of the wanted pictures, "loss" and "compare". `size`: width and height of the images of the
-        `prompts`, rendered in `steps` steps; `what`: is left out in the first row; `encode`: see
-        `render.EncodedPrompts`."""
+        """`paths`: of the wanted pictures, "loss", "compare" and "slider". `size`: width and height of the images of
+        the `prompts`, and of those that a slider has `moved`, rendered in `steps` steps; `what`: is left out in the
+        first row; `encode`: see `render.EncodedPrompts`."""
         self._paths, self._encode, self._vae_dtype = paths, encode, vae_dtype
-        self._prompts, self._size, self._steps, self._what = prompts, size, steps, what
+        self._prompts, self._moved, self._size, self._steps, self._what = prompts, moved, size, steps, what
 
     def end(self, run: Run, *, stopped_by: str, conclusion: str) -> None:
         if stopped_by:
@@ -59,8 +60,7 @@ class Pictures(Hook[Run]):
             loss_plot.plot(path, run.losses, steps_per_epoch=steps_per_epoch, title=title, validation=history)
             logger.info("drew %s", path)
         if path := self._paths.get("compare"):
-            if "vae" not in run.family.components:
-                run.family.components.load("vae", self._vae_dtype, run.accelerator.device)
+            self._load_vae(run)
             with run.weights_for("sample"):
                 render.compare(
                     path,
@@ -74,3 +74,21 @@ class Pictures(Hook[Run]):
                     what=self._what,
                 )
             logger.info("drew %s", path)
+        if path := self._paths.get("slider"):
+            self._load_vae(run)
+            with run.weights_for("sample"):
+                render.strengths(
+                    path,
+                    run.family,
+                    self._encode,
+                    run.network.at,
+                    self._moved,
+                    size=self._size,
+                    steps=self._steps,
+                    seed=run.seed,
+                )
+            logger.info("drew %s", path)
+
+    def _load_vae(self, run: Run) -> None:
+        if "vae" not in run.family.components:
+            run.family.components.load("vae", self._vae_dtype, run.accelerator.device)
