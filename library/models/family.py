@@ -68,6 +68,20 @@ class TokenTable:
     first: int
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How a family's samples are rendered where their prompt says nothing.
+
+    steps: of the sampler. scale: of classifier-free guidance, 1 without. compared: the same of --compare_prompts.
+    guidance: that a distilled model is told (--g); None: it is told none.
+    """
+
+    steps: int = 30
+    scale: float = 7.5
+    compared: float = 4.0
+    guidance: float | None = None
+
+
 class ModelFamily(ABC):
     """A base model. Making one reads headers and configurations; weights come with `components.load`, frozen.
 
@@ -254,8 +268,13 @@ class ModelFamily(ABC):
 
     # -- sampling
 
+    @property
+    def rendering(self) -> Rendering:
+        """kohya's defaults."""
+        return Rendering()
+
     @abstractmethod
-    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Any]:
         """The pipeline's own names for two prompts, each as of `encode_prompts`."""
 
     @abstractmethod
@@ -264,4 +283,5 @@ class ModelFamily(ABC):
 
         With the arguments of `pipeline_arguments`, num_inference_steps, guidance_scale, width, height, generator and
         output_type="latent" it returns an object whose `images` are latents [1, C, h, w]; `scheduler` is set before.
+        Where `rendering` has a guidance, it gets one as `embedded_guidance` as well.
         """

@@ -147,6 +147,7 @@ def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches
         return
     whole = read_extent(source, entry)
     for patch in changes:
+        assert not patch.entry.halves_exchanged, f"{name}: no adapter sits on a layer whose rows are exchanged"
         place = _view(whole, patch.entry, (patch.entry.offset - entry.offset) // ITEM_SIZE[entry.dtype])
         place.copy_(_changed(name, place, patch).view(place.shape))
     yield _view(whole, entry, 0).contiguous().view(-1).view(torch.uint8).numpy().data
