@@ -96,6 +96,8 @@ class ModelFamily(ABC):
     PARTS: ClassVar[Mapping[str, PartKind]]
     """By "denoiser", "vae", "text_encoder", … in the order in which they are checked."""
 
+    UNUSABLE: ClassVar[Mapping[str, str]] = {}
+    """Options of the objective that would harm a model of this family, each with the reason."""
     LEAVE_TEXT_ENCODERS: ClassVar[str] = ""
     """Why --recommend advises against training the text encoders; "" where it does not."""
 
@@ -113,6 +115,11 @@ class ModelFamily(ABC):
         """`base` has the VAE of `vae` already."""
         self.path, self.vae_path = base.path, vae
         self.components = Components(self.PARTS, base.parts)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Settings of the family's own, for the metadata of files, under kohya's names without "ss_"."""
+        return {}
 
     # -- recognising and opening
 

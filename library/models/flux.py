@@ -81,6 +81,10 @@ class Flux1(ModelFamily):
             overflows_fp16=True,
         ),
     }
+    UNUSABLE: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("noise_offset", "multires_noise_iterations"),
+        "its samples begin with plain noise, so this is never seen there; kohya's script for FLUX ignores the option",
+    )
     LEAVE_TEXT_ENCODERS = "FLUX.1 takes most of a text from T5, which is not trained, and its LoRAs leave CLIP alone"
     base_model_version = "flux1"
     implementation = "https://github.com/black-forest-labs/flux"
@@ -147,6 +151,17 @@ class Flux1(ModelFamily):
                 "samples with 3.5 are better for it",
                 self._guidance,
             )
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {
+            "model_type": "flux",
+            "guidance_scale": self._guidance,
+            "discrete_flow_shift": self._shift,
+            "model_prediction_type": "raw",
+            "apply_t5_attn_mask": self._masks,
+            "t5xxl_max_token_length": self._t5_tokens,
+        }
 
     @classmethod
     def claims(cls, content: WeightsIndex | Folder) -> bool:
@@ -379,5 +394,5 @@ def _check_widths(base: BaseModel) -> None:
     ):
         if needed != given:
             raise UserError(
-                f"{base.path}: the transformer needs {what} of {needed} channels and gets {given}: a file of another model"
+                f"{base.path}: its transformer needs {what} of {needed} channels and gets {given}: another model's file"
             )

@@ -123,7 +123,17 @@ def new_t5_encoder(config: Config) -> nn.Module:
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config.from_dict({**config, "dropout_rate": 0.0}))
     encoder.encoder.embed_tokens = encoder.shared  # one module, so that filling the one fills the other
+    for module in encoder.modules():
+        if hasattr(module, "wi_0"):
+            vars(module)["forward"] = functools.partial(_gated, module)
     return encoder
+
+
+def _gated(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The forward of T5DenseGatedActDense. transformers' own casts the states to the type that the last weight is held
+    in, which is ruin for one of 8 bits."""
+    states: torch.Tensor = layer.wo(layer.act(layer.wi_0(hidden)) * layer.wi_1(hidden))
+    return states
 
 
 def new_flux_transformer(config: Config) -> nn.Module:

@@ -35,6 +35,9 @@ def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
     for sentence in options.without_effect():
         logger.warning("%s", sentence)
     process = family.process
+    for name, why in family.UNUSABLE.items():
+        if getattr(options, name):
+            raise UserError(f"--{name}: {family.path} is {family.TITLE}: {why}")
     if options.noise_offset and process.prediction_type == "v_prediction":
         logger.warning(
             "--noise_offset %g: %s predicts v, and users report that the offset ruins LoRAs of such models; it is for "

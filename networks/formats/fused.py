@@ -80,7 +80,8 @@ def split(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Ten
 
 
 def split_pair(pair: Mapping[str, Tensor], rows: list[int]) -> list[dict[str, Tensor]]:
-    """One pair for each member, of which `up` has that many rows. Where each uses its own equal share of the ranks, no other ranks stay with it."""
+    """One pair for each member, of which `up` has that many rows. Where each uses its own equal share of the ranks, no
+    other ranks stay with it."""
     down, rank = pair["lora_down.weight"], pair["lora_down.weight"].shape[0]
     ups, scale, share = pair["lora_up.weight"].split(rows), _scale(pair), rank // len(rows)
     blocks = [slice(share * place, share * (place + 1)) for place in range(len(rows))]
