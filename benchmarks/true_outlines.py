@@ -30,9 +30,7 @@ def write(folder: Path, family: str) -> Path:
         modules.new_flux_transformer if family == "flux" else modules.new_unet
     )
     if family != "sd15":
-        makers["text_encoder_2"] = (
-            modules.new_t5_encoder if family == "flux" else modules.new_projected_text_encoder
-        )
+        makers["text_encoder_2"] = modules.new_t5_encoder if family == "flux" else modules.new_projected_text_encoder
     for part, new in makers.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")

@@ -155,7 +155,7 @@ GUI_EXTRAS: dict[str, Row] = {
     "contrastive_weight": value(only_with="enable_contrastive"),
     "enable_contrastive": flag(),
     "lr_restart_cycles": value(1, instead=("lr_scheduler_num_cycles",)),
-    "model_train_type": value(None, "sd-lora", "sdxl-lora"),
+    "model_train_type": value(None, "sd-lora", "sdxl-lora", "flux-lora"),
     "negative_sampling_method": value(only_with="enable_contrastive"),
     "network_train_text_encoder": flag(default=True, instead=("network_train_unet_only",)),
     "noise_strength": value(only_with="enable_contrastive"),
