@@ -1,4 +1,4 @@
-"""The tables of docs/memory.md and docs/flux.md: what `--fit` chooses for cards of several sizes, and what the run then needs.
+"""The tables of docs/memory.md and docs/flux.md: what `--fit` chooses for several cards, and what the run then needs.
 
     python -m benchmarks.fit_table            # about two minutes of one core; no weights are needed
 

@@ -1,4 +1,4 @@
-"""Folders of Stable Diffusion 1.5 and XL and of FLUX.1 dev at their true sizes that have headers of weights and no weights.
+"""Folders of Stable Diffusion 1.5 and XL and FLUX.1 dev at their true sizes: headers of weights, and no weights.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
