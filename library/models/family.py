@@ -38,7 +38,8 @@ class AdapterTargets:
     dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer: for
     parts without blocks, a pattern of the dotted names, whose first group is a layer's number, counted from the input.
     more, choices: see `library.models.components.PartKind`.
-    fused: the dotted name that a layer shares with others if files hold them as one; else "".
+    fused: the dotted name that a layer shares with others if files hold them as one; else "". place: where its rows are
+    among theirs.
     """
 
     part: str
@@ -52,6 +53,7 @@ class AdapterTargets:
     more: re.Pattern[str] = NOTHING
     choices: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     fused: Callable[[str], str] = lambda name: ""
+    place: Callable[[str], int] = lambda name: 0
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ class ModelFamily(ABC):
                 more=kind.more,
                 choices=kind.choices,
                 fused=lambda name, part=name: self.fused_name(part, name),  # type: ignore[misc]
+                place=lambda name, part=name: self.fused_place(part, name),  # type: ignore[misc]
             )
             for name, kind in kinds.items()
             if not names or name in names
@@ -259,6 +262,11 @@ class ModelFamily(ABC):
     def fused_name(self, part: str, name: str) -> str:
         """The dotted name under which files hold a layer together with others (query, key and value); "" for none."""
         return ""
+
+    def fused_place(self, part: str, name: str) -> int:
+        """Where the layer's rows are among those of the layers that it shares a name with, counted from 0; the same for
+        all: in the model's order."""
+        return 0
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
         """The number of targets of each part, with those of `conv` or without; None for a model of unknown size.

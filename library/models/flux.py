@@ -20,7 +20,7 @@ from library.models.blocks import Blocks
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux
 from library.models.checkpoints.flux_files import open_flux, t5_tokenizer, with_autoencoder, with_part
-from library.models.checkpoints.flux_names import block_number, fused_name, original_name
+from library.models.checkpoints.flux_names import block_number, fused_name, fused_place, original_name
 from library.models.components import PartKind
 from library.models.family import AdapterTargets, ModelFamily, Rendering
 from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE
@@ -340,6 +340,9 @@ class Flux1(ModelFamily):
 
     def fused_name(self, part: str, name: str) -> str:
         return fused_name(name) if part == "denoiser" else ""
+
+    def fused_place(self, part: str, name: str) -> int:
+        return fused_place(name)
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
         true = (self._config["num_layers"], self._config["num_single_layers"]) == (_DOUBLE, _SINGLE)

@@ -29,7 +29,7 @@ def members(sites: Iterable[Site]) -> dict[str, list[Site]]:
     for site in sites:
         if site.fused:
             found.setdefault(site.fused, []).append(site)
-    return found
+    return {name: sorted(group, key=lambda site: site.place) for name, group in found.items()}
 
 
 def fuse(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Tensor]:
@@ -86,7 +86,8 @@ def split_pair(pair: Mapping[str, Tensor], rows: list[int]) -> list[dict[str, Te
     ups, scale, share = pair["lora_up.weight"].split(rows), _scale(pair), rank // len(rows)
     blocks = [slice(share * place, share * (place + 1)) for place in range(len(rows))]
     others = [torch.cat([up[:, : own.start], up[:, own.stop :]], dim=1) for up, own in zip(ups, blocks, strict=True)]
-    if rank % len(rows) or any(other.any() for other in others):
+    is_known = not pair["lora_up.weight"].is_meta  # an outline is taken for what `fuse` makes
+    if rank % len(rows) or (is_known and any(other.any() for other in others)):
         blocks = [slice(None)] * len(rows)
     return [
         {

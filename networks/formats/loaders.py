@@ -1,8 +1,9 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
-Read at ComfyUI 2025-10, A1111 1.10, Forge 2025-06, diffusers 0.39, kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable
-Diffusion 1.x, 2.x and XL, and for FLUX.1 (diffusers 0.42). A program finds a layer if it knows the naming, the place in the model and the kind; some
-reject a whole file for one layer. Names and shapes are enough, so a file's header is. Imports no torch.
+Read at ComfyUI 2025-10, A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1: 0.42), kohya's sd-scripts 0.11 and LyCORIS
+4.1, for Stable Diffusion 1.x, 2.x and XL and FLUX.1. A program finds a layer if it knows the naming, the place in the
+model and the kind; some reject a whole file for one layer. Names and shapes are enough, so a file's header is. Imports
+no torch.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from adapter_models import difference, lora, lora_from_file, randomize
 from safetensors.torch import load_file
 from torch import Tensor
 
-from library.models.checkpoints.flux_names import fused_name, original_name
+from library.models.checkpoints.flux_names import fused_name, fused_place, original_name
 from library.models.modules import new_flux_transformer
 from library.models.opening import open_family
 from networks.files import read
@@ -143,6 +143,7 @@ def _true_network() -> tuple[dict[str, Tensor], Any]:
         *("unet", "lora_unet", new_flux_transformer(config), kind.linear, kind.conv),
         name=original_name,
         fused=fused_name,
+        place=fused_place,
     )
     sites = find_sites([target], conv=False)
     tensors = {}

@@ -192,8 +192,7 @@ def test_what_guis_write_for_every_model_is_no_mistake(train: Train) -> None:
     assert train(*words, "--max_train_steps", "1") == 0
 
 
-def test_kohyas_guidance_is_warned_of(train_flux: Train, caplog: pytest.LogCaptureFixture) -> None:
+def test_kohyas_guidance_is_warned_of(train_flux: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_flux("--guidance_scale", "3.5", "--max_train_steps", "1", *CACHED) == 0
-    assert (
-        "--guidance_scale 3.5: the LoRA learns what the model does when it is told so much; 1 is usual" in caplog.text
-    )
+    said = capsys.readouterr().err
+    assert "--guidance_scale 3.5: the LoRA learns what the model does when it is told so much; 1 is usual" in said

@@ -56,8 +56,8 @@ class BaseModel:
     kind: the family's name. path: as the user gave it. location: where it lies. parts: by "denoiser", "vae",
     "text_encoder" and, where there are two, "text_encoder_2"; a folder or file without a VAE has none. scheduler: the
     configuration of the noise schedule. tokenizer, tokenizer_options: the (first) text encoder's folder and changes to
-    its options. tokenizer_2: the folder of T5's, where the model has one. prediction: "epsilon" or "v_prediction" if
-    the model states it, else None. prediction_from: the place that states it.
+    its options. prediction: "epsilon" or "v_prediction" if the model states it, else None. prediction_from: the place
+    that states it. tokenizer_2: the folder of T5's, where the model has one.
     """
 
     kind: str
@@ -67,9 +67,9 @@ class BaseModel:
     scheduler: Config = field(default_factory=dict)
     tokenizer: Path = Path()
     tokenizer_options: Config = field(default_factory=dict)
-    tokenizer_2: Path | None = None
     prediction: str | None = None
     prediction_from: str = ""
+    tokenizer_2: Path | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

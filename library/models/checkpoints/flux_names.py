@@ -129,6 +129,14 @@ def fused_name(name: str) -> str:
     return f"{match['kind']}_blocks.{match['i']}.{shared}" if match and shared else ""
 
 
+def fused_place(name: str) -> int:
+    """Where a member's rows are in its layer, counted from 0."""
+    match = _ORIGINAL.fullmatch(name)
+    assert match is not None, f"no member: {name}"
+    members = _FUSED[match["kind"]][_SHARED[match["kind"]][match["rest"]]]
+    return [member.name for member in members].index(match["rest"])
+
+
 def block_number(name: str, *, doubles: int) -> int | None:
     """The number of a layer's block, from its name: the single ones follow the double ones. None outside of them."""
     match = _ORIGINAL.fullmatch(name)
