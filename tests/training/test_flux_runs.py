@@ -97,7 +97,7 @@ def test_the_door_is_for_flux_only(capsys: pytest.CaptureFixture[str], image_fol
     from flux_train_network import main
     from tests.conftest import BASE
 
-    words = ("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(image_folder))
+    words = ("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(image_folder), "--resolution", "64")
     assert main([*words, "--caption_extension", ".txt", "--output_dir", str(tmp_path / "out")]) == 2
     assert "is a Stable Diffusion 1.x or 2.x model, where a FLUX.1 model is expected" in capsys.readouterr().err
 
