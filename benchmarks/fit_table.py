@@ -1,4 +1,4 @@
-"""The table of docs/memory.md: what `--fit` chooses for cards of several sizes, and what the run then needs.
+"""The tables of docs/memory.md and docs/flux.md: what `--fit` chooses for several cards, and what the run then needs.
 
     python -m benchmarks.fit_table            # about two minutes of one core; no weights are needed
 
@@ -15,7 +15,12 @@ from pathlib import Path
 from benchmarks.true_outlines import write
 
 CARDS = (6, 8, 12, 16, 24)
-MODELS = {"sd15": ("SD 1.5", 512), "sdxl": ("SDXL", 1024)}
+MODELS = {
+    "sd15": ("SD 1.5", 512),
+    "sdxl": ("SDXL", 1024),
+    "flux-512": ("FLUX.1 dev", 512),
+    "flux": ("FLUX.1 dev", 1024),
+}
 
 
 def rows(family: str, folder: Path) -> Iterator[str]:
@@ -35,7 +40,7 @@ def rows(family: str, folder: Path) -> Iterator[str]:
     images.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (side, side)).save(images / "0.png")
     words = [
-        *("--pretrained_model_name_or_path", str(write(folder / family, family))),
+        *("--pretrained_model_name_or_path", str(write(folder / family, family.partition("-")[0]))),
         *("--train_data_dir", str(images.parent), "--output_dir", str(folder / "out"), "--resolution", str(side)),
         *("--network_dim", "16", "--learning_rate", "1e-4", "--seed", "1", "--gpu_memory", "24GB"),
     ]

@@ -1,4 +1,4 @@
-"""Folders of Stable Diffusion 1.5 and XL at their true sizes that have headers of weights and no weights.
+"""Folders of Stable Diffusion 1.5 and XL and FLUX.1 dev at their true sizes: headers of weights, and no weights.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -17,25 +17,41 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15" or "sdxl", made once."""
+    """A diffusers folder of the `family`, "sd15", "sdxl" or "flux", made once."""
     if (folder / "scheduler").exists():
         return folder
     from library.models import modules
     from library.models.checkpoints.base_model import ASSETS
 
-    config = json.loads((ASSETS / ("sdxl.json" if family == "sdxl" else "sd1.json")).read_text(encoding="utf-8"))
-    makers = {"unet": modules.new_unet, "vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
-    if family == "sdxl":
-        makers["text_encoder_2"] = modules.new_projected_text_encoder
+    asset = {"sd15": "sd1.json", "sdxl": "sdxl.json", "flux": "flux.json"}[family]
+    config = json.loads((ASSETS / asset).read_text(encoding="utf-8"))
+    makers = {"vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
+    makers["transformer" if family == "flux" else "unet"] = (
+        modules.new_flux_transformer if family == "flux" else modules.new_unet
+    )
+    if family != "sd15":
+        makers["text_encoder_2"] = modules.new_t5_encoder if family == "flux" else modules.new_projected_text_encoder
     for part, new in makers.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
         stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
         _write_header(folder / part / f"{stem}.safetensors", dict(new(config[part]).named_parameters()))
+    if family == "flux":
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
+        _write_tokenizer(folder / "tokenizer_2")
     (folder / "scheduler").mkdir()
-    text = json.dumps({**config["scheduler"], "prediction_type": "epsilon"})
+    text = json.dumps({**config.get("scheduler", {}), "prediction_type": "epsilon"})
     (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
     return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One that reads every text as empty: the number of T5's states does not depend on it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder.mkdir()
+    Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
 
 
 def _write_header(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -36,6 +36,9 @@ KINDS = {
     "t_lora": "networks.t_lora.TLoRA",
 }
 
+ALIASES = {"networks.lora_flux": "lora"}
+"""kohya's modules for one model, whose kind serves all models here."""
+
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's
 _GIVEN = (
     *("multiplier", "network_dim", "network_alpha", "file", "vae", "text_encoder", "unet"),
@@ -55,6 +58,8 @@ def kind_of(module: str, words: Iterable[str] = ()) -> str | None:
     other packages' modules. Raises UserError."""
     if module == lycoris.MODULE:
         return lycoris.kind_of(tuple(words))
+    if module in ALIASES:
+        return ALIASES[module]
     package, _, name = module.partition(".")
     return name if package == "networks" and name in KINDS else None
 
@@ -112,7 +117,8 @@ def arguments(module: str, words: Iterable[str], *, from_file: bool) -> tuple[di
 
 
 def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str, Any]:
-    source.find(module, where="--network_module")
+    if module not in ALIASES:
+        source.find(module, where="--network_module")
     given = words = tuple(words)
     if (kind := kind_of(module, words)) is None:
         known = ", ".join(f"networks.{kind}" for kind in (*KINDS, "lycoris"))

@@ -19,6 +19,7 @@ from networks.sites import Site, is_spatial, sites_where
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.models.blocks import Blocks
     from library.models.family import AdapterTargets
     from networks.settings import LayerSizes
 
@@ -100,6 +101,19 @@ def choose(sites: Sequence[Site], sizes: LayerSizes) -> list[Site]:
     left_out = len(sites) - len(kept)
     logger.info("%d of %d layers get no adapter, by include_patterns and exclude_patterns", left_out, len(sites))
     return kept
+
+
+def in_section(sites: Sequence[Site], section: str | None, blocks: Blocks | None) -> list[Site]:
+    """Without the layers of the denoiser outside of a section of its blocks; None and "all" leave all. Raises UserError
+    for a section that the model has not."""
+    if section in (None, "all"):
+        return list(sites)
+    known = [] if blocks is None else [name for name, _ in blocks.sections]
+    if blocks is None or section not in known:
+        of_model = f"this model's are {', '.join(known)}, or all" if known else "this model has no numbered blocks"
+        raise UserError(f"train_blocks: '{section}': {of_model}{did_you_mean(section or '', known)}")
+    wanted = blocks.numbers_in(section or "")
+    return [site for site in sites if site.part != "unet" or site.block in wanted]
 
 
 def patterns_of(name: str, text: str | None, sites: Sequence[Site]) -> Patterns:

@@ -29,6 +29,7 @@ class Site:
     alias: str = ""  # its name in files in diffusers' or PEFT's naming, where that is another one
     block: int | None = None  # the numbered block that it lies in
     fused: str = ""  # its name in files where it shares one with others, see networks.formats.fused
+    place: int = 0  # of its rows among theirs
     prefix: str = ""  # that of its part, of which `name` begins
     depth: int | None = None  # its block, or its layer of a text encoder: the larger, the farther from the input
 
@@ -130,7 +131,10 @@ def _site(
     flat, alias = (f"{target.prefix}.{dotted}".replace(".", "_") for dotted in (name, path))
     fused = target.fused(name)
     shared = f"{target.prefix}.{fused}".replace(".", "_") if fused else ""
-    return Site(flat, section, target.part, module, name, alias, block, fused=shared, prefix=target.prefix, depth=depth)
+    place = target.place(name) if fused else 0
+    return Site(
+        flat, section, target.part, module, name, alias, block, shared, place, prefix=target.prefix, depth=depth
+    )
 
 
 def blocks_of(targets: Iterable[AdapterTargets]) -> Blocks | None:

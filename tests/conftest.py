@@ -69,6 +69,14 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("tiny_sdxl"))
 
 
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny FLUX.1 dev with random weights."""
+    from tests.tiny_flux import write
+
+    return write(tmp_path_factory.mktemp("tiny_flux"))
+
+
 def copy_images(folder: Path, count: int = 6) -> None:
     """The first captioned images of the quickstart."""
     folder.mkdir(parents=True)

@@ -155,7 +155,7 @@ GUI_EXTRAS: dict[str, Row] = {
     "contrastive_weight": value(only_with="enable_contrastive"),
     "enable_contrastive": flag(),
     "lr_restart_cycles": value(1, instead=("lr_scheduler_num_cycles",)),
-    "model_train_type": value(None, "sd-lora", "sdxl-lora"),
+    "model_train_type": value(None, "sd-lora", "sdxl-lora", "flux-lora"),
     "negative_sampling_method": value(only_with="enable_contrastive"),
     "network_train_text_encoder": flag(default=True, instead=("network_train_unet_only",)),
     "noise_strength": value(only_with="enable_contrastive"),
@@ -204,10 +204,8 @@ OTHER_SCRIPTS: dict[str, Row] = {
     **_of(
         "SD3",
         apply_lg_attn_mask=flag(),
-        apply_t5_attn_mask=flag(),
         clip_g=value(),
         clip_g_dropout_rate=value(0.0),
-        clip_l=value(),
         clip_l_dropout_rate=value(0.0),
         enable_scaled_pos_embed=flag(),
         num_last_block_to_freeze=value(),
@@ -216,7 +214,6 @@ OTHER_SCRIPTS: dict[str, Row] = {
         save_t5xxl=flag(),
         skip_latents_validity_check=flag(),
         t5_dropout_rate=value(0.0),
-        t5xxl=value(),
         t5xxl_device=value(),
         t5xxl_dtype=value(),
         train_t5xxl=flag(),
@@ -224,15 +221,10 @@ OTHER_SCRIPTS: dict[str, Row] = {
     ),
     **_of(
         "FLUX",
-        ae=value(),
-        discrete_flow_shift=value(5.0, 1.0, 3.0, 3.1582, 6.0),
-        double_blocks_to_swap=value(),
-        guidance_scale=value(3.5),
-        model_prediction_type=value("raw"),
+        double_blocks_to_swap=value(hint="here: --blocks_to_swap"),
         model_type=value("flux"),
-        single_blocks_to_swap=value(),
-        split_mode=flag(),
-        t5xxl_max_token_length=value(256),
+        single_blocks_to_swap=value(hint="here: --blocks_to_swap"),
+        split_mode=flag(hint="here: --blocks_to_swap"),
     ),
     **_of(
         "Lumina",
@@ -260,7 +252,6 @@ OTHER_SCRIPTS: dict[str, Row] = {
         self_attn_lr=value(),
         split_attn=flag(),
         t5_max_token_length=value(512),
-        t5_tokenizer_path=value(),
         text_encoder=value(),
         text_encoder_cpu=flag(),
         unsloth_offload_checkpointing=flag(hint="here: --cpu_offload_checkpointing"),
@@ -293,11 +284,19 @@ _TOOL_HINTS = {
 # Network modules of kohya's that are not supported yet, and settings (--network_args) of networks.lora's relatives
 # there: what to use instead today.
 MODULES_NOT_YET = {
-    **dict.fromkeys(("networks.oft_flux", "networks.lora_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
+    **dict.fromkeys(("networks.oft_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
     **dict.fromkeys(("networks.lora_hunyuan_image", "networks.lora_anima"), ""),
 }
+_BY_PATTERN = "here: network_reg_dims, with patterns of the layers' names"
+_BY_BLOCK = "here: include_patterns or exclude_patterns"
 NETWORK_ARGS_NOT_YET = {
     "train_llm_adapter": "it is for Anima",
+    "split_qkv": "query, key and value have adapters of their own in any case; the file has them as one layer",
+    "train_t5xxl": "T5 is not trained",
+    "in_dims": "only layers in the blocks are adapted",
+    **dict.fromkeys(("train_double_block_indices", "train_single_block_indices"), _BY_BLOCK),
+    **dict.fromkeys(("img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim"), _BY_PATTERN),
+    **dict.fromkeys(("img_mod_dim", "txt_mod_dim", "single_dim", "single_mod_dim"), _BY_PATTERN),
 }
 
 

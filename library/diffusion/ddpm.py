@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.config.samplers import SAMPLERS
 from library.diffusion.levels import Density
-from library.diffusion.process import Scheduler, per_sample, range_names
+from library.diffusion.process import SAMPLINGS, Scheduler, per_sample, range_names
 from library.files.json_text import Config
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -56,12 +56,24 @@ class DDPM:
         """All of them."""
         return tuple(SAMPLERS)
 
+    @property
+    def samplings(self) -> Sequence[str]:
+        """None of them shifts what is drawn."""
+        return SAMPLINGS
+
     def at(self, step_B: Tensor) -> Tensor:
         """The steps themselves."""
         return step_B
 
     def draw(
-        self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
+        self,
+        generator: torch.Generator,
+        *,
+        density: Density | None,
+        low: int,
+        high: int,
+        size: tuple[int, int],
+        sampling: str = SAMPLINGS[0],
     ) -> int:
         """One t in low ... high - 1; `density` draws the position within the range."""
         if density is None:

@@ -9,14 +9,14 @@ because averaging over more cells reduces the noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from library.diffusion.levels import Density, shifted, uniform
-from library.diffusion.process import Scheduler, per_sample, range_names
+from library.diffusion.process import SAMPLINGS, Scheduler, per_sample, range_names
 
 _HIGHEST = 1.0 - 2.0**-24  # the largest float32 below 1
 
@@ -40,16 +40,21 @@ class ResolutionShift:
         return math.exp(self.mu_of_few + slope * (tokens - self.few_tokens))
 
 
+Shift = float | ResolutionShift
+
+
 @dataclass(frozen=True)
 class Flow:
     """A `library.diffusion.process.Process` whose level is σ, float32 in 0 … 1.
 
     shift: of the levels, in training and sampling: 1 is none, above 1 more noise. `steps`: options and reports count σ
-    in thousandths, the unit in which such networks get the time.
+    in thousandths, the unit in which such networks get the time. drawn: the shifts of the levels drawn in training, by
+    the way of --timestep_sampling, where they are not `shift`.
     """
 
-    shift: float | ResolutionShift = 1.0
+    shift: Shift = 1.0
     steps: int = 1000
+    drawn: Mapping[str, Shift] = field(default_factory=dict)
 
     @property
     def prediction_type(self) -> str:
@@ -61,19 +66,32 @@ class Flow:
         """Solvers of flow matching's differential equation; DDPM's samplers solve another one."""
         return ("euler",) if isinstance(self.shift, ResolutionShift) else tuple(_SAMPLERS)
 
-    def shift_at(self, size: tuple[int, int]) -> float:
-        """The shift for latents of `size` (height, width)."""
-        return self.shift.of(size) if isinstance(self.shift, ResolutionShift) else self.shift
+    @property
+    def samplings(self) -> Sequence[str]:
+        """Those of every process, and those that have a shift of their own."""
+        return tuple(dict.fromkeys((*SAMPLINGS, *self.drawn)))
+
+    def shift_at(self, size: tuple[int, int], sampling: str = "") -> float:
+        """The shift for latents of `size` (height, width): of samples, or of levels that are drawn by `sampling`."""
+        shift = self.drawn.get(sampling, self.shift)
+        return shift.of(size) if isinstance(shift, ResolutionShift) else shift
 
     def at(self, step_B: Tensor) -> Tensor:
         """step / steps."""
         return (step_B.double() / self.steps).float()
 
     def draw(
-        self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
+        self,
+        generator: torch.Generator,
+        *,
+        density: Density | None,
+        low: int,
+        high: int,
+        size: tuple[int, int],
+        sampling: str = SAMPLINGS[0],
     ) -> float:
         """σ in low / steps … high / steps, never 1: the position in the range is drawn by `density`, then shifted."""
-        u = shifted((density or uniform)(generator), shift=self.shift_at(size))
+        u = shifted((density or uniform)(generator), shift=self.shift_at(size, sampling))
         return min((low + u * (high - low)) / self.steps, _HIGHEST)
 
     def stacked(self, levels: Sequence[float]) -> Tensor:
@@ -113,6 +131,13 @@ class Flow:
         """One with the same shift; where that depends on the resolution, `set_timesteps` is given mu = log(shift)."""
         import diffusers
 
-        by_resolution = isinstance(self.shift, ResolutionShift)
-        settings = {"use_dynamic_shifting": True} if by_resolution else {"shift": self.shift}
+        settings: dict[str, object] = {"shift": self.shift}
+        if isinstance(self.shift, ResolutionShift):
+            settings = {
+                "use_dynamic_shifting": True,
+                "base_image_seq_len": self.shift.few_tokens,
+                "max_image_seq_len": self.shift.many_tokens,
+                "base_shift": self.shift.mu_of_few,
+                "max_shift": self.shift.mu_of_many,
+            }
         return getattr(diffusers, _SAMPLERS[sampler])(num_train_timesteps=self.steps, **settings)

@@ -23,6 +23,9 @@ Predict = Callable[["Tensor", "Tensor", "Mapping[str, Tensor]"], "Tensor"]
 Scheduler: TypeAlias = Any
 """A scheduler of diffusers, which has no types."""
 
+SAMPLINGS = ("sigma", "uniform", "sigmoid")
+"""The ways of --timestep_sampling that are for every process."""
+
 
 class Process(Protocol):
     """The interface that training, validation and sampling use. `level_B` is one noise level per sample, [B]."""
@@ -42,16 +45,29 @@ class Process(Protocol):
         """The names of --sample_sampler that work for this process; the first is the default."""
         ...
 
+    @property
+    def samplings(self) -> Sequence[str]:
+        """The ways of --timestep_sampling that work for this process."""
+        ...
+
     def at(self, step_B: Tensor) -> Tensor:
         """The levels at these steps, whole numbers in 0 … `steps` - 1."""
         ...
 
     def draw(
-        self, generator: torch.Generator, *, density: Density | None, low: int, high: int, size: tuple[int, int]
+        self,
+        generator: torch.Generator,
+        *,
+        density: Density | None,
+        low: int,
+        high: int,
+        size: tuple[int, int],
+        sampling: str = SAMPLINGS[0],
     ) -> float:
         """One level between the steps `low` and `high`. density: draws the position in that range, None is uniform.
 
-        size: (height, width) of the latents, for processes whose levels depend on the resolution.
+        size: (height, width) of the latents, for processes whose levels depend on the resolution. sampling: one of
+        `samplings`, for those that shift what is drawn.
         """
         ...
 

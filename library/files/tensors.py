@@ -34,7 +34,8 @@ class TensorEntry:
     """One tensor in a file.
 
     file: the file that holds it. offset: byte position of its first element. dtype: torch's name ("float16").
-    stride: in elements, or None where the elements lie one after another in the order of `shape`.
+    stride: in elements, or None where the elements lie one after another in the order of `shape`. halves_exchanged: the
+    tensor is the one in the file with the two halves of its first axis exchanged.
     """
 
     file: Path
@@ -42,6 +43,7 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
+    halves_exchanged: bool = False
 
     @property
     def count(self) -> int:
@@ -60,14 +62,20 @@ class TensorEntry:
             return self.count
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
-    def rows(self, part: int, parts: int) -> TensorEntry:
-        """The part-th of `parts` equal slices along the first axis."""
+    def rows(self, part: int, parts: int, *, count: int = 1) -> TensorEntry:
+        """Of `parts` equal slices along the first axis `count`, from the part-th on."""
         if not self.shape or self.shape[0] % parts:
             raise UserError(f"{self.file}: a tensor of shape {list(self.shape)} cannot be {parts} equal ones")
         rows = self.shape[0] // parts
         step = self.stride[0] if self.stride else math.prod(self.shape[1:])
         offset = self.offset + part * rows * step * ITEM_SIZE[self.dtype]
-        return replace(self, offset=offset, shape=(rows, *self.shape[1:]))
+        return replace(self, offset=offset, shape=(count * rows, *self.shape[1:]))
+
+    def exchanged(self) -> TensorEntry:
+        """The same with the two halves of its rows exchanged."""
+        if not self.shape or self.shape[0] % 2 or self.stride is not None:
+            raise UserError(f"{self.file}: a tensor of shape {list(self.shape)} has no halves to exchange")
+        return replace(self, halves_exchanged=not self.halves_exchanged)
 
     def transposed(self) -> TensorEntry:
         """The same matrix with its axes exchanged."""

@@ -204,13 +204,15 @@ class _Moments:
             yield self._validation()
         samples = self.estimator.plan.samples
         if samples is not None:
-            yield from self._sampling(
-                "rendering samples", {(item.width, item.height): item.scale != 1 for item in samples.prompts}
-            )
+            usual = self._family.rendering.scale
+            sizes = {(item.width, item.height): (item.scale or usual) != 1 for item in samples.prompts}
+            yield from self._sampling("rendering samples", sizes)
+        guided = self._family.rendering.compared != 1
         if options.output.compare_prompts:
-            yield from self._sampling("rendering --compare_prompts", {self.estimator.plan.datasets[0].resolution: True})
+            sizes = {self.estimator.plan.datasets[0].resolution: guided}
+            yield from self._sampling("rendering --compare_prompts", sizes)
         if options.slider.draws:
-            yield from self._sampling("rendering the slider", {picture_size(settings): True})
+            yield from self._sampling("rendering the slider", {picture_size(settings): guided})
 
     @property
     def _family(self) -> ModelFamily:

@@ -5,4 +5,5 @@ from __future__ import annotations
 FAMILIES = {
     "sd": "library.models.stable_diffusion.StableDiffusion",
     "sdxl": "library.models.stable_diffusion_xl.StableDiffusionXL",
+    "flux": "library.models.flux.Flux1",
 }

@@ -29,6 +29,15 @@ class Blocks:
         """All blocks, those at the ends too."""
         return self.ends + sum(count for _, count in self.sections) + self.ends
 
+    def numbers_in(self, section: str) -> range:
+        """The numbers of a section's blocks; empty for one that there is not."""
+        first = self.ends
+        for name, count in self.sections:
+            if name == section:
+                return range(first, first + count)
+            first += count
+        return range(0)
+
     @property
     def layout(self) -> str:
         """For messages: "12 down, 1 middle, 12 up"."""

@@ -38,10 +38,12 @@ class PartKind:
     makes the module from its configuration, with its parameters on the meta device. section: "unet" for the denoiser
     and "text_encoder" for the text encoders, as rates, groups and metadata have it; "" where adapters never sit.
     prefix: the beginning of its keys in adapter files. linear: the paths of Linear and 1 × 1 convolution layers that
-    adapters sit on. conv: the paths of further layers, if convolutions are adapted. more: the paths that a preset for
-    everything takes beside these. choices: for presets that take a part of `linear`, that part by the preset's name.
-    blocks: its numbered blocks, by which rates and ranks can differ. layer: for parts without blocks, a pattern of the
-    names in adapter files, whose first group is a layer's number from the input on.
+    adapters sit on, if it has a section, and that a format is for. conv: the paths of further layers, if convolutions
+    are adapted. more: the paths that a preset for everything takes beside these. choices: for presets that take a part
+    of `linear`, that part by the preset's name. blocks: its numbered blocks, by which rates and ranks can differ.
+    layer: for parts without blocks, a pattern of the names in adapter files, whose first group is a layer's number
+    from the input on. overflows_fp16: its activations do not fit into fp16, so it is loaded in bf16 where that is
+    asked for.
     """
 
     folder: str
@@ -55,6 +57,7 @@ class PartKind:
     choices: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     blocks: Blocks | None = None
     layer: re.Pattern[str] | None = None
+    overflows_fp16: bool = False
 
 
 class Components:
@@ -125,7 +128,7 @@ class Components:
         from library.models.checkpoints.weights import fill
         from library.quantization.frozen import compute_frozen
 
-        source = self._sources[name]
+        source, dtype = self._sources[name], self.dtype(name, dtype)
         module = self._modules[name] = self._new(name)
         changes = {} if merged is None else _by_name(module, merged())
         layers = {} if held is None else self.adapted(name)
@@ -144,6 +147,12 @@ class Components:
                 owner._buffers.update({key: None if b is None else b.to(device) for key, b in owner._buffers.items()})
             module.eval()
         return self._modules[name]
+
+    def dtype(self, name: str, asked: torch.dtype) -> torch.dtype:
+        """The dtype that the part is loaded in where this one is asked for."""
+        import torch
+
+        return torch.bfloat16 if self._kinds[name].overflows_fp16 and asked == torch.float16 else asked
 
     def adapted(self, name: str) -> dict[str, nn.Linear | nn.Conv2d]:
         """The layers of a part that adapters can sit on, by their paths."""

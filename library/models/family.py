@@ -38,7 +38,8 @@ class AdapterTargets:
     dotted name that keys use (dots become underscores). blocks: the part's numbered blocks, if it has any. layer: for
     parts without blocks, a pattern of the dotted names, whose first group is a layer's number, counted from the input.
     more, choices: see `library.models.components.PartKind`.
-    fused: the dotted name that a layer shares with others if files hold them as one; else "".
+    fused: the dotted name that a layer shares with others if files hold them as one; else "". place: where its rows are
+    among theirs.
     """
 
     part: str
@@ -52,6 +53,7 @@ class AdapterTargets:
     more: re.Pattern[str] = NOTHING
     choices: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     fused: Callable[[str], str] = lambda name: ""
+    place: Callable[[str], int] = lambda name: 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ class TokenTable:
     first: int
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How a family's samples are rendered where their prompt says nothing.
+
+    steps: of the sampler. scale: of classifier-free guidance, 1 without. compared: the same of --compare_prompts.
+    guidance: that a distilled model is told (--g); None: it is told none.
+    """
+
+    steps: int = 30
+    scale: float = 7.5
+    compared: float = 4.0
+    guidance: float | None = None
+
+
 class ModelFamily(ABC):
     """A base model. Making one reads headers and configurations; weights come with `components.load`, frozen.
 
@@ -82,6 +98,8 @@ class ModelFamily(ABC):
     PARTS: ClassVar[Mapping[str, PartKind]]
     """By "denoiser", "vae", "text_encoder", … in the order in which they are checked."""
 
+    UNUSABLE: ClassVar[Mapping[str, str]] = {}
+    """Options of the objective that would harm a model of this family, each with the reason."""
     LEAVE_TEXT_ENCODERS: ClassVar[str] = ""
     """Why --recommend advises against training the text encoders; "" where it does not."""
 
@@ -99,6 +117,11 @@ class ModelFamily(ABC):
         """`base` has the VAE of `vae` already."""
         self.path, self.vae_path = base.path, vae
         self.components = Components(self.PARTS, base.parts)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Settings of the family's own, for the metadata of files, under kohya's names without "ss_"."""
+        return {}
 
     # -- recognising and opening
 
@@ -240,6 +263,7 @@ class ModelFamily(ABC):
                 more=kind.more,
                 choices=kind.choices,
                 fused=lambda name, part=name: self.fused_name(part, name),  # type: ignore[misc]
+                place=lambda name, part=name: self.fused_place(part, name),  # type: ignore[misc]
             )
             for name, kind in kinds.items()
             if not names or name in names
@@ -252,6 +276,11 @@ class ModelFamily(ABC):
     def fused_name(self, part: str, name: str) -> str:
         """The dotted name under which files hold a layer together with others (query, key and value); "" for none."""
         return ""
+
+    def fused_place(self, part: str, name: str) -> int:
+        """Where the layer's rows are among those of the layers that it shares a name with, counted from 0; the same for
+        all: in the model's order."""
+        return 0
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
         """The number of targets of each part, with those of `conv` or without; None for a model of unknown size.
@@ -268,8 +297,13 @@ class ModelFamily(ABC):
 
     # -- sampling
 
+    @property
+    def rendering(self) -> Rendering:
+        """kohya's defaults."""
+        return Rendering()
+
     @abstractmethod
-    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Any]:
         """The pipeline's own names for two prompts, each as of `encode_prompts`."""
 
     @abstractmethod
@@ -278,4 +312,5 @@ class ModelFamily(ABC):
 
         With the arguments of `pipeline_arguments`, num_inference_steps, guidance_scale, width, height, generator and
         output_type="latent" it returns an object whose `images` are latents [1, C, h, w]; `scheduler` is set before.
+        Where `rendering` has a guidance, it gets one as `embedded_guidance` as well.
         """

@@ -115,6 +115,36 @@ def new_projected_text_encoder(config: Config) -> nn.Module:
     return encoder
 
 
+def new_t5_encoder(config: Config) -> nn.Module:
+    """A T5EncoderModel on the meta device, without dropout: it is never trained, and its states are cached."""
+    with lean_diffusers():
+        from transformers.models.t5.configuration_t5 import T5Config
+        from transformers.models.t5.modeling_t5 import T5EncoderModel
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config.from_dict({**config, "dropout_rate": 0.0}))
+    encoder.encoder.embed_tokens = encoder.shared  # one module, so that filling the one fills the other
+    for module in encoder.modules():
+        if hasattr(module, "wi_0"):
+            vars(module)["forward"] = functools.partial(_gated, module)
+    return encoder
+
+
+def _gated(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The forward of T5DenseGatedActDense. transformers' own casts the states to the type that the last weight is held
+    in, which is ruin for one of 8 bits."""
+    states: torch.Tensor = layer.wo(layer.act(layer.wi_0(hidden)) * layer.wi_1(hidden))
+    return states
+
+
+def new_flux_transformer(config: Config) -> nn.Module:
+    """A FluxTransformer2DModel on the meta device."""
+    with lean_diffusers():
+        from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    _spare_peft()
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(dict(config))
+
+
 def _give_positions(encoder: Any) -> None:  # transformers has no types
     """Fill the table of positions 0, 1, 2, …, which no file contains."""
     positions = torch.arange(encoder.config.max_position_embeddings, device="cpu").expand(1, -1)
@@ -134,6 +164,14 @@ def _tokenizer(folder: Path, options: str) -> Tokenizer:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **json.loads(options))
+
+
+@functools.lru_cache(maxsize=4)
+def read_t5_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the tokenizer.json in a folder, as the package tokenizers has it: `encode(text).ids`."""
+    from tokenizers import Tokenizer as Fast
+
+    return Fast.from_file(str(folder / "tokenizer.json"))
 
 
 def new_pipeline(parts: Mapping[str, object], scheduler: Scheduler) -> Pipeline:

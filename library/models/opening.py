@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from library.config.options.flow import asks_for_nothing
 from library.config.registry import load
 from library.errors import UserError
 from library.files.index import read_index
@@ -39,15 +40,15 @@ def open_family(
     if only is not None and base.kind != only:
         wanted = load(FAMILIES, only, where="FAMILIES").TITLE
         raise UserError(f"{path} is {family.TITLE}, where {wanted} is expected; train_network.py trains both")
-    own = options_of(family)
+    own, values = options_of(family), options or {}
     for other in families():
         for name in options_of(other) - own:
-            if name in (given or {}):
+            if name in (given or {}) and not asks_for_nothing(name, values.get(name)):
                 raise UserError(f"{(given or {})[name]}: {path} is {family.TITLE}; the option is for {other.TITLE}")
     for name, part in base.parts.items():
         if name != "vae" or vae is None:
             part.entries()  # finds a missing or damaged file now, not after all images are encoded
-    return family(base, vae=vae, **{name: value for name, value in (options or {}).items() if name in own})
+    return family(base, vae=vae, **{name: value for name, value in values.items() if name in own})
 
 
 def options_of(family: type[ModelFamily]) -> set[str]:

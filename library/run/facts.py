@@ -48,9 +48,10 @@ def run_metadata(
 
 
 def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
-    """Settings that kohya has no keys for; written where they are used."""
+    """Settings that kohya has no keys for, and those of the model's family; written where they are used."""
     layer_decay, presets = plan.options.optimizer.lr_layer_decay, plan.options.guidance.preset
     ours: dict[str, object] = {"preset": ",".join(presets)} if presets else {}
+    ours |= plan.family.settings
     if (network := plan.options.network).base_weights:
         files = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
         ours[base_weights.KEY.removeprefix("ss_")] = base_weights.to_text(files)

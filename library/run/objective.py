@@ -35,6 +35,9 @@ def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
     for sentence in options.without_effect():
         logger.warning("%s", sentence)
     process = family.process
+    for name, why in family.UNUSABLE.items():
+        if getattr(options, name):
+            raise UserError(f"--{name}: {family.path} is {family.TITLE}: {why}")
     if options.noise_offset and process.prediction_type == "v_prediction":
         logger.warning(
             "--noise_offset %g: %s predicts v, and users report that the offset ruins LoRAs of such models; it is for "
@@ -43,7 +46,7 @@ def make_objective(options: ObjectiveOptions, family: ModelFamily) -> Objective:
         )
     return Objective(
         process=process,
-        level=_level(options, process),
+        level=_level(options, family),
         steps=_step_range(options, process),
         noise=_noise(options),
         main=MainLoss(
@@ -61,9 +64,15 @@ def _step_range(options: ObjectiveOptions, process: Process) -> tuple[int, int]:
     return low, max(high, low + 1)
 
 
-def _level(options: ObjectiveOptions, process: Process) -> Level:
+def _level(options: ObjectiveOptions, family: ModelFamily) -> Level:
     """Draws one noise level in the trained range."""
+    process, sampling = family.process, options.timestep_sampling
     low, high = _step_range(options, process)
+    if sampling not in process.samplings:
+        raise UserError(
+            f"--timestep_sampling {sampling}: {family.path} is {family.TITLE}, for which there are "
+            f"{', '.join(process.samplings)}; --training_shift shifts the timesteps of every model"
+        )
     if high > process.steps:
         raise UserError(f"--max_timestep {options.max_timestep}: this model has the timesteps 0 to {process.steps - 1}")
     densities: dict[str, levels.Density] = {
@@ -79,7 +88,7 @@ def _level(options: ObjectiveOptions, process: Process) -> Level:
         density = None
 
     def draw(generator: torch.Generator, size: tuple[int, int]) -> float:
-        return process.draw(generator, density=density, low=low, high=high, size=size)
+        return process.draw(generator, density=density, low=low, high=high, size=size, sampling=sampling)
 
     return draw
 

@@ -29,7 +29,7 @@ from library.record.trackers import TrackerPlan
 from library.run import slider, word
 from library.run.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets
 from library.run.trackers import plan_trackers
-from library.sampling.prompts import SampleTimes, plan_samples, with_samplers_of
+from library.sampling.prompts import SampleTimes, plan_samples, warn_of_idle_guidance, with_samplers_of
 from library.training.state import State
 from library.training.state import find as find_state
 from networks import kinds
@@ -101,6 +101,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
+        warn_of_idle_guidance(samples, told=family.rendering.guidance is not None)
     prepared, sets = (
         (slider.prepared_of(settings, datasets, options, family), ())
         if settings
@@ -137,7 +138,7 @@ def base_of(options: Options, *, only_family: str | None = None) -> ModelFamily:
         options.model.pretrained_model_name_or_path,
         vae=options.model.vae,
         only=only_family,
-        options=vars(options.model) | vars(options.objective),
+        options=vars(options.model) | vars(options.flow) | vars(options.objective),
         given=options.given,
     )
 

@@ -22,22 +22,27 @@ from library.files.json_text import parse_json
 logger = logging.getLogger(__name__)
 
 _FLAGS = {"w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "n": "negative_prompt"}
-_FLAGS |= {"ss": "sample_sampler", "am": "multiplier"}
+_FLAGS |= {"ss": "sample_sampler", "am": "multiplier", "g": "guidance_scale"}
 # Kohya's flags for other models or for a ControlNet
-_UNUSED = {"g": "guidance_scale", "cn": "controlnet_image", "ctr": "cfg_trunc_ratio"}
+_UNUSED = {"cn": "controlnet_image", "ctr": "cfg_trunc_ratio"}
 _UNUSED |= {"rcfg": "renorm_cfg", "fs": "flow_shift"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePrompt:
-    """One image to render. The defaults are kohya's; sides are multiples of 8 and at least 64 pixels."""
+    """One image to render. The defaults are kohya's; sides are multiples of 8 and at least 64 pixels.
+
+    sample_steps, scale (of classifier-free guidance, 1 is without), guidance_scale (that a distilled model is told):
+    None is the model's own, see `library.models.family.Rendering`.
+    """
 
     prompt: str
     negative_prompt: str = ""
     width: int = 512
     height: int = 512
-    sample_steps: int = 30
-    scale: float = 7.5  # classifier-free guidance; 1 is without
+    sample_steps: int | None = None
+    scale: float | None = None
+    guidance_scale: float | None = None
     seed: int | None = None  # None: from the run's seed and the prompt's place, the same at each time
     sample_sampler: str | None = None  # None: that of --sample_sampler
     multiplier: float = 1.0  # of the network: 0 is the base; a slider's other direction is below it
@@ -97,6 +102,12 @@ def with_samplers_of(times: SampleTimes, known: Sequence[str], *, given: bool) -
         if name not in known:
             raise UserError(f"{where} {name}: this model's samplers are {', '.join(known)}{did_you_mean(name, known)}")
     return times if given or times.sampler in known else dataclasses.replace(times, sampler=known[0])
+
+
+def warn_of_idle_guidance(times: SampleTimes, *, told: bool) -> None:
+    """Log that --g has no effect. told: whether the model is told a guidance."""
+    if not told and any(item.guidance_scale is not None for item in times.prompts):
+        logger.warning("--sample_prompts: --g has no effect: it is for models that are told a guidance, as FLUX.1 dev")
 
 
 def read_prompts(path: Path) -> tuple[SamplePrompt, ...]:
@@ -164,6 +175,7 @@ def _of_table(values: dict[str, Any], where: str) -> SamplePrompt:
         "seed": _seed,
         "scale": read_float,
         "multiplier": read_float,
+        "guidance_scale": read_float,
         "sample_sampler": read_sampler,
         "prompt": str,
     }

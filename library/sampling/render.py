@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COMPARE_SCALE = 4.0  # of classifier-free guidance
-
 
 class EncodedPrompts:
     """The text encoders' states for prompts, encoded as in training, including long prompts and clip_skip.
@@ -77,6 +75,9 @@ def render(
     Sides are rounded down to the family's `size_divisor`.
     """
     width, height = (side - side % family.size_divisor for side in (item.width, item.height))
+    usual, told = family.rendering, {}
+    if usual.guidance is not None:
+        told["embedded_guidance"] = usual.guidance if item.guidance_scale is None else item.guidance_scale
     own = pipeline.scheduler
     pipeline.scheduler = family.process.scheduler(item.sample_sampler or sampler)
     with torch.no_grad():
@@ -84,12 +85,13 @@ def render(
             with autocast():
                 latents = pipeline(
                     **encode(item.prompt, item.negative_prompt),
-                    num_inference_steps=item.sample_steps,
-                    guidance_scale=item.scale,
+                    num_inference_steps=usual.steps if item.sample_steps is None else item.sample_steps,
+                    guidance_scale=usual.scale if item.scale is None else item.scale,
                     width=width,
                     height=height,
                     generator=generator,
                     output_type="latent",
+                    **told,
                 ).images
         finally:
             pipeline.scheduler = own
@@ -203,7 +205,9 @@ def draw(
             family,
             pipeline,
             encode,
-            SamplePrompt(prompt=prompt, width=width, height=height, sample_steps=steps, scale=COMPARE_SCALE),
+            SamplePrompt(
+                prompt=prompt, width=width, height=height, sample_steps=steps, scale=family.rendering.compared
+            ),
             sampler=family.process.samplers[0],
             generator=rng.torch_generator(seed, prompt, "sample"),
         )

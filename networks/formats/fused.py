@@ -29,7 +29,7 @@ def members(sites: Iterable[Site]) -> dict[str, list[Site]]:
     for site in sites:
         if site.fused:
             found.setdefault(site.fused, []).append(site)
-    return found
+    return {name: sorted(group, key=lambda site: site.place) for name, group in found.items()}
 
 
 def fuse(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Tensor]:
@@ -75,17 +75,19 @@ def split(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Ten
         rows = [site.module.weight.shape[0] for site in group]
         if own is not None and _PAIR <= own.keys() <= _PLAIN and own["lora_up.weight"].shape[0] == sum(rows):
             del modules[name]
-            modules |= {site.name: pair for site, pair in zip(group, _split(own, rows), strict=True)}
+            modules |= {site.name: pair for site, pair in zip(group, split_pair(own, rows), strict=True)}
     return {f"{name}.{end}": tensor for name, own in modules.items() for end, tensor in own.items()}
 
 
-def _split(pair: Mapping[str, Tensor], rows: list[int]) -> list[dict[str, Tensor]]:
-    """One pair for each member. Where each uses its own equal share of the ranks, no other ranks stay with it."""
+def split_pair(pair: Mapping[str, Tensor], rows: list[int]) -> list[dict[str, Tensor]]:
+    """One pair for each member, of which `up` has that many rows. Where each uses its own equal share of the ranks, no
+    other ranks stay with it."""
     down, rank = pair["lora_down.weight"], pair["lora_down.weight"].shape[0]
     ups, scale, share = pair["lora_up.weight"].split(rows), _scale(pair), rank // len(rows)
     blocks = [slice(share * place, share * (place + 1)) for place in range(len(rows))]
     others = [torch.cat([up[:, : own.start], up[:, own.stop :]], dim=1) for up, own in zip(ups, blocks, strict=True)]
-    if rank % len(rows) or any(other.any() for other in others):
+    is_known = not pair["lora_up.weight"].is_meta  # an outline is taken for what `fuse` makes
+    if rank % len(rows) or (is_known and any(other.any() for other in others)):
         blocks = [slice(None)] * len(rows)
     return [
         {

@@ -1,8 +1,9 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
-Read at ComfyUI 2025-10, A1111 1.10, Forge 2025-06, diffusers 0.39, kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable
-Diffusion 1.x, 2.x and XL. A program finds a layer if it knows the naming, the place in the model and the kind; some
-reject a whole file for one layer. Names and shapes are enough, so a file's header is. Imports no torch.
+Read at ComfyUI 2025-10, A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1: 0.42), kohya's sd-scripts 0.11 and LyCORIS
+4.1, for Stable Diffusion 1.x, 2.x and XL and FLUX.1. A program finds a layer if it knows the naming, the place in the
+model and the kind; some reject a whole file for one layer. Names and shapes are enough, so a file's header is. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -153,6 +154,11 @@ _OUTSIDE = re.compile(
 _OF_TEXT = re.compile(r"lora_te[12]?_text_model_encoder_layers_\d+_(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12])")
 _BESIDE_TEXT = re.compile(r"lora_te[12]?_(?:text_model_\w+|text_projection)")
 _SGM = re.compile(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_")
+_OF_FLUX = re.compile(
+    r"lora_unet_(?:double_blocks_\d+_(?:img|txt)_(?:mod_lin|attn_qkv|attn_proj|mlp_[02])|"
+    r"single_blocks_\d+_(?:linear[12]|modulation_lin))"
+)
+_WITHOUT_FLUX = ("A1111", "LyCORIS")
 _DIFFUSERS_UNET = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks)_")
 
 
@@ -223,9 +229,12 @@ def _rule(
     """The rule for one layer: the first that keeps the program from it, else that of its kind."""
     if naming not in _NAMINGS[program]:
         return _not(f"names in {naming}'s style" if naming else "names of no known program")
-    place = (
-        _place_of_kohya(program, name, version, known) if naming == "kohya" else _dotted_place(program, naming, name)
-    )
+    if version.startswith("flux"):
+        place = _place_of_flux(program, naming, name)
+    elif naming == "kohya":
+        place = _place_of_kohya(program, name, version, known)
+    else:
+        place = _dotted_place(program, naming, name)
     if place:
         return _not(place)
     kind = kind_of_layer(own, more=more)
@@ -288,6 +297,15 @@ def _place_of_kohya(program: Program, name: str, version: str, known: Collection
     return ""
 
 
+def _place_of_flux(program: Program, naming: Naming | None, name: str) -> str:
+    """As `_place_of_kohya`, for layers of FLUX.1: query, key and value are one layer in kohya's names."""
+    if program in _WITHOUT_FLUX:
+        return "it knows no FLUX.1"
+    if naming == "kohya" and not (_OF_FLUX.fullmatch(name) or _OF_TEXT.fullmatch(name)):
+        return "the name of no layer of FLUX.1 there, which has query, key and value as one"
+    return ""
+
+
 def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
     """As `_place_of_kohya`, for names with dots."""
     if naming == "diffusers" and program in ("ComfyUI", "Forge"):
@@ -300,7 +318,7 @@ def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
 
 def is_about(version: str) -> bool:
     """Whether the tables are about base models of this `ss_base_model_version`."""
-    return version.startswith(("sd_v", "sdxl"))
+    return version.startswith(("sd_v", "sdxl", "flux1"))
 
 
 def in_words(found: Sequence[Verdict]) -> list[str]:

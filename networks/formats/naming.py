@@ -13,6 +13,9 @@ Five ways to write `W x + alpha / r * up(down(x))` occur in files for Stable Dif
 Nothing here needs the model: names of Stable Diffusion's layers are the same in all of them but for dots, and the
 original names of a UNet's layers. SDXL's UNet has those in kohya's files as well. Where a file does not tell that it is
 for SDXL, that is settled when the model is known (`sites.in_names_of`).
+
+FLUX.1's transformer has its original names in kohya's and ComfyUI's files, with query, key and value as one layer, and
+diffusers' names behind `transformer.` in those of diffusers and ai-toolkit.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ from library.errors import UserError
 from library.files.json_text import Config, parse_json
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
+from library.models.checkpoints.flux_names import members_of, original_name
 from networks import kinds
 from networks.formats import forms
+from networks.formats.fused import split_pair
 from networks.load_report import by_module
 from networks.magnitude import DORA_SCALE
 
@@ -56,6 +61,7 @@ _OF_SEVERAL = ("alpha", "dora_scale", "rescale", "on_input")  # ends of names th
 _WRAPPER = "base_model.model."
 # How the names of a part's tensors begin, by the program that writes them
 _PARTS = {
+    "transformer.": "transformer",
     "unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
     "lora_unet.": "unet", "lora_te.": "text_encoder", "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2",
     "clip_l.": "text_encoder", "clip_g.": "text_encoder_2", "diffusion_model.": "unet",
@@ -65,6 +71,7 @@ _PARTS = {
 _OF_SDXL = "lora_te1."  # a prefix that OneTrainer has for SDXL only
 _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
 _LAYERS_PER_BLOCK = 2  # of SDXL's UNet
+_FLUX_PATH = re.compile(r"(?:double|single)_blocks\.\d+\..*")
 # The words of paths that have underscores of their own
 _WORDS = re.compile(
     r"(?:input|output|down|up|transformer)_blocks|(?:middle|mid)_block|(?:in|out|emb)_layers|skip_connection|"
@@ -80,8 +87,8 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 
 @dataclass(frozen=True)
 class _Place:
-    """The layer that a tensor belongs to: part "unet", "text_encoder" or "text_encoder_2" and the path below it, in
-    diffusers' names and without "text_model."."""
+    """The layer that a tensor belongs to: part "unet", "transformer", "text_encoder" or "text_encoder_2" and the path
+    below it, in diffusers' names and without "text_model."; FLUX.1's original names stay where ComfyUI has them."""
 
     part: str
     path: str
@@ -102,11 +109,12 @@ def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, sou
             raise UserError(f"{source}: two tensors for one layer's {end}; the second is {key}")
     xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     xl = xl or any(key.startswith(_OF_SDXL) for key in tensors)
+    several = xl or any(place.part == "transformer" for place in found)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
         settings = _settings(config or {}, place, source)
         own = forms.to_lycoris(own, settings, where=f"{source}: {place.part}.{place.path}", path=place.path)
-        name = _kohya_name(place, xl=xl)
+        name = _kohya_name(place, xl=xl, several=several)
         converted |= {f"{name}.{end}": tensor for end, tensor in own.items()}
     return converted
 
@@ -146,6 +154,10 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     prefix = next((prefix for prefix in _PARTS if path.startswith(prefix)), "")
     part = _PARTS.get(prefix)
     path = path.removeprefix(prefix).removeprefix(_WRAPPER).replace(".processor.", ".")
+    if part in ("unet", None) and _FLUX_PATH.fullmatch(path):
+        return _Place("transformer", path)
+    if part == "transformer":
+        return _Place(part, path)
     if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
         path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
     if part is None:
@@ -160,12 +172,15 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     return _Place(part, f"{above}{dot}{_OLD_TEXT.get(last, last)}")
 
 
-def _kohya_name(place: _Place, *, xl: bool) -> str:
+def _kohya_name(place: _Place, *, xl: bool, several: bool) -> str:
+    """xl: of SDXL. several: the model has more than one text encoder."""
+    if place.part == "transformer":
+        return "lora_unet_" + original_name(place.path).replace(".", "_")
     if place.part == "unet":
         block = re.match(r"(?:down_blocks|mid_block|up_blocks)\.", place.path)
         path = original_unet_name(place.path, layers_per_block=_LAYERS_PER_BLOCK) if xl and block else place.path
         return "lora_unet_" + path.replace(".", "_")
-    number = {"text_encoder": "1" if xl else "", "text_encoder_2": "2"}[place.part]
+    number = {"text_encoder": "1" if several else "", "text_encoder_2": "2"}[place.part]
     above = "" if place.path == _PROJECTION else "text_model_"  # it lies beside the text model
     return f"lora_te{number}_{above}" + place.path.replace(".", "_")
 
@@ -211,7 +226,8 @@ def in_names_of(
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, as `load_lora_weights` takes them.
+    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight` or for FLUX.1 `transformer.…`, as
+    `load_lora_weights` takes them.
 
     These names have none for alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else
     rounded once. Whoever ignores the file's `lora_adapter_metadata` scales it as it should be, too. Raises UserError
@@ -225,14 +241,27 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
             )
         if lacking := {"lora_down.weight", "lora_up.weight"} - own.keys():
             raise UserError(f"{source}: {name} has no {min(lacking)}")
-        down, up = own["lora_down.weight"], own["lora_up.weight"]
-        scale = float(own["alpha"]) / len(down) if "alpha" in own else 1.0
-        place = diffusers_path(name, source=source)
-        converted |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": (up.float() * scale).to(up.dtype)}
-        if DORA_SCALE in own:
-            # transformers, which loads text encoders, wants the ".weight"; PEFT takes the name with and without it
-            converted[f"{place}.lora_magnitude_vector.weight"] = forms.magnitudes(own, where=f"{source}: {name}")
+        for place, one in _by_diffusers_path(name, own, source=source).items():
+            down, up = one["lora_down.weight"], one["lora_up.weight"]
+            scale = float(one["alpha"]) / len(down) if "alpha" in one else 1.0
+            converted |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": (up.float() * scale).to(up.dtype)}
+            if DORA_SCALE in one:
+                # transformers, which loads text encoders, wants the ".weight"; PEFT takes the name with and without it
+                converted[f"{place}.lora_magnitude_vector.weight"] = forms.magnitudes(one, where=f"{source}: {name}")
     return converted
+
+
+def _by_diffusers_path(name: str, own: dict[str, Tensor], *, source: str) -> dict[str, dict[str, Tensor]]:
+    """The layers that a kohya layer is there: several, of one that FLUX.1 has fused."""
+    members = members_of(name.removeprefix("lora_unet_"))
+    if len(members) < 2:
+        return {diffusers_path(name, source=source): own}
+    whole, parts = len(own["lora_up.weight"]), sum(member.rows for member in members)
+    if whole % parts or DORA_SCALE in own:
+        what = f"{whole} rows are not those of {parts} equal parts" if whole % parts else "its dora_scale is of several"
+        raise UserError(f"{source}: {name}: {what}")
+    pairs = split_pair(own, [whole // parts * member.rows for member in members])
+    return {f"transformer.{member.path}": pair for member, pair in zip(members, pairs, strict=True)}
 
 
 def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
@@ -256,6 +285,8 @@ def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
 
 def diffusers_path(name: str, *, source: str) -> str:
     """For example lora_unet_input_blocks_4_1_proj_in → unet.down_blocks.1.attentions.0.proj_in. Raises UserError."""
+    if name.startswith("lora_unet_") and (members := members_of(name.removeprefix("lora_unet_"))):
+        return f"transformer.{members[0].path}"
     parts = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
     for prefix, part in {**parts, "lora_te2_": "text_encoder_2"}.items():
         if name.startswith(prefix):

@@ -31,6 +31,9 @@ ALIASES = {alias for item in OPTIONS.values() for alias in item.details.aliases}
 # Where the default differs from kohya's, on purpose
 OWN_DEFAULTS = {
     "network_module": "networks.lora",
+    # kohya's scripts have several, by model; here the model's own stands for not given
+    **dict.fromkeys(("discrete_flow_shift", "t5xxl_max_token_length")),
+    "guidance_scale": 1.0,  # kohya's 3.5 is refused by nobody, and warned of
     **dict.fromkeys(("network_args", "optimizer_args", "lr_scheduler_args", "base_weights"), ()),
 }
 # Options that kohya does not have
@@ -75,9 +78,9 @@ def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
 
 
 def test_a_module_that_is_not_supported_yet_is_named(options: Callable[..., Options]) -> None:
-    with pytest.raises(UserError, match=r"'networks.lora_flux' is known to kohya's scripts, not supported here yet"):
-        options("--network_module", "networks.lora_flux")
-    for kind in ("loha", "lokr", "oft", "lora_fa", "dylora"):
+    with pytest.raises(UserError, match=r"'networks.lora_sd3' is known to kohya's scripts, not supported here yet"):
+        options("--network_module", "networks.lora_sd3")
+    for kind in ("loha", "lokr", "oft", "lora_fa", "dylora", "lora_flux"):
         options("--network_module", f"networks.{kind}")
 
 
@@ -109,7 +112,8 @@ def test_kohyas_default_asks_for_nothing(name: str, options: Callable[..., Optio
     """A file that spells out kohya's defaults is taken, whatever is supported."""
     default = KOHYA[name][1]
     word = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    if name not in ("pretrained_model_name_or_path", "output_dir"):
+    of_one_script = ("discrete_flow_shift", "t5xxl_max_token_length", "guidance_scale")
+    if name not in ("pretrained_model_name_or_path", "output_dir", *of_one_script):
         assert options(f"--{name}={word}") == options()
 
 
@@ -181,11 +185,11 @@ REFUSED_WORDS = [
     "--network_train_text_encoder false",
     "--lr_restart_cycles 3",
     "--bucket_resolution_steps 32",
-    "--model_train_type flux-lora",
+    "--model_train_type sd3-lora",
     "--noise_offset",
     "--conditioning_data_dir masks",
     "--show_timesteps console",
-    "--network_module networks.lora_flux",
+    "--network_module networks.lora_sd3",
     "--skip_image_resolution -1",
 ]
 

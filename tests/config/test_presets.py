@@ -34,7 +34,9 @@ TABLE = {
     "aggressive": (800, 0.60, 0.15, None),
     "conservative": (1500, 0.80, 0.05, None),
 }
-FOR_KOHYAS_USERS = {f"{model}_{task}" for model in ("sd15", "sdxl") for task in ("style", "character", "concept")}
+FOR_KOHYAS_USERS = {f"{model}_{task}" for model in ("sd15", "sdxl") for task in ("style", "character", "concept")} | {
+    "flux_style"
+}
 
 
 def values(name: str) -> dict[str, object]:

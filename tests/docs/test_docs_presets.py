@@ -105,7 +105,7 @@ def rows(section: str) -> dict[str, list[str]]:
 
 def test_the_curves() -> None:
     found = rows("Curves of the weight decay")
-    assert len(found) == 7
+    assert len(found) == 8
     for name, (held, factor, least, end, rate) in found.items():
         said = values(name)
         assert (int(held), float(factor)) == (said["wd_transition_steps"], said["wd_decay_factor"])
@@ -119,13 +119,14 @@ def test_the_curves() -> None:
 
 def test_the_presets_for_stable_diffusion() -> None:
     found = rows("For Stable Diffusion")
-    assert len(found) == 7
+    assert len(found) == 8
     for name, (_, sizes, rates, optimizer, _) in found.items():
         said = values(name)
         assert sizes == f"{said['network_dim']}, {said['network_alpha']}"
-        text_rate = "UNet only" if said.get("network_train_unet_only") else said["text_encoder_lr"]
+        alone = "transformer only" if name.startswith("flux") else "UNet only"
+        text_rate = alone if said.get("network_train_unet_only") else said["text_encoder_lr"]
         unet, _, text = rates.partition(", ")
-        assert [float(unet), text if text == "UNet only" else float(text)] == [said["learning_rate"], text_rate]
+        assert [float(unet), text if text == alone else float(text)] == [said["learning_rate"], text_rate]
         assert optimizer.startswith(str(said["optimizer_type"]))
 
 

@@ -181,9 +181,9 @@ def test_other_folders_are_named_for_what_they_are(folder: Path) -> None:
     _edit(folder / "unet" / "config.json", projection_class_embeddings_input_dim=2560)
     with pytest.raises(UserError, match="is the SDXL refiner"):
         _open(folder)
-    _edit(folder / "model_index.json", _class_name="FluxPipeline")
+    _edit(folder / "model_index.json", _class_name="Flux2Pipeline")
     shutil.rmtree(folder / "unet")
-    with pytest.raises(UserError, match="is a FLUX model"):
+    with pytest.raises(UserError, match=r"is a FLUX\.2 model"):
         _open(folder)
     _edit(folder / "model_index.json", _class_name="WuerstchenPipeline")
     with pytest.raises(UserError, match="names a WuerstchenPipeline"):

@@ -28,7 +28,7 @@ def test_lines_with_flags(tmp_path):
     cat, dog = read_prompts(write(tmp_path / "p.txt", text))
     assert cat == SamplePrompt(**(vars(CAT) | {"prompt": "a cat"}))
     assert dog == PLAIN
-    assert (dog.width, dog.height, dog.sample_steps, dog.scale, dog.seed) == (512, 512, 30, 7.5, None)
+    assert (dog.width, dog.height, dog.sample_steps, dog.scale, dog.seed) == (512, 512, None, None, None)
 
 
 def test_toml_and_json(tmp_path):

@@ -15,7 +15,7 @@ from tests.conftest import BASE, IMAGES
 SUPPORTED = [path for path in CASES if not toml.load(USERS / f"{path.stem}.expected.toml")["refused"]]
 SDXL = [path for path in CASES if "sdxl" in path.stem]
 NOT_THEIRS = {
-    *("sd2_v", *(path.stem for path in SDXL)),  # of models that are not Stable Diffusion 1
+    *("sd2_v", "flux", *(path.stem for path in SDXL)),  # of models that are not Stable Diffusion 1
     "gui_lora_easy",  # its schedule is of a package of its own
 }
 
@@ -33,6 +33,14 @@ def test_it_trains_sdxl(path: Path, tiny_sdxl: Path, tmp_path: Path, monkeypatch
     with safe_open(next(Path("out").glob("*.safetensors")), framework="pt") as file:
         assert any(key.startswith("lora_unet_input_blocks_4_1_") for key in file.keys())  # noqa: SIM118
         assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_it_trains_flux(tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = (path for path in CASES if path.stem == "flux")
+    nothing = [f"--{name}=" for name in ("clip_l", "t5xxl", "ae")]
+    train(path, tiny_flux, *nothing, "--t5xxl_max_token_length", "16", tmp_path=tmp_path, monkeypatch=monkeypatch)
+    with safe_open(next(Path("out").glob("*.safetensors")), framework="pt") as file:
+        assert file.metadata()["ss_discrete_flow_shift"] == "3.1582"
 
 
 def train(path: Path, base: Path, *words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from library.config.options.data import DataOptions
 from library.config.options.divergence import DivergenceOptions
 from library.config.options.ema import EmaOptions
 from library.config.options.embedding import EmbeddingOptions
+from library.config.options.flow import FlowOptions
 from library.config.options.forgetting import ForgettingOptions
 from library.config.options.guidance import GuidanceOptions
 from library.config.options.monitoring import MonitoringOptions
@@ -331,6 +332,7 @@ class Options:
     command line, without the program and without secrets."""
 
     model: ModelOptions
+    flow: FlowOptions = field(default_factory=FlowOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     compile: CompileOptions = field(default_factory=CompileOptions)
     data: DataOptions = field(default_factory=DataOptions)

@@ -13,6 +13,7 @@ from library.config.fields import option
 from library.errors import UserError
 
 _ABOVE_ZERO = ("huber_c", "huber_scale", "logit_std", "sigmoid_scale", "training_shift")
+_LIKE_SIGMOID = ("sigmoid", "shift", "flux_shift")  # the last two move what sigmoid draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +72,14 @@ class ObjectiveOptions:
     )
     min_timestep: int | None = option(None, minimum=0, help="the first timestep that is trained (default: 0)")
     max_timestep: int | None = option(None, minimum=1, help="train timesteps below this one (default: 1000, all)")
-    timestep_sampling: Literal["sigma", "uniform", "sigmoid"] = option(
+    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = option(
         "sigma",
-        not_yet=("shift", "flux_shift"),
-        help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle",
+        help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle; for FLUX.1 also "
+        "shift, sigmoid with --discrete_flow_shift, and flux_shift, with a shift that grows with the image",
     )
-    sigmoid_scale: float = option(1.0, minimum=0, help="width of sigmoid; above 1 nearer to uniform")
+    sigmoid_scale: float = option(
+        1.0, minimum=0, help="width of sigmoid, shift and flux_shift; above 1 nearer to uniform"
+    )
     weighting_scheme: Literal["uniform", "none", "logit_normal", "mode"] = option(
         "uniform",
         not_yet=("sigma_sqrt", "cosmap"),
@@ -107,9 +110,9 @@ class ObjectiveOptions:
 
     @property
     def density(self) -> str:
-        """The distribution of timesteps: uniform, sigmoid, logit_normal or mode."""
+        """The distribution of timesteps before a shift: uniform, sigmoid, logit_normal or mode."""
         if self.timestep_sampling != "sigma":
-            return self.timestep_sampling
+            return "sigmoid" if self.timestep_sampling in _LIKE_SIGMOID else self.timestep_sampling
         return "uniform" if self.weighting_scheme == "none" else self.weighting_scheme
 
     def idle(self) -> dict[str, str]:
@@ -123,7 +126,7 @@ class ObjectiveOptions:
             "noise_offset_random_strength": (self.noise_offset, "--noise_offset"),
             "multires_noise_discount": (self.multires_noise_iterations, "--multires_noise_iterations"),
             "ip_noise_gamma_random_strength": (self.ip_noise_gamma, "--ip_noise_gamma"),
-            "sigmoid_scale": (self.density == "sigmoid", "--timestep_sampling sigmoid"),
+            "sigmoid_scale": (self.density == "sigmoid", "--timestep_sampling sigmoid, shift or flux_shift"),
             "logit_mean": (self.density == "logit_normal", "--weighting_scheme logit_normal"),
             "logit_std": (self.density == "logit_normal", "--weighting_scheme logit_normal"),
             "mode_scale": (self.density == "mode", "--weighting_scheme mode"),

@@ -66,7 +66,7 @@ _ONETRAINER = ("lora_unet.", "lora_te.", "lora_te1.", "lora_te2.", "clip_l.", "c
 _ORIGINAL_UNET = re.compile(r"unet\.(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.")
 _COMFYUI = ("diffusion_model.", "text_encoders.")
 _PEFT = "base_model.model."
-_DIFFUSERS_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
+_DIFFUSERS_PARTS = ("unet.", "text_encoder.", "text_encoder_2.", "transformer.")
 
 
 @dataclass(frozen=True)

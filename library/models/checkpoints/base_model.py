@@ -57,7 +57,7 @@ class BaseModel:
     "text_encoder" and, where there are two, "text_encoder_2"; a folder or file without a VAE has none. scheduler: the
     configuration of the noise schedule. tokenizer, tokenizer_options: the (first) text encoder's folder and changes to
     its options. prediction: "epsilon" or "v_prediction" if the model states it, else None. prediction_from: the place
-    that states it.
+    that states it. tokenizer_2: the folder of T5's, where the model has one.
     """
 
     kind: str
@@ -69,6 +69,7 @@ class BaseModel:
     tokenizer_options: Config = field(default_factory=dict)
     prediction: str | None = None
     prediction_from: str = ""
+    tokenizer_2: Path | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

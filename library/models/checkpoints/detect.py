@@ -39,15 +39,26 @@ TITLES = {
     "unet": "a UNet without a text encoder",
     "sdxl_refiner": "the SDXL refiner",
     "sd3": "a Stable Diffusion 3 model",
-    "flux": "a FLUX model",
+    "flux_other": "a FLUX model of another kind",
+    "flux_kontext": "a FLUX.1 Kontext model, which edits images",
+    "flux_fill": "a FLUX.1 Fill model, which paints parts of images",
+    "flux_control": "a FLUX.1 Depth or Canny model",
+    "flux_transformer": "the transformer of a diffusers folder",
+    "flux2": "a FLUX.2 model",
+    "chroma": "a Chroma model",
+    "scaled_fp8": "a FLUX model whose fp8 weights have scales beside them",
     "edm": "an SDXL model of another kind (EDM, as Playground 2.5)",
 }
 # Models, but not of a kind that can be trained
-_UNSUPPORTED = ("sdxl_refiner", "sd3", "flux", "edm")
+_UNSUPPORTED = (
+    *("sdxl_refiner", "sd3", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control", "flux2", "chroma"),
+    "scaled_fp8",
+)
 _INSTEAD = {
     "vae": "give it as --vae beside a base model",
     "diffusers_unet": "give the folder that holds unet, vae and text_encoder",
     "unet": "give the complete checkpoint",
+    "flux_transformer": "give the folder that holds transformer, vae and the text encoders",
 }
 # How the names of their tensors begin. The first are asked before adapters, whose names some of them have as well.
 _BEFORE_ADAPTERS = {
@@ -62,7 +73,14 @@ _AFTER_MODELS = {
     "image_encoder": ("vision_model.", "visual."),
 }
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
-_PIPELINES = {"StableDiffusion3": "sd3", "Flux": "flux"}  # by what the class in a folder's model_index.json contains
+# By what the class in a folder's model_index.json contains, the first that does
+_PIPELINES = {
+    "StableDiffusion3": "sd3", "Chroma": "chroma", "FluxKontext": "flux_kontext", "FluxFill": "flux_fill",
+    "FluxControl": "flux_control", "Flux2": "flux2", "Flux": "flux_other",
+}  # fmt: skip
+_FLUX_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
+_FLUX_PREFIXES = (UNET_PREFIX, "")
+_FLUX_INPUTS = {384: "flux_fill", 128: "flux_control"}  # columns of its first layer; 64 of the model itself
 _REFINER_POOLED = 2560  # width of the refiner's added conditions; SDXL base: 2816
 _SEVERAL = 3  # names shown of a file of no known kind
 
@@ -110,7 +128,8 @@ def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
 def not_a_base(found: FileKind) -> str:
     """The reason why a file or folder cannot be the base model, to follow its path and "is"."""
     if found.kind in _UNSUPPORTED:
-        return f"{found.title}, which is not supported; this version trains Stable Diffusion 1.x, 2.x and XL"
+        known = "Stable Diffusion 1.x, 2.x and XL, and FLUX.1 dev and schnell"
+        return f"{found.title}, which is not supported; this version trains {known}"
     instead = _INSTEAD.get(found.kind, "")
     if found.adapter is not None and found.adapter.is_plain:
         instead = "to train on from it, give it as --network_weights"
@@ -140,15 +159,47 @@ def other_family(content: WeightsIndex | Folder) -> str:
         if is_of_xl(content):
             pooled = (content.config("unet") or {}).get("projection_class_embeddings_input_dim")
             return "sdxl_refiner" if pooled == _REFINER_POOLED else ""
+        if content.pipeline in _FLUX_PIPELINES:
+            return ""
         return next((kind for name, kind in _PIPELINES.items() if name in content.pipeline), "")
     if is_of_xl(content):
         label = _label(content)
         if label is not None and label.shape[-1] == _REFINER_POOLED:
             return "sdxl_refiner"
         return "edm" if content.entries.keys() & _EDM_MARKS else ""
-    if begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks.", "single_transformer_blocks."):
-        return "flux"
+    if begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks."):
+        return _other_flux(content)
+    if begins(content, "single_transformer_blocks."):
+        return "flux_transformer"
     return "sd3" if begins(content, "joint_blocks.", f"{UNET_PREFIX}joint_blocks.") else ""
+
+
+def is_flux(content: WeightsIndex | Folder) -> bool:
+    """Whether it is FLUX.1 dev or schnell, or one of their descendants."""
+    if isinstance(content, Folder):
+        return content.pipeline in _FLUX_PIPELINES
+    return begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks.") and not _other_flux(content)
+
+
+def _other_flux(index: WeightsIndex) -> str:
+    """The relative of FLUX.1 that a file with its blocks is; "" for FLUX.1 itself.
+
+    Kontext has the shapes of dev: only what its file is called, or says about itself, tells them apart.
+    """
+    if begins(index, *(f"{prefix}distilled_guidance_layer." for prefix in _FLUX_PREFIXES)):
+        return "chroma"
+    if begins(index, *(f"{prefix}single_stream_modulation." for prefix in _FLUX_PREFIXES)):
+        return "flux2"
+    first = next((found for prefix in _FLUX_PREFIXES if (found := index.entries.get(f"{prefix}img_in.weight"))), None)
+    if first is not None and len(first.shape) == 2 and first.shape[1] in _FLUX_INPUTS:
+        return _FLUX_INPUTS[first.shape[1]]
+    if any(name.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for name in index.entries):
+        return "scaled_fp8"
+    said = (index.path.stem, *(index.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")))
+    if any("kontext" in text.lower() for text in said):
+        return "flux_kontext"
+    norms = (f"{prefix}double_blocks.0.img_attn.norm.key_norm.scale" for prefix in _FLUX_PREFIXES)
+    return "" if any(name in index.entries for name in norms) else "flux_other"
 
 
 def _model(index: WeightsIndex) -> str:
@@ -166,6 +217,7 @@ def _model(index: WeightsIndex) -> str:
     if is_vae(index):
         return "vae"
     encoder = ("text_model.", "embeddings.token_embedding.", "transformer.text_model.", "encoder.layers.0.self_attn")
+    encoder = (*encoder, "encoder.block.0.layer.")  # of T5
     return "text_encoder" if begins(index, *encoder) else ""
 
 

@@ -50,7 +50,8 @@ def fetch(name: str) -> Path:
 
 def wanted(files: list[str]) -> list[str]:
     """Of a repository's files, those that are needed: one set of weights a part, not all precisions and formats."""
-    chosen = [file for file in files if file == "model_index.json" or file.startswith(("scheduler/", "tokenizer/"))]
+    small = ("scheduler/", "tokenizer/", "tokenizer_2/")
+    chosen = [file for file in files if file == "model_index.json" or file.startswith(small)]
     for part in dict.fromkeys(kind.folder for family in families() for kind in family.PARTS.values()):
         chosen += _of_part(f"{part}/", files)
     return chosen or _of_part("", files)  # a VAE has a repository of its own

@@ -124,6 +124,9 @@ class Reader:
         self, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device, mapped: bool = False
     ) -> torch.Tensor:
         """The elements of `entry` [count], in the order of its shape. `mapped`: as a mapping where that is possible."""
+        if entry.halves_exchanged:
+            first, second = self.read(entry.exchanged(), dtype=dtype, device=device).chunk(2)
+            return torch.cat([second, first])
         if entry.file not in self._files:
             self._files[entry.file] = entry.file.open("rb", buffering=0)
         file, source = self._files[entry.file], getattr(torch, entry.dtype)

@@ -1,0 +1,68 @@
+"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1.
+
+Names are kohya's. `library.models.opening` refuses them for a model of another family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.config.fields import BadValue, option
+from library.errors import UserError
+
+# Values that GUIs write into the configurations of every model: for another family they ask for nothing
+_WRITTEN_ANYWAY: dict[str, tuple[object, ...]] = {
+    "discrete_flow_shift": (1.0, 3.0, 3.1582, 5.0, 6.0),
+    "guidance_scale": (3.5,),
+    "model_prediction_type": ("raw",),
+    "t5xxl_max_token_length": (256,),
+}
+_WRONG_TARGETS = ("sigma_scaled", "additive")
+
+
+def read_prediction_type(word: str) -> str:
+    """ "raw"; BadValue with the reason for kohya's other two."""
+    if word in _WRONG_TARGETS:
+        raise BadValue(
+            f"{word} changes the prediction and compares it with the target of an unchanged one, so the model learns "
+            "something else than the velocity that samplers need; raw is right"
+        )
+    if word != "raw":
+        raise BadValue(f"'{word}' is unknown; the only one is raw")
+    return word
+
+
+def asks_for_nothing(name: str, value: object) -> bool:
+    """Whether this value of an option stands in configurations of models that it is not for."""
+    return value in _WRITTEN_ANYWAY.get(name, ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions:
+    """FLUX.1"""
+
+    clip_l: str | None = option(None, help="the CLIP-L text encoder, where the base has none: a file or a folder")
+    t5xxl: str | None = option(None, help="the T5-XXL text encoder, where the base has none: a file or a folder")
+    ae: str | None = option(
+        None, help="the autoencoder, where the base has none: a file or a folder; the same as --vae"
+    )
+    t5_tokenizer_path: str | None = option(
+        None, help="T5's tokenizer, where the base is no folder with tokenizer_2: a folder with tokenizer.json"
+    )
+    t5xxl_max_token_length: int | None = option(
+        None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512 of dev, 256 of schnell)"
+    )
+    apply_t5_attn_mask: bool = option(False, help="hide T5's padding from T5 and from the transformer")
+    guidance_scale: float = option(
+        1.0, minimum=0, help="the guidance that dev is told in training; samples are rendered with 3.5 or their --g"
+    )
+    discrete_flow_shift: float | None = option(
+        None, minimum=0, help="shift of the noise levels with --timestep_sampling sigma and shift (default: 3)"
+    )
+    model_prediction_type: str = option(
+        "raw", read=read_prediction_type, help="what the loss compares: raw, the predicted velocity with the true one"
+    )
+
+    def __post_init__(self) -> None:
+        if self.discrete_flow_shift == 0:
+            raise UserError("--discrete_flow_shift must be above 0; 1 shifts nothing")

@@ -1,0 +1,216 @@
+"""The parts of FLUX.1 on disk: a diffusers folder, a file in the original layout, and text encoders and an autoencoder
+in files of their own, as kohya's users have them. No weight is read here: configurations follow from names and shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.files.index import read_index
+from library.files.tensors import TensorEntry, WeightsIndex
+from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
+from library.models.checkpoints.checkpoint import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    strip,
+    text_encoder_entries,
+    vae_entries,
+)
+from library.models.checkpoints.detect import kind_of_file
+from library.models.checkpoints.flux_names import transformer_entries
+from library.models.checkpoints.folder import entries_in
+from library.models.checkpoints.open_file import locate, open_vae
+
+Entries = Mapping[str, TensorEntry]
+
+_CLIP, _T5, _VAES = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.", ("vae.", VAE_PREFIX)
+_FIRST = "double_blocks.0.img_attn.norm.key_norm.scale"
+_FOLDERS = {"denoiser": "transformer", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+_T5_TIED = "encoder.embed_tokens.weight"  # the same as shared.weight; files have either or both
+_CLIP_HEAD = 64  # channels of a head of CLIP; no shape tells
+
+
+def configurations() -> dict[str, Any]:
+    """Of the true model, by part."""
+    return read_json(ASSETS / "flux.json")
+
+
+def open_flux(path: str, location: Path, *, kind: str) -> BaseModel:
+    """The parts that a folder or a file holds; those in files of their own are put in by `with_part`. UserError for a
+    model of other sizes than FLUX.1's layout can have."""
+    parts = _of_folder(location) if location.is_dir() else _of_file(path, read_index(location))
+    tokenizer, second = location / "tokenizer", location / "tokenizer_2"
+    return BaseModel(
+        kind,
+        path,
+        location,
+        parts,
+        tokenizer=tokenizer if (tokenizer / "vocab.json").is_file() else ASSETS / "clip_tokenizer",
+        tokenizer_2=second if (second / "tokenizer.json").is_file() else None,
+    )
+
+
+def _of_folder(folder: Path) -> dict[str, Part]:
+    found = {}
+    for part, name in _FOLDERS.items():
+        if part == "denoiser" or (folder / name).is_dir():
+            found[part] = _part_of_folder(part, folder / name)
+    inputs = found["denoiser"].config.get("in_channels")
+    if inputs != configurations()["transformer"]["in_channels"]:
+        raise UserError(f"{folder / 'transformer'}: takes {inputs} channels, where FLUX.1 dev and schnell take 64")
+    return found
+
+
+def _part_of_folder(part: str, folder: Path) -> Part:
+    readers: dict[str, Callable[[], Entries]] = {
+        "denoiser": lambda: entries_in(folder),
+        "vae": lambda: vae_entries(entries_in(folder)),
+        "text_encoder": lambda: text_encoder_entries(entries_in(folder), layers=config["num_hidden_layers"]),
+        "text_encoder_2": lambda: _t5_entries(entries_in(folder)),
+    }
+    config = read_json(folder / "config.json")
+    return Part(config, f"the {_FOLDERS[part].replace('_', ' ')} in {folder}", readers[part])
+
+
+def _of_file(path: str, index: WeightsIndex) -> dict[str, Part]:
+    whole = strip(index.entries, UNET_PREFIX) or {
+        name: entry for name, entry in index.entries.items() if not name.startswith(("text_encoders.", *_VAES))
+    }
+    config = _transformer_config(whole, path)
+    parts = {"denoiser": Part(config, f"the transformer in {path}", lambda: transformer_entries(whole))}
+    if own := strip(index.entries, _CLIP):
+        parts["text_encoder"] = _clip_of_file(own, path)
+    if own := strip(index.entries, _T5):
+        parts["text_encoder_2"] = _t5_of_file(own, path)
+    if of_vae := next((inner for prefix in _VAES if (inner := strip(index.entries, prefix))), {}):
+        parts["vae"] = Part(configurations()["vae"], f"the autoencoder in {path}", lambda: vae_entries(of_vae))
+    return parts
+
+
+def _transformer_config(entries: Entries, path: str) -> dict[str, Any]:
+    """From the shapes of a file in the original layout."""
+    config = configurations()["transformer"]
+    width, head = _shape(entries, "img_in.weight", path)[0], _shape(entries, _FIRST, path)[0]
+    if head != config["attention_head_dim"]:
+        raise UserError(
+            f"{path}: the heads of its transformer have {head} channels, where FLUX.1's have "
+            f"{config['attention_head_dim']}; a file does not hold its configuration, so such a model must be given as "
+            "a diffusers folder"
+        )
+    return config | {
+        "num_layers": _count(entries, "double_blocks"),
+        "num_single_layers": _count(entries, "single_blocks"),
+        "num_attention_heads": width // head,
+        "joint_attention_dim": _shape(entries, "txt_in.weight", path)[1],
+        "pooled_projection_dim": _shape(entries, "vector_in.in_layer.weight", path)[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in entries,
+    }
+
+
+def _clip_of_file(entries: Entries, path: str) -> Part:
+    inner = {name.removeprefix("text_model."): entry for name, entry in entries.items()}
+    width = _shape(inner, "embeddings.token_embedding.weight", path)[1]
+    config = configurations()["text_encoder"] | {
+        "hidden_size": width,
+        "intermediate_size": _shape(inner, "encoder.layers.0.mlp.fc1.weight", path)[0],
+        "num_hidden_layers": _count(inner, r"encoder\.layers"),
+        "num_attention_heads": max(1, width // _CLIP_HEAD),
+    }
+    layers = config["num_hidden_layers"]
+    return Part(config, f"the text encoder in {path}", lambda: text_encoder_entries(entries, layers=layers))
+
+
+def _t5_of_file(entries: Entries, path: str) -> Part:
+    found = _t5_entries(entries)
+    vocabulary, width = _shape(found, "shared.weight", path)
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = _shape(found, f"{attention}.relative_attention_bias.weight", path)
+    config = configurations()["text_encoder_2"] | {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": _shape(found, f"{attention}.q.weight", path)[0] // heads,
+        "d_ff": _shape(found, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", path)[0],
+        "num_layers": _count(found, r"encoder\.block"),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+    return Part(config, f"T5 in {path}", lambda: found)
+
+
+def _t5_entries(entries: Entries) -> dict[str, TensorEntry]:
+    """The encoder, with its table of tokens under one name; a decoder beside it is left out."""
+    found = {name: entry for name, entry in entries.items() if not name.startswith(("decoder.", "lm_head."))}
+    tied = found.pop(_T5_TIED, None)
+    return found if tied is None else {"shared.weight": tied, **found}
+
+
+def with_part(base: BaseModel, part: str, path: str, *, option: str) -> BaseModel:
+    """The model with a text encoder, "text_encoder" or "text_encoder_2", from a file or folder of its own."""
+    try:
+        location = locate(path)
+        made = _own_folder(part, location) if location.is_dir() else _own_file(part, read_index(location), path)
+        made.entries()
+    except UserError as error:
+        raise UserError(f"--{option} {error}") from None
+    return replace(base, parts={**base.parts, part: made})
+
+
+def _own_folder(part: str, location: Path) -> Part:
+    folder = location if (location / "config.json").is_file() else location / part
+    return _part_of_folder(part, folder)
+
+
+def _own_file(part: str, index: WeightsIndex, path: str) -> Part:
+    prefix, mark, read = {
+        "text_encoder": (_CLIP, "embeddings.token_embedding.weight", _clip_of_file),
+        "text_encoder_2": (_T5, "encoder.block.0.layer.0.SelfAttention.q.weight", _t5_of_file),
+    }[part]
+    entries = strip(index.entries, prefix) or index.entries
+    if not any(name.removeprefix("text_model.") == mark for name in entries):
+        raise UserError(f"{path} is {kind_of_file(index).title}, and not {_NOUNS[part]}")
+    if any(name.endswith((".scale_weight", ".weight_scale")) for name in entries):
+        raise UserError(f"{path}: its fp8 weights have scales beside them, which is not supported; bf16 and fp16 are")
+    return read(entries, path)
+
+
+_NOUNS = {"text_encoder": "the text encoder CLIP-L", "text_encoder_2": "the text encoder T5"}
+
+
+def with_autoencoder(base: BaseModel, path: str, *, option: str) -> BaseModel:
+    """The model with another autoencoder: a folder, or a file in either naming."""
+    default = base.parts["vae"].config if "vae" in base.parts else configurations()["vae"]
+    try:
+        part = open_vae(path, default_config=default)
+        part.entries()
+    except UserError as error:
+        raise UserError(f"--{option} {error}") from None
+    return replace(base, parts={**base.parts, "vae": part})
+
+
+def t5_tokenizer(path: str) -> Path:
+    """The folder with the tokenizer.json that --t5_tokenizer_path names. UserError if there is none."""
+    location = Path(path).expanduser()
+    if location.name == "tokenizer.json":
+        location = location.parent
+    for folder in (location, location / "tokenizer_2"):
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    raise UserError(f"--t5_tokenizer_path {path}: there is no tokenizer.json in it")
+
+
+def _shape(entries: Entries, name: str, path: str) -> tuple[int, ...]:
+    entry = entries.get(name)
+    if entry is None or not entry.shape:
+        raise UserError(f"{path}: has no '{name}', which this model has; it is incomplete or of another kind")
+    return entry.shape
+
+
+def _count(entries: Entries, blocks: str) -> int:
+    """The number of blocks, from their numbers in names that begin with this pattern."""
+    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in entries)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

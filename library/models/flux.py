@@ -1,0 +1,401 @@
+"""FLUX.1 dev and schnell: a transformer trained by flow matching, CLIP-L and T5-XXL, an autoencoder of 16 channels.
+
+Black Forest Labs 2024, github.com/black-forest-labs/flux. Of CLIP the transformer gets the pooled state, of T5 all
+states, padding included. dev is distilled from guidance, and is told how much; schnell is distilled to four steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.errors import UserError
+from library.files.tensors import WeightsIndex
+from library.gpu import to_device
+from library.models.blocks import Blocks
+from library.models.checkpoints.base_model import BaseModel, Folder
+from library.models.checkpoints.detect import is_flux
+from library.models.checkpoints.flux_files import open_flux, t5_tokenizer, with_autoencoder, with_part
+from library.models.checkpoints.flux_names import block_number, fused_name, fused_place, original_name
+from library.models.components import PartKind
+from library.models.family import AdapterTargets, ModelFamily, Rendering
+from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from library.diffusion.flow import Flow
+    from library.models.flow_pipeline import FlowPipeline
+    from library.models.modules import Tokenizer
+    from library.offload.swap import Block
+
+logger = logging.getLogger(__name__)
+
+_DOUBLE, _SINGLE = 19, 38
+_LINEAR = re.compile(
+    r"transformer_blocks\.\d+\.(?:norm1(?:_context)?\.linear|attn\.(?:to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|"
+    r"ff(?:_context)?\.net\.(?:0\.proj|2))|"
+    r"single_transformer_blocks\.\d+\.(?:norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)"
+)
+_CHOICES = {
+    "attn-only": re.compile(r"transformer_blocks\.\d+\.attn\..*|single_transformer_blocks\.\d+\.attn\..*"),
+    "attn-qv": re.compile(r".*\.attn\.(?:to_[qv]|add_[qv]_proj)"),
+}
+_T5_LINEAR = re.compile(
+    r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(?:wi_[01]|wi|wo))"
+)
+_TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}  # and the options that name their files
+_PATCH = 2  # latent cells of a token's side
+_CLIP_TOKENS, _T5_TOKENS = 75, {True: 512, False: 256}  # of T5 by whether the model is told a guidance (dev)
+_EXPECTED = {"unet": 494, "text_encoder": 72}  # of the true size
+
+
+class Flux1(ModelFamily):
+    """The family "flux". Its members are described in `library.models.family.ModelFamily`."""
+
+    NAME, TITLE = "flux", "a FLUX.1 model"
+    PARTS: ClassVar[Mapping[str, PartKind]] = {
+        "denoiser": PartKind(
+            folder="transformer",
+            title="transformer",
+            new="library.models.modules.new_flux_transformer",
+            section="unet",
+            prefix="lora_unet",
+            linear=_LINEAR,
+            choices=_CHOICES,
+        ),
+        "vae": VAE,
+        "text_encoder": replace(TEXT_ENCODER, prefix="lora_te1", choices=TEXT_CHOICES),
+        "text_encoder_2": PartKind(
+            folder="text_encoder_2",
+            title="text encoder T5",
+            new="library.models.modules.new_t5_encoder",
+            linear=_T5_LINEAR,
+            overflows_fp16=True,
+        ),
+    }
+    UNUSABLE: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("noise_offset", "multires_noise_iterations"),
+        "its samples begin with plain noise, so this is never seen there; kohya's script for FLUX ignores the option",
+    )
+    LEAVE_TEXT_ENCODERS = "FLUX.1 takes most of a text from T5, which is not trained, and its LoRAs leave CLIP alone"
+    base_model_version = "flux1"
+    implementation = "https://github.com/black-forest-labs/flux"
+    native_resolution = 1024
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        vae: str | None = None,
+        clip_l: str | None = None,
+        t5xxl: str | None = None,
+        ae: str | None = None,
+        t5_tokenizer_path: str | None = None,
+        t5xxl_max_token_length: int | None = None,
+        apply_t5_attn_mask: bool = False,
+        guidance_scale: float = 1.0,
+        discrete_flow_shift: float | None = None,
+        model_prediction_type: str = "raw",
+    ) -> None:
+        from library.diffusion.latents import LatentSpace
+
+        if vae and ae and vae != ae:
+            raise UserError(f"--vae {vae} and --ae {ae} are two names for one thing: give one of them")
+        files = {"text_encoder": clip_l, "text_encoder_2": t5xxl}
+        for part, path in files.items():
+            base = with_part(base, part, path, option=_TEXTS[part]) if path else base
+        if vae or ae:
+            base = with_autoencoder(base, vae or ae or "", option="ae" if ae else "vae")
+        _refuse_missing(base)
+        super().__init__(base, vae=vae or ae)
+        self._base, self._config = base, base.parts["denoiser"].config
+        self._tokenizer_2 = t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2
+        _check_widths(base)
+        self._told = bool(self._config.get("guidance_embeds"))
+        self.architecture = "flux-1-dev" if self._told else "flux-1-schnell"
+        self._t5_tokens = t5xxl_max_token_length or _T5_TOKENS[self._told]
+        self.token_limit = self._t5_tokens - 1  # the last one ends the text
+        self._masks, self._guidance = apply_t5_attn_mask, guidance_scale
+        self._shift = 3.0 if discrete_flow_shift is None else discrete_flow_shift
+        assert model_prediction_type == "raw", "the option takes nothing else"
+        config = base.parts["vae"].config
+        self.latents = LatentSpace(
+            channels=int(config["latent_channels"]),
+            factor=2 ** (len(config["block_out_channels"]) - 1),
+            scaling=float(config["scaling_factor"]),
+            shift=float(config.get("shift_factor") or 0.0),
+            overflows_fp16=bool(config.get("force_upcast", False)),
+        )
+        self._warn()
+
+    def _warn(self) -> None:
+        if not self._told:
+            logger.warning(
+                "%s is FLUX.1 schnell, which is distilled to a few steps: training unlearns that, so the LoRA may need "
+                "more steps than four, or dev",
+                self.path,
+            )
+        if self._guidance != 1 and not self._told:
+            logger.warning("--guidance_scale %g has no effect: %s is told no guidance", self._guidance, self.path)
+        elif self._guidance != 1:
+            logger.warning(
+                "--guidance_scale %g: the LoRA learns what the model does when it is told so much; 1 is usual, and "
+                "samples with 3.5 are better for it",
+                self._guidance,
+            )
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {
+            "model_type": "flux",
+            "guidance_scale": self._guidance,
+            "discrete_flow_shift": self._shift,
+            "model_prediction_type": "raw",
+            "apply_t5_attn_mask": self._masks,
+            "t5xxl_max_token_length": self._t5_tokens,
+        }
+
+    @classmethod
+    def claims(cls, content: WeightsIndex | Folder) -> bool:
+        """The original names of its blocks and norms, or a folder of a FluxPipeline."""
+        return is_flux(content)
+
+    @classmethod
+    def read(cls, path: str, location: Path) -> BaseModel:
+        return open_flux(path, location, kind=cls.NAME)
+
+    # -- images
+
+    @property
+    def size_divisor(self) -> int:
+        """A patch of two latent cells."""
+        return self.latents.factor * _PATCH
+
+    @cached_property
+    def process(self) -> Flow:
+        """Flow matching. Samples of dev are shifted by their size, those of schnell are not."""
+        from library.diffusion.flow import Flow, ResolutionShift
+
+        by_size, none = ResolutionShift(), ResolutionShift(mu_of_few=0.0, mu_of_many=0.0)
+        drawn = {"sigma": self._shift, "shift": self._shift, "flux_shift": by_size, "uniform": 1.0, "sigmoid": 1.0}
+        return Flow(by_size if self._told else none, drawn=drawn)
+
+    # -- texts
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from library.models.modules import read_tokenizer
+
+        return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
+
+    @cached_property
+    def _t5_tokenizer(self) -> Tokenizer:
+        from library.models.modules import read_t5_tokenizer
+
+        if self._tokenizer_2 is None:
+            raise UserError(
+                f"{self.path} has no tokenizer of T5 beside it: give --t5_tokenizer_path, a folder with the "
+                "tokenizer.json of google/t5-v1_1-xxl, such as the folder tokenizer_2 of FLUX.1 on the hub"
+            )
+        return read_t5_tokenizer(self._tokenizer_2)
+
+    def text_fingerprint(self) -> str:
+        from library.models.fingerprint import combined, folder_fingerprint
+        from library.models.text.prompts import CLEANING
+
+        assert self._t5_tokenizer is not None
+        assert self._tokenizer_2 is not None
+        return combined(
+            {
+                "cleaning": CLEANING,
+                "tokenizers": [folder_fingerprint(folder) for folder in (self._base.tokenizer, self._tokenizer_2)],
+                "tokens": self._t5_tokens,
+                "mask": self._masks,
+                "weights": [self.components.fingerprint(part) for part in _TEXTS],
+            }
+        )
+
+    def _t5_content(self, caption: str) -> list[int]:
+        """T5's tokens of a caption without the end."""
+        end = self._base.parts["text_encoder_2"].config.get("eos_token_id", 1)
+        ids: list[int] = self._t5_tokenizer.encode(caption).ids
+        return ids[:-1] if ids and ids[-1] == end else ids
+
+    def count_tokens(self, caption: str) -> int:
+        """T5's, without the end."""
+        return len(self._t5_content(caption))
+
+    def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """{"pooled": [B, P] of CLIP, "hidden_states": [B, L, D] of T5}, and with --apply_t5_attn_mask "mask" [B, L].
+
+        L is always T5's maximum: padding is seen, unless it is masked. Differentiable in CLIP.
+        """
+        import torch
+
+        from library.models.text.prompts import chunked_ids
+
+        clip: Any = self.components["text_encoder"]
+        ids = chunked_ids(self._tokenizer, captions, limit=_CLIP_TOKENS)[:, 0]
+        pooled = clip(to_device(ids, _device_of(clip))).pooler_output
+        t5: Any = self.components["text_encoder_2"]
+        ids, mask = self._t5_ids(captions)
+        ids, mask = (to_device(table, _device_of(t5)) for table in (ids, mask))
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):  # it is frozen, and overflows fp16
+            states = t5(ids, attention_mask=mask if self._masks else None).last_hidden_state
+        return {"pooled": pooled, "hidden_states": states, **({"mask": mask} if self._masks else {})}
+
+    def _t5_ids(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and a mask that is 0 on padding, each [B, L]."""
+        import torch
+
+        config = self._base.parts["text_encoder_2"].config
+        end, pad = config.get("eos_token_id", 1), config.get("pad_token_id", 0)
+        rows = [[*self._t5_content(caption)[: self.token_limit], end] for caption in captions]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.tensor([[*row, *[pad] * (self._t5_tokens - len(row))] for row in rows])
+        return ids, (torch.arange(self._t5_tokens) < lengths[:, None]).long()
+
+    # -- the network
+
+    def condition(
+        self,
+        texts: Mapping[str, Tensor],
+        *,
+        original_sizes: Sequence[tuple[int, int]],
+        crops: Sequence[tuple[int, int]],
+        target_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """The texts and "guidance" [B], that of training; sizes and crops are not told."""
+        import torch
+
+        pooled = texts["pooled"]
+        return {**texts, "guidance": torch.full((len(pooled),), self._guidance, device=pooled.device)}
+
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The velocity, [B, C, h, w]; levels are σ in 0 … 1."""
+        import torch
+
+        from library.models.flux_tokens import exact_time, packed, places, unpacked, whole_mask
+
+        transformer: Any = self.components["denoiser"]
+        states, pooled = condition["hidden_states"], condition["pooled"]
+        if not torch.is_autocast_enabled(noisy_BCHW.device.type):
+            dtype = transformer.x_embedder.weight.dtype
+            noisy_BCHW, states, pooled = noisy_BCHW.to(dtype), states.to(dtype), pooled.to(dtype)
+        height, width = (side // _PATCH for side in noisy_BCHW.shape[2:])
+        masked = {"attention_mask": whole_mask(condition["mask"], height * width)} if "mask" in condition else None
+        with exact_time(transformer.time_text_embed, level_B):
+            found = transformer(
+                hidden_states=packed(noisy_BCHW),
+                encoder_hidden_states=states,
+                pooled_projections=pooled,
+                timestep=level_B,
+                guidance=condition["guidance"] if self._told else None,
+                img_ids=places(height, width, device=noisy_BCHW.device),
+                txt_ids=torch.zeros(states.shape[1], 3, device=noisy_BCHW.device),
+                joint_attention_kwargs=masked,
+                return_dict=False,
+            )[0]
+        return unpacked(found, height, width)
+
+    def denoiser_blocks(self) -> list[nn.Module]:
+        """The double blocks and the single ones."""
+        transformer: Any = self.components["denoiser"]
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def swap_blocks(self) -> list[Block]:
+        """Of a double block, which is twice as large as a single one, its attention and its MLPs by themselves."""
+        from library.offload.swap import layers_in
+
+        transformer: Any = self.components["denoiser"]
+        found: list[Block] = []
+        for block in transformer.transformer_blocks:
+            found += [layers_in(block.norm1, block.norm1_context, block.attn), layers_in(block.ff, block.ff_context)]
+        return [*found, *(layers_in(block) for block in transformer.single_transformer_blocks)]
+
+    # -- adapters
+
+    def adapter_targets(self, *names: str) -> list[AdapterTargets]:
+        """With as many numbered blocks as this model has."""
+        doubles, singles = self._config["num_layers"], self._config["num_single_layers"]
+
+        def number(name: str) -> int | None:
+            return block_number(name, doubles=doubles)
+
+        blocks = Blocks((("double", doubles), ("single", singles)), 0, number)
+        targets = super().adapter_targets(*names)
+        return [replace(target, blocks=blocks) if target.part == "unet" else target for target in targets]
+
+    def adapter_name(self, part: str, path: str) -> str:
+        """The original names; and transformers 5 dropped a level from the text encoder's paths."""
+        return original_name(path) if part == "denoiser" else f"text_model.{path}"
+
+    def fused_name(self, part: str, name: str) -> str:
+        return fused_name(name) if part == "denoiser" else ""
+
+    def fused_place(self, part: str, name: str) -> int:
+        return fused_place(name)
+
+    def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
+        true = (self._config["num_layers"], self._config["num_single_layers"]) == (_DOUBLE, _SINGLE)
+        layers = self._base.parts["text_encoder"].config["num_hidden_layers"]
+        return _EXPECTED if true and layers * 6 == _EXPECTED["text_encoder"] else None
+
+    def third_party_views(self) -> tuple[Any, Any]:
+        """CLIP alone of the text encoders, with paths below "text_model."."""
+        from library.models.kohya_view import TextModelView
+
+        return TextModelView(self.components.get("text_encoder")), self.components.get("denoiser")
+
+    # -- sampling
+
+    @property
+    def rendering(self) -> Rendering:
+        """Without a negative prompt; dev with its own guidance, schnell in four steps."""
+        if self._told:
+            return Rendering(steps=20, scale=1.0, compared=1.0, guidance=3.5)
+        return Rendering(steps=4, scale=1.0, compared=1.0)
+
+    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"positive": positive, "negative": negative}
+
+    def pipeline(self) -> FlowPipeline:
+        from library.models.flow_pipeline import FlowPipeline
+
+        return FlowPipeline(self, self.process)
+
+
+def _device_of(encoder: nn.Module) -> torch.device:
+    return next(encoder.parameters()).device
+
+
+def _refuse_missing(base: BaseModel) -> None:
+    """UserError if a part lies neither in the base nor in a file of its own."""
+    options = {**_TEXTS, "vae": "ae"}
+    if missing := [f"--{option}" for part, option in options.items() if part not in base.parts]:
+        *most, last = missing
+        listed = f"{', '.join(most)} and {last}" if most else last
+        raise UserError(f"{base.path} does not hold all parts of FLUX.1: give {listed}, the others' files")
+
+
+def _check_widths(base: BaseModel) -> None:
+    """UserError if the transformer needs other states or latents than these text encoders and autoencoder return."""
+    transformer, clip, t5, vae = (base.parts[part].config for part in ("denoiser", *_TEXTS, "vae"))
+    channels = int(transformer.get("in_channels", 64)) // _PATCH**2
+    for needed, given, what in (
+        (transformer.get("pooled_projection_dim", 768), clip.get("hidden_size"), "a CLIP state"),
+        (transformer.get("joint_attention_dim", 4096), t5.get("d_model"), "T5 states"),
+        (channels, vae.get("latent_channels"), "latents"),
+    ):
+        if needed != given:
+            raise UserError(
+                f"{base.path}: its transformer needs {what} of {needed} channels and gets {given}: another model's file"
+            )

@@ -1,0 +1,59 @@
+"""What docs/flux.md tells a user to type works, on the tiny FLUX.1, and its names and numbers are the program's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from library.config.options import declared_options
+from tests import tiny_flux as tiny
+from tests.conftest import IMAGES, ROOT
+
+PAGE = (ROOT / "docs" / "flux.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line)[1:]
+    for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+def test_every_command_trains(command: list[str], tiny_flux: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my_data" / "10_mystyle"
+    folder.mkdir(parents=True)
+    for image in sorted((IMAGES / "train").glob("*.png"))[:2]:
+        shutil.copy(image, folder)
+        shutil.copy(image.with_suffix(".txt"), folder)
+    files = tiny.single_files(tiny_flux, tmp_path / "models")
+    given = {f"--{name}": str(path) for name, path in files.items()}
+    words = [given.get(before, word) for before, word in zip(["", *command[1:]], command[1:], strict=False)]
+    main = __import__(command[0].removesuffix(".py")).main
+    small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--no-enable_bucket", "--resolution", "64"]
+    assert main([*words, *small, "--t5xxl_max_token_length", "16"]) == 0
+    assert list((tmp_path / "output").rglob("*.safetensors"))
+
+
+def test_the_options_that_are_named_exist() -> None:
+    assert COMMANDS
+    flags_of_prompts_and_tools = {"to", "g", "l", "n", "only"}
+    named = set(re.findall(r"--(?:no-)?(\w+)", PAGE)) - flags_of_prompts_and_tools
+    assert named <= declared_options().keys()
+
+
+def test_the_sizes_of_the_files() -> None:
+    """Of rank 16 in bf16: the layers one by one, fused with zeros beside the blocks, and as kohya has them."""
+    width, mlp, double, single = 3072, 12288, 19, 38
+    shared = double * 2 * (7 * width + 4 * width + 2 * width + 2 * (width + mlp))
+    shared += single * ((width + 7 * width) + (width + mlp + width) + (width + 3 * width))
+    leaves = shared + double * 2 * 2 * width + single * 3 * width
+    fused = leaves + double * 2 * (9 - 3) * width + single * (4 * 7 - 7) * width
+    assert (shared, leaves) == (4_786_176, 5_369_856)
+    for numbers, said in ((shared, "has 153"), (leaves, "172 MB"), (fused, "has 273 MB")):
+        assert re.search(rf"\b{round(numbers * 16 * 2 / 1e6)}\b", said), numbers * 32 / 1e6
+        assert said in PAGE
+    assert f"{round(leaves * 16 / 1e6)} million numbers" in PAGE

@@ -1,0 +1,83 @@
+"""A tiny FLUX.1 with random weights learns eight images: its transformer, its file and its objective as a whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from library.models.opening import open_family
+from networks.create import create_to_merge
+from networks.files import read
+from tests.conftest import IMAGES
+
+IMAGE_COUNT, TOKENS = 8, 32
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def learnt(folder: Path) -> list[Path]:
+    """Eight images with their captions, once each in an epoch."""
+    target = folder / "data" / "1_emoji"
+    target.mkdir(parents=True)
+    images = sorted((IMAGES / "train").glob("*.png"))[:IMAGE_COUNT]
+    for image in images:
+        shutil.copy(image, target)
+        shutil.copy(image.with_suffix(".txt"), target)
+    return images
+
+
+def losses_of(family: Any, images: list[Path], *, seed: int) -> tuple[float, float]:
+    """The mean squared error of the velocity over all images and levels, with noise that training never draws, and what
+    it is of the answer 0."""
+    captions = [image.with_suffix(".txt").read_text(encoding="utf-8").strip() for image in images]
+    pixels = torch.stack([_pixels(image) for image in images])
+    with torch.no_grad():
+        latents, _ = family.encode_images(pixels)
+        texts = family.encode_prompts(captions)
+        count = len(images)
+        sizes: Any = {"original_sizes": [(64, 64)] * count, "crops": [(0, 0)] * count, "target_size": (64, 64)}
+        condition = family.condition(texts, **sizes)
+        generator, errors = torch.Generator().manual_seed(seed), []
+        for level in LEVELS:
+            noise = torch.randn(latents.shape, generator=generator)
+            level_B = torch.full((count,), level)
+            found = family.predict(family.process.noisy(latents, noise, level_B), level_B, condition)
+            target = family.process.target(latents, noise, level_B)
+            errors.append(torch.stack([(found - target).square().mean(), target.square().mean()]))
+    loss, of_nothing = torch.stack(errors).mean(dim=0).tolist()
+    return loss, of_nothing
+
+
+def _pixels(path: Path) -> Tensor:
+    image = Image.open(path).convert("RGB").resize((64, 64))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@pytest.mark.slow
+def test_the_loss_on_new_noise_falls_by_half(tiny_flux: Path, tmp_path: Path) -> None:
+    """From 5.1 to 1.5 in 42 s of one thread; predicting nothing gives 2.0, the mean square of the velocity."""
+    from flux_train_network import main
+
+    images = learnt(tmp_path)
+    family = open_family(str(tiny_flux), options={"t5xxl_max_token_length": TOKENS})
+    family.components.load_all(family.PARTS, torch.float32, "cpu")
+    before, of_nothing = losses_of(family, images, seed=12345)
+    words = ["--pretrained_model_name_or_path", str(tiny_flux), "--train_data_dir", str(tmp_path / "data")]
+    words += ["--caption_extension", ".txt", "--resolution", "64", "--train_batch_size", "8", "--seed", "1"]
+    words += ["--output_dir", str(tmp_path / "out"), "--output_name", "test", "--no-loss_plot", "--no-report"]
+    words += ["--network_dim", "32", "--network_alpha", "32", "--learning_rate", "1e-2", "--lr_scheduler", "cosine"]
+    words += ["--network_train_unet_only", "--cache_text_encoder_outputs", "--cache_latents"]
+    words += ["--t5xxl_max_token_length", str(TOKENS), "--timestep_sampling", "uniform"]
+    assert main([*words, "--max_train_steps", "300", "--max_data_loader_n_workers", "0"]) == 0
+    network = create_to_merge(read(tmp_path / "out" / "test.safetensors"), family.adapter_targets(), multiplier=1.0)
+    network.load(read(tmp_path / "out" / "test.safetensors"))
+    network.merge()
+    after, _ = losses_of(family, images, seed=12345)
+    assert after < before / 2, f"{before:.3f} → {after:.3f}"
+    assert after < 0.85 * of_nothing, f"{after:.3f} of {of_nothing:.3f}"
