@@ -33,7 +33,8 @@ def test_lines_with_flags(tmp_path):
 
 def test_toml_and_json(tmp_path):
     toml = '[prompt]\nwidth = 640\nscale = 6.5\nnegative_prompt = "bad, ugly"\n[[prompt.subset]]\n'
-    toml += 'prompt = "a cat, --sitting"\nheight = 448\nseed = 7\nsample_steps = 20\nguidance_scale = 2\nsample_sampler = "euler_a"\n'
+    toml += 'prompt = "a cat, --sitting"\nheight = 448\nseed = 7\nsample_steps = 20\nsample_sampler = "euler_a"\n'
+    toml += "guidance_scale = 2\n"
     toml += '[[prompt.subset]]\nprompt = "b"\nwidth = 64\n'
     cat, b = read_prompts(write(tmp_path / "p.toml", toml))
     assert cat == CAT
