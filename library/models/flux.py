@@ -182,11 +182,11 @@ class Flux1(ModelFamily):
     @cached_property
     def process(self) -> Flow:
         """Flow matching. Samples of dev are shifted by their size, those of schnell are not."""
-        from library.diffusion.flow import Flow, ResolutionShift
+        from library.diffusion.flow import Flow, ResolutionShift, Shift
 
         by_size, none = ResolutionShift(), ResolutionShift(mu_of_few=0.0, mu_of_many=0.0)
-        drawn = {"sigma": self._shift, "shift": self._shift, "flux_shift": by_size, "uniform": 1.0, "sigmoid": 1.0}
-        return Flow(by_size if self._told else none, drawn=drawn)
+        drawn: dict[str, Shift] = {"flux_shift": by_size, "uniform": 1.0, "sigmoid": 1.0}
+        return Flow(by_size if self._told else none, drawn=drawn | dict.fromkeys(("sigma", "shift"), self._shift))
 
     # -- texts
 

@@ -156,13 +156,13 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     path = path.removeprefix(prefix).removeprefix(_WRAPPER).replace(".processor.", ".")
     if part in ("unet", None) and _FLUX_PATH.fullmatch(path):
         return _Place("transformer", path)
-    if part == "transformer":
+    if part == "transformer" and original_name(path) != path:
         return _Place(part, path)
     if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
         path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
     if part is None:
         part = "unet" if _UNET_PATH.fullmatch(path) else "text_encoder" if _TEXT_PATH.fullmatch(path) else None
-    if part is None:
+    if part in ("transformer", None):
         raise UserError(f"{source}: {key} names neither a UNet's layer nor a text encoder's")
     if part == "unet":
         if old and path.endswith(".to_out"):

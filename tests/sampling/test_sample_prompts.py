@@ -9,11 +9,11 @@ import pytest
 
 from library.config.options import SampleOptions
 from library.errors import UserError
-from library.sampling.prompts import SamplePrompt, SampleTimes, plan_samples, read_prompts
+from library.sampling.prompts import SamplePrompt, SampleTimes, plan_samples, read_prompts, warn_of_idle_guidance
 
 CAT = SamplePrompt(
     prompt="a cat, --sitting", negative_prompt="bad, ugly", width=640, height=448, seed=7, sample_steps=20, scale=6.5,
-    sample_sampler="euler_a", multiplier=-1.5,
+    guidance_scale=2.0, sample_sampler="euler_a", multiplier=-1.5,
 )  # fmt: skip
 PLAIN = SamplePrompt(prompt="a dog")
 
@@ -24,7 +24,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_lines_with_flags(tmp_path):
-    text = "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --n bad, ugly --ss k_euler_a --am -1.5\n  a dog  \n"
+    text = "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --g 2 --n bad, ugly --ss k_euler_a --am -1.5\n  a dog  \n"
     cat, dog = read_prompts(write(tmp_path / "p.txt", text))
     assert cat == SamplePrompt(**(vars(CAT) | {"prompt": "a cat"}))
     assert dog == PLAIN
@@ -34,12 +34,12 @@ def test_lines_with_flags(tmp_path):
 def test_toml_and_json(tmp_path):
     toml = '[prompt]\nwidth = 640\nscale = 6.5\nnegative_prompt = "bad, ugly"\n[[prompt.subset]]\n'
     toml += 'prompt = "a cat, --sitting"\nheight = 448\nseed = 7\nsample_steps = 20\nsample_sampler = "euler_a"\n'
-    toml += "multiplier = -1.5\n"
+    toml += "multiplier = -1.5\nguidance_scale = 2\n"
     toml += '[[prompt.subset]]\nprompt = "b"\nwidth = 64\n'
     cat, b = read_prompts(write(tmp_path / "p.toml", toml))
     assert cat == CAT
     assert (b.width, b.scale) == (64, 6.5)  # a subset's own goes before what all have
-    rows = [vars(CAT), "a dog --s 30"]
+    rows = [vars(CAT), "a dog"]
     assert read_prompts(write(tmp_path / "p.json", json.dumps(rows))) == (CAT, PLAIN)
 
 
@@ -72,8 +72,14 @@ def test_mistakes_have_their_place(tmp_path, name, text, said):
 
 
 def test_flags_of_other_models_are_said_to_have_no_effect(tmp_path, caplog):
-    assert read_prompts(write(tmp_path / "p.txt", "a dog --g 3.5 --fs 2\n")) == (PLAIN,)
-    assert "line 1: --g has no effect: it is for other models" in caplog.text
+    (told,) = read_prompts(write(tmp_path / "p.txt", "a dog --g 3.5 --fs 2\n"))
+    assert told == SamplePrompt(prompt="a dog", guidance_scale=3.5)
+    assert "line 1: --fs has no effect: it is for other models" in caplog.text
+    times = SampleTimes(prompts=(told,), sampler="ddim", at_first=True, every_n_steps=None, every_n_epochs=None)
+    warn_of_idle_guidance(times, told=True)
+    assert "--g has no effect" not in caplog.text
+    warn_of_idle_guidance(times, told=False)
+    assert "--g has no effect: it is for models that are told a guidance" in caplog.text
     assert "--fs" in caplog.text
 
 

@@ -216,8 +216,8 @@ def _model(index: WeightsIndex) -> str:
         return "diffusers_unet"
     if is_vae(index):
         return "vae"
-    encoder = ("text_model.", "embeddings.token_embedding.", "transformer.text_model.", "encoder.layers.0.self_attn")
-    encoder = (*encoder, "encoder.block.0.layer.")  # of T5
+    clip = ("text_model.", "embeddings.token_embedding.", "transformer.text_model.", "encoder.layers.0.self_attn")
+    encoder = (*clip, "encoder.block.0.layer.")  # and T5
     return "text_encoder" if begins(index, *encoder) else ""
 
 
