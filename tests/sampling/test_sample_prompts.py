@@ -24,7 +24,8 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_lines_with_flags(tmp_path):
-    text = "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --g 2 --n bad, ugly --ss k_euler_a --am -1.5\n  a dog  \n"
+    text = "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --g 2 --n bad, ugly --ss k_euler_a --am -1.5\n"
+    text += "  a dog  \n"
     cat, dog = read_prompts(write(tmp_path / "p.txt", text))
     assert cat == SamplePrompt(**(vars(CAT) | {"prompt": "a cat"}))
     assert dog == PLAIN
