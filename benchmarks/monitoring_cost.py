@@ -61,9 +61,9 @@ def measure(command: list[str], steps: int) -> tuple[list[float], list[float]]:
 
 def _measure(command: list[str], steps: int, record: RunFile) -> tuple[list[float], list[float]]:
     from library.config.parser import parse
+    from library.run.about.summary import facts_of
     from library.run.build import build
     from library.run.plan import make_plan
-    from library.run.summary import facts_of
     from library.run.watch import watch
     from library.training import loop
     from library.training.hooks.monitor import Monitor

@@ -73,8 +73,8 @@ def _carry_out(plan: Plan, record: RunFile) -> int:
     from library.guidance import dry_run, find_lr
     from library.record import summary
     from library.run import compiled
+    from library.run.about.summary import facts_of
     from library.run.build import build
-    from library.run.summary import facts_of
     from library.run.watch import watch
 
     options = plan.options

@@ -50,9 +50,9 @@ def train(bench: Bench, kind: str, *more: str, batch: int = 1, warmup: int = 4, 
     from library.config.parser import parse
     from library.record import metrics
     from library.record.run_file import RunFile
+    from library.run.about.summary import facts_of
     from library.run.build import build
     from library.run.plan import make_plan
-    from library.run.summary import facts_of
     from library.run.watch import watch
     from library.training import loop
 

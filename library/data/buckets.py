@@ -11,7 +11,7 @@ from library.data.samples import Size
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.data.dataset_config import DatasetSpec
 
 
 @dataclass(frozen=True)

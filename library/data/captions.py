@@ -12,7 +12,7 @@ from library.data import tags, wildcards
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec, SubsetSpec
+    from library.config.data.dataset_config import DatasetSpec, SubsetSpec
     from library.data.samples import Sample
 
 logger = logging.getLogger(__name__)

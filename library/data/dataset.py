@@ -24,7 +24,7 @@ from library.data.views import View, drawn_view, fixed_view
 from library.rng import python_random
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.data.dataset_config import SubsetSpec
 
 
 class Draw(NamedTuple):

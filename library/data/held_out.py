@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.rng import key_of
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.data.dataset_config import SubsetSpec
 
 logger = logging.getLogger(__name__)
 

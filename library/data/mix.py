@@ -21,7 +21,7 @@ from library.data.samples import Sample, Size
 from library.rng import python_random
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.data.dataset_config import SubsetSpec
 
 Shares = tuple[int, "Mapping[SubsetSpec, float]"]
 """The draws of an epoch, in full batches, and each folder's part of them."""

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.config.dataset_config import is_validated
-from library.config.shares import draws_by_shares, shares_of
+from library.config.data.dataset_config import is_validated
+from library.config.data.shares import draws_by_shares, shares_of
 from library.data import validation_groups
 from library.data.buckets import Buckets
 from library.data.captions import warn_of_captions_without_tags
@@ -27,7 +27,7 @@ from library.errors import UserError
 from library.rng import key_of
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec, SubsetSpec
+    from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 
 logger = logging.getLogger(__name__)
 NO_FAULTS: Mapping[Path, str] = {}

@@ -16,7 +16,7 @@ from library.data.samples import Sample, Size, SubsetSummary
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.data.dataset_config import DatasetSpec
 
 MOST_DRAWS = 20_000_000  # in an epoch
 

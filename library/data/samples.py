@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.data.dataset_config import SubsetSpec
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.data.dataset_config import SubsetSpec
 
 
 class Tags(NamedTuple):

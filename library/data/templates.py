@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.data.dataset_config import DatasetSpec
 
 _SEEN = ("a rendition", "a cropped photo", "a close-up photo", "a good photo")
 _LOOKS = ("clean", "nice", "cool", "small")

@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.rng import python_random
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.data.dataset_config import DatasetSpec
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.config.dataset_config import DatasetSpec
+from library.config.data.dataset_config import DatasetSpec
 from library.config.options import Options
 from library.evaluation.differences import Difference, difference
 from library.evaluation.precision import PrecisionOptions

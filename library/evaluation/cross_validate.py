@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.config import dataset_config, parser
+from library.config import parser
 from library.config.command import Command, run
+from library.config.data import dataset_config
 from library.config.fields import option
 from library.config.options import Options
 from library.errors import UserError

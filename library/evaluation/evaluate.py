@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.config.command import Command, Read, read, run
-from library.config.dataset_config import DatasetSpec, dataset_of_folder
+from library.config.data.dataset_config import DatasetSpec, dataset_of_folder
+from library.config.data.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.fields import MAX_SIDE, REQUIRED, option, read_resolution
-from library.config.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.options import DataOptions, ModelOptions, Options
 from library.config.options import OutputOptions as TrainOutput
 from library.errors import UserError

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library.config import dataset_config, parser
+from library.config import parser
 from library.config.command import Command, run
+from library.config.data import dataset_config
 from library.config.fields import BadValue, option, read_int
 from library.config.options import Options
 from library.errors import UserError

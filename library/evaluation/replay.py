@@ -9,7 +9,7 @@ from typing import Any
 
 import toml
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.files.atomic import replacing
 
 _LEFT_OUT = ("origin", "subsets")

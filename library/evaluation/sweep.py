@@ -110,7 +110,7 @@ def refuse_other_settings(one: Planned) -> None:
 
 
 def _in_effect(one: Planned) -> dict[str, Any]:
-    from library.run.recording import in_effect
+    from library.run.about.recording import in_effect
 
     values: dict[str, Any] = to_json(in_effect(one.options, seed=one.seed))
     return {name: value for name, value in values.items() if name not in NOT_COMPARED}

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from library import log
-from library.config import dataset_config, parser
+from library.config import parser
 from library.config.command import Command, read, run
-from library.config.dataset_config import DatasetSpec
+from library.config.data import dataset_config
+from library.config.data.dataset_config import DatasetSpec
+from library.config.data.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.fields import option
-from library.config.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.options import Options
 from library.errors import UserError, nearest_path
 from library.evaluation import replay

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from library.config.dataset_config import load_datasets
+from library.config.data.dataset_config import load_datasets
 from library.config.options import Options
 from library.data.prepare import inspect
 from library.data.quality.check import Checked, check, verdict

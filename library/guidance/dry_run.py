@@ -31,10 +31,10 @@ from library.optimizers.small_lora import has_modes
 from library.record import metrics, run_file
 from library.record.summary import count, line, lines
 from library.run import disk
+from library.run.about.summary import facts_of
 from library.run.encode import DTYPES, latents_on_disk, texts_on_disk
 from library.run.plan import Plan
 from library.run.start import pictures, planned_about
-from library.run.summary import facts_of
 from library.training import loop
 from library.training.hooks.ema import Ema
 from library.training.hooks.ewc import Consolidation

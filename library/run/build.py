@@ -23,7 +23,8 @@ from library.optimizers.schedules import create_schedule
 from library.parallel import shard, together, zero
 from library.record.run_file import RunFile
 from library.record.saves import SavePlan
-from library.run import compiled, disk, recording, start
+from library.run import compiled, disk, start
+from library.run.about import recording
 from library.run.curves import Curves, curves_of, of_length
 from library.run.encode import load_and_encode, trains_text
 from library.run.hooks import Made, MeasuredData, make_hooks

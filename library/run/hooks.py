@@ -17,9 +17,9 @@ from library.record import trackers
 from library.record.run_file import RunFile
 from library.record.validation_history import History
 from library.run import slider
+from library.run.about.facts import run_metadata
 from library.run.curves import Curves
 from library.run.encode import vae_dtype
-from library.run.facts import run_metadata
 from library.run.measured import Use
 from library.run.plan import Plan
 from library.run.start import pictures

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from library.config.dataset_config import DatasetSpec, datasets_of_file
-from library.config.image_folders import NamedFolder, named_folders, refuse_twins
+from library.config.data.dataset_config import DatasetSpec, datasets_of_file
+from library.config.data.image_folders import NamedFolder, named_folders, refuse_twins
 from library.config.options import Options
 from library.errors import UserError, nearest_path
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library import log
-from library.config.dataset_config import DatasetSpec, is_validated, load_datasets
+from library.config.data.dataset_config import DatasetSpec, is_validated, load_datasets
+from library.config.data.masks import check_masks
+from library.config.data.shares import check_shares
 from library.config.idle import warn_of_idle_options
-from library.config.masks import check_masks
 from library.config.options import NetworkOptions, Options, OutputOptions
 from library.config.options.validation import check_validation
 from library.config.registry import Arguments
-from library.config.shares import check_shares
 from library.data.captions import refuse_text_cache_of_changing_captions, warn_of_captions_options
 from library.data.views import refuse_latent_cache_of_changing_images
 from library.errors import UserError, nearest_path
@@ -35,7 +35,7 @@ from library.training.state import find as find_state
 from networks import kinds
 
 if TYPE_CHECKING:
-    from library.config.slider_prompts import Setting
+    from library.config.data.slider_prompts import Setting
     from library.data.prepared import Prepared
     from library.models.family import ModelFamily
     from library.optimizers.create import OptimizerChoice

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
-from library.config.slider_prompts import Setting, check_sizes, read_settings
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.slider_prompts import Setting, check_sizes, read_settings
 from library.errors import UserError, nearest_path
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from library.record import metrics
 from library.record.facts import Facts
 from library.record.run_file import RunFile
-from library.run import header
+from library.run.about import header
 from library.run.plan import Plan
 from library.training.hooks.monitor import Monitor
 from library.training.run import Run

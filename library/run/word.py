@@ -10,7 +10,7 @@ from library.data.captions import as_written
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec
+    from library.config.data.dataset_config import DatasetSpec
     from library.config.options import Options
     from library.data.prepared import Prepared
     from library.models.family import ModelFamily

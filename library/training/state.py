@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from library.config.dataset_keys import PRESERVATION
+from library.config.data.dataset_keys import PRESERVATION
 from library.config.options import SECRETS, Options, declared_options, option_groups
 from library.errors import UserError, nearest_path, why_not
 from library.files import atomic
@@ -28,7 +28,7 @@ from library.record.saves import is_state_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.config.dataset_config import DatasetSpec, SubsetSpec
+    from library.config.data.dataset_config import DatasetSpec, SubsetSpec
     from library.data.prepared import Prepared
     from library.training.run import Run
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from library.config import kohya
-from library.config.dataset_config import LEVELS, load_datasets
+from library.config.data.dataset_config import LEVELS, load_datasets
 from library.config.options import Options, declared_options
 from library.config.parser import parse
 from library.errors import UserError

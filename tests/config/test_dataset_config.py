@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import toml
 
-from library.config.dataset_config import DatasetSpec, load_datasets
-from library.config.masks import check_masks
+from library.config.data.dataset_config import DatasetSpec, load_datasets
+from library.config.data.masks import check_masks
 from library.config.options import Options
 from library.errors import UserError
 

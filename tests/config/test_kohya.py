@@ -13,7 +13,7 @@ import pytest
 
 import networks
 from library.config import kohya
-from library.config.dataset_keys import NEUTRAL, NOT_YET
+from library.config.data.dataset_keys import NEUTRAL, NOT_YET
 from library.config.fields import Declared, declared
 from library.config.options import CustomAdamWOptions, Options, declared_options
 from library.config.options.forgetting import ForgettingOptions

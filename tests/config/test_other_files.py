@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import toml
 
-from library.config.dataset_config import load_datasets
+from library.config.data.dataset_config import load_datasets
 from library.config.options import Options
 from library.config.other_files import refuse_other_file
 from library.config.parser import parse

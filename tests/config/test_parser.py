@@ -226,7 +226,7 @@ def test_help_lists_every_option() -> None:
 def test_help_and_mistakes_load_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from library.config import parser, registry, dataset_config\n"
+        "from library.config import parser, registry\nfrom library.config.data import dataset_config\n"
         "from library.errors import UserError\n"
         "try: parser.parse(sys.argv[1:])\n"
         "except (SystemExit, UserError): pass\n"

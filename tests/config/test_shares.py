@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from library.config.dataset_config import DatasetSpec, load_datasets
+from library.config.data.dataset_config import DatasetSpec, load_datasets
+from library.config.data.shares import check_shares, draws_by_shares, shares_of
 from library.config.options import Options
-from library.config.shares import check_shares, draws_by_shares, shares_of
 from library.errors import UserError
 
 Parse = Callable[..., Options]

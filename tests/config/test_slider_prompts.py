@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.config.slider_prompts import Setting, check_sizes, read_settings
+from library.config.data.slider_prompts import Setting, check_sizes, read_settings
 from library.errors import UserError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 
 TRAIN_IMAGES = Path(__file__).parents[2] / "quickstart" / "images" / "train"
 

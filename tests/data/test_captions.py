@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.captions import (
     Sight,
     as_written,

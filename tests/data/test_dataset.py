@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.dataset import Batch, TrainingData
 from library.data.images import View, load_pixels
 from library.data.loader import PixelLoader

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.config.dataset_config import SubsetSpec
+from library.config.data.dataset_config import SubsetSpec
 from library.data.samples import Sample
 from library.data.sources.dreambooth import balance_regularisation, scan
 from library.errors import UserError

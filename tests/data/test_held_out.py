@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.dataset import TrainingData
 from library.data.prepare import prepare
 from library.data.prepared import Prepared

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.color import Jitter, apply_jitter, draw_jitter, turn_hue
 from library.data.crops import face_crop, face_in_name, is_within, random_crop
 from library.data.dataset import TrainingData

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.caches.masks import cache_masks, latent_mask
 from library.data.dataset import TrainingData
 from library.data.images import load_mask, load_pixels, load_view

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.prepare import prepare
 from library.data.sources.metadata import scan
 from library.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.dataset import TrainingData
 from library.data.mix import Mix, Pool, ratios, turn
 from library.data.plan import epoch_batches

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.config.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 from library.data.prepare import inspect, prepare
 from library.errors import UserError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from library.config.data.slider_prompts import Setting
 from library.config.options import ModelOptions, Options, OutputOptions
-from library.config.slider_prompts import Setting
 from library.data.sources.prompts import ROUNDS, PromptBatch, PromptData, prepared
 from library.run.slider import datasets_of
 

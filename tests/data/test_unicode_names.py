@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from library.config.dataset_config import SubsetSpec, load_datasets
+from library.config.data.dataset_config import SubsetSpec, load_datasets
 from library.config.parser import parse
 from library.data.sources import dreambooth, metadata
 from library.data.sources.masks import find_masks

@@ -60,7 +60,8 @@ def test_every_command_works(block: str, folder: Path, monkeypatch: pytest.Monke
 
 def test_the_commands_are_read(folder: Path) -> None:
     """The quick part of the test above: every command's words are options, and its data can be described."""
-    from library.config import dataset_config, parser
+    from library.config import parser
+    from library.config.data import dataset_config
 
     for block in BLOCKS:
         for _, *words in lines(block):

@@ -11,8 +11,8 @@ import pytest
 from library.config.parser import parse
 from library.guidance.moments import _largest
 from library.record.summary import _drawn, line
+from library.run.about.summary import _images
 from library.run.plan import make_plan
-from library.run.summary import _images
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "mixing.md").read_text(encoding="utf-8")

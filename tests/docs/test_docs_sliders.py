@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from library.config import slider_prompts
+from library.config.data import slider_prompts
+from library.config.data.slider_prompts import read_settings
 from library.config.options import declared_options
 from library.config.options.slider import SliderOptions
-from library.config.slider_prompts import read_settings
 from library.run.slider import in_words
 from library.sampling.prompts import read_prompts
 from tests.conftest import ROOT, forget_accelerator

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from library.config.command import run
-from library.config.dataset_config import load_datasets
+from library.config.data.dataset_config import load_datasets
 from library.config.fields import BadValue
 from library.config.options.validation import read_fold
 from library.config.parser import parse

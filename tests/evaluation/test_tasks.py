@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import toml
 
-from library.config import dataset_config, parser
+from library.config import parser
 from library.config.command import run
+from library.config.data import dataset_config
 from library.evaluation import replay, tasks
 from library.evaluation.after_tasks import BASE as BASE_ALONE
 from library.evaluation.after_tasks import Matrix

@@ -18,7 +18,7 @@ from library.optimizers.weight_decay import Curve
 from library.optimizers.weight_decay_choice import DecayChoice, apply, attach, check_options, resolve
 from library.record.facts import Decay
 from library.record.summary import decay
-from library.run.summary import decay_curve
+from library.run.about.summary import decay_curve
 
 ON = ("--dynamic_weight_decay",)
 

@@ -26,7 +26,7 @@ from library.report import charts, figures, loss_plot, page
 from library.report.__main__ import main as report
 from library.report.images import data_url
 from library.report.read import MOST_POINTS, Curve, block_of, find_metrics, read_story
-from library.run import header as run_header
+from library.run.about import header as run_header
 from tests.conftest import PATIENCE
 
 EVIL = "<img src=x onerror=\"console.error('caption ran')\"></script><script>console.error('caption ran')</script>&amp;"

@@ -18,7 +18,7 @@ from library.record.facts import Facts
 from library.record.metrics import read_run
 from library.record.run_file import Record, read
 from library.record.summary import rows
-from library.run import recording
+from library.run.about import recording
 from library.training import loop
 from tests.training.test_resume import stop_after
 

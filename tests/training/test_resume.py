@@ -277,7 +277,7 @@ def test_a_state_of_an_earlier_version_goes_on(train: Train, tmp_path: Path) -> 
 
 
 def test_a_new_key_of_data_sets_leaves_their_hash(image_folder: Path) -> None:
-    from library.config.dataset_config import DatasetSpec, SubsetSpec, load_datasets
+    from library.config.data.dataset_config import DatasetSpec, SubsetSpec, load_datasets
     from library.config.parser import parse
     from library.data.prepared import Prepared
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library import rng
-from library.config.slider_prompts import Setting, read_settings
+from library.config.data.slider_prompts import Setting, read_settings
 from tests.conftest import BASE, forget_accelerator
 from tests.training.test_resume import stop_after
 from tests.training.written import metadata, same, weights

@@ -13,7 +13,7 @@ from library.data.captions import as_written
 from library.data.samples import Sample, Size
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec, SubsetSpec
+    from library.config.data.dataset_config import DatasetSpec, SubsetSpec
     from library.data.check import Measured
     from library.data.quality.look import Look
 

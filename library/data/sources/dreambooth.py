@@ -18,7 +18,7 @@ from library.paths import composed
 from library.progress import bar
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.data.dataset_config import SubsetSpec
 
 _USUAL_EXTENSIONS = (".txt", ".caption")  # of caption files
 _KNOWN_EXTENSIONS = (*_USUAL_EXTENSIONS, ".captions", ".cap", ".tag", ".tags", ".json")  # that captioning tools write

@@ -19,7 +19,7 @@ from library.data.sources.masks import find_masks, refuse_other_sizes
 from library.errors import UserError
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import DatasetSpec, SubsetSpec
+    from library.config.data.dataset_config import DatasetSpec, SubsetSpec
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from library.paths import composed, on_disk
 from library.progress import bar
 
 if TYPE_CHECKING:
-    from library.config.dataset_config import SubsetSpec
+    from library.config.data.dataset_config import SubsetSpec
 
 _SHOWN = 10
 _MANY = 5000  # entries that take long enough for a bar

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.config.dataset_config import DatasetSpec
+from library.config.data.dataset_config import DatasetSpec
 from library.data.buckets import Placement
 from library.data.caches.memory import TextCache, encode_captions
 from library.data.dataset import Batch, Draw, TrainingData
@@ -26,7 +26,7 @@ from library.data.samples import Sample, Size
 from library.rng import python_random
 
 if TYPE_CHECKING:
-    from library.config.slider_prompts import Setting
+    from library.config.data.slider_prompts import Setting
     from library.data.caches.disk import Disk
 
 ROUNDS = 100

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from library.config.dataset_config import SubsetSpec
+from library.config.data.dataset_config import SubsetSpec
 from library.data.buckets import Placement
 from library.data.quality import blur, duplicates, sizes, texts, words
 from library.data.quality.check import check, verdict

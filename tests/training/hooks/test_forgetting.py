@@ -107,7 +107,7 @@ def found(image_folder: Path, tmp_path: Path, options: Callable[..., Options]) -
     """Prepares the training data and the folders of these words."""
 
     def prepared(*words: str) -> Any:
-        from library.config.dataset_config import load_datasets
+        from library.config.data.dataset_config import load_datasets
 
         common = ("--train_data_dir", str(image_folder), "--resolution", "64", "--caption_extension", ".txt")
         given = options(*common, *words)

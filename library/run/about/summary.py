@@ -11,8 +11,8 @@ from library.data.quality.check import check
 from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
 from library.record import facts
 from library.run import slider
+from library.run.about.protections import protections_of
 from library.run.plan import Plan
-from library.run.protections import protections_of
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.validation import Validator
 from library.training.hooks.weight_decay import WeightDecay

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from library.config.dataset_keys import (
+from library.config.data.dataset_keys import (
     NOT_YET_ANYWHERE,
     NOT_YET_DATASET,
     NOT_YET_SUBSET,
@@ -21,8 +21,8 @@ from library.config.dataset_keys import (
     PRESERVATION,
     check_key,
 )
+from library.config.data.image_folders import find_image_folders
 from library.config.fields import UNSET, BadValue
-from library.config.image_folders import find_image_folders
 from library.config.options import Options
 from library.config.other_files import refuse_other_file
 from library.config.toml_file import read_text, read_toml

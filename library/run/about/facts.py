@@ -20,8 +20,8 @@ from library.record.modelspec import ModelSpec, data_url
 from library.record.protections import to_metadata
 from library.record.saves import SavePlan
 from library.run import slider
+from library.run.about.protections import protections_of
 from library.run.plan import Plan
-from library.run.protections import protections_of
 from networks import base_weights
 
 

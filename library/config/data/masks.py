@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from library.config.dataset_config import DatasetSpec
+from library.config.data.dataset_config import DatasetSpec
 from library.errors import UserError
 
 

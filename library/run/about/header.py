@@ -13,8 +13,8 @@ from library.diffusion.process import BINS
 from library.record.facts import Facts
 from library.record.metrics import Line
 from library.record.summary import rows
+from library.run.about.recording import in_effect
 from library.run.plan import Plan
-from library.run.recording import in_effect
 from library.training.run import Run
 
 EXAMPLES = 24  # the number of images that it lists
