@@ -49,7 +49,7 @@ METHODS: Mapping[str, Method | None] = {
 """difficulty → another method than LoRA, which stays where there is none."""
 
 NOT_ADVISED = {
-    "loraplus_lr_ratio=16": "often advised; measured here, it gained nothing at its best rate",
+    "loraplus_lr_ratio=16": "often advised; measured here (one seed), it gained nothing at its best rate",
     "rs_lora=True": "another rate fits then; the same result, measured at rank 16",
     "networks.pissa, networks.loha": "0.6 and 0.8 % behind LoRA of the same size at their best rates, measured",
 }

@@ -197,6 +197,20 @@ def test_the_differences_that_were_measured() -> None:
         assert said in PAGE
 
 
+def test_what_recommend_says_of_other_methods_was_measured() -> None:
+    text = page("adapters")
+    said = "; ".join([*rules.NOT_ADVISED.values(), *(method.why for method in rules.METHODS.values() if method)])
+    for name, claim in (("PiSSA, rank 16", "0.6 and"), ("LoHa, rank 8", "and 0.8 %"), ("DoRA, rank 16", "0.3 % below")):
+        (row,) = re.findall(rf"^\| {name} \|.*$", text, flags=re.MULTILINE)
+        (difference,) = re.findall(r"[+−]([\d.]+) \(", row)
+        (figure,) = re.findall(r"[\d.]+", claim)
+        assert f"{float(difference):.1f}" == figure
+        assert claim in said
+    decisions = (ROOT / "DECISIONS.md").read_text(encoding="utf-8")
+    for share in re.findall(r"for (\d+) to (\d+) % more time", " ".join(said.split())):
+        assert all(f"1.{part} (" in decisions for part in share)
+
+
 # -- formulas
 
 
