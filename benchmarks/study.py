@@ -291,7 +291,7 @@ def complete(
     whose rows `rows` are. `options`: see `parser`."""
     if not options.report:
         store = partial(files.append, path)
-        run_missing(todo, rows, run, store, seeds=options.seeds, workers=options.workers)  # type: ignore[arg-type]
+        run_missing(todo, rows, run, store, seeds=options.seeds, workers=options.workers)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
