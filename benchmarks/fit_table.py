@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.true_outlines import write
@@ -23,8 +23,11 @@ MODELS = {
 }
 
 
-def rows(family: str, folder: Path) -> Iterator[str]:
-    """A line of the table for each card."""
+CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
+
+
+def rows(family: str, folder: Path, more: Sequence[str] = ()) -> Iterator[str]:
+    """A line of the table for each card. more: further words of the command line."""
     from PIL import Image
 
     from library import log
@@ -43,6 +46,7 @@ def rows(family: str, folder: Path) -> Iterator[str]:
         *("--pretrained_model_name_or_path", str(write(folder / family, family.partition("-")[0]))),
         *("--train_data_dir", str(images.parent), "--output_dir", str(folder / "out"), "--resolution", str(side)),
         *("--network_dim", "16", "--learning_rate", "1e-4", "--seed", "1", "--gpu_memory", "24GB"),
+        *more,
     ]
     with log.errors_only():
         plan = make_plan(parse(words))
@@ -65,12 +69,13 @@ def rows(family: str, folder: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=MODELS, action="append")
+    parser.add_argument("--cached_text", action="store_true", help="texts are cached, and text encoders not trained")
     options = parser.parse_args()
     print("| model | card | `--fit` sets | largest moment | time of a step |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for family in options.only or MODELS:
-            for row in rows(family, Path(folder)):
+            for row in rows(family, Path(folder), CACHED if options.cached_text else ()):
                 print(row, flush=True)
 
 

@@ -38,13 +38,19 @@ def fuse(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Tens
     modules = by_module(tensors)
     for name, group in members(sites).items():
         own = [modules.get(site.name, {}) for site in group]
-        if any(own) and all(not one or _PAIR <= one.keys() <= _PLAIN for one in own):
+        if can_fuse(own):
             modules = {key: value for key, value in modules.items() if key not in {site.name for site in group}}
-            modules[name] = _fused(own, [site.module.weight.shape[0] for site in group])
+            modules[name] = fuse_pairs(own, [site.module.weight.shape[0] for site in group])
     return {f"{name}.{end}": tensor for name, own in modules.items() for end, tensor in own.items()}
 
 
-def _fused(pairs: list[dict[str, Tensor]], rows: list[int]) -> dict[str, Tensor]:
+def can_fuse(pairs: list[dict[str, Tensor]]) -> bool:
+    """Whether these are low-rank pairs, some of which may be empty."""
+    return any(pairs) and all(not one or _PAIR <= one.keys() <= _PLAIN for one in pairs)
+
+
+def fuse_pairs(pairs: list[dict[str, Tensor]], rows: list[int]) -> dict[str, Tensor]:
+    """One pair of these, of which `up` has that many rows; an empty one adds nothing."""
     given = [pair for pair in pairs if pair]
     ranks = [pair["lora_down.weight"].shape[0] if pair else 0 for pair in pairs]
     scales = {_scale(pair) for pair in given}

@@ -33,10 +33,10 @@ from library.errors import UserError
 from library.files.json_text import Config, parse_json
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
-from library.models.checkpoints.flux_names import members_of, original_name
+from library.models.checkpoints.flux_names import group_of, members_of, original_name
 from networks import kinds
 from networks.formats import forms
-from networks.formats.fused import split_pair
+from networks.formats.fused import can_fuse, fuse_pairs, split_pair
 from networks.load_report import by_module
 from networks.magnitude import DORA_SCALE
 
@@ -220,9 +220,24 @@ def in_names_of(
     """Tensors in kohya's names under those of `naming`, and the metadata that go with them. Raises UserError for what
     has no such names."""
     if naming == "kohya":
-        return dict(tensors), {}
+        return _with_fused_layers(tensors), {}
     converted = to_diffusers(tensors, source=source)
     return converted, {CONFIG_KEY: json.dumps(_diffusers_config(converted), sort_keys=True)}
+
+
+def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layers of FLUX.1 that are one in kohya's files as one; those that have no low-rank pair stay by themselves."""
+    modules, prefix = by_module(tensors), "lora_unet_"
+    groups = dict(filter(None, (group_of(name.removeprefix(prefix)) for name in modules)))
+    for fused, members in groups.items():
+        own = {prefix + key: modules.get(prefix + key, {}) for key in members}
+        if not can_fuse(list(own.values())):
+            continue
+        sizes = zip(own.values(), members.values(), strict=True)
+        width = next(len(pair["lora_up.weight"]) // member.rows for pair, member in sizes if pair)
+        pair = fuse_pairs(list(own.values()), [width * member.rows for member in members.values()])
+        modules = {name: other for name, other in modules.items() if name not in own} | {prefix + fused: pair}
+    return {f"{name}.{end}": tensor for name, own in modules.items() for end, tensor in own.items()}
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:

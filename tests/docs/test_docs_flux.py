@@ -40,7 +40,7 @@ def test_every_command_trains(command: list[str], tiny_flux: Path, tmp_path: Pat
 
 def test_the_options_that_are_named_exist() -> None:
     assert COMMANDS
-    flags_of_prompts_and_tools = {"to", "g", "l", "n", "only"}
+    flags_of_prompts_and_tools = {"to", "g", "l", "n", "only", "cached_text"}
     named = set(re.findall(r"--(?:no-)?(\w+)", PAGE)) - flags_of_prompts_and_tools
     assert named <= declared_options().keys()
 

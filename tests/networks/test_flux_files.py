@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import difference, lora, lora_from_file, randomize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.models.checkpoints.flux_names import fused_name, fused_place, original_name
@@ -20,6 +20,7 @@ from networks.files import read
 from networks.formats.fused import fuse
 from networks.formats.naming import to_diffusers
 from networks.sites import find_sites
+from networks.tools.convert import convert
 from tests import tiny_flux as tiny
 
 TOKENS = 16
@@ -126,6 +127,33 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
             flux.components[name] = module
     for now, before in zip(found, expected, strict=True):
         assert difference(now, before) < BOUND
+
+
+def test_conversion_goes_both_ways(flux: Any, tmp_path: Path) -> None:
+    """From kohya's fused layers to diffusers' single ones, and back; also of some layers alone."""
+    trained(flux, tmp_path / "kohya.safetensors", "kohya")
+    convert(tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors", to="diffusers")
+    convert(tmp_path / "diffusers.safetensors", tmp_path / "again.safetensors", to="kohya")
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "again"))
+    assert before.keys() == after.keys()
+    for key in before:
+        if key.endswith("lora_up.weight"):  # diffusers' names have no alpha: the scale went into these
+            scale = before[key.replace("lora_up.weight", "alpha")] / before[key].shape[1]
+            torch.testing.assert_close(after[key], before[key] * scale, rtol=1e-6, atol=0)
+    some = {
+        key: tensor
+        for key, tensor in load_file(tmp_path / "diffusers.safetensors").items()
+        if "single_transformer_blocks.0.attn.to_v" in key
+    }
+    save_file(some, tmp_path / "some.safetensors")
+    convert(tmp_path / "some.safetensors", tmp_path / "one.safetensors", to="kohya")
+    one = load_file(tmp_path / "one.safetensors")
+    up = one["lora_unet_single_blocks_0_linear1.lora_up.weight"]
+    width = tiny.WIDTH
+    assert up.shape == (7 * width, 3)
+    assert not up[: 2 * width].any()
+    assert up[2 * width : 3 * width].any()
+    assert not up[3 * width :].any()
 
 
 def _true_network() -> tuple[dict[str, Tensor], Any]:

@@ -160,3 +160,24 @@ def members_of(flat: str) -> tuple[Member, ...]:
         return ()
     root = f"{_ROOTS[match['kind']]}.{match['i']}"
     return tuple(one._replace(path=f"{root}.{one.path}") for one in _RESTS[match["kind"]].get(match["rest"], ()))
+
+
+_GROUPS = {
+    kind: {
+        member.name.replace(".", "_"): (fused.replace(".", "_"), members)
+        for fused, members in table.items()
+        for member in members
+    }
+    for kind, table in _FUSED.items()
+}
+
+
+def group_of(flat: str) -> tuple[str, dict[str, Member]] | None:
+    """The fused layer that a key such as "double_blocks_0_img_attn_to_q" is a member of, and all of its members, in
+    their order, by their keys; None for another key."""
+    match = _FLAT.fullmatch(flat)
+    group = _GROUPS[match["kind"]].get(match["rest"]) if match else None
+    if match is None or group is None:
+        return None
+    block, (fused, members) = f"{match['kind']}_blocks_{match['i']}", group
+    return f"{block}_{fused}", {f"{block}_{member.name.replace('.', '_')}": member for member in members}
