@@ -105,7 +105,7 @@ def rows(section: str) -> dict[str, list[str]]:
 
 def test_the_curves() -> None:
     found = rows("Curves of the weight decay")
-    assert len(found) == 8
+    assert len(found) == 7
     for name, (held, factor, least, end, rate) in found.items():
         said = values(name)
         assert (int(held), float(factor)) == (said["wd_transition_steps"], said["wd_decay_factor"])
