@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -67,6 +68,15 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_sdxl import write
 
     return write(tmp_path_factory.mktemp("tiny_sdxl"))
+
+
+@pytest.fixture(autouse=True)
+def logs_are_heard() -> Iterator[None]:
+    """A test that leaves warnings switched off would have later ones fail."""
+    yield
+    left_off = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
+    assert not left_off, "this test leaves logging.disable on"
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from library.models.checkpoints.flux_files import open_flux, t5_tokenizer, with_
 from library.models.checkpoints.flux_names import block_number, fused_name, fused_place, original_name
 from library.models.components import PartKind
 from library.models.family import AdapterTargets, ModelFamily, Rendering
-from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE
+from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE, with_scaling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +54,7 @@ _T5_LINEAR = re.compile(
 _TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}  # and the options that name their files
 _PATCH = 2  # latent cells of a token's side
 _CLIP_TOKENS, _T5_TOKENS = 75, {True: 512, False: 256}  # of T5 by whether the model is told a guidance (dev)
+_SCALING = 0.3611  # of the latents
 _EXPECTED = {"unet": 494, "text_encoder": 72}  # of the true size
 
 
@@ -115,6 +116,7 @@ class Flux1(ModelFamily):
         if vae or ae:
             base = with_autoencoder(base, vae or ae or "", option="ae" if ae else "vae")
         _refuse_missing(base)
+        base = with_scaling(base, default=_SCALING)
         super().__init__(base, vae=vae or ae)
         self._base, self._config = base, base.parts["denoiser"].config
         self._tokenizer_2 = t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2

@@ -14,11 +14,7 @@ from tests.conftest import ROOT
 
 PARTS = [
     pytest.param("sdxl,optimizers", id="some"),
-    pytest.param(
-        "sd15,sd15_four,sdxl_stored,sdxl_float8,computed,start,encoding,workers",
-        marks=pytest.mark.slow,
-        id="the others",
-    ),
+    pytest.param("sd15,sd15_four,sdxl_stored,sdxl_float8,computed,start,encoding,workers", id="the others"),
 ]
 
 
@@ -37,6 +33,7 @@ def run(module: str, folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS)
 def test_every_part_gives_its_rows(tmp_path: Path, parts: str) -> None:
     words = ("--work", str(tmp_path / "work"), "--parts", parts, "--seconds", "1e6")

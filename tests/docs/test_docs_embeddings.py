@@ -41,6 +41,7 @@ def run(command: str, *more: str) -> None:
     forget_accelerator()
 
 
+@pytest.mark.slow
 def test_the_commands_train_what_the_page_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ def delta(file: Path) -> float:
     return sum(float((up @ downs[key]).square().sum()) for key, up in ups.items()) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_changes_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Steps of Adam have the same size whatever the loss; how far they lead tells whether they are all one way."""
     from train_network import main

@@ -119,12 +119,13 @@ def test_the_curves() -> None:
 
 def test_the_presets_for_stable_diffusion() -> None:
     found = rows("For Stable Diffusion")
-    assert len(found) == 8
+    assert len(found) == 9
     for name, (_, sizes, rates, optimizer, _) in found.items():
         said = values(name)
         assert sizes == f"{said['network_dim']}, {said['network_alpha']}"
         alone = "transformer only" if name.startswith("flux") else "UNet only"
-        text_rate = alone if said.get("network_train_unet_only") else said["text_encoder_lr"]
+        implied = name == "slider"  # by its prompts
+        text_rate = alone if implied or said.get("network_train_unet_only") else said["text_encoder_lr"]
         unet, _, text = rates.partition(", ")
         assert [float(unet), text if text == alone else float(text)] == [said["learning_rate"], text_rate]
         assert optimizer.startswith(str(said["optimizer_type"]))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from library.record import metrics
+from library.run import build
 from library.training import divergence, loop, state
 from library.training.hooks import guard
 from library.training.hooks.lr_schedule import LrSchedule
@@ -24,7 +25,7 @@ Train = Callable[..., int]
 
 def break_at(monkeypatch: pytest.MonkeyPatch, *calls: int, of: str = "loss") -> None:
     """The batches of these numbers, counted from 1 as they come, give NaN as their loss, or as their gradient."""
-    real, count = loop.batch_loss, 0
+    real, count = build.batch_loss, 0
 
     def broken(*arguments: Any, **settings: Any) -> BatchLoss:
         nonlocal count
@@ -38,7 +39,7 @@ def break_at(monkeypatch: pytest.MonkeyPatch, *calls: int, of: str = "loss") -> 
         wrong = math.inf if of == "infinity" else math.nan
         return found._replace(loss=found.loss * wrong, per_sample=found.per_sample * wrong)
 
-    monkeypatch.setattr(loop, "batch_loss", broken)
+    monkeypatch.setattr(build, "batch_loss", broken)
 
 
 def final_state(tmp_path: Path) -> dict[str, Any]:

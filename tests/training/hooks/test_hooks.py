@@ -190,14 +190,14 @@ def test_a_state_with_a_hook_that_the_run_lacks(
 
 
 def test_a_rollback_puts_hooks_back(train: Train, tally: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch) -> None:
-    hook, real, calls = tally(), loop.batch_loss, Counter[str]()
+    hook, real, calls = tally(), build.batch_loss, Counter[str]()
 
     def broken(*arguments: Any, **settings: Any) -> BatchLoss:
         calls["batch"] += 1
         found = real(*arguments, **settings)
         return found._replace(loss=found.loss * torch.nan) if calls["batch"] == 4 else found
 
-    monkeypatch.setattr(loop, "batch_loss", broken)
+    monkeypatch.setattr(build, "batch_loss", broken)
     assert train("--on_divergence", "rollback", "--save_every_n_steps", "2") == 0
     # 8 images had been seen: the guard remembers step 2, before the hooks behind it are told to save
     assert [moment for moment in hook.moments if "back" in moment and "backward" not in moment] == ["back to 2 with 4"]

@@ -19,6 +19,7 @@ from library.diffusion.ddpm import DDPM
 from library.errors import UserError
 from library.record.metrics import lines
 from library.record.validation_history import Validation
+from library.run import build
 from library.training import loop
 from library.training.hooks import monitor
 from library.training.meter import BINS, Meter
@@ -39,7 +40,7 @@ def steps_of(folder: Path, name: str = "test") -> list[dict[str, Any]]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each step really did, seen from outside: weights before and after, losses and timesteps of the samples."""
     steps: list[dict[str, Any]] = []
-    one_step, one_batch = loop.optimizer_step, loop.batch_loss
+    one_step, one_batch = loop.optimizer_step, build.batch_loss
 
     def weights(run: loop.Run) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in run.parameters])
@@ -58,7 +59,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return found
 
     monkeypatch.setattr(loop, "optimizer_step", spied_step)
-    monkeypatch.setattr(loop, "batch_loss", spied_batch)
+    monkeypatch.setattr(build, "batch_loss", spied_batch)
     return steps
 
 
