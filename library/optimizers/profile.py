@@ -11,7 +11,6 @@ of the machine affect all alike; the ratio is the median over the rounds of time
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from library import log
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.files.index import read_index
@@ -135,17 +135,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20, help="steps of each that are measured (default: 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: the GPU)")
     given = parser.parse_args(argv)
-    logging.getLogger("library").setLevel(logging.ERROR)
     try:
-        named = parameters_of(given.file, torch.device(given.device))
-        chosen = contenders(given.optimizer)
+        with log.errors_only():
+            _report(given.file, given.optimizer, torch.device(given.device), rounds=max(1, given.rounds))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    numbers = sum(parameter.numel() for _, parameter in named)
-    print(f"{given.file}: {len(named)} tensors, {numbers:,} numbers; {max(1, given.rounds)} rounds on {given.device}\n")
-    print(table(measure(named, chosen, rounds=max(1, given.rounds))))
     return 0
+
+
+def _report(file: Path, further: Sequence[str], device: torch.device, *, rounds: int) -> None:
+    named = parameters_of(file, device)
+    chosen = contenders(further)
+    numbers = sum(parameter.numel() for _, parameter in named)
+    print(f"{file}: {len(named)} tensors, {numbers:,} numbers; {rounds} rounds on {device}\n")
+    print(table(measure(named, chosen, rounds=rounds)))
 
 
 if __name__ == "__main__":
