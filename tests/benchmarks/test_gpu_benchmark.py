@@ -54,6 +54,7 @@ def test_every_part_gives_its_rows(tmp_path: Path, parts: str) -> None:
     assert json.loads((tmp_path / "out" / "gpu.json").read_text(encoding="utf-8")) == found
 
 
+@pytest.mark.slow
 def test_one_command_writes_all_into_one_folder(tmp_path: Path) -> None:
     """Of the benchmark nothing is begun, for its time is over."""
     said = run("benchmarks.on_gpu", tmp_path, "benchmark", "--seconds", "-1")

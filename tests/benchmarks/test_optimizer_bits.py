@@ -11,6 +11,7 @@ from library.optimizers.custom_adamw import native
 from library.optimizers.custom_adamw.techniques import tam
 
 
+@pytest.mark.slow
 def test_it_is_repeatable_and_sees_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         native.library()

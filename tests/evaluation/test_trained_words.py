@@ -68,6 +68,7 @@ def test_a_prompt_with_the_word_draws_what_its_vectors_mean(
     assert not np.array_equal(letters[0], base)
 
 
+@pytest.mark.slow
 def test_captions_with_the_word_are_measured_with_its_vectors(
     trained: Trained, files: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_groups_with_one_curve_share_a_line() -> None:
     assert values == [step - 1 for step in steps]
 
 
+@pytest.mark.slow
 def test_a_dry_run_draws_what_the_run_then_does(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

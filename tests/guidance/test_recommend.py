@@ -234,6 +234,7 @@ def test_a_small_card_gets_what_fit_would_set(
     assert {name: value for lever in chosen.levers for name, value in lever.changes.items()} == added
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_it_says_so(
     train: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

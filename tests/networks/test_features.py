@@ -82,6 +82,7 @@ def test_a_run_with_everything_is_resumed_with_the_same_bits(kind: str, train: A
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())  # one seed, one program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY)
 def test_its_file_starts_another_run_and_is_merged_into_an_8_bit_base(kind: str, train: Any, tmp_path: Path) -> None:
     computed = ("--mixed_precision", "bf16", "--max_train_steps", "2")

@@ -140,6 +140,7 @@ class CountingLane:
         """The copy is done."""
 
 
+@pytest.mark.slow
 def test_the_needs_of_a_run_have_what_its_steps_keep_on_the_host(planned: Planned) -> None:
     """On the device at most three of the inputs are left: the one in use, and two on their way."""
     plan = planned(*OFFLOADED, "--blocks_to_swap", "50%")

@@ -57,6 +57,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_flux: Trai
     assert same(weights(tmp_path, "whole"), weights(tmp_path, "part"))
 
 
+@pytest.mark.slow
 def test_what_is_cached_changes_nothing(train_flux: Train, tmp_path: Path) -> None:
     common = ("--network_train_unet_only", "--max_train_steps", "2", "--apply_t5_attn_mask")
     disk = ("--cache_text_encoder_outputs_to_disk", "--cache_latents_to_disk")

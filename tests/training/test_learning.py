@@ -55,6 +55,7 @@ def test_the_held_out_loss_of_the_style_falls(tmp_path, monkeypatch):
     assert change_of_loss(IMAGES / "train", tmp_path, monkeypatch) < -0.10
 
 
+@pytest.mark.slow
 def test_it_does_not_fall_by_training_on_the_bases_own_style(tmp_path, monkeypatch):
     """The control: the same things, drawn as the base knows them. What falls is the style, not the loss of anything."""
     assert change_of_loss(BASE_STYLE_IMAGES, tmp_path, monkeypatch) > -0.02

@@ -204,6 +204,7 @@ def test_a_resumed_slider_has_the_bits_of_an_unbroken_one(
     assert [line["loss"] for line in steps(tmp_path, "whole")] == [line["loss"] for line in steps(tmp_path, "broken")]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_computed_again_at_the_batchs_multiplier(train: Train, tmp_path: Path) -> None:
     """Up to the order of sums: at another multiplier the gradient of lora_down would have another sign."""
     for name, words in (("plain", ()), ("checkpoints", ("--gradient_checkpointing",))):
@@ -214,6 +215,7 @@ def test_checkpoints_are_computed_again_at_the_batchs_multiplier(train: Train, t
         torch.testing.assert_close(again[key], plain[key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_prompts_are_another_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--save_every_n_steps", "1", "--save_state") == 0
     forget_accelerator()
@@ -269,6 +271,7 @@ def test_sdxl(words: str, tiny_sdxl: Path, train: Train, tmp_path: Path) -> None
     assert (tmp_path / "out" / "test-slider.png").exists()
 
 
+@pytest.mark.slow
 def test_stable_diffusion_2(train: Train, tmp_path: Path) -> None:
     """Velocity, Linear projections, another text encoder."""
     base = str(tiny_sd2.write(tmp_path / "base"))
