@@ -183,6 +183,7 @@ def test_the_card(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     assert card_of(options) == Card("Some GPU", 8 * 2**30, 4 * 2**30, context=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_fit(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line: chosen, logged, trained with, and resumed with."""
     words = ("--no-cache_latents", "--save_state_on_train_end")

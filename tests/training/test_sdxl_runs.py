@@ -252,6 +252,7 @@ def test_what_does_not_fit_the_family_is_told_before_images_are_encoded(train_sd
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_names_the_format_and_counts_its_bits(train_sdxl, capsys):
     def weights_in_bits(said, *words):
         assert train_sdxl("--dry_run", "--mixed_precision", "bf16", *CACHED, *words) == 0

@@ -31,9 +31,8 @@ def reference() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(
-    ("steps", "settled", "every"), [(90, 45, "15"), pytest.param(2000, 200, "25", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "settled", "every"), [(90, 45, "15"), (2000, 200, "25")])
 def test_memory_and_time_stay(
     steps: int, settled: int, every: str, train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
