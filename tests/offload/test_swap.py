@@ -58,7 +58,7 @@ ALL = ("--blocks_to_swap", "100%")
                 *(("fp32", "100%", False), ("fp32", "5", True), ("bf16", "50%", False), ("bf16", "100%", True)),
                 *((format, "100%", False) for format in FORMATS),
             ],
-            ("bf16", "100%", True),
+            ("fp32", "5", True),
             ("nf4", "100%", False),
         ),
     ],
