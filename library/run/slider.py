@@ -42,34 +42,9 @@ def datasets_of(settings: Sequence[Setting], options: Options) -> tuple[DatasetS
             max_bucket_reso=options.data.max_bucket_reso,
             bucket_reso_steps=options.data.bucket_reso_steps,
             bucket_no_upscale=False,
-            subsets=(_subset(file, setting.place),),
+            subsets=(SubsetSpec(image_dir=file, origin=setting.place),),
         )
         for setting in settings
-    )
-
-
-def _subset(file: Path, place: str) -> SubsetSpec:
-    return SubsetSpec(
-        image_dir=file,
-        is_reg=False,
-        num_repeats=1,
-        caption_extension="",
-        class_tokens=None,
-        shuffle_caption=False,
-        caption_separator=",",
-        keep_tokens=0,
-        keep_tokens_separator="",
-        secondary_separator=None,
-        enable_wildcard=False,
-        caption_prefix=None,
-        caption_suffix=None,
-        caption_dropout_rate=0.0,
-        caption_dropout_every_n_epochs=0,
-        caption_tag_dropout_rate=0.0,
-        token_warmup_min=1,
-        token_warmup_step=0.0,
-        flip_aug=False,
-        origin=place,
     )
 
 

@@ -22,7 +22,7 @@ from library.gpu import to_device
 from library.losses.slider import slider_target
 from library.losses.term import total
 from library.rng import python_random
-from library.training.step import BatchLoss, Objective
+from library.training.step import BatchLoss, Objective, tell_noise
 
 if TYPE_CHECKING:
     from library.data.dataset import Batch
@@ -71,11 +71,7 @@ class SliderLoss:
         assert isinstance(batch, PromptBatch)
         setting, process, conditions = batch.setting, objective.process, partial(_condition, batch, family, device)
         count = denoising_steps(seed, batch.samples[0], self.steps)
-
-        def told(level_B: Tensor) -> None:
-            if at_noise is not None:
-                at_noise(process.bin_of(level_B, objective.steps[1]) / objective.steps[1])
-
+        told = partial(tell_noise, at_noise, process)
         latents = _noise(batch, family, objective, seed, device)
         with torch.no_grad():
             with self.network.at(setting.multiplier), _evaluating(self.network):

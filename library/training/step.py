@@ -109,6 +109,12 @@ def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, tra
     )
 
 
+def tell_noise(at_noise: Callable[[Tensor], None] | None, process: Process, level_B: Tensor) -> None:
+    """Tell a network that wants it the noise of each sample. `at_noise`: as `TrainableNetwork` has it."""
+    if at_noise is not None:
+        at_noise(process.bin_of(level_B, process.steps) / process.steps)
+
+
 def batch_loss(
     batch: Batch,
     family: ModelFamily,
@@ -124,9 +130,7 @@ def batch_loss(
     noise, added_noise = draw_noise(objective.noise, latents, seed, batch.samples)
     height, width = latents.shape[-2:]
     level = objective.levels(seed, batch.samples, (height, width))
-    if at_noise is not None:
-        steps = objective.process.steps
-        at_noise(objective.process.bin_of(level, steps) / steps)
+    tell_noise(at_noise, objective.process, level)
     condition = condition_of(batch, family, device, train_text=train_text)
     seen = predict_and_target(
         objective.process, family.predict, latents, noise, level, condition, added_BCHW=added_noise

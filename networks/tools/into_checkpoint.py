@@ -30,7 +30,7 @@ from networks.adapter import OnWeight
 from networks.create import create_to_merge
 from networks.load_report import check_loaded, some_names
 from networks.lora import LoRA
-from networks.tools.low_rank import Factors, factors_of
+from networks.tools.low_rank import factors_of
 from networks.tools.result import MADE_FROM
 
 if TYPE_CHECKING:
@@ -178,13 +178,9 @@ def _is_product(share: _Share) -> bool:
     return type(share.adapter) is LoRA and share.adapter.form.axis is None
 
 
-def _factors(share: _Share) -> Factors:
-    return factors_of(share.in_fp32())
-
-
 def _added_to_rows(shares: Sequence[_Share]) -> RowChange:
     """As `_added`, for plain LoRAs: products of rows of `up`."""
-    products = [(_factors(share), share.weight) for share in shares]
+    products = [(factors_of(share.in_fp32()), share.weight) for share in shares]
 
     def change(rows: Tensor, start: int) -> None:
         for factors, weight in products:
@@ -197,8 +193,8 @@ def _added(shares: Sequence[_Share], leaf: str, weight: Tensor) -> Tensor:
     """One file after the other, each with its weight as the multiplier, as programs load them."""
     for share in shares:
         if leaf == "weight" and _is_product(share):
-            factors = _factors(share)  # one product, into the weight: the difference itself never exists
-            matrix = weight.reshape(len(weight), -1).addmm_(factors.up, factors.down, alpha=share.weight)
+            matrix = weight.reshape(len(weight), -1)  # the difference itself never exists
+            _added_to_rows([share])(matrix, 0)
             weight = matrix.view(weight.shape)
             continue
         share.adapter.multiplier = share.weight

@@ -23,28 +23,7 @@ def train_images() -> Path:
 
 @pytest.fixture
 def subset(tmp_path: Path) -> Callable[..., SubsetSpec]:
-    plain = SubsetSpec(
-        image_dir=tmp_path,
-        is_reg=False,
-        num_repeats=1,
-        caption_extension=".txt",
-        class_tokens=None,
-        shuffle_caption=False,
-        caption_separator=",",
-        keep_tokens=0,
-        keep_tokens_separator="",
-        secondary_separator=None,
-        enable_wildcard=False,
-        caption_prefix=None,
-        caption_suffix=None,
-        caption_dropout_rate=0.0,
-        caption_dropout_every_n_epochs=0,
-        caption_tag_dropout_rate=0.0,
-        token_warmup_min=1,
-        token_warmup_step=0.0,
-        flip_aug=False,
-        origin="data.toml, subset 1",
-    )
+    plain = SubsetSpec(image_dir=tmp_path, caption_extension=".txt", origin="data.toml, subset 1")
     return lambda **changes: replace(plain, **changes)
 
 

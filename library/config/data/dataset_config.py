@@ -39,30 +39,30 @@ Values = dict[str, Any]  # each in the type of its key: see `check_key`
 class SubsetSpec:
     """One folder of images, or one metadata file. `origin` begins each message about it: the file and place that
     define it. With a `metadata_file`, `image_dir` is where the relative paths in it begin. `prior`: "base", "previous"
-    or ""; see `library.losses.preservation`.
+    or ""; see `library.losses.preservation`. The defaults change nothing in images and captions.
     """
 
     image_dir: Path
     metadata_file: Path | None = None
-    is_reg: bool
-    num_repeats: int
+    is_reg: bool = False
+    num_repeats: int = 1
     share: float | None = None
-    caption_extension: str
-    class_tokens: str | None
-    shuffle_caption: bool
-    caption_separator: str
-    keep_tokens: int
-    keep_tokens_separator: str
-    secondary_separator: str | None
-    enable_wildcard: bool
-    caption_prefix: str | None
-    caption_suffix: str | None
-    caption_dropout_rate: float
-    caption_dropout_every_n_epochs: int
-    caption_tag_dropout_rate: float
-    token_warmup_min: int
-    token_warmup_step: float
-    flip_aug: bool
+    caption_extension: str = ""
+    class_tokens: str | None = None
+    shuffle_caption: bool = False
+    caption_separator: str = ","
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0.0
+    flip_aug: bool = False
     color_aug: bool = False
     random_crop: bool = False
     face_crop_aug_range: tuple[float, float] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,36 +60,14 @@ class Pictures(Hook[Run]):
             history = None if validator is None else validator.history
             loss_plot.plot(path, run.losses, steps_per_epoch=steps_per_epoch, title=title, validation=history)
             logger.info("drew %s", path)
-        if path := self._paths.get("compare"):
-            self._load_vae(run)
-            with run.weights_for("sample"):
-                render.compare(
-                    path,
-                    run.family,
-                    self._encode,
-                    run.network.off,
-                    self._prompts,
-                    size=self._size,
-                    steps=self._steps,
-                    seed=run.seed,
-                    what=self._what,
-                )
-            logger.info("drew %s", path)
-        if path := self._paths.get("slider"):
-            self._load_vae(run)
-            with run.weights_for("sample"):
-                render.strengths(
-                    path,
-                    run.family,
-                    self._encode,
-                    run.network.at,
-                    self._moved,
-                    size=self._size,
-                    steps=self._steps,
-                    seed=run.seed,
-                )
-            logger.info("drew %s", path)
-
-    def _load_vae(self, run: Run) -> None:
-        if "vae" not in run.family.components:
-            run.family.components.load("vae", self._vae_dtype, run.accelerator.device)
+        drawn = {
+            "compare": partial(render.compare, without=run.network.off, prompts=self._prompts, what=self._what),
+            "slider": partial(render.strengths, at=run.network.at, prompts=self._moved),
+        }
+        for kind, draw in drawn.items():
+            if path := self._paths.get(kind):
+                if "vae" not in run.family.components:
+                    run.family.components.load("vae", self._vae_dtype, run.accelerator.device)
+                with run.weights_for("sample"):
+                    draw(path, run.family, self._encode, size=self._size, steps=self._steps, seed=run.seed)
+                logger.info("drew %s", path)
