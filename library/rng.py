@@ -1,4 +1,4 @@
-"""Random draws by key.
+"""Random draws by key, and networks without any.
 
 Every draw is a pure function of its key, usually (seed, epoch, repeat, sample, purpose), and never comes from a
 running stream. So the result depends neither on the number of workers or processes nor on where a run was resumed.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Key = int | float | str | bool | None
 
@@ -45,3 +48,14 @@ def uniform() -> float:
 
     draw = torch.rand(())
     return draw.item() if type(draw) is torch.Tensor else 1 - 2**-24
+
+
+@contextmanager
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """A context in which a network is as it is used: for pictures and measurements between the steps of training."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)

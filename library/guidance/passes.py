@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from library import log
+from library import log, rng
 from library.diffusion.process import predict_and_target
 from library.guidance.autocast import gpu_autocast
 from library.guidance.estimate import parameter_bytes, peak_of
@@ -105,8 +105,6 @@ class Outlined:
         """One forward pass without gradients, as in validation and sampling."""
         process = self.family.process
         cached, latents = self.texts(count), self.latents(size, count)
-        training = self.network.training
-        self.network.eval()
 
         def work(fake: Fake) -> None:
             with self.autocast(), torch.no_grad():
@@ -114,10 +112,8 @@ class Outlined:
                 level = fake(process.at(torch.zeros(count, dtype=torch.long)))
                 self.family.predict(fake(latents), level, condition)
 
-        try:
+        with rng.without_dropout(self.network):
             return self._peak(work)
-        finally:
-            self.network.train(training)
 
     def encode_images(self, size: Size, count: int) -> int:
         return self._peak(lambda fake: self.family.encode_images(fake(_pixels(size, count))))

@@ -135,13 +135,11 @@ class Sampling:
         lacks_vae = "vae" not in parts
         if lacks_vae:
             parts.load("vae", self.vae_dtype, self.device)
-        training = self.network.training
-        self.network.eval()  # no dropout
         try:
-            with kept_random_state(self.device):  # a third party's network may draw random numbers
+            # a third party's network may draw random numbers
+            with rng.without_dropout(self.network), kept_random_state(self.device):
                 self._draw(step, moment)
         finally:
-            self.network.train(training)
             if lacks_vae:
                 parts.release("vae")
 

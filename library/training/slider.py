@@ -5,8 +5,7 @@ Gandikota et al. 2023: Erasing Concepts from Diffusion Models, arXiv 2303.07345;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from library.diffusion.process import Predict, Predicted, Process
 from library.gpu import to_device
 from library.losses.slider import slider_target
 from library.losses.term import total
-from library.rng import python_random
+from library.rng import python_random, without_dropout
 from library.training.step import BatchLoss, Objective, tell_noise
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class SliderLoss:
         told = partial(tell_noise, at_noise, process)
         latents = _noise(batch, family, objective, seed, device)
         with torch.no_grad():
-            with self.network.at(setting.multiplier), _evaluating(self.network):
+            with self.network.at(setting.multiplier), without_dropout(self.network):
                 latents = self._denoised(latents, count, process, family.predict, conditions, batch, told)
             level = level_after(process, count, self.steps).expand(len(latents))
             with self.network.off():
@@ -152,14 +151,3 @@ def _target(
         action=setting.action,
         guidance_scale=setting.guidance_scale,
     )
-
-
-@contextmanager
-def _evaluating(network: TrainableNetwork) -> Iterator[None]:
-    """A context without dropout: the latents are those of the pictures that the network makes."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)

@@ -25,6 +25,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from library import rng
 from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
 from library.out_of_memory import during
@@ -124,9 +125,7 @@ def measure(run: Run, earlier: Sequence[TrainingData], *, most_images: int) -> t
     fisher = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in run.parameters]
     total, elements, planned = 0.0, 0, _planned(earlier, most_images)
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    training = run.network.training
-    run.network.eval()  # no dropout
-    try:
+    with rng.without_dropout(run.network):
         for number in bar(range(rank, math.ceil(len(planned) / world) * world, world), desc="ewc", disable=rank > 0):
             # under FSDP all processes run the model equally often: one without an image repeats the last
             data, image = planned[min(number, len(planned) - 1)]
@@ -138,8 +137,6 @@ def measure(run: Run, earlier: Sequence[TrainingData], *, most_images: int) -> t
                         if parameter.grad is not None:
                             mean += (parameter.grad.float() / scale).square()
                 run.optimizer.zero_grad(set_to_none=True)
-    finally:
-        run.network.train(training)
     count = len(planned) * DRAWS
     sums = torch.tensor([total, float(elements)], dtype=torch.float64, device=device)
     if world > 1:

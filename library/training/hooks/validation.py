@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from library import rng
 from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
 from library.diffusion.process import Predicted
@@ -137,24 +138,20 @@ def measure(
     mine = [(number, batches[number]) for i in range(each) for number in [min(i * world + rank, len(batches) - 1)]]
     device = run.accelerator.device
     queued: dict[tuple[int, int], Tensor] = {}
-    training = run.network.training
-    run.network.eval()  # no dropout
-    try:
-        with (
-            torch.no_grad(),
-            kept_random_state(device),
-            run.weights_for("validate"),
-            run.accelerator.autocast(),
+    with (
+        rng.without_dropout(run.network),
+        torch.no_grad(),
+        kept_random_state(device),
+        run.weights_for("validate"),
+        run.accelerator.autocast(),
+    ):
+        loaded = data.batches([planned for _, planned in mine], epoch=0, loader=run.loader)
+        for (number, _), batch in zip(
+            mine, bar(loaded, desc="validation", total=len(mine), disable=rank > 0), strict=True
         ):
-            loaded = data.batches([planned for _, planned in mine], epoch=0, loader=run.loader)
-            for (number, _), batch in zip(
-                mine, bar(loaded, desc="validation", total=len(mine), disable=rank > 0), strict=True
-            ):
-                loss = partial(_loss, run.objective.main)
-                of_batch = losses_of_batch(run.family, batch, timesteps, seed=data.seed, device=device, loss=loss)
-                queued |= {(number, t): losses for t, losses in of_batch.items()}
-    finally:
-        run.network.train(training)
+            loss = partial(_loss, run.objective.main)
+            of_batch = losses_of_batch(run.family, batch, timesteps, seed=data.seed, device=device, loss=loss)
+            queued |= {(number, t): losses for t, losses in of_batch.items()}
     found = [(place, losses.tolist()) for place, losses in queued.items()]  # read after everything is queued
     gathered = sorted(dict(gather_object(found)).items())
     by_timestep = {t: [loss for (_, at), losses in gathered if at == t for loss in losses] for t in timesteps}
