@@ -1,5 +1,5 @@
-"""Does CustomAdamW earn its place? LoRA fine-tunes of the shipped base model on the shipped style, judged on images
-that no training saw.
+"""Does CustomAdamW earn its place? LoRA fine-tunes of the shipped base model on the shipped style, and of the
+variants that promise most on another one, judged on images that no training saw.
 
     python -m benchmarks.optimizer_quality             # runs what is missing (hours on two cores), then reports
     python -m benchmarks.optimizer_quality --report    # the table and the plot of what is there
@@ -11,11 +11,12 @@ benchmarks/results/optimizer_quality.csv, so an interrupted study continues wher
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from benchmarks import study
+from benchmarks.adapter_quality import STYLES
 from library.config.registry import Arguments
 
 RESULTS = study.ROOT / "benchmarks" / "results" / "optimizer_quality.csv"
@@ -32,6 +33,7 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {  # switch → its settings worth nami
     "use_tam": ("tam_beta",),
     "use_alora": ("alora_ratio",),
     "dynamic_weight_decay": ("wd_transition_steps",),
+    "orthogonalize": (),
 }
 TITLES = {
     "use_spd": "SPD",
@@ -43,6 +45,7 @@ TITLES = {
     "use_tam": "TAM",
     "use_alora": "ALoRA",
     "dynamic_weight_decay": "dynamic weight decay",
+    "orthogonalize": "Muon",
 }
 ADAMW, NOTHING, SHIPPED = "AdamW", "CustomAdamW, nothing on", "CustomAdamW as shipped"
 # 1000 steps, its default, are more than a run of this study has
@@ -51,12 +54,15 @@ SHORT = {"wd_transition_steps": study.STEPS // 5}
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer with its settings; `settings` are those of CustomAdamW that differ from what is shipped."""
+    """An optimizer with its settings. `settings`: those of CustomAdamW that differ from what is shipped. `words`: more of
+    the command line."""
 
     name: str
     kind: str
     optimizer: str = "CustomAdamW"
     settings: Mapping[str, bool | float] = field(default_factory=dict)
+    style: str = "quickstart"
+    words: tuple[str, ...] = ()
 
     @property
     def techniques(self) -> str:
@@ -72,7 +78,7 @@ class Variant:
 
     @property
     def filed(self) -> tuple[str, ...]:
-        return self.optimizer, self.techniques
+        return self.style, self.optimizer, self.techniques, " ".join(self.words)
 
     @property
     def middle(self) -> float:
@@ -92,7 +98,7 @@ def variants() -> list[Variant]:
     """In the order in which they are run: what decides the defaults first."""
     off: dict[str, bool | float] = dict.fromkeys(TECHNIQUES, False)
     on: dict[str, bool | float] = {switch: True for switch in TECHNIQUES if shipped()[switch]}
-    everything: dict[str, bool | float] = dict.fromkeys(TECHNIQUES, True)
+    everything: dict[str, bool | float] = {**dict.fromkeys(TECHNIQUES, True), "orthogonalize": False}
     # what was on before there was a study
     first: dict[str, bool | float] = {"use_grams": False, "use_orthogonal_grad": False, "alora_ratio": 4.0}
     exclusive = {"use_grams": {"use_cautious": False}}
@@ -120,15 +126,28 @@ def variants() -> list[Variant]:
         Variant("with ALoRA, alora_ratio 4", "added", settings={"use_alora": True, "alora_ratio": 4.0}),
         Variant("all but Grams and ⊥Grad, alora_ratio 4", "whole", settings=everything | first),
         Variant("all but Grams", "whole", settings=everything | {"use_grams": False}),
+        *_on_another_style(off),
     ]
+
+
+def _on_another_style(off: Mapping[str, bool | float]) -> Iterator[Variant]:
+    muon = {**off, "orthogonalize": True}
+    for name, kind, optimizer, settings in (
+        (ADAMW, "peer", ADAMW, {}),
+        (SHIPPED, "whole", "CustomAdamW", {}),
+        ("Muon alone", "whole", "CustomAdamW", muon),
+    ):
+        yield Variant(f"twemoji: {name}", kind, optimizer, settings, style="twemoji")
 
 
 @dataclass(frozen=True)
 class Row:
     """One finished run: see `study.Row`."""
 
+    style: str
     optimizer: str
     techniques: str
+    words: str
     rate: float
     seed: int
     steps: int
@@ -138,17 +157,20 @@ class Row:
 
     @property
     def filed(self) -> tuple[str, ...]:
-        return self.optimizer, self.techniques
+        return self.style, self.optimizer, self.techniques, self.words
 
 
 def run(variant: Variant, rate: float, seed: int) -> Row:
     """One training run, of a LoRA of rank 16."""
     given = [f"{name}={value}" for name, value in variant.settings.items()]
     more = ("--optimizer_type", variant.optimizer, *(("--optimizer_args", *given) if given else ()))
-    outcome = study.train_and_judge(study.STYLE, rate, seed, *NETWORK, *more)
+    outcome = study.train_and_judge(STYLES[variant.style], rate, seed, *NETWORK, *more, *variant.words)
+    style, optimizer, techniques, words = variant.filed
     return Row(
-        optimizer=variant.optimizer,
-        techniques=variant.techniques,
+        style=style,
+        optimizer=optimizer,
+        techniques=techniques,
+        words=words,
         rate=rate,
         seed=seed,
         steps=study.STEPS,

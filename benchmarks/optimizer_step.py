@@ -124,6 +124,8 @@ def contenders() -> dict[str, Make]:
         "**CustomAdamW, defaults, 8-bit** (ours)": ours(optim_bits=8),
         "**CustomAdamW, all but Grams, 32-bit** (ours)": ours(optim_bits=32, **ALL_BUT_GRAMS),
         "**CustomAdamW, all but Grams, 8-bit** (ours)": ours(optim_bits=8, **ALL_BUT_GRAMS),
+        "**CustomAdamW, Muon alone, 32-bit** (ours)": ours(optim_bits=32, **everything_off() | {"orthogonalize": True}),
+        "**CustomAdamW, Muon alone, 8-bit** (ours)": ours(optim_bits=8, **everything_off() | {"orthogonalize": True}),
         "CustomAdamW, defaults, 32-bit, compiled": ours(optim_bits=32, implementation="compiled"),
         "CustomAdamW, defaults, 8-bit, compiled": ours(optim_bits=8, implementation="compiled"),
         "CustomAdamW, defaults, 32-bit, plain torch": ours(optim_bits=32, implementation="eager"),

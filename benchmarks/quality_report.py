@@ -21,15 +21,21 @@ def results(variants: Sequence[Variant], rows: Mapping[study.Key, Row], *, split
     found = (
         study.compare(
             variant,
-            by_name[REFERENCES[variant.kind]],
+            by_name[reference(variant)],
             rows,
             split=split,
             words=VERDICTS.get(variant.kind, ("pays", "does harm")),
         )
         for variant in variants
-        if REFERENCES[variant.kind] in by_name
+        if reference(variant) in by_name
     )
     return [result for result in found if result is not None]
+
+
+def reference(variant: Variant) -> str:
+    """The name of the variant that one is compared with, of the same style."""
+    style, colon, _ = variant.name.rpartition(": ")
+    return style + colon + REFERENCES[variant.kind]
 
 
 def table(found: Sequence[Result], *, split: str) -> str:

@@ -34,6 +34,7 @@ def test_messages_are_on_stderr(tmp_path):
     assert last.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_level_hides_what_is_below_it(tmp_path):
     result = run(tmp_path, "--console_log_level", "ERROR")
     assert "xformers" not in result.stderr
@@ -62,6 +63,7 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.slow
 def test_a_full_disk_below_stderr_changes_nothing(tmp_path):
     """Not even the exit code, which Python would make 120."""
     with open("/dev/full", "w") as full:

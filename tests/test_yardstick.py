@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.quick import quick
 from tests.yardstick.cases import CASES, Case
 from tests.yardstick.measure import Yardstick
 from tests.yardstick.runner import lacks
@@ -17,7 +18,16 @@ def yardstick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yardstick]:
         yield one
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.fast], ids=lambda case: case.name)
+FAST = [case for case in CASES.values() if case.fast]
+LONGER = {  # five seconds and more
+    *("started_from_files", "disk_caches", "samples", "buckets", "from_file", "adafactor", "adamw_8_bits"),
+    *("sdxl_blocks", "sdxl_float8", "schedule_free", "rolled_back"),
+}
+
+
+@pytest.mark.parametrize(
+    "case", quick(FAST, *(case for case in FAST if case.name not in LONGER)), ids=lambda case: case.name
+)
 def test_the_program_does_what_it_did(case: Case, yardstick: Yardstick) -> None:
     if reason := lacks(case):
         pytest.skip(f"needs {reason}")

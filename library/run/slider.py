@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.config.data.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, plain_subset
 from library.config.data.slider_prompts import Setting, check_sizes, read_settings
 from library.errors import UserError, nearest_path
 
@@ -42,7 +42,7 @@ def datasets_of(settings: Sequence[Setting], options: Options) -> tuple[DatasetS
             max_bucket_reso=options.data.max_bucket_reso,
             bucket_reso_steps=options.data.bucket_reso_steps,
             bucket_no_upscale=False,
-            subsets=(SubsetSpec(image_dir=file, origin=setting.place),),
+            subsets=(plain_subset(file, origin=setting.place),),
         )
         for setting in settings
     )

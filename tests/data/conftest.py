@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.config.data.dataset_config import DatasetSpec, SubsetSpec
+from library.config.data.dataset_config import DatasetSpec, SubsetSpec, plain_subset
 
 TRAIN_IMAGES = Path(__file__).parents[2] / "quickstart" / "images" / "train"
 
@@ -23,7 +23,7 @@ def train_images() -> Path:
 
 @pytest.fixture
 def subset(tmp_path: Path) -> Callable[..., SubsetSpec]:
-    plain = SubsetSpec(image_dir=tmp_path, caption_extension=".txt", origin="data.toml, subset 1")
+    plain = plain_subset(tmp_path, origin="data.toml, subset 1", caption_extension=".txt")
     return lambda **changes: replace(plain, **changes)
 
 

@@ -32,6 +32,7 @@ def test_every_command_works(words: list[str], monkeypatch: pytest.MonkeyPatch, 
     assert bool(list(tmp_path.glob("*.safetensors"))) == ("--dry_run" not in words)
 
 
+@pytest.mark.slow
 def test_the_rates_of_loraplus_and_the_layers_that_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

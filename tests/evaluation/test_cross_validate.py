@@ -45,6 +45,7 @@ def words(folder: Path, *more: str) -> list[str]:
     return [*every[:place], *every[place + 2 :], *more]
 
 
+@pytest.mark.slow
 def test_the_parts_are_trained_once_and_averaged(
     image_folder: Path, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_files_act_together_and_the_base_is_restored(
     assert "1 images of noto are in again as well" in said.err
 
 
+@pytest.mark.slow
 def test_more_draws_change_the_noise(trained: Trained, tmp_path: Path) -> None:
     one = evaluate(tmp_path / "1", str(trained.unet), "--images", str(trained.held_out))
     two = evaluate(tmp_path / "2", str(trained.unet), "--images", str(trained.held_out), "--draws", "2")
@@ -130,6 +131,7 @@ def test_help_needs_no_torch() -> None:
     assert "--train_images" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_sdxl_model_and_bf16(tiny_sdxl: Path, image_folder: Path, tmp_path: Path) -> None:
     """Two text encoders, sizes in the condition; the same file at the multiplier 0 is the base, in bf16 too."""
     from library.evaluation import draw

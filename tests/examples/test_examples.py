@@ -49,6 +49,7 @@ def test_a_vision_transformer_learns(preset: str) -> None:
     assert after < before - 0.05
 
 
+@pytest.mark.slow
 def test_a_unet_learns_and_its_lora_is_saved(tmp_path: Path) -> None:
     before, after = train_diffusers_unet.main(["--steps", "30", "--learning_rate", "4e-3", "--save_to", str(tmp_path)])
     assert after < before * 0.99

@@ -124,6 +124,7 @@ def test_rates_by_pattern_are_part_of_the_suggestion() -> None:
     assert not list(find_lr._other_rates({"conv_dim": 4}, 12.345))
 
 
+@pytest.mark.slow
 def test_the_command(train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert train("--max_train_steps", "1") == 0

@@ -217,6 +217,7 @@ def test_what_fits_is_left_alone(advice: Any) -> None:
     assert advice(20) == advice(20, "--gpu_memory", "24GB")
 
 
+@pytest.mark.slow
 def test_a_small_card_gets_what_fit_would_set(
     advice: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

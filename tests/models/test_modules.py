@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 _OPEN = """
@@ -59,6 +61,7 @@ pipeline.unload_lora_weights()
 """
 
 
+@pytest.mark.slow
 def test_diffusers_can_still_load_a_lora_afterwards() -> None:
     printed, _ = _run(_OPEN + _STEP + _LORA_AFTERWARDS)
     assert printed == {"a"}

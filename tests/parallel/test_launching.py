@@ -44,6 +44,7 @@ def launch(what: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_costs_nothing(image_folder: Path, tmp_path: Path) -> None:
     """The launcher ends all as soon as one has ended: the others must wait until the first has saved."""
     done = launch("signals", tmp_path)

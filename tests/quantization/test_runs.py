@@ -66,7 +66,7 @@ def test_the_text_encoder_can_have_another_format(train: Train, monkeypatch: pyt
 @pytest.mark.parametrize("format", quick(FORMATS, "int8"))
 def test_base_weights_are_merged_before_the_weights_are_packed(train: Train, tmp_path: Path, format: str) -> None:
     """The same as if they were in the file of the base already."""
-    words = ("--mixed_precision", "bf16", "--max_train_steps", "2")
+    words = ("--max_train_steps", "2")
     assert train("--output_name", "style", "--learning_rate", "1e-2", *words) == 0
     style = tmp_path / "out" / "style.safetensors"
     merged = tmp_path / "merged"

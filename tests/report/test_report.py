@@ -169,6 +169,7 @@ def test_a_browser_without_network_opens_it_without_an_error(finished, tmp_path)
         assert found["width"][0] <= found["width"][1]  # nothing sticks out to the side
 
 
+@pytest.mark.slow
 def test_it_is_made_anew_from_what_is_there(finished, tmp_path, capsys):
     before = finished.read_text(encoding="utf-8")
     finished.unlink()
@@ -198,6 +199,7 @@ def as_killed(path: Path) -> None:
     path.write_text(json.dumps(table), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_without_records(finished, tmp_path):
     """Its metrics are as they are now: what it is stands in their first line, as sentences. The share of trained
     parameters and the data check, which are younger, are not there."""

@@ -176,6 +176,7 @@ def test_a_signal_saves_what_was_learnt(words, tmp_path, gone):
     assert all(tensor.isfinite().all() for tensor in load_file(newest).values())
 
 
+@pytest.mark.slow
 def test_it_runs_from_another_folder_and_under_spawn(words, tmp_path):
     """Windows starts its workers by importing the program anew; so does this."""
     code = (

@@ -100,6 +100,7 @@ def test_equal_blocks_share_a_graph(made: Made) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_another_size_is_no_other_graph(made: Made, tmp_path: Path) -> None:
     for number, size in enumerate(((64, 96), (96, 64), (128, 64))):
         for name in sorted((IMAGES / "train").glob("*.png"))[2 * number : 2 * number + 2]:

@@ -165,6 +165,7 @@ def test_each_option_changes_the_loss_of_a_noise_model(noise_model):
     assert_each_has_an_effect(losses_of(COMMON + ON_NOISE, BASE, noise_model))
 
 
+@pytest.mark.slow
 def test_each_option_changes_the_loss_of_a_v_model(noise_model, v_folder):
     """The weights were trained for noise, which makes the loss high, no less a function of the options."""
     assert_each_has_an_effect(losses_of(COMMON + ON_V, v_folder, noise_model))

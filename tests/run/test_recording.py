@@ -20,6 +20,7 @@ from library.record.run_file import Record, read
 from library.record.summary import rows
 from library.run.about import recording
 from library.training import loop
+from tests.quick import slow
 from tests.training.test_resume import stop_after
 
 NEEDED = ("--pretrained_model_name_or_path", "x", "--output_dir", "y")
@@ -97,6 +98,7 @@ def test_the_lines_of_the_console_are_the_facts(train, tmp_path, capsys, words):
     assert [tuple(row) for row in read_run(tmp_path / "out" / "test-metrics.jsonl")["summary"]] == list(rows(facts))
 
 
+@pytest.mark.slow
 def test_loras_merged_into_the_base_are_named_with_their_hashes(train, tmp_path):
     from library.files.hashes import sha256
 
@@ -132,7 +134,8 @@ def test_a_stopped_run_and_the_rest_of_it(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "reason"), [(UserError("no room"), 2, "no room"), (ValueError("odd"), None, "ValueError: odd")]
+    ("error", "code", "reason"),
+    [(UserError("no room"), 2, "no room"), slow((ValueError("odd"), None, "ValueError: odd"))],
 )
 def test_a_failed_run(train, tmp_path, monkeypatch, error, code, reason):
     def fail(*_: Any) -> None:

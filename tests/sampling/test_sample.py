@@ -54,6 +54,7 @@ def test_training_does_not_notice_samples(train, tmp_path, prompts):
         assert (over_time[26 : 26 + 64, left : left + 72] == np.asarray(Image.open(path).convert("RGB"))).all()
 
 
+@pytest.mark.slow
 def test_samples_follow_the_steps_of_a_schedule_free_optimizer_with_all_caches(train, tmp_path, prompts):
     """Text encoder and VAE are gone then; the weights that are drawn with are those that are saved."""
     pytest.importorskip("schedulefree")

@@ -143,6 +143,7 @@ def test_skip_cache_check_without_files_says_that_it_does_nothing(train, capsys)
     assert "--skip_cache_check: has no effect" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(train, tmp_path, image_folder, calls):
     """Each encodes its share, both train on all of it."""
     marks = tmp_path / "marks"

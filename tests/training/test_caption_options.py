@@ -82,6 +82,7 @@ def test_the_text_that_is_trained(
     assert set(texts) <= expected
 
 
+@pytest.mark.slow
 def test_the_separator_in_force_is_used_throughout(
     train: Callable[..., int], image_folder: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_weights_change_what_is_learnt(train: Callable[..., int], captioned: Pat
     assert any(not torch.equal(plain[key], weighted[key]) for key in plain)
 
 
+@pytest.mark.slow
 def test_cached_weighted_text_is_the_same(train: Callable[..., int], captioned: Path, tmp_path: Path) -> None:
     common = ("--network_train_unet_only", "--weighted_captions", "--train_batch_size", "1")
     assert train(*common, "--output_name", "fresh") == 0

@@ -30,6 +30,7 @@ def start(words: str) -> torch.Tensor:
     return table[name][family.token_ids(words)].float()
 
 
+@pytest.mark.slow
 def test_an_embedding_alone(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its words, its file, its rate, its samples, its validation, and nothing else."""
     from train_textual_inversion import main

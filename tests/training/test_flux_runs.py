@@ -121,7 +121,7 @@ def test_the_door_is_for_flux_only(capsys: pytest.CaptureFixture[str], image_fol
         ("--dry_run", "--gpu_memory", "24GB"),
         ("--fit", "24GB"),
         ("--recommend",),
-        ("--find_lr", "--find_lr_steps", "20"),
+        pytest.param(("--find_lr", "--find_lr_steps", "20"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

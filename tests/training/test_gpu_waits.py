@@ -63,8 +63,14 @@ def two_steps(run: Run) -> list[Stops]:
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param((*NOISE, "--gradient_accumulation_steps", "2", "--max_grad_norm", "0"), id="noise, not clipped"),
-        pytest.param((*DROPOUT, "--ema_decay", "0.9", "--gradient_checkpointing"), id="dropout, average"),
+        pytest.param(
+            (*NOISE, "--gradient_accumulation_steps", "2", "--max_grad_norm", "0"),
+            id="noise, not clipped",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (*DROPOUT, "--ema_decay", "0.9", "--gradient_checkpointing"), id="dropout, average", marks=pytest.mark.slow
+        ),
         pytest.param((*EAGER, *CAPTIONS), id="captions, CustomAdamW"),
     ],
 )
@@ -79,12 +85,14 @@ def test_a_step_is_read_once(on_stand_in: Callable[..., Run], words: tuple[str, 
         assert "_gradients" in read
 
 
+@pytest.mark.slow
 def test_sdxl_is_read_once(on_stand_in: Callable[..., Run], tiny_sdxl: Path) -> None:
     for stops in two_steps(on_stand_in(base=tiny_sdxl)):
         assert stops.copies == []
         assert len(stops.reads) == 1
 
 
+@pytest.mark.slow
 def test_preserved_outputs_cost_no_stop(on_stand_in: Callable[..., Run], tmp_path: Path) -> None:
     """Samples are picked by rows: a list as an index would be copied."""
     file = tmp_path / "data.toml"

@@ -65,6 +65,7 @@ def test_a_file_that_does_not_fit_stops_the_run(train, tmp_path, capsys):
     assert not (tmp_path / "out" / "second.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_lycoris_starts_from_a_file_in_other_names(train, tmp_path):
     module = ("--network_module", "lycoris.kohya", "--network_args", "algo=lora", "preset=attn-mlp")
     assert train("--output_name", "first", "--network_train_unet_only") == 0
@@ -151,6 +152,7 @@ def test_base_weights_that_are_not_there_are_found_early(train, tmp_path, capsys
     assert "2 of them for 1 files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_pickled_file_is_written_and_read(train, tmp_path):
     words = ("--save_model_as", "ckpt", "--save_precision", "fp16", "--save_every_n_steps", "2")
     assert train("--output_name", "a", *words) == 0

@@ -109,6 +109,7 @@ def test_augmentations_train_the_same_bits_for_the_same_seed(train, tmp_path):
     assert (facts["ss_random_crop"], facts["ss_color_aug"]) == ("True", "True")
 
 
+@pytest.mark.slow
 def test_the_filter_is_used_and_recorded(train, tmp_path):
     for name in ("bicubic", "area"):
         words = ("--resize_interpolation", name, "--resolution", "48", "--max_train_steps", "2")

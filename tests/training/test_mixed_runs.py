@@ -44,6 +44,7 @@ def mixed(tmp_path: Path, train: Train) -> Train:
     return lambda *words: run_training(tmp_path, "--dataset_config", str(tmp_path / "data.toml"), *caches, *words)
 
 
+@pytest.mark.slow
 def test_shares_at_two_resolutions(mixed: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mixed("--max_train_steps", "2") == 0
     said = capsys.readouterr().err

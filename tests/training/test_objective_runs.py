@@ -72,6 +72,7 @@ def test_adafactor_is_the_schedule_of_that_optimizer(train, tmp_path, caplog, ca
         assert "--lr_scheduler adafactor is the schedule that --optimizer_type Adafactor" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_flag_goes_before_a_folders_configuration(train, tmp_path, capsys):
     """Converted folders carry wrong ones; the noise offset is for models that predict noise."""
     words = ("--v_parameterization", "--zero_terminal_snr", "--noise_offset", "0.05")

@@ -39,30 +39,32 @@ Values = dict[str, Any]  # each in the type of its key: see `check_key`
 class SubsetSpec:
     """One folder of images, or one metadata file. `origin` begins each message about it: the file and place that
     define it. With a `metadata_file`, `image_dir` is where the relative paths in it begin. `prior`: "base", "previous"
-    or ""; see `library.losses.preservation`. The defaults change nothing in images and captions.
+    or ""; see `library.losses.preservation`.
+
+    Settings with defaults are those that came later: a state's hash of the data leaves them out at their defaults.
     """
 
     image_dir: Path
     metadata_file: Path | None = None
-    is_reg: bool = False
-    num_repeats: int = 1
+    is_reg: bool
+    num_repeats: int
     share: float | None = None
-    caption_extension: str = ""
-    class_tokens: str | None = None
-    shuffle_caption: bool = False
-    caption_separator: str = ","
-    keep_tokens: int = 0
-    keep_tokens_separator: str = ""
-    secondary_separator: str | None = None
-    enable_wildcard: bool = False
-    caption_prefix: str | None = None
-    caption_suffix: str | None = None
-    caption_dropout_rate: float = 0.0
-    caption_dropout_every_n_epochs: int = 0
-    caption_tag_dropout_rate: float = 0.0
-    token_warmup_min: int = 1
-    token_warmup_step: float = 0.0
-    flip_aug: bool = False
+    caption_extension: str
+    class_tokens: str | None
+    shuffle_caption: bool
+    caption_separator: str
+    keep_tokens: int
+    keep_tokens_separator: str
+    secondary_separator: str | None
+    enable_wildcard: bool
+    caption_prefix: str | None
+    caption_suffix: str | None
+    caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
+    flip_aug: bool
     color_aug: bool = False
     random_crop: bool = False
     face_crop_aug_range: tuple[float, float] | None = None
@@ -92,6 +94,32 @@ class SubsetSpec:
     def validates(self) -> bool:
         """Whether some of its images, or a folder beside them, are for validation."""
         return self.validation_dir is not None or (self.learns and self.validation_split > 0)
+
+
+def plain_subset(image_dir: Path, *, origin: str, caption_extension: str = "") -> SubsetSpec:
+    """A folder, or a file that stands for one, whose images and captions nothing changes."""
+    return SubsetSpec(
+        image_dir=image_dir,
+        is_reg=False,
+        num_repeats=1,
+        caption_extension=caption_extension,
+        class_tokens=None,
+        shuffle_caption=False,
+        caption_separator=",",
+        keep_tokens=0,
+        keep_tokens_separator="",
+        secondary_separator=None,
+        enable_wildcard=False,
+        caption_prefix=None,
+        caption_suffix=None,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+        token_warmup_min=1,
+        token_warmup_step=0.0,
+        flip_aug=False,
+        origin=origin,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from library.gpu import to_device
 
 from . import codec, rounding
 from .options import Rates, Recipe
-from .stacks import MOMENTS, Stack
+from .stacks import Stack
 from .update import update
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Fixed(TypedDict):
     recipe: Recipe
     rates: Rates
     down: Tensor | None
+    matrix: tuple[int, int]
     maps: Maps | None
     ordinals: Tensor | None
 
@@ -48,6 +49,7 @@ def advance(
     recipe: Recipe,
     rates: Rates,
     down: Tensor | None,
+    matrix: tuple[int, int],
     maps: Maps | None,
     ordinals: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,13 +57,13 @@ def advance(
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
     state = dict(stored)
     if maps is not None:
-        for key, table in zip(MOMENTS, maps, strict=True):
+        for key, table in zip(recipe.moments, maps, strict=False):
             state[key] = codec.decode(state[key], state.pop(f"{key}_absmax"), table)
     state = {key: value.to(dtype) for key, value in state.items()}
-    new, after = update(w.to(dtype), g.to(dtype), state, recipe=recipe, rates=rates, down=down)
+    new, after = update(w.to(dtype), g.to(dtype), state, recipe=recipe, rates=rates, down=down, matrix=matrix)
     new = new.to(w.dtype) if ordinals is None else rounding.to_bfloat16(new, ordinals=ordinals, step=rates.step)
     if maps is not None:
-        for key, table in zip(MOMENTS, maps, strict=True):
+        for key, table in zip(recipe.moments, maps, strict=False):
             after[key], after[f"{key}_absmax"] = codec.encode(after[key], table, floor=not table.signed)
     return new, after
 
@@ -92,6 +94,7 @@ class Batched:
             "recipe": stack.layout.recipe,
             "rates": self._arguments(rates, stack),
             "down": _downs(stack, rows) if stack.layout.recipe.reads_down else None,
+            "matrix": stack.layout.matrix,
             "maps": _maps(stack) if stack.layout.eight_bit else None,
             "ordinals": _ordinals(stack, rows),
         }

@@ -11,6 +11,9 @@ class Keywords(TypedDict, total=False):
     use_tam: bool
     tam_beta: float
     tam_bias_correction: bool
+    orthogonalize: bool
+    orthogonalize_scale: float
+    orthogonalize_nesterov: bool
     use_grams: bool
     use_cautious: bool
     cautious_min: float

@@ -21,12 +21,13 @@ from .build import Unavailable as Unavailable
 from .build import shared_library
 from .options import Rates, Recipe
 from .setting import Setting
-from .stacks import Stack
+from .stacks import Stack, matrix_of
 from .technique import Technique
 from .techniques import techniques
 
 SOURCES = Path(__file__).with_name("kernel")
 LARGEST = 2**22  # numbers in a tensor: one thread updates all of it, with scratch arrays of its size
+LARGEST_SIDE = 128  # rows or columns of a matrix whose short side is worked with in double, by one thread
 SMALLEST_SHARE = 2**15  # numbers that are worth starting a thread for
 SCRATCH_ARRAYS, LANES = 6, 16  # as in kernel/
 _KNOWN = [kind for kind in techniques() if kind.has_kernel()]
@@ -82,7 +83,7 @@ class _Tensor(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("w", "m", "v", "m_peak", "v_peak", "down")),
         ("state", _State),
-        *((name, ctypes.c_int64) for name in ("n", "rank", "down_columns")),
+        *((name, ctypes.c_int64) for name in ("n", "rank", "down_columns", "rows")),
         *((name, ctypes.c_int32) for name in ("bfloat16", "eight_bit", "recipe")),
         ("ordinal", ctypes.c_uint32),
     ]
@@ -132,6 +133,7 @@ def suits(parameter: Tensor, recipe: Recipe) -> bool:
         and parameter.is_contiguous()
         and 0 < parameter.numel() <= LARGEST
         and all(map(knows, recipe.techniques))
+        and not (recipe.reads_matrix and min(matrix_of(parameter)) > LARGEST_SIDE)
     )
 
 
@@ -264,6 +266,7 @@ def _describe(stack: Stack, row: int, recipe: int) -> _Tensor:
         n=stack.layout.n,
         rank=stack.layout.rank,
         down_columns=stack.layout.down_size // max(stack.layout.rank, 1),
+        rows=stack.layout.matrix[0],
         bfloat16=stack.layout.dtype == torch.bfloat16,
         eight_bit=stack.layout.eight_bit,
         recipe=recipe,

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # m, signed, and v, which is not
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The form of a step of one tensor: the techniques that act on it, with their settings.
@@ -31,8 +34,18 @@ class Recipe:
 
     @property
     def normalized(self) -> bool:
-        """Whether the input of the momentum is already divided by the second moment."""
+        """Whether the update needs no division by the second moment."""
         return any(technique.normalizes for technique in self.techniques)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The moments that are kept: m, and v if a technique or Adam's division needs it."""
+        return MOMENTS[:1] if any(technique.one_moment for technique in self.techniques) else MOMENTS
+
+    @property
+    def reads_matrix(self) -> bool:
+        """Whether a step needs the rows and columns of its tensor."""
+        return any(technique.reads_matrix for technique in self.techniques)
 
     @property
     def reads_down(self) -> bool:

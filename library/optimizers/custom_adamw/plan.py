@@ -20,7 +20,7 @@ from . import native, sharding
 from .batched import Batched
 from .options import Rates, Recipe, Recipes
 from .pairs import Halves
-from .stacks import Layout, Member, Stack, build
+from .stacks import Layout, Member, Stack, build, matrix_of, starts_again
 from .technique import About
 from .techniques import names_on
 
@@ -160,12 +160,15 @@ def make(groups: list[Group], state: Mapping[Tensor, State], settings: Settings,
         sharding.refuse(parameter, name or f"parameter {ordinal}", names_on(group))
         number, down = numbers[id(group)], pairs.get(id(parameter))
         recipe = recipes[number].of(
-            About(halves.role(name, parameter), paired=down is not None, numel=parameter.numel())
+            About(halves.role(name, parameter), paired=down is not None, shape=tuple(parameter.shape))
         )
         down = down if recipe.reads_down else None
         members[_layout(number, parameter, recipe, down, settings)].append(
             Member(parameter, state[parameter], ordinal, down)
         )
+    again = sum(starts_again(layout.recipe, member.state) for layout, rows in members.items() for member in rows)
+    if again:
+        logger.warning("CustomAdamW: the state of %d parameters has no second moment; their moments start again", again)
     stacks = [build(layout, rows, paged=settings.is_paged) for layout, rows in members.items()]
     kernel_stacks = {number: stack for number, stack in enumerate(stacks) if stack.layout.native}
     kernel = native.Native(kernel_stacks) if kernel_stacks else None
@@ -197,6 +200,7 @@ def _layout(group: int, parameter: Tensor, recipe: Recipe, down: Tensor | None, 
         n=parameter.numel(),
         rank=0 if down is None else down.shape[0],
         down_size=0 if down is None else down.numel(),
+        matrix=matrix_of(parameter) if recipe.reads_matrix else (0, 0),
         dtype=parameter.dtype,
         device=parameter.device,
         eight_bit=eight_bit(parameter, settings),

@@ -76,7 +76,9 @@ def _unmet(groups: list[Group], hint: str, halves: Halves) -> list[str]:
         for technique in switched_on(group):
             if complaint := technique.unmet(hint):
                 applies = any(
-                    technique.applies(About(halves.role(name, parameter), id(parameter) in paired, parameter.numel()))
+                    technique.applies(
+                        About(halves.role(name, parameter), id(parameter) in paired, tuple(parameter.shape))
+                    )
                     for name, parameter, _ in named_parameters([group])
                 )
                 met[complaint] = met.get(complaint, False) or applies

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from ..groups import State
 from . import codec
-from .options import Recipe
+from .options import MOMENTS, Recipe
 from .paged import zeros
 from .technique import Buffer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # m, signed, and v, which is not
 
 
 class Member(NamedTuple):
@@ -40,6 +38,7 @@ class Layout(NamedTuple):
     n: int  # numbers in each parameter
     rank: int  # columns of a lora_up whose step reads its partner, else 0
     down_size: int  # numbers in its partner, else 0
+    matrix: tuple[int, int]  # rows and columns of each parameter, if the step reads them, else (0, 0)
     dtype: torch.dtype
     device: torch.device
     eight_bit: bool
@@ -54,7 +53,8 @@ class Layout(NamedTuple):
 @dataclass(eq=False)
 class Stack:
     """Parameters of one layout as rows of buffers, whose names are the keys in `optimizer.state[p]`: the moments
-    [k, n], with 8 bits as codes with maxima [k, blocks], and the techniques' own [k, n] or [k, 1]."""
+    (`Recipe.moments`) [k, n], with 8 bits as codes with maxima [k, blocks], and the techniques' own [k, n] or [k, 1].
+    """
 
     layout: Layout
     members: list[Member]
@@ -71,6 +71,12 @@ class Stack:
         return torch.tensor([[member.ordinal] for member in self.members], device=self.layout.device)
 
 
+def matrix_of(parameter: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tensor as a matrix: a convolution's kernel (out, in, height, width) has `out` rows."""
+    rows = parameter.shape[0]
+    return rows, parameter.numel() // rows
+
+
 def build(layout: Layout, members: Sequence[Member], *, paged: bool) -> Stack:
     """Buffers for these members, filled from their present states, which become views of them."""
     own = [buffer for technique in layout.recipe.techniques for buffer in technique.buffers()]
@@ -84,11 +90,23 @@ def build(layout: Layout, members: Sequence[Member], *, paged: bool) -> Stack:
     return Stack(layout, list(members), stored)
 
 
+def starts_again(recipe: Recipe, state: State) -> bool:
+    """Whether a state has the first moment but lacks the second, which a step needs: then both start anew, since the
+    count of steps would not suit a second moment of zeros. Empties such a state."""
+    if "exp_avg" not in state or all(key in state for key in recipe.moments):
+        return False
+    for key in ("exp_avg", "exp_avg_absmax"):
+        state.pop(key, None)
+    state["step"] = 0
+    return True
+
+
 def _allocate(layout: Layout, own: Sequence[Buffer], k: int, *, paged: bool) -> dict[str, Tensor]:
     n, dtype = layout.n, layout.moment_dtype
-    rows = dict.fromkeys(MOMENTS, (n, torch.uint8 if layout.eight_bit else dtype))
+    moments = layout.recipe.moments
+    rows = dict.fromkeys(moments, (n, torch.uint8 if layout.eight_bit else dtype))
     if layout.eight_bit:
-        rows |= {f"{key}_absmax": (codec.blocks(n), torch.float32) for key in MOMENTS}
+        rows |= {f"{key}_absmax": (codec.blocks(n), torch.float32) for key in moments}
     for buffer in own:
         rows[buffer.name] = (n if buffer.per == "number" else 1, layout.dtype if buffer.as_weights else dtype)
     return {
@@ -108,7 +126,9 @@ def _fill(member: Member, views: State, own: Sequence[Buffer]) -> None:
     state = member.state
     for key, signed in zip(MOMENTS, (True, False), strict=True):
         peaks = f"{key}_absmax"
-        if key in state:
+        if key in state and key not in views:
+            del state[key]  # of an optimizer that kept it
+        elif key in state:
             _convert(state[key], state.get(peaks), views[key], views.get(peaks), signed=signed)
         if peaks not in views:
             state.pop(peaks, None)

@@ -18,6 +18,7 @@ techniques are read by `--help`, so they import torch only inside functions.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,7 +39,11 @@ class About(NamedTuple):
 
     role: Role  # which half of a LoRA pair, by its name
     paired: bool  # whether it is a lora_up whose lora_down is there
-    numel: int
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 class Buffer(NamedTuple):
@@ -59,8 +64,9 @@ class Buffer(NamedTuple):
 class Step:
     """The inputs of a technique in a step of some parameters. Tensors are [k, n]: a row is a parameter.
 
-    `before` holds the state before the step: "exp_avg", "exp_avg_sq" [k, n] and the buffers ([k, 1] or [k, n]);
-    `after` takes what changes. `updates` counts the updates of the momentum, this one included.
+    `before` holds the state before the step: "exp_avg", "exp_avg_sq" (unless a technique does without it) [k, n] and
+    the buffers ([k, 1] or [k, n]); `after` takes what changes. `updates` counts the updates of the momentum, this one
+    included; `beta1` is its rate.
     """
 
     weight: Tensor  # before the step
@@ -69,7 +75,9 @@ class Step:
     before: Mapping[str, Tensor]
     after: dict[str, Tensor]
     updates: Tensor | float
+    beta1: float
     down: Tensor | None  # lora_down [k, r, in] of lora_up weights [k, out * r], for techniques that read it
+    matrix: tuple[int, int]  # rows and columns of each parameter (n = rows * columns), for techniques that read it
 
 
 class Technique:
@@ -78,7 +86,9 @@ class Technique:
     name: ClassVar[str]
     papers: ClassVar[tuple[str, ...]] = ()  # arXiv numbers
     excludes: ClassVar[Mapping[str, str]] = {}  # switches of techniques that it overrides, with the reason
-    normalizes: ClassVar[bool] = False  # divides by the second moment itself, so that Adam's division is left out
+    normalizes: ClassVar[bool] = False  # gives the update its size itself, so that Adam's division is left out
+    one_moment: ClassVar[bool] = False  # needs no second moment, so that none is kept
+    reads_matrix: ClassVar[bool] = False  # needs the rows and columns of a parameter
     reads_down: ClassVar[bool] = False  # needs lora_up's partner as it was before the step
 
     # The stages of a step, in order
@@ -90,6 +100,10 @@ class Technique:
     def entering(self, x: Tensor, step: Step) -> Tensor:
         """The input of the momentum: at first the gradient."""
         return x
+
+    def leaving(self, m: Tensor, step: Step) -> Tensor:
+        """What the momentum passes to the update: at first the momentum."""
+        return m
 
     def direction(self, u: Tensor, step: Step) -> Tensor:
         """The update, learning rate included, with another direction or masked."""
@@ -175,7 +189,15 @@ class Technique:
         )
 
 
-STAGES = ("gradient", "entering", "direction", "size", "project", "settle")  # the stages that work on tensors
+STAGES = (
+    "gradient",
+    "entering",
+    "leaving",
+    "direction",
+    "size",
+    "project",
+    "settle",
+)  # the stages that work on tensors
 
 
 def norm(x: Tensor) -> Tensor:

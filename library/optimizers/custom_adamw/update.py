@@ -24,15 +24,19 @@ def update(
     recipe: Recipe,
     rates: Rates,
     down: Tensor | None = None,
+    matrix: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """New weights, and the changed parts of the state.
 
-    `w`, `g` [k, n] and `state` in the moments' dtype: "exp_avg" m and "exp_avg_sq" v [k, n], and the techniques'
-    buffers, [k, 1] or [k, n]. `down` [k, r, in]: the lora_down of each row of lora_up, before the step.
+    `w`, `g` [k, n] and `state` in the moments' dtype: "exp_avg" m and "exp_avg_sq" v [k, n] (`Recipe.moments`), and
+    the techniques' buffers, [k, 1] or [k, n]. `down` [k, r, in]: the lora_down of each row of lora_up, before the step.
+    `matrix`: rows and columns of each row, where the recipe reads them.
     """
     on = recipe.techniques
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    step = Step(weight=w, raw=g, grad=g, before=state, after={}, updates=rates.step, down=down)
+    m, v = state["exp_avg"], state.get("exp_avg_sq")
+    step = Step(
+        w, raw=g, grad=g, before=state, after={}, updates=rates.step, beta1=recipe.beta1, down=down, matrix=matrix
+    )
     # 1  the gradient
     for technique in on:
         g = technique.gradient(g, step)
@@ -43,9 +47,16 @@ def update(
         x = technique.entering(x, step)
     # 3  first and second moment
     m = m.lerp(x, 1 - recipe.beta1)
-    v = (v * recipe.beta2).addcmul(g, g, value=1 - recipe.beta2)
+    step.after["exp_avg"] = m
+    if v is not None:
+        v = step.after["exp_avg_sq"] = (v * recipe.beta2).addcmul(g, g, value=1 - recipe.beta2)
     # 4  the update, learning rate included: all later stages are proportional to it, and AdamW multiplies in this order
-    u = rates.lr * m if recipe.normalized else rates.step_size * m / (v.sqrt() / rates.root_correction + recipe.eps)
+    for technique in on:
+        m = technique.leaving(m, step)
+    if recipe.normalized or v is None:
+        u = rates.lr * m
+    else:
+        u = rates.step_size * m / (v.sqrt() / rates.root_correction + recipe.eps)
     # 5  its direction, against the gradient after 1
     for technique in on:
         u = technique.direction(u, step)
@@ -58,7 +69,6 @@ def update(
     for technique in on:
         w = technique.project(w, step)
     # 9  final corrections
-    step.after |= {"exp_avg": m, "exp_avg_sq": v}
     for technique in on:
         w = technique.settle(w, step)
     return w, step.after

@@ -14,6 +14,7 @@ from library.training import loop
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.saver import Saver
 from library.training.hooks.validation import Validator
+from tests.quick import quick
 from tests.training.written import weights
 
 Train = Callable[..., int]
@@ -50,7 +51,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max(float((one[key] - other[key]).detach().abs().max()) for key in one)
 
 
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", quick(AVERAGING, "AdamWScheduleFree"))
 def test_files_hold_the_average(train: Train, tmp_path: Path, runs: list[loop.Run], name: str) -> None:
     rate = AVERAGING[name]
     assert train("--optimizer_type", name, "--learning_rate", rate, "--max_train_steps", "6") == 0
@@ -64,6 +65,7 @@ def test_files_hold_the_average(train: Train, tmp_path: Path, runs: list[loop.Ru
     assert distance(saved, now(run)) < 1e-3 * apart
 
 
+@pytest.mark.slow
 def test_the_average_of_a_schedule_free_optimizer_is_the_papers(train: Train, tmp_path: Path, runs: list) -> None:
     """Defazio et al. 2024, equation 1: y = (1 - β) z + β x, so that x = (y - (1 - β) z) / β."""
     name = "pytorch_optimizer.ScheduleFreeAdamW"
@@ -79,7 +81,7 @@ def test_the_average_of_a_schedule_free_optimizer_is_the_papers(train: Train, tm
         torch.testing.assert_close(saved[key], average, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", quick(AVERAGING, "AdamWScheduleFree"))
 def test_whatever_looks_at_the_weights_sees_the_average(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -106,6 +108,7 @@ def test_whatever_looks_at_the_weights_sees_the_average(
     assert not any(training for _, training in seen)
 
 
+@pytest.mark.slow
 def test_two_averages_are_one_too_many(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     for name in AVERAGING:
         assert train("--optimizer_type", name, "--learning_rate", AVERAGING[name], "--ema_decay", "0.9") == 2

@@ -327,6 +327,7 @@ def test_what_has_no_effect_is_told(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_best_file(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--dry_run", "--early_stopping_patience", "3", "--cache_latents_to_disk", "--ema_decay", "0.9")
     assert train(*SPLIT, *words) == 0

@@ -27,7 +27,7 @@ struct Tensor {
   float *m_peak, *v_peak;
   const void* down;  // lora_up's partner, where a technique reads it
   State state;       // null: not kept
-  int64_t n, rank, down_columns;
+  int64_t n, rank, down_columns, rows;
   int32_t bfloat16, eight_bit, recipe;
   uint32_t ordinal;
 };

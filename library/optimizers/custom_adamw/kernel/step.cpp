@@ -12,6 +12,7 @@
 #include "cautious.h"
 #include "common.h"
 #include "grams.h"
+#include "orthogonalize.h"
 #include "orthograd.h"
 #include "spd.h"
 #include "storage.h"
@@ -24,8 +25,9 @@ void finish_block(float* w, const float* g, const float* m, float* v, const floa
                   const Rates& q, float mask_scale, double* squares) {
   float u[BLOCK];
   // 3, 4
-  SIMD for (int i = 0; i < c; ++i) v[i] = std::fma(r.one_minus_beta2 * g[i], g[i], v[i] * r.beta2);
-  if (r.use_adopt_stability) {
+  if (!r.orthogonalize)
+    SIMD for (int i = 0; i < c; ++i) v[i] = std::fma(r.one_minus_beta2 * g[i], g[i], v[i] * r.beta2);
+  if (r.use_adopt_stability || r.orthogonalize) {
     SIMD for (int i = 0; i < c; ++i) u[i] = q.lr * m[i];
   } else {
     SIMD for (int i = 0; i < c; ++i) u[i] = (q.step_size * m[i]) / (std::sqrt(v[i]) / q.root_correction + r.eps);
@@ -62,7 +64,7 @@ void step_tensor(const Call& call, int32_t which, const Scratch& s) {
   float *m = t.eight_bit ? s.m : static_cast<float*>(t.m), *v = t.eight_bit ? s.v : static_cast<float*>(t.v);
   if (t.eight_bit) {
     decode(static_cast<uint8_t*>(t.m), t.m_peak, call.signed_map, n, m);
-    decode(static_cast<uint8_t*>(t.v), t.v_peak, call.unsigned_map, n, v);
+    if (!r.orthogonalize) decode(static_cast<uint8_t*>(t.v), t.v_peak, call.unsigned_map, n, v);
   }
   // 1  the gradient
   double sizes = 0, pull = 0;
@@ -82,17 +84,24 @@ void step_tensor(const Call& call, int32_t which, const Scratch& s) {
   }
   const float entering = r.use_tam ? torque(t, r, q, sums) : 1.0f;
   // 3  first moment
-  const float mask_scale = first_moment(m, x, g, t, r, entering);
+  float mask_scale = first_moment(m, x, g, t, r, entering);
+  // 4  what it passes on
+  const float* y = m;
+  if (r.orthogonalize) {
+    orthogonalize(m, g, t, r, s.v, room), y = room;
+    if (r.use_cautious) mask_scale = agreement(y, g, n, float(r.cautious_min));
+  }
   // 3 to 7, block by block
   double squares[2] = {0, 0};
   float factors[BLOCK];
   for (int64_t at = 0; at < n; at += BLOCK) {
     const int c = int(std::min<int64_t>(BLOCK, n - at));
     if (r.use_alora) spread(s.f, t.rank, at, c, factors);
-    finish_block(w + at, g + at, m + at, v + at, r.use_alora ? factors : nullptr, c, r, q, mask_scale, squares);
+    finish_block(w + at, g + at, y + at, v + at, r.use_alora ? factors : nullptr, c, r, q, mask_scale, squares);
     if (t.eight_bit) {
       encode_block<true>(m + at, c, call, static_cast<uint8_t*>(t.m) + at, t.m_peak + at / BLOCK);
-      encode_block<false>(v + at, c, call, static_cast<uint8_t*>(t.v) + at, t.v_peak + at / BLOCK);
+      if (!r.orthogonalize)
+        encode_block<false>(v + at, c, call, static_cast<uint8_t*>(t.v) + at, t.v_peak + at / BLOCK);
     }
   }
   if (r.use_adopt_stability) *t.state.adopt_k += 1;

@@ -21,7 +21,8 @@ TECHNIQUES = {  # its switch: its class. In each stage of a step (update.py) the
     # the input of the momentum
     "use_adopt_stability": "library.optimizers.custom_adamw.techniques.adopt.ADOPT",
     "use_tam": "library.optimizers.custom_adamw.techniques.tam.TAM",
-    # the direction of the update
+    # what the momentum passes on, and the direction of the update
+    "orthogonalize": "library.optimizers.custom_adamw.techniques.orthogonalize.Orthogonalize",
     "use_grams": "library.optimizers.custom_adamw.techniques.grams.Grams",
     "use_cautious": "library.optimizers.custom_adamw.techniques.cautious.Cautious",
     # its size
