@@ -54,8 +54,8 @@ SHORT = {"wd_transition_steps": study.STEPS // 5}
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer with its settings. `settings`: those of CustomAdamW that differ from what is shipped. `words`: more of
-    the command line."""
+    """An optimizer with its settings. `settings`: those of CustomAdamW that differ from what is shipped. `words`: more
+    of the command line."""
 
     name: str
     kind: str

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.gpu
 # 8 bits against 8 bits in other arithmetic 8e-5.
 CLOSE_32, CLOSE_8 = 1e-5, 1e-3
 CPU = torch.device("cpu")
-TECHNIQUES = {"defaults": {}, "all": {**ON, "spd_anchor": "initial", "tam_bias_correction": True}}
+TECHNIQUES = {
+    "defaults": {},
+    "all": {**ON, "spd_anchor": "initial", "tam_bias_correction": True},
+    "Muon": {"orthogonalize": True},
+}
 
 
 def moved_by(
@@ -47,7 +51,12 @@ def moved_by(
     ("implementation", "bits", "techniques"),
     [
         *(("eager", bits, techniques) for bits in (32, 8) for techniques in TECHNIQUES),
-        *(("compiled", 32, "all"), ("compiled", 8, "all"), ("compiled", 8, "defaults")),  # each takes its time
+        *(
+            ("compiled", 32, "all"),
+            ("compiled", 8, "all"),
+            ("compiled", 8, "defaults"),
+            ("compiled", 8, "Muon"),
+        ),  # each takes its time
     ],
 )
 def test_a_step_is_that_of_a_cpu(implementation: str, bits: Any, techniques: str) -> None:

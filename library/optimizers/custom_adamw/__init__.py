@@ -1,4 +1,4 @@
-"""CustomAdamW: AdamW with eight published techniques, a file for each, a weight decay that falls, and 8-bit state."""
+"""CustomAdamW: AdamW with nine published techniques, a file for each, a weight decay that falls, and 8-bit state."""
 
 from __future__ import annotations
 

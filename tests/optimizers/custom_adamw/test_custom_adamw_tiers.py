@@ -119,12 +119,12 @@ def test_the_kernels_codes_are_the_codecs() -> None:
 
 
 @pytest.mark.slow  # torch.compile takes half a minute with a cold cache
-@pytest.mark.parametrize("bits", [32, 8])
-def test_the_compiled_step_agrees(bits: Any) -> None:
+@pytest.mark.parametrize(("bits", "techniques"), [(32, ON), (8, ON), (8, {**OFF, "orthogonalize": True})])
+def test_the_compiled_step_agrees(bits: Any, techniques: dict[str, Any]) -> None:
     pytest.importorskip("torch._inductor")
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    options = {**ON, "optim_bits": bits, "min_8bit_size": 0, "lr": 1e-2}
+    options = {**techniques, "optim_bits": bits, "min_8bit_size": 0, "lr": 1e-2}
     problems = [LoraRegression(width=150, rank=5) for _ in range(3)]
     for problem, implementation in zip(problems, ("compiled", "eager"), strict=False):
         optimizer = CustomAdamW(problem.named, implementation=implementation, **options)  # type: ignore[arg-type]
