@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """cuBLAS reads it at its first call; recent GPUs use this value by default."""
@@ -29,6 +29,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu" and has_memory:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are: all in one place."""
+    return next(module.parameters()).device
 
 
 def settle(*, deterministic: bool, allow_tf32: bool) -> None:

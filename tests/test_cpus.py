@@ -38,6 +38,7 @@ def test_threads_spin_briefly() -> None:
     assert "GOMP_SPINCOUNT = '10000'" in libgomp_reads()
 
 
+@pytest.mark.slow
 def test_what_the_user_has_settled_is_kept() -> None:
     assert "GOMP_SPINCOUNT = '77'" in libgomp_reads(GOMP_SPINCOUNT="77")
     assert "GOMP_SPINCOUNT = '10000'" not in libgomp_reads(OMP_WAIT_POLICY="ACTIVE")

@@ -17,6 +17,7 @@ def lines_of(text: str) -> dict[str, str]:
     return {line[:22].strip(): line[22:] for line in text.splitlines()}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "library.diagnose"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -209,6 +209,7 @@ def test_parts_before_training(
     assert error_of(capsys).startswith(f"error: {part}: {WHAT}. ")
 
 
+@pytest.mark.slow
 def test_validation(train: Train, failing: Failing, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from library.training import fixed_noise
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
 from library.files.tensors import WeightsIndex
-from library.gpu import to_device
+from library.gpu import device_of, to_device
 from library.models.blocks import Blocks
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux
@@ -28,7 +28,6 @@ from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE, wit
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from torch import Tensor, nn
 
     from library.diffusion.flow import Flow
@@ -52,7 +51,7 @@ _T5_LINEAR = re.compile(
     r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(?:wi_[01]|wi|wo))"
 )
 _TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}  # and the options that name their files
-_PATCH = 2  # latent cells of a token's side
+PATCH = 2  # latent cells of a token's side
 _CLIP_TOKENS, _T5_TOKENS = 75, {True: 512, False: 256}  # of T5 by whether the model is told a guidance (dev)
 _SCALING = 0.3611  # of the latents
 _EXPECTED = {"unet": 494, "text_encoder": 72}  # of the true size
@@ -179,7 +178,7 @@ class Flux1(ModelFamily):
     @property
     def size_divisor(self) -> int:
         """A patch of two latent cells."""
-        return self.latents.factor * _PATCH
+        return self.latents.factor * PATCH
 
     @cached_property
     def process(self) -> Flow:
@@ -246,10 +245,10 @@ class Flux1(ModelFamily):
 
         clip: Any = self.components["text_encoder"]
         ids = chunked_ids(self._tokenizer, captions, limit=_CLIP_TOKENS)[:, 0]
-        pooled = clip(to_device(ids, _device_of(clip))).pooler_output
+        pooled = clip(to_device(ids, device_of(clip))).pooler_output
         t5: Any = self.components["text_encoder_2"]
         ids, mask = self._t5_ids(captions)
-        ids, mask = (to_device(table, _device_of(t5)) for table in (ids, mask))
+        ids, mask = (to_device(table, device_of(t5)) for table in (ids, mask))
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):  # it is frozen, and overflows fp16
             states = t5(ids, attention_mask=mask if self._masks else None).last_hidden_state
         return {"pooled": pooled, "hidden_states": states, **({"mask": mask} if self._masks else {})}
@@ -292,7 +291,7 @@ class Flux1(ModelFamily):
         if not torch.is_autocast_enabled(noisy_BCHW.device.type):
             dtype = transformer.x_embedder.weight.dtype
             noisy_BCHW, states, pooled = noisy_BCHW.to(dtype), states.to(dtype), pooled.to(dtype)
-        height, width = (side // _PATCH for side in noisy_BCHW.shape[2:])
+        height, width = (side // PATCH for side in noisy_BCHW.shape[2:])
         masked = {"attention_mask": whole_mask(condition["mask"], height * width)} if "mask" in condition else None
         with exact_time(transformer.time_text_embed, level_B):
             found = transformer(
@@ -375,10 +374,6 @@ class Flux1(ModelFamily):
         return FlowPipeline(self, self.process)
 
 
-def _device_of(encoder: nn.Module) -> torch.device:
-    return next(encoder.parameters()).device
-
-
 def _refuse_missing(base: BaseModel) -> None:
     """UserError if a part lies neither in the base nor in a file of its own."""
     options = {**_TEXTS, "vae": "ae"}
@@ -391,7 +386,7 @@ def _refuse_missing(base: BaseModel) -> None:
 def _check_widths(base: BaseModel) -> None:
     """UserError if the transformer needs other states or latents than these text encoders and autoencoder return."""
     transformer, clip, t5, vae = (base.parts[part].config for part in ("denoiser", *_TEXTS, "vae"))
-    channels = int(transformer.get("in_channels", 64)) // _PATCH**2
+    channels = int(transformer.get("in_channels", 64)) // PATCH**2
     for needed, given, what in (
         (transformer.get("pooled_projection_dim", 768), clip.get("hidden_size"), "a CLIP state"),
         (transformer.get("joint_attention_dim", 4096), t5.get("d_model"), "T5 states"),

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-PATCH = 2
-"""Latent cells of a token's side."""
+from library.models.flux import PATCH
 
 
 def packed(latents_BCHW: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
 from library.files.tensors import WeightsIndex
-from library.gpu import to_device
+from library.gpu import device_of, to_device
 from library.models.blocks import SDXL
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, original_unet_name
@@ -25,7 +25,6 @@ from library.models.components import NOTHING, PartKind
 from library.models.latent_diffusion import TEXT_ENCODER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from library.models.modules import Pipeline
@@ -127,7 +126,7 @@ class StableDiffusionXL(LatentDiffusion):
                 self._reader, captions, limit=self.token_limit, weighted=self.weighted_captions, pad=pad
             )
             layers = self._base.parts[part].config["num_hidden_layers"]
-            of_encoder, pooled = encode_penultimate(encoder, to_device(ids, _device_of(encoder)), layers=layers)
+            of_encoder, pooled = encode_penultimate(encoder, to_device(ids, device_of(encoder)), layers=layers)
             states.append(weigh(of_encoder, weights))
         assert pooled is not None, "the second text encoder has a projection"
         return {"hidden_states": torch.cat(states, dim=2), "pooled": pooled}
@@ -141,7 +140,7 @@ class StableDiffusionXL(LatentDiffusion):
         found = []
         for part in _PARTS:
             encoder = self.components[part]
-            ids = to_device(self._alone(tokens), _device_of(encoder))
+            ids = to_device(self._alone(tokens), device_of(encoder))
             layers = self._base.parts[part].config["num_hidden_layers"]
             found.append(encode_penultimate(encoder, ids, layers=layers)[0])
         return torch.cat(found, dim=2)
@@ -221,10 +220,6 @@ class StableDiffusionXL(LatentDiffusion):
             parts |= dict(zip(_PARTS, encoders, strict=True))
             parts |= {"tokenizer": self._tokenizer, "tokenizer_2": read_tokenizer(self._base.tokenizer, options)}
         return new_xl_pipeline(parts, self.process.scheduler("ddim"))
-
-
-def _device_of(encoder: nn.Module) -> torch.device:
-    return next(encoder.parameters()).device
 
 
 def _check_widths(base: BaseModel) -> None:

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
 from pathlib import Path
 
 import pytest
 
 from library.config.options import declared_options
-from tests.conftest import IMAGES, ROOT
+from tests.conftest import copy_images
+from tests.docs.tables import commands, page
 
-PAGE = (ROOT / "docs" / "sdxl.md").read_text(encoding="utf-8")
-COMMANDS = [
-    shlex.split(line)[1:]
-    for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-]
+PAGE = page("sdxl")
+COMMANDS = [words[1:] for words in commands(PAGE)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
 def test_every_command_trains(command: list[str], tiny_sdxl: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "my_data" / "10_mycat"
-    folder.mkdir(parents=True)
-    for image in sorted((IMAGES / "train").glob("*.png"))[:2]:
-        shutil.copy(image, folder)
-        shutil.copy(image.with_suffix(".txt"), folder)
+    copy_images(tmp_path / "my_data" / "10_mycat", 2)
     main = __import__(command[0].removesuffix(".py")).main
     words = [str(tiny_sdxl) if word == "models/sdxl.safetensors" else word for word in command[1:]]
     small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--no-enable_bucket", "--resolution", "64"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,10 @@ from library.config.options.slider import SliderOptions
 from library.run.slider import in_words
 from library.sampling.prompts import read_prompts
 from tests.conftest import ROOT, forget_accelerator
+from tests.docs.tables import commands, page
 
-PAGE = (ROOT / "docs" / "sliders.md").read_text(encoding="utf-8")
-COMMANDS = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)]
+PAGE = page("sliders")
+COMMANDS = commands(PAGE)
 SHORT = (
     "--max_train_steps",
     "2",
@@ -46,8 +46,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_the_commands_train_what_the_page_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command, name in zip(COMMANDS, ("quickstart-slider", "no-red"), strict=True):
-        _, program, *words = shlex.split(command)
+    for (_, program, *words), name in zip(COMMANDS, ("quickstart-slider", "no-red"), strict=True):
         assert importlib.import_module(program.removesuffix(".py")).main([*words, *SHORT]) == 0
         forget_accelerator()
         assert all(key.startswith("lora_unet_") for key in load_file(f"output/{name}.safetensors"))

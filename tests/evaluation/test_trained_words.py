@@ -50,6 +50,7 @@ def pixels(out: Path, *words: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted((out / "grid").glob("*.png"))]
 
 
+@pytest.mark.slow
 def test_a_prompt_with_the_word_draws_what_its_vectors_mean(
     trained: Trained, files: dict[str, Path], tmp_path: Path
 ) -> None:

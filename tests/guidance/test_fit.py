@@ -63,6 +63,7 @@ def test_wrong_sizes_of_memory(word: str, said: str) -> None:
     assert read_fit("AUTO") == "auto"
 
 
+@pytest.mark.slow
 def test_the_moments_of_a_run(planned: Planned, tmp_path: Path) -> None:
     """Each part is in the moment that needs it, and nothing else."""
     prompts = tmp_path / "prompts.txt"

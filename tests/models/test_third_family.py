@@ -70,6 +70,7 @@ def test_it_trains_validates_samples_and_saves(train_toy: Train, tmp_path: Path)
     assert np.asarray(Image.open(first)).shape == (64, 64, 3)  # 72 is no multiple of 16
 
 
+@pytest.mark.slow
 def test_the_loss_falls(train_toy: Train, tmp_path: Path) -> None:
     assert train_toy("--validation_split", "0.3", "--learning_rate", "2e-2", "--max_train_steps", "60") == 0
     with safe_open(tmp_path / "out" / "test-best.safetensors", framework="pt") as file:

@@ -86,6 +86,7 @@ def test_every_kind_of_adapter_has_the_same_bits(made: Made, kind: str, precisio
         assert refusal.startswith("--scale_weight_norms")
 
 
+@pytest.mark.slow
 def test_sdxl(made: Made, tiny_sdxl: Path) -> None:
     words = ("--mixed_precision", "bf16", "--gradient_checkpointing")
     lane = HeldBackLane()

@@ -172,6 +172,7 @@ def test_resume_gives_the_same_bits(runs: Any) -> None:
     assert torch.equal(states[0]["losses"], states[1]["losses"])
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_the_state_of_two(runs: Any) -> None:
     """With accumulation, so that a step has the same batches; anything else is refused."""
     from train_network import main

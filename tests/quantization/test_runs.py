@@ -63,7 +63,8 @@ def test_the_text_encoder_can_have_another_format(train: Train, monkeypatch: pyt
     assert seen == {"denoiser": {"NF4"}, "text_encoder": {"Scaled"}, "vae": set()}
 
 
-@pytest.mark.parametrize("format", quick(FORMATS, "int8"))
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
 def test_base_weights_are_merged_before_the_weights_are_packed(train: Train, tmp_path: Path, format: str) -> None:
     """The same as if they were in the file of the base already."""
     words = ("--max_train_steps", "2")

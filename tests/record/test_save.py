@@ -365,6 +365,7 @@ def test_no_room_is_an_error_before_training(train, tmp_path, monkeypatch, capsy
     assert train("--save_every_n_steps", "1", "--save_last_n_steps", "1", "--save_precision", "bf16") == 0
 
 
+@pytest.mark.slow
 def test_the_dry_run_lists_files_states_and_bytes(train, tmp_path, capsys):
     words = ("--save_every_n_steps", "2", "--save_state", "--loss_plot")
     assert train(*words, "--dry_run") == 0

@@ -218,6 +218,7 @@ def test_a_run_of_a_version_without_records(finished, tmp_path):
     assert "Training report: 3 of 4 steps are done: it is still running, or was killed." in found.texts
 
 
+@pytest.mark.slow
 def test_a_report_is_made_of_the_record_and_not_of_sentences(finished, tmp_path):
     """A name with a bracket was cut off there."""
     path = finished.parent / f"{NAME}-run.json"

@@ -60,6 +60,7 @@ def test_dry_run_tells_everything_and_writes_nothing(words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_measures_a_step(words, capsys):
     assert main([*words, "--max_train_steps", "1000", "--dry_run=measure"]) == 0
     told = capsys.readouterr().out

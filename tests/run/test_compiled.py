@@ -157,12 +157,14 @@ def test_every_kind_has_the_results_of_eager_blocks(made: Made, kind: str) -> No
     assert graphs() >= 1
 
 
+@pytest.mark.slow
 def test_the_whole_adapter_can_be_left_out(made: Made) -> None:
     """Module dropout draws a number in each forward: no graph may keep the first one."""
     words = ("--network_args", "module_dropout=0.5")
     assert losses(made(*EAGER, *words)) == pytest.approx(losses(made(*words)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_off_is_the_base(made: Made) -> None:
     run, plain = made(*WHOLE), made()
     losses(run)

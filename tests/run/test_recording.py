@@ -32,6 +32,7 @@ def record_of(folder: Path, name: str = "test") -> Record:
     return found
 
 
+@pytest.mark.slow
 def test_what_a_run_says_of_itself(train, tmp_path):
     words = ("--save_every_n_steps", "2", "--save_state_on_train_end", "--lr_scheduler", "cosine")
     assert train(*words, "--validation_split", "0.3") == 0
@@ -166,6 +167,7 @@ def test_a_run_that_fails_while_its_models_load(train, tmp_path, monkeypatch):
     assert (found.session.status, found.session.reason, found.facts) == ("failed", "the VAE is broken", None)
 
 
+@pytest.mark.slow
 def test_secrets_are_in_no_record(train, tmp_path):
     (tmp_path / "key.toml").write_text('wandb_api_key = "0123456789abcdef"')
     for words in (

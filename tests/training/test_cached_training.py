@@ -106,6 +106,7 @@ def test_the_place_can_be_chosen_and_is_said(train, tmp_path, image_folder, caps
     assert not (image_folder / "2_style" / ".lora_cache").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_it_will_take(train, image_folder, capsys):
     words = (*DISK, "--flip_aug", "--max_train_steps", "1")
     assert train(*words) == 0

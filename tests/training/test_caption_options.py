@@ -177,6 +177,7 @@ caption_dropout_every_n_epochs = 3
 """
 
 
+@pytest.mark.slow
 def test_a_dataset_config_of_both_kinds(
     train: Callable[..., int], captioned: Path, texts: list[str], tmp_path: Path
 ) -> None:

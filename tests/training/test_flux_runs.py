@@ -73,6 +73,7 @@ def test_what_is_cached_changes_nothing(train_flux: Train, tmp_path: Path) -> No
     assert shapes == {"hidden_states": (16, 32), "mask": (16,), "pooled": (64,)}
 
 
+@pytest.mark.slow
 def test_kohyas_command_line(train: Train, tiny_flux: Path, tmp_path: Path) -> None:
     """As 16 of 27 published configurations have it, with files of their own and kohya's name of the module."""
     from flux_train_network import main

@@ -106,6 +106,7 @@ def test_preserved_outputs_cost_no_stop(on_stand_in: Callable[..., Run], tmp_pat
         assert len(stops.reads) == 1
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_read_once_more(on_stand_in: Callable[..., Run]) -> None:
     """The first step is measured; the norms of all layers, which are held below 1, are read together in every step."""
     first, second = two_steps(on_stand_in("--scale_weight_norms", "1", "--monitoring"))

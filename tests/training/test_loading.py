@@ -34,6 +34,7 @@ def as_peft_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, t
     return renamed
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_file_in_diffusers_names(train, tmp_path, capsys):
     assert train("--output_name", "first") == 0
     first = weights(tmp_path, "first")
@@ -95,6 +96,7 @@ def test_a_merged_base_is_trained_on(train, tmp_path, cached):
         torch.testing.assert_close(plain[key], undone[key], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_file_says_which_loras_its_base_was_merged_with(train, tmp_path, capsys):
     """Metadata, dry run, report and the tools; a run that starts from it without them is warned."""
     assert train("--output_name", "style") == 0

@@ -99,6 +99,7 @@ def recorded(folder: Path, name: str) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.slow
 def test_augmentations_train_the_same_bits_for_the_same_seed(train, tmp_path):
     plain = ("--no-cache_latents", "--enable_bucket", "--min_bucket_reso", "32", "--bucket_reso_steps", "8")
     augmented = (*plain, "--random_crop", "--color_aug", "--resolution", "64,56", "--max_train_steps", "6")

@@ -27,6 +27,7 @@ V_AND_MORE = (
 )
 
 
+@pytest.mark.slow
 def test_a_file_says_what_was_minimised(train, tmp_path):
     folder = tmp_path / "v"
     shutil.copytree(BASE, folder)
@@ -61,6 +62,7 @@ def test_a_file_says_what_was_minimised(train, tmp_path):
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "test.safetensors").values())
 
 
+@pytest.mark.slow
 def test_adafactor_is_the_schedule_of_that_optimizer(train, tmp_path, caplog, capsys):
     assert train("--optimizer_type", "Adafactor", "--lr_scheduler", "adafactor:1e-3", "--max_train_steps", "2") == 0
     assert "--lr_scheduler, --lr_scheduler_type and" not in caplog.text

@@ -75,6 +75,7 @@ print(json.dumps([flags, found.parameters["pauses_every"], torch_free, rows, par
     ]
 
 
+@pytest.mark.slow
 def test_its_mistakes_are_refused(folder: Path) -> None:
     text = """
 from adamw_problems import bag

@@ -14,7 +14,7 @@ from library.training import loop
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.saver import Saver
 from library.training.hooks.validation import Validator
-from tests.quick import quick
+from tests.quick import quick, slow
 from tests.training.written import weights
 
 Train = Callable[..., int]
@@ -127,9 +127,9 @@ def test_the_rate_finder_refuses_them(train: Train, capsys: pytest.CaptureFixtur
     ("words", "schedule"),
     [
         (("pytorch_optimizer.ScheduleFreeAdamW",), None),
-        (("prodigyplus.ProdigyPlusScheduleFree",), None),
-        (("prodigyplus.ProdigyPlusScheduleFree", "--optimizer_args", "use_schedulefree=False"), "LambdaLR"),
-        (("pytorch_optimizer.SPlus",), "LambdaLR"),
+        slow((("prodigyplus.ProdigyPlusScheduleFree",), None)),
+        slow((("prodigyplus.ProdigyPlusScheduleFree", "--optimizer_args", "use_schedulefree=False"), "LambdaLR")),
+        slow((("pytorch_optimizer.SPlus",), "LambdaLR")),
     ],
 )
 def test_only_a_schedule_free_one_goes_without_a_schedule(

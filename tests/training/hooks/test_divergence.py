@@ -99,6 +99,7 @@ def test_skip_leaves_the_step_out(train: Train, tmp_path: Path, monkeypatch: pyt
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_the_limit_counts_over_a_resume(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
