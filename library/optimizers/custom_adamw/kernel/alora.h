@@ -2,8 +2,12 @@
 #pragma once
 #include "common.h"
 
-typedef float Lanes __attribute__((vector_size(64)));
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;  // longer vectors than the processor's would go through memory
+#endif
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 
 inline Lanes load(const float* x) {
   Lanes y;

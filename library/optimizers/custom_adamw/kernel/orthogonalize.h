@@ -6,69 +6,117 @@
 #include "alora.h"
 #include "common.h"
 
-constexpr int64_t TILE = 16;  // rows and columns that are transposed together
+constexpr int64_t PACKED = 256;  // columns of a wide matrix that are worked on together, side by side in a cache
 
-// to = from^T, from [rows, columns]
-inline void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
-  for (int64_t row = 0; row < rows; row += TILE)
-    for (int64_t column = 0; column < columns; column += TILE)
-      for (int64_t j = column; j < std::min(column + TILE, columns); ++j)
-        for (int64_t i = row; i < std::min(row + TILE, rows); ++i) to[j * rows + i] = from[i * columns + j];
+// x^T x of x [n, r], lines of `gram` padded to whole Lanes
+inline void gram_of_rows(const float* x, int64_t n, int64_t r, float* gram) {
+  const int64_t width = padded(r);
+  std::fill(gram, gram + r * width, 0.0f);
+  for (int64_t from = 0; from < n; from += PACKED)
+    for (int64_t i = 0; i < r; i += 4)
+      for (int64_t at = 0; at < r; at += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, r - at), to = std::min(from + PACKED, n);
+        const int64_t line[4] = {i, std::min(i + 1, r - 1), std::min(i + 2, r - 1), std::min(i + 3, r - 1)};
+        Lanes sums[4] = {};
+        for (const float* row = x + from * r; row < x + to * r; row += r) {
+          const Lanes y = count == LANES ? load(row + at) : load(row + at, count);
+          for (int k = 0; k < 4; ++k) sums[k] += row[line[k]] * y;
+        }
+        for (int64_t k = 0; k < 4 && i + k < r; ++k) {
+          const Lanes whole = load(gram + (i + k) * width + at) + sums[k];
+          std::memcpy(gram + (i + k) * width + at, &whole, sizeof whole);
+        }
+      }
 }
 
-// c = a b, all [r, r]
-inline void multiply(const double* a, const double* b, int64_t r, double* c) {
-  std::fill(c, c + r * r, 0.0);
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t k = 0; k < r; ++k) {
-      const double x = a[i * r + k];
-      SIMD for (int64_t j = 0; j < r; ++j) c[i * r + j] += x * b[k * r + j];
+typedef double Four __attribute__((vector_size(32)));
+
+// c = a b, all [w, w], w a multiple of 4
+inline void multiply(const double* a, const double* b, int64_t w, double* c) {
+  for (int64_t i = 0; i < w; i += 4)
+    for (int64_t j = 0; j < w; j += 4) {
+      Four sums[4] = {};
+      for (int64_t k = 0; k < w; ++k) {
+        Four line;
+        std::memcpy(&line, b + k * w + j, sizeof line);
+        for (int l = 0; l < 4; ++l) sums[l] += a[(i + l) * w + k] * line;
+      }
+      for (int l = 0; l < 4; ++l) std::memcpy(c + (i + l) * w + j, &sums[l], sizeof sums[l]);
     }
 }
 
 // `p` [r, padded(r)] of x [r, n], whose Gram matrix comes in `p`
 inline void newton_schulz(float* p, int64_t r) {
-  const int64_t width = padded(r), size = r * r;
-  std::vector<double> room(5 * size);
+  const int64_t width = padded(r), w = (r + 3) / 4 * 4, size = w * w;
+  std::vector<double> room(5 * size);  // zeros, as beyond r they stay
   double *g = room.data(), *q = g + size, *product = q + size, *next = product + size, *all = next + size;
   double trace = 0;
   for (int64_t i = 0; i < r; ++i) trace += p[i * width + i];
   const double scale = trace == 0 ? 0 : 1 / trace;  // NaN stays
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < r; ++j) {
-      g[i * r + j] = p[i * width + j] * scale;
-      all[i * r + j] = i == j ? std::sqrt(scale) : 0.0;
-    }
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j < r; ++j) g[i * w + j] = p[i * width + j] * scale;
+    all[i * w + i] = std::sqrt(scale);
+  }
   for (int step = 0; step < 5; ++step) {
-    multiply(g, g, r, product);
+    multiply(g, g, w, product);
     for (int64_t i = 0; i < size; ++i) q[i] = -4.775 * g[i] + 2.0315 * product[i];
-    for (int64_t i = 0; i < r; ++i) q[i * r + i] += 3.4445;
-    multiply(q, all, r, next);
+    for (int64_t i = 0; i < r; ++i) q[i * w + i] += 3.4445;
+    multiply(q, all, w, next);
     std::swap(all, next);
-    multiply(q, g, r, product);
-    multiply(product, q, r, g);
+    if (step == 4) break;
+    multiply(q, g, w, product);
+    multiply(product, q, w, g);
   }
   std::fill(p, p + r * width, 0.0f);
   for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < r; ++j) p[i * width + j] = float(all[i * r + j]);
+    for (int64_t j = 0; j < r; ++j) p[i * width + j] = float(all[i * w + j]);
 }
 
-// y = s P x, all [r, n] but P [r, padded(r)]
-inline void apply(const float* p, const float* x, int64_t r, int64_t n, float s, float* y) {
+// y = s x P for x, y [n, r], P [r, padded(r)] symmetric
+inline void apply_to_rows(const float* p, const float* x, int64_t n, int64_t r, float s, float* y) {
   const int64_t width = padded(r);
-  for (int64_t at = 0; at < n; at += LANES) {
-    const int64_t count = std::min<int64_t>(LANES, n - at);
-    for (int64_t i = 0; i < r; i += 4) {
+  for (int64_t row = 0; row < n; row += 4) {
+    const float* from[4];
+    for (int64_t k = 0; k < 4; ++k) from[k] = x + std::min(row + k, n - 1) * r;
+    for (int64_t at = 0; at < r; at += LANES) {
       Lanes sums[4] = {};
       for (int64_t j = 0; j < r; ++j) {
-        const Lanes column = count == LANES ? load(x + j * n + at) : load(x + j * n + at, count);
-        for (int64_t k = 0; k < 4; ++k) sums[k] += p[std::min(i + k, r - 1) * width + j] * column;
+        const Lanes line = load(p + j * width + at);
+        for (int k = 0; k < 4; ++k) sums[k] += from[k][j] * line;
       }
-      for (int64_t k = 0; k < 4 && i + k < r; ++k) {
+      const int64_t count = std::min<int64_t>(LANES, r - at);
+      for (int64_t k = 0; k < 4 && row + k < n; ++k) {
         sums[k] *= s;
-        std::memcpy(y + (i + k) * n + at, &sums[k], count * sizeof(float));
+        std::memcpy(y + (row + k) * r + at, &sums[k], count * sizeof(float));
       }
     }
+  }
+}
+
+// y = s P x for x, y [r, n]: by packed columns, since whole rows may lie so far apart that a cache has no room for them
+inline void apply_to_columns(const float* p, const float* x, int64_t r, int64_t n, float s, float* y) {
+  const int64_t width = padded(r);
+  std::vector<float> room(r * PACKED);
+  for (int64_t from = 0; from < n; from += PACKED) {
+    const int64_t c = std::min(PACKED, n - from);
+    for (int64_t j = 0; j < r; ++j) {
+      float* const line = room.data() + j * PACKED;
+      std::copy(x + j * n + from, x + j * n + from + c, line);
+      std::fill(line + c, line + PACKED, 0.0f);
+    }
+    for (int64_t i = 0; i < r; i += 4)
+      for (int64_t at = 0; at < c; at += LANES) {
+        const int64_t line[4] = {i, std::min(i + 1, r - 1), std::min(i + 2, r - 1), std::min(i + 3, r - 1)};
+        Lanes sums[4] = {};
+        for (int64_t j = 0; j < r; ++j) {
+          const Lanes column = load(room.data() + j * PACKED + at);
+          for (int k = 0; k < 4; ++k) sums[k] += p[line[k] * width + j] * column;
+        }
+        for (int64_t k = 0; k < 4 && i + k < r; ++k) {
+          sums[k] *= s;
+          std::memcpy(y + (i + k) * n + from + at, &sums[k], std::min<int64_t>(LANES, c - at) * sizeof(float));
+        }
+      }
   }
 }
 
@@ -76,22 +124,20 @@ inline void apply(const float* p, const float* x, int64_t r, int64_t n, float s,
 inline void orthogonalize(const float* m, const float* g, const Tensor& t, const Recipe& r, float* x, float* y) {
   const int64_t rows = t.rows, columns = t.n / rows, side = std::min(rows, columns), length = t.n / side;
   const float ahead = r.orthogonalize_nesterov ? r.one_minus_beta1 : 0.0f;
-  float* const straight = rows <= columns ? x : y;
   float peak = 0;
-  SIMD for (int64_t i = 0; i < t.n; ++i) straight[i] = m[i] + ahead * (g[i] - m[i]);
-  SIMD_MAX(peak) for (int64_t i = 0; i < t.n; ++i) peak = std::max(peak, std::fabs(straight[i]));
+  SIMD_MAX(peak) for (int64_t i = 0; i < t.n; ++i) {
+    x[i] = m[i] + ahead * (g[i] - m[i]);
+    peak = std::max(peak, std::fabs(x[i]));
+  }
   const float unit = peak > 0 ? 1 / peak : 1.0f;
-  SIMD for (int64_t i = 0; i < t.n; ++i) straight[i] *= unit;
-  if (rows > columns) transpose(y, rows, columns, x);
+  SIMD for (int64_t i = 0; i < t.n; ++i) x[i] *= unit;
   std::vector<float> p(side * padded(side));
-  gram_matrix(x, side, length, p.data());
+  if (rows <= columns) gram_matrix(x, side, length, p.data());
+  else gram_of_rows(x, length, side, p.data());
   newton_schulz(p.data(), side);
   const float size = float(r.orthogonalize_scale * std::sqrt(double(length)));
-  apply(p.data(), x, side, length, size, y);
-  if (rows > columns) {
-    transpose(y, side, length, x);
-    std::copy(x, x + t.n, y);
-  }
+  if (rows <= columns) apply_to_columns(p.data(), x, side, length, size, y);
+  else apply_to_rows(p.data(), x, length, side, size, y);
 }
 
 // the scale of the entries that agree with the gradient
