@@ -51,7 +51,7 @@ _T5_LINEAR = re.compile(
     r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(?:wi_[01]|wi|wo))"
 )
 _TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}  # and the options that name their files
-PATCH = 2  # latent cells of a token's side
+_PATCH = 2  # latent cells of a token's side
 _CLIP_TOKENS, _T5_TOKENS = 75, {True: 512, False: 256}  # of T5 by whether the model is told a guidance (dev)
 _SCALING = 0.3611  # of the latents
 _EXPECTED = {"unet": 494, "text_encoder": 72}  # of the true size
@@ -178,7 +178,7 @@ class Flux1(ModelFamily):
     @property
     def size_divisor(self) -> int:
         """A patch of two latent cells."""
-        return self.latents.factor * PATCH
+        return self.latents.factor * _PATCH
 
     @cached_property
     def process(self) -> Flow:
@@ -291,7 +291,7 @@ class Flux1(ModelFamily):
         if not torch.is_autocast_enabled(noisy_BCHW.device.type):
             dtype = transformer.x_embedder.weight.dtype
             noisy_BCHW, states, pooled = noisy_BCHW.to(dtype), states.to(dtype), pooled.to(dtype)
-        height, width = (side // PATCH for side in noisy_BCHW.shape[2:])
+        height, width = (side // _PATCH for side in noisy_BCHW.shape[2:])
         masked = {"attention_mask": whole_mask(condition["mask"], height * width)} if "mask" in condition else None
         with exact_time(transformer.time_text_embed, level_B):
             found = transformer(
@@ -386,7 +386,7 @@ def _refuse_missing(base: BaseModel) -> None:
 def _check_widths(base: BaseModel) -> None:
     """UserError if the transformer needs other states or latents than these text encoders and autoencoder return."""
     transformer, clip, t5, vae = (base.parts[part].config for part in ("denoiser", *_TEXTS, "vae"))
-    channels = int(transformer.get("in_channels", 64)) // PATCH**2
+    channels = int(transformer.get("in_channels", 64)) // _PATCH**2
     for needed, given, what in (
         (transformer.get("pooled_projection_dim", 768), clip.get("hidden_size"), "a CLIP state"),
         (transformer.get("joint_attention_dim", 4096), t5.get("d_model"), "T5 states"),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from library.models.flux import PATCH
+PATCH = 2  # latent cells of a token's side
 
 
 def packed(latents_BCHW: Tensor) -> Tensor:
