@@ -35,7 +35,8 @@ TABLE = {
     "conservative": (1500, 0.80, 0.05, None),
 }
 FOR_KOHYAS_USERS = {f"{model}_{task}" for model in ("sd15", "sdxl") for task in ("style", "character", "concept")} | {
-    "flux_style"
+    "flux_style",
+    "anima_style",
 }
 
 
