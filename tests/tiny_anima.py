@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from library.models.checkpoints.base_model import ASSETS
 from tests.tiny_flux import t5_tokenizer
 
-BLOCKS, WIDTH, STATES, CHANNELS, TEXT_LAYERS = 2, 64, 32, 16, 2
+BLOCKS, WIDTH, STATES, CHANNELS, TEXT_LAYERS = 3, 64, 32, 16, 2
 VOCABULARY = 128
 
 

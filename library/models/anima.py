@@ -108,8 +108,8 @@ class Anima(ModelFamily):
         llm_adapter_path: str | None = None,
         qwen3_tokenizer_path: str | None = None,
         t5_tokenizer_path: str | None = None,
-        qwen3_max_token_length: int | None = None,
-        t5_max_token_length: int | None = None,
+        qwen3_max_token_length: int = _STATES,
+        t5_max_token_length: int = _STATES,
         discrete_flow_shift: float | None = None,
     ) -> None:
         from library.diffusion.latents import FrameLatentSpace
@@ -135,8 +135,7 @@ class Anima(ModelFamily):
         super().__init__(base, vae=vae)
         self._base, self._config = base, base.parts["denoiser"].config
         _check_widths(base)
-        self._qwen_tokens = qwen3_max_token_length or _STATES
-        self._t5_tokens = t5_max_token_length or _STATES
+        self._qwen_tokens, self._t5_tokens = qwen3_max_token_length, t5_max_token_length
         self.token_limit = min(self._qwen_tokens, self._t5_tokens - 1)  # T5's last one ends the text
         self._shift = 1.0 if discrete_flow_shift is None else discrete_flow_shift
         config = base.parts["vae"].config

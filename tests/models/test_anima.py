@@ -205,7 +205,7 @@ def test_a_folder_of_the_text_encoder_has_its_tokenizer(
     folder = shutil.copytree(tiny_anima / "text_encoder", tmp_path / "qwen3")
     shutil.copy(tiny_anima / "tokenizer" / "tokenizer.json", folder)
     given = _options(files, qwen3=str(folder), qwen3_tokenizer_path=None)
-    assert opened(files["pretrained_model_name_or_path"], **given).count_tokens("a cat") == 5
+    assert opened(files["pretrained_model_name_or_path"], **given).count_tokens("a cat") == 6
 
 
 def test_models_for_video_are_refused(tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ def test_images_become_scaled_distributions(family: ModelFamily) -> None:
 
 
 USUAL_SCALE = {"sd": 0.18215, "sdxl": 0.13025, "flux": 0.3611}
-LONGER: dict[str, dict[str, Any]] = {"flux": {"t5xxl_max_token_length": 128}}
+LONGER: dict[str, dict[str, Any]] = {
+    "flux": {"t5xxl_max_token_length": 128},
+    "anima": {"t5_max_token_length": 128},
+}
 """The option by which each reads longer captions, if not --max_token_length."""
 
 

@@ -15,7 +15,7 @@ from tests.training.test_flux_learning import learnt, losses_of
 
 @pytest.mark.slow
 def test_the_loss_on_new_noise_falls(tiny_anima: Path, tmp_path: Path) -> None:
-    """From … to …"""
+    """From 6.4 to 1.5 in 77 s of a thread beside another; predicting nothing gives 2.3, the velocity's mean square."""
     from anima_train_network import main
 
     images = learnt(tmp_path)
@@ -34,6 +34,5 @@ def test_the_loss_on_new_noise_falls(tiny_anima: Path, tmp_path: Path) -> None:
     network.load(file)
     network.merge()
     after, _ = losses_of(family, images, seed=12345)
-    print(f"{before:.3f} {after:.3f} of {of_nothing:.3f}")
     assert after < before / 2, f"{before:.3f} → {after:.3f}"
     assert after < 0.85 * of_nothing, f"{after:.3f} of {of_nothing:.3f}"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests import tiny_anima
+from tests.tiny_anima import BLOCKS, STATES, TEXT_LAYERS
 from tests.training.written import ROUNDED, distance, metadata, same, weights
 
 Train = Callable[..., int]
@@ -36,11 +36,11 @@ def test_it_trains_validates_samples_and_saves(train_anima: Train, tmp_path: Pat
     layers = {key.rpartition(".lora_")[0] for key in found}
     text = [name for name in layers if name.startswith("text_encoders.qwen3_06b.transformer.model.layers.")]
     unet = [name for name in layers if name.startswith("diffusion_model.blocks.")]
-    assert (len(unet), len(text), len(layers)) == (10 * tiny_anima.BLOCKS, 7 * tiny_anima.TEXT_LAYERS, 34)
+    assert (len(unet), len(text), len(layers)) == (10 * BLOCKS, 7 * TEXT_LAYERS, 44)
     assert {key.rpartition(".lora_")[2] for key in found} == {"A.weight", "B.weight"}
     said = capsys.readouterr().err
-    assert "test.safetensors: 34 of 34 layers load, as trained, in ComfyUI" in said
-    assert re.search(r"diffusers: 20 of 34 layers load \(14 layers: it adapts the transformer alone\)", said)
+    assert "test.safetensors: 44 of 44 layers load, as trained, in ComfyUI" in said
+    assert re.search(r"diffusers: 30 of 44 layers load \(14 layers: it adapts the transformer alone\)", said)
     (first, *_) = sorted((tmp_path / "out" / "sample").glob("*_00_*.png"))
     assert np.asarray(Image.open(first)).shape == (64, 64, 3)  # 72 is no multiple of 16
     for name in ("test-report.html", "test-best.safetensors"):
@@ -56,6 +56,15 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_anima: Tra
     assert same(weights(tmp_path, "whole"), weights(tmp_path, "part"))
 
 
+def test_a_cached_text_is_one_that_is_encoded_in_each_step(train_anima: Train, tmp_path: Path) -> None:
+    """The longest captions of a batch differ, and so does the number of states that are cached."""
+    common = ("--network_train_unet_only", "--max_train_steps", "2", "--save_naming", "kohya")
+    for name, words in {"cached": CACHED, "fresh": ()}.items():
+        assert train_anima(*common, "--output_name", name, *words) == 0
+    assert distance(weights(tmp_path, "cached"), weights(tmp_path, "fresh")) < ROUNDED
+
+
+@pytest.mark.slow
 def test_what_is_cached_changes_nothing(train_anima: Train, tmp_path: Path) -> None:
     common = ("--network_train_unet_only", "--max_train_steps", "2", "--save_naming", "kohya")
     disk = ("--cache_text_encoder_outputs_to_disk", "--cache_latents_to_disk")
@@ -70,7 +79,7 @@ def test_what_is_cached_changes_nothing(train_anima: Train, tmp_path: Path) -> N
     ((name, tensor),) = load_file(entry).items()
     assert name == "hidden_states"
     assert tensor.shape[0] < 64  # as many as tokens, and not 512
-    assert tensor.shape[1] == tiny_anima.STATES
+    assert tensor.shape[1] == STATES
 
 
 def test_kohyas_command_line(train: Train, tiny_anima: Path, tmp_path: Path) -> None:
@@ -90,11 +99,12 @@ def test_kohyas_command_line(train: Train, tiny_anima: Path, tmp_path: Path) -> 
     assert main(words) == 0
     found = weights(tmp_path)
     assert {key.partition(".")[0] for key in found} > {"lora_unet_blocks_0_self_attn_q_proj"}
-    assert len(found) == 3 * 10 * tiny_anima.BLOCKS
+    assert len(found) == 3 * 10 * BLOCKS
     assert all(tensor.isfinite().all() for tensor in found.values())
     assert metadata(tmp_path)["ss_network_module"] == "networks.lora_anima"
 
 
+@pytest.mark.slow
 def test_either_naming_is_trained_on(train_anima: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A step of rate 0 leaves what was read: the same weights, whichever names they had."""
     assert train_anima(*CACHED, "--output_name", "dotted", "--max_train_steps", "1") == 0
@@ -128,10 +138,11 @@ def test_the_door_is_for_anima_only(capsys: pytest.CaptureFixture[str], image_fo
     "words",
     [
         pytest.param(("--train_batch_size", "3", "--enable_bucket", "--min_bucket_reso", "32"), marks=pytest.mark.slow),
-        pytest.param(("--base_format", "int8"), marks=pytest.mark.slow),
-        ("--base_format", "fp8", *CACHED),
+        ("--base_format", "int8", *CACHED),
+        pytest.param(("--base_format", "fp8", "--mixed_precision", "bf16", *CACHED), marks=pytest.mark.slow),
+        pytest.param(("--mixed_precision", "fp16"), marks=pytest.mark.slow),
         pytest.param(("--base_format", "nf4", *CACHED), marks=pytest.mark.slow),
-        ("--blocks_to_swap", "1", "--gradient_checkpointing", *CACHED),
+        ("--blocks_to_swap", "3", "--gradient_checkpointing", *CACHED),
         pytest.param(
             ("--timestep_sampling", "sigmoid", "--ip_noise_gamma", "0.1", "--loss_type", "huber"),
             marks=pytest.mark.slow,
@@ -140,7 +151,7 @@ def test_the_door_is_for_anima_only(capsys: pytest.CaptureFixture[str], image_fo
             ("--weighting_scheme", "logit_normal", "--min_timestep", "100", "--max_timestep", "900"),
             marks=pytest.mark.slow,
         ),
-        pytest.param(("--network_args", "block_dims=2,4"), marks=pytest.mark.slow),
+        pytest.param(("--network_args", "block_dims=2,4,2"), marks=pytest.mark.slow),
         pytest.param(("--lr_layer_decay", "0.5"), marks=pytest.mark.slow),
         pytest.param(("--network_args", "preset=full"), marks=pytest.mark.slow),
         ("--dry_run", "--gpu_memory", "24GB"),

@@ -61,12 +61,8 @@ class FlowOptions:
         help="Qwen3's tokenizer, where neither the base nor --qwen3 is a folder that has it: a folder with "
         "tokenizer.json, or with vocab.json and merges.txt (ours)",
     )
-    qwen3_max_token_length: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="Qwen3's tokens of a caption (default: 512)"
-    )
-    t5_max_token_length: int | None = option(
-        None, minimum=2, maximum=512, zero_is_unset=True, help="T5's tokens of a caption of Anima (default: 512)"
-    )
+    qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of Anima")
+    t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
         None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512 of dev, 256 of schnell)"
     )
