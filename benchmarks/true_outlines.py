@@ -43,12 +43,12 @@ def write(folder: Path, family: str) -> Path:
     return folder
 
 
-def _makers(family: str) -> dict[str, Callable[[Config], nn.Module]]:
+def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
     """What makes each part, by the part's folder."""
     from library.models import modules
 
     stable = {"vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
-    return {
+    by_family: Mapping[str, Mapping[str, Callable[[Config], nn.Module]]] = {
         "sd15": {**stable, "unet": modules.new_unet},
         "sdxl": {**stable, "unet": modules.new_unet, "text_encoder_2": modules.new_projected_text_encoder},
         "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
@@ -58,7 +58,8 @@ def _makers(family: str) -> dict[str, Callable[[Config], nn.Module]]:
             "transformer": modules.new_anima_transformer,
             "text_conditioner": modules.new_llm_adapter,
         },
-    }[family]
+    }
+    return by_family[family]
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -137,7 +137,7 @@ def test_the_door_is_for_anima_only(capsys: pytest.CaptureFixture[str], image_fo
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(("--train_batch_size", "3", "--enable_bucket", "--min_bucket_reso", "32"), marks=pytest.mark.slow),
+        pytest.param(("--train_batch_size", "3", "--enable_bucket", "--bucket_reso_steps", "16"), marks=pytest.mark.slow),
         ("--base_format", "int8", *CACHED),
         pytest.param(("--base_format", "fp8", "--mixed_precision", "bf16", *CACHED), marks=pytest.mark.slow),
         pytest.param(("--mixed_precision", "fp16"), marks=pytest.mark.slow),
