@@ -7,6 +7,7 @@ Its states, with zeros behind them, are what the transformer sees of a text.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from library.diffusion.flow import Flow
     from library.models.flow_pipeline import FlowPipeline
     from library.models.modules import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _LINEAR = re.compile(
     r"transformer_blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2))",
@@ -133,6 +136,11 @@ class Anima(ModelFamily):
             )
         base = replace(base, **tokenizers)  # type: ignore[arg-type]
         super().__init__(base, vae=vae)
+        if "turbo" in Path(base.path).stem.lower():
+            logger.warning(
+                "%s is distilled to a few steps, by its name: training unlearns that; the base version is for training",
+                base.path,
+            )
         self._base, self._config = base, base.parts["denoiser"].config
         _check_widths(base)
         self._qwen_tokens, self._t5_tokens = qwen3_max_token_length, t5_max_token_length
@@ -185,23 +193,32 @@ class Anima(ModelFamily):
 
     @cached_property
     def _qwen_tokenizer(self) -> Tokenizer:
-        return self._tokenizer_of(
-            None if self._base.tokenizer == Path() else self._base.tokenizer, "qwen3", "Qwen/Qwen3-0.6B"
-        )
+        folder = None if self._base.tokenizer == Path() else self._base.tokenizer
+        found = self._read_tokenizer(folder, "qwen3", "Qwen/Qwen3-0.6B", part="text_encoder", size="vocab_size")
+        if found.encode("").ids:
+            raise UserError(f"{folder} is not the tokenizer of Qwen3: it adds tokens to every text, as T5's does")
+        return found
 
     @cached_property
     def _t5_tokenizer(self) -> Tokenizer:
-        return self._tokenizer_of(self._base.tokenizer_2, "t5", "google/t5-v1_1-xxl")
+        folder = self._base.tokenizer_2
+        return self._read_tokenizer(folder, "t5", "google/t5-v1_1-xxl", part="text_encoder_2", size="target_vocab_size")
 
-    def _tokenizer_of(self, folder: Path | None, name: str, source: str) -> Tokenizer:
+    def _read_tokenizer(self, folder: Path | None, name: str, source: str, *, part: str, size: str) -> Tokenizer:
+        """UserError if there is none, or if it has more tokens than the part's table."""
         from library.models.modules import read_fast_tokenizer
 
+        title = name.capitalize()
         if folder is None:
             raise UserError(
-                f"{self.path} has no tokenizer of {name.capitalize()} beside it: give --{name}_tokenizer_path, a "
-                f"folder with the tokenizer.json of {source} on the hub"
+                f"{self.path} has no tokenizer of {title} beside it: give --{name}_tokenizer_path, a folder with the "
+                f"tokenizer.json of {source} on the hub"
             )
-        return read_fast_tokenizer(folder)
+        found = read_fast_tokenizer(folder)
+        tokens, rows = found.get_vocab_size(), self._base.parts[part].config[size]
+        if tokens > rows:
+            raise UserError(f"{folder} is not the tokenizer of {title}: it has {tokens} tokens, and Anima {rows}")
+        return found
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint

@@ -197,6 +197,26 @@ def test_tokenizers_are_asked_for(files: dict[str, Path], tmp_path: Path, option
         opened(base, **_options(files, **{option: str(tmp_path)}))
 
 
+def test_exchanged_tokenizers_are_refused(files: dict[str, Path], tiny_anima: Path, tmp_path: Path) -> None:
+    base, other = files["pretrained_model_name_or_path"], str(tiny_anima / "t5_tokenizer")
+    with pytest.raises(UserError, match=r"t5_tokenizer is not the tokenizer of Qwen3: it adds tokens to every text"):
+        opened(base, **_options(files, qwen3_tokenizer_path=other)).count_tokens("a cat")
+    large = tiny.qwen_tokenizer()
+    large.add_tokens([f"word{number}" for number in range(100)])
+    large.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"is not the tokenizer of T5: it has \d+ tokens, and Anima 128"):
+        opened(base, **_options(files, t5_tokenizer_path=str(tmp_path))).count_tokens("a cat")
+
+
+def test_a_distilled_version_is_warned_of(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = tmp_path / "anima-turbo-v1.safetensors"
+    named.symlink_to(files["pretrained_model_name_or_path"])
+    opened(named, **_options(files))
+    assert "is distilled to a few steps, by its name" in caplog.text
+
+
 def test_a_folder_of_the_text_encoder_has_its_tokenizer(
     files: dict[str, Path], tiny_anima: Path, tmp_path: Path
 ) -> None:
