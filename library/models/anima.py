@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
 from library.files.tensors import WeightsIndex
-from library.gpu import to_device
+from library.gpu import device_of, to_device
 from library.models.blocks import Blocks
 from library.models.checkpoints.adapter_file import WrittenNaming
 from library.models.checkpoints.anima_files import open_anima, own_tokenizer, with_part
@@ -259,7 +259,7 @@ class Anima(ModelFamily):
         adapter: Any = self.components["text_encoder_2"]
         qwen = [self._qwen_content(caption)[: self._qwen_tokens] for caption in captions]
         t5 = [[*self._t5_content(caption)[: self._t5_tokens - 1], _T5_END] for caption in captions]
-        device = next(encoder.parameters()).device
+        device = device_of(encoder)
         # an empty text is one state of zeros, which adds nothing: attention to no state at all would be undefined
         ids, seen = (to_device(table, device) for table in _padded([row or [0] for row in qwen]))
         queries, wanted = (to_device(table, device) for table in _padded(t5))

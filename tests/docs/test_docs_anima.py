@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,24 +10,17 @@ import pytest
 from library.config import kohya
 from library.config.options import declared_options
 from tests import tiny_anima as tiny
-from tests.conftest import IMAGES, ROOT
+from tests.conftest import copy_images
+from tests.docs.tables import commands, page
 
-PAGE = (ROOT / "docs" / "anima.md").read_text(encoding="utf-8")
-COMMANDS = [
-    shlex.split(line)[1:]
-    for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-]
+PAGE = page("anima")
+COMMANDS = [words[1:] for words in commands(PAGE)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
 def test_every_command_trains(command: list[str], tiny_anima: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "my_data" / "10_mystyle"
-    folder.mkdir(parents=True)
-    for image in sorted((IMAGES / "train").glob("*.png"))[:2]:
-        shutil.copy(image, folder)
-        shutil.copy(image.with_suffix(".txt"), folder)
+    copy_images(tmp_path / "my_data" / "10_mystyle", 2)
     files = tiny.single_files(tiny_anima, tmp_path / "models")
     given = {f"--{name}": str(path) for name, path in files.items()}
     words = [given.get(before, word) for before, word in zip(["", *command[1:]], command[1:], strict=False)]

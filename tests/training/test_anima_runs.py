@@ -83,6 +83,7 @@ def test_what_is_cached_changes_nothing(train_anima: Train, tmp_path: Path) -> N
     assert tensor.shape[1] == STATES
 
 
+@pytest.mark.slow
 def test_kohyas_command_line(train: Train, tiny_anima: Path, tmp_path: Path) -> None:
     """With files of their own and kohya's name of the module; its names of the layers, if they are asked for."""
     from anima_train_network import main
@@ -141,7 +142,7 @@ def test_the_door_is_for_anima_only(capsys: pytest.CaptureFixture[str], image_fo
         pytest.param(
             ("--train_batch_size", "3", "--enable_bucket", "--bucket_reso_steps", "16"), marks=pytest.mark.slow
         ),
-        ("--base_format", "int8", *CACHED),
+        pytest.param(("--base_format", "int8", *CACHED), marks=pytest.mark.slow),
         pytest.param(("--base_format", "fp8", "--mixed_precision", "bf16", *CACHED), marks=pytest.mark.slow),
         pytest.param(("--mixed_precision", "fp16"), marks=pytest.mark.slow),
         pytest.param(("--base_format", "nf4", *CACHED), marks=pytest.mark.slow),
@@ -157,7 +158,7 @@ def test_the_door_is_for_anima_only(capsys: pytest.CaptureFixture[str], image_fo
         pytest.param(("--network_args", "block_dims=2,4,2"), marks=pytest.mark.slow),
         pytest.param(("--lr_layer_decay", "0.5"), marks=pytest.mark.slow),
         pytest.param(("--network_args", "preset=full"), marks=pytest.mark.slow),
-        ("--dry_run", "--gpu_memory", "24GB"),
+        pytest.param(("--dry_run", "--gpu_memory", "24GB"), marks=pytest.mark.slow),
         pytest.param(("--fit", "24GB"), marks=pytest.mark.slow),
         pytest.param(("--recommend",), marks=pytest.mark.slow),
         pytest.param(("--find_lr", "--find_lr_steps", "20"), marks=pytest.mark.slow),
