@@ -96,6 +96,7 @@ class Anima(ModelFamily):
     LEAVE_TEXT_ENCODERS = (
         "Anima's text encoder is a language model that most LoRAs leave alone, and diffusers loads no such layers"
     )
+    TIMESTEP_SAMPLING = "sigmoid"
     FILE_NAMING: ClassVar[WrittenNaming] = "diffusers"
     base_model_version = "anima"
     architecture = "anima-preview"

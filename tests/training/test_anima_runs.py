@@ -28,7 +28,7 @@ def test_it_trains_validates_samples_and_saves(train_anima: Train, tmp_path: Pat
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("emoji of cat --w 72 --h 64 --s 2 --d 5\nemoji of dog --w 64 --h 64 --s 2\n", encoding="utf-8")
     words = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--validation_split", "0.3", "--report")
-    assert train_anima(*words, "--timestep_sampling", "sigmoid") == 0
+    assert train_anima(*words) == 0
     facts = metadata(tmp_path)
     assert (facts["ss_base_model_version"], facts["modelspec.architecture"]) == ("anima", "anima-preview/lora")
     assert (facts["ss_timestep_sampling"], facts["ss_discrete_flow_shift"]) == ("sigmoid", "1.0")
@@ -94,7 +94,7 @@ def test_kohyas_command_line(train: Train, tiny_anima: Path, tmp_path: Path) -> 
     words += ["--train_data_dir", str(tmp_path / "data"), "--caption_extension", ".txt", "--resolution", "64"]
     words += ["--output_dir", str(tmp_path / "out"), "--output_name", "test", "--seed", "1", "--max_train_steps", "2"]
     words += ["--network_module", "networks.lora_anima", "--network_dim", "16", "--network_alpha", "16"]
-    words += ["--timestep_sampling", "sigmoid", "--discrete_flow_shift", "1.0", "--attn_mode", "torch", "--sdpa"]
+    words += ["--timestep_sampling", "sigma", "--discrete_flow_shift", "1.0", "--attn_mode", "torch", "--sdpa"]
     words += ["--cache_text_encoder_outputs", "--cache_latents", "--network_train_unet_only", "--vae_chunk_size", "64"]
     words += ["--qwen3_max_token_length", "512", "--gradient_checkpointing", "--save_naming", "kohya"]
     words += ["--optimizer_type", "adafactor", "--learning_rate", "1e-3", "--save_precision", "bf16"]
@@ -103,7 +103,9 @@ def test_kohyas_command_line(train: Train, tiny_anima: Path, tmp_path: Path) -> 
     assert {key.partition(".")[0] for key in found} > {"lora_unet_blocks_0_self_attn_q_proj"}
     assert len(found) == 3 * 10 * BLOCKS
     assert all(tensor.isfinite().all() for tensor in found.values())
-    assert metadata(tmp_path)["ss_network_module"] == "networks.lora_anima"
+    facts = metadata(tmp_path)
+    assert facts["ss_network_module"] == "networks.lora_anima"
+    assert "ss_timestep_sampling" not in facts, "uniform levels have none, as in kohya's"
 
 
 @pytest.mark.slow
