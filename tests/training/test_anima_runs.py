@@ -142,7 +142,7 @@ def test_the_door_is_for_anima_only(capsys: pytest.CaptureFixture[str], image_fo
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(("--train_batch_size", "3", "--bucket_reso_steps", "16"), marks=pytest.mark.slow),
+        pytest.param(("--train_batch_size", "3", *BUCKETS), marks=pytest.mark.slow),
         pytest.param(("--base_format", "int8", *CACHED), marks=pytest.mark.slow),
         pytest.param(("--base_format", "fp8", "--mixed_precision", "bf16", *CACHED), marks=pytest.mark.slow),
         pytest.param(("--mixed_precision", "fp16"), marks=pytest.mark.slow),
