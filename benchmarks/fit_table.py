@@ -1,4 +1,4 @@
-"""The tables of docs/memory.md and docs/flux.md: what `--fit` chooses for several cards, and what the run then needs.
+"""The tables of docs/{memory,flux,anima}.md: what `--fit` chooses for several cards, and what the run then needs.
 
     python -m benchmarks.fit_table            # about two minutes of one core; no weights are needed
 
@@ -20,6 +20,8 @@ MODELS = {
     "sdxl": ("SDXL", 1024),
     "flux-512": ("FLUX.1 dev", 512),
     "flux": ("FLUX.1 dev", 1024),
+    "anima-512": ("Anima", 512),
+    "anima": ("Anima", 1024),
 }
 
 

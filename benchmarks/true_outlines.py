@@ -1,4 +1,4 @@
-"""Folders of Stable Diffusion 1.5 and XL and FLUX.1 dev at their true sizes: headers of weights, and no weights.
+"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev and Anima at their true sizes: headers of weights, and no weights.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -8,41 +8,58 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.files.json_text import Config
+
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl" or "flux", made once."""
+    """A diffusers folder of the `family`, "sd15", "sdxl", "flux" or "anima", made once."""
     if (folder / "scheduler").exists():
         return folder
-    from library.models import modules
     from library.models.checkpoints.base_model import ASSETS
 
-    asset = {"sd15": "sd1.json", "sdxl": "sdxl.json", "flux": "flux.json"}[family]
+    asset = {"sd15": "sd1.json", "sdxl": "sdxl.json", "flux": "flux.json", "anima": "anima.json"}[family]
     config = json.loads((ASSETS / asset).read_text(encoding="utf-8"))
-    makers = {"vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
-    makers["transformer" if family == "flux" else "unet"] = (
-        modules.new_flux_transformer if family == "flux" else modules.new_unet
-    )
-    if family != "sd15":
-        makers["text_encoder_2"] = modules.new_t5_encoder if family == "flux" else modules.new_projected_text_encoder
-    for part, new in makers.items():
+    for part, new in _makers(family).items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
-        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         _write_header(folder / part / f"{stem}.safetensors", dict(new(config[part]).named_parameters()))
     if family == "flux":
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
         _write_tokenizer(folder / "tokenizer_2")
+    if family == "anima":
+        for tokenizer in ("tokenizer", "t5_tokenizer"):
+            _write_tokenizer(folder / tokenizer)
     (folder / "scheduler").mkdir()
     text = json.dumps({**config.get("scheduler", {}), "prediction_type": "epsilon"})
     (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
     return folder
+
+
+def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
+    """What makes each part, by the part's folder."""
+    from library.models import modules
+
+    stable = {"vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
+    by_family: Mapping[str, Mapping[str, Callable[[Config], nn.Module]]] = {
+        "sd15": {**stable, "unet": modules.new_unet},
+        "sdxl": {**stable, "unet": modules.new_unet, "text_encoder_2": modules.new_projected_text_encoder},
+        "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
+        "anima": {
+            "vae": modules.new_qwen_vae,
+            "text_encoder": modules.new_qwen3_encoder,
+            "transformer": modules.new_anima_transformer,
+            "text_conditioner": modules.new_llm_adapter,
+        },
+    }
+    return by_family[family]
 
 
 def _write_tokenizer(folder: Path) -> None:

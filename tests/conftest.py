@@ -88,6 +88,14 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("tiny_flux"))
 
 
+@pytest.fixture(scope="session")
+def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a tiny Anima with random weights."""
+    from tests.tiny_anima import write
+
+    return write(tmp_path_factory.mktemp("tiny_anima"))
+
+
 def copy_images(folder: Path, count: int = 6) -> None:
     """The first captioned images of the quickstart."""
     folder.mkdir(parents=True)

@@ -89,6 +89,7 @@ def values(**more: Unpack[_Rest]) -> Row:
 
 
 _ATTENTION = "attention always uses PyTorch's scaled_dot_product_attention"
+_ONE_FRAME = "it only tunes the memory of the VAE of Anima, which is given one image at a time"
 _MEMORY = "weights are loaded tensor by tensor, straight to where they are needed"
 
 WITHOUT_EFFECT: dict[str, Row] = {
@@ -96,6 +97,11 @@ WITHOUT_EFFECT: dict[str, Row] = {
     "diffusers_xformers": flag(why=_ATTENTION),
     "mem_eff_attn": flag(why=_ATTENTION),
     "sdpa": flag(why=_ATTENTION),
+    "attn_mode": value(why=_ATTENTION),
+    "split_attn": flag(why=_ATTENTION),
+    "vae_chunk_size": value(why=_ONE_FRAME),
+    "vae_disable_cache": flag(why=_ONE_FRAME),
+    "qwen_image_vae_2d": flag(why=_ONE_FRAME),
     "lowram": flag(why=_MEMORY),
     "highvram": flag(why="torch keeps freed memory between steps in any case"),
     "disable_mmap_load_safetensors": flag(why=_MEMORY),
@@ -160,6 +166,9 @@ GUI_EXTRAS: dict[str, Row] = {
     "network_train_text_encoder": flag(default=True, instead=("network_train_unet_only",)),
     "noise_strength": value(only_with="enable_contrastive"),
 }
+
+
+_RATE_BY_PATTERN = "here: network_reg_lrs in --network_args, with patterns of the layers' names"
 
 
 def _of(script: str, **rows: Row) -> dict[str, Row]:
@@ -237,26 +246,17 @@ OTHER_SCRIPTS: dict[str, Row] = {
     ),
     **_of(
         "HunyuanImage or Anima",
-        attn_mode=value(),
         byt5=value(),
-        cross_attn_lr=value(),
+        cross_attn_lr=value(hint=_RATE_BY_PATTERN),
         fp8_scaled=flag(),
         fp8_vl=flag(),
-        llm_adapter_lr=value(),
-        llm_adapter_path=value(),
-        mlp_lr=value(),
-        mod_lr=value(),
-        qwen_image_vae_2d=flag(),
-        qwen3=value(),
-        qwen3_max_token_length=value(512),
-        self_attn_lr=value(),
-        split_attn=flag(),
-        t5_max_token_length=value(512),
+        llm_adapter_lr=value(None, 0, hint="the LLM adapter is not trained"),
+        mlp_lr=value(hint=_RATE_BY_PATTERN),
+        mod_lr=value(hint="its modulation is not trained"),
+        self_attn_lr=value(hint=_RATE_BY_PATTERN),
         text_encoder=value(),
         text_encoder_cpu=flag(),
         unsloth_offload_checkpointing=flag(hint="here: --cpu_offload_checkpointing"),
-        vae_chunk_size=value(),
-        vae_disable_cache=flag(),
     ),
 }
 
@@ -285,12 +285,12 @@ _TOOL_HINTS = {
 # there: what to use instead today.
 MODULES_NOT_YET = {
     **dict.fromkeys(("networks.oft_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
-    **dict.fromkeys(("networks.lora_hunyuan_image", "networks.lora_anima"), ""),
+    "networks.lora_hunyuan_image": "",
 }
 _BY_PATTERN = "here: network_reg_dims, with patterns of the layers' names"
 _BY_BLOCK = "here: include_patterns or exclude_patterns"
 NETWORK_ARGS_NOT_YET = {
-    "train_llm_adapter": "it is for Anima",
+    "train_llm_adapter": "Anima's LLM adapter is not trained",
     "split_qkv": "query, key and value have adapters of their own in any case; the file has them as one layer",
     "train_t5xxl": "T5 is not trained",
     "in_dims": "only layers in the blocks are adapted",

@@ -48,3 +48,37 @@ class LatentSpace:
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             latents = latents_BCHW.to(weight.device, weight.dtype) / self.scaling + self.shift
             return vae.decode(latents, return_dict=False)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameLatentSpace(LatentSpace):
+    """Latents of a VAE for video, which takes and returns images as videos of one frame, [B, C, 1, h, w]. Each channel
+    has a mean and a standard deviation of its own, by which it is normalised; `scaling` and `shift` have no effect."""
+
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+    def encode(self, vae: AutoEncoder, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        weight = next(vae.parameters())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            pixels = to_device(pixels_BCHW, weight.device).to(weight.dtype)
+            latents = vae.encode(pixels[:, :, None]).latent_dist
+        mean_BCHW, std_BCHW = (moment[:, :, 0].float() for moment in (latents.mean, latents.std))
+        means, deviations = self._tables(mean_BCHW)
+        return (mean_BCHW - means) / deviations, std_BCHW / deviations
+
+    def decode(self, vae: AutoEncoder, latents_BCHW: Tensor) -> Tensor:
+        import torch
+
+        weight = next(vae.parameters())
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            latents = latents_BCHW.to(weight.device)
+            means, deviations = self._tables(latents)
+            frames = (latents * deviations + means).to(weight.dtype)[:, :, None]
+            return vae.decode(frames, return_dict=False)[0][:, :, 0]
+
+    def _tables(self, like_BCHW: Tensor) -> list[Tensor]:
+        """Means and deviations, each [1, C, 1, 1]."""
+        return [like_BCHW.new_tensor(table).view(1, -1, 1, 1) for table in (self.means, self.deviations)]

@@ -6,4 +6,5 @@ FAMILIES = {
     "sd": "library.models.stable_diffusion.StableDiffusion",
     "sdxl": "library.models.stable_diffusion_xl.StableDiffusionXL",
     "flux": "library.models.flux.Flux1",
+    "anima": "library.models.anima.Anima",
 }

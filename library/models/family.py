@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from library.errors import UserError
 from library.models.components import NOTHING, Components, PartKind
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from library.diffusion.process import Process
     from library.files.tensors import WeightsIndex
     from library.models.blocks import Blocks
+    from library.models.checkpoints.adapter_file import WrittenNaming
     from library.models.checkpoints.base_model import BaseModel, Folder
     from library.models.modules import Pipeline
     from library.offload.swap import Block
@@ -102,6 +103,10 @@ class ModelFamily(ABC):
     """Options of the objective that would harm a model of this family, each with the reason."""
     LEAVE_TEXT_ENCODERS: ClassVar[str] = ""
     """Why --recommend advises against training the text encoders; "" where it does not."""
+    TIMESTEP_SAMPLING: ClassVar[Literal["sigmoid"] | None] = None
+    """The --timestep_sampling of kohya's script for this model where the user gives none, if it is not "sigma"."""
+    FILE_NAMING: ClassVar[WrittenNaming] = "kohya"
+    """Whose names a plain LoRA's file has where --save_naming is not given; other kinds always have kohya's then."""
 
     path: str  # as the user gave it
     vae_path: str | None  # as the user gave it with --vae

@@ -199,14 +199,14 @@ class Flux1(ModelFamily):
 
     @cached_property
     def _t5_tokenizer(self) -> Tokenizer:
-        from library.models.modules import read_t5_tokenizer
+        from library.models.modules import read_fast_tokenizer
 
         if self._tokenizer_2 is None:
             raise UserError(
                 f"{self.path} has no tokenizer of T5 beside it: give --t5_tokenizer_path, a folder with the "
                 "tokenizer.json of google/t5-v1_1-xxl, such as the folder tokenizer_2 of FLUX.1 on the hub"
             )
-        return read_t5_tokenizer(self._tokenizer_2)
+        return read_fast_tokenizer(self._tokenizer_2)
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint

@@ -145,6 +145,57 @@ def new_flux_transformer(config: Config) -> nn.Module:
         return FluxTransformer2DModel.from_config(dict(config))
 
 
+def new_anima_transformer(config: Config) -> nn.Module:
+    """A CosmosTransformer3DModel on the meta device. Its mask of padding, which is zero for whole images, is one more
+    channel of its input here: diffusers resizes the mask with torchvision, which nothing else needs."""
+    with lean_diffusers():
+        from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
+    _spare_peft()
+    settings = dict(config)
+    if settings.pop("concat_padding_mask", True):
+        settings |= {"in_channels": settings["in_channels"] + 1, "concat_padding_mask": False}
+    if settings.get("extra_pos_embed_type") is None:
+        settings["max_size"] = _ANY_SIZE  # of the rotary angles alone, which follow from a formula
+    with torch.device("meta"):
+        return CosmosTransformer3DModel.from_config(settings)
+
+
+_ANY_SIZE = (128, 4096, 4096)  # frames, latent rows and columns
+
+
+def new_qwen_vae(config: Config) -> nn.Module:
+    """An AutoencoderKLQwenImage on the meta device."""
+    with lean_diffusers():
+        from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+    with torch.device("meta"):
+        return AutoencoderKLQwenImage.from_config(dict(config))
+
+
+def new_qwen3_encoder(config: Config) -> nn.Module:
+    """A Qwen3Model, its parameters on the meta device."""
+    with lean_diffusers():
+        from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+    settings = Qwen3Config.from_dict(dict(config))
+    with torch.device("meta"):
+        encoder = Qwen3Model(settings)
+    encoder.rotary_emb = Qwen3RotaryEmbedding(settings)  # its table is in no file
+    return encoder
+
+
+def new_llm_adapter(config: Config) -> nn.Module:
+    """An AnimaTextConditioner, its parameters on the meta device. It returns as many states as it is given tokens."""
+    with lean_diffusers():
+        from diffusers.models.condition_embedders.condition_embedder_anima import (
+            AnimaRotaryEmbedding,
+            AnimaTextConditioner,
+        )
+    with torch.device("meta"):
+        adapter = AnimaTextConditioner.from_config({**config, "min_sequence_length": 0})
+    adapter.rotary_emb = AnimaRotaryEmbedding(adapter.config.model_dim // adapter.config.num_attention_heads)
+    return adapter
+
+
 def _give_positions(encoder: Any) -> None:  # transformers has no types
     """Fill the table of positions 0, 1, 2, …, which no file contains."""
     positions = torch.arange(encoder.config.max_position_embeddings, device="cpu").expand(1, -1)
@@ -167,11 +218,16 @@ def _tokenizer(folder: Path, options: str) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def read_t5_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of the tokenizer.json in a folder, as the package tokenizers has it: `encode(text).ids`."""
+def read_fast_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the tokenizer.json in a folder, or of vocab.json and merges.txt as Qwen has them, as the package
+    tokenizers has it: `encode(text).ids`."""
     from tokenizers import Tokenizer as Fast
 
-    return Fast.from_file(str(folder / "tokenizer.json"))
+    if (folder / "tokenizer.json").is_file():
+        return Fast.from_file(str(folder / "tokenizer.json"))
+    from transformers import Qwen2Tokenizer
+
+    return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
 
 
 def new_pipeline(parts: Mapping[str, object], scheduler: Scheduler) -> Pipeline:

@@ -17,10 +17,12 @@ from networks.embeddings.files import read as read_embedding
 from networks.embeddings.together import WithEmbedding
 from networks.embeddings.vectors import Embedding
 from networks.embeddings.vectors import create as create_embedding
-from networks.network import TrainableNetwork
+from networks.lora import DOWN, UP
+from networks.network import Network, TrainableNetwork
 from networks.settings import Asked, LearningRates
 
 if TYPE_CHECKING:
+    from library.models.checkpoints.adapter_file import WrittenNaming
     from library.models.family import ModelFamily
     from library.optimizers.create import ParameterGroups
     from networks.files import AdapterFile
@@ -88,13 +90,21 @@ def _adapters(options: Options, family: ModelFamily, *, arguments: Arguments, se
         network = foreign.create(wanted.network_module, views, targets, asked, arguments, file=sizes)
     else:
         network = create.make(kind, targets, asked, arguments, file=sizes)
-        network.naming = options.output.save_naming
+        network.naming = naming_of(network, family, options)
     if wanted.scale_weight_norms and (refusal := network.refuses("scale_weight_norms")):
         raise UserError(refusal)
     network.attach(parts_of(options))
     if start is not None:
         network.load(start)
     return network
+
+
+def naming_of(network: Network, family: ModelFamily, options: Options) -> WrittenNaming:
+    """--save_naming; where it is not given the family's own, for which only plain LoRA has names."""
+    if options.output.save_naming is not None or family.FILE_NAMING == "kohya":
+        return options.output.save_naming or "kohya"
+    ends = {name.partition(".")[2] for name in network.tensors()}
+    return family.FILE_NAMING if ends <= {DOWN, UP, "alpha"} else "kohya"
 
 
 def files_of(options: Options) -> tuple[AdapterFile | None, AdapterFile | None]:

@@ -98,6 +98,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = base_of(options, only_family=only_family)
+    options = _with_defaults_of(family, options)
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
@@ -130,6 +131,14 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
         resume=resume,
         settings=settings,
     )
+
+
+def _with_defaults_of(family: ModelFamily, options: Options) -> Options:
+    """The options with the family's own way of drawing timesteps, where the user chose none."""
+    if family.TIMESTEP_SAMPLING is None or options.given.keys() & {"timestep_sampling", "weighting_scheme"}:
+        return options
+    objective = replace(options.objective, timestep_sampling=family.TIMESTEP_SAMPLING)
+    return replace(options, objective=objective)
 
 
 def base_of(options: Options, *, only_family: str | None = None) -> ModelFamily:

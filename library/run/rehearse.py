@@ -10,7 +10,7 @@ from library import log
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.offload import swap
-from library.run.network import asked_of, files_of, make_embedding, parameter_groups, parts_of
+from library.run.network import asked_of, files_of, make_embedding, naming_of, parameter_groups, parts_of
 from library.training.state import State, network_of
 from networks import create, kinds
 from networks.embeddings.together import WithEmbedding
@@ -72,7 +72,7 @@ def _checked(network: TrainableNetwork, options: Options, resume: State | None) 
 
 
 def _refuse_naming(options: Options) -> None:
-    if options.output.save_naming != "kohya":
+    if options.output.save_naming == "diffusers":
         raise UserError(
             f"--save_naming {options.output.save_naming}: networks of --network_module "
             f"{options.network.network_module} write their files themselves, in their own names"
@@ -81,7 +81,7 @@ def _refuse_naming(options: Options) -> None:
 
 def _check_naming(network: Network, family: ModelFamily, options: Options) -> None:
     """`UserError` for a kind of adapter or a family without names in --save_naming."""
-    naming = options.output.save_naming
+    naming = naming_of(network, family, options)
     if naming != "kohya" and not loaders.is_about(family.base_model_version):
         raise UserError(f"--save_naming {naming}: {family.TITLE} has no such names here, only kohya's")
     in_names_of(network.tensors(), naming, source=f"--save_naming {naming}")

@@ -1,9 +1,9 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
-Read at ComfyUI 2025-10, A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1: 0.42), kohya's sd-scripts 0.11 and LyCORIS
-4.1, for Stable Diffusion 1.x, 2.x and XL and FLUX.1. A program finds a layer if it knows the naming, the place in the
-model and the kind; some reject a whole file for one layer. Names and shapes are enough, so a file's header is. Imports
-no torch.
+Read at ComfyUI 2025-10, A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1, Anima: 0.42), kohya's sd-scripts 0.11 and
+LyCORIS 4.1, for Stable Diffusion 1.x, 2.x and XL, FLUX.1 and Anima. A program finds a layer if it knows the naming, the
+place in the model and the kind; some reject a whole file for one layer. Names and shapes are enough, so a file's header
+is. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
+from library.models.checkpoints import anima_names
 from library.models.checkpoints.adapter_file import (
     KOHYA_OFT,
     Naming,
@@ -159,6 +160,12 @@ _OF_FLUX = re.compile(
     r"single_blocks_\d+_(?:linear[12]|modulation_lin))"
 )
 _WITHOUT_FLUX = ("A1111", "LyCORIS")
+_OF_ANIMA = re.compile(
+    r"lora_unet_blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]|output)_proj|mlp_layer[12]|"
+    r"adaln_modulation_(?:self_attn|cross_attn|mlp)_[12])"
+)
+_WITHOUT_ANIMA = ("A1111", "Forge", "LyCORIS")
+_PAIR_OF_PEFT = {"lora_A.weight", "lora_B.weight"}
 _DIFFUSERS_UNET = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks)_")
 
 
@@ -227,10 +234,13 @@ def _rule(
     more: Mapping[str, Collection[str]],
 ) -> Rule:
     """The rule for one layer: the first that keeps the program from it, else that of its kind."""
-    if naming not in _NAMINGS[program]:
+    anima = version.startswith("anima")
+    if naming not in _NAMINGS[program] and not (anima and (program, naming) == ("diffusers", "ComfyUI")):
         return _not(f"names in {naming}'s style" if naming else "names of no known program")
     if version.startswith("flux"):
         place = _place_of_flux(program, naming, name)
+    elif anima:
+        place = _place_of_anima(program, naming, name, own)
     elif naming == "kohya":
         place = _place_of_kohya(program, name, version, known)
     else:
@@ -306,6 +316,25 @@ def _place_of_flux(program: Program, naming: Naming | None, name: str) -> str:
     return ""
 
 
+def _place_of_anima(program: Program, naming: Naming | None, name: str, own: Shapes) -> str:
+    """As `_place_of_kohya`, for layers of Anima."""
+    text = name.startswith(("lora_te", "text_encoder"))
+    if program in _WITHOUT_ANIMA:
+        return "it knows no Anima"
+    if naming == "kohya" and not text and not _OF_ANIMA.fullmatch(name):
+        return "the name of no layer of Anima"
+    if program == "ComfyUI" and naming == "kohya" and text:
+        return f"of the text encoder it wants names that begin with {anima_names.DOTTED_TEXT}"
+    if program == "diffusers":
+        if text:
+            return "it adapts the transformer alone"
+        if naming == "kohya":
+            return f"it wants names that begin with {anima_names.DOTTED}"
+        if own.keys() != _PAIR_OF_PEFT:
+            return "it wants lora_A and lora_B alone"
+    return ""
+
+
 def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
     """As `_place_of_kohya`, for names with dots."""
     if naming == "diffusers" and program in ("ComfyUI", "Forge"):
@@ -318,7 +347,7 @@ def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
 
 def is_about(version: str) -> bool:
     """Whether the tables are about base models of this `ss_base_model_version`."""
-    return version.startswith(("sd_v", "sdxl", "flux1"))
+    return version.startswith(("sd_v", "sdxl", "flux1", "anima"))
 
 
 def in_words(found: Sequence[Verdict]) -> list[str]:

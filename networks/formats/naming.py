@@ -15,7 +15,8 @@ original names of a UNet's layers. SDXL's UNet has those in kohya's files as wel
 for SDXL, that is settled when the model is known (`sites.in_names_of`).
 
 FLUX.1's transformer has its original names in kohya's and ComfyUI's files, with query, key and value as one layer, and
-diffusers' names behind `transformer.` in those of diffusers and ai-toolkit.
+diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. Anima's has its original names everywhere:
+kohya's are flat, and those of diffusers, too, are ComfyUI's, `diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.json_text import Config, parse_json
+from library.models.checkpoints import anima_names
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
 from library.models.checkpoints.flux_names import group_of, members_of, original_name
@@ -41,6 +43,7 @@ from networks.load_report import by_module
 from networks.magnitude import DORA_SCALE
 
 CONFIG_KEY = "lora_adapter_metadata"  # of diffusers, in a file's metadata
+_WITHOUT_CONFIG = ("diffusion_model", "text_encoders")  # beginnings of Anima's names
 
 # (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight" or behind the name
 _ENDINGS = (
@@ -66,12 +69,15 @@ _PARTS = {
     "lora_unet.": "unet", "lora_te.": "text_encoder", "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2",
     "clip_l.": "text_encoder", "clip_g.": "text_encoder_2", "diffusion_model.": "unet",
     "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_h.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.clip_g.transformer.": "text_encoder_2", anima_names.DOTTED_TEXT: "text_encoder",
 }  # fmt: skip
 _OF_SDXL = "lora_te1."  # a prefix that OneTrainer has for SDXL only
 _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
 _LAYERS_PER_BLOCK = 2  # of SDXL's UNet
 _FLUX_PATH = re.compile(r"(?:double|single)_blocks\.\d+\..*")
+_ANIMA_PATH = re.compile(r"blocks\.\d+\.(?:self_attn|cross_attn|mlp|adaln_modulation_\w+)\..*")
+_ONLY_ANIMA = re.compile(r"transformer_blocks\.\d+\.(?:attn[12]|norm[123]\.linear_[12])\b.*")
+_QWEN_PATH = re.compile(r"layers\.\d+\..*")
 # The words of paths that have underscores of their own
 _WORDS = re.compile(
     r"(?:input|output|down|up|transformer)_blocks|(?:middle|mid)_block|(?:in|out|emb)_layers|skip_connection|"
@@ -88,7 +94,8 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 @dataclass(frozen=True)
 class _Place:
     """The layer that a tensor belongs to: part "unet", "transformer", "text_encoder" or "text_encoder_2" and the path
-    below it, in diffusers' names and without "text_model."; FLUX.1's original names stay where ComfyUI has them."""
+    below it, in diffusers' names and without "text_model."; original names of FLUX.1 and Anima stay where ComfyUI has
+    them."""
 
     part: str
     path: str
@@ -110,8 +117,11 @@ def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, sou
     xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     xl = xl or any(key.startswith(_OF_SDXL) for key in tensors)
     several = xl or any(place.part == "transformer" for place in found)
+    anima = any(_ONLY_ANIMA.fullmatch(place.path) for place in found)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
+        if anima and place.part == "transformer":
+            place = _Place("transformer", anima_names.original_name(place.path))
         settings = _settings(config or {}, place, source)
         own = forms.to_lycoris(own, settings, where=f"{source}: {place.part}.{place.path}", path=place.path)
         name = _kohya_name(place, xl=xl, several=several)
@@ -154,9 +164,9 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     prefix = next((prefix for prefix in _PARTS if path.startswith(prefix)), "")
     part = _PARTS.get(prefix)
     path = path.removeprefix(prefix).removeprefix(_WRAPPER).replace(".processor.", ".")
-    if part in ("unet", None) and _FLUX_PATH.fullmatch(path):
+    if part in ("unet", None) and (_FLUX_PATH.fullmatch(path) or _ANIMA_PATH.fullmatch(path)):
         return _Place("transformer", path)
-    if part == "transformer" and original_name(path) != path:
+    if part == "transformer" and any(name(path) != path for name in (original_name, anima_names.original_name)):
         return _Place(part, path)
     if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
         path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
@@ -180,6 +190,8 @@ def _kohya_name(place: _Place, *, xl: bool, several: bool) -> str:
         block = re.match(r"(?:down_blocks|mid_block|up_blocks)\.", place.path)
         path = original_unet_name(place.path, layers_per_block=_LAYERS_PER_BLOCK) if xl and block else place.path
         return "lora_unet_" + path.replace(".", "_")
+    if _QWEN_PATH.fullmatch(place.path):
+        return "lora_te_" + place.path.replace(".", "_")
     number = {"text_encoder": "1" if several else "", "text_encoder_2": "2"}[place.part]
     above = "" if place.path == _PROJECTION else "text_model_"  # it lies beside the text model
     return f"lora_te{number}_{above}" + place.path.replace(".", "_")
@@ -222,7 +234,8 @@ def in_names_of(
     if naming == "kohya":
         return _with_fused_layers(tensors), {}
     converted = to_diffusers(tensors, source=source)
-    return converted, {CONFIG_KEY: json.dumps(_diffusers_config(converted), sort_keys=True)}
+    config = _diffusers_config(converted)
+    return converted, {CONFIG_KEY: json.dumps(config, sort_keys=True)} if config else {}
 
 
 def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,8 +254,8 @@ def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight` or for FLUX.1 `transformer.…`, as
-    `load_lora_weights` takes them.
+    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX.1 `transformer.…` or for
+    Anima `diffusion_model.…`, as `load_lora_weights` takes them.
 
     These names have none for alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else
     rounded once. Whoever ignores the file's `lora_adapter_metadata` scales it as it should be, too. Raises UserError
@@ -281,7 +294,8 @@ def _by_diffusers_path(name: str, own: dict[str, Tensor], *, source: str) -> dic
 
 def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """The `lora_adapter_metadata` of tensors in diffusers' names: the ranks, with the same alphas. With it versions of
-    diffusers that take one rank for the whole file scale one of several ranks as it should be."""
+    diffusers that take one rank for the whole file scale one of several ranks as it should be; none of them knows
+    Anima."""
     config: dict[str, object] = {}
     parts: dict[str, dict[str, int]] = {}
     for key, tensor in tensors.items():
@@ -289,6 +303,8 @@ def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
             part, _, path = key.removesuffix(end).partition(".")
             parts.setdefault(part, {})[path.removeprefix("text_model.")] = len(tensor)  # transformers 5 has it no more
     for part, ranks in parts.items():
+        if part in _WITHOUT_CONFIG:
+            continue
         usual = Counter(ranks.values()).most_common(1)[0][0]
         others = {path: rank for path, rank in ranks.items() if rank != usual}
         own = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
@@ -300,6 +316,8 @@ def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
 
 def diffusers_path(name: str, *, source: str) -> str:
     """For example lora_unet_input_blocks_4_1_proj_in → unet.down_blocks.1.attentions.0.proj_in. Raises UserError."""
+    if dotted := anima_names.dotted_name(name):
+        return dotted
     if name.startswith("lora_unet_") and (members := members_of(name.removeprefix("lora_unet_"))):
         return f"transformer.{members[0].path}"
     parts = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}

@@ -114,6 +114,7 @@ FLAGS = [
     flags("--timestep_sampling", "flux_shift"),
     flags("--guidance_scale", "1.5"),
     flags("--clip_l", "clip_l.safetensors"),
+    flags("--qwen3", "qwen3.safetensors"),
     flags("--model_prediction_type", "sigma_scaled"),
     flags("--model_prediction_type", "rwa"),
     flags("--discrete_flow_shift", "0"),

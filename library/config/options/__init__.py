@@ -196,10 +196,10 @@ class OutputOptions:
     save_model_as: Literal["safetensors", "ckpt", "pt"] = option(
         "safetensors", help="the file's format; ckpt and pt are pickled tables of tensors without metadata"
     )
-    save_naming: Literal["kohya", "diffusers"] = option(
-        "kohya",
+    save_naming: Literal["kohya", "diffusers"] | None = option(
+        None,
         help="whose names the file's tensors have: kohya's, which most programs read, or diffusers' (LoRA, and DoRA of "
-        "rows) (ours)",
+        "rows) (default: kohya's, but for a LoRA of Anima diffusers', which ComfyUI reads as well) (ours)",
     )
     save_every_n_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n steps")

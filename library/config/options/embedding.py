@@ -62,7 +62,7 @@ class EmbeddingOptions:
         if self.train_embedding_only and self.save_embedding is not None:
             raise UserError("--save_embedding is for an embedding beside a LoRA; --train_embedding_only has no LoRA")
 
-    def check_beside(self, *, text_cache: str, naming: str, of_loras: Mapping[str, object]) -> None:
+    def check_beside(self, *, text_cache: str, naming: str | None, of_loras: Mapping[str, object]) -> None:
         """Check these options against others. `text_cache`: the given option that turns on that cache, or "". `naming`:
         --save_naming. `of_loras`: the values of options that only a LoRA can follow. Raises UserError."""
         if self.is_trained and text_cache:
@@ -94,9 +94,9 @@ class EmbeddingOptions:
         named = self.train_embedding_only and re.fullmatch(r"[\w-]+", self.token_string or "")
         return self.token_string if named else None
 
-    def is_bundled(self, naming: str) -> bool:
+    def is_bundled(self, naming: str | None) -> bool:
         """Whether the LoRA's file has the embedding in it. `naming`: --save_naming."""
-        usual = (None, "both") if naming == "kohya" else ()
+        usual = () if naming == "diffusers" else (None, "both")
         return self.beside_a_lora and self.save_embedding in (*usual, "bundle")
 
     @property

@@ -1,4 +1,5 @@
-"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1.
+"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1
+and Anima.
 
 Names are kohya's. `library.models.opening` refuses them for a model of another family.
 """
@@ -16,6 +17,8 @@ _WRITTEN_ANYWAY: dict[str, tuple[object, ...]] = {
     "guidance_scale": (3.5,),
     "model_prediction_type": ("raw",),
     "t5xxl_max_token_length": (256,),
+    "qwen3_max_token_length": (512,),
+    "t5_max_token_length": (512,),
 }
 _WRONG_TARGETS = ("sigma_scaled", "additive")
 
@@ -39,16 +42,27 @@ def asks_for_nothing(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
-    """FLUX.1"""
+    """FLUX.1 and Anima"""
 
     clip_l: str | None = option(None, help="the CLIP-L text encoder, where the base has none: a file or a folder")
     t5xxl: str | None = option(None, help="the T5-XXL text encoder, where the base has none: a file or a folder")
     ae: str | None = option(
         None, help="the autoencoder, where the base has none: a file or a folder; the same as --vae"
     )
-    t5_tokenizer_path: str | None = option(
-        None, help="T5's tokenizer, where the base is no folder with tokenizer_2: a folder with tokenizer.json"
+    qwen3: str | None = option(None, help="the text encoder Qwen3 of Anima: a file or a folder")
+    llm_adapter_path: str | None = option(
+        None, help="Anima's LLM adapter, where the transformer's file has none: a file or a folder"
     )
+    t5_tokenizer_path: str | None = option(
+        None, help="T5's tokenizer, where the base is no folder that has it: a folder with tokenizer.json"
+    )
+    qwen3_tokenizer_path: str | None = option(
+        None,
+        help="Qwen3's tokenizer, where neither the base nor --qwen3 is a folder that has it: a folder with "
+        "tokenizer.json, or with vocab.json and merges.txt (ours)",
+    )
+    qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of Anima")
+    t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
         None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512 of dev, 256 of schnell)"
     )
@@ -57,7 +71,9 @@ class FlowOptions:
         1.0, minimum=0, help="the guidance that dev is told in training; samples are rendered with 3.5 or their --g"
     )
     discrete_flow_shift: float | None = option(
-        None, minimum=0, help="shift of the noise levels with --timestep_sampling sigma and shift (default: 3)"
+        None,
+        minimum=0,
+        help="shift of the noise levels with --timestep_sampling sigma and shift (default: 3, of Anima 1)",
     )
     model_prediction_type: str = option(
         "raw", read=read_prediction_type, help="what the loss compares: raw, the predicted velocity with the true one"

@@ -74,8 +74,9 @@ class ObjectiveOptions:
     max_timestep: int | None = option(None, minimum=1, help="train timesteps below this one (default: 1000, all)")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = option(
         "sigma",
-        help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle; for FLUX.1 also "
-        "shift, sigmoid with --discrete_flow_shift, and flux_shift, with a shift that grows with the image",
+        help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle, Anima's default; "
+        "for FLUX.1 and Anima also shift, sigmoid with --discrete_flow_shift, and for FLUX.1 flux_shift, with a shift "
+        "that grows with the image",
     )
     sigmoid_scale: float = option(
         1.0, minimum=0, help="width of sigmoid, shift and flux_shift; above 1 nearer to uniform"

@@ -14,6 +14,7 @@ from library.errors import UserError
 from library.files.json_text import Config
 from library.files.tensors import TensorEntry, WeightsIndex
 from library.models import FAMILIES
+from library.models.checkpoints import wan_vae
 from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.base_model import Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, VAE_PREFIX
@@ -46,13 +47,14 @@ TITLES = {
     "flux_transformer": "the transformer of a diffusers folder",
     "flux2": "a FLUX.2 model",
     "chroma": "a Chroma model",
+    "cosmos": "a Cosmos-Predict2 model that is not for images alone",
     "scaled_fp8": "a FLUX model whose fp8 weights have scales beside them",
     "edm": "an SDXL model of another kind (EDM, as Playground 2.5)",
 }
 # Models, but not of a kind that can be trained
 _UNSUPPORTED = (
     *("sdxl_refiner", "sd3", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control", "flux2", "chroma"),
-    "scaled_fp8",
+    *("scaled_fp8", "cosmos"),
 )
 _INSTEAD = {
     "vae": "give it as --vae beside a base model",
@@ -72,6 +74,10 @@ _AFTER_MODELS = {
     "upscaler": ("conv_first.", "model.0.weight", "model.1.sub."),
     "image_encoder": ("vision_model.", "visual."),
 }
+ANIMA_PREFIXES = ("net.", UNET_PREFIX, "diffusion_model.", "")
+"""How the names in files of Anima begin: as its makers, ComfyUI and others write them."""
+_ANIMA_MARKS = ("blocks.0.cross_attn.q_proj.weight", "x_embedder.proj.1.weight")
+_ANIMA_INPUTS = 68  # columns of its first layer: 16 channels and a mask, four cells; more of models for video
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
 # By what the class in a folder's model_index.json contains, the first that does
 _PIPELINES = {
@@ -128,7 +134,7 @@ def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
 def not_a_base(found: FileKind) -> str:
     """The reason why a file or folder cannot be the base model, to follow its path and "is"."""
     if found.kind in _UNSUPPORTED:
-        known = "Stable Diffusion 1.x, 2.x and XL, and FLUX.1 dev and schnell"
+        known = "Stable Diffusion 1.x, 2.x and XL, FLUX.1 dev and schnell, and Anima"
         return f"{found.title}, which is not supported; this version trains {known}"
     instead = _INSTEAD.get(found.kind, "")
     if found.adapter is not None and found.adapter.is_plain:
@@ -169,9 +175,11 @@ def other_family(content: WeightsIndex | Folder) -> str:
         return "edm" if content.entries.keys() & _EDM_MARKS else ""
     if begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks."):
         return _other_flux(content)
-    if begins(content, "single_transformer_blocks."):
+    if begins(content, "single_transformer_blocks.", "transformer_blocks.0.attn1."):
         return "flux_transformer"
-    return "sd3" if begins(content, "joint_blocks.", f"{UNET_PREFIX}joint_blocks.") else ""
+    if begins(content, "joint_blocks.", f"{UNET_PREFIX}joint_blocks."):
+        return "sd3"
+    return "cosmos" if _cosmos_inputs(content) not in (None, _ANIMA_INPUTS) else ""
 
 
 def is_flux(content: WeightsIndex | Folder) -> bool:
@@ -179,6 +187,22 @@ def is_flux(content: WeightsIndex | Folder) -> bool:
     if isinstance(content, Folder):
         return content.pipeline in _FLUX_PIPELINES
     return begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks.") and not _other_flux(content)
+
+
+def is_anima(content: WeightsIndex | Folder) -> bool:
+    """Whether it is Anima, or the model of NVIDIA's for images that it descends from, which has no LLM adapter."""
+    if isinstance(content, Folder):
+        return content.config("text_conditioner") is not None and content.config("transformer") is not None
+    return _cosmos_inputs(content) == _ANIMA_INPUTS
+
+
+def _cosmos_inputs(index: WeightsIndex) -> int | None:
+    """The columns of the first layer of a Cosmos-Predict2 model; None for another file."""
+    for prefix in ANIMA_PREFIXES:
+        found = [index.entries.get(prefix + mark) for mark in _ANIMA_MARKS]
+        if found[0] is not None and found[1] is not None:
+            return found[1].shape[-1]
+    return None
 
 
 def _other_flux(index: WeightsIndex) -> str:
@@ -217,7 +241,7 @@ def _model(index: WeightsIndex) -> str:
     if is_vae(index):
         return "vae"
     clip = ("text_model.", "embeddings.token_embedding.", "transformer.text_model.", "encoder.layers.0.self_attn")
-    encoder = (*clip, "encoder.block.0.layer.")  # and T5
+    encoder = (*clip, "encoder.block.0.layer.", "model.embed_tokens.", "embed_tokens.")  # and T5, Qwen3
     return "text_encoder" if begins(index, *encoder) else ""
 
 
@@ -236,7 +260,8 @@ def _other(index: WeightsIndex) -> str:
 
 def is_vae(index: WeightsIndex) -> bool:
     """Whether a file holds a VAE, bare or as part of a checkpoint, in either naming."""
-    return any(name.removeprefix(VAE_PREFIX) == "encoder.conv_in.weight" for name in index.entries)
+    marks = ("encoder.conv_in.weight", wan_vae.MARK)
+    return any(name.removeprefix(VAE_PREFIX) in marks for name in index.entries)
 
 
 def is_v2(unet: Config) -> bool:

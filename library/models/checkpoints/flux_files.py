@@ -4,7 +4,6 @@ in files of their own, as kohya's users have them. No weight is read here: confi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from library.models.checkpoints.detect import kind_of_file
 from library.models.checkpoints.flux_names import transformer_entries
 from library.models.checkpoints.folder import entries_in
 from library.models.checkpoints.open_file import locate, open_vae
+from library.models.checkpoints.shapes import count_of, shape_of
 
 Entries = Mapping[str, TensorEntry]
 
@@ -95,7 +95,7 @@ def _of_file(path: str, index: WeightsIndex) -> dict[str, Part]:
 def _transformer_config(entries: Entries, path: str) -> dict[str, Any]:
     """From the shapes of a file in the original layout."""
     config = configurations()["transformer"]
-    width, head = _shape(entries, "img_in.weight", path)[0], _shape(entries, _FIRST, path)[0]
+    width, head = shape_of(entries, "img_in.weight", path)[0], shape_of(entries, _FIRST, path)[0]
     if head != config["attention_head_dim"]:
         raise UserError(
             f"{path}: the heads of its transformer have {head} channels, where FLUX.1's have "
@@ -103,22 +103,22 @@ def _transformer_config(entries: Entries, path: str) -> dict[str, Any]:
             "a diffusers folder"
         )
     return config | {
-        "num_layers": _count(entries, "double_blocks"),
-        "num_single_layers": _count(entries, "single_blocks"),
+        "num_layers": count_of(entries, "double_blocks"),
+        "num_single_layers": count_of(entries, "single_blocks"),
         "num_attention_heads": width // head,
-        "joint_attention_dim": _shape(entries, "txt_in.weight", path)[1],
-        "pooled_projection_dim": _shape(entries, "vector_in.in_layer.weight", path)[1],
+        "joint_attention_dim": shape_of(entries, "txt_in.weight", path)[1],
+        "pooled_projection_dim": shape_of(entries, "vector_in.in_layer.weight", path)[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in entries,
     }
 
 
 def _clip_of_file(entries: Entries, path: str) -> Part:
     inner = {name.removeprefix("text_model."): entry for name, entry in entries.items()}
-    width = _shape(inner, "embeddings.token_embedding.weight", path)[1]
+    width = shape_of(inner, "embeddings.token_embedding.weight", path)[1]
     config = configurations()["text_encoder"] | {
         "hidden_size": width,
-        "intermediate_size": _shape(inner, "encoder.layers.0.mlp.fc1.weight", path)[0],
-        "num_hidden_layers": _count(inner, r"encoder\.layers"),
+        "intermediate_size": shape_of(inner, "encoder.layers.0.mlp.fc1.weight", path)[0],
+        "num_hidden_layers": count_of(inner, r"encoder\.layers"),
         "num_attention_heads": max(1, width // _CLIP_HEAD),
     }
     layers = config["num_hidden_layers"]
@@ -127,15 +127,15 @@ def _clip_of_file(entries: Entries, path: str) -> Part:
 
 def _t5_of_file(entries: Entries, path: str) -> Part:
     found = _t5_entries(entries)
-    vocabulary, width = _shape(found, "shared.weight", path)
+    vocabulary, width = shape_of(found, "shared.weight", path)
     attention = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = _shape(found, f"{attention}.relative_attention_bias.weight", path)
+    buckets, heads = shape_of(found, f"{attention}.relative_attention_bias.weight", path)
     config = configurations()["text_encoder_2"] | {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": _shape(found, f"{attention}.q.weight", path)[0] // heads,
-        "d_ff": _shape(found, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", path)[0],
-        "num_layers": _count(found, r"encoder\.block"),
+        "d_kv": shape_of(found, f"{attention}.q.weight", path)[0] // heads,
+        "d_ff": shape_of(found, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", path)[0],
+        "num_layers": count_of(found, r"encoder\.block"),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
     }
@@ -201,16 +201,3 @@ def t5_tokenizer(path: str) -> Path:
         if (folder / "tokenizer.json").is_file():
             return folder
     raise UserError(f"--t5_tokenizer_path {path}: there is no tokenizer.json in it")
-
-
-def _shape(entries: Entries, name: str, path: str) -> tuple[int, ...]:
-    entry = entries.get(name)
-    if entry is None or not entry.shape:
-        raise UserError(f"{path}: has no '{name}', which this model has; it is incomplete or of another kind")
-    return entry.shape
-
-
-def _count(entries: Entries, blocks: str) -> int:
-    """The number of blocks, from their numbers in names that begin with this pattern."""
-    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in entries)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)

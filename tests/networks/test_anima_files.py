@@ -1,0 +1,175 @@
+"""Adapter files for Anima: ComfyUI's and diffusers' dotted names, kohya's flat ones, and that both act as trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from adapter_models import difference, lora, lora_from_file, randomize
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from library.models.checkpoints.anima_names import dotted_name, original_name
+from library.models.modules import new_anima_transformer
+from library.models.opening import open_family
+from networks.files import read
+from networks.formats import loaders
+from networks.formats.naming import to_diffusers
+from networks.tools.convert import convert
+from tests import tiny_anima as tiny
+
+# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
+BOUND = 1e-5
+NOISY = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+PARTS = {"denoiser": 10 * tiny.BLOCKS, "text_encoder": 7 * tiny.TEXT_LAYERS}
+
+
+@pytest.fixture(scope="module")
+def anima(tiny_anima: Path) -> Any:
+    family = open_family(str(tiny_anima))
+    family.components.load_all(family.PARTS, torch.float32, "cpu")
+    return family
+
+
+def outputs(family: Any) -> tuple[Tensor, Tensor]:
+    """The answer and the states of the texts."""
+    with torch.no_grad():
+        texts = family.encode_prompts(["emoji of cat", "a dog"])
+        return family.predict(NOISY, torch.tensor([0.3, 0.8]), texts), texts["hidden_states"]
+
+
+def trained(family: Any, file: Path, naming: str, *parts: str) -> tuple[Tensor, Tensor]:
+    """What the model answers with a network that is saved to `file`, and taken off again."""
+    network = lora(3, 2.0, targets=family.adapter_targets(*parts))
+    network.naming = naming
+    network.attach()
+    randomize(network, 0.2)
+    answer = outputs(family)
+    network.save(str(file), None, {"ss_network_module": "networks.lora"})
+    network.detach()
+    return answer
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+def test_a_file_is_read_as_it_acts(anima: Any, tmp_path: Path, naming: str) -> None:
+    base = outputs(anima)
+    expected = trained(anima, tmp_path / "adapter.safetensors", naming)
+    assert all(difference(now, before) > 0.02 for now, before in zip(expected, base, strict=True))
+    content = read(tmp_path / "adapter.safetensors")
+    assert content.naming == {"kohya": "kohya", "diffusers": "ComfyUI"}[naming]
+    network = lora_from_file(content, targets=anima.adapter_targets())
+    network.attach()
+    report = network.load(content)
+    assert (report.missing, report.unexpected) == ((), ())
+    found = outputs(anima)
+    network.detach()
+    for now, before in zip(found, expected, strict=True):
+        assert difference(now, before) < BOUND
+
+
+def test_names_and_who_loads_them(anima: Any, tmp_path: Path) -> None:
+    trained(anima, tmp_path / "kohya.safetensors", "kohya")
+    trained(anima, tmp_path / "dotted.safetensors", "diffusers")
+    flat, dotted = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "dotted"))
+    names = {key.partition(".")[0] for key in flat}
+    assert names > {"lora_unet_blocks_1_cross_attn_output_proj", "lora_te_layers_0_mlp_gate_proj"}
+    assert {f"{dotted_name(name)}.lora_{which}.weight" for name in names for which in "AB"} == dotted.keys()
+    total, unet = sum(PARTS.values()), PARTS["denoiser"]
+    for tensors, expected in (
+        (flat, {"ComfyUI": unet, "kohya": total}),
+        (dotted, {"ComfyUI": total, "diffusers": unet}),
+    ):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        found = loaders.verdicts(shapes, version="anima")
+        assert {one.program: one.found for one in found if one.found} == expected
+        assert all(one.exact == one.found for one in found)
+
+
+def test_diffusers_loads_every_layer_and_gives_the_same_output(
+    anima: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.modular_pipelines.anima import AnimaAutoBlocks
+
+    expected, _ = trained(anima, tmp_path / "adapter.safetensors", "diffusers", "denoiser")
+    parts = tiny.parts()
+    pipeline = AnimaAutoBlocks().init_pipeline()
+    pipeline.update_components(transformer=parts["transformer"], text_conditioner=parts["text_conditioner"])
+    for library in ("diffusers", "transformers", "peft"):
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        pipeline.load_lora_weights(str(tmp_path), weight_name="adapter.safetensors")
+    assert not [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
+    layers = [module for module in parts["transformer"].modules() if hasattr(module, "lora_A")]
+    assert len(layers) == PARTS["denoiser"]
+    _resize_masks(monkeypatch)
+    states = torch.nn.functional.pad(outputs(anima)[1], (0, 0, 0, 512 - outputs(anima)[1].shape[1]))
+    with torch.no_grad():
+        found = parts["transformer"](
+            hidden_states=NOISY[:, :, None],
+            timestep=torch.tensor([0.3, 0.8]),
+            encoder_hidden_states=states,
+            padding_mask=torch.zeros(1, 1, 64, 64),
+        ).sample[:, :, 0]
+    assert difference(found, expected) < BOUND
+
+
+def _resize_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of torchvision."""
+    from diffusers.models.transformers import transformer_cosmos
+
+    functional = SimpleNamespace(resize=lambda mask, size, interpolation: mask[..., : size[0], : size[1]])
+    transforms = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST=0))
+    monkeypatch.setattr(transformer_cosmos, "transforms", transforms, raising=False)
+
+
+def test_conversion_goes_both_ways(anima: Any, tmp_path: Path) -> None:
+    trained(anima, tmp_path / "kohya.safetensors", "kohya")
+    convert(tmp_path / "kohya.safetensors", tmp_path / "dotted.safetensors", to="diffusers")
+    convert(tmp_path / "dotted.safetensors", tmp_path / "again.safetensors", to="kohya")
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "again"))
+    assert before.keys() == after.keys()
+    for key in before:
+        if key.endswith("lora_up.weight"):  # dotted names have no alpha: the scale went into these
+            scale = before[key.replace("lora_up.weight", "alpha")] / before[key].shape[1]
+            torch.testing.assert_close(after[key], before[key] * scale, rtol=1e-6, atol=0)
+
+
+def test_diffusers_own_paths_are_read(anima: Any, tmp_path: Path) -> None:
+    """`transformer.transformer_blocks.0.attn1.to_q`, as peft and diffusers' training scripts write them."""
+    trained(anima, tmp_path / "kohya.safetensors", "kohya", "denoiser")
+    paths = {
+        original_name(path): path for path, _ in anima.components["denoiser"].named_modules() if "transformer" in path
+    }
+    dotted = to_diffusers(load_file(tmp_path / "kohya.safetensors"), source="test")
+    renamed = {}
+    for key, tensor in dotted.items():
+        name, _, end = key.removeprefix("diffusion_model.").partition(".lora_")
+        renamed[f"transformer.{paths[name]}.lora_{end}"] = tensor
+    save_file(renamed, tmp_path / "peft.safetensors")
+    assert read(tmp_path / "peft.safetensors").layers.keys() == read(tmp_path / "kohya.safetensors").layers.keys()
+
+
+def test_the_true_size_in_diffusers_own_reader() -> None:
+    """All 280 layers at the true size become those of diffusers' transformer."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers
+
+    from library.models.anima import Anima
+
+    config = json.loads((tiny.ASSETS / "anima.json").read_text(encoding="utf-8"))["transformer"]
+    pattern = Anima.PARTS["denoiser"].linear
+    layers = {path: layer for path, layer in new_anima_transformer(config).named_modules() if pattern.fullmatch(path)}
+    tensors = {}
+    for path, layer in layers.items():
+        rows, columns = layer.weight.shape
+        name = "lora_unet_" + original_name(path).replace(".", "_")
+        tensors[f"{name}.lora_down.weight"] = torch.empty(1, columns)
+        tensors[f"{name}.lora_up.weight"] = torch.empty(rows, 1)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    theirs = _convert_non_diffusers_anima_lora_to_diffusers(to_diffusers(tensors, source="test"))
+    assert theirs.keys() == {f"transformer.{path}.lora_{which}.weight" for path in layers for which in "AB"}
+    assert len(theirs) == 2 * 280
