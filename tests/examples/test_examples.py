@@ -1,52 +1,15 @@
-"""The example scripts train, on small random models, with what the presets say."""
+"""Programs of others train with what the presets say; a diffusers UNet with its LoRA."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from examples import adapt_vision_transformer, finetune_language_model, train_diffusers_unet
+from examples import train_diffusers_unet
 from library.errors import UserError
 from library.optimizers import CustomAdamW, preset_arguments
-
-
-def test_a_language_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    before, after = finetune_language_model.main(["--steps", "100"])
-    assert after < before - 0.05
-    assert "weight decay 0.0100" in capsys.readouterr().out
-
-
-def test_a_language_model_learns_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [
-        {"instruction": f"Add {a} and {b}.", "output": "The sum is a number."}
-        | ({"input": "carefully"} if a % 2 else {})
-        for a in range(5)
-        for b in range(5)
-    ]
-    file = tmp_path / "sums.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    before, after = finetune_language_model.main(
-        ["--instructions", str(file), "--steps", "60", "--learning_rate", "5e-3"]
-    )
-    assert after < before - 0.5
-    assert "perplexity" in capsys.readouterr().out
-
-
-def test_only_answers_count() -> None:
-    lines = ['{"instruction": "a", "output": "bc"}', "", '{"instruction": "a", "input": "d", "output": "b"}']
-    samples, labels = finetune_language_model.of_instructions(lines, lambda text: list(text.encode()), end=0)
-    assert samples.shape == labels.shape
-    assert [bytes(row[row != finetune_language_model.NO_LOSS].tolist()) for row in labels] == [b"bc\0", b"b\0"]
-    assert bytes(samples[1].tolist()).rstrip(b"\0") == b"### Instruction:\na\n\n### Input:\nd\n\n### Response:\nb"
-
-
-@pytest.mark.parametrize("preset", ["vision_transformer_adapt", "image_classification"])
-def test_a_vision_transformer_learns(preset: str) -> None:
-    before, after = adapt_vision_transformer.main(["--steps", "60", "--preset", preset])
-    assert after < before - 0.05
 
 
 @pytest.mark.slow
