@@ -34,7 +34,7 @@ from library.data.quality.near import near_groups
 from library.errors import UserError, nearest_path, why_not
 
 # where nothing else was given, for a model with random weights, whose patches, norms and head are trained as well
-MADE = {"learning_rate": 2e-3, "batch_size": 32, "epochs": 12}
+MADE = {"learning_rate": 5e-3, "batch_size": 32, "epochs": 12}
 USUAL = {"batch_size": 16, "epochs": 10}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

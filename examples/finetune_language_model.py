@@ -33,7 +33,7 @@ from library import rng
 from library.errors import UserError, did_you_mean
 
 # where nothing else was given, for a model with random weights, whose embeddings and head are trained as well
-MADE = {"learning_rate": 5e-3, "batch_size": 32, "epochs": 16}
+MADE = {"learning_rate": 5e-3, "batch_size": 32, "epochs": 8}
 USUAL = {"batch_size": 8, "epochs": 3}
 
 

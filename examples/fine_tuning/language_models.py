@@ -49,11 +49,11 @@ def load_base(model: str | None, words: int, *, in_4bit: bool, checkpointing: bo
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
         )
-    with tempfile.TemporaryDirectory() as folder:
-        if model is None:
-            small_models.language_model(words).save_pretrained(folder)
+    if model is None:
+        base = _made(words, options if in_4bit else None)
+    else:
         try:
-            base = AutoModelForCausalLM.from_pretrained(model or folder, **options)
+            base = AutoModelForCausalLM.from_pretrained(model, **options)
         except (OSError, ValueError) as error:
             raise _unloadable(model, error) from None
     base.name_or_path = model or "small_models.py"
@@ -64,6 +64,16 @@ def load_base(model: str | None, words: int, *, in_4bit: bool, checkpointing: bo
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
     return base
+
+
+def _made(words: int, options: dict[str, Any] | None) -> Any:
+    """The small model; read from a folder where `options` say so, as quantisation wants it."""
+    made = small_models.language_model(words)
+    if options is None:
+        return made.to(DEVICE)
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def _unloadable(model: str | None, error: Exception) -> UserError:

@@ -47,12 +47,12 @@ def near_equal(texts: Sequence[str]) -> list[int]:
     """The number of each text's group: texts in a chain of near-equal ones have the same.
 
     Near-equal: the same words but for case, punctuation and spaces, or at least `ALIKE` of the pairs of neighbouring
-    words in common, without those of more than a tenth of all texts: the words of a template say nothing. Two such sets
+    words in common, without those of more than a tenth of all texts (and 10): the words of a template say nothing. Two sets
     share one of the few rarest pairs of each (prefix filter, Bayardo et al. 2007), so not all texts are compared.
     """
     sets = [_pairs(text) for text in texts]
     counts = Counter(pair for pairs in sets for pair in pairs)
-    frequent = {pair for pair, count in counts.items() if count > max(1, len(texts) / 10)}
+    frequent = {pair for pair, count in counts.items() if count > max(10, len(texts) / 10)}
     sets = [pairs - frequent or pairs for pairs in sets]
     groups = list(range(len(texts)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,7 @@ def refuse_used(folder: Path | None) -> None:
 
 def ended(train: Callable[[], object]) -> int:
     """The exit code: 2 for a mistake of the user, which is told without a traceback."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     try:
         train()
     except UserError as error:

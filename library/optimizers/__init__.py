@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from library.optimizers.custom_adamw import CustomAdamW as CustomAdamW
     from library.optimizers.custom_adamw.preset import preset_arguments as preset_arguments
-    from library.optimizers.layer_groups import layer_groups as layer_groups
+    from library.optimizers.layers import layer_groups as layer_groups
     from library.optimizers.task_rates import task_rate as task_rate
 
 
 _FILES = {
     "CustomAdamW": "custom_adamw",
     "preset_arguments": "custom_adamw.preset",
-    "layer_groups": "layer_groups",
+    "layer_groups": "layers",
     "task_rate": "task_rates",
 }
 

@@ -22,7 +22,7 @@ def lines(*asked: str) -> list[Line]:
 def by_all_pairs(texts: list[str]) -> set[frozenset[int]]:
     """Groups of near-equal texts by the definition."""
     sets = [leaks._pairs(text) for text in texts]
-    often = {pair for pair in frozenset().union(*sets) if sum(pair in one for one in sets) > max(1, len(texts) / 10)}
+    often = {pair for pair in frozenset().union(*sets) if sum(pair in one for one in sets) > max(10, len(texts) / 10)}
     sets = [one - often or one for one in sets]
     groups = [{number} for number in range(len(texts))]
     for a, one in enumerate(sets):
