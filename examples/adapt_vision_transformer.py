@@ -112,9 +112,7 @@ def split(images: Labelled, share: float, *, seed: int) -> tuple[Labelled, Label
                 room -= len(group)
     learnt = sorted(set(range(len(pictures))) - set(held))
     if {images.classes[number] for number in learnt} != set(images.classes) or not held:
-        raise UserError(
-            "--held_out: some class would have no images to learn; more images, or a smaller share, are needed"
-        )
+        raise UserError("--held_out: a class has no images left to learn; more images or a smaller share are needed")
     return images.part(learnt), images.part(sorted(held))
 
 

@@ -24,6 +24,7 @@ from fine_tuning.instructions import Tokenizer
 from library.errors import UserError, nearest_path
 
 ADAPTERS = ("lora", "dora", "rslora", "adalora")
+_CHECKPOINTING = {"use_reentrant": False}  # torch's advice; the other kind needs inputs with gradients
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -59,10 +60,11 @@ def load_base(model: str | None, words: int, *, in_4bit: bool, checkpointing: bo
     base.name_or_path = model or "small_models.py"
     base.config.use_cache = False
     if in_4bit:
-        return prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
+        return prepare_model_for_kbit_training(
+            base, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=_CHECKPOINTING
+        )
     if checkpointing:
-        base.gradient_checkpointing_enable()
-        base.enable_input_require_grads()
+        base.gradient_checkpointing_enable(_CHECKPOINTING)
     return base
 
 

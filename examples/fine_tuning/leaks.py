@@ -13,7 +13,7 @@ from fine_tuning.instructions import Line
 from library import rng
 from library.errors import UserError
 
-ALIKE = 0.8
+ALIKE = 0.6
 """Prompts are near-equal if they have this share of their pairs of words in common (Jaccard)."""
 
 
@@ -47,8 +47,9 @@ def near_equal(texts: Sequence[str]) -> list[int]:
     """The number of each text's group: texts in a chain of near-equal ones have the same.
 
     Near-equal: the same words but for case, punctuation and spaces, or at least `ALIKE` of the pairs of neighbouring
-    words in common, without those of more than a tenth of all texts (and 10): the words of a template say nothing. Two sets
-    share one of the few rarest pairs of each (prefix filter, Bayardo et al. 2007), so not all texts are compared.
+    words in common, without those of more than a tenth of all texts (and of more than 10): the words of a template say
+    nothing. Two such sets share one of the few rarest pairs of each (prefix filter, Bayardo et al. 2007), so not all
+    texts are compared.
     """
     sets = [_pairs(text) for text in texts]
     counts = Counter(pair for pairs in sets for pair in pairs)

@@ -148,7 +148,8 @@ def refuse_used(folder: Path | None) -> None:
 
 def ended(train: Callable[[], object]) -> int:
     """The exit code: 2 for a mistake of the user, which is told without a traceback."""
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):  # peft uses them
+        warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
     try:
         train()
     except UserError as error:

@@ -57,7 +57,9 @@ def layer_groups(named_parameters: Iterable[Named], *, lr: float, decay: float =
             key, power = _layer(stack, sorted(stacks[stack]), depth)
         else:
             stack = _nearest(name, stacks)
-            key, power = (f"{stack}output", 0) if stack in begun else (f"{stack}input", len(stacks[stack]))
+            # OPT defines its last norm, final_layer_norm, before its layers
+            behind = stack in begun or "final" in name
+            key, power = (f"{stack}output", 0) if behind else (f"{stack}input", len(stacks[stack]))
         group = groups.setdefault(key, {"params": [], "name": key, "lr": lr * decay**power})
         group["params"].append((name, parameter))
     return list(groups.values())

@@ -165,6 +165,13 @@ def test_a_base_in_four_bits(checkpointing: bool, tmp_path: Path) -> None:
     assert math.isfinite(found.after.loss)
 
 
+def test_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    words = ("--instructions", write(tmp_path / "my.jsonl", "sort"), *SHORT, "--dropout", "0")
+    plain, checkpointed = run(*words), run(*words, "--checkpointing")
+    assert checkpointed.model.is_gradient_checkpointing
+    assert plain.after == checkpointed.after != plain.before
+
+
 def test_a_step_of_two_batches_is_that_of_one_of_both(tmp_path: Path) -> None:
     """The mean is over all tokens of the step, whatever the lengths of its batches."""
     lines = [json.dumps({"instruction": f"say {n}", "output": "x" * (1 + 5 * (n % 4))}) for n in range(40)]
@@ -255,11 +262,19 @@ def test_too_short_a_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "no sample is left of 54 lines" in refused(capsys, "--instructions", data, "--max_length", "4")
 
 
-def test_a_wrong_line_ends_the_program_without_a_traceback(tmp_path: Path) -> None:
+def test_a_wrong_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "my.jsonl", "sort")
     file.write_text(file.read_text(encoding="utf-8") + '{"instruction": "a", "ouput": "b"}\n', encoding="utf-8")
-    words = [sys.executable, str(ROOT / "examples" / "finetune_language_model.py"), "--instructions", str(file)]
+    said = f"error: {file}, line 61: has no 'output', did you mean 'ouput'?\n"
+    assert refused(capsys, "--instructions", file) == said
+    assert refused(capsys, "--earlier", file) == said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune_language_model", "adapt_vision_transformer"])
+def test_a_mistake_ends_the_program_without_a_traceback(name: str) -> None:
+    words = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--preset", "no_such"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
-    assert done.returncode == 2
-    assert f"error: {file}, line 61: has no 'output', did you mean 'ouput'?\n" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: preset_arguments: no preset 'no_such'")
     assert "Traceback" not in done.stderr
