@@ -232,7 +232,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=optimizing.share, default=0.05)
     parser.add_argument("--save_to", type=Path, help="a new folder for the adapter")
     optimizing.add_optimizer_options(parser, preset="vision_transformer_adapt", task=None)
-    return parser.parse_args(argv)
+    return optimizing.parsed(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -133,33 +133,27 @@ def read(wanted: argparse.Namespace, tokenizer: Tokenizer) -> Parts:
     """The samples of --instructions, or of --exercise, and of --earlier."""
     if wanted.instructions is None:
         made = enumerate(small_models.instructions(wanted.exercise), 1)
-        lines = [
-            instructions.read_line(line, tokenizer, place=f"{wanted.exercise}, line {number}") for number, line in made
-        ]
+        lines = [instructions.read_line(line, tokenizer, place=f"{wanted.exercise}, {number}") for number, line in made]
     else:
         lines = instructions.read_lines(wanted.instructions, tokenizer, as_chat=wanted.as_chat)
     earlier = instructions.read_lines(wanted.earlier, tokenizer, as_chat=wanted.as_chat) if wanted.earlier else []
     # both together, so that no held-out line is replayed
     _, held = leaks.split([*lines, *earlier], wanted.held_out, seed=wanted.seed)
     out = set(map(id, held))
-    return Parts(
-        _samples("to learn", [line for line in lines if id(line) not in out], tokenizer, wanted),
-        _samples("held out", [line for line in lines if id(line) in out], tokenizer, wanted),
-        _samples("earlier", [line for line in earlier if id(line) not in out], tokenizer, wanted) if earlier else [],
-        _samples("earlier, held out", [line for line in earlier if id(line) in out], tokenizer, wanted)
-        if earlier
-        else [],
-    )
 
+    def samples(name: str, some: list[Line], *, held_out: bool) -> list[Sample]:
+        chosen = [line for line in some if (id(line) in out) == held_out]
+        found, told = batches.encode(chosen, tokenizer, longest=wanted.max_length)
+        print(f"{name}: {told}")
+        if not found:
+            raise UserError(f"{name}: no sample is left of {len(chosen)} lines; give more, or a larger --max_length")
+        return found
 
-def _samples(name: str, lines: list[Line], tokenizer: Tokenizer, wanted: argparse.Namespace) -> list[Sample]:
-    samples, told = batches.encode(lines, tokenizer, longest=wanted.max_length)
-    print(f"{name}: {told}")
-    if not samples:
-        raise UserError(
-            f"{name}: no sample is left of {len(lines)} lines; more lines, or a larger --max_length, are needed"
-        )
-    return samples
+    new = samples("to learn", lines, held_out=False), samples("held out", lines, held_out=True)
+    if not earlier:
+        return Parts(*new, [], [])
+    old = samples("earlier", earlier, held_out=False), samples("earlier, held out", earlier, held_out=True)
+    return Parts(*new, *old)
 
 
 def stream(parts: Parts, wanted: argparse.Namespace) -> Iterator[list[Sample]]:
@@ -277,7 +271,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--ewc", type=optimizing.above_zero, help="strength of elastic weight consolidation")
     optimizing.add_optimizer_options(parser, preset="language_model_finetune", task="generation")
     parser.add_argument("--accumulation", type=at_least_one, default=1, help="batches of a step")
-    return parser.parse_args(argv)
+    return optimizing.parsed(parser, argv)
 
 
 def check(wanted: argparse.Namespace) -> None:

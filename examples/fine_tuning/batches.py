@@ -36,7 +36,7 @@ def encode(lines: Iterable[Line], tokenizer: Tokenizer, *, longest: int) -> tupl
         answer = token_ids(turn.answer, tokenizer)
         answer += [tokenizer.eos_token_id] * (answer[-1:] != [tokenizer.eos_token_id])
         cut += len(prompt) + len(answer) > longest
-        if len(prompt) < longest:
+        if max(len(prompt), 1) < longest:  # the first token has no loss, as nothing is before it
             samples.append(Sample((*prompt, *answer)[:longest], len(prompt)))
     told, lost = f"{len(turns)} answers, {cut} of them cut at {longest} tokens", len(turns) - len(samples)
     return samples, f"{told}, {lost} left out because their prompts are as long as that" if lost else told

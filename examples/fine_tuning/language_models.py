@@ -95,9 +95,9 @@ def with_adapter(base: Any, wanted: argparse.Namespace, *, steps: int) -> Any:
     if wanted.adapter == "adalora":
         del options["r"]
         options["target_modules"] = wanted.target_modules or _linear(base)
-        budget = {"init_r": wanted.rank, "target_r": max(1, wanted.rank // 2), "total_step": steps}
-        times = {"tinit": steps // 10, "tfinal": steps // 4, "deltaT": max(1, steps // 100)}
-        return get_peft_model(base, AdaLoraConfig(**options, **budget, **times))
+        options |= {"init_r": wanted.rank, "target_r": max(1, wanted.rank // 2), "total_step": steps}
+        options |= {"tinit": steps // 10, "tfinal": steps // 4, "deltaT": max(1, steps // 100)}
+        return get_peft_model(base, AdaLoraConfig(**options))
     return get_peft_model(
         base, LoraConfig(**options, use_dora=wanted.adapter == "dora", use_rslora=wanted.adapter == "rslora")
     )

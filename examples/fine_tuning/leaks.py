@@ -28,9 +28,10 @@ def split(lines: Sequence[Line], share: float, *, seed: int) -> tuple[list[Line]
     for number, group in enumerate(groups):
         members.setdefault(group, []).append(number)
     room, held = max(1, round(share * len(lines))), set[int]()
-    for group in sorted(members.values(), key=lambda group: rng.key_of(seed, min(lines[one].asked for one in group))):
-        if len(group) <= room - len(held):
-            held.update(group)
+    in_order = sorted(members.values(), key=lambda group: rng.key_of(seed, min(lines[one].asked for one in group)))
+    for same in in_order:
+        if len(same) <= room - len(held):
+            held.update(same)
     if not held or len(held) == len(lines):
         smallest = min(map(len, members.values()))
         raise UserError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from library.errors import UserError
+from library.errors import UserError, did_you_mean
 from library.optimizers import CustomAdamW, layer_groups, preset_arguments, task_rate
 
 WARMUP = 0.05  # share of all steps, where no task says otherwise
@@ -73,6 +73,16 @@ def check_optimizer_options(wanted: argparse.Namespace) -> None:
         raise UserError("--size: needs --task")
     if (wanted.layer_decay or 1.0) > 1:
         raise UserError(f"--layer_decay: {wanted.layer_decay} would raise the rate towards the input; at most 1")
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options. Raises UserError for an unknown one, with the nearest."""
+    wanted, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(
+            f"unknown option '{unknown[0]}'{did_you_mean(unknown[0], [f'--{name}' for name in vars(wanted)])}"
+        )
+    return wanted
 
 
 def fill(wanted: argparse.Namespace, defaults: dict[str, Any]) -> None:

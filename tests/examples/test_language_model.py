@@ -234,6 +234,7 @@ def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--adapter", "dra"], "no 'dra', did you mean 'dora'"),
         (["--exercise", "revers"], "no task 'revers', did you mean 'reverse'"),
         (["--layer_decay", "1.5"], "--layer_decay: 1.5 would raise the rate towards the input"),
+        (["--instuctions", "my.jsonl"], "unknown option '--instuctions', did you mean '--instructions'"),
         (["--replay", "0.3"], "--replay: needs --earlier"),
         (["--ewc", "10"], "--ewc: needs --earlier"),
         (["--start_from", "nowhere"], "has no adapter_config.json"),
