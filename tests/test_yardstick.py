@@ -19,9 +19,11 @@ def yardstick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yardstick]:
 
 
 FAST = [case for case in CASES.values() if case.fast]
-LONGER = {  # five seconds and more
+LONGER = {  # seconds each
     *("started_from_files", "disk_caches", "samples", "buckets", "from_file", "adafactor", "adamw_8_bits"),
-    *("sdxl_blocks", "sdxl_float8", "schedule_free", "rolled_back"),
+    *("sdxl_blocks", "sdxl_float8", "schedule_free", "rolled_back", "dry_run", "lokr", "ranks_and_rates", "sdxl_bf16"),
+    *("any_class", "preservation", "other_vae", "several_folders", "objective_l1", "masks", "objective_random"),
+    *("sd2_v", "sdxl_command", "alpha_masks", "metadata_file"),
 }
 
 

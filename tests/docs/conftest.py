@@ -1,5 +1,5 @@
-"""The commands of the pages train, render and measure, minutes in all: the README's run in `make test`, those of the
-other pages in `make test-full`. That they can be parsed, and all tables, is tested in both."""
+"""The commands of the pages train, render and measure, minutes in all: the README's first runs in `make test`, the
+others in `make test-full`. That they can be parsed, and all tables, is tested in both."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,11 @@ COMMANDS = list(
 )
 
 
+def one(command: tuple[str, ...]) -> Any:
+    """A command of `make test-full`."""
+    return pytest.param(command, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that the examples name: the model, images, and their TOML files."""
@@ -58,7 +64,7 @@ def models(tiny_sdxl: Path) -> dict[str, str]:
     return {"models/sd15.safetensors": str(BASE), "models/sdxl.safetensors": str(tiny_sdxl)}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[-6:]))
+@pytest.mark.parametrize("command", [COMMANDS[0], *map(one, COMMANDS[1:])], ids=lambda command: " ".join(command[-6:]))
 def test_every_command_trains(workplace, models, command):
     from train_network import main
 

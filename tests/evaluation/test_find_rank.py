@@ -111,6 +111,7 @@ def test_alpha_follows_the_settings_or_is_the_rank(
     assert [one.alpha for one in find_rank.planned(parse(all_words), all_words, wanted)] == alphas
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes(
     image_folder: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_all_rates_grow_together_and_the_same_images_measure(
     ]
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_loss_breaks(image_folder: Path, tmp_path: Path) -> None:
     run = make(words(image_folder, tmp_path))
     tried = find_lr.sweep(run, reference=1e-3, rates=find_lr.geometric(1e-3, 1e6, 20))

@@ -143,6 +143,7 @@ def test_a_file_of_diffusers_own_acts_as_there(sdxl, tiny_sdxl, tmp_path):
 OF_THE_OLD_FILE = {"sshs_model_hash": "0x12", "sshs_legacy_hash": "34", "modelspec.hash_sha256": "0x56"}
 
 
+@pytest.mark.slow
 def test_there_and_back(sdxl, tiny, tmp_path):
     """kohya → diffusers → kohya, at every kind of layer of SDXL and of Stable Diffusion 1.x; by the command as well."""
     for targets, name in ((sdxl.adapter_targets(), "xl"), (sd_targets(*tiny), "sd")):

@@ -23,7 +23,10 @@ from tests.offload.held_back import HeldBackLane
 OFFLOADED = ("--gradient_checkpointing", "--cpu_offload_checkpointing")
 
 
-@pytest.mark.parametrize("words", [(), ("--mixed_precision", "bf16", "--blocks_to_swap", "100%")])
+SWAPPED = pytest.param(("--mixed_precision", "bf16", "--blocks_to_swap", "100%"), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("words", [(), SWAPPED])
 def test_a_run_has_the_same_bits(made: Made, words: tuple[str, ...]) -> None:
     lane = HeldBackLane()
     run = made(*OFFLOADED, *words, lane=lane)

@@ -21,6 +21,7 @@ from library.optimizers.custom_adamw.techniques import TECHNIQUES
 from library.optimizers.registry import OPTIMIZERS
 from library.optimizers.small_lora import GRADIENT, SmallLora
 from library.optimizers.trial import refuse_useless
+from tests.quick import quick
 
 STANDS_STILL, NAN = "no weight moves", "become NaN or infinite"
 AS_RUNS_WENT = {  # in fp16, with the settings as by default; in fp32 and bf16 all of them train
@@ -50,7 +51,7 @@ def tried(
     refuse_useless(choice, {"unet": rate, "text_encoder": rate / 2}, precision=precision, kernels=kernels)
 
 
-@pytest.mark.parametrize("precision", ["", "full_bf16", "full_fp16"])
+@pytest.mark.parametrize("precision", quick(["", "full_bf16", "full_fp16"], "full_fp16"))
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_by_name_is_judged_as_its_runs_went(name, precision):
     if precision == "full_fp16" and name in AS_RUNS_WENT:

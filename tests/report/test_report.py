@@ -141,6 +141,7 @@ def browser() -> str:
     return found
 
 
+@pytest.mark.slow
 def test_a_browser_without_network_opens_it_without_an_error(finished, tmp_path):
     program, page = browser(), tmp_path / "probed.html"
     page.write_text(finished.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
@@ -238,6 +239,7 @@ def test_a_report_is_made_of_the_record_and_not_of_sentences(finished, tmp_path)
     assert "(final: v2)" not in Page(finished.read_text(encoding="utf-8")).text
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_and_one_that_failed(train, tmp_path, monkeypatch):
     from library.training import loop
 

@@ -72,6 +72,7 @@ def test_with_without_and_from_the_cache_train_the_same(train, tmp_path, calls):
     assert same(weights(tmp_path, "first"), weights(tmp_path, "second"))
 
 
+@pytest.mark.slow
 def test_only_what_has_changed_is_encoded(train, tmp_path, image_folder, calls):
     run = iter(range(100))
 

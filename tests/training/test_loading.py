@@ -78,7 +78,10 @@ def test_lycoris_starts_from_a_file_in_other_names(train, tmp_path):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("cached", [(), ("--network_train_unet_only", "--cache_text_encoder_outputs")])
+@pytest.mark.parametrize(
+    "cached",
+    [(), pytest.param(("--network_train_unet_only", "--cache_text_encoder_outputs"), marks=pytest.mark.slow)],
+)
 def test_a_merged_base_is_trained_on(train, tmp_path, cached):
     """The first step's gradient is that of the merged base: with SGD the file shows it."""
     sgd = ("--optimizer_type", "SGD", "--max_grad_norm", "0", "--max_train_steps", "1", *cached)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.quick import slow
 from tests.training.written import weights
 
 BLOCKS = ("--network_args", "down_lr_weight=zeros", "mid_lr_weight=0.5", "network_reg_lrs=.*attn2.*=2e-3")
@@ -24,6 +25,7 @@ def test_the_file_has_what_was_trained_and_says_how(train: Any, tmp_path: Path) 
     assert all(up.any() for up in ups)
 
 
+@pytest.mark.slow
 def test_layers_with_a_rate_of_zero_are_not_in_the_file(train: Any, tmp_path: Path, capsys: Any) -> None:
     """Unless they came from a file with something in them. A resumed run writes what an unbroken one does."""
     frozen = ("--network_args", "network_reg_lrs=.*attn2.*=0")
@@ -53,11 +55,13 @@ def test_layers_with_a_rate_of_zero_are_not_in_the_file(train: Any, tmp_path: Pa
             ("--network_train_unet_only", "--text_encoder_lr", "1e-5"),
             "--text_encoder_lr has no effect: with --network_",
         ),
-        (
-            ("--network_train_text_encoder_only", "--unet_lr", "1e-4"),
-            "--unet_lr has no effect: with --network_train_text",
+        slow(
+            (
+                ("--network_train_text_encoder_only", "--unet_lr", "1e-4"),
+                "--unet_lr has no effect: with --network_train_text",
+            )
         ),
-        (("--network_train_unet_only", "--text_encoder_lr", "0", "--unet_lr", "1e-4"), ""),
+        slow((("--network_train_unet_only", "--text_encoder_lr", "0", "--unet_lr", "1e-4"), "")),
     ],
 )
 def test_a_rate_of_what_is_not_trained(words: Any, said: str, train: Any, capsys: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_kind_of_peft_acts_as_there(config: str, settings: Any, kind: str, tin
     assert difference(acts(own, tiny)[1], expected[1]) < BOUND
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_a_file_in_diffusers_names_acts_there_and_back(kind: str, tiny: Any, tmp_path: Path) -> None:
     """Of several ranks, with alphas that are no rank."""
     from diffusers import StableDiffusionPipeline

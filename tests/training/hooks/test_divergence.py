@@ -114,6 +114,7 @@ def test_the_limit_counts_over_a_resume(
     assert "step 5: the loss is NaN" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rollback_goes_back_with_lower_rates(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -201,6 +202,7 @@ def test_many_images_are_listed_in_part() -> None:
     assert str(problem).endswith("7.png and 2 more")
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_message_and_not_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

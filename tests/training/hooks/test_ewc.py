@@ -160,6 +160,7 @@ def test_lambda_makes_the_penalty_the_rise_of_the_loss() -> None:
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_protections_resume_with_the_same_bits(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
