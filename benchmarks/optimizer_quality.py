@@ -33,7 +33,7 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {  # switch → its settings worth nami
     "use_tam": ("tam_beta",),
     "use_alora": ("alora_ratio",),
     "dynamic_weight_decay": ("wd_transition_steps",),
-    "orthogonalize": (),
+    "orthogonalize": ("orthogonalize_scale",),
 }
 TITLES = {
     "use_spd": "SPD",
@@ -48,6 +48,7 @@ TITLES = {
     "orthogonalize": "Muon",
 }
 ADAMW, NOTHING, SHIPPED = "AdamW", "CustomAdamW, nothing on", "CustomAdamW as shipped"
+AT_SCALE_1: dict[str, bool | float] = {"orthogonalize": True, "orthogonalize_scale": 1.0}
 # 1000 steps, its default, are more than a run of this study has
 SHORT = {"wd_transition_steps": study.STEPS // 5}
 
@@ -113,6 +114,7 @@ def variants() -> list[Variant]:
         Variant(NOTHING, "whole", settings=off),
         Variant(SHIPPED, "whole"),
         *(Variant(f"{TITLES[s]} alone", "alone", settings={**off, s: True} | SHORT) for s in TECHNIQUES),
+        Variant("Muon alone, orthogonalize_scale 1", "whole", settings={**off, **AT_SCALE_1}),
         *(Variant(f"without {TITLES[s]}", "left out", settings={s: False}) for s in on),
         *(
             Variant(f"with {TITLES[s]}", "added", settings={s: True} | exclusive.get(s, {}))
@@ -131,11 +133,11 @@ def variants() -> list[Variant]:
 
 
 def _on_another_style(off: Mapping[str, bool | float]) -> Iterator[Variant]:
-    muon = {**off, "orthogonalize": True}
+    muon = {**off, **AT_SCALE_1}
     for name, kind, optimizer, settings in (
         (ADAMW, "peer", ADAMW, {}),
         (SHIPPED, "whole", "CustomAdamW", {}),
-        ("Muon alone", "whole", "CustomAdamW", muon),
+        ("Muon alone, orthogonalize_scale 1", "whole", "CustomAdamW", muon),
     ):
         yield Variant(f"twemoji: {name}", kind, optimizer, settings, style="twemoji")
 

@@ -5,9 +5,11 @@ Bernstein, Newhouse 2024, arXiv 2409.20325), with the size of Moonshot's form (L
 
 for a parameter as a matrix (a, b). NS brings the singular values of y near 1 and keeps its singular vectors, by five
 steps of X <- 3.4445 X - 4.775 (X X^T) X + 2.0315 (X X^T)^2 X from X = y / ||y||_F: those above a five-hundredth of the
-largest end between 0.68 and 1.14. So the numbers of an update have the root mean square s, as Adam's have about 1 while
-its gradients agree: a rate that suits AdamW suits this one (docs/optimizer.md has the measurement; Moonshot's s is 0.2,
-that of Adam on a large model). There is no second moment: half the state.
+largest end between 0.68 and 1.14. So the numbers of an update have the root mean square s. There is no second moment:
+half the state.
+
+s = 0.5: with 1 the best rate of a LoRA is half of AdamW's (docs/optimizer.md), so a rate that suits AdamW suits this
+one. Moonshot's s is 0.2, the root mean square of Adam's updates of a large model.
 
 Vectors and single rows or columns that are no half of a LoRA pair have no directions to balance: they stay with AdamW.
 """
@@ -32,7 +34,7 @@ class Orthogonalize(Technique):
     """Replaces the momentum of a matrix by the nearest orthogonal one, without a second moment (Muon)."""
 
     orthogonalize: bool = setting(False, help="orthogonalise the momentum of matrices (Muon)")
-    orthogonalize_scale: float = setting(1.0, above=0, help="root mean square of an update, in units of the rate")
+    orthogonalize_scale: float = setting(0.5, above=0, help="root mean square of an update, in units of the rate")
     orthogonalize_nesterov: bool = setting(True, help="look ahead by one step of the momentum")
 
     name = "Muon"
