@@ -71,6 +71,7 @@ def test_a_rate_of_what_is_not_trained(words: Any, said: str, train: Any, capsys
     assert ("_lr has no effect" in error) == bool(said)
 
 
+@pytest.mark.slow
 def test_a_threshold_goes_with_weights_of_blocks(train: Any, capsys: Any) -> None:
     words = ("--network_args", "block_lr_zero_threshold=0.1")
     assert train(*words, "down_lr_weight=linear", "--dry_run") == 0
@@ -79,6 +80,7 @@ def test_a_threshold_goes_with_weights_of_blocks(train: Any, capsys: Any) -> Non
     assert "block_lr_zero_threshold needs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_many_rates_are_told_in_short(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--lr_layer_decay", "0.9", "--dry_run") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rates"))

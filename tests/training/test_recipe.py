@@ -9,6 +9,7 @@ import torch
 
 from library.optimizers.registry import OPTIMIZERS
 from tests.conftest import ROOT
+from tests.quick import slow
 from tests.training.written import ROUNDED, distance, metadata, same, weights
 
 
@@ -73,10 +74,10 @@ def test_gradient_checkpointing_changes_memory_only(train, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ("--mixed_precision", "bf16"),
-        ("--mixed_precision", "bf16", "--full_bf16", "--save_precision", "bf16"),
+        slow((("--mixed_precision", "bf16"),)),
+        slow((("--mixed_precision", "bf16", "--full_bf16", "--save_precision", "bf16"),)),
         ("--mixed_precision", "fp16"),
-        ("--mixed_precision", "fp16", "--full_fp16", "--optimizer_args", "eps=1e-4"),
+        slow((("--mixed_precision", "fp16", "--full_fp16", "--optimizer_args", "eps=1e-4"),)),
         ("--optimizer_type", "CustomAdamW", "--use_orthogonal_grad", "--optim_bits", "32"),
         ("--network_train_unet_only",),
         ("--network_train_text_encoder_only",),
@@ -143,7 +144,7 @@ def test_a_picture_that_exists_counts_as_well(train, tmp_path, capsys):
     assert (tmp_path / "out" / "test-loss.png").read_text() == "mine"
 
 
-@pytest.mark.parametrize("precision", [(), ("--mixed_precision", "bf16")], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [(), slow((("--mixed_precision", "bf16"),))], ids=["fp32", "bf16"])
 def test_prompts_are_drawn_without_and_with_the_lora(train, tmp_path, precision):
     from PIL import Image
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from library.training import loop, state
 from tests.conftest import copy_images, forget_accelerator, run_training
+from tests.quick import slow
 from tests.training.written import same, weights
 
 Train = Callable[..., int]
@@ -59,16 +60,16 @@ LONG = ("--max_train_steps", "7", "--lr_scheduler", "cosine", "--lr_warmup_steps
     "words",
     [
         ("--optimizer_type", "AdamW"),
-        ("--optimizer_type", "AdamW8bit", "--network_dim", "64"),
+        slow((("--optimizer_type", "AdamW8bit", "--network_dim", "64"),)),
         ("--optimizer_type", "CustomAdamW", "--network_dim", "64"),
-        ("--optimizer_type", "CustomAdamW", "--optim_bits", "32", "--use_grams", "--no-use_cautious"),
+        slow((("--optimizer_type", "CustomAdamW", "--optim_bits", "32", "--use_grams", "--no-use_cautious"),)),
         ("--optimizer_type", "AdamWScheduleFree", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
-        ("--optimizer_type", "pytorch_optimizer.ScheduleFreeAdamW", "--lr_scheduler", "constant"),
-        ("--optimizer_type", "pytorch_optimizer.SPlus"),
-        ("--optimizer_type", "prodigyplus.ProdigyPlusScheduleFree", "--learning_rate", "1"),
+        slow((("--optimizer_type", "pytorch_optimizer.ScheduleFreeAdamW", "--lr_scheduler", "constant"),)),
+        slow((("--optimizer_type", "pytorch_optimizer.SPlus"),)),
+        slow((("--optimizer_type", "prodigyplus.ProdigyPlusScheduleFree", "--learning_rate", "1"),)),
         ("--optimizer_type", "Prodigy", "--learning_rate", "1"),
-        ("--mixed_precision", "bf16", "--full_bf16"),
-        ("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor"),  # keeps fp32
+        slow((("--mixed_precision", "bf16", "--full_bf16"),)),
+        slow((("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor"),)),  # keeps fp32
         ("--shuffle_caption", "--flip_aug", "--network_dropout", "0.2"),
         ("--gradient_accumulation_steps", "2", "--max_train_steps", "5"),
         ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug"),

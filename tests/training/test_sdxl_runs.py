@@ -20,7 +20,7 @@ from library.models.stable_diffusion_xl import StableDiffusionXL
 from library.quantization import FORMATS
 from library.quantization.frozen import Held, decoded
 from tests.conftest import BASE, ROOT
-from tests.quick import quick
+from tests.quick import quick, slow
 from tests.tiny_sdxl import TEXTS
 from tests.training.written import ROUNDED, distance, same, weights
 
@@ -53,6 +53,7 @@ def test_a_lora_comes_out_that_is_kohyas(train_sdxl, tmp_path):
     assert facts["modelspec.resolution"] == "64x64"
 
 
+@pytest.mark.slow
 def test_what_is_cached_changes_nothing(train_sdxl, tmp_path):
     common = ("--network_train_unet_only", "--max_train_steps", "2", "--max_token_length", "150")
     disk = ("--cache_text_encoder_outputs_to_disk", "--cache_latents_to_disk")
@@ -112,7 +113,7 @@ def test_settings_train(train_sdxl, tmp_path, words):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
-@pytest.mark.parametrize("cached", [(), CACHED])
+@pytest.mark.parametrize("cached", [(), slow((CACHED,))])
 @pytest.mark.parametrize("format", quick(FORMATS, "fp8"))
 def test_a_packed_base_acts_as_one_that_was_rounded_before(train_sdxl, tiny_sdxl, tmp_path, cached, format):
     """Of all layers that can be adapted; where captions are cached, they are encoded before."""
@@ -135,6 +136,7 @@ def test_a_packed_base_acts_as_one_that_was_rounded_before(train_sdxl, tiny_sdxl
         assert (file.metadata()["ss_fp8_base"], file.metadata()["ss_fp8_base_unet"]) == (is_fp8, "False")
 
 
+@pytest.mark.slow
 def test_kohyas_option_is_the_format_fp8(train_sdxl, tmp_path):
     common = ("--mixed_precision", "bf16", "--max_train_steps", "2")
     assert train_sdxl(*common, "--output_name", "kohyas", "--fp8_base") == 0
@@ -266,6 +268,7 @@ def test_a_dry_run_names_the_format_and_counts_its_bits(train_sdxl, capsys):
     assert weights_in_bits("nf4", "--base_format", "nf4") < 0.7 * whole
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_it_takes(train_sdxl, capsys):
     assert train_sdxl("--dry_run") == 0
     said = capsys.readouterr().out

@@ -132,7 +132,7 @@ def lora(train: Train, tmp_path: Path) -> dict[str, torch.Tensor]:
     return trained_lora(tmp_path / "lora.safetensors", weights(tmp_path, "shapes"))
 
 
-@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("predicts", quick(["epsilon", "v_prediction"], "epsilon"))
 def test_the_losses_are_those_of_a_plain_implementation(
     predicts: str, train: Train, lora: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -289,7 +289,8 @@ def test_sdxl_s_script_refuses_other_models(tmp_path: Path, capsys: pytest.Captu
     assert "SDXL" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", quick(["--dry_run", "--dry_run=measure"], "--dry_run"))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--dry_run", "--dry_run=measure"])
 def test_a_dry_run(how: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(how) == 0
     said = capsys.readouterr().out

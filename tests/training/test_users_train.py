@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from tests.config.test_users import CASES, USERS, arguments
 from tests.conftest import BASE, IMAGES
+from tests.quick import quick
 
 SUPPORTED = [path for path in CASES if not toml.load(USERS / f"{path.stem}.expected.toml")["refused"]]
 SDXL = [path for path in CASES if "sdxl" in path.stem]
@@ -27,7 +28,7 @@ def test_it_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     train(path, BASE, "--mixed_precision", "no", tmp_path=tmp_path, monkeypatch=monkeypatch)
 
 
-@pytest.mark.parametrize("path", SDXL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", quick(SDXL, SDXL[0]), ids=lambda path: path.stem)
 def test_it_trains_sdxl(path: Path, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(path, tiny_sdxl, tmp_path=tmp_path, monkeypatch=monkeypatch)
     with safe_open(next(Path("out").glob("*.safetensors")), framework="pt") as file:

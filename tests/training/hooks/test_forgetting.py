@@ -196,6 +196,7 @@ def test_trained_images_for_the_gap(found: Callable[..., Any], image_folder: Pat
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_measures_all_of_it_and_resumes(
     train: Train,
     folders: dict[str, Path],
@@ -241,6 +242,7 @@ def test_a_run_measures_all_of_it_and_resumes(
         assert noted(tmp_path, kind, "broken") == noted(tmp_path, kind)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_evaluate(train: Train, folders: dict[str, Path], tmp_path: Path) -> None:
     """The command that measures files afterwards finds the same losses, of the base and of the network."""
     import csv

@@ -20,6 +20,7 @@ from library.training.divergence import Diverged
 from library.training.hook import Hook, Step
 from library.training.run import Position, Run
 from library.training.step import BatchLoss
+from tests.quick import slow
 from tests.training.test_resume import flat, stop_after
 from tests.training.written import same, weights
 
@@ -162,6 +163,7 @@ def test_a_hooks_state_survives_a_resume(
     assert second.images == 8
 
 
+@pytest.mark.slow
 def test_other_settings_may_be_adopted(
     train: Train, tally: Callable[..., Tally], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +176,7 @@ def test_other_settings_may_be_adopted(
         assert hook.moments[:2] == ["adopt at 2", f"resumed at 2 with {images}"]
 
 
+@pytest.mark.slow
 def test_a_state_with_a_hook_that_the_run_lacks(
     train: Train, tally: Callable[..., Tally], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,8 +261,10 @@ def to_format_1(folder: Path, *, divergences: int | None) -> None:
     "words",
     [
         ("--lr_scheduler", "cosine", "--ema_decay", "0.9", "--validation_split", "0.3", "--network_dropout", "0.1"),
-        ("--optimizer_type", "CustomAdamW", "--wd_schedule", "adaptive", "--wd_flat", "window=4", "earliest=4"),
-        ("--optimizer_type", "AdamWScheduleFree", "--no-monitoring"),
+        slow(
+            (("--optimizer_type", "CustomAdamW", "--wd_schedule", "adaptive", "--wd_flat", "window=4", "earliest=4"),)
+        ),
+        slow((("--optimizer_type", "AdamWScheduleFree", "--no-monitoring"),)),
     ],
     ids=lambda words: " ".join(words),
 )
@@ -280,6 +285,7 @@ def test_a_state_of_format_1_goes_on_with_the_same_bits(
     assert flat(again) == flat(last)
 
 
+@pytest.mark.slow
 def test_a_state_of_format_1_counts_its_divergences(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

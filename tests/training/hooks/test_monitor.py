@@ -200,6 +200,7 @@ def test_what_a_run_left_that_saved_nothing_is_replaced(train, tmp_path, capsys)
     assert '"session_id":7,' not in path.read_text()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_where_the_file_will_be_and_writes_none(train, tmp_path, capsys) -> None:
     assert train("--dry_run", "--report") == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -250,6 +251,7 @@ def test_warnings_are_said_written_and_not_said_again(train, tmp_path, monkeypat
         assert [(line["step"], line["warning"]["sign"]) for line in warnings] == [(2, "flat updates")]
 
 
+@pytest.mark.slow
 def test_weights_that_stand_still_are_seen(train, tmp_path, capsys) -> None:
     """The step that SGD makes here is less than half the smallest number of fp16; with thirty times larger gradients it
     would not be, so that it is not refused."""

@@ -119,6 +119,7 @@ def test_weights_that_are_no_numbers_are_in_no_state(
 # -- metadata larger than a file's header may be
 
 
+@pytest.mark.slow
 def test_a_thumbnail_that_is_not_there_or_too_large_is_refused_before_training(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from library.optimizers.weight_decay_hook import WeightDecayHook
 from library.training import state
 from library.training.fixed_noise import image_losses
 from tests.conftest import BASE, IMAGES
+from tests.quick import slow
 from tests.training.test_resume import stop_after
 from tests.training.written import assert_refused, metadata, same, weights
 
@@ -77,9 +78,13 @@ def test_fixed_noise_loss_is_the_same_for_any_batch_size(family: StableDiffusion
     [
         ("--network_dropout", "0.3", "--shuffle_caption", "--ema_decay", "0.9", "--ema_for", "validate"),
         ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug", "--random_crop"),
-        (
-            *("--optimizer_type", "AdamWScheduleFree", "--mixed_precision", "bf16", "--vae_batch_size", "4"),
-            *("--cache_text_encoder_outputs", "--network_train_unet_only"),
+        slow(
+            (
+                (
+                    *("--optimizer_type", "AdamWScheduleFree", "--mixed_precision", "bf16", "--vae_batch_size", "4"),
+                    *("--cache_text_encoder_outputs", "--network_train_unet_only"),
+                ),
+            )
         ),
     ],
     ids=lambda words: words[0].removeprefix("--"),
@@ -102,6 +107,7 @@ def test_training_does_not_notice(words: tuple[str, ...], train: Train, tmp_path
     assert metadata(tmp_path, "with")["ss_num_validation_images"] == "3"
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_how_they_are_made(train: Train, tmp_path: Path) -> None:
     """Before training the network does nothing: whatever changes then comes from the measuring."""
     variants: dict[str, tuple[str, ...]] = {
@@ -188,6 +194,7 @@ def test_early_stopping_keeps_the_best_and_ends_well(
     assert [metadata(tmp_path, name)["ss_steps"] for name in ("test", "test-best")] == ["4", "2"]
 
 
+@pytest.mark.slow
 def test_the_best_file_can_be_trained_on(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*SPLIT, "--max_train_steps", "1") == 0
     best = str(tmp_path / "out" / "test-best.safetensors")
