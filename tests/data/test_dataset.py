@@ -124,6 +124,7 @@ def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
     multiprocessing.set_start_method(before, force=True)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(prepared: Prepared, start_method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("library.data.loader.cpu_count", lambda: 2)
     data = TrainingData(prepared, seed=1)

@@ -43,6 +43,7 @@ def test_it_renders_what_training_renders(trained: Trained, tmp_path: Path) -> N
     assert not np.array_equal(found["00-01"], found["01-01"])
 
 
+@pytest.mark.slow
 def test_files_are_switched_without_traces(trained: Trained, tmp_path: Path) -> None:
     columns = (f"{trained.both}:0.5+{trained.unet}:0.5", str(trained.unet), "--multipliers", "1", "0")
     words = ("--prompt", PROMPT, "--seeds", "5", "6", "--singles")

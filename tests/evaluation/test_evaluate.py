@@ -50,6 +50,7 @@ def _ranges(rows: dict[tuple[str, str, str], dict[str, str]]) -> list[str]:
     return [noise for noise in dict.fromkeys(noise for *_, noise in rows) if noise != "all"]
 
 
+@pytest.mark.slow
 def test_files_act_together_and_the_base_is_restored(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_its_file_starts_another_run_and_is_merged_into_an_8_bit_base(kind: str,
 
 
 @pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.slow
 def test_limits_and_dropouts_work_or_are_refused_with_the_reason(kind: str, train: Any, capsys: Any) -> None:
     for name, words, more in (
         ("scale_weight_norms", ("--scale_weight_norms", "0.01"), ()),

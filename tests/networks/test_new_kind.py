@@ -51,6 +51,7 @@ def train(tmp_path: Path, image_folder: Path) -> Callable[..., int]:
     return run
 
 
+@pytest.mark.slow
 def test_it_trains_saves_loads_and_resumes(train: Any, tmp_path: Path) -> None:
     args = ("--network_args", "diag_dropout=0.1", "down_lr_weight=0.5,1")
     whole = ("--optimizer_type", "CustomAdamW", "--monitoring", *args)

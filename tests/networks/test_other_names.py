@@ -81,7 +81,7 @@ def test_every_layer_gets_kohyas_name(true_sizes: Any, base: str, style: str) ->
     assert all(converted[name].shape == own[name].shape for name in own)
 
 
-@pytest.mark.parametrize("style", UNETS)
+@pytest.mark.parametrize("style", quick(UNETS, "new"))
 def test_they_act_as_kohyas(tiny: Any, tmp_path: Path, style: str, caplog: Any) -> None:
     network = lora(4, 3.0, targets=sd_targets(*tiny), conv_dim=2, conv_alpha=0.5)
     network.attach()

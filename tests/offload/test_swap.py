@@ -73,6 +73,7 @@ def test_a_run_has_the_same_bits(made: Made, precision: str, asked: str, checkpo
 
 @pytest.mark.parametrize("kind", quick(KINDS, "dora", "lokr"))
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_every_kind_of_adapter_has_the_same_bits(made: Made, kind: str, precision: str) -> None:
     """Also those that compute with the layers' weights themselves: in host memory they would find NaN."""
     words = ("--network_module", f"networks.{kind}", *ARGUMENTS[kind], *PRECISIONS[precision])

@@ -20,6 +20,7 @@ from library.training import state
 from tests.conftest import PATIENCE
 from tests.training.written import ROUNDED, distance
 
+pytestmark = pytest.mark.slow  # a minute of two cores
 ROOT = Path(__file__).parent.parent.parent
 IMAGES = ROOT / "quickstart" / "images" / "train"
 
@@ -49,26 +50,9 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-Runs = Callable[[str], list[dict[str, Any]]]
-OFTEN = ("sum", "whole", "broken", "resumed", "validated")  # those of `make test`
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
     """What each of the two processes did in the run of that name."""
-    folder, table = prepared(tmp_path_factory)
-    return launch(folder, {name: line for name, line in table.items() if name in OFTEN})
-
-
-@pytest.fixture(scope="module")
-def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """The same of the other runs."""
-    folder, table = prepared(tmp_path_factory)
-    return launch(folder, {name: line for name, line in table.items() if name not in OFTEN})
-
-
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    """A folder with images, and the command line of each run."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "data" / "2_style").mkdir(parents=True)
     (folder / "few" / "1_style").mkdir(parents=True)
@@ -79,7 +63,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     end = "--save_state_on_train_end"
     seedless = words(folder, "seedless", "--max_train_steps", "5")
     del seedless[(seed := seedless.index("--seed")) : seed + 2]
-    return folder, {
+    table = {
         "sum": words(folder, "sum", *LONG, end, "--save_every_n_steps", "3", "--save_state"),
         "whole": words(folder, "whole", *LONG, *ADAM8, end),
         "broken": words(folder, "broken", *LONG, *ADAM8, "@stop=3"),
@@ -93,6 +77,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         "different": words(folder, "different", "--max_train_steps", "5", "@second=--noise_offset=0.1"),
         "few": words(folder, "few", "--train_data_dir", str(folder / "few"), "--max_train_steps", "2"),
     }
+    return launch(folder, table)
 
 
 def launch(folder: Path, table: dict[str, list[str]], **environment: str) -> Any:
@@ -147,16 +132,14 @@ def test_the_same_lora_as_one_process_with_accumulation(runs: Any, tmp_path: Pat
     assert len(trained[0]) < len(one)
 
 
-@pytest.mark.slow
-def test_the_same_embedding_as_one_process_though_the_unet_is_sharded(more_runs: Any, tmp_path: Path) -> None:
+def test_the_same_embedding_as_one_process_though_the_unet_is_sharded(runs: Any, tmp_path: Path) -> None:
     from train_network import main
 
-    assert [run["code"] for run in more_runs("word")] == [0, 0]
-    shutil.copytree(more_runs.folder / "data", tmp_path / "data")
+    assert [run["code"] for run in runs("word")] == [0, 0]
+    shutil.copytree(runs.folder / "data", tmp_path / "data")
     assert main([*words(tmp_path, "one", *WORD), "--gradient_accumulation_steps", "2"]) == 0
     one, two = (
-        load_file(folder / "out" / f"{name}.safetensors")
-        for folder, name in ((tmp_path, "one"), (more_runs.folder, "word"))
+        load_file(folder / "out" / f"{name}.safetensors") for folder, name in ((tmp_path, "one"), (runs.folder, "word"))
     )
     assert "bundle_emb.zfox.emb_params" in one
     assert distance(one, two) < ROUNDED
@@ -190,7 +173,6 @@ def test_resume_gives_the_same_bits(runs: Any) -> None:
     assert torch.equal(states[0]["losses"], states[1]["losses"])
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_from_the_state_of_two(runs: Any) -> None:
     """With accumulation, so that a step has the same batches; anything else is refused."""
     from train_network import main
@@ -207,49 +189,44 @@ def test_one_process_goes_on_from_the_state_of_two(runs: Any) -> None:
     )
 
 
-@pytest.mark.slow
-def test_the_loss_of_one_process_stops_both_and_names_its_images(more_runs: Any) -> None:
-    assert [run["code"] for run in more_runs("nan")] == [2, 2]
-    (of_second,) = (keys for step, keys in more_runs("nan")[1]["seen"] if step == 2)
+def test_the_loss_of_one_process_stops_both_and_names_its_images(runs: Any) -> None:
+    assert [run["code"] for run in runs("nan")] == [2, 2]
+    (of_second,) = (keys for step, keys in runs("nan")[1]["seen"] if step == 2)
     image = of_second[0].rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-    first, second = (run["error"] for run in more_runs("nan"))
+    first, second = (run["error"] for run in runs("nan"))
     assert "step 2: the loss is NaN in batch 2 of 2, of " in first
     assert image in first.split("batch 2 of 2")[1]
     assert second == ""  # what all know is said once
 
 
-@pytest.mark.slow
-def test_a_unet_that_is_shared_out_trains_the_same_lora(more_runs: Any) -> None:
+def test_a_unet_that_is_shared_out_trains_the_same_lora(runs: Any) -> None:
     """FSDP of the frozen weights: the same numbers, but for matrices that are multiplied in other memory."""
-    assert [run["code"] for run in more_runs("copied") + more_runs("shared")] == [0] * 4
-    assert "are sharded over 2 processes" in more_runs("shared")[0]["error"]
-    copied, shared = (load_file(more_runs.folder / "out" / f"{name}.safetensors") for name in ("copied", "shared"))
+    assert [run["code"] for run in runs("copied") + runs("shared")] == [0] * 4
+    assert "are sharded over 2 processes" in runs("shared")[0]["error"]
+    copied, shared = (load_file(runs.folder / "out" / f"{name}.safetensors") for name in ("copied", "shared"))
     assert distance(shared, copied) < ROUNDED
     validated = [
-        re.findall(r"validation after 5 steps: ([\d.]+)", more_runs(name)[0]["error"]) for name in ("copied", "shared")
+        re.findall(r"validation after 5 steps: ([\d.]+)", runs(name)[0]["error"]) for name in ("copied", "shared")
     ]
     assert len(validated[0]) == len(validated[1]) == 1
     assert float(validated[0][0]) == pytest.approx(float(validated[1][0]), rel=1e-3)
 
 
-@pytest.mark.slow
-def test_a_seed_that_is_not_given_is_the_same_for_both(more_runs: Any) -> None:
-    assert [run["code"] for run in more_runs("seedless")] == [0, 0]
-    first, second = ([key for _, keys in run["seen"] for key in keys] for run in more_runs("seedless"))
+def test_a_seed_that_is_not_given_is_the_same_for_both(runs: Any) -> None:
+    assert [run["code"] for run in runs("seedless")] == [0, 0]
+    first, second = ([key for _, keys in run["seen"] for key in keys] for run in runs("seedless"))
     assert len({*first, *second}) == len(first) + len(second) == 10  # each image of the epoch once
 
 
-@pytest.mark.slow
-def test_processes_that_would_train_different_things(more_runs: Any) -> None:
-    for rank, run in enumerate(more_runs("different")):
+def test_processes_that_would_train_different_things(runs: Any) -> None:
+    for rank, run in enumerate(runs("different")):
         assert run["code"] == 2
         assert f"processes {rank} and {1 - rank} are not to train the same: noise_offset differ" in run["error"]
 
 
-@pytest.mark.slow
-def test_too_few_images_for_the_processes(more_runs: Any) -> None:
-    assert [run["code"] for run in more_runs("few")] == [2, 2]
-    assert "2 processes, and an epoch has only 1 batches" in more_runs("few")[0]["error"]
+def test_too_few_images_for_the_processes(runs: Any) -> None:
+    assert [run["code"] for run in runs("few")] == [2, 2]
+    assert "2 processes, and an epoch has only 1 batches" in runs("few")[0]["error"]
 
 
 def test_validation_gives_the_numbers_of_one_process_and_stops_both(runs: Any, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_a_weight_that_is_no_number_is_refused_with_its_layer(
 
 
 @pytest.mark.parametrize("format", quick([name for name in FORMATS if name != "fp8"], "nf4"))
+@pytest.mark.slow
 def test_networks_of_other_packages_train_on_a_packed_base(train: Train, tmp_path: Path, format: str) -> None:
     """As on a base that was rounded before."""
     pytest.importorskip("lycoris.kohya")

@@ -35,6 +35,7 @@ def captioned(image_folder: Path) -> Path:
     return image_folder
 
 
+@pytest.mark.slow
 def test_all_of_them_at_once(
     train: Callable[..., int], captioned: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_layers_with_a_rate_of_zero_are_not_in_the_file(train: Any, tmp_path: Pa
         slow((("--network_train_unet_only", "--text_encoder_lr", "0", "--unet_lr", "1e-4"), "")),
     ],
 )
+@pytest.mark.slow
 def test_a_rate_of_what_is_not_trained(words: Any, said: str, train: Any, capsys: Any) -> None:
     assert train(*words, "--dry_run") == 0
     error = capsys.readouterr().err

@@ -142,6 +142,7 @@ def test_rollback_goes_back_with_lower_rates(
     assert (tmp_path / "out" / "test-step00000004.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_rollback_puts_every_bit_back(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rates that are not lowered the result is that of a run that never diverged."""
     words = ("--on_divergence", "rollback", "--max_train_steps", "6", "--shuffle_caption", "--network_dropout", "0.1")

@@ -65,6 +65,7 @@ def test_the_weights_come_back_bit_by_bit() -> None:
     assert parameter.requires_grad
 
 
+@pytest.mark.slow
 def test_a_file_holds_the_average_of_the_weights_of_each_step(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
