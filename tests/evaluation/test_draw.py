@@ -31,6 +31,7 @@ def singles(out: Path) -> dict[str, np.ndarray]:
     return {path.name[:5]: pixels(path) for path in sorted((out / "grid").glob("*.png"))}
 
 
+@pytest.mark.slow
 def test_it_renders_what_training_renders(trained: Trained, tmp_path: Path) -> None:
     """The samples after the last step, of a prompt with a seed and of one without: to the bit."""
     words = ("--sample_prompts", str(trained.prompts), "--seed", "1", "--singles")

@@ -107,6 +107,7 @@ def test_a_run_that_fits_is_left_alone(planned: Planned) -> None:
     assert fit.choose(plan, card(4096 * MIB)).levers == ()
 
 
+@pytest.mark.slow
 def test_the_fastest_combination_that_fits_is_chosen(planned: Planned) -> None:
     """No other combination that fits is faster: all are computed."""
     plan = planned("--mixed_precision", "bf16", "--optimizer_type", "AdamW", "--cache_latents")

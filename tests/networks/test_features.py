@@ -64,6 +64,7 @@ def train(tmp_path: Path, image_folder: Path) -> Callable[..., int]:
 
 
 @pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.slow
 def test_a_run_with_everything_is_resumed_with_the_same_bits(kind: str, train: Any, tmp_path: Path) -> None:
     more = ("down_lr_weight=0.5,1", "network_reg_lrs=.*attn1.*=5e-3" if kind != "norm" else "preset=attn-mlp")
     prompts = tmp_path / "prompts.txt"

@@ -63,6 +63,7 @@ ALL = ("--blocks_to_swap", "100%")
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_run_has_the_same_bits(made: Made, precision: str, asked: str, checkpointing: bool) -> None:
     """Without checkpointing as well, where the backward pass comes to a block after all others have computed."""
     words = (*PRECISIONS[precision], *(["--gradient_checkpointing"] if checkpointing else []))

@@ -259,6 +259,7 @@ def test_a_run_that_goes_on_and_one_that_failed(train, tmp_path, monkeypatch):
     assert "2 of 4 steps are done: it failed: no more memory." in text
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_has_one_and_goes_on(train, tmp_path, monkeypatch):
     from tests.training.test_resume import stop_after
 
