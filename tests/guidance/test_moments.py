@@ -79,6 +79,7 @@ def held(run: Run) -> int:
 
 
 @pytest.mark.parametrize("name", quick(CONFIGURATIONS, "CustomAdamW"))
+@pytest.mark.slow
 def test_a_step_is_estimated_within_five_percent(planned: Callable[..., Plan], name: str) -> None:
     plan = planned(*CONFIGURATIONS[name])
     needs = verdict.estimator(plan).needs(plan.options)

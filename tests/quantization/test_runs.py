@@ -26,6 +26,7 @@ FEATURES = (
 
 @pytest.mark.parametrize("format", quick(FORMATS, "nf4"))
 @pytest.mark.parametrize("precision", quick(["bf16", "no"], "no"))
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     train: Train, tmp_path: Path, format: str, precision: str
 ) -> None:

@@ -50,6 +50,7 @@ def change_of_loss(images: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     return after / before - 1
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_of_the_style_falls(tmp_path, monkeypatch):
     """By 17 percent when this was written; by 19 after twice the steps."""
     assert change_of_loss(IMAGES / "train", tmp_path, monkeypatch) < -0.10
