@@ -1,4 +1,5 @@
-"""Adding a LoRA's product to a weight: in blocks of rows that stay in the processor's cache, beside the whole at once.
+"""Adding a LoRA's product to a weight as merging does it: in blocks of rows that stay in the processor's cache, beside
+the whole weight at once, which other kinds and methods need.
 
     python -m benchmarks.merge_rows --threads 1            # a quarter of a minute
 
@@ -8,35 +9,37 @@ Prints a Markdown table: nanoseconds for each number of the weight, and the rati
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import header, interleaved, row
-from library.models.checkpoints.rewrite import BLOCK
+from library.files.tensors import TensorEntry
+from library.models.checkpoints import rewrite
 
-RANK = 64
-SHAPES = {"10240 × 1280": (10240, 1280), "1280 × 1280": (1280, 1280), "1280 × 1280 × 3 × 3": (1280, 11520)}
-
-
-def by_rows(weight: Tensor, up: Tensor, down: Tensor) -> Callable[[], Tensor]:
-    """fp16 to fp16, through fp32 rows."""
-    step = max(1, BLOCK // weight.shape[1])
-
-    def work() -> Tensor:
-        out = torch.empty_like(weight)
-        for start in range(0, len(weight), step):
-            rows = weight[start : start + step].float()
-            rows.addmm_(up[start : start + step], down, alpha=0.5)
-            out[start : start + step] = rows
-        return out
-
-    return work
+RANK, MULTIPLIER = 64, 0.5
+SHAPES = {"10240 × 1280": (10240, 1280), "1280 × 1280": (1280, 1280), "1280 × 1280 × 3 × 3": (1280, 1280, 3, 3)}
 
 
-def at_once(weight: Tensor, up: Tensor, down: Tensor) -> Callable[[], Tensor]:
-    return lambda: (weight.float() + 0.5 * (up @ down)).to(weight.dtype)
+def both_ways(shape: tuple[int, ...]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Two functions that merge into an fp16 weight of this shape, read, checked and rounded as in `rewrite`."""
+    weight = torch.randn(shape).half()
+    up, down = torch.randn(shape[0], RANK), torch.randn(RANK, weight.numel() // shape[0])
+
+    def add(rows: Tensor, start: int) -> None:
+        rows.addmm_(up[start : start + len(rows)], down, alpha=MULTIPLIER)
+
+    def whole(matrix: Tensor) -> Tensor:
+        add(matrix.view(shape[0], -1), 0)
+        return matrix
+
+    entry = TensorEntry(Path("weight"), 0, "float16", shape)  # of no file: nothing is read here
+    patch = rewrite.Patch(entry, shape, whole)
+    place = weight.clone()
+    return lambda: rewrite._change_rows("weight", place, patch, add), lambda: rewrite._changed("weight", weight, patch)
 
 
 def main() -> None:
@@ -46,11 +49,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads, rank {RANK}, fp16\n\n{header('by rows, ns', 'at once, ns')}")
-    for name, (rows, columns) in SHAPES.items():
-        weight = torch.randn(rows, columns).half()
-        factors = torch.randn(rows, RANK), torch.randn(RANK, columns)
-        comparison = interleaved(by_rows(weight, *factors), at_once(weight, *factors), pairs=options.pairs)
-        print(row(name, comparison, unit=1e9 / weight.numel(), digits=2), flush=True)
+    for name, shape in SHAPES.items():
+        comparison = interleaved(*both_ways(shape), pairs=options.pairs)
+        print(row(name, comparison, unit=1e9 / math.prod(shape), digits=2), flush=True)
 
 
 if __name__ == "__main__":

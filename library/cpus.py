@@ -34,7 +34,7 @@ def computes_bf16() -> bool:
     """Whether torch's products and convolutions in bf16 have kernels for this CPU (on x86 from AVX-512 on).
 
     Without them torch falls back to plain loops: on an AVX2 processor with two threads a 3×3 convolution of 320
-    channels took 38 times as long as in fp32, a product of 1024 × 1280 × 1280 took 67 times (DECISIONS.md, 2026-11-29).
+    channels takes 193 times as long as in fp32, a product of 1024 × 1280 × 1280 7 times (benchmarks/cpu_precisions.py).
     """
     import torch
 

@@ -56,7 +56,7 @@ def test_a_change_by_rows_is_the_change_of_the_whole(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of a row, of two, of one and a remainder, of all; of convolutions, of a third and a transposed one."""
-    monkeypatch.setattr(rewriting, "BLOCK", block)
+    monkeypatch.setattr(rewriting, "_ROWS", block)
     tensors = {
         "conv": torch.arange(30.0).view(5, 3, 2, 1).half(),
         "qkv": torch.arange(18.0).view(6, 3).bfloat16(),
@@ -91,7 +91,7 @@ def _add_places(weight: Tensor) -> Tensor:
 
 
 def test_a_row_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewriting, "BLOCK", 2)
+    monkeypatch.setattr(rewriting, "_ROWS", 2)
     save_file({"w": torch.tensor([[1.0, 2], [3, 4]]).half()}, tmp_path / "a.safetensors")
     index = read_index(tmp_path / "a.safetensors")
 

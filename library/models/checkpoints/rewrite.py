@@ -31,7 +31,7 @@ from library.progress import bar
 SPEC_HASH = "modelspec.hash_sha256"  # of the bytes after the header, as 0x…
 _BUFFER = 1 << 24  # bytes of a tensor without a change that are copied at a time
 _AHEAD = 3  # pieces that wait to be written
-BLOCK = 1 << 18  # elements of a block of rows, 1 MiB in fp32: read, changed, checked and rounded while it is in a cache
+_ROWS = 1 << 18  # elements of a block of rows, 1 MiB in fp32: read, changed, checked and rounded while it is in a cache
 _FLUSH = 1 << 26  # bytes after which the system is asked to begin moving them to the disk
 
 
@@ -188,7 +188,7 @@ def _changed(name: str, place: Tensor, patch: Patch) -> Tensor:
 def _change_rows(name: str, place: Tensor, patch: Patch, change: RowChange) -> None:
     """Write the new weight into its place, block by block: the sum in fp32 never leaves the cache."""
     length = max(1, place.numel() // max(1, len(place)))
-    count = max(1, BLOCK // length)
+    count = max(1, _ROWS // length)
     block = torch.empty(min(count, len(place)), length)
     for start in range(0, len(place), count):
         rows = place[start : start + count]
