@@ -29,7 +29,7 @@ SOURCES = Path(__file__).with_name("kernel")
 LARGEST = 2**22  # numbers in a tensor: one thread updates all of it, with scratch arrays of its size
 LARGEST_SIDE = 128  # rows or columns of a matrix whose short side is worked with in double, by one thread
 SMALLEST_SHARE = 2**15  # numbers that are worth starting a thread for
-SCRATCH_ARRAYS, LANES = 6, 16  # as in kernel/
+SCRATCH_ARRAYS, LANES = 6, 16  # as in kernel/, whose LANES may be fewer
 _KNOWN = [kind for kind in techniques() if kind.has_kernel()]
 _SETTINGS = [item for kind in _KNOWN for item in kind.settings()]
 

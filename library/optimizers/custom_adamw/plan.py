@@ -20,7 +20,7 @@ from . import native, sharding
 from .batched import Batched
 from .options import Rates, Recipe, Recipes
 from .pairs import Halves
-from .stacks import Layout, Member, Stack, build, matrix_of, starts_again
+from .stacks import Layout, Member, Stack, build, matrix_of, restart_incomplete
 from .technique import About
 from .techniques import names_on
 
@@ -166,9 +166,13 @@ def make(groups: list[Group], state: Mapping[Tensor, State], settings: Settings,
         members[_layout(number, parameter, recipe, down, settings)].append(
             Member(parameter, state[parameter], ordinal, down)
         )
-    again = sum(starts_again(layout.recipe, member.state) for layout, rows in members.items() for member in rows)
-    if again:
-        logger.warning("CustomAdamW: the state of %d parameters has no second moment; their moments start again", again)
+    restarted = sum(
+        restart_incomplete(layout.recipe, member.state) for layout, rows in members.items() for member in rows
+    )
+    if restarted:
+        logger.warning(
+            "CustomAdamW: the state of %d parameters has no second moment; their moments start again", restarted
+        )
     stacks = [build(layout, rows, paged=settings.is_paged) for layout, rows in members.items()]
     kernel_stacks = {number: stack for number, stack in enumerate(stacks) if stack.layout.native}
     kernel = native.Native(kernel_stacks) if kernel_stacks else None

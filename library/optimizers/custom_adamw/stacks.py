@@ -90,9 +90,9 @@ def build(layout: Layout, members: Sequence[Member], *, paged: bool) -> Stack:
     return Stack(layout, list(members), stored)
 
 
-def starts_again(recipe: Recipe, state: State) -> bool:
-    """Whether a state has the first moment but lacks the second, which a step needs: then both start anew, since the
-    count of steps would not suit a second moment of zeros. Empties such a state."""
+def restart_incomplete(recipe: Recipe, state: State) -> bool:
+    """Start both moments anew where a state has the first but lacks the second, which a step needs: the count of steps
+    would not suit a second moment of zeros. Returns whether it did."""
     if "exp_avg" not in state or all(key in state for key in recipe.moments):
         return False
     for key in ("exp_avg", "exp_avg_absmax"):

@@ -21,6 +21,18 @@ inline float first_moment(float* m, const float* x, const float* g, const Tensor
   return 1.0f / std::max(float(double(agreeing) / double(t.n)), float(r.cautious_min));
 }
 
+// The same scale for an update that has not the signs of m
+inline float agreement(const float* u, const float* g, int64_t n, float least) {
+  int64_t agreeing = 0;
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    const int64_t end = std::min<int64_t>(at + BLOCK, n);
+    int32_t agree = 0;
+    SIMD_SUM(agree) for (int64_t i = at; i < end; ++i) agree += ((u[i] > 0) & (g[i] > 0)) | ((u[i] < 0) & (g[i] < 0));
+    agreeing += agree;
+  }
+  return 1.0f / std::max(float(double(agreeing) / double(n)), least);
+}
+
 inline void mask(float* u, const float* g, int c, float scale) {
   SIMD for (int i = 0; i < c; ++i) {
     const bool agree = ((u[i] > 0) & (g[i] > 0)) | ((u[i] < 0) & (g[i] < 0));

@@ -139,15 +139,3 @@ inline void orthogonalize(const float* m, const float* g, const Tensor& t, const
   if (rows <= columns) apply_to_columns(p.data(), x, side, length, size, y);
   else apply_to_rows(p.data(), x, length, side, size, y);
 }
-
-// the scale of the entries that agree with the gradient
-inline float agreement(const float* u, const float* g, int64_t n, float least) {
-  int64_t agreeing = 0;
-  for (int64_t at = 0; at < n; at += BLOCK) {
-    const int64_t end = std::min<int64_t>(at + BLOCK, n);
-    int32_t agree = 0;
-    SIMD_SUM(agree) for (int64_t i = at; i < end; ++i) agree += ((u[i] > 0) & (g[i] > 0)) | ((u[i] < 0) & (g[i] < 0));
-    agreeing += agree;
-  }
-  return 1.0f / std::max(float(double(agreeing) / double(n)), least);
-}
