@@ -1,4 +1,5 @@
-"""The program does what it did: the fast cases of `tests.yardstick`, file by file and message by message."""
+"""The program does what it did: the cases of `tests.yardstick`, file by file and message by message; in `make test`
+those that are fast."""
 
 from __future__ import annotations
 
@@ -18,17 +19,10 @@ def yardstick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yardstick]:
         yield one
 
 
-FAST = [case for case in CASES.values() if case.fast]
-LONGER = {  # seconds each
-    *("started_from_files", "disk_caches", "samples", "buckets", "from_file", "adafactor", "adamw_8_bits"),
-    *("sdxl_blocks", "sdxl_float8", "schedule_free", "rolled_back", "dry_run", "lokr", "ranks_and_rates", "sdxl_bf16"),
-    *("any_class", "preservation", "other_vae", "several_folders", "objective_l1", "masks", "objective_random"),
-    *("sd2_v", "sdxl_command", "alpha_masks", "metadata_file"),
-}
-
-
 @pytest.mark.parametrize(
-    "case", quick(FAST, *(case for case in FAST if case.name not in LONGER)), ids=lambda case: case.name
+    "case",
+    quick(CASES.values(), *(case for case in CASES.values() if case.fast)),
+    ids=lambda case: case.name,
 )
 def test_the_program_does_what_it_did(case: Case, yardstick: Yardstick) -> None:
     if reason := lacks(case):

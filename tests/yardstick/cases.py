@@ -78,7 +78,7 @@ def _optimizers() -> Iterator[Case]:
     yield _case("custom_adamw_presets", *(f"{own} --preset {p} --output_name {p}" for p in ("origin", "aggressive")))
     without = "spd_anchor=initial"  # the kernel does not know it: the batched tier
     yield _case("custom_adamw_batched", f"{own} {STATE}".replace("weight_decay", f"{without} weight_decay"))
-    yield _case("adamw_8_bits", f"--optimizer_type AdamW8bit --network_dim 32 {STATE}", fast=True)
+    yield _case("adamw_8_bits", f"--optimizer_type AdamW8bit --network_dim 32 {STATE}")
     yield _case(
         "lion", "--optimizer_type Lion --lr_scheduler polynomial --lr_scheduler_power 2", package="lion_pytorch"
     )
@@ -88,7 +88,7 @@ def _optimizers() -> Iterator[Case]:
         "--learning_rate 1 --lr_scheduler cosine",
         package="prodigyopt",
     )
-    yield _case("adafactor", f"--optimizer_type Adafactor --lr_scheduler adafactor:1e-3 {STATE}", fast=True)
+    yield _case("adafactor", f"--optimizer_type Adafactor --lr_scheduler adafactor:1e-3 {STATE}")
     yield _case(
         "adafactor_fixed_rate",
         "--optimizer_type Adafactor --optimizer_args relative_step=False scale_parameter=False "
@@ -98,14 +98,11 @@ def _optimizers() -> Iterator[Case]:
         "schedule_free",
         f"--optimizer_type AdamWScheduleFree --optimizer_args warmup_steps=2 --save_every_n_steps 3 {STATE}",
         package="schedulefree",
-        fast=True,
     )
     yield _case("sgd", "--optimizer_type SGDNesterov --learning_rate 0.1 --max_grad_norm 0")
     yield _case("dadapt_adam", "--optimizer_type DAdaptAdam --learning_rate 1", package="dadaptation")
     yield _case("lion_8_bits", "--optimizer_type Lion8bit --network_dim 32")
-    yield _case(
-        "any_class", "--optimizer_type torch.optim.NAdam --optimizer_args betas=0.8,0.95 weight_decay=0.1", fast=True
-    )
+    yield _case("any_class", "--optimizer_type torch.optim.NAdam --optimizer_args betas=0.8,0.95 weight_decay=0.1")
 
 
 def _schedules() -> Iterator[Case]:
@@ -157,15 +154,14 @@ def _objectives() -> Iterator[Case]:
         "--debiased_estimation_loss --noise_offset 0.1 --noise_offset_random_strength --ip_noise_gamma 0.1 "
         "--ip_noise_gamma_random_strength --loss_type smooth_l1 --huber_schedule exponential --huber_scale 1.5 "
         "--weighting_scheme logit_normal --logit_mean 0.5 --logit_std 1.5",
-        fast=True,
     )
     more = "--weighting_scheme mode --mode_scale 1.2 --training_shift 2"
-    yield _case("objective_l1", f"--loss_type l1 --v_pred_like_loss 0.5 {more}", fast=True)
+    yield _case("objective_l1", f"--loss_type l1 --v_pred_like_loss 0.5 {more}")
     coarse = "--multires_noise_iterations 8 --multires_noise_discount 0.5"
     yield _case("objective_huber", f"--loss_type huber --huber_schedule constant {coarse}")
     v = "--zero_terminal_snr --scale_v_pred_loss_like_noise_pred"
     sd2 = "--pretrained_model_name_or_path {sd2} --v2 --v_parameterization"
-    yield _case("sd2_v", f"{sd2} {v} --min_snr_gamma 5 --text_encoder_lr 5e-4", fast=True)
+    yield _case("sd2_v", f"{sd2} {v} --min_snr_gamma 5 --text_encoder_lr 5e-4")
     drawn = "--compare_prompts 'emoji of cat' --compare_steps 2"
     yield _case("sd15_v", f"--pretrained_model_name_or_path {{v}} {v} --debiased_estimation_loss {drawn}")
 
@@ -180,23 +176,21 @@ def _data() -> Iterator[Case]:
     dropped = "--caption_dropout_every_n_epochs 2 --keep_tokens 1 --shuffle_caption --max_train_epochs 2"
     yield _case("captions_dropped", dropped, data="tags")
     buckets = "--resolution 64 --enable_bucket --min_bucket_reso 32 --max_bucket_reso 128 --bucket_reso_steps 16"
-    yield _case("buckets", f"{buckets} --flip_aug", data="shapes", fast=True)
+    yield _case("buckets", f"{buckets} --flip_aug", data="shapes")
     small = "--bucket_no_upscale --resize_interpolation bicubic --max_train_epochs 1"
     yield _case("buckets_small", f"{buckets} {small}", data="shapes")
     crops = "--no-cache_latents --random_crop --color_aug --flip_aug --max_data_loader_n_workers 2"
     yield _case("crops", crops, data="shapes")
-    yield _case("masks", f"{CONFIG} --masked_loss", data="masks", fast=True)
-    yield _case("alpha_masks", "--alpha_mask --no-cache_latents", data="masks", fast=True)
+    yield _case("masks", f"{CONFIG} --masked_loss", data="masks")
+    yield _case("alpha_masks", "--alpha_mask --no-cache_latents", data="masks")
     own = f"{CONFIG} --resolution= --train_batch_size="
-    yield _case("several_folders", f"{own} --prior_loss_weight 0.5", data="several", fast=True)
+    yield _case("several_folders", f"{own} --prior_loss_weight 0.5", data="several")
     regularised = "--reg_data_dir reg --prior_loss_weight 0.3 --gradient_accumulation_steps 2"
     yield _case("regularisation", regularised, data="regularised")
-    yield _case("preservation", f"{own} --network_dropout 0.1", data="preserved", fast=True)
-    yield _case(
-        "metadata_file", "--in_json meta.json --shuffle_caption --caption_extension=", data="described", fast=True
-    )
+    yield _case("preservation", f"{own} --network_dropout 0.1", data="preserved")
+    yield _case("metadata_file", "--in_json meta.json --shuffle_caption --caption_extension=", data="described")
     disk = f"{TEXTS}_to_disk --no-cache_latents --cache_latents_to_disk"
-    yield _case("disk_caches", f"{disk} --flip_aug", f"{disk} --flip_aug --output_name again", fast=True)
+    yield _case("disk_caches", f"{disk} --flip_aug", f"{disk} --flip_aug --output_name again")
     kept = f"{disk} --cache_dir kept"
     yield _case("kept_caches", kept, f"{kept} --skip_cache_check --output_name again")
     workers = "--max_data_loader_n_workers 2 --persistent_data_loader_workers --max_train_epochs 2"
@@ -206,15 +200,15 @@ def _data() -> Iterator[Case]:
 def _families() -> Iterator[Case]:
     yield _case("sdxl", f"{SDXL} --text_encoder_lr 1e-3 5e-4 --max_token_length 150 {STATE}", fast=True)
     small = "--mixed_precision bf16 --gradient_checkpointing --save_precision bf16"
-    yield _case("sdxl_bf16", f"{SDXL} {TEXTS} {small} --full_bf16", fast=True)
+    yield _case("sdxl_bf16", f"{SDXL} {TEXTS} {small} --full_bf16")
     eight = f"{SDXL} {TEXTS} {small} --fp8_base --gradient_accumulation_steps 2 --max_train_steps 2"
-    yield _case("sdxl_float8", eight, fast=True)
+    yield _case("sdxl_float8", eight)
     command = TRAIN.replace("train_network", "sdxl_train_network")
-    yield _case("sdxl_command", f"{command} {SDXL} --preset sdxl_style --resolution 64 --no-enable_bucket", fast=True)
+    yield _case("sdxl_command", f"{command} {SDXL} --preset sdxl_style --resolution 64 --no-enable_bucket")
     resumed = f"{SDXL} --network_dropout 0.1 --flip_aug --save_every_n_steps 2 --save_state"
     yield _case("sdxl_resumed", resumed, f"{resumed} --overwrite --resume out/lora-step00000002-state")
     blocks = f"conv_dim=2 block_dims={','.join(['0'] * 10 + ['2'] * 13)} down_lr_weight=linear"
-    yield _case("sdxl_blocks", f"{SDXL} --optimizer_type CustomAdamW --network_args {blocks}", compiler=True, fast=True)
+    yield _case("sdxl_blocks", f"{SDXL} --optimizer_type CustomAdamW --network_args {blocks}", compiler=True)
     encoders = "--network_train_text_encoder_only --weighted_captions --validation_split 0.2"
     yield _case("sdxl_text_encoders", f"{SDXL} {encoders}", data="tags")
     yield _case(
@@ -223,7 +217,7 @@ def _families() -> Iterator[Case]:
         "--lr_layer_decay 0.9",
         fast=True,
     )
-    yield _case("other_vae", "--vae {vae}/vae.safetensors --clip_skip 2 --vae_batch_size 2", fast=True)
+    yield _case("other_vae", "--vae {vae}/vae.safetensors --clip_skip 2 --vae_batch_size 2")
 
 
 def _networks() -> Iterator[Case]:
@@ -233,7 +227,6 @@ def _networks() -> Iterator[Case]:
         f"--network_args conv_dim=2 conv_alpha=1 block_dims={blocks} network_reg_lrs=.*attn2.*=2e-3 "
         "loraplus_lr_ratio=4 rank_dropout=0.1 module_dropout=0.1 --network_dropout 0.1 --scale_weight_norms 0.02 "
         "--unet_lr 5e-4",
-        fast=True,
     )
     yield _case(
         "rates_by_block",
@@ -249,7 +242,6 @@ def _networks() -> Iterator[Case]:
         "--output_name second --network_weights out/first.safetensors --dim_from_weights --network_dim= "
         "--max_train_steps 2",
         f"--output_name third {merged} --max_train_steps 2",
-        fast=True,
     )
     yield _case(
         "converted",
@@ -259,7 +251,7 @@ def _networks() -> Iterator[Case]:
         "--output_name on --network_weights out/diffusers.safetensors --max_train_steps 2",
     )
     lycoris = "--network_module lycoris.kohya --network_args preset=attn-mlp"
-    yield _case("lokr", f"{lycoris} algo=lokr factor=4 {STATE}", package="lycoris", fast=True)
+    yield _case("lokr", f"{lycoris} algo=lokr factor=4 {STATE}", package="lycoris")
     yield _case("loha", f"{lycoris} algo=loha --scale_weight_norms 1", package="lycoris")
     yield _case(
         "text_encoder_only", "--network_train_text_encoder_only --network_alpha 0 --full_bf16 --mixed_precision bf16"
@@ -300,7 +292,7 @@ def _runs() -> Iterator[Case]:
     yield _case("validated_by_epochs", epochs, data="held_out")
     accident = f"--optimizer_type tests.yardstick.stumbling.NotANumber {STATE}"
     back = "--on_divergence rollback --save_every_n_steps 2 --lr_scheduler linear"
-    yield _case("rolled_back", f"{accident} {back} --max_train_steps 5", fast=True)
+    yield _case("rolled_back", f"{accident} {back} --max_train_steps 5")
     yield _case("diverged", accident)
     yield _case("skipped", f"{accident} --on_divergence skip --divergence_limit 2 --max_train_steps 8")
     kept = "--save_every_n_steps 1 --save_last_n_steps 2 --save_state --save_last_n_steps_state 1"
@@ -320,7 +312,7 @@ def _runs() -> Iterator[Case]:
     yield _case("logs", f"{logs} --monitor_every_n_steps 2 --report --loss_plot", package="tensorboard")
     prompts = "--sample_prompts prompts.txt --sample_every_n_steps 2 --max_train_steps 2"
     compared = "--compare_prompts 'emoji of cat' --compare_steps 1"
-    yield _case("samples", f"{prompts} {compared}", data="prompted", fast=True)
+    yield _case("samples", f"{prompts} {compared}", data="prompted")
     more = "--sample_at_first --sample_sampler dpmsolver++ --report"
     yield _case("sdxl_samples", f"{SDXL} {TEXTS} {prompts} {more}", data="prompted")
     small = "--dataset_config= --train_data_dir data --resolution 64 --caption_extension .txt --max_train_epochs 1"
@@ -335,13 +327,12 @@ def _runs() -> Iterator[Case]:
         "train_network --config_file written.toml --output_config --pretrained_model_name_or_path x --output_dir out "
         "--learning_rate 1e-4 --network_args conv_dim=4",
         data="settings",
-        fast=True,
     )
 
 
 def _guidance() -> Iterator[Case]:
     planned = "--dry_run --save_every_n_steps 2 --save_state --optimizer_type CustomAdamW"
-    yield _case("dry_run", f"--pretrained_model_name_or_path {{sd2}} {planned}", compiler=True, fast=True)
+    yield _case("dry_run", f"--pretrained_model_name_or_path {{sd2}} {planned}", compiler=True)
     small = "--fp8_base --mixed_precision bf16 --gradient_checkpointing"
     yield _case(
         "dry_runs",
