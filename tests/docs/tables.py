@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_images
 
 
 def page(name: str) -> str:
@@ -39,6 +42,17 @@ def options_named(text: str) -> set[str]:
     """The options that a page names, without --no- and without those in links."""
     text = re.sub(r"\]\([^)]*\)", "]", text)
     return {name.removeprefix("no-") for name in re.findall(r"--([a-zA-Z][\w-]+)", text)}
+
+
+def train_as_told(command: list[str], files: Mapping[str, Path], *small: str) -> None:
+    """Run a page's command, without its first word, for one step in the working directory, on two images in
+    my_data/10_mystyle. `files`: options to the files that stand for those that the page names."""
+    copy_images(Path("my_data/10_mystyle"), 2)
+    given = {f"--{name}": str(path) for name, path in files.items()}
+    words = [given.get(before, word) for before, word in zip(["", *command[1:]], command[1:], strict=False)]
+    short = ["--max_train_epochs", "0", "--max_train_steps", "1", "--no-enable_bucket", "--resolution", "64"]
+    assert import_module(command[0].removesuffix(".py")).main([*words, *short, *small]) == 0
+    assert list(Path("output").rglob("*.safetensors"))
 
 
 def _cells(line: str) -> list[str]:

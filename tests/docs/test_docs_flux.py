@@ -9,8 +9,7 @@ import pytest
 
 from library.config.options import declared_options
 from tests import tiny_flux as tiny
-from tests.conftest import copy_images
-from tests.docs.tables import commands, page
+from tests.docs.tables import commands, options_named, page, train_as_told
 
 PAGE = page("flux")
 COMMANDS = [words[1:] for words in commands(PAGE)]
@@ -19,21 +18,13 @@ COMMANDS = [words[1:] for words in commands(PAGE)]
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
 def test_every_command_trains(command: list[str], tiny_flux: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    copy_images(tmp_path / "my_data" / "10_mystyle", 2)
-    files = tiny.single_files(tiny_flux, tmp_path / "models")
-    given = {f"--{name}": str(path) for name, path in files.items()}
-    words = [given.get(before, word) for before, word in zip(["", *command[1:]], command[1:], strict=False)]
-    main = __import__(command[0].removesuffix(".py")).main
-    small = ["--max_train_epochs", "0", "--max_train_steps", "1", "--no-enable_bucket", "--resolution", "64"]
-    assert main([*words, *small, "--t5xxl_max_token_length", "16"]) == 0
-    assert list((tmp_path / "output").rglob("*.safetensors"))
+    train_as_told(command, tiny.single_files(tiny_flux, tmp_path / "models"), "--t5xxl_max_token_length", "16")
 
 
 def test_the_options_that_are_named_exist() -> None:
     assert COMMANDS
     flags_of_prompts_and_tools = {"to", "g", "l", "n", "only", "cached_text"}
-    named = set(re.findall(r"--(?:no-)?(\w+)", PAGE)) - flags_of_prompts_and_tools
-    assert named <= declared_options().keys()
+    assert options_named(PAGE) - flags_of_prompts_and_tools <= declared_options().keys()
 
 
 def test_the_sizes_of_the_files() -> None:

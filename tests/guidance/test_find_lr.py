@@ -62,11 +62,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [RUNS[1], *(pytest.param(more, marks=pytest.mark.slow) for more in (RUNS[0], RUNS[2]))],
-    ids=lambda more: " ".join(more),
-)
+@pytest.mark.parametrize("more", RUNS, ids=lambda more: " ".join(more))
 @pytest.mark.slow
 def test_a_run_is_the_same_whether_rates_were_looked_for_or_not(
     more: tuple[str, ...], image_folder: Path, tmp_path: Path

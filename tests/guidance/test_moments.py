@@ -17,7 +17,6 @@ from library.run.plan import Plan, make_plan
 from library.training import loop
 from library.training.run import Run
 from tests.conftest import BASE, copy_images
-from tests.quick import quick
 
 BF16 = ("--mixed_precision", "bf16")
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
@@ -78,7 +77,7 @@ def held(run: Run) -> int:
     return sum(parts)
 
 
-@pytest.mark.parametrize("name", quick(CONFIGURATIONS, "CustomAdamW"))
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.slow
 def test_a_step_is_estimated_within_five_percent(planned: Callable[..., Plan], name: str) -> None:
     plan = planned(*CONFIGURATIONS[name])

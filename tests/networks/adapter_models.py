@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,3 +179,35 @@ def outputs(unet: nn.Module, text_encoder: nn.Module) -> tuple[Tensor, Tensor]:
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest, relative to the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+Outputs = Callable[[Any], tuple[Tensor, ...]]
+
+
+def trained(family: ModelFamily, outputs: Outputs, file: Path, naming: str, *parts: str) -> tuple[Tensor, ...]:
+    """The `outputs` of a model of a whole family with a network that is saved to `file`, and taken off again."""
+    network = lora(3, 2.0, targets=family.adapter_targets(*parts))
+    network.naming = naming  # type: ignore[assignment]
+    network.attach()
+    randomize(network, 0.2)
+    answer = outputs(family)
+    network.save(str(file), None, {"ss_network_module": "networks.lora"})
+    network.detach()
+    return answer
+
+
+def check_reading(family: ModelFamily, outputs: Outputs, file: Path, naming: str, *, bound: float) -> AdapterFile:
+    """A file of such a network acts as it did, read back. Returns what was read."""
+    base = outputs(family)
+    expected = trained(family, outputs, file, naming)
+    assert all(difference(now, before) > 0.02 for now, before in zip(expected, base, strict=True))
+    content = read(file)
+    network = lora_from_file(content, targets=family.adapter_targets())
+    network.attach()
+    report = network.load(content)
+    assert (report.missing, report.unexpected) == ((), ())
+    found = outputs(family)
+    network.detach()
+    for now, before in zip(found, expected, strict=True):
+        assert difference(now, before) < bound
+    return content

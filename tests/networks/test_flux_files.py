@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import difference, lora, lora_from_file, randomize
+from adapter_models import check_reading, difference, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.models.checkpoints.flux_names import fused_name, fused_place, original_name
 from library.models.modules import new_flux_transformer
 from library.models.opening import open_family
-from networks.files import read
 from networks.formats.fused import fuse
 from networks.formats.naming import to_diffusers
 from networks.sites import find_sites
@@ -45,37 +44,14 @@ def outputs(family: Any) -> tuple[Tensor, Tensor]:
     return answer, texts["pooled"]
 
 
-def trained(family: Any, file: Path, naming: str) -> tuple[Tensor, ...]:
-    """What the model answers with a network that is saved to `file`, and taken off again."""
-    network = lora(3, 2.0, targets=family.adapter_targets())
-    network.naming = naming
-    network.attach()
-    randomize(network, 0.2)
-    answer = outputs(family)
-    network.save(str(file), None, {"ss_network_module": "networks.lora"})
-    network.detach()
-    return answer
-
-
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 def test_a_file_is_read_as_it_acts(flux: Any, tmp_path: Path, naming: str) -> None:
-    base = outputs(flux)
-    expected = trained(flux, tmp_path / "adapter.safetensors", naming)
-    assert all(difference(now, before) > 0.02 for now, before in zip(expected, base, strict=True))
-    content = read(tmp_path / "adapter.safetensors")
-    network = lora_from_file(content, targets=flux.adapter_targets())
-    network.attach()
-    report = network.load(content)
-    assert (report.missing, report.unexpected) == ((), ())
-    found = outputs(flux)
-    network.detach()
-    for now, before in zip(found, expected, strict=True):
-        assert difference(now, before) < BOUND
+    check_reading(flux, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
 
 
 def test_kohyas_names(flux: Any, tmp_path: Path) -> None:
     """Per double block ten layers, per single block three; of the text encoder six in each of its layers."""
-    trained(flux, tmp_path / "adapter.safetensors", "kohya")
+    trained(flux, outputs, tmp_path / "adapter.safetensors", "kohya")
     tensors = load_file(tmp_path / "adapter.safetensors")
     modules = {key.partition(".")[0] for key in tensors}
     streams = ("mod_lin", "attn_qkv", "attn_proj", "mlp_0", "mlp_2")
@@ -107,7 +83,7 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
     """--save_naming diffusers. Its reader of kohya's names knows the true width only."""
     from diffusers import FluxPipeline
 
-    expected = trained(flux, tmp_path / "adapter.safetensors", "diffusers")
+    expected = trained(flux, outputs, tmp_path / "adapter.safetensors", "diffusers")
     pipeline = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
     for library in ("diffusers", "transformers", "peft"):
         monkeypatch.setattr(logging.getLogger(library), "propagate", True)
@@ -131,7 +107,7 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
 
 def test_conversion_goes_both_ways(flux: Any, tmp_path: Path) -> None:
     """From kohya's fused layers to diffusers' single ones, and back; also of some layers alone."""
-    trained(flux, tmp_path / "kohya.safetensors", "kohya")
+    trained(flux, outputs, tmp_path / "kohya.safetensors", "kohya")
     convert(tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors", to="diffusers")
     convert(tmp_path / "diffusers.safetensors", tmp_path / "again.safetensors", to="kohya")
     before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "again"))

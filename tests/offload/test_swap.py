@@ -59,11 +59,9 @@ ALL = ("--blocks_to_swap", "100%")
                 *((format, "100%", False) for format in FORMATS),
             ],
             ("fp32", "5", True),
-            ("nf4", "100%", False),
         ),
     ],
 )
-@pytest.mark.slow
 def test_a_run_has_the_same_bits(made: Made, precision: str, asked: str, checkpointing: bool) -> None:
     """Without checkpointing as well, where the backward pass comes to a block after all others have computed."""
     words = (*PRECISIONS[precision], *(["--gradient_checkpointing"] if checkpointing else []))
@@ -72,8 +70,8 @@ def test_a_run_has_the_same_bits(made: Made, precision: str, asked: str, checkpo
     assert lane.copies
 
 
-@pytest.mark.parametrize("kind", quick(KINDS, "dora", "lokr"))
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.slow
 def test_every_kind_of_adapter_has_the_same_bits(made: Made, kind: str, precision: str) -> None:
     """Also those that compute with the layers' weights themselves: in host memory they would find NaN."""

@@ -14,7 +14,6 @@ from library.quantization import FORMATS
 from library.quantization.packed import PackedWeight
 from tests.conftest import BASE
 from tests.merging import merge_into
-from tests.quick import quick
 from tests.training.written import distance, same, weights
 
 Train = Callable[..., int]
@@ -24,8 +23,8 @@ FEATURES = (
 )
 
 
-@pytest.mark.parametrize("format", quick(FORMATS, "nf4"))
-@pytest.mark.parametrize("precision", quick(["bf16", "no"], "no"))
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("precision", ["bf16", "no"])
 @pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     train: Train, tmp_path: Path, format: str, precision: str
@@ -117,7 +116,7 @@ def test_a_weight_that_is_no_number_is_refused_with_its_layer(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("format", quick([name for name in FORMATS if name != "fp8"], "nf4"))
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "fp8"])
 @pytest.mark.slow
 def test_networks_of_other_packages_train_on_a_packed_base(train: Train, tmp_path: Path, format: str) -> None:
     """As on a base that was rounded before."""

@@ -74,7 +74,6 @@ def two_steps(run: Run) -> list[Stops]:
         pytest.param((*EAGER, *CAPTIONS), id="captions, CustomAdamW"),
     ],
 )
-@pytest.mark.slow
 def test_a_step_is_read_once(on_stand_in: Callable[..., Run], words: tuple[str, ...]) -> None:
     """Its loss and the gradient's norm, together; nothing is copied to the GPU but from pinned memory."""
     run = on_stand_in(*words)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.quick import slow
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every try is a fork")
 @pytest.mark.parametrize(
     ("tries", "inside_saves", "seed"),
-    [(2, 0, 0), *(pytest.param(10, 3, seed, marks=pytest.mark.slow) for seed in range(1, 6))],  # of the slow ones 50
+    [(4, 1, 0), slow((8, 3, 0)), *(slow((10, 3, seed)) for seed in range(1, 6))],  # of the slow ones 58
 )
 def test_nothing_is_lost(
     tries: int, inside_saves: int, seed: int, tmp_path: Path, image_folder: Path, train: Callable[..., int]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.quick import slow
 from tests.training.written import weights
 
 BLOCKS = ("--network_args", "down_lr_weight=zeros", "mid_lr_weight=0.5", "network_reg_lrs=.*attn2.*=2e-3")
@@ -55,13 +54,11 @@ def test_layers_with_a_rate_of_zero_are_not_in_the_file(train: Any, tmp_path: Pa
             ("--network_train_unet_only", "--text_encoder_lr", "1e-5"),
             "--text_encoder_lr has no effect: with --network_",
         ),
-        slow(
-            (
-                ("--network_train_text_encoder_only", "--unet_lr", "1e-4"),
-                "--unet_lr has no effect: with --network_train_text",
-            )
+        (
+            ("--network_train_text_encoder_only", "--unet_lr", "1e-4"),
+            "--unet_lr has no effect: with --network_train_text",
         ),
-        slow((("--network_train_unet_only", "--text_encoder_lr", "0", "--unet_lr", "1e-4"), "")),
+        (("--network_train_unet_only", "--text_encoder_lr", "0", "--unet_lr", "1e-4"), ""),
     ],
 )
 @pytest.mark.slow
