@@ -4,13 +4,19 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# pip compiles with one core, and what is compiled while tests run would give them its warnings.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # templates among the packages are no Python
 
-.PHONY: demo test test-full test-gpu lint clean
+.PHONY: demo test test-full test-gpu lint quick-tests clean
 
 demo: .venv/ready
 	$(BIN)/python train_network.py --config_file configs/quickstart.toml --overwrite
 
-test: .venv/ready-test lint
+test: .venv/ready-test
+	$(MAKE) --no-print-directory --jobs 2 lint quick-tests
+
+quick-tests: .venv/ready-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-full: .venv/ready-test lint
@@ -26,12 +32,14 @@ lint: .venv/ready-test
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	$(COMPILE)
 	touch $@
 
 .venv/ready-test: .venv/ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	$(INSTALL) -e ".[test]"
+	$(COMPILE)
 	touch $@
 
 clean:

@@ -80,6 +80,7 @@ def test_every_command_trains(workplace, models, command):
         assert list(Path("output").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_dataset_config_trains(workplace):
     from train_network import main
 

@@ -16,6 +16,7 @@ from library.models.opening import open_family
 from networks.create import create
 from networks.settings import Asked
 from tests.conftest import BASE
+from tests.quick import slow
 
 CAPTIONS = ["a cat", "a dog, at night", ""]
 SIZES: dict[str, Any] = {"original_sizes": [(70, 64), (64, 90), (64, 64)], "crops": [(3, 0), (0, 13), (0, 0)]}
@@ -69,7 +70,9 @@ LONGER: dict[str, dict[str, Any]] = {
 """The option by which each reads longer captions, if not --max_token_length."""
 
 
-@pytest.mark.parametrize("stated", [{}, {"scaling_factor": None}, {"scaling_factor": 0.25}, {"shift_factor": 0.75}])
+@pytest.mark.parametrize(
+    "stated", [slow({}), {"scaling_factor": None}, slow({"scaling_factor": 0.25}), {"shift_factor": 0.75}]
+)
 @torch.no_grad()
 def test_latents_are_decoded_with_the_scale_that_they_were_encoded_with(
     stated: dict[str, Any], family: ModelFamily, tmp_path: Path

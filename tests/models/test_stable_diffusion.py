@@ -19,6 +19,7 @@ from library.models.family import AdapterTargets
 from library.models.modules import new_text_encoder, new_unet
 from library.models.opening import open_base_model, open_family
 from library.models.stable_diffusion import StableDiffusion
+from tests.quick import quick
 from tests.rounding import BOUND
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
@@ -56,7 +57,7 @@ def _outputs(family: StableDiffusion) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["sd1.safetensors", "sd1.ckpt", "sd1-old.ckpt", "sd2.safetensors"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", quick([torch.float32, torch.float16], torch.float16))
 def test_a_single_file_gives_exactly_what_the_folder_gives(
     family: Make, tiny_files: dict[str, Path], tiny_v2: Path, name: str, dtype: torch.dtype
 ) -> None:

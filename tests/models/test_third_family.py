@@ -20,6 +20,7 @@ from networks.merge import BaseWeights
 from networks.sites import Site
 from tests import toy_family
 from tests.merging import merge_into
+from tests.quick import slow
 from tests.training.written import metadata, same, weights
 
 Train = Callable[..., int]
@@ -194,12 +195,12 @@ def test_texts_of_several_lengths_train_the_same_from_every_cache(train_toy: Tra
             "--bucket_reso_steps",
             "16",
         ),
-        ("--lr_layer_decay", "0.5"),
+        slow((("--lr_layer_decay", "0.5"),)),
         ("--network_args", "block_dims=2,4", "down_lr_weight=0.5,1"),
-        ("--dry_run",),
+        slow((("--dry_run",),)),
         ("--recommend",),
         ("--find_lr", "--find_lr_steps", "20"),
-        ("--max_token_length", "225"),
+        slow((("--max_token_length", "225"),)),
     ],
     ids=" ".join,
 )

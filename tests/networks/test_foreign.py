@@ -12,6 +12,7 @@ from torch import nn
 from library.errors import UserError
 from networks.files import AdapterFile, read
 from networks.settings import LearningRates
+from tests.quick import quick
 
 
 class Other(nn.Module):
@@ -135,7 +136,7 @@ def run(tiny) -> torch.Tensor:
     return unet(torch.randn(1, 4, 16, 16, generator=generator), torch.tensor([500]), condition).sample
 
 
-@pytest.mark.parametrize("algo", ["lora", "loha", "ia3"])
+@pytest.mark.parametrize("algo", quick(["lora", "loha", "ia3"], "loha"))
 def test_lycoris_trains_like_our_own(tiny, algo, tmp_path: Path):
     base = run(tiny).detach()
     network = lycoris_network(tiny, algo)

@@ -73,15 +73,15 @@ def test_what_a_run_says_of_itself(train, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        (),
+        slow(((),)),
         ("--optimizer_type", "CustomAdamW", "--wd_schedule", "multi_stage", "--wd_stages", "0:1,50%:0.5"),
-        (
-            "--optimizer_type",
-            "Prodigy",
-            "--network_train_unet_only",
-            "--shuffle_caption",
-            "--caption_dropout_rate",
-            "0.1",
+        slow(
+            (
+                (
+                    *("--optimizer_type", "Prodigy", "--network_train_unet_only"),
+                    *("--shuffle_caption", "--caption_dropout_rate", "0.1"),
+                ),
+            )
         ),
         ("--lr_layer_decay", "0.9", "--lr_warmup_steps", "1", "--lr_scheduler", "linear", "--validation_split", "0.3"),
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from library.training.step import condition_of
+from tests.quick import slow
 from tests.training.written import ROUNDED, distance, metadata, weights
 
 
@@ -63,11 +64,13 @@ def test_all_of_them_at_once(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--caption_dropout_every_n_epochs", "1"], {""}),
+        slow((["--caption_dropout_every_n_epochs", "1"], {""})),
         (["--caption_tag_dropout_rate", "1", "--keep_tokens", "1"], {f"icon {i} ||| red;;;round" for i in range(6)}),
-        (
-            ["--secondary_separator", ";;;"],
-            {f"icon {i} ||| red,round, {{flat|matte}}, (bright:1.4), soft" for i in range(6)},
+        slow(
+            (
+                ["--secondary_separator", ";;;"],
+                {f"icon {i} ||| red,round, {{flat|matte}}, (bright:1.4), soft" for i in range(6)},
+            )
         ),
         (
             ["--token_warmup_step", "100", "--keep_tokens_separator", "|||"],

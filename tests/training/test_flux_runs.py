@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests import tiny_flux
+from tests.quick import slow
 from tests.training.written import ROUNDED, distance, metadata, same, weights
 
 Train = Callable[..., int]
@@ -111,17 +112,17 @@ def test_the_door_is_for_flux_only(capsys: pytest.CaptureFixture[str], image_fol
         ("--mixed_precision", "bf16", "--full_bf16", *CACHED),
         ("--mixed_precision", "fp16", *CACHED),
         ("--base_format", "nf4", *CACHED),
-        ("--base_format", "int8"),
+        slow((("--base_format", "int8"),)),
         ("--blocks_to_swap", "4", *CACHED),
-        ("--timestep_sampling", "sigmoid", "--ip_noise_gamma", "0.1", "--loss_type", "huber"),
+        slow((("--timestep_sampling", "sigmoid", "--ip_noise_gamma", "0.1", "--loss_type", "huber"),)),
         ("--weighting_scheme", "logit_normal", "--min_timestep", "100", "--max_timestep", "900"),
-        ("--network_args", "train_blocks=double"),
+        slow((("--network_args", "train_blocks=double"),)),
         ("--network_args", "block_dims=2,4,2,4,8"),
-        ("--lr_layer_decay", "0.5"),
+        slow((("--lr_layer_decay", "0.5"),)),
         ("--save_naming", "diffusers"),
-        ("--dry_run", "--gpu_memory", "24GB"),
+        slow((("--dry_run", "--gpu_memory", "24GB"),)),
         ("--fit", "24GB"),
-        ("--recommend",),
+        slow((("--recommend",),)),
         pytest.param(("--find_lr", "--find_lr_steps", "20"), marks=pytest.mark.slow),
     ],
     ids=" ".join,

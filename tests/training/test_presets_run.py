@@ -15,9 +15,12 @@ from safetensors import safe_open
 from library.config.presets import presets
 from library.errors import CommonError
 from tests.conftest import BASE
+from tests.quick import quick
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize(
+    "name", quick(presets(), "default", "origin", "sd15_style", "sdxl_character", "slider", "flux_style", "anima_style")
+)
 def test_every_preset_trains(name: str, image_folder: Path, tmp_path: Path, tiny_flux: Path, tiny_anima: Path) -> None:
     from train_network import main
 

@@ -59,7 +59,7 @@ LONG = ("--max_train_steps", "7", "--lr_scheduler", "cosine", "--lr_warmup_steps
 @pytest.mark.parametrize(
     "words",
     [
-        ("--optimizer_type", "AdamW"),
+        slow((("--optimizer_type", "AdamW"),)),
         slow((("--optimizer_type", "AdamW8bit", "--network_dim", "64"),)),
         ("--optimizer_type", "CustomAdamW", "--network_dim", "64"),
         slow((("--optimizer_type", "CustomAdamW", "--optim_bits", "32", "--use_grams", "--no-use_cautious"),)),
@@ -67,14 +67,14 @@ LONG = ("--max_train_steps", "7", "--lr_scheduler", "cosine", "--lr_warmup_steps
         slow((("--optimizer_type", "pytorch_optimizer.ScheduleFreeAdamW", "--lr_scheduler", "constant"),)),
         slow((("--optimizer_type", "pytorch_optimizer.SPlus"),)),
         slow((("--optimizer_type", "prodigyplus.ProdigyPlusScheduleFree", "--learning_rate", "1"),)),
-        ("--optimizer_type", "Prodigy", "--learning_rate", "1"),
+        slow((("--optimizer_type", "Prodigy", "--learning_rate", "1"),)),
         slow((("--mixed_precision", "bf16", "--full_bf16"),)),
         slow((("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor"),)),  # keeps fp32
         ("--shuffle_caption", "--flip_aug", "--network_dropout", "0.2"),
         ("--gradient_accumulation_steps", "2", "--max_train_steps", "5"),
         ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug"),
-        ("--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "2", "--min_snr_gamma", "5"),
-        ("--scale_weight_norms", "0.01", "--network_args", "conv_dim=2"),
+        slow((("--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "2", "--min_snr_gamma", "5"),)),
+        slow((("--scale_weight_norms", "0.01", "--network_args", "conv_dim=2"),)),
     ],
     ids=lambda words: " ".join(word.removeprefix("--") for word in words),
 )

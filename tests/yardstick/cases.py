@@ -59,7 +59,7 @@ def _case(name: str, *commands: str, **details: object) -> Case:
 
 
 def _optimizers() -> Iterator[Case]:
-    yield _case("adamw", f"--save_every_n_steps 2 {STATE} --lr_scheduler cosine --lr_warmup_steps 2", fast=True)
+    yield _case("adamw", f"--save_every_n_steps 2 {STATE} --lr_scheduler cosine --lr_warmup_steps 2")
     own = "--optimizer_type CustomAdamW --optimizer_args min_8bit_size=128 weight_decay=0.1 --network_dim 16"
     yield _case("custom_adamw", f"{own} --wd_transition_steps 2 {STATE}", compiler=True, fast=True)
     yield _case(
@@ -67,7 +67,6 @@ def _optimizers() -> Iterator[Case]:
         "--optimizer_type CustomAdamW --optim_bits 32 --use_orthogonal_grad --use_tam --use_alora "
         f"--use_adopt_stability --alora_ratio 3 --tam_beta 0.8 --spd_lambda 0.1 {STATE}",
         compiler=True,
-        fast=True,
     )
     yield _case(
         "custom_adamw_bf16",
@@ -215,7 +214,6 @@ def _families() -> Iterator[Case]:
         "sd2_text_encoder",
         "--pretrained_model_name_or_path {sd2} --network_train_text_encoder_only --max_token_length 225 "
         "--lr_layer_decay 0.9",
-        fast=True,
     )
     yield _case("other_vae", "--vae {vae}/vae.safetensors --clip_skip 2 --vae_batch_size 2")
 
@@ -233,7 +231,6 @@ def _networks() -> Iterator[Case]:
         "--network_args down_lr_weight=cosine mid_lr_weight=0.5 up_lr_weight=reverse_linear "
         "block_lr_zero_threshold=0.1 loraplus_unet_lr_ratio=2 --lr_layer_decay 0.9 --optimizer_type CustomAdamW",
         compiler=True,
-        fast=True,
     )
     merged = "--base_weights out/first.safetensors out/second.safetensors --base_weights_multiplier 0.5 -1"
     yield _case(

@@ -20,6 +20,7 @@ from networks.formats.forms import flat
 from networks.formats.naming import from_kohya
 from networks.settings import Asked
 from networks.tools.__main__ import main as tools
+from tests.quick import slow
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 2e-5
@@ -62,11 +63,11 @@ def peft_file(tiny: Any, folder: Path, config: Any) -> Any:
     ("config", "settings", "kind"),
     [
         ("LoraConfig", {"use_dora": True, "r": 4, "lora_alpha": 6}, "dora"),
-        ("LoHaConfig", {"r": 4, "alpha": 6}, "loha"),
-        ("LoHaConfig", {"r": 4, "alpha": 6, "use_effective_conv2d": True}, "loha"),
-        ("LoKrConfig", {"r": 4, "alpha": 6}, "lokr"),
+        slow(("LoHaConfig", {"r": 4, "alpha": 6}, "loha")),
+        slow(("LoHaConfig", {"r": 4, "alpha": 6, "use_effective_conv2d": True}, "loha")),
+        slow(("LoKrConfig", {"r": 4, "alpha": 6}, "lokr")),
         ("LoKrConfig", {"r": 100, "alpha": 60}, "lokr"),  # both matrices whole: PEFT alone scales these
-        ("LoKrConfig", {"r": 2, "alpha": 6, "decompose_both": True}, "lokr"),
+        slow(("LoKrConfig", {"r": 2, "alpha": 6, "decompose_both": True}, "lokr")),
         ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}, "lora"),
         ("IA3Config", {"feedforward_modules": ["ff.net.2"]}, "ia3"),
     ],

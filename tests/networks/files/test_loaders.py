@@ -18,6 +18,7 @@ from networks import kinds
 from networks.create import create
 from networks.formats.loaders import PROGRAMS, Verdict, in_words, verdicts
 from networks.settings import Asked
+from tests.quick import quick
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -132,7 +133,9 @@ def found_by_diffusers(folder: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", quick(FORMS, "lora", "tucker", "loha", "lokr", "dora of rows", "oft", "full", "tlora", "something new")
+)
 def test_each_form_is_found_as_the_table_has_it(form: str, tiny: Any, tmp_path: Path) -> None:
     own, lycoris, diffusers = FORMS[form]
     tensors = {**own, **pair(PLAIN, MID)}

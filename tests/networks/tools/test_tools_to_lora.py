@@ -20,6 +20,7 @@ from networks.network import Network
 from networks.settings import Asked
 from networks.tools.__main__ import main
 from tests.conftest import BASE
+from tests.quick import slow
 
 WHOLE = ["--rank", "10000"]  # above every layer's
 
@@ -82,14 +83,14 @@ def test_kinds_that_need_no_base(
     ("kind", "asked", "arguments"),
     [
         ("loha", Asked(dim=2, alpha=1.0), {"conv_dim": 2, "use_tucker": True}),
-        ("loha", Asked(dim=6, alpha=2.0), {"conv_dim": 3}),
-        ("lokr", Asked(dim=2, alpha=1.0), {"conv_dim": 2}),
-        ("lokr", Asked(dim=100000, alpha=1.0), {"conv_dim": 100000}),
+        slow(("loha", Asked(dim=6, alpha=2.0), {"conv_dim": 3})),
+        slow(("lokr", Asked(dim=2, alpha=1.0), {"conv_dim": 2})),
+        slow(("lokr", Asked(dim=100000, alpha=1.0), {"conv_dim": 100000})),
         ("dora", Asked(dim=2, alpha=1.0), {"conv_dim": 2}),
-        ("loha", Asked(dim=2, alpha=1.0), {"dora_wd": True}),
+        slow(("loha", Asked(dim=2, alpha=1.0), {"dora_wd": True})),
         ("oft", Asked(dim=4), {}),
-        ("boft", Asked(dim=6), {}),
-        ("ia3", Asked(), {}),
+        slow(("boft", Asked(dim=6), {})),
+        slow(("ia3", Asked(), {})),
         ("glora", Asked(dim=3, alpha=2.0), {"conv_dim": 2}),
     ],
 )

@@ -19,7 +19,7 @@ def test_there_are_384() -> None:
     assert len(ALL) == 2**9 - 2**7
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", quick(range(8), 0, 3, 5, 6))
 def test_every_combination_is_the_textbook_in_float64(part: int) -> None:
     for options in ALL[part::8]:
         options = {**options, "orthograd_target": "all", "wd_transition_steps": 3, "spd_lambda": 0.7, "lr": 0.05}
@@ -40,8 +40,8 @@ def test_every_combination_is_the_textbook_in_float64(part: int) -> None:
         assert error < 1e-12, f"{label(options)}: {error:.1e}"
 
 
-@pytest.mark.parametrize("part", quick(range(8), 0, 5))
-@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("part", quick(range(8), 5))
+@pytest.mark.parametrize("scale", quick([1.0, 1e2, 1e4], 1.0, 1e4))
 def test_every_combination_trains(part: int, scale: float) -> None:
     """Fifty steps of a LoRA that starts at B = 0, loss times 1, 100, 10,000: finite, and the loss falls. 8 and 32 bits
     take turns."""

@@ -24,6 +24,7 @@ from library.training import loop
 from library.training.hooks import monitor
 from library.training.meter import BINS, Meter
 from tests.conftest import BASE, ROOT
+from tests.quick import slow
 from tests.training.test_resume import stop_after
 
 EVERY = ("--monitor_every_n_steps", "2")
@@ -63,7 +64,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return steps
 
 
-@pytest.mark.parametrize("words", [(), ("--gradient_accumulation_steps", "2"), ("--max_grad_norm", "0")], ids=str)
+@pytest.mark.parametrize(
+    "words", [slow(((),)), ("--gradient_accumulation_steps", "2"), slow((("--max_grad_norm", "0"),))], ids=str
+)
 def test_what_is_told_is_what_happened(train, tmp_path, seen, words) -> None:
     assert train("--max_train_steps", "5", *EVERY, *words) == 0
     told = steps_of(tmp_path)
@@ -114,9 +117,9 @@ def test_how_often_without_monitoring_is_a_contradiction() -> None:
     ("words", "decays"),
     [
         (("--optimizer_type", "CustomAdamW", "--wd_transition_steps", "2", "--wd_decay_factor", "0.5"), "curve"),
-        (("--dynamic_weight_decay", "--wd_transition_steps", "2", "--wd_decay_factor", "0.5"), "curve"),
+        slow((("--dynamic_weight_decay", "--wd_transition_steps", "2", "--wd_decay_factor", "0.5"), "curve")),
         (("--optimizer_args", "weight_decay=0.1"), "constant"),
-        (("--optimizer_type", "Rprop"), "none"),
+        slow((("--optimizer_type", "Rprop"), "none")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[1],
 )
@@ -133,13 +136,13 @@ def test_the_weight_decay_in_effect(train, tmp_path, words, decays) -> None:
 @pytest.mark.parametrize(
     ("words", "factors"),
     [
-        (("--lr_scheduler", "linear", "--lr_warmup_steps", "2"), [0.0, 0.5, 1.0, 0.5]),
+        slow((("--lr_scheduler", "linear", "--lr_warmup_steps", "2"), [0.0, 0.5, 1.0, 0.5])),
         # ends at 1e-7, whatever --learning_rate is, which neither part has
         (
             ("--lr_scheduler", "polynomial", "--unet_lr", "1e-3", "--text_encoder_lr", "1e-3", "--learning_rate", "0"),
             [1.0, 0.75, 0.5, 0.25],
         ),
-        (("--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False"), [10.0] * 4),
+        slow((("--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False"), [10.0] * 4)),
     ],
     ids=lambda value: value[1],
 )

@@ -209,13 +209,14 @@ def test_the_best_file_can_be_trained_on(train: Train, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "words",
     [
-        ("--mixed_precision", "bf16", "--full_bf16", "--ema_decay", "0.99", "--network_dropout", "0.2"),
+        ("--ema_decay", "0.99", "--network_dropout", "0.2"),
+        slow((("--mixed_precision", "bf16", "--full_bf16", "--ema_decay", "0.99", "--network_dropout", "0.2"),)),
         (
             *("--dynamic_weight_decay", "--optimizer_args", "weight_decay=0.5", "--wd_schedule", "adaptive"),
             *("--wd_flat", "window=3", "slope=10", "earliest=0", "validation=10"),
         ),
     ],
-    ids=["ema", "wd_flat"],
+    ids=["ema", "ema of bf16", "wd_flat"],
 )
 def test_a_resumed_run_has_the_same_history(
     words: tuple[str, ...], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
