@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
@@ -28,14 +27,14 @@ def most_at_once(saves: SavePlan, *, after_step: int, of_file: int, of_state: in
     An old file is deleted after the new one is written, so for a moment both exist.
     """
     there = {saves.best_file: of_file} if saves.best else {}
-    most = sum(there.values())
+    held = most = sum(there.values())
     for due in (due for step in saves.steps_that_save() if step > after_step for due in saves.due(step)):
-        there[due.path] = of_file
-        if due.state is not None:
-            there[due.state] = of_state
-        most = max(most, sum(there.values()))
-        for gone in (due.remove, due.remove_state):
-            there.pop(gone or Path(), None)
+        for path, size in ((due.path, of_file), (due.state, of_state)):
+            if path is not None:
+                held += size - there.get(path, 0)
+                there[path] = size
+        most = max(most, held)
+        held -= sum(there.pop(gone, 0) for gone in (due.remove, due.remove_state) if gone is not None)
     return most
 
 

@@ -66,13 +66,12 @@ def test_files_are_switched_without_traces(trained: Trained, tmp_path: Path) -> 
     assert all(Path(row["file"]).is_file() for row in rows)
 
 
-@pytest.mark.slow  # but for the training that the others use as well, it takes a second
 def test_names_of_files_hold_no_path(trained: Trained, tmp_path: Path) -> None:
     assert draw(tmp_path, "--prompt", "../../up/and: away? * --w 64 --h 64 --s 1 --l 1", "--singles") == 0
     assert [path.name for path in (tmp_path / "grid").iterdir()] == ["00-00-base-..-..-up-and-away.png"]
 
 
-def test_nothing_is_overwritten_unasked(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "grid.png").write_text("mine")
     assert draw(tmp_path, "--prompt", PROMPT) == 2
     assert "--overwrite to replace them" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from networks.files import read
 from networks.merge import BaseWeights
 from networks.tools.__main__ import main as tools
 from tests.merging import merge_into
+from tests.quick import slow
 
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
 BOUND = 1e-5
@@ -63,7 +64,7 @@ def with_diffusers_blocks(tensors: dict[str, torch.Tensor], family: Any) -> dict
     }
 
 
-@pytest.mark.parametrize(("conv_dim", "modules"), [(None, 228), (2, 293)])
+@pytest.mark.parametrize(("conv_dim", "modules"), [slow((None, 228)), (2, 293)])
 def test_diffusers_takes_every_tensor_and_gives_the_same_output(
     sdxl, tiny_sdxl, conv_dim, modules, tmp_path, caplog, monkeypatch
 ):

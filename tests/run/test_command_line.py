@@ -145,7 +145,7 @@ def test_a_mistake_that_needs_packages_to_be_seen(words, wrong, said, monkeypatc
 def test_a_signal_saves_what_was_learnt(words, tmp_path, gone):
     """Ctrl-C also ends the `tee` that a run is piped into; the shell and the terminal both send SIGHUP."""
     process = subprocess.Popen(
-        command(*words, "--max_train_steps", "100000", "--save_every_n_steps", "2", "--no-report"),
+        command(*words, "--max_train_steps", "10000", "--save_every_n_steps", "2", "--no-report"),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

@@ -27,7 +27,7 @@ from library.training import state  # noqa: E402
 from tests.conftest import PATIENCE  # noqa: E402
 from train_network import main  # noqa: E402
 
-STEPS = 100_000  # never reached
+STEPS = 10_000  # never reached
 
 
 def words(folder: Path, *more: str) -> list[str]:

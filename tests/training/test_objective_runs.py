@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import BASE, ROOT
+from tests.quick import quick
 from tests.training.written import metadata
 
 V_AND_MORE = (
@@ -119,7 +120,7 @@ def assert_the_curve_was_logged(folder: Path) -> None:
     assert rates == pytest.approx([1e-3 * factor for factor in (0, *curve)])
 
 
-@pytest.mark.parametrize("accumulation", ["1", "3"])
+@pytest.mark.parametrize("accumulation", quick(["1", "3"], "3"))
 def test_the_curve_counts_steps_of_the_optimizer(train, tmp_path, accumulation):
     logs = ("--logging_dir", str(tmp_path / "logs"), "--network_train_unet_only")
     assert train(*CURVE, *logs, "--gradient_accumulation_steps", accumulation) == 0

@@ -18,9 +18,7 @@ from tests.conftest import BASE
 from tests.quick import quick
 
 
-@pytest.mark.parametrize(
-    "name", quick(presets(), "default", "origin", "sd15_style", "sdxl_character", "slider", "flux_style", "anima_style")
-)
+@pytest.mark.parametrize("name", quick(presets(), "origin", "sd15_style", "slider", "flux_style"))
 def test_every_preset_trains(name: str, image_folder: Path, tmp_path: Path, tiny_flux: Path, tiny_anima: Path) -> None:
     from train_network import main
 

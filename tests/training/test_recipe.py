@@ -81,7 +81,7 @@ def test_gradient_checkpointing_changes_memory_only(train, tmp_path):
         ("--optimizer_type", "CustomAdamW", "--use_orthogonal_grad", "--optim_bits", "32"),
         slow((("--network_train_unet_only",),)),
         ("--network_train_text_encoder_only",),
-        ("--min_snr_gamma", "5", "--scale_weight_norms", "1"),
+        slow((("--min_snr_gamma", "5", "--scale_weight_norms", "1"),)),
         ("--network_args", "conv_dim=2", "conv_alpha=1", "rank_dropout=0.1", "module_dropout=0.1"),
         slow((("--clip_skip", "2", "--max_token_length", "150", "--vae_batch_size", "4"),)),
         ("--enable_bucket", "--min_bucket_reso", "32", "--max_bucket_reso", "96", "--bucket_reso_steps", "16"),
@@ -94,9 +94,7 @@ def test_settings_train(train, tmp_path, words):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
-@pytest.mark.parametrize(
-    "name", quick(OPTIMIZERS, "AdamW8bit", "Adafactor", "CustomAdamW", "DAdaptation", "Prodigy", "RAdamScheduleFree")
-)
+@pytest.mark.parametrize("name", quick(OPTIMIZERS, "AdamW8bit", "Adafactor", "DAdaptation"))
 def test_every_optimizer_trains(train, tmp_path, name):
     rate = "1" if name.startswith(("DAdapt", "Prodigy")) else "1e-3"
     steps = "8" if name == "RAdamScheduleFree" else "3"  # it only counts in its first steps

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from library.training import loop, state
 from tests.conftest import copy_images, forget_accelerator, run_training
-from tests.quick import slow
+from tests.quick import quick, slow
 from tests.training.written import same, weights
 
 Train = Callable[..., int]
@@ -63,7 +63,7 @@ LONG = ("--max_train_steps", "7", "--lr_scheduler", "cosine", "--lr_warmup_steps
         slow((("--optimizer_type", "AdamW8bit", "--network_dim", "64"),)),
         ("--optimizer_type", "CustomAdamW", "--network_dim", "64"),
         slow((("--optimizer_type", "CustomAdamW", "--optim_bits", "32", "--use_grams", "--no-use_cautious"),)),
-        ("--optimizer_type", "AdamWScheduleFree", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
+        slow((("--optimizer_type", "AdamWScheduleFree", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),)),
         slow((("--optimizer_type", "pytorch_optimizer.ScheduleFreeAdamW", "--lr_scheduler", "constant"),)),
         slow((("--optimizer_type", "pytorch_optimizer.SPlus"),)),
         slow((("--optimizer_type", "prodigyplus.ProdigyPlusScheduleFree", "--learning_rate", "1"),)),
@@ -71,8 +71,8 @@ LONG = ("--max_train_steps", "7", "--lr_scheduler", "cosine", "--lr_warmup_steps
         slow((("--mixed_precision", "bf16", "--full_bf16"),)),
         slow((("--mixed_precision", "bf16", "--full_bf16", "--optimizer_type", "Adafactor"),)),  # keeps fp32
         ("--shuffle_caption", "--flip_aug", "--network_dropout", "0.2"),
-        ("--gradient_accumulation_steps", "2", "--max_train_steps", "5"),
-        ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug"),
+        slow((("--gradient_accumulation_steps", "2", "--max_train_steps", "5"),)),
+        slow((("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug"),)),
         slow((("--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "2", "--min_snr_gamma", "5"),)),
         slow((("--scale_weight_norms", "0.01", "--network_args", "conv_dim=2"),)),
     ],
@@ -113,6 +113,7 @@ def flat(value: object) -> object:
     return value
 
 
+@pytest.mark.slow
 def test_files_states_and_facts_go_on_counting(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--max_train_steps", "12", "--save_every_n_steps", "2", "--save_state", "--save_last_n_steps_state", "2")
     with monkeypatch.context() as patch:
@@ -137,6 +138,7 @@ def test_files_states_and_facts_go_on_counting(train: Train, tmp_path: Path, mon
     assert len(losses) == 12
 
 
+@pytest.mark.slow
 def test_latest_is_of_this_name_only(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another run whose name begins the same is another run."""
     assert train("--save_state_on_train_end", "--output_name", "test-big") == 0
@@ -145,6 +147,7 @@ def test_latest_is_of_this_name_only(train: Train, tmp_path: Path, capsys: pytes
     assert train("--resume", "latest", "--max_train_steps", "6", "--output_name", "test-big", "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_the_seed_is_the_states(train: Train, tmp_path: Path) -> None:
     words = ("--save_every_n_steps", "2", "--save_state", "--seed", "")
     assert train(*words) == 0
@@ -166,10 +169,10 @@ def test_files_of_another_run_are_not_replaced(
     ("words", "said"),
     [
         (("--learning_rate", "2e-3"), "learning_rate: 0.001 then, 0.002 now"),
-        (("--seed", "7"), "seed: 1 then, 7 now"),
-        (("--gradient_accumulation_steps", "2"), "batches per step"),
-        (("--network_alpha", "1"), "network_alpha: 2.0 then, 1.0 now"),
-        (("--flip_aug",), "the data:"),
+        slow((("--seed", "7"), "seed: 1 then, 7 now")),
+        slow((("--gradient_accumulation_steps", "2"), "batches per step")),
+        slow((("--network_alpha", "1"), "network_alpha: 2.0 then, 1.0 now")),
+        slow((("--flip_aug",), "the data:")),
         (("--max_train_steps", "2"), "nothing is left to train"),
         (("--max_train_steps", "8", "--lr_scheduler", "linear"), "length: 4 steps then, 8 now"),
     ],
@@ -189,8 +192,8 @@ def test_another_run_is_refused(
     ("words", "changed"),
     [
         (("--wd_transition_steps", "50%"), True),
-        (("--wd_transition_steps", "3"), False),
-        (("--wd_transition_steps", "auto"), False),  # 500 in either
+        slow((("--wd_transition_steps", "3"), False)),
+        slow((("--wd_transition_steps", "auto"), False)),  # 500 in either
     ],
 )
 def test_a_longer_run_must_not_change_the_curve_of_the_weight_decay(
@@ -204,7 +207,7 @@ def test_a_longer_run_must_not_change_the_curve_of_the_weight_decay(
     assert (line in capsys.readouterr().err) is changed
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "CustomAdamW"])
+@pytest.mark.parametrize("optimizer", quick(["AdamW", "CustomAdamW"], "CustomAdamW"))
 def test_resume_anyway_takes_the_new_settings(optimizer: str, train: Train, tmp_path: Path) -> None:
     """Rates, and a weight decay with its curve: what the state's optimizer had is not what was asked for."""
     words = ("--optimizer_type", optimizer, "--lr_scheduler", "linear", "--max_train_steps", "8")
@@ -236,12 +239,12 @@ def test_a_changed_caption_is_another_run(
 @pytest.mark.parametrize(
     ("words", "rates", "decay"),
     [
-        (("--learning_rate", "2e-4"), [2e-4, 2e-4], 0.1),
-        (("--unet_lr", "5e-4"), [1e-3, 5e-4], 0.1),
-        (("--lr_scheduler", "linear", "--learning_rate", "1e-2"), [5e-3, 2.5e-3], 0.1),
+        slow((("--learning_rate", "2e-4"), [2e-4, 2e-4], 0.1)),
+        slow((("--unet_lr", "5e-4"), [1e-3, 5e-4], 0.1)),
+        slow((("--lr_scheduler", "linear", "--learning_rate", "1e-2"), [5e-3, 2.5e-3], 0.1)),
         (("--weight_decay", "0.3", "--optimizer_args", "eps=1e-6"), [1e-3, 1e-3], 0.3),
         (("--optimizer_type", "AdamW8bit", "--network_dim", "64"), [1e-3, 1e-3], 0.1),
-        (("--optimizer_type", "Lion", "--lr_scheduler", "cosine"), [5e-4, 1.464466e-4], 0.1),
+        slow((("--optimizer_type", "Lion", "--lr_scheduler", "cosine"), [5e-4, 1.464466e-4], 0.1)),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -305,6 +308,7 @@ def test_a_new_key_of_data_sets_leaves_their_hash(image_folder: Path) -> None:
     assert state.data_hash((changed,), nothing) != state.data_hash(specs, nothing)
 
 
+@pytest.mark.slow
 def test_harmless_changes_are_listed(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*SAVES) == 0
     words = ("--resume", str(tmp_path / "out" / "test-step00000002-state"), "--no-cache_latents")

@@ -99,11 +99,18 @@ def test_the_unet_is_told_the_true_sizes(train_sdxl, image_folder, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ("--validation_split", "0.34", "--ema_decay", "0.9"),
-        ("--mixed_precision", "bf16", "--full_bf16", *CACHED, "--gradient_checkpointing"),
-        ("--mixed_precision", "bf16", "--gradient_checkpointing"),
+        slow((("--validation_split", "0.34", "--ema_decay", "0.9"),)),
+        slow((("--mixed_precision", "bf16", "--full_bf16", *CACHED, "--gradient_checkpointing"),)),
+        slow((("--mixed_precision", "bf16", "--gradient_checkpointing"),)),
         ("--network_args", "conv_dim=2", "block_dims=" + ",".join(["0"] * 10 + ["2"] * 13), "down_lr_weight=linear"),
-        ("--optimizer_type", "CustomAdamW", "--use_orthogonal_grad", "--optim_bits", "32", "--max_grad_norm", "0.5"),
+        slow(
+            (
+                (
+                    *("--optimizer_type", "CustomAdamW", "--use_orthogonal_grad", "--optim_bits", "32"),
+                    *("--max_grad_norm", "0.5"),
+                ),
+            )
+        ),
         ("--network_train_text_encoder_only", "--weighted_captions"),
     ],
     ids=" ".join,
@@ -113,8 +120,9 @@ def test_settings_train(train_sdxl, tmp_path, words):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
-@pytest.mark.parametrize("cached", [(), slow((CACHED,))])
-@pytest.mark.parametrize("format", quick(FORMATS, "fp8"))
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [(), CACHED])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_packed_base_acts_as_one_that_was_rounded_before(train_sdxl, tiny_sdxl, tmp_path, cached, format):
     """Of all layers that can be adapted; where captions are cached, they are encoded before."""
     rounded = Path(shutil.copytree(tiny_sdxl, tmp_path / "rounded"))
@@ -178,7 +186,7 @@ def test_apples_gpus_have_no_eight_bits(train_sdxl, capsys, monkeypatch, words):
     assert f"{' '.join(words)}: Apple's GPUs have no 8-bit floats" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("preset", ["sdxl_style", "sdxl_character", "sdxl_concept"])
+@pytest.mark.parametrize("preset", quick(["sdxl_style", "sdxl_character", "sdxl_concept"], "sdxl_style"))
 def test_presets_train(train_sdxl, tmp_path, preset):
     words = ("--preset", preset, "--no-enable_bucket", "--max_train_steps", "1")
     assert train_sdxl(*words) == 0

@@ -20,7 +20,6 @@ from library.training.divergence import Diverged
 from library.training.hook import Hook, Step
 from library.training.run import Position, Run
 from library.training.step import BatchLoss
-from tests.quick import slow
 from tests.training.test_resume import flat, stop_after
 from tests.training.written import same, weights
 
@@ -257,14 +256,13 @@ def to_format_1(folder: Path, *, divergences: int | None) -> None:
     torch.save({**tensors, **old}, folder / state.TENSORS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         ("--lr_scheduler", "cosine", "--ema_decay", "0.9", "--validation_split", "0.3", "--network_dropout", "0.1"),
-        slow(
-            (("--optimizer_type", "CustomAdamW", "--wd_schedule", "adaptive", "--wd_flat", "window=4", "earliest=4"),)
-        ),
-        slow((("--optimizer_type", "AdamWScheduleFree", "--no-monitoring"),)),
+        ("--optimizer_type", "CustomAdamW", "--wd_schedule", "adaptive", "--wd_flat", "window=4", "earliest=4"),
+        ("--optimizer_type", "AdamWScheduleFree", "--no-monitoring"),
     ],
     ids=lambda words: " ".join(words),
 )

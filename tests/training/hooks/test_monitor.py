@@ -165,6 +165,7 @@ def test_a_resumed_run_tells_what_an_unbroken_one_does(train, tmp_path, monkeypa
     assert resumed == whole
 
 
+@pytest.mark.slow
 def test_a_file_that_is_there_stops_the_run_but_not_its_own(train, tmp_path, capsys) -> None:
     file = tmp_path / "out" / "test-metrics.jsonl"
     file.parent.mkdir()

@@ -77,7 +77,7 @@ def test_fixed_noise_loss_is_the_same_for_any_batch_size(family: StableDiffusion
     "words",
     [
         ("--network_dropout", "0.3", "--shuffle_caption", "--ema_decay", "0.9", "--ema_for", "validate"),
-        ("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug", "--random_crop"),
+        slow((("--no-cache_latents", "--max_data_loader_n_workers", "2", "--flip_aug", "--random_crop"),)),
         slow(
             (
                 (
@@ -211,9 +211,13 @@ def test_the_best_file_can_be_trained_on(train: Train, tmp_path: Path, capsys: p
     [
         ("--ema_decay", "0.99", "--network_dropout", "0.2"),
         slow((("--mixed_precision", "bf16", "--full_bf16", "--ema_decay", "0.99", "--network_dropout", "0.2"),)),
-        (
-            *("--dynamic_weight_decay", "--optimizer_args", "weight_decay=0.5", "--wd_schedule", "adaptive"),
-            *("--wd_flat", "window=3", "slope=10", "earliest=0", "validation=10"),
+        slow(
+            (
+                (
+                    *("--dynamic_weight_decay", "--optimizer_args", "weight_decay=0.5", "--wd_schedule", "adaptive"),
+                    *("--wd_flat", "window=3", "slope=10", "earliest=0", "validation=10"),
+                ),
+            )
         ),
     ],
     ids=["ema", "ema of bf16", "wd_flat"],
@@ -241,6 +245,7 @@ def test_a_resumed_run_has_the_same_history(
         assert all(map(torch.equal, one["average"], other["average"]))
 
 
+@pytest.mark.slow
 def test_patience_goes_on_counting(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,6 +298,7 @@ def test_the_weight_decay_waits_for_validation(train: Train, tmp_path: Path, mon
     assert told == [1.0, None, 0.9, None]
 
 
+@pytest.mark.slow
 def test_the_caches_on_disk_hold_both(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
