@@ -64,6 +64,14 @@ ADAPTERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         of("unet.middle_block.1.proj_in", hada_w1_a=(O, R), hada_w1_b=(R, I), hada_w2_a=(O, R), hada_w2_b=(R, I)),
         "a LoHa",
     ),
+    "OneTrainer's LoKr": (
+        of("unet.middle_block.1.proj_in", lokr_w1=(2, 2), lokr_w2_a=(3, R), lokr_w2_b=(R, 4), alpha=()),
+        "a LoKr",
+    ),
+    "OneTrainer's LoKr with a core": (
+        of("unet.middle_block.1.proj_in", lokr_w1=(2, 2), lokr_w2_a=(R, 3), lokr_w2_b=(R, 4), lokr_t2=(R, R, 3, 3)),
+        "a LoKr",
+    ),
     "two kinds": (
         {**PAIR, **of(f"{LAYER}x", w_norm=(O,)), **of(f"{LAYER}y", w_norm=(O,))},
         "an adapter of 2 layers of norm and 1 layers of LoRA",
