@@ -8,6 +8,7 @@ which are switched off: the weights of the base never change.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from library.config import source
 from library.config.options import NetworkOptions, Options
 from library.errors import UserError
+from library.files.index import read_index
 from library.run.encode import DTYPES
 from networks.merge import BaseWeights
 
@@ -63,6 +65,15 @@ def warn(wanted: NetworkOptions, family: ModelFamily) -> None:
             "made for training on it; the base version needs none",
             family.path,
         )
+
+
+def bytes_apart(options: Options, family: ModelFamily) -> int:
+    """What those that are kept apart take in memory, by their headers."""
+    if not are_apart(options.network, family):
+        return 0
+    files = [read_index(Path(file)).entries.values() for file in options.network.base_weights]
+    count = sum(entry.count for entries in files for entry in entries)
+    return count * DTYPES[options.precision.mixed_precision].itemsize
 
 
 def attached(options: Options, family: ModelFamily, device: torch.device) -> list[Network]:

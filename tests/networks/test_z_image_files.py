@@ -19,10 +19,11 @@ from library.models.modules import new_z_image_transformer
 from library.models.opening import open_family
 from library.models.z_image import ZImage
 from networks import kinds
-from networks.create import create
-from networks.files import read
+from networks.create import create, create_to_merge
+from networks.files import AdapterFile, read
 from networks.formats import loaders
 from networks.formats.naming import to_diffusers
+from networks.network import Network
 from networks.settings import Asked
 from networks.tools.check import report
 from tests import tiny_z_image as tiny
@@ -80,16 +81,14 @@ def test_layers_of_the_original_layout_are_read_apart(z_image: Any, tmp_path: Pa
     content = read(tmp_path / "whole.safetensors")
     assert content.naming == naming
     assert content.layers.keys() == read(tmp_path / "apart.safetensors").layers.keys()
-    network = kinds_network(z_image, content)
+    network = network_of(z_image, content)
     network.attach()
     (found,) = outputs(z_image)
     network.detach()
     assert difference(found, expected) < BOUND
 
 
-def kinds_network(family: Any, content: Any) -> Any:
-    from networks.create import create_to_merge
-
+def network_of(family: Any, content: AdapterFile) -> Network:
     network = create_to_merge(content, family.adapter_targets(), multiplier=1.0)
     network.load(content)
     return network
@@ -118,10 +117,15 @@ def test_names_and_who_loads_them(z_image: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", every_kind("lokr", "dora"))
 def test_every_kind_has_dotted_names_that_are_read(z_image: Any, tmp_path: Path, kind: str) -> None:
-    """ComfyUI finds no attention layer under flat ones, whatever the kind."""
-    network = create(kind, z_image.adapter_targets(), Asked(dim=2, alpha=1.0, seed=1), {})
+    """ComfyUI finds no attention layer under flat ones, whatever the kind. The norms of Z-Image are of no kind that is
+    adapted."""
+    if kind == "norm":
+        pytest.skip("RMS norms")
+    alone = {"preset": "attn-only"}  # the feed-forward layers have 341 outputs here, which not all kinds divide
+    network = create(kind, z_image.adapter_targets(), Asked(dim=2, alpha=1.0, seed=1, is_lenient=True), alone)
     network.naming = "diffusers"
     network.attach()
+    network.eval()
     randomize(network)
     (expected,) = outputs(z_image)
     network.save(tmp_path / "adapter.safetensors", None, {"ss_network_module": f"networks.{kind}"})
@@ -130,7 +134,7 @@ def test_every_kind_has_dotted_names_that_are_read(z_image: Any, tmp_path: Path,
     assert tensors
     assert all(name.startswith("diffusion_model.layers.") or "vera_" in name for name in tensors)
     if kinds.load(kind).reads():
-        again = kinds_network(z_image, read(tmp_path / "adapter.safetensors"))
+        again = network_of(z_image, read(tmp_path / "adapter.safetensors"))
         again.attach()
         (found,) = outputs(z_image)
         again.detach()
