@@ -217,10 +217,10 @@ class ZImage(FlowMatching):
     # -- adapters
 
     def blocks(self) -> Blocks:
-        return Blocks((("block", self._config["n_layers"]),), 0, block_number)
+        return Blocks((("block", self._config.get("n_layers", _LAYERS)),), 0, block_number)
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
-        return _EXPECTED if self._config["n_layers"] == _LAYERS else None
+        return _EXPECTED if self._config.get("n_layers", _LAYERS) == _LAYERS else None
 
     def third_party_views(self) -> tuple[Any, Any]:
         """No text encoder: it is not trained."""
@@ -244,6 +244,6 @@ def _fits(base: BaseModel) -> list[Fit]:
     """What the transformer needs of the text encoder and the autoencoder."""
     transformer, encoder, vae = (base.parts[part].config for part in ("denoiser", "text_encoder", "vae"))
     return [
-        Fit("transformer", "states with", transformer["cap_feat_dim"], encoder["hidden_size"]),
-        Fit("transformer", "latents with", transformer["in_channels"], vae["latent_channels"]),
+        Fit("transformer", "states with", transformer.get("cap_feat_dim", 2560), encoder.get("hidden_size")),
+        Fit("transformer", "latents with", transformer.get("in_channels", 16), vae.get("latent_channels")),
     ]
