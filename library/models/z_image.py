@@ -198,13 +198,13 @@ class ZImage(FlowMatching):
         import torch
 
         transformer: Any = self.components["denoiser"]
-        states, lengths = condition["hidden_states"], condition["mask"].sum(dim=1).tolist()
+        states, lengths = condition["hidden_states"], _lengths(condition["mask"])
         noisy_BCHW, states = in_its_dtype(transformer.cap_embedder[1].weight, noisy_BCHW, states)
         with never_in_fp16(noisy_BCHW.device):  # values inside reach 3e5
             found = transformer(
                 list(noisy_BCHW[:, :, None].unbind()),
                 1 - level_B.float(),
-                [text[: int(length)] for text, length in zip(states, lengths, strict=True)],
+                [text[:length] for text, length in zip(states, lengths, strict=True)],
                 return_dict=False,
             )[0]
         return -torch.stack(found)[:, :, 0]
@@ -238,6 +238,16 @@ _WANTED = {
     "text_encoder": "--qwen3, the file of the text encoder Qwen3-4B",
     "vae": "--ae, the file of FLUX.1's autoencoder",
 }
+
+
+def _lengths(mask_BL: Tensor) -> list[int]:
+    """The number of each text's tokens. A mask without contents, as estimates of memory have, is taken to be full."""
+    import torch
+
+    if type(mask_BL) is not torch.Tensor:
+        return [mask_BL.shape[1]] * len(mask_BL)
+    lengths: list[int] = mask_BL.sum(dim=1).int().tolist()
+    return lengths
 
 
 def _fits(base: BaseModel) -> list[Fit]:

@@ -17,7 +17,9 @@ PAGE = page("z-image")
 COMMANDS = [words[1:] for words in commands(PAGE)]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=["base", "turbo"])
+@pytest.mark.parametrize(
+    "command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=pytest.mark.slow)], ids=["base", "turbo"]
+)
 def test_every_command_trains(command: list[str], tiny_z_image: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     pair = {"lora_A": (2, tiny.WIDTH), "lora_B": (tiny.WIDTH, 2)}

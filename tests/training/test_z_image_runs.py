@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.tiny_z_image import LAYERS, STATES, single_files
+from tests.tiny_z_image import LAYERS, STATES, WIDTH, single_files
 from tests.training.written import ROUNDED, distance, metadata, same, weights
 
 Train = Callable[..., int]
@@ -47,6 +48,7 @@ def test_it_trains_validates_samples_and_saves(train_z_image: Train, tmp_path: P
         assert (tmp_path / "out" / name).is_file(), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_z_image: Train, tmp_path: Path) -> None:
     common = ("--network_dropout", "0.1", "--gradient_checkpointing", "--max_train_steps", "2", "--ema_decay", "0.9")
     assert train_z_image(*common, "--output_name", "whole") == 0
@@ -107,49 +109,72 @@ def test_other_kinds_have_dotted_names_too(train_z_image: Train, tmp_path: Path,
 
 
 @pytest.fixture
-def adapter(train_z_image: Train, tmp_path: Path) -> Path:
+def adapter(tmp_path: Path) -> Path:
     """A file that changes the base a lot."""
-    words = ("--learning_rate", "3e-2", "--max_train_steps", "2", "--output_name", "adapter", "--no-turbo")
-    assert train_z_image(*CACHED, *words) == 0
-    return tmp_path / "out" / "adapter.safetensors"
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for layer in range(LAYERS):
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            place = f"diffusion_model.layers.{layer}.attention.{name}"
+            tensors[f"{place}.lora_A.weight"] = torch.randn(4, WIDTH, generator=generator) * 0.2
+            tensors[f"{place}.lora_B.weight"] = torch.randn(WIDTH, 4, generator=generator) * 0.2
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    return tmp_path / "adapter.safetensors"
+
+
+@pytest.fixture
+def first_samples(tmp_path: Path) -> Callable[[str], np.ndarray]:
+    """The pixels of a run's sample before the first step, by the run's name, with the words that render it."""
+    (tmp_path / "prompts.txt").write_text("emoji of cat --w 64 --h 64 --s 2 --d 5\n", encoding="utf-8")
+
+    def pixels(name: str) -> np.ndarray:
+        (path,) = (tmp_path / "out" / "sample").glob(f"{name}_e000000_00_*")
+        return np.asarray(Image.open(path))
+
+    return pixels
+
+
+SHORT = (*CACHED, "--max_train_steps", "2", "--save_naming", "kohya", "--turbo")
+DRAWN = ("--sample_prompts", "prompts.txt", "--sample_at_first")
 
 
 def test_a_training_adapter_acts_in_training_and_not_in_samples(
-    train_z_image: Train, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_z_image: Train, adapter: Path, tmp_path: Path, capsys, monkeypatch, first_samples
 ) -> None:
-    """Samples before the first step are the base's own, to the bit; the LoRA is another than without the adapter, is
-    the same whether samples are rendered or not, and equals that on a base that the adapter is merged into."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("emoji of cat --w 64 --h 64 --s 2 --d 5\n", encoding="utf-8")
-    drawn = ("--sample_prompts", str(prompts), "--sample_at_first")
-    middle = ("--sample_every_n_steps", "1")
-    given = ("--base_weights", str(adapter))
-    runs = {
-        "alone": ("--turbo", *drawn),
-        "apart": ("--turbo", *given, *drawn, *middle),
-        "unseen": ("--turbo", *given),
-        "merged": ("--turbo", *given, "--no-base_weights_off_for_samples", *drawn),
-    }
-    common = (*CACHED, "--max_train_steps", "2", "--save_naming", "kohya")
+    """Samples before the first step are the base's own, to the bit; the LoRA is another than without the adapter."""
+    monkeypatch.chdir(tmp_path)
+    runs = {"alone": (), "apart": ("--base_weights", str(adapter), "--sample_every_n_steps", "1")}
     said = {}
     for name, words in runs.items():
-        assert train_z_image(*common, "--output_name", name, *words) == 0
+        assert train_z_image(*SHORT, *DRAWN, "--output_name", name, *words) == 0
         said[name] = capsys.readouterr().err
-    samples = tmp_path / "out" / "sample"
-    first = {name: next(samples.glob(f"{name}_e000000_00_*")) for name in ("alone", "apart", "merged")}
-    pixels = {name: np.asarray(Image.open(path)) for name, path in first.items()}
-    assert np.array_equal(pixels["apart"], pixels["alone"])
-    assert not np.array_equal(pixels["merged"], pixels["alone"])
+    assert np.array_equal(first_samples("apart"), first_samples("alone"))
+    assert distance(weights(tmp_path, "apart"), weights(tmp_path, "alone")) > 100 * ROUNDED
+    assert "is distilled to a few steps: training unlearns them, unless --base_weights" in said["alone"]
+    assert "unlearns" not in said["apart"]
+    facts = metadata(tmp_path, "apart")
+    assert "adapter.safetensors" in facts["ss_training_adapters"]
+    assert "ss_base_weights" not in facts
+
+
+@pytest.mark.slow
+def test_a_training_adapter_apart_is_one_that_is_merged(
+    train_z_image: Train, adapter: Path, tmp_path: Path, monkeypatch, first_samples
+) -> None:
+    """But for the samples; and it makes no difference whether there are any."""
+    monkeypatch.chdir(tmp_path)
+    given = ("--base_weights", str(adapter))
+    runs = {
+        "apart": (*DRAWN, "--sample_every_n_steps", "1"),
+        "unseen": (),
+        "merged": (*DRAWN, "--no-base_weights_off_for_samples"),
+    }
+    for name, words in runs.items():
+        assert train_z_image(*SHORT, *given, "--output_name", name, *words) == 0
+    assert not np.array_equal(first_samples("merged"), first_samples("apart"))
     found = {name: weights(tmp_path, name) for name in runs}
     assert same(found["apart"], found["unseen"])
-    assert distance(found["apart"], found["alone"]) > 100 * ROUNDED
     assert distance(found["apart"], found["merged"]) < 10 * ROUNDED
-    assert "is distilled to a few steps: training unlearns them, unless --base_weights" in said["alone"]
-    assert "unlearns" not in said["apart"] + said["merged"]
-    facts = {name: metadata(tmp_path, name) for name in runs}
-    assert "adapter.safetensors" in facts["apart"]["ss_training_adapters"]
-    assert "ss_base_weights" not in facts["apart"]
-    assert "adapter.safetensors" in facts["merged"]["ss_base_weights"]
+    assert "adapter.safetensors" in metadata(tmp_path, "merged")["ss_base_weights"]
 
 
 @pytest.mark.slow
@@ -185,7 +210,7 @@ def test_a_training_adapter_is_refused_where_it_would_not_act(
     [
         ("--train_batch_size", "3", "--enable_bucket", "--min_bucket_reso", "32", "--bucket_reso_steps", "16"),
         ("--base_format", "int8", *CACHED),
-        ("--base_format", "fp8", *CACHED),
+        ("--base_format", "fp8_scaled", *CACHED),
         ("--base_format", "nf4", *CACHED),
         ("--text_encoder_format", "int8"),
         ("--blocks_to_swap", "3", "--gradient_checkpointing", *CACHED),
