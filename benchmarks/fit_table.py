@@ -1,4 +1,4 @@
-"""The tables of docs/{memory,flux,anima}.md: what `--fit` chooses for several cards, and what the run then needs.
+"""The tables of docs/{memory,flux,anima,z-image}.md: what `--fit` chooses for several cards, what the run then needs.
 
     python -m benchmarks.fit_table            # about two minutes of one core; no weights are needed
 
@@ -22,6 +22,8 @@ MODELS = {
     "flux": ("FLUX.1 dev", 1024),
     "anima-512": ("Anima", 512),
     "anima": ("Anima", 1024),
+    "z_image-512": ("Z-Image", 512),
+    "z_image": ("Z-Image", 1024),
 }
 
 

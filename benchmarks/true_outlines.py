@@ -1,4 +1,4 @@
-"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev and Anima at their true sizes: headers of weights, and no weights.
+"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, Anima and Z-Image at their true sizes, without weights: headers.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl", "flux" or "anima", made once."""
+    """A diffusers folder of the `family`, "sd15", "sdxl", "flux", "anima" or "z_image", made once."""
     if (folder / "scheduler").exists():
         return folder
     from library.models.checkpoints.base_model import ASSETS
 
-    asset = {"sd15": "sd1.json", "sdxl": "sdxl.json", "flux": "flux.json", "anima": "anima.json"}[family]
-    config = json.loads((ASSETS / asset).read_text(encoding="utf-8"))
+    config = json.loads((ASSETS / f"{'sd1' if family == 'sd15' else family}.json").read_text(encoding="utf-8"))
+    if family == "z_image":
+        config["vae"] = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))["vae"]
     for part, new in _makers(family).items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         _write_header(folder / part / f"{stem}.safetensors", dict(new(config[part]).named_parameters()))
-    if family == "flux":
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8")
-        _write_tokenizer(folder / "tokenizer_2")
+    if pipeline := {"flux": "FluxPipeline", "z_image": "ZImagePipeline"}.get(family):
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
+        _write_tokenizer(folder / ("tokenizer_2" if family == "flux" else "tokenizer"))
     if family == "anima":
         for tokenizer in ("tokenizer", "t5_tokenizer"):
             _write_tokenizer(folder / tokenizer)
@@ -57,6 +58,11 @@ def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
             "text_encoder": modules.new_qwen3_encoder,
             "transformer": modules.new_anima_transformer,
             "text_conditioner": modules.new_llm_adapter,
+        },
+        "z_image": {
+            "vae": modules.new_vae,
+            "text_encoder": modules.new_qwen3_encoder,
+            "transformer": modules.new_z_image_transformer,
         },
     }
     return by_family[family]

@@ -16,6 +16,8 @@ from library.files.hashes import safetensors_hashes, sha256
 from library.files.header import read_metadata
 
 KEY = "ss_base_weights"
+KEY_APART = "ss_training_adapters"
+"""The same of files that acted in training alone: the LoRA is used without them."""
 
 
 @dataclass(frozen=True)

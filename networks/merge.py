@@ -21,6 +21,7 @@ from networks.load_report import check_loaded, some_names
 if TYPE_CHECKING:
     from library.models.checkpoints.weights import Change
     from library.models.family import AdapterTargets
+    from networks.network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,26 @@ class BaseWeights:
                     found[place] = partial(_both, found[place], change) if place in found else change
                 adapted = adapter.site.name, adapter.site.alias, adapter.site.fused
                 file.merged.update(part.layers.keys() & set(adapted))
+        return found
+
+    def refuse_others(self, targets: Sequence[AdapterTargets]) -> None:
+        """`UserError` for layers of other parts than these."""
+        prefixes = tuple(f"{target.prefix}_" for target in targets)
+        for file in self._files:
+            if others := [name for name in file.content.layers if not name.startswith(prefixes)]:
+                raise UserError(
+                    f"--base_weights {file.name}: adapts other parts than the denoiser as well, which cannot be "
+                    f"switched off in pictures:{some_names(others)}"
+                )
+
+    def networks(self, targets: Sequence[AdapterTargets]) -> list[Network]:
+        """Each file as a network on these loaded layers, not attached yet, instead of in their weights."""
+        found = []
+        for file in self._files:
+            part = file.part(tuple(f"{target.prefix}_" for target in targets))
+            network = create_to_merge(part, targets, multiplier=file.multiplier)
+            network.load(part)
+            found.append(network)
         return found
 
     def report(self) -> None:

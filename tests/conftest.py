@@ -96,6 +96,14 @@ def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("tiny_anima"))
 
 
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny Z-Image with random weights."""
+    from tests.tiny_z_image import write
+
+    return write(tmp_path_factory.mktemp("tiny_z_image"))
+
+
 def copy_images(folder: Path, count: int = 6) -> None:
     """The first captioned images of the quickstart."""
     folder.mkdir(parents=True)

@@ -66,16 +66,20 @@ def parts() -> dict[str, Any]:
             "text_encoder": Qwen3Model(Qwen3Config(**config["text_encoder"])),
             "text_conditioner": AnimaTextConditioner.from_config(config["text_conditioner"]),
         }
-        # transformers initialises so weakly that all prompts would look alike
-        for name, parameter in made["text_encoder"].named_parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else parameter.shape[1] ** -0.5)
+        spread(made["text_encoder"])
     with torch.no_grad():
         # an untrained encoder's latents hardly vary; here they do about as much as the noise
         made["vae"].quant_conv.weight[:CHANNELS] *= 16
         # behind a norm, the last layer as it is made is too small for velocities of that size
         made["transformer"].proj_out.weight *= 3
     return made
+
+
+def spread(encoder: torch.nn.Module) -> None:
+    """Weights that tell prompts apart: transformers initialises so weakly that all would look alike."""
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else parameter.shape[1] ** -0.5)
 
 
 def write(folder: Path) -> Path:

@@ -248,15 +248,21 @@ OTHER_SCRIPTS: dict[str, Row] = {
         "HunyuanImage or Anima",
         byt5=value(),
         cross_attn_lr=value(hint=_RATE_BY_PATTERN),
-        fp8_scaled=flag(),
+        fp8_scaled=flag(hint="here: --base_format fp8_scaled"),
         fp8_vl=flag(),
         llm_adapter_lr=value(None, 0, hint="the LLM adapter is not trained"),
         mlp_lr=value(hint=_RATE_BY_PATTERN),
         mod_lr=value(hint="its modulation is not trained"),
         self_attn_lr=value(hint=_RATE_BY_PATTERN),
-        text_encoder=value(),
+        text_encoder=value(hint="here: --qwen3"),
         text_encoder_cpu=flag(),
         unsloth_offload_checkpointing=flag(hint="here: --cpu_offload_checkpointing"),
+    ),
+    **_of(
+        "models of musubi-tuner",
+        dit=value(hint="here: --pretrained_model_name_or_path"),
+        fp8_llm=flag(hint="here: --text_encoder_format fp8"),
+        use_32bit_attention=flag(hint="here attention computes in the precision of the run"),
     ),
 }
 

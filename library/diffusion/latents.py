@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from library.gpu import to_device
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -37,8 +38,10 @@ class LatentSpace:
 
         weight = next(vae.parameters())
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = vae.encode(to_device(pixels_BCHW, weight.device).to(weight.dtype)).latent_dist
-        return (latents.mean.float() - self.shift) * self.scaling, latents.std.float() * self.scaling
+            pixels = to_device(pixels_BCHW, weight.device).to(weight.dtype)
+            latents = vae.encode(self._as_the_vae_has_it(pixels)).latent_dist
+        mean_BCHW, std_BCHW = (self._as_images(moment).float() for moment in (latents.mean, latents.std))
+        return self._scaled(mean_BCHW, std_BCHW)
 
     def decode(self, vae: AutoEncoder, latents_BCHW: Tensor) -> Tensor:
         """The pixels of scaled latents, [B, 3, H, W] in about [-1, 1]; in the precision that the VAE was loaded in."""
@@ -46,8 +49,21 @@ class LatentSpace:
 
         weight = next(vae.parameters())
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = latents_BCHW.to(weight.device, weight.dtype) / self.scaling + self.shift
-            return vae.decode(latents, return_dict=False)[0]
+            latents = self._as_they_were(latents_BCHW.to(weight.device), weight.dtype)
+            return self._as_images(vae.decode(self._as_the_vae_has_it(latents), return_dict=False)[0])
+
+    def _scaled(self, mean_BCHW: Tensor, std_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        return (mean_BCHW - self.shift) * self.scaling, std_BCHW * self.scaling
+
+    def _as_they_were(self, latents_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+        """The way back, in the dtype that the VAE computes in."""
+        return latents_BCHW.to(dtype) / self.scaling + self.shift
+
+    def _as_the_vae_has_it(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW
+
+    def _as_images(self, found: Tensor) -> Tensor:
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,26 +74,19 @@ class FrameLatentSpace(LatentSpace):
     means: tuple[float, ...]
     deviations: tuple[float, ...]
 
-    def encode(self, vae: AutoEncoder, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        import torch
-
-        weight = next(vae.parameters())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            pixels = to_device(pixels_BCHW, weight.device).to(weight.dtype)
-            latents = vae.encode(pixels[:, :, None]).latent_dist
-        mean_BCHW, std_BCHW = (moment[:, :, 0].float() for moment in (latents.mean, latents.std))
+    def _scaled(self, mean_BCHW: Tensor, std_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         means, deviations = self._tables(mean_BCHW)
         return (mean_BCHW - means) / deviations, std_BCHW / deviations
 
-    def decode(self, vae: AutoEncoder, latents_BCHW: Tensor) -> Tensor:
-        import torch
+    def _as_they_were(self, latents_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+        means, deviations = self._tables(latents_BCHW)
+        return (latents_BCHW * deviations + means).to(dtype)
 
-        weight = next(vae.parameters())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            latents = latents_BCHW.to(weight.device)
-            means, deviations = self._tables(latents)
-            frames = (latents * deviations + means).to(weight.dtype)[:, :, None]
-            return vae.decode(frames, return_dict=False)[0][:, :, 0]
+    def _as_the_vae_has_it(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW[:, :, None]
+
+    def _as_images(self, found: Tensor) -> Tensor:
+        return found[:, :, 0]
 
     def _tables(self, like_BCHW: Tensor) -> list[Tensor]:
         """Means and deviations, each [1, C, 1, 1]."""

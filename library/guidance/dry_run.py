@@ -32,6 +32,7 @@ from library.record import metrics, run_file
 from library.record.summary import count, line, lines
 from library.run import disk
 from library.run.about.summary import facts_of
+from library.run.base_weights import merged
 from library.run.encode import DTYPES, latents_on_disk, texts_on_disk
 from library.run.plan import Plan
 from library.run.start import pictures, planned_about
@@ -45,7 +46,6 @@ from library.training.run import Run
 from library.training.slider import denoising_steps
 from library.training.step import condition_of
 from library.units import human_bytes, human_time
-from networks.merge import BaseWeights
 
 MEASURED_STEPS = 5  # after two that warm up
 _ABOUT = {
@@ -239,8 +239,7 @@ def _caches(plan: Plan, run: Run) -> Iterator[str]:
         found = look(sizes, place)
         to_come = sum(_latents_size(run, sizes[path]) for path in found.missing)
         yield _cache("latents", found, to_come)
-    base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
-    if place := texts_on_disk(run.family, base_weights, options, run.accelerator):
+    if place := texts_on_disk(run.family, merged(options.network, run.family), options, run.accelerator):
         captions = {text: folder for data in cached for text, folder in data.caption_folders().items()}
         files_of_captions = caption_files(captions, place)
         found = look(files_of_captions.values(), place)

@@ -17,6 +17,7 @@ from library.guidance.passes import Outlined, Weight, bytes_in_formats, held_par
 from library.offload import swap
 from library.optimizers.create import create_optimizer, state_bytes
 from library.optimizers.small_lora import has_modes
+from library.run.base_weights import bytes_apart
 from library.run.encode import trains_text
 from library.run.network import parameter_groups
 from library.run.slider import picture_size
@@ -248,6 +249,8 @@ class _Moments:
     def standing(self) -> dict[str, int]:
         """Weights, adapter, optimizer state and average, which do not change from moment to moment."""
         standing = {"weights": self._frozen, "adapter": self.outline.network, "optimizer state": self.state}
+        if apart := bytes_apart(self.options, self._family):
+            standing["training adapter"] = apart
         if self.options.ema.ema_decay is not None:
             standing["average"] = self.outline.trained
         if self.options.forgetting.ewc_data:

@@ -7,4 +7,5 @@ FAMILIES = {
     "sdxl": "library.models.stable_diffusion_xl.StableDiffusionXL",
     "flux": "library.models.flux.Flux1",
     "anima": "library.models.anima.Anima",
+    "z_image": "library.models.z_image.ZImage",
 }

@@ -7,8 +7,6 @@ Its states, with zeros behind them, are what the transformer sees of a text.
 
 from __future__ import annotations
 
-import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,26 +14,35 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.errors import UserError
 from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
 from library.models.blocks import Blocks
 from library.models.checkpoints.adapter_file import WrittenNaming
-from library.models.checkpoints.anima_files import open_anima, own_tokenizer, with_part
+from library.models.checkpoints.anima_files import PARTS, open_anima
 from library.models.checkpoints.anima_names import block_number, original_name
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_anima
+from library.models.checkpoints.part_files import own_tokenizer, with_part
 from library.models.components import PartKind
-from library.models.family import AdapterTargets, ModelFamily, Rendering
+from library.models.family import Rendering
+from library.models.flow_matching import (
+    Fit,
+    FlowMatching,
+    called_turbo,
+    flow_of,
+    in_its_dtype,
+    plain_noise,
+    refuse_misfits,
+    refuse_missing,
+    same_shift,
+)
+from library.models.text.language import never_in_fp16, padded, read_own_tokenizer, read_qwen3_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.diffusion.flow import Flow
-    from library.models.flow_pipeline import FlowPipeline
     from library.models.modules import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 _LINEAR = re.compile(
     r"transformer_blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2))",
@@ -44,12 +51,11 @@ _MODULATION = re.compile(r"transformer_blocks\.\d+\.norm[123]\.linear_[12]")
 _TEXT_LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 _LAYERS, _TEXT_LAYERS = 28, 28
 _EXPECTED = {"unet": 280, "text_encoder": 196}  # of the true size
-_PATCH = 2  # latent cells of a token's side
 _STATES = 512  # of a text, for the transformer: zeros follow a shorter one's
 _SHIFT = 3.0  # of the levels of samples
 
 
-class Anima(ModelFamily):
+class Anima(FlowMatching):
     """The family "anima". Its members are described in `library.models.family.ModelFamily`."""
 
     NAME, TITLE = "anima", "an Anima model"
@@ -89,10 +95,7 @@ class Anima(ModelFamily):
             overflows_fp16=True,
         ),
     }
-    UNUSABLE: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("noise_offset", "multires_noise_iterations"),
-        "its samples begin with plain noise, so this is never seen there; kohya's script for Anima ignores the option",
-    )
+    UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for Anima")
     LEAVE_TEXT_ENCODERS = (
         "Anima's text encoder is a language model that most LoRAs leave alone, and diffusers loads no such layers"
     )
@@ -124,8 +127,8 @@ class Anima(ModelFamily):
             "vae": ("vae", vae),
         }
         for part, (option, path) in files.items():
-            base = with_part(base, part, path, option=option) if path else base
-        _refuse_missing(base)
+            base = with_part(base, part, PARTS[part], path, option=option) if path else base
+        refuse_missing(base, "Anima", _WANTED)
         tokenizers: dict[str, Path] = {}
         if qwen3_tokenizer_path:
             tokenizers["tokenizer"] = own_tokenizer(
@@ -137,13 +140,9 @@ class Anima(ModelFamily):
             )
         base = replace(base, **tokenizers)  # type: ignore[arg-type]
         super().__init__(base, vae=vae)
-        if "turbo" in Path(base.path).stem.lower():
-            logger.warning(
-                "%s is distilled to a few steps, by its name: training unlearns that; the base version is for training",
-                base.path,
-            )
+        self.distilled = called_turbo(base)
         self._base, self._config = base, base.parts["denoiser"].config
-        _check_widths(base)
+        refuse_misfits(base, _fits(base))
         self._qwen_tokens, self._t5_tokens = qwen3_max_token_length, t5_max_token_length
         self.token_limit = min(self._qwen_tokens, self._t5_tokens - 1)  # T5's last one ends the text
         self._shift = 1.0 if discrete_flow_shift is None else discrete_flow_shift
@@ -176,50 +175,24 @@ class Anima(ModelFamily):
 
     # -- images
 
-    @property
-    def size_divisor(self) -> int:
-        """A patch of two latent cells."""
-        return self.latents.factor * _PATCH
-
     @cached_property
     def process(self) -> Flow:
         """Flow matching. Samples are shifted by 3, whatever their size."""
-        from library.diffusion.flow import Flow, ResolutionShift, Shift
-
-        drawn: dict[str, Shift] = {"uniform": 1.0, "sigmoid": 1.0, "sigma": self._shift, "shift": self._shift}
-        fixed = math.log(_SHIFT)
-        return Flow(ResolutionShift(mu_of_few=fixed, mu_of_many=fixed), drawn=drawn)
+        return flow_of(same_shift(_SHIFT), self._shift)
 
     # -- texts
 
     @cached_property
     def _qwen_tokenizer(self) -> Tokenizer:
-        folder = None if self._base.tokenizer == Path() else self._base.tokenizer
-        found = self._read_tokenizer(folder, "qwen3", "Qwen/Qwen3-0.6B", part="text_encoder", size="vocab_size")
-        if found.encode("").ids:
-            raise UserError(f"{folder} is not the tokenizer of Qwen3: it adds tokens to every text, as T5's does")
-        return found
+        rows = self._base.parts["text_encoder"].config["vocab_size"]
+        own = {"source": "Qwen/Qwen3-0.6B", "of": self.path, "model": "Anima"}
+        return read_qwen3_tokenizer(self._base.tokenizer, rows=rows, **own)
 
     @cached_property
     def _t5_tokenizer(self) -> Tokenizer:
-        folder = self._base.tokenizer_2
-        return self._read_tokenizer(folder, "t5", "google/t5-v1_1-xxl", part="text_encoder_2", size="target_vocab_size")
-
-    def _read_tokenizer(self, folder: Path | None, name: str, source: str, *, part: str, size: str) -> Tokenizer:
-        """UserError if there is none, or if it has more tokens than the part's table."""
-        from library.models.modules import read_fast_tokenizer
-
-        title = name.capitalize()
-        if folder is None:
-            raise UserError(
-                f"{self.path} has no tokenizer of {title} beside it: give --{name}_tokenizer_path, a folder with the "
-                f"tokenizer.json of {source} on the hub"
-            )
-        found = read_fast_tokenizer(folder)
-        tokens, rows = found.get_vocab_size(), self._base.parts[part].config[size]
-        if tokens > rows:
-            raise UserError(f"{folder} is not the tokenizer of {title}: it has {tokens} tokens, and Anima {rows}")
-        return found
+        rows = self._base.parts["text_encoder_2"].config["target_vocab_size"]
+        own = {"option": "t5_tokenizer_path", "title": "T5", "source": "google/t5-v1_1-xxl"}
+        return read_own_tokenizer(self._base.tokenizer_2, **own, of=self.path, model="Anima", rows=rows)
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint
@@ -262,12 +235,11 @@ class Anima(ModelFamily):
         t5 = [[*self._t5_content(caption)[: self._t5_tokens - 1], _T5_END] for caption in captions]
         device = device_of(encoder)
         # an empty text is one state of zeros, which adds nothing: attention to no state at all would be undefined
-        ids, seen = (to_device(table, device) for table in _padded([row or [0] for row in qwen]))
-        queries, wanted = (to_device(table, device) for table in _padded(t5))
+        ids, seen = (to_device(table, device) for table in padded([row or [0] for row in qwen]))
+        queries, wanted = (to_device(table, device) for table in padded(t5))
         written = torch.tensor([bool(row) for row in qwen]).view(-1, 1, 1)
         # without a mask: a token's state depends on those before it alone, and padding follows them
-        mixed = torch.is_autocast_enabled(device.type)
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # fp16 is too small for a language model
+        with never_in_fp16(device) as mixed:
             states = encoder(input_ids=ids, use_cache=False).last_hidden_state
             states = states * (seen[..., None] * to_device(written, device)).to(states.dtype)
             states = states if mixed else states.to(adapter.embed.weight.dtype)
@@ -282,9 +254,7 @@ class Anima(ModelFamily):
 
         transformer: Any = self.components["denoiser"]
         states = condition["hidden_states"]
-        if not torch.is_autocast_enabled(noisy_BCHW.device.type):
-            dtype = transformer.patch_embed.proj.weight.dtype
-            noisy_BCHW, states = noisy_BCHW.to(dtype), states.to(dtype)
+        noisy_BCHW, states = in_its_dtype(transformer.patch_embed.proj.weight, noisy_BCHW, states)
         mask = torch.zeros_like(noisy_BCHW[:, :1])  # of padding: there is none in whole images
         found: Tensor = transformer(
             hidden_states=torch.cat([noisy_BCHW, mask], dim=1)[:, :, None],
@@ -300,11 +270,8 @@ class Anima(ModelFamily):
 
     # -- adapters
 
-    def adapter_targets(self, *names: str) -> list[AdapterTargets]:
-        """With as many numbered blocks as this model has."""
-        blocks = Blocks((("block", self._config["num_layers"]),), 0, block_number)
-        targets = super().adapter_targets(*names)
-        return [replace(target, blocks=blocks) if target.part == "unet" else target for target in targets]
+    def blocks(self) -> Blocks:
+        return Blocks((("block", self._config["num_layers"]),), 0, block_number)
 
     def adapter_name(self, part: str, path: str) -> str:
         """The original names."""
@@ -325,26 +292,8 @@ class Anima(ModelFamily):
         """Usual settings of its users."""
         return Rendering(steps=30, scale=4.0)
 
-    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {"positive": positive, "negative": negative}
-
-    def pipeline(self) -> FlowPipeline:
-        from library.models.flow_pipeline import FlowPipeline
-
-        return FlowPipeline(self, self.process)
-
 
 _T5_END = 1
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids with zeros behind them, and a mask that is 0 there, each [B, longest]."""
-    import torch
-
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-    return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
 def _with_zeros(states_BLD: Tensor) -> Tensor:
@@ -354,28 +303,20 @@ def _with_zeros(states_BLD: Tensor) -> Tensor:
     return torch.nn.functional.pad(states_BLD, (0, 0, 0, max(0, _STATES - states_BLD.shape[1])))
 
 
-def _refuse_missing(base: BaseModel) -> None:
-    """UserError if a part lies neither in the base nor in a file of its own."""
-    options = {
-        "text_encoder": "--qwen3, the text encoder's file",
-        "text_encoder_2": "--llm_adapter_path, the LLM adapter's file, which Anima has beside NVIDIA's Cosmos-Predict2",
-        "vae": "--vae, the VAE's file",
-    }
-    if missing := [words for part, words in options.items() if part not in base.parts]:
-        raise UserError(f"{base.path} does not hold all parts of Anima: give {' and '.join(missing)}")
+_WANTED = {
+    "text_encoder": "--qwen3, the text encoder's file",
+    "text_encoder_2": "--llm_adapter_path, the LLM adapter's file, which Anima has beside NVIDIA's Cosmos-Predict2",
+    "vae": "--vae, the VAE's file",
+}
 
 
-def _check_widths(base: BaseModel) -> None:
-    """UserError if a part needs other states or latents than the one before it returns."""
+def _fits(base: BaseModel) -> list[Fit]:
+    """What each part needs of the one before it."""
     transformer, encoder, adapter, vae = (
         base.parts[part].config for part in ("denoiser", "text_encoder", "text_encoder_2", "vae")
     )
-    for who, needed, given, what in (
-        ("LLM adapter", adapter["source_dim"], encoder["hidden_size"], "states of the text encoder"),
-        ("transformer", transformer["text_embed_dim"], adapter["target_dim"], "states of the LLM adapter"),
-        ("transformer", transformer["in_channels"], vae["z_dim"], "latents"),
-    ):
-        if needed != given:
-            raise UserError(
-                f"{base.path}: its {who} needs {what} with {needed} channels and gets {given}: another model's file"
-            )
+    return [
+        Fit("LLM adapter", "states of the text encoder with", adapter["source_dim"], encoder["hidden_size"]),
+        Fit("transformer", "states of the LLM adapter with", transformer["text_embed_dim"], adapter["target_dim"]),
+        Fit("transformer", "latents with", transformer["in_channels"], vae["z_dim"]),
+    ]

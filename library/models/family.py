@@ -103,10 +103,12 @@ class ModelFamily(ABC):
     """Options of the objective that would harm a model of this family, each with the reason."""
     LEAVE_TEXT_ENCODERS: ClassVar[str] = ""
     """Why --recommend advises against training the text encoders; "" where it does not."""
-    TIMESTEP_SAMPLING: ClassVar[Literal["sigmoid"] | None] = None
+    TIMESTEP_SAMPLING: ClassVar[Literal["sigmoid", "shift"] | None] = None
     """The --timestep_sampling of kohya's script for this model where the user gives none, if it is not "sigma"."""
     FILE_NAMING: ClassVar[WrittenNaming] = "kohya"
-    """Whose names a plain LoRA's file has where --save_naming is not given; other kinds always have kohya's then."""
+    """Whose names a plain LoRA's file has where --save_naming is not given."""
+    NAMES_EVERY_KIND: ClassVar[bool] = False
+    """Whether files of other kinds have them, too; else those have kohya's."""
 
     path: str  # as the user gave it
     vae_path: str | None  # as the user gave it with --vae
@@ -115,6 +117,7 @@ class ModelFamily(ABC):
     implementation: str  # modelspec.implementation: whose names the adapters' keys follow
     clip_skip: int | None = None  # as kohya counts: 1 is the text encoder's last layer
     native_resolution: int  # pixels
+    distilled: bool = False  # to a few steps, which training unlearns
     token_limit: int  # the number of a caption's tokens that are read
     latents: LatentSpace
 
@@ -127,6 +130,11 @@ class ModelFamily(ABC):
     def settings(self) -> dict[str, object]:
         """Settings of the family's own, for the metadata of files, under kohya's names without "ss_"."""
         return {}
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        """Whether adapters can sit on any of them."""
+        return any(kind.section == "text_encoder" for kind in self.PARTS.values())
 
     # -- recognising and opening
 

@@ -19,10 +19,25 @@ from library.gpu import device_of, to_device
 from library.models.blocks import Blocks
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux
-from library.models.checkpoints.flux_files import open_flux, t5_tokenizer, with_autoencoder, with_part
+from library.models.checkpoints.flux_files import PARTS, autoencoder_config, open_flux, t5_tokenizer
 from library.models.checkpoints.flux_names import block_number, fused_name, fused_place, original_name
+from library.models.checkpoints.open_file import with_vae
+from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
-from library.models.family import AdapterTargets, ModelFamily, Rendering
+from library.models.family import Rendering
+from library.models.flow_matching import (
+    PATCH,
+    Fit,
+    FlowMatching,
+    flow_of,
+    in_its_dtype,
+    latent_space_of,
+    one_autoencoder,
+    plain_noise,
+    refuse_misfits,
+    refuse_missing,
+    same_shift,
+)
 from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE, with_scaling
 
 if TYPE_CHECKING:
@@ -31,7 +46,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.diffusion.flow import Flow
-    from library.models.flow_pipeline import FlowPipeline
     from library.models.modules import Tokenizer
     from library.offload.swap import Block
 
@@ -51,13 +65,12 @@ _T5_LINEAR = re.compile(
     r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(?:wi_[01]|wi|wo))"
 )
 _TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}  # and the options that name their files
-_PATCH = 2  # latent cells of a token's side
 _CLIP_TOKENS, _T5_TOKENS = 75, {True: 512, False: 256}  # of T5 by whether the model is told a guidance (dev)
 _SCALING = 0.3611  # of the latents
 _EXPECTED = {"unet": 494, "text_encoder": 72}  # of the true size
 
 
-class Flux1(ModelFamily):
+class Flux1(FlowMatching):
     """The family "flux". Its members are described in `library.models.family.ModelFamily`."""
 
     NAME, TITLE = "flux", "a FLUX.1 model"
@@ -81,10 +94,7 @@ class Flux1(ModelFamily):
             overflows_fp16=True,
         ),
     }
-    UNUSABLE: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("noise_offset", "multires_noise_iterations"),
-        "its samples begin with plain noise, so this is never seen there; kohya's script for FLUX ignores the option",
-    )
+    UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for FLUX")
     LEAVE_TEXT_ENCODERS = "FLUX.1 takes most of a text from T5, which is not trained, and its LoRAs leave CLIP alone"
     base_model_version = "flux1"
     implementation = "https://github.com/black-forest-labs/flux"
@@ -105,45 +115,31 @@ class Flux1(ModelFamily):
         discrete_flow_shift: float | None = None,
         model_prediction_type: str = "raw",
     ) -> None:
-        from library.diffusion.latents import LatentSpace
-
-        if vae and ae and vae != ae:
-            raise UserError(f"--vae {vae} and --ae {ae} are two names for one thing: give one of them")
+        own = one_autoencoder(vae, ae)
         files = {"text_encoder": clip_l, "text_encoder_2": t5xxl}
         for part, path in files.items():
-            base = with_part(base, part, path, option=_TEXTS[part]) if path else base
-        if vae or ae:
-            base = with_autoencoder(base, vae or ae or "", option="ae" if ae else "vae")
-        _refuse_missing(base)
+            base = with_part(base, part, PARTS[part], path, option=_TEXTS[part]) if path else base
+        if own:
+            base = with_vae(base, own, option="ae" if ae else "vae", usual=autoencoder_config())
+        options = {part: f"--{option}" for part, option in {**_TEXTS, "vae": "ae"}.items()}
+        refuse_missing(base, "FLUX.1", options, behind=", the others' files")
         base = with_scaling(base, default=_SCALING)
-        super().__init__(base, vae=vae or ae)
+        super().__init__(base, vae=own)
         self._base, self._config = base, base.parts["denoiser"].config
         self._tokenizer_2 = t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2
-        _check_widths(base)
+        refuse_misfits(base, _fits(base))
         self._told = bool(self._config.get("guidance_embeds"))
+        self.distilled = not self._told
         self.architecture = "flux-1-dev" if self._told else "flux-1-schnell"
         self._t5_tokens = t5xxl_max_token_length or _T5_TOKENS[self._told]
         self.token_limit = self._t5_tokens - 1  # the last one ends the text
         self._masks, self._guidance = apply_t5_attn_mask, guidance_scale
         self._shift = 3.0 if discrete_flow_shift is None else discrete_flow_shift
         assert model_prediction_type == "raw", "the option takes nothing else"
-        config = base.parts["vae"].config
-        self.latents = LatentSpace(
-            channels=int(config["latent_channels"]),
-            factor=2 ** (len(config["block_out_channels"]) - 1),
-            scaling=float(config["scaling_factor"]),
-            shift=float(config.get("shift_factor") or 0.0),
-            overflows_fp16=bool(config.get("force_upcast", False)),
-        )
+        self.latents = latent_space_of(base.parts["vae"].config)
         self._warn()
 
     def _warn(self) -> None:
-        if not self._told:
-            logger.warning(
-                "%s is FLUX.1 schnell, which is distilled to a few steps: training unlearns that, so the LoRA may need "
-                "more steps than four, or dev",
-                self.path,
-            )
         if self._guidance != 1 and not self._told:
             logger.warning("--guidance_scale %g has no effect: %s is told no guidance", self._guidance, self.path)
         elif self._guidance != 1:
@@ -175,19 +171,13 @@ class Flux1(ModelFamily):
 
     # -- images
 
-    @property
-    def size_divisor(self) -> int:
-        """A patch of two latent cells."""
-        return self.latents.factor * _PATCH
-
     @cached_property
     def process(self) -> Flow:
         """Flow matching. Samples of dev are shifted by their size, those of schnell are not."""
-        from library.diffusion.flow import Flow, ResolutionShift, Shift
+        from library.diffusion.flow import ResolutionShift
 
-        by_size, none = ResolutionShift(), ResolutionShift(mu_of_few=0.0, mu_of_many=0.0)
-        drawn: dict[str, Shift] = {"flux_shift": by_size, "uniform": 1.0, "sigmoid": 1.0}
-        return Flow(by_size if self._told else none, drawn=drawn | dict.fromkeys(("sigma", "shift"), self._shift))
+        by_size = ResolutionShift()
+        return flow_of(by_size if self._told else same_shift(1.0), self._shift, flux_shift=by_size)
 
     # -- texts
 
@@ -288,10 +278,8 @@ class Flux1(ModelFamily):
 
         transformer: Any = self.components["denoiser"]
         states, pooled = condition["hidden_states"], condition["pooled"]
-        if not torch.is_autocast_enabled(noisy_BCHW.device.type):
-            dtype = transformer.x_embedder.weight.dtype
-            noisy_BCHW, states, pooled = noisy_BCHW.to(dtype), states.to(dtype), pooled.to(dtype)
-        height, width = (side // _PATCH for side in noisy_BCHW.shape[2:])
+        noisy_BCHW, states, pooled = in_its_dtype(transformer.x_embedder.weight, noisy_BCHW, states, pooled)
+        height, width = (side // PATCH for side in noisy_BCHW.shape[2:])
         masked = {"attention_mask": whole_mask(condition["mask"], height * width)} if "mask" in condition else None
         with exact_time(transformer.time_text_embed, level_B):
             found = transformer(
@@ -324,16 +312,13 @@ class Flux1(ModelFamily):
 
     # -- adapters
 
-    def adapter_targets(self, *names: str) -> list[AdapterTargets]:
-        """With as many numbered blocks as this model has."""
+    def blocks(self) -> Blocks:
         doubles, singles = self._config["num_layers"], self._config["num_single_layers"]
 
         def number(name: str) -> int | None:
             return block_number(name, doubles=doubles)
 
-        blocks = Blocks((("double", doubles), ("single", singles)), 0, number)
-        targets = super().adapter_targets(*names)
-        return [replace(target, blocks=blocks) if target.part == "unet" else target for target in targets]
+        return Blocks((("double", doubles), ("single", singles)), 0, number)
 
     def adapter_name(self, part: str, path: str) -> str:
         """The original names; and transformers 5 dropped a level from the text encoder's paths."""
@@ -365,34 +350,13 @@ class Flux1(ModelFamily):
             return Rendering(steps=20, scale=1.0, compared=1.0, guidance=3.5)
         return Rendering(steps=4, scale=1.0, compared=1.0)
 
-    def pipeline_arguments(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {"positive": positive, "negative": negative}
 
-    def pipeline(self) -> FlowPipeline:
-        from library.models.flow_pipeline import FlowPipeline
-
-        return FlowPipeline(self, self.process)
-
-
-def _refuse_missing(base: BaseModel) -> None:
-    """UserError if a part lies neither in the base nor in a file of its own."""
-    options = {**_TEXTS, "vae": "ae"}
-    if missing := [f"--{option}" for part, option in options.items() if part not in base.parts]:
-        *most, last = missing
-        listed = f"{', '.join(most)} and {last}" if most else last
-        raise UserError(f"{base.path} does not hold all parts of FLUX.1: give {listed}, the others' files")
-
-
-def _check_widths(base: BaseModel) -> None:
-    """UserError if the transformer needs other states or latents than these text encoders and autoencoder return."""
+def _fits(base: BaseModel) -> list[Fit]:
+    """What the transformer needs of these text encoders and this autoencoder."""
     transformer, clip, t5, vae = (base.parts[part].config for part in ("denoiser", *_TEXTS, "vae"))
-    channels = int(transformer.get("in_channels", 64)) // _PATCH**2
-    for needed, given, what in (
-        (transformer.get("pooled_projection_dim", 768), clip.get("hidden_size"), "a CLIP state"),
-        (transformer.get("joint_attention_dim", 4096), t5.get("d_model"), "T5 states"),
-        (channels, vae.get("latent_channels"), "latents"),
-    ):
-        if needed != given:
-            raise UserError(
-                f"{base.path}: its transformer needs {what} of {needed} channels and gets {given}: another model's file"
-            )
+    channels = int(transformer.get("in_channels", 64)) // PATCH**2
+    return [
+        Fit("transformer", "a CLIP state of", transformer.get("pooled_projection_dim", 768), clip.get("hidden_size")),
+        Fit("transformer", "T5 states of", transformer.get("joint_attention_dim", 4096), t5.get("d_model")),
+        Fit("transformer", "latents of", channels, vae.get("latent_channels")),
+    ]

@@ -163,6 +163,15 @@ def new_anima_transformer(config: Config) -> nn.Module:
 _ANY_SIZE = (128, 4096, 4096)  # frames, latent rows and columns
 
 
+def new_z_image_transformer(config: Config) -> nn.Module:
+    """A ZImageTransformer2DModel on the meta device."""
+    with lean_diffusers():
+        from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+    _spare_peft()
+    with torch.device("meta"):
+        return ZImageTransformer2DModel.from_config(dict(config))
+
+
 def new_qwen_vae(config: Config) -> nn.Module:
     """An AutoencoderKLQwenImage on the meta device."""
     with lean_diffusers():

@@ -23,7 +23,7 @@ from library.optimizers.schedules import create_schedule
 from library.parallel import shard, together, zero
 from library.record.run_file import RunFile
 from library.record.saves import SavePlan
-from library.run import compiled, disk, start
+from library.run import base_weights, compiled, disk, start
 from library.run.about import recording
 from library.run.curves import Curves, curves_of, of_length
 from library.run.encode import load_and_encode, trains_text
@@ -41,7 +41,6 @@ from library.training.previous import PreviousNetwork
 from library.training.run import Position, Run, StepOptimizer
 from library.training.slider import SliderLoss
 from library.training.step import BatchLossOf, Objective, batch_loss
-from networks.merge import BaseWeights
 from networks.network import TrainableNetwork
 
 logger = logging.getLogger(__name__)
@@ -76,19 +75,19 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
     data = _data(plan, batches_per_step=per_step, total_steps=saves.total_steps)
     measured = _measured(plan)
     prompts = EncodedPrompts(plan.family, _texts_to_draw(plan))
-    base_weights = BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ())
     load_and_encode(
         plan.family,
         data,
         options,
         accelerator,
-        base_weights,
+        base_weights.merged(options.network, plan.family),
         prompts,
         measured=measured.all(),
         cache=not options.run.dry_run,
     )
+    apart = base_weights.attached(options, plan.family, accelerator.device)
     core, following = _core(plan, accelerator, objective, saves, data, curves)
-    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, measured, prompts, facts, record)))
+    run = replace(core, hooks=make_hooks(plan, core, curves, Made(*following, measured, prompts, facts, record, apart)))
     if plan.resume is not None:
         state.load(plan.resume, run, changed=changed)
     if accelerator.is_main_process and options.trains:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from library.run.start import pictures
 from library.sampling import render
 from library.sampling.prompts import SampleTimes
 from library.training.hook import Hook
+from library.training.hooks.base_weights import OffInPictures
 from library.training.hooks.ema import Ema
 from library.training.hooks.ewc import Consolidation
 from library.training.hooks.forgetting import ForgettingMeter
@@ -46,6 +47,7 @@ from library.training.meter import Meter
 from library.training.run import Run
 from library.training.state import Facts
 from library.training.unwritten import Unwritten
+from networks.network import Network
 
 
 class MeasuredData(NamedTuple):
@@ -69,6 +71,7 @@ class Made(NamedTuple):
     prompts: render.EncodedPrompts
     facts: Facts  # of the states
     record: RunFile
+    apart: Sequence[Network] = ()  # below the trained one, off in pictures
 
 
 def make_hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> tuple[Hook[Run], ...]:
@@ -90,6 +93,8 @@ def _hooks(plan: Plan, run: Run, curves: Curves, made: Made) -> Iterator[Hook[Ru
         yield WeightDecay(curves.decay, made.observe, None if validator is None else validator.history)
     if plan.settings:
         yield Multiplier()
+    if made.apart:
+        yield OffInPictures(made.apart)
     yield from _protections(options, run, made.measured)
     if options.network.scale_weight_norms:
         yield MaxNorm(options.network.scale_weight_norms)

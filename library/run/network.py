@@ -100,9 +100,11 @@ def _adapters(options: Options, family: ModelFamily, *, arguments: Arguments, se
 
 
 def naming_of(network: Network, family: ModelFamily, options: Options) -> WrittenNaming:
-    """--save_naming; where it is not given the family's own, for which only plain LoRA has names."""
+    """--save_naming; where it is not given the family's own, which mostly is for plain LoRA alone."""
     if options.output.save_naming is not None or family.FILE_NAMING == "kohya":
         return options.output.save_naming or "kohya"
+    if family.NAMES_EVERY_KIND:
+        return family.FILE_NAMING
     ends = {name.partition(".")[2] for name in network.tensors()}
     return family.FILE_NAMING if ends <= {DOWN, UP, "alpha"} else "kohya"
 

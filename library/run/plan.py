@@ -91,6 +91,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     # torch loads from here on
     seed = _seed(options, resume)
     from library.optimizers.trial import refuse_useless
+    from library.run import base_weights
     from library.run.rehearse import rehearse
 
     _check_weight_files(options.network)
@@ -99,6 +100,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     refuse_useless(choice, rates, precision=options.precision.of_weights)
     family = base_of(options, only_family=only_family)
     options = _with_defaults_of(family, options)
+    base_weights.warn(options.network, family)
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
@@ -134,7 +136,12 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
 
 
 def _with_defaults_of(family: ModelFamily, options: Options) -> Options:
-    """The options with the family's own way of drawing timesteps, where the user chose none."""
+    """The options with the family's own way of drawing timesteps, where the user chose none, and without text encoders
+    where the family trains none. UserError for a run that would train nothing."""
+    if not family.trains_text_encoders and not options.network.network_train_unet_only:
+        if options.network.network_train_text_encoder_only:
+            raise UserError(f"--network_train_text_encoder_only: the text encoder of {family.TITLE} is not trained")
+        options = replace(options, network=replace(options.network, network_train_unet_only=True))
     if family.TIMESTEP_SAMPLING is None or options.given.keys() & {"timestep_sampling", "weighting_scheme"}:
         return options
     objective = replace(options.objective, timestep_sampling=family.TIMESTEP_SAMPLING)

@@ -10,6 +10,7 @@ from library import log
 from library.config.registry import Arguments
 from library.errors import UserError
 from library.offload import swap
+from library.run import base_weights
 from library.run.network import asked_of, files_of, make_embedding, naming_of, parameter_groups, parts_of
 from library.training.state import State, network_of
 from networks import create, kinds
@@ -17,7 +18,6 @@ from networks.embeddings.together import WithEmbedding
 from networks.formats import loaders
 from networks.formats.naming import in_names_of
 from networks.load_report import check_loaded, compare, some_names
-from networks.merge import BaseWeights
 from networks.network import Network, TrainableNetwork
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def rehearse(family: ModelFamily, options: Options, arguments: Arguments, *, res
     with family.outlined(), log.errors_only(), torch.no_grad():
         if options.precision.blocks_to_swap:
             swap.refuse_useless(family.swap_blocks(), options.precision.blocks_to_swap)
-        BaseWeights(options.network.base_weights, options.network.base_weights_multiplier or ()).check(
-            family.adapter_targets()
-        )
+        base_weights.check(options.network, family)
         embedding = make_embedding(options, family)
         if options.embedding.train_embedding_only:
             assert embedding is not None, "it needs a --token_string"

@@ -70,7 +70,8 @@ def fuse_pairs(pairs: list[dict[str, Tensor]], rows: list[int]) -> dict[str, Ten
 
 def _scale(pair: Mapping[str, Tensor]) -> float:
     rank = pair["lora_down.weight"].shape[0]
-    return float(pair["alpha"]) / rank if "alpha" in pair else 1.0
+    is_known = "alpha" in pair and not pair["alpha"].is_meta  # not of an outline
+    return float(pair["alpha"]) / rank if is_known else 1.0
 
 
 def split(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Tensor]:

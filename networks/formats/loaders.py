@@ -1,9 +1,9 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
-Read at ComfyUI 2025-10, A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1, Anima: 0.42), kohya's sd-scripts 0.11 and
-LyCORIS 4.1, for Stable Diffusion 1.x, 2.x and XL, FLUX.1 and Anima. A program finds a layer if it knows the naming, the
-place in the model and the kind; some reject a whole file for one layer. Names and shapes are enough, so a file's header
-is. Imports no torch.
+Read at ComfyUI 2025-10 (Z-Image: 2025-12), A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1, Anima, Z-Image: 0.42),
+kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x, 2.x and XL, FLUX.1, Anima and Z-Image. A program
+finds a layer if it knows the naming, the place in the model and the kind; some reject a whole file for one layer. Names
+and shapes are enough, so a file's header is. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
-from library.models.checkpoints import anima_names
+from library.models.checkpoints import anima_names, z_image_names
 from library.models.checkpoints.adapter_file import (
     KOHYA_OFT,
     Naming,
@@ -165,6 +165,13 @@ _OF_ANIMA = re.compile(
     r"adaln_modulation_(?:self_attn|cross_attn|mlp)_[12])"
 )
 _WITHOUT_ANIMA = ("A1111", "Forge", "LyCORIS")
+_WITHOUT_Z_IMAGE = {"A1111": "", "Forge": "", "kohya": "; musubi-tuner does", "LyCORIS": ""}  # and what does instead
+# ComfyUI's own names of its layers, without dots: of attention none that an adapter of ours has
+_OF_Z_IMAGE = re.compile(
+    r"lora_unet_(?:layers|noise_refiner|context_refiner)_\d+_"
+    r"(?:attention_(?:qkv|out)|feed_forward_w[123]|adaLN_modulation_0)"
+)
+_PAIRS = ({"lora_A.weight", "lora_B.weight"}, {"lora_down.weight", "lora_up.weight"})
 _PAIR_OF_PEFT = {"lora_A.weight", "lora_B.weight"}
 _DIFFUSERS_UNET = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks)_")
 
@@ -234,19 +241,23 @@ def _rule(
     more: Mapping[str, Collection[str]],
 ) -> Rule:
     """The rule for one layer: the first that keeps the program from it, else that of its kind."""
-    anima = version.startswith("anima")
-    if naming not in _NAMINGS[program] and not (anima and (program, naming) == ("diffusers", "ComfyUI")):
+    anima, z_image = version.startswith("anima"), version.startswith("z_image")
+    if naming not in _NAMINGS[program] and not ((anima or z_image) and (program, naming) == ("diffusers", "ComfyUI")):
         return _not(f"names in {naming}'s style" if naming else "names of no known program")
     if version.startswith("flux"):
         place = _place_of_flux(program, naming, name)
     elif anima:
         place = _place_of_anima(program, naming, name, own)
+    elif z_image:
+        place = _place_of_z_image(program, naming, name)
     elif naming == "kohya":
         place = _place_of_kohya(program, name, version, known)
     else:
         place = _dotted_place(program, naming, name)
     if place:
         return _not(place)
+    if z_image and program == "diffusers" and own.keys() - {"alpha"} not in _PAIRS:
+        return _breaks("of Z-Image it knows plain pairs alone")
     kind = kind_of_layer(own, more=more)
     rule = _FORMS.get(_form(kind, name, own), _UNKNOWN)[program]
     if rule.loads and kind in _WITH_DORA and (scale := own.get("dora_scale")) is not None:
@@ -335,6 +346,15 @@ def _place_of_anima(program: Program, naming: Naming | None, name: str, own: Sha
     return ""
 
 
+def _place_of_z_image(program: Program, naming: Naming | None, name: str) -> str:
+    """As `_place_of_kohya`, for layers of Z-Image."""
+    if (instead := _WITHOUT_Z_IMAGE.get(program)) is not None:
+        return f"it knows no Z-Image{instead}"
+    if program == "ComfyUI" and naming == "kohya" and not _OF_Z_IMAGE.fullmatch(name):
+        return f"it wants names that begin with {z_image_names.DOTTED}"
+    return ""
+
+
 def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
     """As `_place_of_kohya`, for names with dots."""
     if naming == "diffusers" and program in ("ComfyUI", "Forge"):
@@ -347,7 +367,7 @@ def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
 
 def is_about(version: str) -> bool:
     """Whether the tables are about base models of this `ss_base_model_version`."""
-    return version.startswith(("sd_v", "sdxl", "flux1", "anima"))
+    return version.startswith(("sd_v", "sdxl", "flux1", "anima", "z_image"))
 
 
 def in_words(found: Sequence[Verdict]) -> list[str]:

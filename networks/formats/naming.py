@@ -17,6 +17,8 @@ for SDXL, that is settled when the model is known (`sites.in_names_of`).
 FLUX.1's transformer has its original names in kohya's and ComfyUI's files, with query, key and value as one layer, and
 diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. Anima's has its original names everywhere:
 kohya's are flat, and those of diffusers, too, are ComfyUI's, `diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`.
+Z-Image's has diffusers' names in all of them; files that were made on its original layout have query, key and value as
+one layer, which becomes three where it is read.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.json_text import Config, parse_json
-from library.models.checkpoints import anima_names
+from library.models.checkpoints import anima_names, z_image_names
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
 from library.models.checkpoints.flux_names import group_of, members_of, original_name
@@ -43,7 +45,7 @@ from networks.load_report import by_module
 from networks.magnitude import DORA_SCALE
 
 CONFIG_KEY = "lora_adapter_metadata"  # of diffusers, in a file's metadata
-_WITHOUT_CONFIG = ("diffusion_model", "text_encoders")  # beginnings of Anima's names
+_WITHOUT_CONFIG = ("diffusion_model", "text_encoders")  # beginnings of the names of Anima and Z-Image
 
 # (ending, what it is in kohya's files); PEFT may put the adapter's name before "weight" or behind the name
 _ENDINGS = (
@@ -76,6 +78,9 @@ _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|ti
 _LAYERS_PER_BLOCK = 2  # of SDXL's UNet
 _FLUX_PATH = re.compile(r"(?:double|single)_blocks\.\d+\..*")
 _ANIMA_PATH = re.compile(r"blocks\.\d+\.(?:self_attn|cross_attn|mlp|adaln_modulation_\w+)\..*")
+_Z_IMAGE_PATH = re.compile(
+    r"(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward|adaLN_modulation)\..*"
+)
 _ONLY_ANIMA = re.compile(r"transformer_blocks\.\d+\.(?:attn[12]|norm[123]\.linear_[12])\b.*")
 _QWEN_PATH = re.compile(r"layers\.\d+\..*")
 # The words of paths that have underscores of their own
@@ -85,6 +90,7 @@ _WORDS = re.compile(
     r"[a-z0-9]+"
 )
 _ONLY_SDXL = re.compile(r"\.transformer_blocks\.[1-9]")  # of the others, each attention has but one
+_PAIR_WITH_ALPHA = {"lora_down.weight", "lora_up.weight", "alpha"}
 _PROJECTION = "text_projection"  # of SDXL's second text encoder, which OneTrainer adapts
 _TEXT_PATH = re.compile(r"(?:text_model\.)?(?:encoder|embeddings|final_layer_norm)\b.*")
 # the attention layers of a text encoder in the oldest files are called as a UNet's
@@ -126,7 +132,7 @@ def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, sou
         own = forms.to_lycoris(own, settings, where=f"{source}: {place.part}.{place.path}", path=place.path)
         name = _kohya_name(place, xl=xl, several=several)
         converted |= {f"{name}.{end}": tensor for end, tensor in own.items()}
-    return converted
+    return _in_own_layers(converted)
 
 
 def from_kohya(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
@@ -141,6 +147,21 @@ def from_kohya(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tenso
             if alpha is not None and not alpha.is_meta and float(alpha) == 0:
                 raise UserError(f"{source}: {name}.alpha is 0: kohya's networks.oft allows this layer no rotation then")
         found |= {f"{ours}.{end}": tensor for end, tensor in forms.flat(own).items()}
+    return _in_own_layers(found)
+
+
+def _in_own_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layers of Z-Image's original layout as those of diffusers, which its adapters have: the pair of query, key and
+    value as three. Another kind of adapter on these three together stays as it is."""
+    found: dict[str, Tensor] = {}
+    for name, own in by_module(tensors).items():
+        names, apart = z_image_names.in_layers_of_their_own(name), [own]
+        if len(names) > 1 and can_fuse([own]):
+            rows = len(own["lora_up.weight"]) // len(names)
+            apart = split_pair(own, [rows] * len(names)) if len(own["lora_up.weight"]) % len(names) == 0 else apart
+        names = names if len(names) == len(apart) else [name]
+        for place, part in zip(names, apart, strict=True):
+            found |= {f"{place}.{end}": tensor for end, tensor in part.items()}
     return found
 
 
@@ -165,6 +186,8 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     part = _PARTS.get(prefix)
     path = path.removeprefix(prefix).removeprefix(_WRAPPER).replace(".processor.", ".")
     if part in ("unet", None) and (_FLUX_PATH.fullmatch(path) or _ANIMA_PATH.fullmatch(path)):
+        return _Place("transformer", path)
+    if part in ("unet", "transformer", None) and _Z_IMAGE_PATH.fullmatch(path):
         return _Place("transformer", path)
     if part == "transformer" and any(name(path) != path for name in (original_name, anima_names.original_name)):
         return _Place(part, path)
@@ -255,14 +278,18 @@ def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
     """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX.1 `transformer.…` or for
-    Anima `diffusion_model.…`, as `load_lora_weights` takes them.
+    Anima and Z-Image `diffusion_model.…`, as `load_lora_weights` takes them.
 
     These names have none for alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else
     rounded once. Whoever ignores the file's `lora_adapter_metadata` scales it as it should be, too. Raises UserError
-    for a file that holds more than low-rank pairs and DoRA's norms of rows.
+    for a file that holds more than low-rank pairs and DoRA's norms of rows. Z-Image's other kinds have their own ends
+    behind these names: so ComfyUI reads them, which finds no attention layer of Z-Image under kohya's names.
     """
     converted: dict[str, Tensor] = {}
     for name, own in by_module(tensors).items():
+        if own.keys() - _PAIR_WITH_ALPHA and (dotted := z_image_names.dotted_name(name)):
+            converted |= {f"{dotted}.{end}": tensor for end, tensor in own.items()}
+            continue
         if other := own.keys() - {"lora_down.weight", "lora_up.weight", "alpha", DORA_SCALE}:
             raise UserError(
                 f"{source}: {name}.{min(other)} has no name in diffusers, which knows plain LoRA and DoRA of rows alone"
@@ -316,7 +343,7 @@ def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
 
 def diffusers_path(name: str, *, source: str) -> str:
     """For example lora_unet_input_blocks_4_1_proj_in → unet.down_blocks.1.attentions.0.proj_in. Raises UserError."""
-    if dotted := anima_names.dotted_name(name):
+    if dotted := anima_names.dotted_name(name) or z_image_names.dotted_name(name):
         return dotted
     if name.startswith("lora_unet_") and (members := members_of(name.removeprefix("lora_unet_"))):
         return f"transformer.{members[0].path}"

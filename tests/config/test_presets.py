@@ -37,6 +37,7 @@ TABLE = {
 FOR_KOHYAS_USERS = {f"{model}_{task}" for model in ("sd15", "sdxl") for task in ("style", "character", "concept")} | {
     "flux_style",
     "anima_style",
+    "z_image_style",
 }
 
 

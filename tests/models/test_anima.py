@@ -208,13 +208,11 @@ def test_exchanged_tokenizers_are_refused(files: dict[str, Path], tiny_anima: Pa
         opened(base, **_options(files, t5_tokenizer_path=str(tmp_path))).count_tokens("a cat")
 
 
-def test_a_distilled_version_is_warned_of(
-    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_distilled_version_is_known_by_its_name(files: dict[str, Path], tmp_path: Path) -> None:
     named = tmp_path / "anima-turbo-v1.safetensors"
     named.symlink_to(files["pretrained_model_name_or_path"])
-    opened(named, **_options(files))
-    assert "is distilled to a few steps, by its name" in caplog.text
+    assert opened(named, **_options(files)).distilled
+    assert not opened(files["pretrained_model_name_or_path"], **_options(files)).distilled
 
 
 def test_a_folder_of_the_text_encoder_has_its_tokenizer(

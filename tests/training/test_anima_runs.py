@@ -130,15 +130,6 @@ def test_other_kinds_have_kohyas_names(train_anima: Train, tmp_path: Path) -> No
     assert any("lokr_w1" in key for key in found)
 
 
-def test_the_door_is_for_anima_only(capsys: pytest.CaptureFixture[str], image_folder: Path, tmp_path: Path) -> None:
-    from anima_train_network import main
-    from tests.conftest import BASE
-
-    words = ("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(image_folder), "--resolution", "64")
-    assert main([*words, "--caption_extension", ".txt", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "is a Stable Diffusion 1.x or 2.x model, where an Anima model is expected" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "words",
     [

@@ -96,15 +96,6 @@ def test_kohyas_command_line(train: Train, tiny_flux: Path, tmp_path: Path) -> N
     assert metadata(tmp_path)["ss_network_module"] == "networks.lora_flux"
 
 
-def test_the_door_is_for_flux_only(capsys: pytest.CaptureFixture[str], image_folder: Path, tmp_path: Path) -> None:
-    from flux_train_network import main
-    from tests.conftest import BASE
-
-    words = ("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(image_folder), "--resolution", "64")
-    assert main([*words, "--caption_extension", ".txt", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "is a Stable Diffusion 1.x or 2.x model, where a FLUX.1 model is expected" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "words",
     [

@@ -106,6 +106,11 @@ class NetworkOptions:
     base_weights_multiplier: tuple[float, ...] | None = option(
         None, help="the strength of each of these files (default: 1 each)"
     )
+    base_weights_off_for_samples: bool | None = option(
+        None,
+        help="keep these files apart from the base's weights, in effect in training and off in samples (default: if "
+        "the base is distilled to a few steps, for which they are a training adapter) (ours)",
+    )
     scale_weight_norms: float | None = option(
         None,
         minimum=0,
@@ -199,7 +204,8 @@ class OutputOptions:
     save_naming: Literal["kohya", "diffusers"] | None = option(
         None,
         help="whose names the file's tensors have: kohya's, which most programs read, or diffusers' (LoRA, and DoRA of "
-        "rows) (default: kohya's, but for a LoRA of Anima diffusers', which ComfyUI reads as well) (ours)",
+        "rows) (default: kohya's, but for a LoRA of Anima and for all kinds for Z-Image diffusers', which ComfyUI "
+        "reads as well) (ours)",
     )
     save_every_n_epochs: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, minimum=1, zero_is_unset=True, help="save after every n steps")

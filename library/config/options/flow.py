@@ -1,5 +1,5 @@
-"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1
-and Anima.
+"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1,
+Anima and Z-Image.
 
 Names are kohya's. `library.models.opening` refuses them for a model of another family.
 """
@@ -42,14 +42,14 @@ def asks_for_nothing(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
-    """FLUX.1 and Anima"""
+    """FLUX.1, Anima and Z-Image"""
 
     clip_l: str | None = option(None, help="the CLIP-L text encoder, where the base has none: a file or a folder")
     t5xxl: str | None = option(None, help="the T5-XXL text encoder, where the base has none: a file or a folder")
     ae: str | None = option(
         None, help="the autoencoder, where the base has none: a file or a folder; the same as --vae"
     )
-    qwen3: str | None = option(None, help="the text encoder Qwen3 of Anima: a file or a folder")
+    qwen3: str | None = option(None, help="the text encoder Qwen3 of Anima or Z-Image: a file or a folder")
     llm_adapter_path: str | None = option(
         None, help="Anima's LLM adapter, where the transformer's file has none: a file or a folder"
     )
@@ -61,7 +61,7 @@ class FlowOptions:
         help="Qwen3's tokenizer, where neither the base nor --qwen3 is a folder that has it: a folder with "
         "tokenizer.json, or with vocab.json and merges.txt (ours)",
     )
-    qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of Anima")
+    qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of Anima or Z-Image")
     t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
         None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512 of dev, 256 of schnell)"
@@ -73,7 +73,11 @@ class FlowOptions:
     discrete_flow_shift: float | None = option(
         None,
         minimum=0,
-        help="shift of the noise levels with --timestep_sampling sigma and shift (default: 3, of Anima 1)",
+        help="shift of the noise levels with --timestep_sampling sigma and shift (default: 3, of Anima 1, of "
+        "Z-Image 2)",
+    )
+    turbo: bool | None = option(
+        None, help="whether a Z-Image base is Turbo, distilled to eight steps (default: if it is called so) (ours)"
     )
     model_prediction_type: str = option(
         "raw", read=read_prediction_type, help="what the loss compares: raw, the predicted velocity with the true one"

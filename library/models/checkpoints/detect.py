@@ -47,6 +47,8 @@ TITLES = {
     "flux_transformer": "the transformer of a diffusers folder",
     "flux2": "a FLUX.2 model",
     "chroma": "a Chroma model",
+    "lumina": "a Lumina-Image model",
+    "z_image_edit": "a Z-Image model of another kind, which is given images as well",
     "cosmos": "a Cosmos-Predict2 model that is not for images alone",
     "scaled_fp8": "a FLUX model whose fp8 weights have scales beside them",
     "edm": "an SDXL model of another kind (EDM, as Playground 2.5)",
@@ -54,7 +56,7 @@ TITLES = {
 # Models, but not of a kind that can be trained
 _UNSUPPORTED = (
     *("sdxl_refiner", "sd3", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control", "flux2", "chroma"),
-    *("scaled_fp8", "cosmos"),
+    *("scaled_fp8", "cosmos", "lumina", "z_image_edit"),
 )
 _INSTEAD = {
     "vae": "give it as --vae beside a base model",
@@ -78,11 +80,16 @@ ANIMA_PREFIXES = ("net.", UNET_PREFIX, "diffusion_model.", "")
 """How the names in files of Anima begin: as its makers, ComfyUI and others write them."""
 _ANIMA_MARKS = ("blocks.0.cross_attn.q_proj.weight", "x_embedder.proj.1.weight")
 _ANIMA_INPUTS = 68  # columns of its first layer: 16 channels and a mask, four cells; more of models for video
+Z_IMAGE_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
+"""How the names in files of Z-Image begin."""
+_Z_IMAGE_MARKS = ("cap_embedder.0.weight", "layers.0.adaLN_modulation.0.weight")  # Lumina-Image has the first alone
+_SIGLIP_MARK = "siglip_embedder.0.weight"
+_Z_IMAGE_PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
 # By what the class in a folder's model_index.json contains, the first that does
 _PIPELINES = {
     "StableDiffusion3": "sd3", "Chroma": "chroma", "FluxKontext": "flux_kontext", "FluxFill": "flux_fill",
-    "FluxControl": "flux_control", "Flux2": "flux2", "Flux": "flux_other",
+    "FluxControl": "flux_control", "Flux2": "flux2", "Flux": "flux_other", "ZImage": "z_image_edit", "Lumina": "lumina",
 }  # fmt: skip
 _FLUX_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
 _FLUX_PREFIXES = (UNET_PREFIX, "")
@@ -134,7 +141,7 @@ def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
 def not_a_base(found: FileKind) -> str:
     """The reason why a file or folder cannot be the base model, to follow its path and "is"."""
     if found.kind in _UNSUPPORTED:
-        known = "Stable Diffusion 1.x, 2.x and XL, FLUX.1 dev and schnell, and Anima"
+        known = "Stable Diffusion 1.x, 2.x and XL, FLUX.1 dev and schnell, Anima and Z-Image"
         return f"{found.title}, which is not supported; this version trains {known}"
     instead = _INSTEAD.get(found.kind, "")
     if found.adapter is not None and found.adapter.is_plain:
@@ -165,7 +172,7 @@ def other_family(content: WeightsIndex | Folder) -> str:
         if is_of_xl(content):
             pooled = (content.config("unet") or {}).get("projection_class_embeddings_input_dim")
             return "sdxl_refiner" if pooled == _REFINER_POOLED else ""
-        if content.pipeline in _FLUX_PIPELINES:
+        if content.pipeline in (*_FLUX_PIPELINES, *_Z_IMAGE_PIPELINES):
             return ""
         return next((kind for name, kind in _PIPELINES.items() if name in content.pipeline), "")
     if is_of_xl(content):
@@ -179,6 +186,8 @@ def other_family(content: WeightsIndex | Folder) -> str:
         return "flux_transformer"
     if begins(content, "joint_blocks.", f"{UNET_PREFIX}joint_blocks."):
         return "sd3"
+    if marks := _z_image_marks(content):
+        return "z_image_edit" if _SIGLIP_MARK in marks else "" if _Z_IMAGE_MARKS[1] in marks else "lumina"
     return "cosmos" if _cosmos_inputs(content) not in (None, _ANIMA_INPUTS) else ""
 
 
@@ -194,6 +203,22 @@ def is_anima(content: WeightsIndex | Folder) -> bool:
     if isinstance(content, Folder):
         return content.config("text_conditioner") is not None and content.config("transformer") is not None
     return _cosmos_inputs(content) == _ANIMA_INPUTS
+
+
+def is_z_image(content: WeightsIndex | Folder) -> bool:
+    """Whether it is Z-Image, base or Turbo, which no name or shape tells apart."""
+    if isinstance(content, Folder):
+        return content.pipeline in _Z_IMAGE_PIPELINES
+    marks = _z_image_marks(content)
+    return _Z_IMAGE_MARKS[1] in marks and _SIGLIP_MARK not in marks
+
+
+def _z_image_marks(index: WeightsIndex) -> set[str]:
+    """The marks that a file of Z-Image or a relative has; empty for another one."""
+    for prefix in Z_IMAGE_PREFIXES:
+        if prefix + _Z_IMAGE_MARKS[0] in index.entries:
+            return {mark for mark in (*_Z_IMAGE_MARKS, _SIGLIP_MARK) if prefix + mark in index.entries}
+    return set()
 
 
 def _cosmos_inputs(index: WeightsIndex) -> int | None:

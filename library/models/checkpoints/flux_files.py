@@ -4,13 +4,12 @@ in files of their own, as kohya's users have them. No weight is read here: confi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.files.index import read_index
+from library.files.json_text import Config
 from library.files.tensors import TensorEntry, WeightsIndex
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.checkpoint import (
@@ -20,17 +19,14 @@ from library.models.checkpoints.checkpoint import (
     text_encoder_entries,
     vae_entries,
 )
-from library.models.checkpoints.detect import kind_of_file
 from library.models.checkpoints.flux_names import transformer_entries
-from library.models.checkpoints.folder import entries_in
-from library.models.checkpoints.open_file import locate, open_vae
+from library.models.checkpoints.part_files import Entries, PartFiles, parts_in
 from library.models.checkpoints.shapes import count_of, shape_of
 
-Entries = Mapping[str, TensorEntry]
-
-_CLIP, _T5, _VAES = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.", ("vae.", VAE_PREFIX)
+VAES = ("vae.", VAE_PREFIX)
+"""How the names of the autoencoder begin in files of a whole model."""
+_CLIP, _T5 = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer."
 _FIRST = "double_blocks.0.img_attn.norm.key_norm.scale"
-_FOLDERS = {"denoiser": "transformer", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
 _T5_TIED = "encoder.embed_tokens.weight"  # the same as shared.weight; files have either or both
 _CLIP_HEAD = 64  # channels of a head of CLIP; no shape tells
 
@@ -56,30 +52,16 @@ def open_flux(path: str, location: Path, *, kind: str) -> BaseModel:
 
 
 def _of_folder(folder: Path) -> dict[str, Part]:
-    found = {}
-    for part, name in _FOLDERS.items():
-        if part == "denoiser" or (folder / name).is_dir():
-            found[part] = _part_of_folder(part, folder / name)
+    found = parts_in(folder, PARTS)
     inputs = found["denoiser"].config.get("in_channels")
     if inputs != configurations()["transformer"]["in_channels"]:
         raise UserError(f"{folder / 'transformer'}: takes {inputs} channels, where FLUX.1 dev and schnell take 64")
     return found
 
 
-def _part_of_folder(part: str, folder: Path) -> Part:
-    readers: dict[str, Callable[[], Entries]] = {
-        "denoiser": lambda: entries_in(folder),
-        "vae": lambda: vae_entries(entries_in(folder)),
-        "text_encoder": lambda: text_encoder_entries(entries_in(folder), layers=config["num_hidden_layers"]),
-        "text_encoder_2": lambda: _t5_entries(entries_in(folder)),
-    }
-    config = read_json(folder / "config.json")
-    return Part(config, f"the {_FOLDERS[part].replace('_', ' ')} in {folder}", readers[part])
-
-
 def _of_file(path: str, index: WeightsIndex) -> dict[str, Part]:
     whole = strip(index.entries, UNET_PREFIX) or {
-        name: entry for name, entry in index.entries.items() if not name.startswith(("text_encoders.", *_VAES))
+        name: entry for name, entry in index.entries.items() if not name.startswith(("text_encoders.", *VAES))
     }
     config = _transformer_config(whole, path)
     parts = {"denoiser": Part(config, f"the transformer in {path}", lambda: transformer_entries(whole))}
@@ -87,7 +69,7 @@ def _of_file(path: str, index: WeightsIndex) -> dict[str, Part]:
         parts["text_encoder"] = _clip_of_file(own, path)
     if own := strip(index.entries, _T5):
         parts["text_encoder_2"] = _t5_of_file(own, path)
-    if of_vae := next((inner for prefix in _VAES if (inner := strip(index.entries, prefix))), {}):
+    if of_vae := next((inner for prefix in VAES if (inner := strip(index.entries, prefix))), {}):
         parts["vae"] = Part(configurations()["vae"], f"the autoencoder in {path}", lambda: vae_entries(of_vae))
     return parts
 
@@ -149,47 +131,36 @@ def _t5_entries(entries: Entries) -> dict[str, TensorEntry]:
     return found if tied is None else {"shared.weight": tied, **found}
 
 
-def with_part(base: BaseModel, part: str, path: str, *, option: str) -> BaseModel:
-    """The model with a text encoder, "text_encoder" or "text_encoder_2", from a file or folder of its own."""
-    try:
-        location = locate(path)
-        made = _own_folder(part, location) if location.is_dir() else _own_file(part, read_index(location), path)
-        made.entries()
-    except UserError as error:
-        raise UserError(f"--{option} {error}") from None
-    return replace(base, parts={**base.parts, part: made})
+AUTOENCODER = PartFiles(folder="vae", title="vae", in_folder=lambda entries, config: vae_entries(entries))
+"""FLUX.1's, which other models have as well."""
+PARTS = {
+    "denoiser": PartFiles(folder="transformer", title="transformer"),
+    "vae": AUTOENCODER,
+    "text_encoder": PartFiles(
+        folder="text_encoder",
+        title="text encoder",
+        in_folder=lambda entries, config: text_encoder_entries(entries, layers=config["num_hidden_layers"]),
+        noun="the text encoder CLIP-L",
+        marks=("embeddings.token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+        prefixes=(_CLIP, ""),
+        read=_clip_of_file,
+    ),
+    "text_encoder_2": PartFiles(
+        folder="text_encoder_2",
+        title="text encoder 2",
+        in_folder=lambda entries, config: _t5_entries(entries),
+        noun="the text encoder T5",
+        marks=("encoder.block.0.layer.0.SelfAttention.q.weight",),
+        prefixes=(_T5, ""),
+        read=_t5_of_file,
+    ),
+}
 
 
-def _own_folder(part: str, location: Path) -> Part:
-    folder = location if (location / "config.json").is_file() else location / part
-    return _part_of_folder(part, folder)
-
-
-def _own_file(part: str, index: WeightsIndex, path: str) -> Part:
-    prefix, mark, read = {
-        "text_encoder": (_CLIP, "embeddings.token_embedding.weight", _clip_of_file),
-        "text_encoder_2": (_T5, "encoder.block.0.layer.0.SelfAttention.q.weight", _t5_of_file),
-    }[part]
-    entries = strip(index.entries, prefix) or index.entries
-    if not any(name.removeprefix("text_model.") == mark for name in entries):
-        raise UserError(f"{path} is {kind_of_file(index).title}, and not {_NOUNS[part]}")
-    if any(name.endswith((".scale_weight", ".weight_scale")) for name in entries):
-        raise UserError(f"{path}: its fp8 weights have scales beside them, which is not supported; bf16 and fp16 are")
-    return read(entries, path)
-
-
-_NOUNS = {"text_encoder": "the text encoder CLIP-L", "text_encoder_2": "the text encoder T5"}
-
-
-def with_autoencoder(base: BaseModel, path: str, *, option: str) -> BaseModel:
-    """The model with another autoencoder: a folder, or a file in either naming."""
-    default = base.parts["vae"].config if "vae" in base.parts else configurations()["vae"]
-    try:
-        part = open_vae(path, default_config=default)
-        part.entries()
-    except UserError as error:
-        raise UserError(f"--{option} {error}") from None
-    return replace(base, parts={**base.parts, "vae": part})
+def autoencoder_config() -> Config:
+    """Of the autoencoder where neither a folder nor a configuration beside its file tells."""
+    config: Config = configurations()["vae"]
+    return config
 
 
 def t5_tokenizer(path: str) -> Path:

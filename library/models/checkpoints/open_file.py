@@ -45,12 +45,18 @@ def locate(path: str) -> Path:
     raise UserError(f"{path}: no such file or folder{nearest_path(found)}")
 
 
-def with_vae(base: BaseModel, path: str) -> BaseModel:
-    """The base model with another VAE: a diffusers folder, one that holds a folder vae, or a file in either naming."""
-    default = base.parts["vae"].config if "vae" in base.parts else read_json(ASSETS / _VAE_OF[base.kind])["vae"]
+def with_vae(base: BaseModel, path: str, *, option: str = "vae", usual: Config | None = None) -> BaseModel:
+    """The base model with another VAE: a diffusers folder, one that holds a folder vae, or a file in either naming.
+
+    usual: its configuration where nothing tells one, not even the base's own VAE; None: as `_VAE_OF` has it.
+    """
+    if "vae" in base.parts:
+        usual = base.parts["vae"].config
+    elif usual is None:
+        usual = read_json(ASSETS / _VAE_OF[base.kind])["vae"]
     try:
-        part = open_vae(path, default_config=default)
+        part = open_vae(path, default_config=usual)
         part.entries()
     except UserError as error:
-        raise UserError(f"--vae {error}") from None
+        raise UserError(f"--{option} {error}") from None
     return replace(base, parts={**base.parts, "vae": part})

@@ -21,6 +21,7 @@ from library.record.protections import to_metadata
 from library.record.saves import SavePlan
 from library.run import slider
 from library.run.about.protections import protections_of
+from library.run.base_weights import are_apart
 from library.run.plan import Plan
 from networks import base_weights
 
@@ -54,7 +55,8 @@ def _ours(plan: Plan, decay: DecayChoice | None) -> dict[str, object]:
     ours |= plan.family.settings
     if (network := plan.options.network).base_weights:
         files = base_weights.of_files(network.base_weights, network.base_weights_multiplier or ())
-        ours[base_weights.KEY.removeprefix("ss_")] = base_weights.to_text(files)
+        key = base_weights.KEY_APART if are_apart(network, plan.family) else base_weights.KEY
+        ours[key.removeprefix("ss_")] = base_weights.to_text(files)
     if (embedding := plan.options.embedding).is_trained:
         names = ("token_string", "init_word", "num_vectors_per_token", "embedding_lr")
         ours |= {name: getattr(embedding, name) for name in names}

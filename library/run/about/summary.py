@@ -12,6 +12,7 @@ from library.optimizers.weight_decay_choice import DecayChoice, weight_decay_of
 from library.record import facts
 from library.run import slider
 from library.run.about.protections import protections_of
+from library.run.base_weights import are_apart
 from library.run.plan import Plan
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.hooks.validation import Validator
@@ -76,7 +77,7 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
         precision=options.precision.mixed_precision.replace("no", "fp32"),
         device=str(run.accelerator.device),
         frozen_format=options.precision.unet_format,
-        base_weights=tuple(merged),
+        base_weights=() if are_apart(wanted, family) else tuple(merged),
     )
 
 

@@ -20,7 +20,7 @@ class Sampler(Hook[Run]):
 
     def before_training(self, run: Run) -> None:
         if run.position.done == 0:
-            with during("rendering samples before training", done=0):
+            with during("rendering samples before training", done=0), run.weights_for("sample"):
                 self._sampling(0)
 
     def save(self, run: Run, step: int, *, last: bool) -> None:
