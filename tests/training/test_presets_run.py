@@ -24,7 +24,7 @@ def test_every_preset_trains(
 ) -> None:
     from train_network import main
 
-    base = {"flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}.get(name.removesuffix("_style"), BASE)
+    base = {"flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}.get(name.rpartition("_")[0], BASE)
     data = ("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(image_folder))
     small = ("--resolution", "64", "--no-enable_bucket", "--caption_extension", ".txt", "--max_train_steps", "2")
     output = ("--output_dir", str(tmp_path), "--no-loss_plot", "--no-report")
