@@ -162,13 +162,18 @@ def measure(model: Path, data: Path, resolution: int, more: tuple[str, ...]) -> 
     """Peak and seconds of three steps of the first setting, in a process of its own, and the estimate for it."""
     command = words(model, data, resolution=resolution, batch=1, rank=8, more=(*CACHED, *CHECKPOINTED, *more))
     print(f"{resolution} px, computed: {computed(command)[0]:.2f} GiB in a step, beside the program itself", flush=True)
-    result = subprocess.run(
+    print(f"{resolution} px, measured: {watched(command)}")
+
+
+def watched(command: list[str]) -> str:
+    """The costs of this training in a process of its own, in words."""
+    done = subprocess.run(
         [sys.executable, "-c", WATCHED, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
     )
-    numbers = json.loads(result.stdout.splitlines()[-1])
+    numbers = json.loads(done.stdout.splitlines()[-1])
     seconds = ", ".join(f"{value:.1f}" for value in numbers["seconds"])
     peak = f"{numbers['peak_gib']:.2f} GiB at most, {numbers['imports_gib']:.2f} of them after the imports"
-    print(f"{resolution} px, measured: {peak}; steps {seconds} s; the whole job {numbers['whole']:.0f} s")
+    return f"{peak}; steps {seconds} s; the whole job {numbers['whole']:.0f} s"
 
 
 def main() -> None:

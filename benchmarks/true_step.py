@@ -13,14 +13,10 @@ environment it goes back to the system, and the peak is that of loading.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.peak_memory import ROOT
-from benchmarks.sdxl_memory import CACHED, CHECKPOINTED, WATCHED
+from benchmarks.sdxl_memory import CACHED, CHECKPOINTED, watched
 from benchmarks.step_time import image_folder
 from benchmarks.true_outlines import write
 
@@ -61,13 +57,7 @@ def main() -> None:
         data = image_folder(Path(temporary, "images"), count=1)
         command = words(model, data, options)
         print(f"computed: {computed(command):.2f} GiB in a step, beside the program itself", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-c", WATCHED, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-        )
-    numbers = json.loads(done.stdout.splitlines()[-1])
-    seconds = ", ".join(f"{value:.0f}" for value in numbers["seconds"])
-    peak = f"{numbers['peak_gib']:.2f} GiB at most, {numbers['imports_gib']:.2f} of them after the imports"
-    print(f"measured: {peak}; steps {seconds} s; the whole job {numbers['whole']:.0f} s")
+        print(f"measured: {watched(command)}")
 
 
 if __name__ == "__main__":
