@@ -193,6 +193,7 @@ def train_and_judge(style: Path, rate: float, seed: int, *more: str) -> Outcome:
 
     from benchmarks.fixed_noise_loss import fixed_noise_loss
     from library.config.parser import parse
+    from library.rng import without_dropout
     from library.run.build import build
     from library.run.plan import make_plan
     from library.training import loop
@@ -208,7 +209,8 @@ def train_and_judge(style: Path, rate: float, seed: int, *more: str) -> Outcome:
     def judge(split: str) -> float:
         if diverged:
             return math.inf
-        losses = fixed_noise_loss(run.family, *held_out(style / split), seed=NOISE_SEED)
+        with without_dropout(run.network):  # and with all ranks of a T-LoRA
+            losses = fixed_noise_loss(run.family, *held_out(style / split), seed=NOISE_SEED)
         mean = sum(losses.values()) / len(losses)
         return mean if math.isfinite(mean) else math.inf
 
