@@ -59,6 +59,7 @@ def _unsaid(options: Options) -> dict[str, str]:
         "save_last_n_epochs_state": (by_epochs and output.save_state, "--save_every_n_epochs and --save_state"),
         "divergence_limit": (options.divergence.on_divergence != "stop", "--on_divergence skip or rollback"),
         "resume_anyway": (options.run.resume is not None, "--resume"),
+        "base_weights_off_for_samples": (bool(options.network.base_weights), "--base_weights"),
         "compare_steps": (bool(output.compare_prompts) or options.slider.draws, "--compare_prompts"),
         "prior_loss_weight": (described or data.reg_data_dir is not None, "--reg_data_dir"),
         "dataset_repeats": (described or data.in_json is not None, "--in_json or --dataset_config"),

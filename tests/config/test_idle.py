@@ -29,6 +29,7 @@ REQUIRED = ("--pretrained_model_name_or_path", "x", "--output_dir", "out", "--tr
         ("--compile_fullgraph", "--compile"),
         ("--compile_cache_size_limit 9", "--compile"),
         ("--compare_steps 9", "--compare_prompts x"),
+        ("--base_weights_off_for_samples", "--base_weights a.safetensors"),
         ("--prior_loss_weight 0.5", "--reg_data_dir r"),
         ("--dataset_repeats 3", "--in_json m.json"),
         ("--max_bucket_reso 2048", "--enable_bucket"),
