@@ -41,8 +41,6 @@ def idle(options: Options) -> dict[str, str]:
         elsewhere["text_encoder_lr"] = ": with --network_train_unet_only that part is not trained"
     if options.network.network_train_text_encoder_only:
         elsewhere["unet_lr"] = ": with --network_train_text_encoder_only that part is not trained"
-    if options.data.cache_text_encoder_outputs:
-        elsewhere["text_encoder_format"] = f": with --{options.data.text_cache_option} they are released"
     groups = (options.schedule, options.objective, options.weight_decay)
     return {name: why for group in groups for name, why in group.idle().items()} | elsewhere | _unsaid(options)
 

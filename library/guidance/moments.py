@@ -309,7 +309,8 @@ class _Moments:
         data, parts = self.options.data, self._family.components
         count = data.text_encoder_batch_size or data.train_batch_size
         peak = self._once(("texts", count), lambda outline: outline.encode_texts(count))
-        weights = sum(self.outline.weights[name][""] for name in parts.text_encoders)
+        held = self.options.precision.encoding_format
+        weights = sum(self.outline.weights[name][held] for name in parts.text_encoders)
         weights += 0 if data.cache_latents else self.outline.weights["vae"][""]
         return Moment("caching text", {"weights": weights, "activations": peak})
 

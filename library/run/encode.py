@@ -61,7 +61,8 @@ def texts_on_disk(
         return None
     dtype = DTYPES[options.precision.mixed_precision]
     encoders = f"text encoders {family.text_fingerprint()}{base_weights.fingerprint()} in {_precision(dtype, options)}"
-    return _disk(encoders, options, accelerator)
+    held = f", held in {options.precision.encoding_format}" if options.precision.encoding_format else ""
+    return _disk(f"{encoders}{held}", options, accelerator)
 
 
 def _precision(dtype: torch.dtype, options: Options) -> str:
@@ -194,7 +195,8 @@ class _Parts:
     def encode_prompts(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """As `ModelFamily.encode_prompts`; loads the text encoders for the first caption."""
         if not self.family.components.have_text_encoders:
-            self.load_text_encoders()
+            precision = self.options.precision
+            self.load_text_encoders(_held(precision.encoding_format, precision.text_format_option))
         with during(f"encoding {len(captions)} captions with the text encoders"):
             return self.family.encode_prompts(captions)
 

@@ -48,8 +48,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     assert 0 < distance(weights(tmp_path, "plain"), found) < 1.5
 
 
-def test_the_text_encoder_can_have_another_format(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Of each part that is loaded, the types of its packed weights."""
+    seen: dict[str, set[str]] = {}
     load = Components.load
 
     def watched(self: Components, name: str, *args: object, **kwargs: object) -> torch.nn.Module:
@@ -58,9 +60,28 @@ def test_the_text_encoder_can_have_another_format(train: Train, monkeypatch: pyt
         return module
 
     monkeypatch.setattr(Components, "load", watched)
-    words = ("--base_format", "nf4", "--text_encoder_format", "int8", "--max_train_steps", "1")
-    assert train(*words) == 0
-    assert seen == {"denoiser": {"NF4"}, "text_encoder": {"Scaled"}, "vae": set()}
+    return seen
+
+
+def test_the_text_encoder_can_have_another_format(train: Train, loaded: dict[str, set[str]]) -> None:
+    assert train("--base_format", "nf4", "--text_encoder_format", "int8", "--max_train_steps", "1") == 0
+    assert loaded == {"denoiser": {"NF4"}, "text_encoder": {"Scaled"}, "vae": set()}
+
+
+def test_captions_are_encoded_for_a_cache_in_a_format_that_is_named(
+    train: Train, loaded: dict[str, set[str]], tmp_path: Path
+) -> None:
+    """--base_format alone does not round what is cached; caches of several formats on disk lie beside each other."""
+    cached = ("--network_train_unet_only", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1")
+    assert train(*cached, "--base_format", "nf4", "--output_name", "whole") == 0
+    assert loaded["text_encoder"] == set()
+    assert train(*cached, "--base_format", "nf4", "--text_encoder_format", "int8", "--output_name", "packed") == 0
+    assert loaded["text_encoder"] == {"Scaled"}
+    assert distance(weights(tmp_path, "whole"), weights(tmp_path, "packed")) > 0
+    del loaded["text_encoder"]
+    assert train(*cached, "--base_format", "nf4", "--text_encoder_format", "int8", "--output_name", "again") == 0
+    assert "text_encoder" not in loaded
+    assert same(weights(tmp_path, "again"), weights(tmp_path, "packed"))
 
 
 @pytest.mark.slow

@@ -22,7 +22,9 @@ class PrecisionOptions:
         "none: in 16 or 32, as they are computed with (default: none) (ours)",
     )
     text_encoder_format: Literal["", "none", "fp8", "fp8_scaled", "int8", "nf4"] = option(
-        "", help="the same for the text encoders alone (default: as --base_format) (ours)"
+        "",
+        help="the same for the text encoders alone, also while they encode captions for a cache (default: as "
+        "--base_format, and for a cache in 16 or 32) (ours)",
     )
     fp8_base: bool = option(
         False, help="hold the frozen weights of the layers that can be adapted in 8 bits (float8_e4m3fn)"
@@ -85,6 +87,12 @@ class PrecisionOptions:
         if self.text_encoder_format:
             return self.text_encoder_format.replace("none", "")
         return "" if self.fp8_base_unet else self.unet_format
+
+    @property
+    def encoding_format(self) -> str:
+        """The same while they encode captions for a cache, which must be asked for by name: what a format rounds is
+        then in every cached caption."""
+        return self.text_encoder_format.replace("none", "")
 
     @property
     def unet_format_option(self) -> str:
