@@ -74,12 +74,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=MODELS, action="append")
     parser.add_argument("--cached_text", action="store_true", help="texts are cached, and text encoders not trained")
+    parser.add_argument("--text_encoder_format", help="of the run, in bf16")
     options = parser.parse_args()
+    more = CACHED if options.cached_text else ()
+    if options.text_encoder_format:
+        more += ("--mixed_precision", "bf16", "--text_encoder_format", options.text_encoder_format)
     print("| model | card | `--fit` sets | largest moment | time of a step |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for family in options.only or MODELS:
-            for row in rows(family, Path(folder), CACHED if options.cached_text else ()):
+            for row in rows(family, Path(folder), more):
                 print(row, flush=True)
 
 

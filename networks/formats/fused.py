@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from networks.sites import Site
 
 _PAIR = {"lora_down.weight", "lora_up.weight"}
-_PLAIN = {*_PAIR, "alpha"}
+PLAIN = {*_PAIR, "alpha"}
 
 
 def members(sites: Iterable[Site]) -> dict[str, list[Site]]:
@@ -46,7 +46,7 @@ def fuse(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Tens
 
 def can_fuse(pairs: list[dict[str, Tensor]]) -> bool:
     """Whether these are low-rank pairs, some of which may be empty."""
-    return any(pairs) and all(not one or _PAIR <= one.keys() <= _PLAIN for one in pairs)
+    return any(pairs) and all(not one or _PAIR <= one.keys() <= PLAIN for one in pairs)
 
 
 def fuse_pairs(pairs: list[dict[str, Tensor]], rows: list[int]) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def split(tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[str, Ten
     for name, group in members(sites).items():
         own = modules.get(name)
         rows = [site.module.weight.shape[0] for site in group]
-        if own is not None and _PAIR <= own.keys() <= _PLAIN and own["lora_up.weight"].shape[0] == sum(rows):
+        if own is not None and _PAIR <= own.keys() <= PLAIN and own["lora_up.weight"].shape[0] == sum(rows):
             del modules[name]
             modules |= {site.name: pair for site, pair in zip(group, split_pair(own, rows), strict=True)}
     return {f"{name}.{end}": tensor for name, own in modules.items() for end, tensor in own.items()}

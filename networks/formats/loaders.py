@@ -171,8 +171,8 @@ _OF_Z_IMAGE = re.compile(
     r"lora_unet_(?:layers|noise_refiner|context_refiner)_\d+_"
     r"(?:attention_(?:qkv|out)|feed_forward_w[123]|adaLN_modulation_0)"
 )
-_PAIRS = ({"lora_A.weight", "lora_B.weight"}, {"lora_down.weight", "lora_up.weight"})
 _PAIR_OF_PEFT = {"lora_A.weight", "lora_B.weight"}
+_PAIRS = (_PAIR_OF_PEFT, {"lora_down.weight", "lora_up.weight"})
 _DIFFUSERS_UNET = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks)_")
 
 

@@ -40,7 +40,7 @@ from library.models.checkpoints.checkpoint import original_unet_name, unet_name
 from library.models.checkpoints.flux_names import group_of, members_of, original_name
 from networks import kinds
 from networks.formats import forms
-from networks.formats.fused import can_fuse, fuse_pairs, split_pair
+from networks.formats.fused import PLAIN, can_fuse, fuse_pairs, split_pair
 from networks.load_report import by_module
 from networks.magnitude import DORA_SCALE
 
@@ -90,7 +90,6 @@ _WORDS = re.compile(
     r"[a-z0-9]+"
 )
 _ONLY_SDXL = re.compile(r"\.transformer_blocks\.[1-9]")  # of the others, each attention has but one
-_PAIR_WITH_ALPHA = {"lora_down.weight", "lora_up.weight", "alpha"}
 _PROJECTION = "text_projection"  # of SDXL's second text encoder, which OneTrainer adapts
 _TEXT_PATH = re.compile(r"(?:text_model\.)?(?:encoder|embeddings|final_layer_norm)\b.*")
 # the attention layers of a text encoder in the oldest files are called as a UNet's
@@ -287,10 +286,10 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
     """
     converted: dict[str, Tensor] = {}
     for name, own in by_module(tensors).items():
-        if own.keys() - _PAIR_WITH_ALPHA and (dotted := z_image_names.dotted_name(name)):
+        if own.keys() - PLAIN and (dotted := z_image_names.dotted_name(name)):
             converted |= {f"{dotted}.{end}": tensor for end, tensor in own.items()}
             continue
-        if other := own.keys() - {"lora_down.weight", "lora_up.weight", "alpha", DORA_SCALE}:
+        if other := own.keys() - PLAIN - {DORA_SCALE}:
             raise UserError(
                 f"{source}: {name}.{min(other)} has no name in diffusers, which knows plain LoRA and DoRA of rows alone"
             )

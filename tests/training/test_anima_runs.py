@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny_anima import BLOCKS, STATES, TEXT_LAYERS
-from tests.training.written import ROUNDED, distance, metadata, same, weights
+from tests.training.written import ROUNDED, check_files, distance, metadata, same, weights
 
 Train = Callable[..., int]
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
@@ -159,10 +159,7 @@ def test_other_kinds_have_kohyas_names(train_anima: Train, tmp_path: Path) -> No
 )
 def test_settings_work(train_anima: Train, tmp_path: Path, words: tuple[str, ...]) -> None:
     assert train_anima("--max_train_steps", "2", *words) == 0
-    for path in (tmp_path / "out").glob("*.safetensors"):
-        tensors = load_file(path)
-        assert tensors
-        assert all(tensor.isfinite().all() for tensor in tensors.values())
+    check_files(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_flux
 from tests.quick import slow
-from tests.training.written import ROUNDED, distance, metadata, same, weights
+from tests.training.written import ROUNDED, check_files, distance, metadata, same, weights
 
 Train = Callable[..., int]
 SHORT = ("--t5xxl_max_token_length", "16")
@@ -120,10 +120,7 @@ def test_kohyas_command_line(train: Train, tiny_flux: Path, tmp_path: Path) -> N
 )
 def test_settings_work(train_flux: Train, tmp_path: Path, words: tuple[str, ...]) -> None:
     assert train_flux("--max_train_steps", "2", *words) == 0
-    for path in (tmp_path / "out").glob("*.safetensors"):
-        tensors = load_file(path)
-        assert tensors
-        assert all(tensor.isfinite().all() for tensor in tensors.values())
+    check_files(tmp_path)
 
 
 @pytest.mark.parametrize(("section", "other"), [("double", "single"), ("single", "double")])

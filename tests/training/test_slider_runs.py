@@ -18,7 +18,7 @@ from library import rng
 from library.config.data.slider_prompts import Setting, read_settings
 from tests import tiny_sd2
 from tests.conftest import BASE, forget_accelerator
-from tests.quick import quick, slow
+from tests.quick import quick
 from tests.training.test_resume import stop_after
 from tests.training.written import metadata, same, weights
 
@@ -188,7 +188,8 @@ def test_a_slider_and_all_its_files(train: Train, tmp_path: Path, capsys: pytest
     assert "emoji of blue heart" in (tmp_path / "out" / "test-report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("more", [slow(""), slow("--gradient_accumulation_steps 2 --noise_offset 0.1 --ema_decay 0.9")])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "--gradient_accumulation_steps 2 --noise_offset 0.1 --ema_decay 0.9"])
 def test_a_resumed_slider_has_the_bits_of_an_unbroken_one(
     more: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,14 @@ def weights(folder: Path, name: str = "test") -> dict[str, torch.Tensor]:
     return load_file(folder / "out" / f"{name}.safetensors")
 
 
+def check_files(folder: Path) -> None:
+    """Every file of weights holds tensors, and finite ones alone."""
+    for path in (folder / "out").glob("*.safetensors"):
+        tensors = load_file(path)
+        assert tensors
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
 def metadata(folder: Path, name: str = "test") -> dict[str, str]:
     """The metadata of the same file."""
     with safe_open(folder / "out" / f"{name}.safetensors", framework="pt") as file:

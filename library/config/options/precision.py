@@ -85,7 +85,7 @@ class PrecisionOptions:
     def text_format(self) -> str:
         """The same of the text encoders."""
         if self.text_encoder_format:
-            return self.text_encoder_format.replace("none", "")
+            return self.encoding_format
         return "" if self.fp8_base_unet else self.unet_format
 
     @property

@@ -60,15 +60,7 @@ def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
 
 
 def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
-    family, options, wanted = plan.family, plan.options, plan.options.network
-    pairs = base_weights.with_multipliers(wanted.base_weights, wanted.base_weights_multiplier or ())
-    merged = [facts.BaseWeight(file=file, multiplier=multiplier) for file, multiplier in pairs]
-    if hashes:
-        files = base_weights.of_files(wanted.base_weights, wanted.base_weights_multiplier or ())
-        merged = [
-            facts.BaseWeight(file=file, multiplier=multiplier, sha256=read.sha256, model_hash=read.sshs_model_hash)
-            for (file, multiplier), read in zip(pairs, files, strict=True)
-        ]
+    family, options = plan.family, plan.options
     return facts.Model(
         path=family.path,
         version=family.base_model_version,
@@ -77,8 +69,21 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
         precision=options.precision.mixed_precision.replace("no", "fp32"),
         device=str(run.accelerator.device),
         frozen_format=options.precision.unet_format,
-        base_weights=() if are_apart(wanted, family) else tuple(merged),
+        base_weights=() if are_apart(options.network, family) else tuple(_merged(plan, hashes=hashes)),
     )
+
+
+def _merged(plan: Plan, *, hashes: bool) -> list[facts.BaseWeight]:
+    """The files of --base_weights."""
+    wanted = plan.options.network
+    pairs = base_weights.with_multipliers(wanted.base_weights, wanted.base_weights_multiplier or ())
+    if not hashes:
+        return [facts.BaseWeight(file=file, multiplier=multiplier) for file, multiplier in pairs]
+    files = base_weights.of_files(wanted.base_weights, wanted.base_weights_multiplier or ())
+    return [
+        facts.BaseWeight(file=file, multiplier=multiplier, sha256=read.sha256, model_hash=read.sshs_model_hash)
+        for (file, multiplier), read in zip(pairs, files, strict=True)
+    ]
 
 
 def _network(plan: Plan, run: Run) -> facts.Network:
