@@ -328,7 +328,7 @@ def test_latents_are_normalised_by_channel(anima: Anima, pipeline: Any) -> None:
     with torch.no_grad():
         expected = pipeline.vae.encode(pixels[:, :, None]).latent_dist
         torch.testing.assert_close(mean, (expected.mean[:, :, 0] - means) / deviations, rtol=0, atol=ROUNDED)
-        torch.testing.assert_close(std, expected.std[:, :, 0] / deviations, rtol=0, atol=ROUNDED)
+        assert not std.any(), "the middle of the distribution, as diffusers' own encoder of images takes it"
         back = pipeline.vae.decode((mean * deviations + means)[:, :, None]).sample[:, :, 0]
     torch.testing.assert_close(anima.decode_latents(mean), back, rtol=0, atol=ROUNDED)
     assert mean.shape == (2, 16, 8, 12)
