@@ -10,7 +10,8 @@ from typing import Any
 from library.errors import UserError
 from library.files.index import read_index
 from library.files.json_text import Config
-from library.files.tensors import TensorEntry, WeightsIndex
+from library.files.scaled_fp8 import with_scales
+from library.files.tensors import TensorEntry
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.checkpoint import (
     UNET_PREFIX,
@@ -39,7 +40,7 @@ def configurations() -> dict[str, Any]:
 def open_flux(path: str, location: Path, *, kind: str) -> BaseModel:
     """The parts that a folder or a file holds; those in files of their own are put in by `with_part`. UserError for a
     model of other sizes than FLUX.1's layout can have."""
-    parts = _of_folder(location) if location.is_dir() else _of_file(path, read_index(location))
+    parts = _of_folder(location) if location.is_dir() else _of_file(path, read_index(location).entries)
     tokenizer, second = location / "tokenizer", location / "tokenizer_2"
     return BaseModel(
         kind,
@@ -59,17 +60,18 @@ def _of_folder(folder: Path) -> dict[str, Part]:
     return found
 
 
-def _of_file(path: str, index: WeightsIndex) -> dict[str, Part]:
-    whole = strip(index.entries, UNET_PREFIX) or {
-        name: entry for name, entry in index.entries.items() if not name.startswith(("text_encoders.", *VAES))
+def _of_file(path: str, entries: Entries) -> dict[str, Part]:
+    entries = with_scales(path, entries)
+    whole = strip(entries, UNET_PREFIX) or {
+        name: entry for name, entry in entries.items() if not name.startswith(("text_encoders.", *VAES))
     }
     config = _transformer_config(whole, path)
     parts = {"denoiser": Part(config, f"the transformer in {path}", lambda: transformer_entries(whole))}
-    if own := strip(index.entries, _CLIP):
+    if own := strip(entries, _CLIP):
         parts["text_encoder"] = _clip_of_file(own, path)
-    if own := strip(index.entries, _T5):
+    if own := strip(entries, _T5):
         parts["text_encoder_2"] = _t5_of_file(own, path)
-    if of_vae := next((inner for prefix in VAES if (inner := strip(index.entries, prefix))), {}):
+    if of_vae := next((inner for prefix in VAES if (inner := strip(entries, prefix))), {}):
         parts["vae"] = Part(configurations()["vae"], f"the autoencoder in {path}", lambda: vae_entries(of_vae))
     return parts
 
