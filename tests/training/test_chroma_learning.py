@@ -1,0 +1,19 @@
+"""A tiny Chroma with random weights learns eight images: its transformer, its file and its objective as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_flux_learning import losses_before_and_after
+
+
+@pytest.mark.slow
+def test_the_loss_on_new_noise_falls(tiny_chroma: Path, tmp_path: Path) -> None:
+    from flux_train_network import main
+
+    before, after, of_nothing = losses_before_and_after(main, tiny_chroma, tmp_path)
+    print(before, after, of_nothing)
+    assert after < before / 2, f"{before:.3f} → {after:.3f}"
+    assert after < 0.95 * of_nothing, f"{after:.3f} of {of_nothing:.3f}"
