@@ -14,6 +14,6 @@ def test_the_loss_on_new_noise_falls(tiny_chroma: Path, tmp_path: Path) -> None:
     from flux_train_network import main
 
     before, after, of_nothing = losses_before_and_after(main, tiny_chroma, tmp_path)
-    print(before, after, of_nothing)
-    assert after < before / 2, f"{before:.3f} → {after:.3f}"
-    assert after < 0.95 * of_nothing, f"{after:.3f} of {of_nothing:.3f}"
+    print(f"{before:.3f} → {after:.3f} of {of_nothing:.3f}")
+    assert after < 0.7 * before, f"{before:.3f} → {after:.3f}"
+    assert after < 0.85 * of_nothing, f"{after:.3f} of {of_nothing:.3f}"
