@@ -45,6 +45,7 @@ def test_it_trains_validates_samples_and_saves(train_chroma: Train, tmp_path: Pa
         assert (tmp_path / "out" / name).is_file(), name
 
 
+@pytest.mark.slow  # FLUX.1's is quick
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_chroma: Train, tmp_path: Path) -> None:
     common = ("--network_dropout", "0.1", "--timestep_sampling", "shift", "--gradient_checkpointing")
     assert train_chroma(*common, "--output_name", "whole") == 0
