@@ -76,6 +76,9 @@ class Chroma(FluxBlocks):
         "text_encoder": replace(T5, folder="text_encoder"),
     }
     STATED: ClassVar[Mapping[str, str]] = {"model_type": "chroma"}
+    WITHOUT_EFFECT: ClassVar[Mapping[str, tuple[object, str]]] = {
+        "guidance_scale": (0.0, "Chroma is told no guidance, as if it were 0")
+    }
     UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for FLUX and Chroma")
     base_model_version = "chroma"
     architecture = "chroma"
@@ -92,7 +95,6 @@ class Chroma(FluxBlocks):
         t5_tokenizer_path: str | None = None,
         t5xxl_max_token_length: int | None = None,
         apply_t5_attn_mask: bool = True,
-        guidance_scale: float | None = None,
         discrete_flow_shift: float | None = None,
         model_prediction_type: str = "raw",
         model_type: str | None = None,
@@ -119,8 +121,6 @@ class Chroma(FluxBlocks):
         assert model_type in (None, self.NAME), "stated, and checked by open_family"
         self.latents = latent_space_of(base.parts["vae"].config)
         self.distilled = called(base, "flash")
-        if guidance_scale:
-            logger.warning("--guidance_scale %g has no effect: %s is told no guidance", guidance_scale, self.path)
         if not apply_t5_attn_mask:
             logger.info("T5's padding is hidden without --apply_t5_attn_mask, too: Chroma was made that way")
 

@@ -89,7 +89,7 @@ class Flux1(FluxBlocks):
         t5_tokenizer_path: str | None = None,
         t5xxl_max_token_length: int | None = None,
         apply_t5_attn_mask: bool = False,
-        guidance_scale: float | None = None,
+        guidance_scale: float = 1.0,
         discrete_flow_shift: float | None = None,
         model_prediction_type: str = "raw",
         model_type: str | None = None,
@@ -116,7 +116,7 @@ class Flux1(FluxBlocks):
             of=base.path,
         )
         self.token_limit = self._t5.limit - 1  # the last one ends the text
-        self._masks, self._guidance = apply_t5_attn_mask, 1.0 if guidance_scale is None else guidance_scale
+        self._masks, self._guidance = apply_t5_attn_mask, guidance_scale
         self._shift = 3.0 if discrete_flow_shift is None else discrete_flow_shift
         assert model_prediction_type == "raw", "the option takes nothing else"
         assert model_type in (None, self.NAME), "stated, and checked by open_family"

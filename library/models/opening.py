@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from library.models.checkpoints.open_file import locate
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
+
+logger = logging.getLogger(__name__)
 
 
 def open_family(
@@ -42,8 +45,11 @@ def open_family(
         wanted = " or ".join(load(FAMILIES, name, where="FAMILIES").TITLE for name in only)
         raise UserError(f"{path} is {family.TITLE}, where {wanted} is expected; train_network.py trains both")
     own, values = options_of(family), options or {}
+    for name, (right, why) in family.WITHOUT_EFFECT.items():
+        if name in (given or {}) and values.get(name) != right:
+            logger.warning("%s has no effect: %s", (given or {})[name], why)
     for other in families():
-        for name in options_of(other) - own:
+        for name in options_of(other) - own - family.WITHOUT_EFFECT.keys():
             if name in (given or {}) and not asks_for_nothing(name, values.get(name)):
                 raise UserError(f"{(given or {})[name]}: {path} is {family.TITLE}; the option is for {other.TITLE}")
     for name, right in family.STATED.items():

@@ -33,7 +33,7 @@ OWN_DEFAULTS = {
     "network_module": "networks.lora",
     # kohya's scripts have several, by model; here the model's own stands for not given
     **dict.fromkeys(("discrete_flow_shift", "t5xxl_max_token_length", "model_type")),
-    "guidance_scale": None,  # kohya's 3.5 is refused by nobody, and warned of
+    "guidance_scale": 1.0,  # kohya's 3.5 is refused by nobody, and warned of
     **dict.fromkeys(("network_args", "optimizer_args", "lr_scheduler_args", "base_weights"), ()),
 }
 # Options that kohya does not have

@@ -223,10 +223,13 @@ def test_options_that_contradict_the_file(tiny_chroma: Path, tiny_flux: Path, ca
     with pytest.raises(UserError, match=r"^--clip_l: .* is a Chroma model; the option is for a FLUX\.1 model"):
         open_family(str(tiny_chroma), options={"clip_l": "x"}, given={"clip_l": "--clip_l"})
     with caplog.at_level(logging.INFO):
-        opened(tiny_chroma, model_type="chroma", guidance_scale=0.0, apply_t5_attn_mask=True)
+        given = {"guidance_scale": "--guidance_scale"}
+        options = {"model_type": "chroma", "guidance_scale": 0.0, "apply_t5_attn_mask": True}
+        open_family(str(tiny_chroma), options=options, given=given)
+        open_family(str(tiny_chroma), options={"guidance_scale": 1.0})
         assert not caplog.records
-        opened(tiny_chroma, guidance_scale=3.5, apply_t5_attn_mask=False)
-    assert "--guidance_scale 3.5 has no effect" in caplog.text
+        open_family(str(tiny_chroma), options={"guidance_scale": 1.0, "apply_t5_attn_mask": False}, given=given)
+    assert "--guidance_scale has no effect: Chroma is told no guidance" in caplog.text
     assert "hidden without --apply_t5_attn_mask, too" in caplog.text
 
 

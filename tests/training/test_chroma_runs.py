@@ -150,5 +150,5 @@ def test_its_options_are_refused_for_others(train: Train, capsys: pytest.Capture
 def test_what_has_no_effect_is_said(train_chroma: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_chroma("--guidance_scale", "3.5", "--max_train_steps", "1", *CACHED) == 0
     said = capsys.readouterr().err
-    assert re.search(r"--guidance_scale 3\.5 has no effect: .* is told no guidance", said)
+    assert "--guidance_scale has no effect: Chroma is told no guidance" in said
     assert "T5's padding is hidden without --apply_t5_attn_mask, too" in said

@@ -74,11 +74,10 @@ class FlowOptions:
     apply_t5_attn_mask: bool = option(
         False, help="hide T5's padding from T5 and from the transformer; for Chroma that is done in any case"
     )
-    guidance_scale: float | None = option(
-        None,
+    guidance_scale: float = option(
+        1.0,
         minimum=0,
-        help="the guidance that FLUX.1 dev is told in training (default: 1); samples are rendered with 3.5 or their "
-        "--g",
+        help="the guidance that FLUX.1 dev is told in training; samples are rendered with 3.5 or their --g",
     )
     discrete_flow_shift: float | None = option(
         None,
