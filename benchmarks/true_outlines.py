@@ -1,4 +1,4 @@
-"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, Anima and Z-Image at their true sizes, without weights: headers.
+"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, Chroma, Anima and Z-Image at their true sizes: headers alone.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl", "flux", "anima" or "z_image", made once."""
+    """A diffusers folder of the `family`, "sd15", "sdxl", "flux", "chroma", "anima" or "z_image", made once."""
     if (folder / "scheduler").exists():
         return folder
     from library.models.checkpoints.base_model import ASSETS
 
     config = json.loads((ASSETS / f"{'sd1' if family == 'sd15' else family}.json").read_text(encoding="utf-8"))
-    if family == "z_image":
-        config["vae"] = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))["vae"]
+    if family in ("z_image", "chroma"):
+        of_flux = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))
+        config = {"text_encoder": of_flux["text_encoder_2"], **config, "vae": of_flux["vae"]}
     for part, new in _makers(family).items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         _write_header(folder / part / f"{stem}.safetensors", dict(new(config[part]).named_parameters()))
-    if pipeline := {"flux": "FluxPipeline", "z_image": "ZImagePipeline"}.get(family):
+    if pipeline := {"flux": "FluxPipeline", "chroma": "ChromaPipeline", "z_image": "ZImagePipeline"}.get(family):
         (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
         _write_tokenizer(folder / ("tokenizer_2" if family == "flux" else "tokenizer"))
     if family == "anima":
@@ -53,6 +54,11 @@ def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
         "sd15": {**stable, "unet": modules.new_unet},
         "sdxl": {**stable, "unet": modules.new_unet, "text_encoder_2": modules.new_projected_text_encoder},
         "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
+        "chroma": {
+            "vae": modules.new_vae,
+            "text_encoder": modules.new_t5_encoder,
+            "transformer": modules.new_chroma_transformer,
+        },
         "anima": {
             "vae": modules.new_qwen_vae,
             "text_encoder": modules.new_qwen3_encoder,

@@ -16,10 +16,10 @@ from library.errors import UserError
 from library.models.family import ModelFamily
 from library.models.opening import open_family
 from networks.tools.into_checkpoint import _patches
-from tests import tiny_anima, tiny_flux, tiny_z_image
+from tests import tiny_anima, tiny_chroma, tiny_flux, tiny_z_image
 
 LARGEST = 448.0  # of float8_e4m3fn
-FAMILIES = {"flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}
+FAMILIES = {"flux": tiny_flux, "chroma": tiny_chroma, "anima": tiny_anima, "z_image": tiny_z_image}
 STYLES = ("scale_weight", "weight_scale")
 
 
@@ -59,8 +59,8 @@ def loaded(files: Mapping[str, Path], part: str, dtype: torch.dtype) -> dict[str
 
 
 @pytest.fixture
-def folders(tiny_flux: Path, tiny_anima: Path, tiny_z_image: Path) -> dict[str, Path]:
-    return {"flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}
+def folders(tiny_flux: Path, tiny_chroma: Path, tiny_anima: Path, tiny_z_image: Path) -> dict[str, Path]:
+    return {"flux": tiny_flux, "chroma": tiny_chroma, "anima": tiny_anima, "z_image": tiny_z_image}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -69,6 +69,7 @@ def folders(tiny_flux: Path, tiny_anima: Path, tiny_z_image: Path) -> dict[str, 
     [
         ("flux", "pretrained_model_name_or_path", "denoiser"),  # with layers that are rows of one, or exchanged
         ("flux", "t5xxl", "text_encoder_2"),
+        ("chroma", "pretrained_model_name_or_path", "denoiser"),
         ("anima", "pretrained_model_name_or_path", "denoiser"),
         ("anima", "pretrained_model_name_or_path", "text_encoder_2"),
         ("z_image", "pretrained_model_name_or_path", "denoiser"),
