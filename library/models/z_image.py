@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
@@ -93,7 +93,7 @@ class ZImage(FlowMatching):
         ),
     }
     UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for Z-Image, of musubi-tuner,")
-    TIMESTEP_SAMPLING: ClassVar[Literal["sigmoid", "shift"] | None] = "shift"
+    TIMESTEP_SAMPLING = "shift"
     FILE_NAMING: ClassVar[WrittenNaming] = "diffusers"
     NAMES_EVERY_KIND = True
     base_model_version = "z_image"

@@ -24,10 +24,15 @@ SIZES: dict[str, Any] = {"original_sizes": [(70, 64), (64, 90), (64, 64)], "crop
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(
-    request: pytest.FixtureRequest, tiny_sdxl: Path, tiny_flux: Path, tiny_anima: Path, tiny_z_image: Path
+    request: pytest.FixtureRequest,
+    tiny_sdxl: Path,
+    tiny_flux: Path,
+    tiny_flux2: Path,
+    tiny_anima: Path,
+    tiny_z_image: Path,
 ) -> ModelFamily:
     models = {"sd": BASE, "sdxl": tiny_sdxl, "flux": tiny_flux, "anima": tiny_anima}
-    models["z_image"] = tiny_z_image
+    models |= {"flux2": tiny_flux2, "z_image": tiny_z_image}
     family = open_family(str(models[request.param]))
     assert request.param == family.NAME
     family.components.load("vae", torch.float32, "cpu")
@@ -69,6 +74,7 @@ USUAL_SCALE = {"sd": 0.18215, "sdxl": 0.13025, "flux": 0.3611, "z_image": 0.3611
 LONGER: dict[str, dict[str, Any]] = {
     "flux": {"t5xxl_max_token_length": 128},
     "anima": {"t5_max_token_length": 128},
+    "flux2": {"qwen3_max_token_length": 128},
     "z_image": {"qwen3_max_token_length": 128},
 }
 """The option by which each reads longer captions, if not --max_token_length."""

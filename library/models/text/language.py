@@ -44,13 +44,14 @@ def read_qwen3_tokenizer(folder: Path, *, source: str, of: str, model: str, rows
     return found
 
 
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids with zeros behind them, and a mask that is 0 there, each [B, longest]."""
+def padded(rows: Sequence[Sequence[int]], *, with_id: int = 0, length: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids with those of padding behind them, and a mask that is 0 there, each [B, longest], or of `length` if
+    that is longer."""
     import torch
 
     lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    longest = max(length, int(lengths.max()))
+    ids = torch.tensor([[*row, *[with_id] * (longest - len(row))] for row in rows])
     return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
