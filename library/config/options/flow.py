@@ -96,7 +96,7 @@ class FlowOptions:
         None,
         read=read_model_version,
         help="which FLUX.2 klein the base is: klein-base-4b, klein-base-9b, or klein-4b, klein-9b, which are distilled "
-        "to four steps (default: as its folder says, or its file is called)",
+        "to four steps (default: as its folder says, or its file is called) (ours)",
     )
     model_prediction_type: str = option(
         "raw", read=read_prediction_type, help="what the loss compares: raw, the predicted velocity with the true one"

@@ -14,10 +14,10 @@ from library.errors import UserError
 from library.files.json_text import Config
 from library.files.tensors import TensorEntry, WeightsIndex
 from library.models import FAMILIES
-from library.models.checkpoints import wan_vae
 from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.base_model import Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, VAE_PREFIX
+from library.models.checkpoints.parts import wan_vae
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
