@@ -105,6 +105,7 @@ def test_comfyuis_names_of_the_original_layout_are_read(klein: Any, tmp_path: Pa
     assert {one.program for one in verdicts if one.exact} == {"ComfyUI", "diffusers"}
 
 
+@pytest.mark.slow
 def test_who_loads_them(klein: Any, tmp_path: Path) -> None:
     for naming in ("kohya", "diffusers"):
         path = tmp_path / f"{naming}.safetensors"
@@ -119,7 +120,7 @@ def test_who_loads_them(klein: Any, tmp_path: Path) -> None:
         assert any("ComfyUI" in line and f"{layers} of {layers}" in line for line in lines), lines
 
 
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("naming", ["kohya", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_diffusers_loads_every_layer_and_gives_the_same_output(
     klein: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, naming: str
 ) -> None:

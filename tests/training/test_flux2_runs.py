@@ -125,6 +125,7 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter.safetensors"
 
 
+@pytest.mark.slow
 def test_a_training_adapter_acts_in_training_and_not_in_samples(
     train_klein: Train, adapter: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
