@@ -1,5 +1,5 @@
-"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, FLUX.2 klein, Anima and Z-Image at their true sizes, without
-weights: headers.
+"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, FLUX.2 klein, Chroma, Anima and Z-Image at their true sizes:
+headers alone.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl", "flux", "flux2", "flux2_9b", "anima" or "z_image", made
-    once."""
+    """A diffusers folder of the `family`, made once: "sd15", "sdxl", "flux", "flux2", "flux2_9b", "chroma", "anima" or
+    "z_image"."""
     if (folder / "scheduler").exists():
         return folder
     from library.models.checkpoints.base_model import ASSETS
@@ -31,8 +31,9 @@ def write(folder: Path, family: str) -> Path:
         return found
 
     config = asset({"sd15": "sd1", "flux2_9b": "flux2"}.get(family, family))
-    if family == "z_image":
-        config["vae"] = asset("flux")["vae"]
+    if family in ("z_image", "chroma"):
+        of_flux = asset("flux")
+        config = {"text_encoder": of_flux["text_encoder_2"], **config, "vae": of_flux["vae"]}
     if family in _KLEIN:
         config["text_encoder"] = asset("z_image")["text_encoder"]
         for part, sizes in _KLEIN[family].items():
@@ -84,6 +85,11 @@ def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
         "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
         "flux2": klein,
         "flux2_9b": klein,
+        "chroma": {
+            "vae": modules.new_vae,
+            "text_encoder": modules.new_t5_encoder,
+            "transformer": modules.new_chroma_transformer,
+        },
         "anima": {
             "vae": modules.new_qwen_vae,
             "text_encoder": modules.new_qwen3_encoder,

@@ -17,19 +17,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from library.errors import UserError
 from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
-from library.models.blocks import Blocks
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux2
 from library.models.checkpoints.flux2_files import PARTS, is_distilled, open_flux2, with_few_layers
 from library.models.checkpoints.flux2_names import original_name
-from library.models.checkpoints.flux_names import block_number, fused_name, fused_place
 from library.models.checkpoints.part_files import own_tokenizer, with_part
 from library.models.components import PartKind
 from library.models.family import Rendering
 from library.models.flow_matching import (
     PATCH,
     Fit,
-    FlowMatching,
     flow_of,
     in_its_dtype,
     one_autoencoder,
@@ -37,12 +34,13 @@ from library.models.flow_matching import (
     refuse_misfits,
     refuse_missing,
 )
+from library.models.flux_blocks import FluxBlocks
 from library.models.text.language import never_in_fp16, padded, read_qwen3_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from library.diffusion.flow import Flow
     from library.models.modules import Tokenizer
@@ -68,7 +66,7 @@ _TOKENS_BEFORE = 3  # of Qwen3's own tokenizer
 _PADDING = "<|endoftext|>"
 
 
-class Flux2Klein(FlowMatching):
+class Flux2Klein(FluxBlocks):
     """The family "flux2". Its members are described in `library.models.family.ModelFamily`."""
 
     NAME, TITLE = "flux2", "a FLUX.2 klein model"
@@ -235,11 +233,6 @@ class Flux2Klein(FlowMatching):
             )[0]
         return found.transpose(1, 2).unflatten(2, (height, width))
 
-    def denoiser_blocks(self) -> list[nn.Module]:
-        """The double blocks and the single ones."""
-        transformer: Any = self.components["denoiser"]
-        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
     def swap_blocks(self) -> list[Block]:
         """Of a double block, which is twice as large as a single one, its attention and each MLP by themselves."""
         from library.offload.swap import layers_in
@@ -252,24 +245,9 @@ class Flux2Klein(FlowMatching):
 
     # -- adapters
 
-    def blocks(self) -> Blocks:
-        doubles, singles = self._counts
-
-        def number(name: str) -> int | None:
-            return block_number(name, doubles=doubles)
-
-        return Blocks((("double", doubles), ("single", singles)), 0, number)
-
     def adapter_name(self, part: str, path: str) -> str:
-        """The original names."""
+        """The original names; of the single blocks, whose layers are one in the model as well, they are one layer's."""
         return original_name(path)
-
-    def fused_name(self, part: str, name: str) -> str:
-        """Of the double blocks alone: the single ones' layers are one in the model as well."""
-        return fused_name(name)
-
-    def fused_place(self, part: str, name: str) -> int:
-        return fused_place(name)
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
         return {"unet": _SIZES[self._counts][1]} if self._counts in _SIZES else None

@@ -19,19 +19,12 @@ from tests.quick import quick
 
 
 @pytest.mark.parametrize("name", quick(presets(), "origin", "sd15_style", "slider", "flux_style"))
-def test_every_preset_trains(
-    name: str,
-    image_folder: Path,
-    tmp_path: Path,
-    tiny_flux: Path,
-    tiny_flux2: Path,
-    tiny_anima: Path,
-    tiny_z_image: Path,
-) -> None:
+def test_every_preset_trains(name: str, image_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from train_network import main
 
-    models = {"flux": tiny_flux, "flux2": tiny_flux2, "anima": tiny_anima, "z_image": tiny_z_image}
-    base = models.get(name.rpartition("_")[0], BASE)
+    family = name.rpartition("_")[0]
+    of_flow = family in ("flux", "flux2", "chroma", "anima", "z_image")
+    base = request.getfixturevalue(f"tiny_{family}") if of_flow else BASE
     data = ("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(image_folder))
     small = ("--resolution", "64", "--no-enable_bucket", "--caption_extension", ".txt", "--max_train_steps", "2")
     output = ("--output_dir", str(tmp_path), "--no-loss_plot", "--no-report")

@@ -1,5 +1,5 @@
 """The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1,
-FLUX.2 klein, Anima and Z-Image.
+FLUX.2 klein, Chroma, Anima and Z-Image.
 
 Names are kohya's. `library.models.opening` refuses them for a model of another family.
 """
@@ -7,6 +7,7 @@ Names are kohya's. `library.models.opening` refuses them for a model of another 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from library.config.fields import BadValue, option
 from library.errors import UserError
@@ -15,6 +16,7 @@ from library.errors import UserError
 _WRITTEN_ANYWAY: dict[str, tuple[object, ...]] = {
     "discrete_flow_shift": (1.0, 3.0, 3.1582, 5.0, 6.0),
     "guidance_scale": (3.5,),
+    "model_type": ("flux",),
     "model_prediction_type": ("raw",),
     "t5xxl_max_token_length": (256,),
     "qwen3_max_token_length": (512,),
@@ -55,8 +57,11 @@ def asks_for_nothing(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
-    """FLUX.1, FLUX.2 klein, Anima and Z-Image"""
+    """FLUX.1, FLUX.2 klein, Chroma, Anima and Z-Image"""
 
+    model_type: Literal["flux", "chroma"] | None = option(
+        None, help="what the base is, flux or chroma: checked against the file, which says so itself"
+    )
     clip_l: str | None = option(None, help="the CLIP-L text encoder, where the base has none: a file or a folder")
     t5xxl: str | None = option(None, help="the T5-XXL text encoder, where the base has none: a file or a folder")
     ae: str | None = option(
@@ -77,11 +82,15 @@ class FlowOptions:
     qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of FLUX.2, Anima or Z-Image")
     t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512 of dev, 256 of schnell)"
+        None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512; of FLUX.1 schnell 256)"
     )
-    apply_t5_attn_mask: bool = option(False, help="hide T5's padding from T5 and from the transformer")
+    apply_t5_attn_mask: bool = option(
+        False, help="hide T5's padding from T5 and from the transformer; for Chroma that is done in any case"
+    )
     guidance_scale: float = option(
-        1.0, minimum=0, help="the guidance that dev is told in training; samples are rendered with 3.5 or their --g"
+        1.0,
+        minimum=0,
+        help="the guidance that FLUX.1 dev is told in training; samples are rendered with 3.5 or their --g",
     )
     discrete_flow_shift: float | None = option(
         None,

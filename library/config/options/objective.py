@@ -75,8 +75,9 @@ class ObjectiveOptions:
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift"] = option(
         "sigma",
         help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle, Anima's default; "
-        "for FLUX, Anima and Z-Image also shift, sigmoid with --discrete_flow_shift (Z-Image's default), and with a "
-        "shift that grows with the image flux_shift for FLUX.1 and flux2_shift for FLUX.2 (its default)",
+        "for FLUX, Chroma, Anima and Z-Image also shift, sigmoid with --discrete_flow_shift (Z-Image's default), and "
+        "with a shift that grows with the image flux_shift for FLUX.1 and Chroma, and flux2_shift for FLUX.2 (its "
+        "default)",
     )
     sigmoid_scale: float = option(
         1.0, minimum=0, help="width of sigmoid, shift, flux_shift and flux2_shift; above 1 nearer to uniform"
