@@ -283,13 +283,18 @@ def _distilled(base: BaseModel, size: str, version: str | None) -> bool:
 def _fits(base: BaseModel) -> list[Fit]:
     """What the transformer needs of the text encoder and the autoencoder."""
     transformer, encoder, vae = (base.parts[part].config for part in ("denoiser", "text_encoder", "vae"))
-    if encoder["num_hidden_layers"] <= _LAYERS[-1]:
+    if (layers := encoder.get("num_hidden_layers", 0)) <= _LAYERS[-1]:
         raise UserError(
-            f"{base.parts['text_encoder'].where}: has {encoder['num_hidden_layers']} layers, where FLUX.2 klein reads "
-            f"the states behind the {_LAYERS[-1]}th and normalises none: another model's file"
+            f"{base.parts['text_encoder'].where}: has {layers} layers, where FLUX.2 klein reads the states behind the "
+            f"{_LAYERS[-1]}th and normalises none: another model's file"
         )
     states = encoder.get("hidden_size", 0) * len(_LAYERS)
     return [
         Fit("transformer", "states with", transformer.get("joint_attention_dim", 7680), states),
-        Fit("transformer", "latents with", transformer.get("in_channels", 128), vae["latent_channels"] * PATCH**2),
+        Fit(
+            "transformer",
+            "latents with",
+            transformer.get("in_channels", 128),
+            vae.get("latent_channels", 32) * PATCH**2,
+        ),
     ]
