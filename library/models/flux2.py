@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +20,7 @@ from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux2
 from library.models.checkpoints.flux2_files import PARTS, is_distilled, open_flux2, with_few_layers
 from library.models.checkpoints.flux2_names import original_name
-from library.models.checkpoints.part_files import own_tokenizer, with_part
+from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
 from library.models.family import Rendering
 from library.models.flow_matching import (
@@ -35,6 +34,7 @@ from library.models.flow_matching import (
     refuse_missing,
 )
 from library.models.flux_blocks import FluxBlocks
+from library.models.text import qwen
 from library.models.text.language import never_in_fp16, padded, read_qwen3_tokenizer
 
 if TYPE_CHECKING:
@@ -56,13 +56,10 @@ _CHOICES = {
     "attn-only": re.compile(r"transformer_blocks\.\d+\.attn\..*|single_transformer_blocks\.\d+\.attn\..*"),
     "attn-qv": re.compile(r".*\.attn\.(?:to_[qv]|add_[qv]_proj|to_qkv_mlp_proj)"),
 }
-_TEXT_LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 _LAYERS = (9, 18, 27)  # of Qwen3, behind which states are taken
 _SIZES = {(5, 20): ("4b", 100), (8, 24): ("9b", 144)}  # by the numbers of blocks: name, and layers with adapters
 _SHIFT = 3.0  # of levels that are drawn by sigma and shift
-# A user's turn of Qwen3's chat, and the beginning of the answer behind thoughts that are empty
-_BEFORE, _BEHIND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-_TOKENS_BEFORE = 3  # of Qwen3's own tokenizer
+_BEHIND = f"{qwen.BEHIND}<think>\n\n</think>\n\n"  # with thinking off
 _PADDING = "<|endoftext|>"
 
 
@@ -81,13 +78,7 @@ class Flux2Klein(FluxBlocks):
             choices=_CHOICES,
         ),
         "vae": PartKind(folder="vae", title="VAE", new="library.models.modules.new_flux2_vae"),
-        "text_encoder": PartKind(
-            folder="text_encoder",
-            title="text encoder",
-            new="library.models.modules.new_qwen3_encoder",
-            linear=_TEXT_LINEAR,
-            overflows_fp16=True,
-        ),
+        "text_encoder": qwen.FROZEN,
     }
     UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for FLUX.2, of musubi-tuner,")
     TIMESTEP_SAMPLING = "flux2_shift"
@@ -112,9 +103,7 @@ class Flux2Klein(FluxBlocks):
         for part, option, path in (("text_encoder", "qwen3", qwen3), ("vae", "ae" if ae else "vae", own)):
             base = with_part(base, part, PARTS[part], path, option=option) if path else base
         refuse_missing(base, "FLUX.2 klein", _WANTED)
-        if qwen3_tokenizer_path:
-            folder = own_tokenizer(qwen3_tokenizer_path, option="qwen3_tokenizer_path", inside="tokenizer")
-            base = replace(base, tokenizer=folder)
+        base = qwen.with_own_tokenizer(base, qwen3_tokenizer_path)
         refuse_misfits(base, _fits(base))
         base = with_few_layers(base, _LAYERS[-1] + 1)  # the last state of all would be normalised
         super().__init__(base, vae=own)
@@ -125,7 +114,7 @@ class Flux2Klein(FluxBlocks):
         self.base_model_version = f"flux_2_klein_{size}".removesuffix("_")
         self.architecture = f"Flux.2-klein-{size}".removesuffix("-")
         self._tokens = qwen3_max_token_length
-        self.token_limit = max(1, qwen3_max_token_length - _TOKENS_BEFORE)
+        self.token_limit = max(1, qwen3_max_token_length - qwen.TOKENS_BEFORE)
         self._shift = _SHIFT if discrete_flow_shift is None else discrete_flow_shift
         config = base.parts["vae"].config
         self.latents = PatchLatentSpace(
@@ -183,7 +172,7 @@ class Flux2Klein(FluxBlocks):
         assert self._tokenizer is not None
         return combined(
             {
-                "template": [_BEFORE, _BEHIND],
+                "template": [qwen.BEFORE, _BEHIND],
                 "layers": _LAYERS,
                 "tokenizer": folder_fingerprint(self._base.tokenizer),
                 "tokens": self._tokens,
@@ -204,7 +193,7 @@ class Flux2Klein(FluxBlocks):
         import torch
 
         encoder: Any = self.components["text_encoder"]
-        rows = [self._tokenizer.encode(f"{_BEFORE}{one}{_BEHIND}").ids[: self._tokens] for one in captions]
+        rows = [self._tokenizer.encode(f"{qwen.BEFORE}{one}{_BEHIND}").ids[: self._tokens] for one in captions]
         tables = padded(rows, with_id=self._tokenizer.token_to_id(_PADDING), length=self._tokens)
         ids, mask = (to_device(table, device_of(encoder)) for table in tables)
         with torch.no_grad(), never_in_fp16(ids.device):
