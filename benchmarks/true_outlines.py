@@ -111,7 +111,8 @@ def _write_tokenizer(folder: Path) -> None:
     from tokenizers.models import WordLevel
 
     folder.mkdir()
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "<|endoftext|>": 3}
+    chat = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    words = {word: place for place, word in enumerate(("<pad>", "</s>", "<unk>", *chat))}
     Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
 
 

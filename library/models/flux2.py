@@ -59,7 +59,8 @@ _CHOICES = {
 _LAYERS = (9, 18, 27)  # of Qwen3, behind which states are taken
 _SIZES = {(5, 20): ("4b", 100), (8, 24): ("9b", 144)}  # by the numbers of blocks: name, and layers with adapters
 _SHIFT = 3.0  # of levels that are drawn by sigma and shift
-_BEHIND = f"{qwen.BEHIND}<think>\n\n</think>\n\n"  # with thinking off
+_THOUGHTS = ("<think>", "</think>")
+_BEHIND = qwen.BEHIND + "\n\n".join([*_THOUGHTS, ""])  # with thinking off
 _PADDING = "<|endoftext|>"
 
 
@@ -161,10 +162,8 @@ class Flux2Klein(FluxBlocks):
         config = self._base.parts["text_encoder"].config
         source = f"Qwen/Qwen3-{'8B' if config['hidden_size'] > _WIDTH_OF_4B else '4B'}"
         own = {"source": source, "of": self.path, "model": "FLUX.2 klein"}
-        found = read_qwen3_tokenizer(self._base.tokenizer, rows=config["vocab_size"], **own)
-        if found.token_to_id(_PADDING) is None:
-            raise UserError(f"{self._base.tokenizer} is not the tokenizer of Qwen3: it has no token {_PADDING}")
-        return found
+        words = (*qwen.WORDS, *_THOUGHTS, _PADDING)
+        return read_qwen3_tokenizer(self._base.tokenizer, rows=config["vocab_size"], words=words, **own)
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint

@@ -144,7 +144,7 @@ class ZImage(FlowMatching):
     def _tokenizer(self) -> Tokenizer:
         own = {"source": "Qwen/Qwen3-4B", "of": self.path, "model": "Z-Image"}
         rows = self._base.parts["text_encoder"].config["vocab_size"]
-        return read_qwen3_tokenizer(self._base.tokenizer, rows=rows, **own)
+        return read_qwen3_tokenizer(self._base.tokenizer, rows=rows, words=qwen.WORDS, **own)
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint

@@ -151,6 +151,11 @@ def test_missing_and_wrong_files(
         opened(base, **_options(files, vae="a"))
     with pytest.raises(UserError, match=r"no tokenizer of Qwen3 .* give --qwen3_tokenizer_path, .* Qwen/Qwen3-4B"):
         opened(base, **_options(files, qwen3_tokenizer_path=None)).count_tokens("a cat")
+    tokenizer = json.loads((files["qwen3_tokenizer_path"] / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if "think" not in one["content"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"not the whole tokenizer of Qwen3: <think>, </think> is no token of it"):
+        opened(base, **_options(files, qwen3_tokenizer_path=str(tmp_path))).count_tokens("a cat")
     with pytest.raises(UserError, match=r"has 3 layers, where FLUX.2 klein reads the states behind the 27th"):
         opened(base, **_options({**files, "qwen3": tiny_z_image / "text_encoder"}))
     wide = {name: t for name, t in load_file(files["qwen3"]).items() if "embed" not in name}

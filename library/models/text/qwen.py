@@ -21,6 +21,8 @@ FROZEN = PartKind(
 """Where it is never trained."""
 BEFORE, BEHIND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 """The words of its chat around a user's turn, up to the answer."""
+WORDS = ("<|im_start|>", "<|im_end|>")
+"""Those of them that are one token each."""
 TOKENS_BEFORE = 3
 """Of Qwen3's own tokenizer, before the text."""
 
