@@ -56,7 +56,8 @@ def write(folder: Path, family: str) -> Path:
 
 
 _PIPELINES = {
-    "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline", "flux2_9b": "Flux2KleinPipeline", "z_image": "ZImagePipeline"
+    "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline", "flux2_9b": "Flux2KleinPipeline", "chroma": "ChromaPipeline",
+    "z_image": "ZImagePipeline",
 }  # fmt: skip
 # What the sizes of FLUX.2 klein have otherwise than the one in the asset, with Qwen3-4B or Qwen3-8B
 _KLEIN: dict[str, dict[str, dict[str, int]]] = {
