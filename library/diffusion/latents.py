@@ -69,14 +69,18 @@ class LatentSpace:
 @dataclass(frozen=True, kw_only=True)
 class FrameLatentSpace(LatentSpace):
     """Latents of a VAE for video, which takes and returns images as videos of one frame, [B, C, 1, h, w]. Each channel
-    has a mean and a standard deviation of its own, by which it is normalised; `scaling` and `shift` have no effect."""
+    has a mean and a standard deviation of its own, by which it is normalised; `scaling` and `shift` have no effect.
+
+    An image's latents are the middle of their distribution, whose deviation is 0 here: what such models are given
+    elsewhere (diffusers' pipelines of Anima, Qwen-Image and Cosmos 2.5, kohya's script for Anima).
+    """
 
     means: tuple[float, ...]
     deviations: tuple[float, ...]
 
     def _scaled(self, vae: AutoEncoder, mean_BCHW: Tensor, std_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         means, deviations = self._tables(mean_BCHW)
-        return (mean_BCHW - means) / deviations, std_BCHW / deviations
+        return (mean_BCHW - means) / deviations, std_BCHW.new_zeros(std_BCHW.shape)
 
     def _as_they_were(self, vae: AutoEncoder, latents_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
         means, deviations = self._tables(latents_BCHW)
@@ -97,7 +101,11 @@ class FrameLatentSpace(LatentSpace):
 class PatchLatentSpace(LatentSpace):
     """Latents of FLUX.2: `patch`² cells of its autoencoder are one, in the order channel, row, column. `channels` and
     `factor` are those of such a patch. Each channel is normalised by a mean and a variance that lie with the
-    autoencoder's weights, as `bn`; `scaling` and `shift` have no effect. eps: is added to the variance."""
+    autoencoder's weights, as `bn`; `scaling` and `shift` have no effect. eps: is added to the variance.
+
+    An image's latents are the middle of their distribution, whose deviation is 0 here: what the makers' own code,
+    diffusers' pipelines and musubi-tuner give the model.
+    """
 
     patch: int = 2
     eps: float = 1e-4
@@ -106,8 +114,8 @@ class PatchLatentSpace(LatentSpace):
         from torch.nn.functional import pixel_unshuffle
 
         means, deviations = self._tables(vae)
-        mean_BCHW, std_BCHW = (pixel_unshuffle(moment, self.patch) for moment in (mean_BCHW, std_BCHW))
-        return (mean_BCHW - means) / deviations, std_BCHW / deviations
+        mean_BCHW = (pixel_unshuffle(mean_BCHW, self.patch) - means) / deviations
+        return mean_BCHW, mean_BCHW.new_zeros(mean_BCHW.shape)
 
     def _as_they_were(self, vae: AutoEncoder, latents_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
         from torch.nn.functional import pixel_shuffle

@@ -200,7 +200,6 @@ _OF_FLUX2_DEV = ("single_stream_modulation.lin", "guidance_in.in_layer")
         ({f"{name}.weight": (8, 8) for name in _OF_FLUX2_DEV}, "a FLUX.2 dev model"),
         ({"img_in.weight": (128, 384)}, "a FLUX.1 Fill model"),
         ({"img_in.weight": (128, 128)}, "a FLUX.1 Depth or Canny model"),
-        ({"scaled_fp8": (2,)}, "a FLUX or Chroma model whose fp8 weights have scales beside them"),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

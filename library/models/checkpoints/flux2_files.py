@@ -12,6 +12,7 @@ from typing import Any
 from library.errors import UserError
 from library.files.index import read_index
 from library.files.json_text import Config
+from library.files.scaled_fp8 import with_scales
 from library.files.tensors import TensorEntry
 from library.models.checkpoints import checkpoint, z_image_files
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
@@ -22,7 +23,6 @@ from library.models.checkpoints.part_files import (
     Entries,
     PartFiles,
     parts_in,
-    refuse_scales,
     tokenizer_in,
     without_prefix,
 )
@@ -114,7 +114,7 @@ def _of_folder(folder: Path) -> dict[str, Part]:
 
 
 def _of_file(path: str, entries: Entries) -> dict[str, Part]:
-    refuse_scales(path, entries)
+    entries = with_scales(path, entries)
     inner = without_prefix(
         {name: entry for name, entry in entries.items() if not name.startswith(("text_encoders.", *VAES))},
         FLUX2_PREFIXES,
