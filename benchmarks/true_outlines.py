@@ -1,4 +1,5 @@
-"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, Chroma, Anima and Z-Image at their true sizes: headers alone.
+"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, FLUX.2 klein, Chroma, Anima and Z-Image at their true sizes:
+headers alone.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -10,7 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,21 +20,30 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl", "flux", "chroma", "anima" or "z_image", made once."""
+    """A diffusers folder of the `family`, made once: "sd15", "sdxl", "flux", "flux2", "flux2_9b", "chroma", "anima" or
+    "z_image"."""
     if (folder / "scheduler").exists():
         return folder
     from library.models.checkpoints.base_model import ASSETS
 
-    config = json.loads((ASSETS / f"{'sd1' if family == 'sd15' else family}.json").read_text(encoding="utf-8"))
+    def asset(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((ASSETS / f"{name}.json").read_text(encoding="utf-8"))
+        return found
+
+    config = asset({"sd15": "sd1", "flux2_9b": "flux2"}.get(family, family))
     if family in ("z_image", "chroma"):
-        of_flux = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))
+        of_flux = asset("flux")
         config = {"text_encoder": of_flux["text_encoder_2"], **config, "vae": of_flux["vae"]}
+    if family in _KLEIN:
+        config["text_encoder"] = asset("z_image")["text_encoder"]
+        for part, sizes in _KLEIN[family].items():
+            config[part] |= sizes
     for part, new in _makers(family).items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         _write_header(folder / part / f"{stem}.safetensors", dict(new(config[part]).named_parameters()))
-    if pipeline := {"flux": "FluxPipeline", "chroma": "ChromaPipeline", "z_image": "ZImagePipeline"}.get(family):
+    if pipeline := _PIPELINES.get(family):
         (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
         _write_tokenizer(folder / ("tokenizer_2" if family == "flux" else "tokenizer"))
     if family == "anima":
@@ -45,15 +55,37 @@ def write(folder: Path, family: str) -> Path:
     return folder
 
 
+_PIPELINES = {
+    "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline", "flux2_9b": "Flux2KleinPipeline", "chroma": "ChromaPipeline",
+    "z_image": "ZImagePipeline",
+}  # fmt: skip
+# What the sizes of FLUX.2 klein have otherwise than the one in the asset, with Qwen3-4B or Qwen3-8B
+_KLEIN: dict[str, dict[str, dict[str, int]]] = {
+    "flux2": {},
+    "flux2_9b": {
+        "transformer": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
+                        "joint_attention_dim": 12288},
+        "text_encoder": {"hidden_size": 4096, "intermediate_size": 12288},
+    },
+}  # fmt: skip
+
+
 def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
     """What makes each part, by the part's folder."""
     from library.models import modules
 
     stable = {"vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
+    klein = {
+        "vae": modules.new_flux2_vae,
+        "text_encoder": modules.new_qwen3_encoder,
+        "transformer": modules.new_flux2_transformer,
+    }
     by_family: Mapping[str, Mapping[str, Callable[[Config], nn.Module]]] = {
         "sd15": {**stable, "unet": modules.new_unet},
         "sdxl": {**stable, "unet": modules.new_unet, "text_encoder_2": modules.new_projected_text_encoder},
         "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
+        "flux2": klein,
+        "flux2_9b": klein,
         "chroma": {
             "vae": modules.new_vae,
             "text_encoder": modules.new_t5_encoder,
@@ -80,7 +112,9 @@ def _write_tokenizer(folder: Path) -> None:
     from tokenizers.models import WordLevel
 
     folder.mkdir()
-    Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    chat = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    words = {word: place for place, word in enumerate(("<pad>", "</s>", "<unk>", *chat))}
+    Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
 
 
 def _write_header(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:

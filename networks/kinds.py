@@ -36,7 +36,9 @@ KINDS = {
     "t_lora": "networks.t_lora.TLoRA",
 }
 
-ALIASES = dict.fromkeys(("networks.lora_flux", "networks.lora_anima", "networks.lora_zimage"), "lora")
+ALIASES = dict.fromkeys(
+    ("networks.lora_flux", "networks.lora_flux_2", "networks.lora_anima", "networks.lora_zimage"), "lora"
+)
 """kohya's modules for one model, whose kind serves all models here."""
 
 # Arguments of kohya's `create_network` that the trainer passes itself: no words of the user's

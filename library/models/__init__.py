@@ -9,4 +9,5 @@ FAMILIES = {
     "chroma": "library.models.chroma.Chroma",
     "anima": "library.models.anima.Anima",
     "z_image": "library.models.z_image.ZImage",
+    "flux2": "library.models.flux2.Flux2Klein",
 }

@@ -27,7 +27,7 @@ def family(
     request: pytest.FixtureRequest, tiny_sdxl: Path, tiny_flux: Path, tiny_anima: Path, tiny_z_image: Path
 ) -> ModelFamily:
     models = {"sd": BASE, "sdxl": tiny_sdxl, "flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}
-    models["chroma"] = request.getfixturevalue("tiny_chroma")
+    models |= {name: request.getfixturevalue(f"tiny_{name}") for name in ("chroma", "flux2")}
     family = open_family(str(models[request.param]))
     assert request.param == family.NAME
     family.components.load("vae", torch.float32, "cpu")
@@ -70,6 +70,7 @@ LONGER: dict[str, dict[str, Any]] = {
     "flux": {"t5xxl_max_token_length": 128},
     "chroma": {"t5xxl_max_token_length": 128},
     "anima": {"t5_max_token_length": 128},
+    "flux2": {"qwen3_max_token_length": 128},
     "z_image": {"qwen3_max_token_length": 128},
 }
 """The option by which each reads longer captions, if not --max_token_length."""
