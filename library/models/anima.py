@@ -18,7 +18,7 @@ from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
 from library.models.blocks import Blocks
 from library.models.checkpoints.adapter_file import WrittenNaming
-from library.models.checkpoints.anima_files import PARTS, open_anima
+from library.models.checkpoints.anima_files import PARTS, configurations, open_anima
 from library.models.checkpoints.anima_names import block_number, original_name
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_anima
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.diffusion.flow import Flow
+    from library.files.json_text import Config
     from library.models.modules import Tokenizer
 
 _LINEAR = re.compile(
@@ -172,6 +173,10 @@ class Anima(FlowMatching):
     @classmethod
     def read(cls, path: str, location: Path) -> BaseModel:
         return open_anima(path, location, kind=cls.NAME)
+
+    @classmethod
+    def usual_configs(cls) -> Mapping[str, Config]:
+        return configurations()
 
     # -- images
 

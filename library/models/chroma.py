@@ -19,7 +19,13 @@ from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_chroma
-from library.models.checkpoints.flux_files import CHROMA_PARTS, autoencoder_config, open_chroma, t5_tokenizer
+from library.models.checkpoints.flux_files import (
+    CHROMA_PARTS,
+    autoencoder_config,
+    chroma_configurations,
+    open_chroma,
+    t5_tokenizer,
+)
 from library.models.checkpoints.open_file import with_vae
 from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.diffusion.flow import Flow
+    from library.files.json_text import Config
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +150,10 @@ class Chroma(FluxBlocks):
     @classmethod
     def read(cls, path: str, location: Path) -> BaseModel:
         return open_chroma(path, location, kind=cls.NAME)
+
+    @classmethod
+    def usual_configs(cls) -> Mapping[str, Config]:
+        return chroma_configurations()
 
     # -- images
 

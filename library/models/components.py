@@ -177,15 +177,20 @@ class Components:
 
     @contextmanager
     def outlined(self) -> Iterator[None]:
-        """A context in which all parts exist without their weights, on the meta device, so that adapters and files can
-        be checked against them. UserError if a part's weights do not fit its configuration."""
+        """A context in which all parts that are not absent exist without their weights, on the meta device, so that
+        adapters and files can be checked against them. UserError if a part's weights do not fit its configuration."""
         before, self._modules = self._modules, {}
         try:
             for name in self._kinds:
-                self._modules[name] = self._outline(name)
+                if not self.absent(name):
+                    self._modules[name] = self._outline(name)
             yield
         finally:
             self._modules = before
+
+    def absent(self, name: str) -> bool:
+        """Whether the part lies nowhere: only its usual configuration is known."""
+        return self._sources[name].absent
 
     def size(self, name: str) -> int:
         """The number of the part's parameters, loaded or not."""

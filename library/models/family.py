@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from library.diffusion.latents import LatentSpace
     from library.diffusion.process import Process
+    from library.files.json_text import Config
     from library.files.tensors import WeightsIndex
     from library.models.blocks import Blocks
     from library.models.checkpoints.adapter_file import WrittenNaming
@@ -151,6 +152,12 @@ class ModelFamily(ABC):
     @abstractmethod
     def read(cls, path: str, location: Path) -> BaseModel:
         """The parts of a file or folder that the family claims, with their configurations. Raises UserError."""
+
+    @classmethod
+    def usual_configs(cls) -> Mapping[str, Config]:
+        """The configurations of the true model's parts, by their folders. Where a family has none, a model without one
+        of its parts is of no use."""
+        return {}
 
     # -- images
 

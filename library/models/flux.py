@@ -16,7 +16,7 @@ from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux
-from library.models.checkpoints.flux_files import PARTS, autoencoder_config, open_flux, t5_tokenizer
+from library.models.checkpoints.flux_files import PARTS, autoencoder_config, configurations, open_flux, t5_tokenizer
 from library.models.checkpoints.open_file import with_vae
 from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.diffusion.flow import Flow
+    from library.files.json_text import Config
     from library.models.modules import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,10 @@ class Flux1(FluxBlocks):
     @classmethod
     def read(cls, path: str, location: Path) -> BaseModel:
         return open_flux(path, location, kind=cls.NAME)
+
+    @classmethod
+    def usual_configs(cls) -> Mapping[str, Config]:
+        return configurations()
 
     # -- images
 

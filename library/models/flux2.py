@@ -18,7 +18,7 @@ from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux2
-from library.models.checkpoints.flux2_files import PARTS, is_distilled, open_flux2, with_few_layers
+from library.models.checkpoints.flux2_files import PARTS, configurations, is_distilled, open_flux2, with_few_layers
 from library.models.checkpoints.flux2_names import original_name
 from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.diffusion.flow import Flow
+    from library.files.json_text import Config
     from library.models.modules import Tokenizer
     from library.offload.swap import Block
 
@@ -139,6 +140,10 @@ class Flux2Klein(FluxBlocks):
     @classmethod
     def read(cls, path: str, location: Path) -> BaseModel:
         return open_flux2(path, location, kind=cls.NAME)
+
+    @classmethod
+    def usual_configs(cls) -> Mapping[str, Config]:
+        return configurations()
 
     # -- images
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from library.config.options.flow import asks_for_nothing
@@ -12,7 +13,7 @@ from library.config.registry import load
 from library.errors import UserError
 from library.files.index import read_index
 from library.models import FAMILIES
-from library.models.checkpoints.base_model import BaseModel, Folder
+from library.models.checkpoints.base_model import BaseModel, Folder, Part
 from library.models.checkpoints.detect import claimed_by, families, kind_of_file, not_a_base
 from library.models.checkpoints.folder import not_a_model
 from library.models.checkpoints.open_file import locate
@@ -30,14 +31,16 @@ def open_family(
     only: tuple[str, ...] = (),
     options: Mapping[str, object] | None = None,
     given: Mapping[str, str] | None = None,
+    whole: bool = True,
 ) -> ModelFamily:
     """The family of the base model at `path`: a diffusers folder, a single file or a hub id.
 
     Reads headers and small configurations only. vae: a folder or file of another VAE. only: the families that are
     wanted, if not all. options: values by name, of which the family takes those that it declares. given: the options
-    that the user set, with the place where each stands; those that only other families declare are refused. Raises
-    UserError if the model is not found, not supported, or not of a family that the user named, and for an option that
-    says that it is another model.
+    that the user set, with the place where each stands; those that only other families declare are refused. whole:
+    whether a part that lies nowhere is an error; if not, only its usual configuration is known, which is enough for
+    tools that change the other parts' weights. Raises UserError if the model is not found, not supported, or not of a
+    family that the user named, and for an option that says that it is another model.
     """
     base = open_base_model(path)
     family: type[ModelFamily] = load(FAMILIES, base.kind, where="FAMILIES")
@@ -59,7 +62,20 @@ def open_family(
     for name, part in base.parts.items():
         if name != "vae" or vae is None:
             part.entries()  # finds a missing or damaged file now, not after all images are encoded
+    if not whole:
+        base = _with_absent(base, family)
     return family(base, vae=vae, **{name: value for name, value in values.items() if name in own})
+
+
+def _with_absent(base: BaseModel, family: type[ModelFamily]) -> BaseModel:
+    """The model with the parts that it lacks as the usual ones, without weights."""
+    usual = family.usual_configs()
+    missing = {name: kind for name, kind in family.PARTS.items() if name not in base.parts and kind.folder in usual}
+    absent = {
+        name: Part(usual[kind.folder], f"the {kind.title}, which {base.path} lacks", dict, absent=True)
+        for name, kind in missing.items()
+    }
+    return replace(base, parts={**base.parts, **absent})
 
 
 def options_of(family: type[ModelFamily]) -> set[str]:

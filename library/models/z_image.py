@@ -22,7 +22,7 @@ from library.models.checkpoints.detect import is_z_image
 from library.models.checkpoints.flux_files import autoencoder_config
 from library.models.checkpoints.open_file import with_vae
 from library.models.checkpoints.part_files import with_part
-from library.models.checkpoints.z_image_files import PARTS, open_z_image
+from library.models.checkpoints.z_image_files import PARTS, configurations, open_z_image
 from library.models.checkpoints.z_image_names import block_number
 from library.models.components import PartKind
 from library.models.family import Rendering
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from library.diffusion.flow import Flow
+    from library.files.json_text import Config
     from library.models.modules import Tokenizer
 
 _LINEAR = re.compile(r"layers\.\d+\.(?:attention\.(?:to_[qkv]|to_out\.0)|feed_forward\.w[123])")
@@ -132,6 +133,10 @@ class ZImage(FlowMatching):
     @classmethod
     def read(cls, path: str, location: Path) -> BaseModel:
         return open_z_image(path, location, kind=cls.NAME)
+
+    @classmethod
+    def usual_configs(cls) -> Mapping[str, Config]:
+        return {**configurations(), "vae": autoencoder_config()}
 
     @cached_property
     def process(self) -> Flow:

@@ -131,7 +131,7 @@ def _in_model(path: Path, base: str) -> tuple[str, set[str], list[str]]:
     from networks.create import create_to_merge
     from networks.load_report import some_names
 
-    family = open_family(base)
+    family = open_family(base, whole=False)
     with family.outlined(), log.errors_only(), torch.no_grad():
         targets = family.adapter_targets()
         known = {

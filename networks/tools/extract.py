@@ -136,8 +136,8 @@ def extract(
         raise UserError(f"--clamp_quantile {clamp_quantile:g}: takes a share above 0, up to 1")
     check_output(target, [Path(base), Path(tuned)], overwrite=overwrite)
     velocity = {"v_parameterization": "--v_parameterization"} if v_parameterization else {}
-    family = open_family(base, options={"v_parameterization": v_parameterization}, given=velocity)
-    other = open_family(tuned)
+    family = open_family(base, options={"v_parameterization": v_parameterization}, given=velocity, whole=False)
+    other = open_family(tuned, whole=False)
     if family.NAME != other.NAME:
         raise UserError(f"{base} is {family.TITLE} and {tuned} is {other.TITLE}: their difference is no LoRA")
     parts = _parts(family, other, conv=conv_rank is not None)
@@ -162,6 +162,9 @@ def _parts(family: ModelFamily, other: ModelFamily, *, conv: bool) -> list[_Part
         sites = {site.module: site for site in find_sites(family.adapter_targets(), conv=conv)}
         for name, kind in family.PARTS.items():
             if not kind.section:
+                continue
+            if name not in family.components or other.components.absent(name):
+                logger.warning("the %s is left out: it is not in both", kind.title)
                 continue
             modules = family.components[name].named_modules()
             own = {f"{path}.weight": sites[module] for path, module in modules if module in sites}

@@ -66,7 +66,7 @@ def merge_into(
     """
     location = locate(base)
     _check_target(location, target, sources, overwrite=overwrite)
-    family = open_family(base)
+    family = open_family(base, whole=False)
     with family.outlined():
         changes = _changes(sources, weights, family.adapter_targets(), method, allow_missing=allow_missing)
         patches = _patches(family, changes)
@@ -223,7 +223,7 @@ def _delta(share: _Share, leaf: str, weight: Tensor) -> Tensor:
 def _patches(family: ModelFamily, changes: Mapping[nn.Module, _LayerChange]) -> dict[Path, list[Patch]]:
     """The changes to each file of the base model."""
     found: dict[Path, list[Patch]] = {}
-    for part in (name for name, kind in family.PARTS.items() if kind.section):
+    for part in (name for name, kind in family.PARTS.items() if kind.section and name in family.components):
         entries = family.components.entries(part)
         for path, layer in family.components[part].named_modules():
             if (change := changes.get(layer)) is None:

@@ -180,13 +180,13 @@ def _of_model(content: AdapterFile, base: str) -> list[_Layer]:
     """With the shapes and weights of a base model. `UserError` for layers that do not fit it."""
     from library.models.opening import open_family
 
-    family = open_family(base)
+    family = open_family(base, whole=False)
     with family.outlined(), errors_only(), torch.no_grad():
         network = create_to_merge(content, family.adapter_targets(), multiplier=1.0)
         report, own = network.compare(content)
         if other := (*report.mismatched, *report.unexpected):
             raise UserError(f"{content.source}: {len(other)} layers are not those of {base}:{some_names(other)}")
-        parts = [name for name, kind in family.PARTS.items() if kind.section]
+        parts = [name for name, kind in family.PARTS.items() if kind.section and name in family.components]
         places = {
             module: entries[f"{path}.weight"]
             for entries, part in ((family.components.entries(name), family.components[name]) for name in parts)

@@ -23,12 +23,14 @@ class Part:
     """One module of a base model.
 
     config: the configuration that diffusers or transformers build it from. where: its name in errors. entries: reads
-    the table of its weights, under the module's own names.
+    the table of its weights, under the module's own names. absent: whether it lies nowhere, so that only the usual
+    configuration is known (see `library.models.opening.open_family`).
     """
 
     config: Config
     where: str
     entries: Callable[[], Mapping[str, TensorEntry]]
+    absent: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ def configurations() -> dict[str, Any]:
     return read_json(ASSETS / "flux.json")
 
 
-def chroma_transformer() -> dict[str, Any]:
-    """The configuration of the true Chroma's transformer. Its text encoder and its autoencoder are FLUX.1's."""
-    config: dict[str, Any] = read_json(ASSETS / "chroma.json")["transformer"]
-    return config
+def chroma_configurations() -> dict[str, Any]:
+    """Of the true Chroma, by the folders of its parts. Its text encoder and its autoencoder are FLUX.1's."""
+    flux = configurations()
+    return {"text_encoder": flux["text_encoder_2"], "vae": flux["vae"], **read_json(ASSETS / "chroma.json")}
 
 
 def open_flux(path: str, location: Path, *, kind: str) -> BaseModel:
@@ -69,8 +69,11 @@ def open_flux(path: str, location: Path, *, kind: str) -> BaseModel:
 
 def open_chroma(path: str, location: Path, *, kind: str) -> BaseModel:
     """As `open_flux`, of Chroma."""
+    inputs = chroma_configurations()["transformer"]["in_channels"]
     parts = (
-        _of_folder(location, CHROMA_PARTS, inputs=chroma_transformer()["in_channels"], model="Chroma takes")
+        _of_folder(
+            location, CHROMA_PARTS, inputs=chroma_configurations()["transformer"]["in_channels"], model="Chroma takes"
+        )
         if location.is_dir()
         else _of_file(path, read_index(location).entries, CHROMA_PARTS, _chroma_config)
     )
@@ -142,7 +145,7 @@ def _transformer_config(entries: Entries, path: str) -> dict[str, Any]:
 
 
 def _chroma_config(entries: Entries, path: str) -> dict[str, Any]:
-    config = chroma_transformer()
+    config = chroma_configurations()["transformer"]
     hidden, channels = shape_of(entries, f"{_APPROXIMATOR}.in_proj.weight", path)
     return {
         **config,

@@ -115,7 +115,7 @@ def single(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Opens single files with this folder's configurations: a file of a small model has none."""
 
     def use(folder: Path) -> None:
-        def opened(path: str) -> StableDiffusion:
+        def opened(path: str, *, whole: bool) -> StableDiffusion:
             v2 = "sd2" in Path(path).name
             return StableDiffusion(open_file(path, Path(path), kind="sd", config=configuration(folder)), v2=v2)
 
@@ -200,7 +200,7 @@ def test_a_single_file_of_sdxl(tiny_sdxl: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         into_checkpoint,
         "open_family",
-        lambda path: StableDiffusionXL(open_file(path, Path(path), kind="sdxl", config=config)),
+        lambda path, whole: StableDiffusionXL(open_file(path, Path(path), kind="sdxl", config=config)),
     )
     assert _merged(target, str(lora), "--base", str(base), "--weights", "0.5") == 0
     found = load_file(target)
