@@ -97,6 +97,14 @@ def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny Stable Diffusion 3.5 medium with random weights."""
+    from tests.tiny_sd3 import write
+
+    return write(tmp_path_factory.mktemp("tiny_sd3"))
+
+
+@pytest.fixture(scope="session")
 def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a tiny Z-Image with random weights."""
     from tests.tiny_z_image import write

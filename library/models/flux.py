@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from library.diffusion.flow import Flow
     from library.models.modules import Tokenizer
+    from library.models.text.t5 import T5Captions
     from library.offload.swap import Block
 
 logger = logging.getLogger(__name__)
@@ -214,45 +215,28 @@ class Flux1(FlowMatching):
             }
         )
 
-    def _t5_content(self, caption: str) -> list[int]:
-        """T5's tokens of a caption without the end."""
-        end = self._base.parts["text_encoder_2"].config.get("eos_token_id", 1)
-        ids: list[int] = self._t5_tokenizer.encode(caption).ids
-        return ids[:-1] if ids and ids[-1] == end else ids
+    @cached_property
+    def _t5(self) -> T5Captions:
+        from library.models.text.t5 import T5Captions
+
+        return T5Captions(self._t5_tokenizer, self._base.parts["text_encoder_2"].config, self._t5_tokens)
 
     def count_tokens(self, caption: str) -> int:
         """T5's, without the end."""
-        return len(self._t5_content(caption))
+        return len(self._t5.content(caption))
 
     def encode_prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """{"pooled": [B, P] of CLIP, "hidden_states": [B, L, D] of T5}, and with --apply_t5_attn_mask "mask" [B, L].
 
         L is always T5's maximum: padding is seen, unless it is masked. Differentiable in CLIP.
         """
-        import torch
-
         from library.models.text.prompts import chunked_ids
 
         clip: Any = self.components["text_encoder"]
         ids = chunked_ids(self._tokenizer, captions, limit=_CLIP_TOKENS)[:, 0]
         pooled = clip(to_device(ids, device_of(clip))).pooler_output
-        t5: Any = self.components["text_encoder_2"]
-        ids, mask = self._t5_ids(captions)
-        ids, mask = (to_device(table, device_of(t5)) for table in (ids, mask))
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):  # it is frozen, and overflows fp16
-            states = t5(ids, attention_mask=mask if self._masks else None).last_hidden_state
+        states, mask = self._t5.states(self.components["text_encoder_2"], captions, masked=self._masks)
         return {"pooled": pooled, "hidden_states": states, **({"mask": mask} if self._masks else {})}
-
-    def _t5_ids(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and a mask that is 0 on padding, each [B, L]."""
-        import torch
-
-        config = self._base.parts["text_encoder_2"].config
-        end, pad = config.get("eos_token_id", 1), config.get("pad_token_id", 0)
-        rows = [[*self._t5_content(caption)[: self.token_limit], end] for caption in captions]
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.tensor([[*row, *[pad] * (self._t5_tokens - len(row))] for row in rows])
-        return ids, (torch.arange(self._t5_tokens) < lengths[:, None]).long()
 
     # -- the network
 

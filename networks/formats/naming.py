@@ -15,7 +15,8 @@ original names of a UNet's layers. SDXL's UNet has those in kohya's files as wel
 for SDXL, that is settled when the model is known (`sites.in_names_of`).
 
 FLUX.1's transformer has its original names in kohya's and ComfyUI's files, with query, key and value as one layer, and
-diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. Anima's has its original names everywhere:
+diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. So it is with Stable Diffusion 3's, whose
+last norms have their rows in another order in diffusers. Anima's has its original names everywhere:
 kohya's are flat, and those of diffusers, too, are ComfyUI's, `diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`.
 Z-Image's has diffusers' names in all of them; files that were made on its original layout have query, key and value as
 one layer, which becomes three where it is read.
@@ -34,10 +35,10 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.json_text import Config, parse_json
-from library.models.checkpoints import anima_names, z_image_names
+from library.models.checkpoints import anima_names, flux_names, sd3_names, z_image_names
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
-from library.models.checkpoints.flux_names import group_of, members_of, original_name
+from library.models.checkpoints.flux_names import Member
 from networks import kinds
 from networks.formats import forms
 from networks.formats.fused import PLAIN, can_fuse, fuse_pairs, split_pair
@@ -77,6 +78,7 @@ _OF_SDXL = "lora_te1."  # a prefix that OneTrainer has for SDXL only
 _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
 _LAYERS_PER_BLOCK = 2  # of SDXL's UNet
 _FLUX_PATH = re.compile(r"(?:double|single)_blocks\.\d+\..*")
+_SD3_PATH = re.compile(r"joint_blocks\.\d+\..*")
 _ANIMA_PATH = re.compile(r"blocks\.\d+\.(?:self_attn|cross_attn|mlp|adaln_modulation_\w+)\..*")
 _Z_IMAGE_PATH = re.compile(
     r"(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward|adaLN_modulation)\..*"
@@ -99,7 +101,7 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 @dataclass(frozen=True)
 class _Place:
     """The layer that a tensor belongs to: part "unet", "transformer", "text_encoder" or "text_encoder_2" and the path
-    below it, in diffusers' names and without "text_model."; original names of FLUX.1 and Anima stay where ComfyUI has
+    below it, in diffusers' names and without "text_model."; original names of transformers stay where ComfyUI has
     them."""
 
     part: str
@@ -122,16 +124,31 @@ def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, sou
     xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     xl = xl or any(key.startswith(_OF_SDXL) for key in tensors)
     several = xl or any(place.part == "transformer" for place in found)
-    anima = any(_ONLY_ANIMA.fullmatch(place.path) for place in found)
+    shapes = {place.path: [tuple(t.shape) for t in own.values()] for place, own in found.items()}
+    sd3 = sd3_names.is_sd3({place.path: shapes[place.path] for place in found if place.part == "transformer"})
+    anima = not sd3 and any(_ONLY_ANIMA.fullmatch(place.path) for place in found)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
         if anima and place.part == "transformer":
             place = _Place("transformer", anima_names.original_name(place.path))
+        if place.part == "transformer" and sd3_names.has_halves(place.path, shapes[place.path]):
+            own = _exchanged(own, where=f"{source}: {place.path}")
+        if sd3 and place.part == "transformer":
+            place = _Place("transformer", sd3_names.original_name(place.path))
         settings = _settings(config or {}, place, source)
         own = forms.to_lycoris(own, settings, where=f"{source}: {place.part}.{place.path}", path=place.path)
         name = _kohya_name(place, xl=xl, several=several)
         converted |= {f"{name}.{end}": tensor for end, tensor in own.items()}
     return _in_own_layers(converted)
+
+
+def _exchanged(own: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """A pair, or DoRA of rows, on a layer whose rows have their halves in the other order. Raises UserError for another
+    kind, whose tensors have no rows of their own."""
+    rows, others = {"lora_up.weight", DORA_SCALE, forms.MAGNITUDES}, {"lora_down.weight", "alpha"}
+    if other := own.keys() - rows - others:
+        raise UserError(f"{where}.{min(other)}: the halves of this layer's rows are exchanged in files with other names")
+    return {end: tensor.roll(len(tensor) // 2, 0) if end in rows else tensor for end, tensor in own.items()}
 
 
 def from_kohya(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
@@ -184,12 +201,14 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     prefix = next((prefix for prefix in _PARTS if path.startswith(prefix)), "")
     part = _PARTS.get(prefix)
     path = path.removeprefix(prefix).removeprefix(_WRAPPER).replace(".processor.", ".")
-    if part in ("unet", None) and (_FLUX_PATH.fullmatch(path) or _ANIMA_PATH.fullmatch(path)):
+    originals = (_FLUX_PATH, _SD3_PATH, _ANIMA_PATH)
+    if part in ("unet", None) and any(pattern.fullmatch(path) for pattern in originals):
         return _Place("transformer", path)
     if part in ("unet", "transformer", None) and _Z_IMAGE_PATH.fullmatch(path):
         return _Place("transformer", path)
-    if part == "transformer" and any(name(path) != path for name in (original_name, anima_names.original_name)):
-        return _Place(part, path)
+    known = (flux_names.original_name, sd3_names.original_name, anima_names.original_name)
+    if part in ("transformer", None) and (path == "context_embedder" or any(name(path) != path for name in known)):
+        return _Place("transformer", path)
     if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
         path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
     if part is None:
@@ -207,7 +226,7 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
 def _kohya_name(place: _Place, *, xl: bool, several: bool) -> str:
     """xl: of SDXL. several: the model has more than one text encoder."""
     if place.part == "transformer":
-        return "lora_unet_" + original_name(place.path).replace(".", "_")
+        return "lora_unet_" + flux_names.original_name(place.path).replace(".", "_")
     if place.part == "unet":
         block = re.match(r"(?:down_blocks|mid_block|up_blocks)\.", place.path)
         path = original_unet_name(place.path, layers_per_block=_LAYERS_PER_BLOCK) if xl and block else place.path
@@ -261,9 +280,11 @@ def in_names_of(
 
 
 def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layers of FLUX.1 that are one in kohya's files as one; those that have no low-rank pair stay by themselves."""
+    """Layers of FLUX.1 and Stable Diffusion 3 that are one in kohya's files as one; those that have no low-rank pair
+    stay by themselves."""
     modules, prefix = by_module(tensors), "lora_unet_"
-    groups = dict(filter(None, (group_of(name.removeprefix(prefix)) for name in modules)))
+    flat = [name.removeprefix(prefix) for name in modules]
+    groups = dict(filter(None, (flux_names.group_of(name) or sd3_names.group_of(name) for name in flat)))
     for fused, members in groups.items():
         own = {prefix + key: modules.get(prefix + key, {}) for key in members}
         if not can_fuse(list(own.values())):
@@ -276,8 +297,8 @@ def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX.1 `transformer.…` or for
-    Anima and Z-Image `diffusion_model.…`, as `load_lora_weights` takes them.
+    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX.1 and Stable Diffusion 3
+    `transformer.…` or for Anima and Z-Image `diffusion_model.…`, as `load_lora_weights` takes them.
 
     These names have none for alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else
     rounded once. Whoever ignores the file's `lora_adapter_metadata` scales it as it should be, too. Raises UserError
@@ -296,6 +317,9 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
         if lacking := {"lora_down.weight", "lora_up.weight"} - own.keys():
             raise UserError(f"{source}: {name} has no {min(lacking)}")
         for place, one in _by_diffusers_path(name, own, source=source).items():
+            path = place.removeprefix("transformer.")
+            if path != place and sd3_names.has_halves(path, [tuple(tensor.shape) for tensor in one.values()]):
+                one = _exchanged(one, where=f"{source}: {name}")
             down, up = one["lora_down.weight"], one["lora_up.weight"]
             scale = float(one["alpha"]) / len(down) if "alpha" in one else 1.0
             converted |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": (up.float() * scale).to(up.dtype)}
@@ -306,8 +330,8 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
 
 
 def _by_diffusers_path(name: str, own: dict[str, Tensor], *, source: str) -> dict[str, dict[str, Tensor]]:
-    """The layers that a kohya layer is there: several, of one that FLUX.1 has fused."""
-    members = members_of(name.removeprefix("lora_unet_"))
+    """The layers that a kohya layer is there: several, of one that is fused."""
+    members = _members_of(name)
     if len(members) < 2:
         return {diffusers_path(name, source=source): own}
     whole, parts = len(own["lora_up.weight"]), sum(member.rows for member in members)
@@ -316,6 +340,12 @@ def _by_diffusers_path(name: str, own: dict[str, Tensor], *, source: str) -> dic
         raise UserError(f"{source}: {name}: {what}")
     pairs = split_pair(own, [whole // parts * member.rows for member in members])
     return {f"transformer.{member.path}": pair for member, pair in zip(members, pairs, strict=True)}
+
+
+def _members_of(name: str) -> tuple[Member, ...]:
+    """The layers of diffusers' transformer that a kohya layer of FLUX.1 or Stable Diffusion 3 is."""
+    flat = name.removeprefix("lora_unet_")
+    return flux_names.members_of(flat) or sd3_names.members_of(flat)
 
 
 def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
@@ -344,7 +374,7 @@ def diffusers_path(name: str, *, source: str) -> str:
     """For example lora_unet_input_blocks_4_1_proj_in → unet.down_blocks.1.attentions.0.proj_in. Raises UserError."""
     if dotted := anima_names.dotted_name(name) or z_image_names.dotted_name(name):
         return dotted
-    if name.startswith("lora_unet_") and (members := members_of(name.removeprefix("lora_unet_"))):
+    if name.startswith("lora_unet_") and (members := _members_of(name)):
         return f"transformer.{members[0].path}"
     parts = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
     for prefix, part in {**parts, "lora_te2_": "text_encoder_2"}.items():

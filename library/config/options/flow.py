@@ -1,5 +1,5 @@
-"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1,
-Anima and Z-Image.
+"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: Stable
+Diffusion 3, FLUX.1, Anima and Z-Image.
 
 Names are kohya's. `library.models.opening` refuses them for a model of another family.
 """
@@ -42,9 +42,10 @@ def asks_for_nothing(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
-    """FLUX.1, Anima and Z-Image"""
+    """Stable Diffusion 3, FLUX.1, Anima and Z-Image"""
 
     clip_l: str | None = option(None, help="the CLIP-L text encoder, where the base has none: a file or a folder")
+    clip_g: str | None = option(None, help="the CLIP-G text encoder, where the base has none: a file or a folder")
     t5xxl: str | None = option(None, help="the T5-XXL text encoder, where the base has none: a file or a folder")
     ae: str | None = option(
         None, help="the autoencoder, where the base has none: a file or a folder; the same as --vae"
@@ -64,9 +65,15 @@ class FlowOptions:
     qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of Anima or Z-Image")
     t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512 of dev, 256 of schnell)"
+        None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 256, of FLUX.1 dev 512)"
     )
-    apply_t5_attn_mask: bool = option(False, help="hide T5's padding from T5 and from the transformer")
+    apply_lg_attn_mask: bool = option(False, help="hide the padding of CLIP-L and CLIP-G from themselves")
+    apply_t5_attn_mask: bool = option(False, help="hide T5's padding from T5, and in FLUX.1 from the transformer")
+    clip_l_dropout_rate: float = option(
+        0.0, minimum=0, maximum=1, help="share of the captions that CLIP-L says nothing about: zeros in its place"
+    )
+    clip_g_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="the same of CLIP-G, independently")
+    t5_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="the same of T5, independently")
     guidance_scale: float = option(
         1.0, minimum=0, help="the guidance that dev is told in training; samples are rendered with 3.5 or their --g"
     )
@@ -77,7 +84,9 @@ class FlowOptions:
         "Z-Image 2)",
     )
     turbo: bool | None = option(
-        None, help="whether a Z-Image base is Turbo, distilled to eight steps (default: if it is called so) (ours)"
+        None,
+        help="whether a base of Z-Image or Stable Diffusion 3.5 is a Turbo, distilled to a few steps (default: if it is "
+        "called so) (ours)",
     )
     model_prediction_type: str = option(
         "raw", read=read_prediction_type, help="what the loss compares: raw, the predicted velocity with the true one"

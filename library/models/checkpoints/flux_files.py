@@ -168,7 +168,7 @@ def t5_tokenizer(path: str) -> Path:
     location = Path(path).expanduser()
     if location.name == "tokenizer.json":
         location = location.parent
-    for folder in (location, location / "tokenizer_2"):
+    for folder in (location, location / "tokenizer_2", location / "tokenizer_3"):
         if (folder / "tokenizer.json").is_file():
             return folder
     raise UserError(f"--t5_tokenizer_path {path}: there is no tokenizer.json in it")
