@@ -286,7 +286,7 @@ _TOOL_HINTS = {
 # Network modules of kohya's that are not supported yet, and settings (--network_args) of networks.lora's relatives
 # there: what to use instead today.
 MODULES_NOT_YET = {
-    **dict.fromkeys(("networks.oft_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
+    **dict.fromkeys(("networks.oft_flux", "networks.lora_lumina"), ""),
     "networks.lora_hunyuan_image": "",
 }
 _BY_PATTERN = "here: network_reg_dims, with patterns of the layers' names"

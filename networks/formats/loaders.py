@@ -1,7 +1,7 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
 Read at ComfyUI 2025-10 (Z-Image: 2025-12), A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1, Anima, Z-Image: 0.42),
-kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x, 2.x and XL, FLUX.1, Anima and Z-Image. A program
+kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x to 3.5, FLUX.1, Anima and Z-Image. A program
 finds a layer if it knows the naming, the place in the model and the kind; some reject a whole file for one layer. Names
 and shapes are enough, so a file's header is. Imports no torch.
 """
@@ -160,6 +160,11 @@ _OF_FLUX = re.compile(
     r"single_blocks_\d+_(?:linear[12]|modulation_lin))"
 )
 _WITHOUT_FLUX = ("A1111", "LyCORIS")
+_SD3 = ("medium", "5-medium", "5-large")  # kohya's words for its base models
+_OF_SD3 = re.compile(
+    r"lora_unet_(?:joint_blocks_\d+_(?:x|context)_block_(?:attn2?_(?:qkv|proj)|mlp_fc[12]|adaLN_modulation_1)|"
+    r"context_embedder|x_embedder_proj|[ty]_embedder_mlp_[02]|final_layer_(?:linear|adaLN_modulation_1))"
+)
 _OF_ANIMA = re.compile(
     r"lora_unet_blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]|output)_proj|mlp_layer[12]|"
     r"adaln_modulation_(?:self_attn|cross_attn|mlp)_[12])"
@@ -246,6 +251,8 @@ def _rule(
         return _not(f"names in {naming}'s style" if naming else "names of no known program")
     if version.startswith("flux"):
         place = _place_of_flux(program, naming, name)
+    elif version in _SD3:
+        place = _place_of_sd3(program, naming, name)
     elif anima:
         place = _place_of_anima(program, naming, name, own)
     elif z_image:
@@ -327,6 +334,21 @@ def _place_of_flux(program: Program, naming: Naming | None, name: str) -> str:
     return ""
 
 
+def _place_of_sd3(program: Program, naming: Naming | None, name: str) -> str:
+    """As `_place_of_kohya`, for layers of Stable Diffusion 3: query, key and value are one layer in kohya's names."""
+    if program == "LyCORIS":
+        return "it knows no Stable Diffusion 3"
+    if program == "A1111":
+        return "its reader for Stable Diffusion 3 fails on .alpha behind kohya's names"
+    if program == "diffusers" and naming == "kohya":
+        return "it wants names that begin with transformer. and text_encoder."
+    if program == "Forge" and naming != "kohya":
+        return "of Stable Diffusion 3 it knows kohya's names alone"
+    if naming == "kohya" and not (_OF_SD3.fullmatch(name) or _OF_TEXT.fullmatch(name)):
+        return "the name of no layer of Stable Diffusion 3 there, which has query, key and value as one"
+    return ""
+
+
 def _place_of_anima(program: Program, naming: Naming | None, name: str, own: Shapes) -> str:
     """As `_place_of_kohya`, for layers of Anima."""
     text = name.startswith(("lora_te", "text_encoder"))
@@ -367,7 +389,7 @@ def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
 
 def is_about(version: str) -> bool:
     """Whether the tables are about base models of this `ss_base_model_version`."""
-    return version.startswith(("sd_v", "sdxl", "flux1", "anima", "z_image"))
+    return version in _SD3 or version.startswith(("sd_v", "sdxl", "flux1", "anima", "z_image"))
 
 
 def in_words(found: Sequence[Verdict]) -> list[str]:

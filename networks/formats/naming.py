@@ -124,22 +124,24 @@ def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, sou
     xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     xl = xl or any(key.startswith(_OF_SDXL) for key in tensors)
     several = xl or any(place.part == "transformer" for place in found)
-    shapes = {place.path: [tuple(t.shape) for t in own.values()] for place, own in found.items()}
-    sd3 = sd3_names.is_sd3({place.path: shapes[place.path] for place in found if place.part == "transformer"})
+    shapes = {place.path: _shapes(own) for place, own in found.items() if place.part == "transformer"}
+    sd3 = sd3_names.is_sd3(shapes)
     anima = not sd3 and any(_ONLY_ANIMA.fullmatch(place.path) for place in found)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
         if anima and place.part == "transformer":
             place = _Place("transformer", anima_names.original_name(place.path))
-        if place.part == "transformer" and sd3_names.has_halves(place.path, shapes[place.path]):
+        if place.part == "transformer" and sd3_names.has_halves(place.path, _shapes(own)):
             own = _exchanged(own, where=f"{source}: {place.path}")
-        if sd3 and place.part == "transformer":
-            place = _Place("transformer", sd3_names.original_name(place.path))
         settings = _settings(config or {}, place, source)
         own = forms.to_lycoris(own, settings, where=f"{source}: {place.part}.{place.path}", path=place.path)
-        name = _kohya_name(place, xl=xl, several=several)
+        name = _kohya_name(place, xl=xl, several=several, sd3=sd3)
         converted |= {f"{name}.{end}": tensor for end, tensor in own.items()}
     return _in_own_layers(converted)
+
+
+def _shapes(own: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in own.values()]
 
 
 def _exchanged(own: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
@@ -207,7 +209,7 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     if part in ("unet", "transformer", None) and _Z_IMAGE_PATH.fullmatch(path):
         return _Place("transformer", path)
     known = (flux_names.original_name, sd3_names.original_name, anima_names.original_name)
-    if part in ("transformer", None) and (path == "context_embedder" or any(name(path) != path for name in known)):
+    if part in ("transformer", None) and any(name(path) != path for name in known):
         return _Place("transformer", path)
     if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
         path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
@@ -223,10 +225,11 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     return _Place(part, f"{above}{dot}{_OLD_TEXT.get(last, last)}")
 
 
-def _kohya_name(place: _Place, *, xl: bool, several: bool) -> str:
-    """xl: of SDXL. several: the model has more than one text encoder."""
+def _kohya_name(place: _Place, *, xl: bool, several: bool, sd3: bool) -> str:
+    """xl, sd3: of SDXL or Stable Diffusion 3. several: the model has more than one text encoder."""
     if place.part == "transformer":
-        return "lora_unet_" + flux_names.original_name(place.path).replace(".", "_")
+        name = sd3_names.original_name if sd3 else flux_names.original_name
+        return "lora_unet_" + name(place.path).replace(".", "_")
     if place.part == "unet":
         block = re.match(r"(?:down_blocks|mid_block|up_blocks)\.", place.path)
         path = original_unet_name(place.path, layers_per_block=_LAYERS_PER_BLOCK) if xl and block else place.path
@@ -318,7 +321,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
             raise UserError(f"{source}: {name} has no {min(lacking)}")
         for place, one in _by_diffusers_path(name, own, source=source).items():
             path = place.removeprefix("transformer.")
-            if path != place and sd3_names.has_halves(path, [tuple(tensor.shape) for tensor in one.values()]):
+            if path != place and sd3_names.has_halves(path, _shapes(one)):
                 one = _exchanged(one, where=f"{source}: {name}")
             down, up = one["lora_down.weight"], one["lora_up.weight"]
             scale = float(one["alpha"]) / len(down) if "alpha" in one else 1.0

@@ -20,11 +20,13 @@ from tests.quick import quick
 
 @pytest.mark.parametrize("name", quick(presets(), "origin", "sd15_style", "slider", "flux_style"))
 def test_every_preset_trains(
-    name: str, image_folder: Path, tmp_path: Path, tiny_flux: Path, tiny_anima: Path, tiny_z_image: Path
+    name: str, image_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     from train_network import main
 
-    base = {"flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}.get(name.rpartition("_")[0], BASE)
+    model = name.rpartition("_")[0]
+    tiny = model in ("sd3", "flux", "anima", "z_image")
+    base = request.getfixturevalue(f"tiny_{model}") if tiny else BASE
     data = ("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(image_folder))
     small = ("--resolution", "64", "--no-enable_bucket", "--caption_extension", ".txt", "--max_train_steps", "2")
     output = ("--output_dir", str(tmp_path), "--no-loss_plot", "--no-report")

@@ -19,6 +19,7 @@ _WRITTEN_ANYWAY: dict[str, tuple[object, ...]] = {
     "t5xxl_max_token_length": (256,),
     "qwen3_max_token_length": (512,),
     "t5_max_token_length": (512,),
+    **dict.fromkeys(("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"), (0.0,)),
 }
 _WRONG_TARGETS = ("sigma_scaled", "additive")
 
@@ -36,8 +37,8 @@ def read_prediction_type(word: str) -> str:
 
 
 def asks_for_nothing(name: str, value: object) -> bool:
-    """Whether this value of an option stands in configurations of models that it is not for."""
-    return value in _WRITTEN_ANYWAY.get(name, ())
+    """Whether this value of an option stands in configurations of models that it is not for, as a flag that is off."""
+    return value is False or value in _WRITTEN_ANYWAY.get(name, ())
 
 
 @dataclass(frozen=True, kw_only=True)
