@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a LoRA for Stable Diffusion 3 or 3.5: `train_network.py` under the name that kohya's users know, for them only."""
+"""Train a LoRA for Stable Diffusion 3 or 3.5: `train_network.py` under the name by which kohya's users know it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Folders of Stable Diffusion 1.5 and XL, FLUX.1 dev, Anima and Z-Image at their true sizes, without weights: headers.
+"""Folders of Stable Diffusion 1.5, XL, 3.5 medium and 3.5 large, FLUX.1 dev, Anima and Z-Image at their true sizes,
+without weights: headers.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -10,31 +11,28 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from library.files.json_text import Config
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl", "flux", "anima" or "z_image", made once."""
+    """A diffusers folder of the `family`, "sd15", "sdxl", "sd35m", "sd35l", "flux", "anima" or "z_image", made once."""
     if (folder / "scheduler").exists():
         return folder
-    from library.models.checkpoints.base_model import ASSETS
-
-    config = json.loads((ASSETS / f"{'sd1' if family == 'sd15' else family}.json").read_text(encoding="utf-8"))
-    if family == "z_image":
-        config["vae"] = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))["vae"]
+    config = _configurations(family)
     for part, new in _makers(family).items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        _write_header(folder / part / f"{stem}.safetensors", dict(new(config[part]).named_parameters()))
-    if pipeline := {"flux": "FluxPipeline", "z_image": "ZImagePipeline"}.get(family):
+        _write_header(folder / part / f"{stem}.safetensors", _in_files(new(config[part])))
+    if family in _PIPELINES:
+        pipeline, tokenizer = _PIPELINES[family]
         (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
-        _write_tokenizer(folder / ("tokenizer_2" if family == "flux" else "tokenizer"))
+        _write_tokenizer(folder / tokenizer)
     if family == "anima":
         for tokenizer in ("tokenizer", "t5_tokenizer"):
             _write_tokenizer(folder / tokenizer)
@@ -44,14 +42,58 @@ def write(folder: Path, family: str) -> Path:
     return folder
 
 
+_PIPELINES = {
+    "flux": ("FluxPipeline", "tokenizer_2"),
+    "z_image": ("ZImagePipeline", "tokenizer"),
+    "sd35m": ("StableDiffusion3Pipeline", "tokenizer_3"),
+    "sd35l": ("StableDiffusion3Pipeline", "tokenizer_3"),
+}
+_LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": [],
+}
+"""What Stable Diffusion 3.5 large has that medium has not."""
+
+
+def _configurations(family: str) -> dict[str, Any]:
+    from library.models.checkpoints import sd3_files
+    from library.models.checkpoints.base_model import ASSETS
+
+    if family in ("sd35m", "sd35l"):
+        config = sd3_files.configurations()
+        config["transformer"] |= _LARGE if family == "sd35l" else {}
+        return config
+    config = json.loads((ASSETS / f"{'sd1' if family == 'sd15' else family}.json").read_text(encoding="utf-8"))
+    if family == "z_image":
+        config["vae"] = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))["vae"]
+    return config
+
+
+def _in_files(module: nn.Module) -> dict[str, Tensor]:
+    """What files have of a module: parameters, each once, and the buffers that are saved."""
+    once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in once}
+
+
 def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
     """What makes each part, by the part's folder."""
     from library.models import modules
 
     stable = {"vae": modules.new_vae, "text_encoder": modules.new_text_encoder}
+    third = {
+        **stable,
+        "transformer": modules.new_sd3_transformer,
+        "text_encoder_2": modules.new_projected_text_encoder,
+        "text_encoder_3": modules.new_t5_encoder,
+    }
     by_family: Mapping[str, Mapping[str, Callable[[Config], nn.Module]]] = {
         "sd15": {**stable, "unet": modules.new_unet},
         "sdxl": {**stable, "unet": modules.new_unet, "text_encoder_2": modules.new_projected_text_encoder},
+        "sd35m": third,
+        "sd35l": third,
         "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
         "anima": {
             "vae": modules.new_qwen_vae,
@@ -77,12 +119,12 @@ def _write_tokenizer(folder: Path) -> None:
     Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
 
 
-def _write_header(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+def _write_header(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A .safetensors in bf16 that ends in a hole of the tensors' size."""
     header, end = {}, 0
-    for name, parameter in parameters.items():
-        offsets = [end, end := end + 2 * parameter.numel()]
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": offsets}
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + 2 * tensor.numel()]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -129,8 +129,8 @@ def in_blocks(sites: Sequence[Site], indices: str | None, blocks: Blocks | None)
         ends = (first, last if dash else first)
         if not all(end.isdecimal() and int(end) < blocks.count for end in ends) or int(ends[0]) > int(ends[1]):
             raise UserError(
-                f"train_block_indices: '{word.strip()}': numbers or ranges such as 0-5,9 from 0 to {blocks.count - 1} are "
-                f"this model's blocks ({blocks.layout})"
+                f"train_block_indices: '{word.strip()}': numbers or ranges such as 0-5,9 from 0 to {blocks.count - 1} "
+                f"are this model's blocks ({blocks.layout})"
             )
         wanted |= set(range(int(ends[0]), int(ends[1]) + 1))
     return [site for site in sites if site.part != "unet" or site.block is None or site.block in wanted]

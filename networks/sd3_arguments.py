@@ -1,7 +1,7 @@
-"""kohya's words for adapters of Stable Diffusion 3: `--network_module networks.lora_sd3` takes them in `--network_args`.
+"""kohya's words for adapters of Stable Diffusion 3: `--network_module networks.lora_sd3` takes them as arguments.
 
-Ranks by kind of layer become patterns of the layers' names, as `networks.layers` and `networks.ranks` have them. Imports
-no torch.
+Ranks by kind of layer become patterns of the layers' names, as `networks.layers` and `networks.ranks` have them.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def translate(words: Iterable[str]) -> list[str]:
     ranks |= embedders
     if ranks and (beside := [name for name in _OURS if name in given]):
         raise UserError(
-            f"--network_args: {beside[0]} and kohya's ranks by kind of layer each choose layers and ranks: give one of them"
+            f"--network_args: {beside[0]} and kohya's ranks by kind of layer each choose layers and ranks: give one of "
+            "them"
         )
     if embedders:
         given["preset"] = "full"
@@ -61,13 +62,15 @@ def _embedders(text: str) -> dict[str, int]:
     numbers = [_rank("emb_dims", word) for word in text.split(",")]
     if len(numbers) != len(_EMBEDDERS):
         raise UserError(
-            f"--network_args: emb_dims={text}: {len(numbers)} numbers, and there are {len(_EMBEDDERS)} layers: context, t, "
-            "x and y embedder, final modulation, final linear"
+            f"--network_args: emb_dims={text}: {len(numbers)} numbers, and there are {len(_EMBEDDERS)} layers: "
+            "context, t, x and y embedder, final modulation, final linear"
         )
     return dict(zip(_EMBEDDERS, numbers, strict=True)) if any(numbers) else {}
 
 
 def _rank(name: str, text: str) -> int:
     if not text.strip().isdecimal():
-        raise UserError(f"--network_args: {name}={text}: {text.strip()} is no rank, which is a whole number, 0 for none")
+        raise UserError(
+            f"--network_args: {name}={text}: {text.strip()} is no rank, which is a whole number, 0 for none"
+        )
     return int(text)

@@ -264,10 +264,9 @@ class StableDiffusion3(FlowMatching):
 
         if not any(self._dropouts.values()):
             return condition
-        kept = {}
+        kept, device = {}, condition["pooled"].device
         for name, rate in self._dropouts.items():
-            found = torch.tensor([draw >= rate for draw in draws(name)])
-            kept[name] = to_device(found, condition["pooled"].device)
+            kept[name] = to_device(torch.tensor([draw >= rate for draw in draws(name)]), device)
         width = int(self._base.parts["text_encoder"].config["hidden_size"])
         found = dict(condition)
         for name in ("clip", "pooled"):
@@ -336,7 +335,9 @@ class StableDiffusion3(FlowMatching):
         from library.models.kohya_view import TextModelView
 
         first, second = (self.components.get(part) for part in _CLIPS)
-        return [TextModelView(first), TextModelView(None) if second is None else second], self.components.get("denoiser")
+        return [TextModelView(first), TextModelView(None) if second is None else second], self.components.get(
+            "denoiser"
+        )
 
     # -- sampling
 

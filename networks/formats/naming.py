@@ -149,7 +149,9 @@ def _exchanged(own: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
     kind, whose tensors have no rows of their own."""
     rows, others = {"lora_up.weight", DORA_SCALE, forms.MAGNITUDES}, {"lora_down.weight", "alpha"}
     if other := own.keys() - rows - others:
-        raise UserError(f"{where}.{min(other)}: the halves of this layer's rows are exchanged in files with other names")
+        raise UserError(
+            f"{where}.{min(other)}: the halves of this layer's rows are exchanged in files with other names"
+        )
     return {end: tensor.roll(len(tensor) // 2, 0) if end in rows else tensor for end, tensor in own.items()}
 
 

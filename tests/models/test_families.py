@@ -24,7 +24,12 @@ SIZES: dict[str, Any] = {"original_sizes": [(70, 64), (64, 90), (64, 64)], "crop
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(
-    request: pytest.FixtureRequest, tiny_sdxl: Path, tiny_flux: Path, tiny_anima: Path, tiny_z_image: Path, tiny_sd3: Path
+    request: pytest.FixtureRequest,
+    tiny_sdxl: Path,
+    tiny_flux: Path,
+    tiny_anima: Path,
+    tiny_z_image: Path,
+    tiny_sd3: Path,
 ) -> ModelFamily:
     models = {"sd": BASE, "sdxl": tiny_sdxl, "flux": tiny_flux, "anima": tiny_anima}
     models |= {"z_image": tiny_z_image, "sd3": tiny_sd3}

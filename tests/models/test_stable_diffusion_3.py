@@ -266,7 +266,9 @@ def test_prompts_are_encoded_as_by_diffusers(sd3: StableDiffusion3, pipeline: An
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_an_answer_is_diffusers(kind: str, tiny_sd3: Path, sd3: StableDiffusion3, pipeline: Any, tmp_path: Path) -> None:
+def test_an_answer_is_diffusers(
+    kind: str, tiny_sd3: Path, sd3: StableDiffusion3, pipeline: Any, tmp_path: Path
+) -> None:
     """Of all three kinds; the table of places is cropped in the middle."""
     theirs, ours, own = pipeline.transformer, sd3, condition(sd3, CAPTIONS)
     if kind != "5-medium":
@@ -319,7 +321,9 @@ def test_masks_act_inside_of_the_encoders(tiny_sd3: Path, sd3: StableDiffusion3)
     torch.testing.assert_close(found["pooled"], plain["pooled"], rtol=0, atol=ROUNDED)
 
 
-def test_without_t5_there_are_zeros(tiny_sd3: Path, tmp_path: Path, pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_t5_there_are_zeros(
+    tiny_sd3: Path, tmp_path: Path, pipeline: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """As diffusers has it, and it is said."""
     folder = Path(shutil.copytree(tiny_sd3, tmp_path / "small", ignore=shutil.ignore_patterns("text_encoder_3")))
     with caplog.at_level(logging.WARNING):

@@ -19,9 +19,7 @@ from tests.quick import quick
 
 
 @pytest.mark.parametrize("name", quick(presets(), "origin", "sd15_style", "slider", "flux_style"))
-def test_every_preset_trains(
-    name: str, image_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_every_preset_trains(name: str, image_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from train_network import main
 
     model = name.rpartition("_")[0]

@@ -74,7 +74,14 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(train_sd3: Train
 
 @pytest.mark.slow
 def test_what_is_cached_changes_nothing(train_sd3: Train, tmp_path: Path) -> None:
-    common = ("--network_train_unet_only", "--max_train_steps", "2", "--apply_t5_attn_mask", "--clip_l_dropout_rate", "0.3")
+    common = (
+        "--network_train_unet_only",
+        "--max_train_steps",
+        "2",
+        "--apply_t5_attn_mask",
+        "--clip_l_dropout_rate",
+        "0.3",
+    )
     disk = ("--cache_text_encoder_outputs_to_disk", "--cache_latents_to_disk")
     caches = {"memory": CACHED, "disk": disk, "again": disk, "fresh": ("--no-cache_latents",)}
     for name, words in caches.items():
@@ -183,7 +190,10 @@ SD3 = ("--network_module", "networks.lora_sd3", "--network_args")
         (("--zero_terminal_snr",), "is a Stable Diffusion 3 model; the option is for a Stable Diffusion"),
         (("--clip_skip", "2"), "is a Stable Diffusion 3 model; the option is for a Stable Diffusion"),
         (("--discrete_flow_shift", "2"), "is a Stable Diffusion 3 model; the option is for a FLUX.1 model"),
-        (("--timestep_sampling", "shift"), "--timestep_sampling shift: .*there are sigma, uniform, sigmoid; --training_s"),
+        (
+            ("--timestep_sampling", "shift"),
+            "--timestep_sampling shift: .*there are sigma, uniform, sigmoid; --training_s",
+        ),
         (("--pos_emb_random_crop_rate", "0.5"), "pos_emb_random_crop_rate.*table of places is cropped at its centre"),
         (("--enable_scaled_pos_embed",), "enable_scaled_pos_embed.*table of places is cropped at its centre"),
         (("--clip_l_dropout_rate", "1.5"), "--clip_l_dropout_rate: must be at most 1, not 1.5"),
@@ -195,7 +205,10 @@ SD3 = ("--network_module", "networks.lora_sd3", "--network_args")
         ((*SD3, "train_block_indices=0-3"), "train_block_indices: '0-3': .* from 0 to 2 are this model's blocks"),
         (("--network_args", "x_attn_dim=4"), "x_attn_dim"),
         (("--resolution", "160"), "has places for 128 pixels a side, and an image's bucket has 160 × 160"),
-        (("--token_string", "sks"), "--token_string: embeddings of a Stable Diffusion 3 model are not supported here yet"),
+        (
+            ("--token_string", "sks"),
+            "--token_string: embeddings of a Stable Diffusion 3 model are not supported here yet",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(

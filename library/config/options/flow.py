@@ -86,8 +86,8 @@ class FlowOptions:
     )
     turbo: bool | None = option(
         None,
-        help="whether a base of Z-Image or Stable Diffusion 3.5 is a Turbo, distilled to a few steps (default: if it is "
-        "called so) (ours)",
+        help="whether a base of Z-Image or Stable Diffusion 3.5 is a Turbo, distilled to a few steps (default: if it "
+        "is called so) (ours)",
     )
     model_prediction_type: str = option(
         "raw", read=read_prediction_type, help="what the loss compares: raw, the predicted velocity with the true one"

@@ -87,7 +87,11 @@ _SIGLIP_MARK = "siglip_embedder.0.weight"
 _Z_IMAGE_PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 SD3_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
 """How the names in files of Stable Diffusion 3 begin."""
-_SD3_MARK, _SD3_FIRST, _SD3_INPUTS = "joint_blocks.0.context_block.adaLN_modulation.1.bias", "x_embedder.proj.weight", 16
+_SD3_MARK, _SD3_FIRST, _SD3_INPUTS = (
+    "joint_blocks.0.context_block.adaLN_modulation.1.bias",
+    "x_embedder.proj.weight",
+    16,
+)
 _SD3_PIPELINES = tuple(f"StableDiffusion3{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
 # By what the class in a folder's model_index.json contains, the first that does
@@ -206,7 +210,9 @@ def is_sd3(content: WeightsIndex | Folder) -> bool:
     """Whether it is Stable Diffusion 3 or 3.5."""
     if isinstance(content, Folder):
         return content.pipeline in _SD3_PIPELINES
-    first = (content.entries.get(f"{own}{_SD3_FIRST}") for own in SD3_PREFIXES if f"{own}{_SD3_MARK}" in content.entries)
+    first = (
+        content.entries.get(f"{own}{_SD3_FIRST}") for own in SD3_PREFIXES if f"{own}{_SD3_MARK}" in content.entries
+    )
     return any(found is not None and found.shape[1:2] == (_SD3_INPUTS,) for found in first)
 
 

@@ -82,8 +82,8 @@ def _transformer_config(entries: Entries, path: str) -> dict[str, Any]:
     _, places, width = shape_of(entries, "pos_embed", path)
     if width % _HEAD or math.isqrt(places) ** 2 != places:
         raise UserError(
-            f"{path}: its transformer of {width} channels and {places} places is not that of Stable Diffusion 3; a file "
-            "does not hold its configuration, so such a model must be given as a diffusers folder"
+            f"{path}: its transformer of {width} channels and {places} places is not that of Stable Diffusion 3; a "
+            "file does not hold its configuration, so such a model must be given as a diffusers folder"
         )
     blocks = count_of(entries, "joint_blocks")
     second = [i for i in range(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in entries]
@@ -136,4 +136,3 @@ PARTS = {
     ),
     "text_encoder_3": replace(flux_files.PARTS["text_encoder_2"], folder="text_encoder_3", title="text encoder T5"),
 }
-

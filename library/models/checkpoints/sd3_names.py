@@ -84,9 +84,7 @@ def transformer_entries(entries: Mapping[str, TensorEntry]) -> dict[str, TensorE
 def in_original_order(entries: Mapping[str, TensorEntry], *, layers: int) -> dict[str, TensorEntry]:
     """The weights of diffusers' module with the rows of its last norms as in the original."""
     last = (_LAST_NORM, f"transformer_blocks.{layers - 1}.norm1_context.linear")
-    return {
-        name: entry.exchanged() if name.rpartition(".")[0] in last else entry for name, entry in entries.items()
-    }
+    return {name: entry.exchanged() if name.rpartition(".")[0] in last else entry for name, entry in entries.items()}
 
 
 def original_name(path: str) -> str:
