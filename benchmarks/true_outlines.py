@@ -59,11 +59,11 @@ _LARGE = {
 
 
 def _configurations(family: str) -> dict[str, Any]:
-    from library.models.checkpoints import sd3_files
     from library.models.checkpoints.base_model import ASSETS
+    from library.models.checkpoints.sd3.files import configurations
 
     if family in ("sd35m", "sd35l"):
-        config = sd3_files.configurations()
+        config = configurations()
         config["transformer"] |= _LARGE if family == "sd35l" else {}
         return config
     config = json.loads((ASSETS / f"{'sd1' if family == 'sd15' else family}.json").read_text(encoding="utf-8"))

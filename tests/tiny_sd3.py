@@ -4,7 +4,7 @@ heads.
     python -m tests.tiny_sd3 FOLDER
 
 writes it as a diffusers folder. `original` turns such a folder's transformer into the original layout: the opposite way
-of library.models.checkpoints.sd3_names, written apart from it, so that each checks the other.
+of library.models.checkpoints.sd3.names, written apart from it, so that each checks the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.models.checkpoints.base_model import ASSETS
-from library.models.checkpoints.sd3_files import configurations
+from library.models.checkpoints.sd3.files import configurations
 from tests import tiny_flux
 from tests.tiny_anima import spread
 

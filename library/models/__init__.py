@@ -5,8 +5,8 @@ from __future__ import annotations
 FAMILIES = {
     "sd": "library.models.stable_diffusion.StableDiffusion",
     "sdxl": "library.models.stable_diffusion_xl.StableDiffusionXL",
-    "sd3": "library.models.stable_diffusion_3.StableDiffusion3",
     "flux": "library.models.flux.Flux1",
     "anima": "library.models.anima.Anima",
     "z_image": "library.models.z_image.ZImage",
+    "sd3": "library.models.stable_diffusion_3.StableDiffusion3",
 }

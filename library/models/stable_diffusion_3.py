@@ -23,8 +23,8 @@ from library.models.checkpoints.detect import is_sd3
 from library.models.checkpoints.flux_files import t5_tokenizer
 from library.models.checkpoints.open_file import with_vae
 from library.models.checkpoints.part_files import with_part
-from library.models.checkpoints.sd3_files import PARTS, open_sd3, vae_config
-from library.models.checkpoints.sd3_names import block_number, fused_name, fused_place, original_name
+from library.models.checkpoints.sd3.files import PARTS, open_sd3, vae_config
+from library.models.checkpoints.sd3.names import block_number, fused_name, fused_place, original_name
 from library.models.components import PartKind
 from library.models.family import Rendering
 from library.models.flow_matching import (

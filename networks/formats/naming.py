@@ -35,10 +35,11 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.json_text import Config, parse_json
-from library.models.checkpoints import anima_names, flux_names, sd3_names, z_image_names
+from library.models.checkpoints import anima_names, flux_names, z_image_names
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
 from library.models.checkpoints.flux_names import Member
+from library.models.checkpoints.sd3 import names as sd3_names
 from networks import kinds
 from networks.formats import forms
 from networks.formats.fused import PLAIN, can_fuse, fuse_pairs, split_pair

@@ -189,7 +189,7 @@ REFUSED_WORDS = [
     "--noise_offset",
     "--conditioning_data_dir masks",
     "--show_timesteps console",
-    "--network_module networks.lora_sd3",
+    "--network_module networks.lora_lumina",
     "--skip_image_resolution -1",
 ]
 

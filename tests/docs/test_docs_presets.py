@@ -119,11 +119,11 @@ def test_the_curves() -> None:
 
 def test_the_presets_for_stable_diffusion() -> None:
     found = rows("For Stable Diffusion")
-    assert len(found) == 14
+    assert len(found) == 16
     for name, (_, sizes, rates, optimizer, _) in found.items():
         said = values(name)
         assert sizes == f"{said['network_dim']}, {said['network_alpha']}"
-        alone = "transformer only" if name.startswith(("flux", "anima", "z_image")) else "UNet only"
+        alone = "transformer only" if name.startswith(("sd3", "flux", "anima", "z_image")) else "UNet only"
         implied = name == "slider"  # by its prompts
         text_rate = alone if implied or said.get("network_train_unet_only") else said["text_encoder_lr"]
         unet, _, text = rates.partition(", ")

@@ -17,8 +17,8 @@ from library.errors import UserError
 from library.files.index import read_index
 from library.files.tensors import TensorEntry
 from library.models.checkpoints.checkpoint import vae_entries
-from library.models.checkpoints.sd3_files import configurations
-from library.models.checkpoints.sd3_names import fused_name, group_of, members_of, original_name, transformer_entries
+from library.models.checkpoints.sd3.files import configurations
+from library.models.checkpoints.sd3.names import fused_name, group_of, members_of, original_name, transformer_entries
 from library.models.checkpoints.weights import Reader
 from library.models.modules import new_projected_text_encoder, new_sd3_transformer, new_vae
 from library.models.opening import open_family
@@ -452,7 +452,7 @@ def test_renderings_are_the_kinds(tiny_sd3: Path, tmp_path: Path) -> None:
         changed = json.loads(config.read_text(encoding="utf-8")) | tiny.KINDS[kind] | {"_name_or_path": kind}
         changed.setdefault("qk_norm", "rms_norm")
         config.write_text(json.dumps(changed), encoding="utf-8")
-        from library.models.checkpoints.sd3_files import open_sd3
+        from library.models.checkpoints.sd3.files import open_sd3
 
         rendering = StableDiffusion3(open_sd3(kind, folder, kind="sd3")).rendering
         scales[kind] = (rendering.steps, rendering.scale)

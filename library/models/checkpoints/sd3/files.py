@@ -19,7 +19,7 @@ from library.models.checkpoints.checkpoint import projected_text_encoder_entries
 from library.models.checkpoints.detect import SD3_PREFIXES
 from library.models.checkpoints.flux_files import AUTOENCODER, VAES
 from library.models.checkpoints.part_files import Entries, PartFiles, parts_in, refuse_scales, without_prefix
-from library.models.checkpoints.sd3_names import in_original_order, transformer_entries
+from library.models.checkpoints.sd3.names import in_original_order, transformer_entries
 from library.models.checkpoints.shapes import count_of, shape_of
 
 _CLIP_G = "text_encoders.clip_g.transformer."
