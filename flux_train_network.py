@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Train a LoRA for FLUX.1: `train_network.py` under the name by which kohya's users know it, for FLUX.1 models only."""
+"""Train a LoRA for FLUX.1 or Chroma: `train_network.py` under the name by which kohya's users know it, for these models
+only."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import train_network
 
 def main(argv: list[str] | None = None) -> int:
     """As `train_network.main`; a model of another family is refused as a user's mistake."""
-    return train_network.main(argv, family="flux")
+    return train_network.main(argv, families=("flux", "chroma"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import train_network
 
 def main(argv: list[str] | None = None) -> int:
     """As `train_leco.main`; a model of another family is refused as a user's mistake."""
-    return train_network.main(argv, family="sdxl", required=("prompts_file",))
+    return train_network.main(argv, families=("sdxl",), required=("prompts_file",))
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ from library.errors import CommonError, UserError
 def main(
     argv: list[str] | None = None,
     *,
-    family: str | None = None,
+    families: tuple[str, ...] = (),
     before: tuple[str, ...] = (),
     required: tuple[str, ...] = (),
 ) -> int:
     """Read the options, build the run, train. Returns the exit code: 2 for mistakes that the user can correct.
 
-    family: the only one to train, as in `library.models.FAMILIES`; None finds it from the model. before: words that a
+    families: the only ones to train, as in `library.models.FAMILIES`; without any all are. before: words that a
     command adds in front of the user's. required: options without which it has nothing to train.
     """
     with log.lasting_streams():
-        return _main([*before, *(sys.argv[1:] if argv is None else argv)], family, required)
+        return _main([*before, *(sys.argv[1:] if argv is None else argv)], families, required)
 
 
-def _main(argv: list[str], family: str | None, required: tuple[str, ...]) -> int:
+def _main(argv: list[str], families: tuple[str, ...], required: tuple[str, ...]) -> int:
     log.set_up()
     cpus.spin_briefly()  # before torch is imported
     try:
@@ -34,7 +34,7 @@ def _main(argv: list[str], family: str | None, required: tuple[str, ...]) -> int
         log.configure(level=options.logging.console_log_level, file=options.logging.console_log_file)
         from library.job import run  # the rest of the program loads only if the options are good
 
-        return run(options, family=family)
+        return run(options, families=families)
     except CommonError as error:
         if processes.is_first():
             print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ import train_network
 
 def main(argv: list[str] | None = None) -> int:
     """As `train_network.main`; a model of another family is refused as a user's mistake."""
-    return train_network.main(argv, family="z_image")
+    return train_network.main(argv, families=("z_image",))
 
 
 if __name__ == "__main__":

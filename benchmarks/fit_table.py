@@ -1,4 +1,4 @@
-"""The tables of docs/{memory,sd3,flux,anima,z-image}.md: what `--fit` chooses for cards, and what the run then needs.
+"""The tables of docs/{memory,sd3,flux,chroma,anima,z-image}.md: what `--fit` chooses for cards, what it then needs.
 
     python -m benchmarks.fit_table            # about two minutes of one core; no weights are needed
 
@@ -23,6 +23,8 @@ MODELS = {
     "sd35l": ("SD 3.5 large", 1024),
     "flux-512": ("FLUX.1 dev", 512),
     "flux": ("FLUX.1 dev", 1024),
+    "chroma-512": ("Chroma", 512),
+    "chroma": ("Chroma", 1024),
     "anima-512": ("Anima", 512),
     "anima": ("Anima", 1024),
     "z_image-512": ("Z-Image", 512),

@@ -14,10 +14,8 @@ interrupted study continues where it stopped. One process per core, one thread e
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,28 +223,18 @@ def table(wanted: Sequence[Way], rows: Mapping[Key, Row]) -> str:
         lines.append(
             (
                 *(way.name, str(len(own))),
-                interval([100 * (row.flat / before.flat - 1) for row, before in zip(own, first, strict=True)]),
-                interval([100 * (row.twemoji / base.twemoji - 1) for row in own]),
-                interval([100 * (row.own / base.own - 1) for row in own]),
-                interval([100 * (row.flat / other.flat - 1) for row, other in paired]) if way.name != "none" else "",
+                study.interval([100 * (row.flat / before.flat - 1) for row, before in zip(own, first, strict=True)]),
+                study.interval([100 * (row.twemoji / base.twemoji - 1) for row in own]),
+                study.interval([100 * (row.own / base.own - 1) for row in own]),
+                "" if way.name == "none" else study.interval([100 * (r.flat / o.flat - 1) for r, o in paired]),
             )
         )
     return study.markdown(head, lines)
 
 
-def interval(values: Sequence[float]) -> str:
-    """The mean and its 95 % interval."""
-    if len(values) < 2:
-        return ""
-    degrees = max(key for key in study.T if key <= len(values) - 1)
-    margin = study.T[degrees] * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.mean(values)
-    return f"{mean:+.2f} ({mean - margin:+.2f} … {mean + margin:+.2f})"
-
-
 def main() -> None:
     options = study.parser(__doc__).parse_args()
-    wanted = [way for way in ways() if not options.only or any(text in way.name for text in options.only)]
+    wanted = study.named(ways(), options.only)
     if not options.report:
         run_missing(wanted, read_rows(RESULTS), seeds=options.seeds, workers=options.workers)
     rows = read_rows(RESULTS)

@@ -46,12 +46,15 @@ NOISE_SEED = 0
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 11: 2.201, 14: 2.145}
 
 
-class Variant(Protocol):
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class Variant(Named, Protocol):
     """One of the things that are compared. `filed`: the texts by which its rows are found. `middle`: the rate that the
     grid is laid around."""
 
-    @property
-    def name(self) -> str: ...
     @property
     def filed(self) -> tuple[str, ...]: ...
     @property
@@ -77,6 +80,7 @@ class Row(Protocol):
     def seconds(self) -> float: ...
 
 
+N = TypeVar("N", bound=Named)
 V = TypeVar("V", bound=Variant)
 R = TypeVar("R", bound=Row)
 D = TypeVar("D", bound="DataclassInstance")
@@ -166,9 +170,11 @@ def paths_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-def words(style: Path, rate: float, seed: int, folder: str, *more: str) -> list[str]:
-    """The command line of a run: the quickstart's configuration, shorter, without its network. Writes the files of the
-    configuration and of the data set."""
+def words(
+    style: Path, rate: float, seed: int, folder: str, *more: str, steps: int = STEPS, batch_size: int = BATCH_SIZE
+) -> list[str]:
+    """The command line of a run: the quickstart's configuration, of another length, without its network. Writes the
+    files of the configuration and of the data set."""
     import toml
 
     configuration, dataset = Path(folder) / "configuration.toml", Path(folder) / "dataset.toml"
@@ -176,18 +182,20 @@ def words(style: Path, rate: float, seed: int, folder: str, *more: str) -> list[
     del sections["network"]
     configuration.write_text(toml.dumps(sections), encoding="utf-8")
     subset = {"image_dir": str(style / "train"), "caption_extension": ".txt"}
-    data = {"datasets": [{"resolution": 64, "batch_size": BATCH_SIZE, "subsets": [subset]}]}
+    data = {"datasets": [{"resolution": 64, "batch_size": batch_size, "subsets": [subset]}]}
     dataset.write_text(toml.dumps(data), encoding="utf-8")
     return [
         *("--config_file", str(configuration), "--dataset_config", str(dataset)),
-        *("--max_train_epochs", "0", "--max_train_steps", str(STEPS), "--seed", str(seed)),
+        *("--max_train_epochs", "0", "--max_train_steps", str(steps), "--seed", str(seed)),
         *("--learning_rate", str(rate), "--text_encoder_lr", str(rate / 5), "--output_dir", folder),
         *("--max_data_loader_n_workers", "0", "--no-loss_plot"),
         *more,
     ]
 
 
-def train_and_judge(style: Path, rate: float, seed: int, *more: str) -> Outcome:
+def train_and_judge(
+    style: Path, rate: float, seed: int, *more: str, steps: int = STEPS, batch_size: int = BATCH_SIZE
+) -> Outcome:
     """One training run and its losses on the held-out images, infinite if it diverged. `more`: words of its own."""
     from accelerate.state import AcceleratorState
 
@@ -215,7 +223,7 @@ def train_and_judge(style: Path, rate: float, seed: int, *more: str) -> Outcome:
         return mean if math.isfinite(mean) else math.inf
 
     with tempfile.TemporaryDirectory() as folder:
-        run = build(make_plan(parse(words(style, rate, seed, folder, *more))))
+        run = build(make_plan(parse(words(style, rate, seed, folder, *more, steps=steps, batch_size=batch_size))))
         parameters = sum(run.network.parameter_counts().values())
         try:
             kept = replace(run, hooks=tuple(hook for hook in run.hooks if not isinstance(hook, (Monitor, Saver))))
@@ -306,7 +314,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def named(variants: Sequence[V], texts: Sequence[str] | None) -> list[V]:
+def named(variants: Sequence[N], texts: Sequence[str] | None) -> list[N]:
     """Those whose name contains one of the texts; all without texts."""
     return [v for v in variants if not texts or any(text.lower() in v.name.lower() for text in texts)]
 
@@ -397,6 +405,16 @@ def compare(
         at_the_references_rate=100 * same_rate,
         words=words,
     )
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean and its 95 % interval; nothing for a single value."""
+    if len(values) < 2:
+        return ""
+    degrees = max(key for key in T if key <= len(values) - 1)
+    margin = T[degrees] * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    return f"{mean:+.2f} ({mean - margin:+.2f} … {mean + margin:+.2f})"
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

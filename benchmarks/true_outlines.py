@@ -1,5 +1,5 @@
-"""Folders of Stable Diffusion 1.5, XL, 3.5 medium and 3.5 large, FLUX.1 dev, Anima and Z-Image at their true sizes,
-without weights: headers.
+"""Folders of Stable Diffusion 1.5, XL, 3.5 medium and 3.5 large, FLUX.1 dev, Chroma, Anima and Z-Image at their true
+sizes: headers alone.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl", "sd35m", "sd35l", "flux", "anima" or "z_image", made once."""
+    """A diffusers folder of the `family`, "sd15", "sdxl", "sd35m", "sd35l", "flux", "chroma",
+    "anima" or "z_image", made once."""
     if (folder / "scheduler").exists():
         return folder
     config = _configurations(family)
@@ -44,6 +45,7 @@ def write(folder: Path, family: str) -> Path:
 
 _PIPELINES = {
     "flux": ("FluxPipeline", "tokenizer_2"),
+    "chroma": ("ChromaPipeline", "tokenizer"),
     "z_image": ("ZImagePipeline", "tokenizer"),
     "sd35m": ("StableDiffusion3Pipeline", "tokenizer_3"),
     "sd35l": ("StableDiffusion3Pipeline", "tokenizer_3"),
@@ -63,12 +65,14 @@ def _configurations(family: str) -> dict[str, Any]:
     from library.models.checkpoints.sd3.files import configurations
 
     if family in ("sd35m", "sd35l"):
-        config = configurations()
-        config["transformer"] |= _LARGE if family == "sd35l" else {}
-        return config
-    config = json.loads((ASSETS / f"{'sd1' if family == 'sd15' else family}.json").read_text(encoding="utf-8"))
-    if family == "z_image":
-        config["vae"] = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))["vae"]
+        third = configurations()
+        third["transformer"] |= _LARGE if family == "sd35l" else {}
+        return third
+    asset = ASSETS / f"{'sd1' if family == 'sd15' else family}.json"
+    config: dict[str, Any] = json.loads(asset.read_text(encoding="utf-8"))
+    if family in ("z_image", "chroma"):
+        of_flux = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))
+        config = {"text_encoder": of_flux["text_encoder_2"], **config, "vae": of_flux["vae"]}
     return config
 
 
@@ -95,6 +99,11 @@ def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
         "sd35m": third,
         "sd35l": third,
         "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
+        "chroma": {
+            "vae": modules.new_vae,
+            "text_encoder": modules.new_t5_encoder,
+            "transformer": modules.new_chroma_transformer,
+        },
         "anima": {
             "vae": modules.new_qwen_vae,
             "text_encoder": modules.new_qwen3_encoder,

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run(options: Options, *, family: str | None = None) -> int:
+def run(options: Options, *, families: tuple[str, ...] = ()) -> int:
     """Returns the exit code: 0, or 128 and the signal (Ctrl-C: 130) that ended the run early, after saving."""
     if options.run.check_data:
         if processes.is_first():
             from library.guidance import data_check
 
             with _naming_places(options):
-                data_check.report(options, only_family=family)
+                data_check.report(options, families=families)
         return 0
     with _advised(), _naming_places(options):
-        plan = make_plan(options, only_family=family)
+        plan = make_plan(options, families=families)
         if options.guidance.fit:
-            plan = _fitted(plan, family)
+            plan = _fitted(plan, families)
     if (options.run.debug_dataset or options.guidance.recommend) and not processes.is_first():
         return 0  # one sheet is enough, and two would be written to one file
     if options.run.debug_dataset:
@@ -54,7 +54,7 @@ def run(options: Options, *, family: str | None = None) -> int:
         return _carry_out(plan, record)
 
 
-def _fitted(plan: Plan, family: str | None) -> Plan:
+def _fitted(plan: Plan, families: tuple[str, ...]) -> Plan:
     """The plan with the options that --fit chooses, the same in all processes."""
     from library.guidance import fit
     from library.parallel import together
@@ -64,7 +64,7 @@ def _fitted(plan: Plan, family: str | None) -> Plan:
         return plan
     seeded = dataclasses.replace(options, training=dataclasses.replace(options.training, seed=plan.seed))
     with log.errors_only():  # the warnings of the first plan have been logged
-        return make_plan(seeded, only_family=family)
+        return make_plan(seeded, families=families)
 
 
 def _carry_out(plan: Plan, record: RunFile) -> int:

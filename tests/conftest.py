@@ -89,6 +89,14 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_chroma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny Chroma with random weights."""
+    from tests.tiny_chroma import write
+
+    return write(tmp_path_factory.mktemp("tiny_chroma"))
+
+
+@pytest.fixture(scope="session")
 def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a tiny Anima with random weights."""
     from tests.tiny_anima import write

@@ -118,7 +118,8 @@ def original(states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     move("img_in", "x_embedder")
     move("txt_in", "context_embedder")
     move("final_layer.linear", "proj_out")
-    for leaf in ("weight", "bias"):
+    has_modulation = "norm_out.linear.weight" in left  # Chroma has none
+    for leaf in ("weight", "bias") if has_modulation else ():
         scale, shift = left.pop(f"norm_out.linear.{leaf}").chunk(2)
         found[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat([shift, scale])
     for i in range(DOUBLES):
@@ -128,7 +129,8 @@ def original(states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             "txt": ("norm1_context", "attn.add_{}_proj", "attn.to_add_out", "attn.norm_added_{}", "ff_context"),
         }
         for stream, (norm, qkv, out, rms, mlp) in streams.items():
-            move(f"{block}.{stream}_mod.lin", f"{old}.{norm}.linear")
+            if has_modulation:
+                move(f"{block}.{stream}_mod.lin", f"{old}.{norm}.linear")
             move(f"{block}.{stream}_attn.qkv", *(f"{old}.{qkv.format(which)}" for which in "qkv"))
             move(f"{block}.{stream}_attn.proj", f"{old}.{out}")
             for long, short in {"query": "q", "key": "k"}.items():
@@ -139,7 +141,8 @@ def original(states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         block, old = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
         move(f"{block}.linear1", *(f"{old}.attn.to_{which}" for which in "qkv"), f"{old}.proj_mlp")
         move(f"{block}.linear2", f"{old}.proj_out")
-        move(f"{block}.modulation.lin", f"{old}.norm.linear")
+        if has_modulation:
+            move(f"{block}.modulation.lin", f"{old}.norm.linear")
         for long, short in {"query": "q", "key": "k"}.items():
             move(f"{block}.norm.{long}_norm", f"{old}.attn.norm_{short}", leaf="weight")
     assert not left, f"no original name: {sorted(left)}"

@@ -227,7 +227,6 @@ OTHER_SCRIPTS: dict[str, Row] = {
     **_of(
         "FLUX",
         double_blocks_to_swap=value(hint="here: --blocks_to_swap"),
-        model_type=value("flux"),
         single_blocks_to_swap=value(hint="here: --blocks_to_swap"),
         split_mode=flag(hint="here: --blocks_to_swap"),
     ),

@@ -25,14 +25,14 @@ SHOWN = 10  # files of each finding
 TAGS = 8
 
 
-def report(options: Options, *, only_family: str | None = None) -> None:
+def report(options: Options, *, families: tuple[str, ...] = ()) -> None:
     """Check the data of these options, print the findings and write the page, with `--check_data=list` the list too.
 
     Raises UserError for mistakes in the options and folders. Unreadable files are findings.
     """
     datasets = word.with_templates(load_datasets(options), options)
     check_data_options(options, datasets)
-    family = base_of(options, only_family=only_family)
+    family = base_of(options, families=families)
     seed = options.validation.validation_seed
     folders = inspect(
         datasets,

@@ -6,6 +6,7 @@ FAMILIES = {
     "sd": "library.models.stable_diffusion.StableDiffusion",
     "sdxl": "library.models.stable_diffusion_xl.StableDiffusionXL",
     "flux": "library.models.flux.Flux1",
+    "chroma": "library.models.chroma.Chroma",
     "anima": "library.models.anima.Anima",
     "z_image": "library.models.z_image.ZImage",
     "sd3": "library.models.stable_diffusion_3.StableDiffusion3",

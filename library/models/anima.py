@@ -28,7 +28,7 @@ from library.models.family import Rendering
 from library.models.flow_matching import (
     Fit,
     FlowMatching,
-    called_turbo,
+    called,
     flow_of,
     in_its_dtype,
     plain_noise,
@@ -140,7 +140,7 @@ class Anima(FlowMatching):
             )
         base = replace(base, **tokenizers)  # type: ignore[arg-type]
         super().__init__(base, vae=vae)
-        self.distilled = called_turbo(base)
+        self.distilled = called(base, "turbo")
         self._base, self._config = base, base.parts["denoiser"].config
         refuse_misfits(base, _fits(base))
         self._qwen_tokens, self._t5_tokens = qwen3_max_token_length, t5_max_token_length

@@ -99,6 +99,10 @@ class ModelFamily(ABC):
     PARTS: ClassVar[Mapping[str, PartKind]]
     """By "denoiser", "vae", "text_encoder", … in the order in which they are checked."""
 
+    STATED: ClassVar[Mapping[str, str]] = {}
+    """Options that only say what the model is, with their one right value: another one contradicts the file."""
+    WITHOUT_EFFECT: ClassVar[Mapping[str, tuple[object, str]]] = {}
+    """Options of kohya's script for this model that change nothing: the one value that says so, and the reason."""
     UNUSABLE: ClassVar[Mapping[str, str]] = {}
     """Options of the objective that would harm a model of this family, each with the reason."""
     LEAVE_TEXT_ENCODERS: ClassVar[str] = ""

@@ -106,9 +106,10 @@ def one_autoencoder(vae: str | None, ae: str | None) -> str | None:
     return vae or ae
 
 
-def called_turbo(base: BaseModel) -> bool:
-    """Whether a model is distilled to a few steps by its name: such versions have the shapes of the others."""
-    return "turbo" in Path(base.path).name.lower()
+def called(base: BaseModel, word: str) -> bool:
+    """Whether a model has this word in its name. Versions that are distilled to a few steps have the shapes of the
+    others."""
+    return word in Path(base.path).name.lower()
 
 
 def refuse_missing(base: BaseModel, model: str, wanted: Mapping[str, str], *, behind: str = "") -> None:

@@ -7,20 +7,16 @@ states, padding included. dev is distilled from guidance, and is told how much; 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.errors import UserError
 from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
-from library.models.blocks import Blocks
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux
 from library.models.checkpoints.flux_files import PARTS, autoencoder_config, open_flux, t5_tokenizer
-from library.models.checkpoints.flux_names import block_number, fused_name, fused_place, original_name
 from library.models.checkpoints.open_file import with_vae
 from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
@@ -28,7 +24,6 @@ from library.models.family import Rendering
 from library.models.flow_matching import (
     PATCH,
     Fit,
-    FlowMatching,
     flow_of,
     in_its_dtype,
     latent_space_of,
@@ -38,40 +33,27 @@ from library.models.flow_matching import (
     refuse_missing,
     same_shift,
 )
+from library.models.flux_blocks import CHOICES, LINEAR, FluxBlocks
 from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE, with_scaling
+from library.models.text.t5 import T5, T5Tokens, t5_states
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from library.diffusion.flow import Flow
     from library.models.modules import Tokenizer
-    from library.models.text.t5 import T5Captions
-    from library.offload.swap import Block
 
 logger = logging.getLogger(__name__)
 
-_DOUBLE, _SINGLE = 19, 38
-_LINEAR = re.compile(
-    r"transformer_blocks\.\d+\.(?:norm1(?:_context)?\.linear|attn\.(?:to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|"
-    r"ff(?:_context)?\.net\.(?:0\.proj|2))|"
-    r"single_transformer_blocks\.\d+\.(?:norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)"
-)
-_CHOICES = {
-    "attn-only": re.compile(r"transformer_blocks\.\d+\.attn\..*|single_transformer_blocks\.\d+\.attn\..*"),
-    "attn-qv": re.compile(r".*\.attn\.(?:to_[qv]|add_[qv]_proj)"),
-}
-_T5_LINEAR = re.compile(
-    r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(?:wi_[01]|wi|wo))"
-)
 _TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}  # and the options that name their files
 _CLIP_TOKENS, _T5_TOKENS = 75, {True: 512, False: 256}  # of T5 by whether the model is told a guidance (dev)
 _SCALING = 0.3611  # of the latents
 _EXPECTED = {"unet": 494, "text_encoder": 72}  # of the true size
 
 
-class Flux1(FlowMatching):
+class Flux1(FluxBlocks):
     """The family "flux". Its members are described in `library.models.family.ModelFamily`."""
 
     NAME, TITLE = "flux", "a FLUX.1 model"
@@ -82,21 +64,16 @@ class Flux1(FlowMatching):
             new="library.models.modules.new_flux_transformer",
             section="unet",
             prefix="lora_unet",
-            linear=_LINEAR,
-            choices=_CHOICES,
+            linear=LINEAR,
+            choices=CHOICES,
         ),
         "vae": VAE,
         "text_encoder": replace(TEXT_ENCODER, prefix="lora_te1", choices=TEXT_CHOICES),
-        "text_encoder_2": PartKind(
-            folder="text_encoder_2",
-            title="text encoder T5",
-            new="library.models.modules.new_t5_encoder",
-            linear=_T5_LINEAR,
-            overflows_fp16=True,
-        ),
+        "text_encoder_2": T5,
     }
     UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for FLUX")
     LEAVE_TEXT_ENCODERS = "FLUX.1 takes most of a text from T5, which is not trained, and its LoRAs leave CLIP alone"
+    STATED: ClassVar[Mapping[str, str]] = {"model_type": "flux"}
     base_model_version = "flux1"
     implementation = "https://github.com/black-forest-labs/flux"
     native_resolution = 1024
@@ -115,6 +92,7 @@ class Flux1(FlowMatching):
         guidance_scale: float = 1.0,
         discrete_flow_shift: float | None = None,
         model_prediction_type: str = "raw",
+        model_type: str | None = None,
     ) -> None:
         own = one_autoencoder(vae, ae)
         files = {"text_encoder": clip_l, "text_encoder_2": t5xxl}
@@ -127,16 +105,21 @@ class Flux1(FlowMatching):
         base = with_scaling(base, default=_SCALING)
         super().__init__(base, vae=own)
         self._base, self._config = base, base.parts["denoiser"].config
-        self._tokenizer_2 = t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2
         refuse_misfits(base, _fits(base))
         self._told = bool(self._config.get("guidance_embeds"))
         self.distilled = not self._told
         self.architecture = "flux-1-dev" if self._told else "flux-1-schnell"
-        self._t5_tokens = t5xxl_max_token_length or _T5_TOKENS[self._told]
-        self.token_limit = self._t5_tokens - 1  # the last one ends the text
+        self._t5 = T5Tokens(
+            t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2,
+            base.parts["text_encoder_2"].config,
+            limit=t5xxl_max_token_length or _T5_TOKENS[self._told],
+            of=base.path,
+        )
+        self.token_limit = self._t5.limit - 1  # the last one ends the text
         self._masks, self._guidance = apply_t5_attn_mask, guidance_scale
         self._shift = 3.0 if discrete_flow_shift is None else discrete_flow_shift
         assert model_prediction_type == "raw", "the option takes nothing else"
+        assert model_type in (None, self.NAME), "stated, and checked by open_family"
         self.latents = latent_space_of(base.parts["vae"].config)
         self._warn()
 
@@ -158,7 +141,7 @@ class Flux1(FlowMatching):
             "discrete_flow_shift": self._shift,
             "model_prediction_type": "raw",
             "apply_t5_attn_mask": self._masks,
-            "t5xxl_max_token_length": self._t5_tokens,
+            "t5xxl_max_token_length": self._t5.limit,
         }
 
     @classmethod
@@ -188,38 +171,19 @@ class Flux1(FlowMatching):
 
         return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
 
-    @cached_property
-    def _t5_tokenizer(self) -> Tokenizer:
-        from library.models.modules import read_fast_tokenizer
-
-        if self._tokenizer_2 is None:
-            raise UserError(
-                f"{self.path} has no tokenizer of T5 beside it: give --t5_tokenizer_path, a folder with the "
-                "tokenizer.json of google/t5-v1_1-xxl, such as the folder tokenizer_2 of FLUX.1 on the hub"
-            )
-        return read_fast_tokenizer(self._tokenizer_2)
-
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint
         from library.models.text.prompts import CLEANING
 
-        assert self._t5_tokenizer is not None
-        assert self._tokenizer_2 is not None
         return combined(
             {
                 "cleaning": CLEANING,
-                "tokenizers": [folder_fingerprint(folder) for folder in (self._base.tokenizer, self._tokenizer_2)],
-                "tokens": self._t5_tokens,
+                "tokenizers": [folder_fingerprint(self._base.tokenizer), self._t5.fingerprint()],
+                "tokens": self._t5.limit,
                 "mask": self._masks,
                 "weights": [self.components.fingerprint(part) for part in _TEXTS],
             }
         )
-
-    @cached_property
-    def _t5(self) -> T5Captions:
-        from library.models.text.t5 import T5Captions
-
-        return T5Captions(self._t5_tokenizer, self._base.parts["text_encoder_2"].config, self._t5_tokens)
 
     def count_tokens(self, caption: str) -> int:
         """T5's, without the end."""
@@ -235,7 +199,10 @@ class Flux1(FlowMatching):
         clip: Any = self.components["text_encoder"]
         ids = chunked_ids(self._tokenizer, captions, limit=_CLIP_TOKENS)[:, 0]
         pooled = clip(to_device(ids, device_of(clip))).pooler_output
-        states, mask = self._t5.states(self.components["text_encoder_2"], captions, masked=self._masks)
+        t5 = self.components["text_encoder_2"]
+        tables = self._t5.table(self._t5.rows(captions), self._t5.limit)
+        ids, mask = (to_device(table, device_of(t5)) for table in tables)
+        states = t5_states(t5, ids, mask if self._masks else None)
         return {"pooled": pooled, "hidden_states": states, **({"mask": mask} if self._masks else {})}
 
     # -- the network
@@ -279,45 +246,15 @@ class Flux1(FlowMatching):
             )[0]
         return unpacked(found, height, width)
 
-    def denoiser_blocks(self) -> list[nn.Module]:
-        """The double blocks and the single ones."""
-        transformer: Any = self.components["denoiser"]
-        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-    def swap_blocks(self) -> list[Block]:
-        """Of a double block, which is twice as large as a single one, its attention and its MLPs by themselves."""
-        from library.offload.swap import layers_in
-
-        transformer: Any = self.components["denoiser"]
-        found: list[Block] = []
-        for block in transformer.transformer_blocks:
-            found += [layers_in(block.norm1, block.norm1_context, block.attn), layers_in(block.ff, block.ff_context)]
-        return [*found, *(layers_in(block) for block in transformer.single_transformer_blocks)]
-
     # -- adapters
-
-    def blocks(self) -> Blocks:
-        doubles, singles = self._config["num_layers"], self._config["num_single_layers"]
-
-        def number(name: str) -> int | None:
-            return block_number(name, doubles=doubles)
-
-        return Blocks((("double", doubles), ("single", singles)), 0, number)
 
     def adapter_name(self, part: str, path: str) -> str:
         """The original names; and transformers 5 dropped a level from the text encoder's paths."""
-        return original_name(path) if part == "denoiser" else f"text_model.{path}"
-
-    def fused_name(self, part: str, name: str) -> str:
-        return fused_name(name) if part == "denoiser" else ""
-
-    def fused_place(self, part: str, name: str) -> int:
-        return fused_place(name)
+        return f"text_model.{path}" if part == "text_encoder" else super().adapter_name(part, path)
 
     def expected_modules(self, *, conv: bool = False) -> dict[str, int] | None:
-        true = (self._config["num_layers"], self._config["num_single_layers"]) == (_DOUBLE, _SINGLE)
         layers = self._base.parts["text_encoder"].config["num_hidden_layers"]
-        return _EXPECTED if true and layers * 6 == _EXPECTED["text_encoder"] else None
+        return _EXPECTED if self._has_true_size and layers * 6 == _EXPECTED["text_encoder"] else None
 
     def third_party_views(self) -> tuple[Any, Any]:
         """CLIP alone of the text encoders, with paths below "text_model."."""

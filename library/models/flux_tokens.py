@@ -1,4 +1,5 @@
-"""The inputs of FLUX.1's transformer: images as tokens, their places, masks, and the time with all of its digits."""
+"""The inputs of FLUX.1's and Chroma's transformers: images as tokens, their places, masks, and the time with all of its
+digits."""
 
 from __future__ import annotations
 
@@ -40,12 +41,15 @@ def whole_mask(mask_BL: Tensor, images: int) -> Tensor:
 
 
 @contextmanager
-def exact_time(embedding: nn.Module, level_B: Tensor) -> Iterator[None]:
+def exact_time(embedding: nn.Module, level_B: Tensor, *, answer: torch.dtype | None = None) -> Iterator[None]:
     """A context in which the embedding of time gets 1000 σ in float32. The module would round σ to its own dtype
-    first: in bf16 0.700 and 0.701 would be the same."""
+    first: in bf16 0.700 and 0.701 would be the same. answer: the dtype of what it returns, if that is not its own."""
     time_B = level_B.float() * 1000
-    handle = embedding.register_forward_pre_hook(lambda _, arguments: (time_B, *arguments[1:]))
+    handles = [embedding.register_forward_pre_hook(lambda _, arguments: (time_B, *arguments[1:]))]
+    if answer is not None:
+        handles.append(embedding.register_forward_hook(lambda _, arguments, found: found.to(answer)))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

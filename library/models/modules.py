@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,44 @@ def _shift_first(norm: Any, hidden: torch.Tensor, conditioning: torch.Tensor) ->
     shift, scale = norm.linear(norm.silu(conditioning).to(hidden.dtype)).chunk(2, dim=1)
     normed: torch.Tensor = norm.norm(hidden) * (1 + scale)[:, None] + shift[:, None]
     return normed
+
+
+def new_chroma_transformer(config: Config) -> nn.Module:
+    """A ChromaTransformer2DModel, its parameters on the meta device.
+
+    Its mask of keys hides them from all queries. diffusers' own hides every key from the queries of padding as well,
+    and a softmax over nothing is undefined in some kernels; no one sees those queries' states in any case.
+    """
+    with lean_diffusers():
+        from diffusers.models.transformers.transformer_chroma import (
+            ChromaCombinedTimestepTextProjEmbeddings,
+            ChromaTransformer2DModel,
+        )
+        from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+    _spare_peft()
+
+    class MaskOfKeys(FluxAttnProcessor):
+        def __call__(
+            self,
+            attn: nn.Module,
+            hidden_states: torch.Tensor,
+            encoder_hidden_states: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | None = None,
+            image_rotary_emb: torch.Tensor | None = None,
+        ) -> Any:
+            # [B, 1, 1, L + N] of [B, 1, L + N, L + N]: the last row, which is that of an image's token
+            keys = None if attention_mask is None else attention_mask[:, :, -1:]
+            return super().__call__(attn, hidden_states, encoder_hidden_states, keys, image_rotary_emb)
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it is made of a class that diffusers renames
+        transformer: Any = ChromaTransformer2DModel.from_config(dict(config))
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.attn.set_processor(MaskOfKeys())
+    places, parts = transformer.time_text_embed.mod_proj.shape  # a table that is in no file
+    transformer.time_text_embed = ChromaCombinedTimestepTextProjEmbeddings(parts // 2, places)
+    made: nn.Module = transformer
+    return made
 
 
 def new_anima_transformer(config: Config) -> nn.Module:

@@ -31,7 +31,7 @@ from library.models.flow_matching import (
     PATCH,
     Fit,
     FlowMatching,
-    called_turbo,
+    called,
     in_its_dtype,
     latent_space_of,
     plain_noise,
@@ -39,7 +39,7 @@ from library.models.flow_matching import (
     refuse_missing,
 )
 from library.models.latent_diffusion import SECOND_TEXT_ENCODER, TEXT_CHOICES, TEXT_ENCODER, VAE, with_scaling
-from library.models.text.language import read_own_tokenizer
+from library.models.text.t5 import T5, T5Tokens, t5_states
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from library.diffusion.flow import Flow
     from library.models.flow_pipeline import FlowPipeline
     from library.models.modules import Tokenizer
-    from library.models.text.t5 import T5Captions
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,6 @@ _LINEAR = re.compile(
 )
 _MORE = re.compile(
     r"context_embedder|pos_embed\.proj|time_text_embed\.(?:timestep|text)_embedder\.linear_[12]|norm_out\.linear|proj_out"
-)
-_T5_LINEAR = re.compile(
-    r"encoder\.block\.\d+\.layer\.(?:0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(?:wi_[01]|wi|wo))"
 )
 _CLIPS = ("text_encoder", "text_encoder_2")
 _TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}  # and the files' options
@@ -96,13 +92,7 @@ class StableDiffusion3(FlowMatching):
         "vae": VAE,
         "text_encoder": replace(TEXT_ENCODER, prefix="lora_te1", choices=TEXT_CHOICES),
         "text_encoder_2": SECOND_TEXT_ENCODER,
-        "text_encoder_3": PartKind(
-            folder="text_encoder_3",
-            title="text encoder T5",
-            new="library.models.modules.new_t5_encoder",
-            linear=_T5_LINEAR,
-            overflows_fp16=True,
-        ),
+        "text_encoder_3": replace(T5, folder="text_encoder_3"),
     }
     UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for SD3")
     LEAVE_TEXT_ENCODERS = "CLIP is a part of what Stable Diffusion 3 is told, and most of its LoRAs leave it alone"
@@ -134,11 +124,13 @@ class StableDiffusion3(FlowMatching):
         base = with_scaling(base, default=_SCALING)
         super().__init__(base, vae=vae)
         self._base, self._config = base, base.parts["denoiser"].config
-        self._tokenizer_3 = t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2
         _refuse_exchanged_clips(base)
         refuse_misfits(base, _fits(base))
         self._has_t5 = "text_encoder_3" in base.parts
         self._t5_tokens = t5xxl_max_token_length or _T5_TOKENS
+        folder = t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2
+        of_t5 = base.parts["text_encoder_3"].config if self._has_t5 else {}
+        self._t5 = T5Tokens(folder, of_t5, limit=self._t5_tokens, of=self.path)
         self.token_limit = self._t5_tokens - 1 if self._has_t5 else _CLIP_TOKENS
         self._masks = {"apply_lg_attn_mask": apply_lg_attn_mask, "apply_t5_attn_mask": apply_t5_attn_mask}
         self._dropouts = {
@@ -150,7 +142,7 @@ class StableDiffusion3(FlowMatching):
         self.architecture = f"stable-diffusion-{_ARCHITECTURES[self.base_model_version]}"
         self.latents = latent_space_of(base.parts["vae"].config)
         self.longest_side = int(self._config["pos_embed_max_size"]) * self.size_divisor
-        self.distilled = called_turbo(base) if turbo is None else turbo
+        self.distilled = called(base, "turbo") if turbo is None else turbo
         self._warn()
 
     def _warn(self) -> None:
@@ -195,30 +187,15 @@ class StableDiffusion3(FlowMatching):
 
         return read_tokenizer(self._base.tokenizer, self._base.tokenizer_options)
 
-    @cached_property
-    def _t5(self) -> T5Captions:
-        from library.models.text.t5 import T5Captions
-
-        config = self._base.parts["text_encoder_3"].config
-        own = {"option": "t5_tokenizer_path", "title": "T5", "source": "google/t5-v1_1-xxl"}
-        found = read_own_tokenizer(
-            self._tokenizer_3, rows=config["vocab_size"], of=self.path, model="Stable Diffusion 3", **own
-        )
-        return T5Captions(found, config, self._t5_tokens)
-
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint
         from library.models.text.prompts import CLEANING
 
-        tokenizers = [self._base.tokenizer]
-        if self._has_t5:
-            assert self._t5 is not None
-            assert self._tokenizer_3 is not None
-            tokenizers.append(self._tokenizer_3)
+        tokenizers = [folder_fingerprint(self._base.tokenizer), *([self._t5.fingerprint()] if self._has_t5 else [])]
         return combined(
             {
                 "cleaning": CLEANING,
-                "tokenizers": [folder_fingerprint(folder) for folder in tokenizers],
+                "tokenizers": tokenizers,
                 "tokens": self._t5_tokens,
                 "masks": list(self._masks.values()),
                 "weights": [self.components.fingerprint(part) for part in self.components.text_encoders],
@@ -252,8 +229,10 @@ class StableDiffusion3(FlowMatching):
             pooled.append(of_text)
         found = {"clip": torch.cat(states, dim=2), "pooled": torch.cat(pooled, dim=1)}
         if self._has_t5:
-            encoder, masked = self.components["text_encoder_3"], self._masks["apply_t5_attn_mask"]
-            found["t5"], _ = self._t5.states(encoder, captions, masked=masked)
+            encoder = self.components["text_encoder_3"]
+            tables = self._t5.table(self._t5.rows(captions), self._t5.limit)
+            ids, seen = (to_device(table, device_of(encoder)) for table in tables)
+            found["t5"] = t5_states(encoder, ids, seen if self._masks["apply_t5_attn_mask"] else None)
         return found
 
     def with_text_dropout(

@@ -30,7 +30,7 @@ from library.models.family import Rendering
 from library.models.flow_matching import (
     Fit,
     FlowMatching,
-    called_turbo,
+    called,
     flow_of,
     in_its_dtype,
     latent_space_of,
@@ -130,7 +130,7 @@ class ZImage(FlowMatching):
         self.token_limit = max(1, qwen3_max_token_length - _TOKENS_BEFORE)
         self._shift = _TRAINED_SHIFT if discrete_flow_shift is None else discrete_flow_shift
         self.latents = latent_space_of(base.parts["vae"].config)
-        self.distilled = called_turbo(base) if turbo is None else turbo
+        self.distilled = called(base, "turbo") if turbo is None else turbo
 
     @property
     def settings(self) -> dict[str, object]:

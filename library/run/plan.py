@@ -68,10 +68,10 @@ class Plan:
     settings: tuple[Setting, ...] = ()
 
 
-def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
+def make_plan(options: Options, *, families: tuple[str, ...] = ()) -> Plan:
     """Check everything that can be checked cheaply, the cheapest first. Raises UserError.
 
-    only_family: the required family of the base model, as in `library.models.FAMILIES`.
+    families: those of which the base model has to be, as in `library.models.FAMILIES`.
     """
     settings = slider.settings_of(options)
     datasets = slider.datasets_of(settings, options) if settings else load_datasets(options)
@@ -98,7 +98,7 @@ def make_plan(options: Options, *, only_family: str | None = None) -> Plan:
     choice = _choose_optimizer(options, validates=_validates(options, datasets))
     rates = _rates(options)
     refuse_useless(choice, rates, precision=options.precision.of_weights)
-    family = base_of(options, only_family=only_family)
+    family = base_of(options, families=families)
     options = _with_defaults_of(family, options)
     base_weights.warn(options.network, family)
     word.learn(options, family)
@@ -149,12 +149,12 @@ def _with_defaults_of(family: ModelFamily, options: Options) -> Options:
     return replace(options, objective=objective)
 
 
-def base_of(options: Options, *, only_family: str | None = None) -> ModelFamily:
-    """The family of the base model, opened but not loaded. `only_family`: as of `make_plan`."""
+def base_of(options: Options, *, families: tuple[str, ...] = ()) -> ModelFamily:
+    """The family of the base model, opened but not loaded. `families`: as of `make_plan`."""
     return open_family(
         options.model.pretrained_model_name_or_path,
         vae=options.model.vae,
-        only=only_family,
+        only=families,
         options=vars(options.model) | vars(options.flow) | vars(options.objective),
         given=options.given,
     )

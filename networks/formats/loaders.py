@@ -1,7 +1,7 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
-Read at ComfyUI 2025-10 (Z-Image: 2025-12), A1111 1.10, Forge 2025-06, diffusers 0.39 (FLUX.1, Anima, Z-Image: 0.42),
-kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x to 3.5, FLUX.1, Anima and Z-Image. A program
+Read at ComfyUI 2025-10 (Z-Image: 2025-12), A1111 1.10, Forge 2025-06, diffusers 0.39 (transformers: 0.42), kohya's
+sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x to 3.5, FLUX.1, Chroma, Anima and Z-Image. A program
 finds a layer if it knows the naming, the place in the model and the kind; some reject a whole file for one layer. Names
 and shapes are enough, so a file's header is. Imports no torch.
 """
@@ -159,6 +159,7 @@ _OF_FLUX = re.compile(
     r"lora_unet_(?:double_blocks_\d+_(?:img|txt)_(?:mod_lin|attn_qkv|attn_proj|mlp_[02])|"
     r"single_blocks_\d+_(?:linear[12]|modulation_lin))"
 )
+_MODULATION = re.compile(r"_(?:mod_lin|modulation_lin)$")
 _WITHOUT_FLUX = ("A1111", "LyCORIS")
 _SD3 = ("medium", "5-medium", "5-large")  # kohya's words for its base models
 _OF_SD3 = re.compile(
@@ -249,8 +250,8 @@ def _rule(
     anima, z_image = version.startswith("anima"), version.startswith("z_image")
     if naming not in _NAMINGS[program] and not ((anima or z_image) and (program, naming) == ("diffusers", "ComfyUI")):
         return _not(f"names in {naming}'s style" if naming else "names of no known program")
-    if version.startswith("flux"):
-        place = _place_of_flux(program, naming, name)
+    if version.startswith(("flux", "chroma")):
+        place = _place_of_flux(program, naming, name, chroma=version.startswith("chroma"))
     elif version in _SD3:
         place = _place_of_sd3(program, naming, name)
     elif anima:
@@ -325,12 +326,17 @@ def _place_of_kohya(program: Program, name: str, version: str, known: Collection
     return ""
 
 
-def _place_of_flux(program: Program, naming: Naming | None, name: str) -> str:
-    """As `_place_of_kohya`, for layers of FLUX.1: query, key and value are one layer in kohya's names."""
+def _place_of_flux(program: Program, naming: Naming | None, name: str, *, chroma: bool) -> str:
+    """As `_place_of_kohya`, for layers of FLUX.1 and Chroma: query, key and value are one layer in kohya's names."""
+    model = "Chroma" if chroma else "FLUX.1"
     if program in _WITHOUT_FLUX:
-        return "it knows no FLUX.1"
-    if naming == "kohya" and not (_OF_FLUX.fullmatch(name) or _OF_TEXT.fullmatch(name)):
-        return "the name of no layer of FLUX.1 there, which has query, key and value as one"
+        return f"it knows no {model}"
+    if naming == "kohya" and not (_OF_FLUX.fullmatch(name) or (_OF_TEXT.fullmatch(name) and not chroma)):
+        return f"the name of no layer of {model} there, which has query, key and value as one"
+    if chroma and naming == "kohya" and _MODULATION.search(name):
+        return "the name of no layer of Chroma, which has no modulation in its blocks"
+    if chroma and program == "Forge" and naming == "diffusers":
+        return "of Chroma it wants kohya's names"
     return ""
 
 
@@ -389,7 +395,8 @@ def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
 
 def is_about(version: str) -> bool:
     """Whether the tables are about base models of this `ss_base_model_version`."""
-    return version in _SD3 or version.startswith(("sd_v", "sdxl", "flux1", "anima", "z_image"))
+    of_transformers = ("flux1", "chroma", "anima", "z_image")
+    return version in _SD3 or version.startswith(("sd_v", "sdxl", *of_transformers))
 
 
 def in_words(found: Sequence[Verdict]) -> list[str]:

@@ -14,10 +14,11 @@ Nothing here needs the model: names of Stable Diffusion's layers are the same in
 original names of a UNet's layers. SDXL's UNet has those in kohya's files as well. Where a file does not tell that it is
 for SDXL, that is settled when the model is known (`sites.in_names_of`).
 
-FLUX.1's transformer has its original names in kohya's and ComfyUI's files, with query, key and value as one layer, and
-diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. So it is with Stable Diffusion 3's, whose
-last norms have their rows in another order in diffusers. Anima's has its original names everywhere:
-kohya's are flat, and those of diffusers, too, are ComfyUI's, `diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`.
+FLUX.1's transformer and Chroma's have their original names in kohya's and ComfyUI's files, with query, key and value as
+one layer, and diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. So it is with Stable
+Diffusion 3's, whose last norms have their rows in another order in diffusers. Anima's has its original names
+everywhere: kohya's are flat, and those of diffusers, too, are ComfyUI's,
+`diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`.
 Z-Image's has diffusers' names in all of them; files that were made on its original layout have query, key and value as
 one layer, which becomes three where it is read.
 """

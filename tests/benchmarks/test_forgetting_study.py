@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from benchmarks import forgetting
-from benchmarks.forgetting import Row, Way, interval, table, ways
+from benchmarks.forgetting import Row, Way, table, ways
 from library.config import parser
 
 
@@ -41,10 +39,3 @@ def test_the_table() -> None:
     assert lines[2] == ("| none | 3 | +50.00 (+50.00 … +50.00) | +0.00 (+0.00 … +0.00) | +20.00 (-4.84 … +44.84) |  |")
     assert lines[3].endswith("| -20.00 (-20.00 … -20.00) |")
     assert len(lines) == 4
-
-
-def test_the_interval_is_students() -> None:
-    """Of 1, 2 and 3 the mean is 2 and the deviation 1; t of two degrees of freedom is 4.303."""
-    assert interval([1.0, 2.0, 3.0]) == f"+2.00 ({2 - 4.303 / 3**0.5:+.2f} … {2 + 4.303 / 3**0.5:+.2f})"
-    assert interval([1.0]) == ""
-    assert forgetting.study.T[2] == pytest.approx(4.303)

@@ -124,3 +124,9 @@ def test_a_run_that_diverged_is_no_pair_with_an_interval():
 def test_one_seed_is_compared_with_nothing():
     rows = rows_of(*grid(3, 1, 2, 4), *grid(3, 1, 2, 4, of=OTHER), row(0, 1, seed=1), row(0, 2, seed=1, of=OTHER))
     assert study.compare(OTHER, FIRST, rows) is None
+
+
+def test_the_interval_is_students():
+    """Of 1, 2 and 3 the mean is 2 and the deviation 1; t of two degrees of freedom is 4.303."""
+    assert study.interval([1.0, 2.0, 3.0]) == f"+2.00 ({2 - 4.303 / 3**0.5:+.2f} … {2 + 4.303 / 3**0.5:+.2f})"
+    assert study.interval([1.0]) == ""

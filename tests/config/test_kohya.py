@@ -32,7 +32,7 @@ ALIASES = {alias for item in OPTIONS.values() for alias in item.details.aliases}
 OWN_DEFAULTS = {
     "network_module": "networks.lora",
     # kohya's scripts have several, by model; here the model's own stands for not given
-    **dict.fromkeys(("discrete_flow_shift", "t5xxl_max_token_length")),
+    **dict.fromkeys(("discrete_flow_shift", "t5xxl_max_token_length", "model_type")),
     "guidance_scale": 1.0,  # kohya's 3.5 is refused by nobody, and warned of
     **dict.fromkeys(("network_args", "optimizer_args", "lr_scheduler_args", "base_weights"), ()),
 }
@@ -112,7 +112,7 @@ def test_kohyas_default_asks_for_nothing(name: str, options: Callable[..., Optio
     """A file that spells out kohya's defaults is taken, whatever is supported."""
     default = KOHYA[name][1]
     word = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    of_one_script = ("discrete_flow_shift", "t5xxl_max_token_length", "guidance_scale")
+    of_one_script = ("discrete_flow_shift", "t5xxl_max_token_length", "guidance_scale", "model_type")
     if name not in ("pretrained_model_name_or_path", "output_dir", *of_one_script):
         assert options(f"--{name}={word}") == options()
 

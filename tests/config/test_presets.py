@@ -35,7 +35,7 @@ TABLE = {
     "conservative": (1500, 0.80, 0.05, None),
 }
 FOR_KOHYAS_USERS = {f"{model}_{task}" for model in ("sd15", "sdxl") for task in ("style", "character", "concept")} | {
-    f"{model}_{task}" for model in ("sd3", "flux", "anima", "z_image") for task in ("style", "character")
+    f"{model}_{task}" for model in ("sd3", "flux", "chroma", "anima", "z_image") for task in ("style", "character")
 }
 
 
@@ -142,7 +142,7 @@ def test_an_unknown_preset(folder: Path, options: Parse) -> None:
         options("--preset", "default", "sd15_styl")
     with pytest.raises(UserError, match="--preset: needs the name of a preset; --list_presets says which there are"):
         options("--preset", "--seed", "1")
-    with pytest.raises(UserError, match=r"'zzz'; there are aggressive, anima_character, anima_style, conservative"):
+    with pytest.raises(UserError, match=r"'zzz'; there are aggressive, anima_character, anima_style, chroma_character"):
         options("--preset", "zzz")
     (folder / "a.toml").write_text("[x]\npreset = 'defalt'\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"^a\.toml: \[x\] preset: no preset 'defalt', did you mean 'default'\?"):

@@ -31,8 +31,9 @@ def family(
     tiny_z_image: Path,
     tiny_sd3: Path,
 ) -> ModelFamily:
-    models = {"sd": BASE, "sdxl": tiny_sdxl, "flux": tiny_flux, "anima": tiny_anima}
-    models |= {"z_image": tiny_z_image, "sd3": tiny_sd3}
+    models = {"sd": BASE, "sdxl": tiny_sdxl, "flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}
+    models["sd3"] = tiny_sd3
+    models["chroma"] = request.getfixturevalue("tiny_chroma")
     family = open_family(str(models[request.param]))
     assert request.param == family.NAME
     family.components.load("vae", torch.float32, "cpu")
@@ -70,9 +71,11 @@ def test_images_become_scaled_distributions(family: ModelFamily) -> None:
     assert torch.allclose(family.encode_images(pixels[1:])[0][0], mean[1], atol=1e-5)
 
 
-USUAL_SCALE = {"sd": 0.18215, "sdxl": 0.13025, "flux": 0.3611, "z_image": 0.3611, "sd3": 1.5305}
+USUAL_SCALE = {"sd": 0.18215, "sdxl": 0.13025, "sd3": 1.5305}
+USUAL_SCALE |= dict.fromkeys(("flux", "chroma", "z_image"), 0.3611)
 LONGER: dict[str, dict[str, Any]] = {
     "flux": {"t5xxl_max_token_length": 128},
+    "chroma": {"t5xxl_max_token_length": 128},
     "anima": {"t5_max_token_length": 128},
     "z_image": {"qwen3_max_token_length": 128},
     "sd3": {"t5xxl_max_token_length": 128},
@@ -106,7 +109,7 @@ def test_latents_are_decoded_with_the_scale_that_they_were_encoded_with(
     assert torch.equal(mean, (latents - shift) * scale)
     expected = opened.components["vae"].decode(latents).sample
     torch.testing.assert_close(opened.decode_latents(mean), expected, rtol=0, atol=1e-4)  # scaled there and back
-    if opened.NAME not in ("flux", "z_image", "sd3"):  # their pipeline ends with latents
+    if opened.NAME not in ("flux", "chroma", "z_image", "sd3"):  # their pipeline ends with latents
         assert opened.pipeline().vae.config.scaling_factor == scale
     if not stated:
         file.write_text(json.dumps(config | {"scaling_factor": scale}))

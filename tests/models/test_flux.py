@@ -195,11 +195,11 @@ _FIRST = "double_blocks.0.img_attn.norm.key_norm.scale"
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"distilled_guidance_layer.in_proj.bias": (8,)}, "a Chroma model"),
+        ({"distilled_guidance_layer.in_proj.bias": (8,), "nerf_blocks.0.norm.scale": (8,)}, "a Chroma1-Radiance model"),
         ({"single_stream_modulation.lin.weight": (8, 8)}, "a FLUX.2 model"),
         ({"img_in.weight": (128, 384)}, "a FLUX.1 Fill model"),
         ({"img_in.weight": (128, 128)}, "a FLUX.1 Depth or Canny model"),
-        ({"scaled_fp8": (2,)}, "fp8 weights have scales beside them"),
+        ({"scaled_fp8": (2,)}, "a FLUX or Chroma model whose fp8 weights have scales beside them"),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

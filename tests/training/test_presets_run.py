@@ -22,9 +22,9 @@ from tests.quick import quick
 def test_every_preset_trains(name: str, image_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     from train_network import main
 
-    model = name.rpartition("_")[0]
-    tiny = model in ("sd3", "flux", "anima", "z_image")
-    base = request.getfixturevalue(f"tiny_{model}") if tiny else BASE
+    family = name.rpartition("_")[0]
+    of_flow = family in ("sd3", "flux", "chroma", "anima", "z_image")
+    base = request.getfixturevalue(f"tiny_{family}") if of_flow else BASE
     data = ("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(image_folder))
     small = ("--resolution", "64", "--no-enable_bucket", "--caption_extension", ".txt", "--max_train_steps", "2")
     output = ("--output_dir", str(tmp_path), "--no-loss_plot", "--no-report")

@@ -1,5 +1,5 @@
 """The options of models that are trained by flow matching, with text encoders and VAE in files of their own: Stable
-Diffusion 3, FLUX.1, Anima and Z-Image.
+Diffusion 3, FLUX.1, Chroma, Anima and Z-Image.
 
 Names are kohya's. `library.models.opening` refuses them for a model of another family.
 """
@@ -7,6 +7,7 @@ Names are kohya's. `library.models.opening` refuses them for a model of another 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from library.config.fields import BadValue, option
 from library.errors import UserError
@@ -15,6 +16,7 @@ from library.errors import UserError
 _WRITTEN_ANYWAY: dict[str, tuple[object, ...]] = {
     "discrete_flow_shift": (1.0, 3.0, 3.1582, 5.0, 6.0),
     "guidance_scale": (3.5,),
+    "model_type": ("flux",),
     "model_prediction_type": ("raw",),
     "t5xxl_max_token_length": (256,),
     "qwen3_max_token_length": (512,),
@@ -43,8 +45,11 @@ def asks_for_nothing(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
-    """Stable Diffusion 3, FLUX.1, Anima and Z-Image"""
+    """Stable Diffusion 3, FLUX.1, Chroma, Anima and Z-Image"""
 
+    model_type: Literal["flux", "chroma"] | None = option(
+        None, help="what the base is, flux or chroma: checked against the file, which says so itself"
+    )
     clip_l: str | None = option(None, help="the CLIP-L text encoder, where the base has none: a file or a folder")
     clip_g: str | None = option(None, help="the CLIP-G text encoder, where the base has none: a file or a folder")
     t5xxl: str | None = option(None, help="the T5-XXL text encoder, where the base has none: a file or a folder")
@@ -66,17 +71,25 @@ class FlowOptions:
     qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of Anima or Z-Image")
     t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 256, of FLUX.1 dev 512)"
+        None,
+        minimum=1,
+        zero_is_unset=True,
+        help="T5's tokens of a caption (default: 512; of FLUX.1 schnell and Stable Diffusion 3 256)",
     )
     apply_lg_attn_mask: bool = option(False, help="hide the padding of CLIP-L and CLIP-G from themselves")
-    apply_t5_attn_mask: bool = option(False, help="hide T5's padding from T5, and in FLUX.1 from the transformer")
+    apply_t5_attn_mask: bool = option(
+        False,
+        help="hide T5's padding from T5, and of FLUX.1 from the transformer; for Chroma that is done in any case",
+    )
     clip_l_dropout_rate: float = option(
         0.0, minimum=0, maximum=1, help="share of the captions that CLIP-L says nothing about: zeros in its place"
     )
     clip_g_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="the same of CLIP-G, independently")
     t5_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="the same of T5, independently")
     guidance_scale: float = option(
-        1.0, minimum=0, help="the guidance that dev is told in training; samples are rendered with 3.5 or their --g"
+        1.0,
+        minimum=0,
+        help="the guidance that FLUX.1 dev is told in training; samples are rendered with 3.5 or their --g",
     )
     discrete_flow_shift: float | None = option(
         None,

@@ -75,8 +75,8 @@ class ObjectiveOptions:
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = option(
         "sigma",
         help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle, Anima's default; "
-        "for FLUX.1, Anima and Z-Image also shift, sigmoid with --discrete_flow_shift (Z-Image's default), and for "
-        "FLUX.1 flux_shift, with a shift that grows with the image",
+        "for FLUX.1, Chroma, Anima and Z-Image also shift, sigmoid with --discrete_flow_shift (Z-Image's default), and "
+        "for FLUX.1 and Chroma flux_shift, with a shift that grows with the image",
     )
     sigmoid_scale: float = option(
         1.0, minimum=0, help="width of sigmoid, shift and flux_shift; above 1 nearer to uniform"

@@ -46,17 +46,18 @@ TITLES = {
     "flux_control": "a FLUX.1 Depth or Canny model",
     "transformer": "the transformer of a diffusers folder",
     "flux2": "a FLUX.2 model",
-    "chroma": "a Chroma model",
+    "chroma_radiance": "a Chroma1-Radiance model, which has no autoencoder",
+    "chroma_other": "a Chroma model of another kind",
     "lumina": "a Lumina-Image model",
     "z_image_edit": "a Z-Image model of another kind, which is given images as well",
     "cosmos": "a Cosmos-Predict2 model that is not for images alone",
-    "scaled_fp8": "a FLUX model whose fp8 weights have scales beside them",
+    "scaled_fp8": "a FLUX or Chroma model whose fp8 weights have scales beside them",
     "edm": "an SDXL model of another kind (EDM, as Playground 2.5)",
 }
 # Models, but not of a kind that can be trained
 _UNSUPPORTED = (
-    *("sdxl_refiner", "sd3_other", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control", "flux2", "chroma"),
-    *("scaled_fp8", "cosmos", "lumina", "z_image_edit"),
+    *("sdxl_refiner", "sd3_other", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control", "flux2"),
+    *("chroma_radiance", "chroma_other", "scaled_fp8", "cosmos", "lumina", "z_image_edit"),
 )
 _INSTEAD = {
     "vae": "give it as --vae beside a base model",
@@ -96,10 +97,11 @@ _SD3_PIPELINES = tuple(f"StableDiffusion3{kind}Pipeline" for kind in ("", "Img2I
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
 # By what the class in a folder's model_index.json contains, the first that does
 _PIPELINES = {
-    "StableDiffusion3": "sd3_other", "Chroma": "chroma", "FluxKontext": "flux_kontext", "FluxFill": "flux_fill",
+    "StableDiffusion3": "sd3_other", "Chroma": "chroma_other", "FluxKontext": "flux_kontext", "FluxFill": "flux_fill",
     "FluxControl": "flux_control", "Flux2": "flux2", "Flux": "flux_other", "ZImage": "z_image_edit", "Lumina": "lumina",
 }  # fmt: skip
 _FLUX_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
+_CHROMA_PIPELINES = ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
 _FLUX_PREFIXES = (UNET_PREFIX, "")
 _FLUX_INPUTS = {384: "flux_fill", 128: "flux_control"}  # columns of its first layer; 64 of the model itself
 _REFINER_POOLED = 2560  # width of the refiner's added conditions; SDXL base: 2816
@@ -149,7 +151,7 @@ def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
 def not_a_base(found: FileKind) -> str:
     """The reason why a file or folder cannot be the base model, to follow its path and "is"."""
     if found.kind in _UNSUPPORTED:
-        known = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 dev and schnell, Anima and Z-Image"
+        known = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 dev and schnell, Chroma, Anima and Z-Image"
         return f"{found.title}, which is not supported; this version trains {known}"
     instead = _INSTEAD.get(found.kind, "")
     if found.adapter is not None and found.adapter.is_plain:
@@ -180,7 +182,7 @@ def other_family(content: WeightsIndex | Folder) -> str:
         if is_of_xl(content):
             pooled = (content.config("unet") or {}).get("projection_class_embeddings_input_dim")
             return "sdxl_refiner" if pooled == _REFINER_POOLED else ""
-        if content.pipeline in (*_FLUX_PIPELINES, *_Z_IMAGE_PIPELINES, *_SD3_PIPELINES):
+        if content.pipeline in (*_FLUX_PIPELINES, *_CHROMA_PIPELINES, *_Z_IMAGE_PIPELINES, *_SD3_PIPELINES):
             return ""
         return next((kind for name, kind in _PIPELINES.items() if name in content.pipeline), "")
     if is_of_xl(content):
@@ -188,7 +190,7 @@ def other_family(content: WeightsIndex | Folder) -> str:
         if label is not None and label.shape[-1] == _REFINER_POOLED:
             return "sdxl_refiner"
         return "edm" if content.entries.keys() & _EDM_MARKS else ""
-    if begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks."):
+    if _has_flux_blocks(content):
         return _other_flux(content)
     if begins(content, "single_transformer_blocks.", "transformer_blocks.0.attn1.", "pos_embed.proj."):
         return "transformer"
@@ -203,7 +205,22 @@ def is_flux(content: WeightsIndex | Folder) -> bool:
     """Whether it is FLUX.1 dev or schnell, or one of their descendants."""
     if isinstance(content, Folder):
         return content.pipeline in _FLUX_PIPELINES
-    return begins(content, "double_blocks.", f"{UNET_PREFIX}double_blocks.") and not _other_flux(content)
+    return _has_flux_blocks(content) and not _is_chroma_file(content) and not _other_flux(content)
+
+
+def is_chroma(content: WeightsIndex | Folder) -> bool:
+    """Whether it is Chroma1: HD, Base, Flash or one of their descendants."""
+    if isinstance(content, Folder):
+        return content.pipeline in _CHROMA_PIPELINES
+    return _has_flux_blocks(content) and _is_chroma_file(content) and not _other_flux(content)
+
+
+def _has_flux_blocks(index: WeightsIndex) -> bool:
+    return begins(index, *(f"{prefix}double_blocks." for prefix in _FLUX_PREFIXES))
+
+
+def _is_chroma_file(index: WeightsIndex) -> bool:
+    return begins(index, *(f"{prefix}distilled_guidance_layer." for prefix in _FLUX_PREFIXES))
 
 
 def is_sd3(content: WeightsIndex | Folder) -> bool:
@@ -249,12 +266,12 @@ def _cosmos_inputs(index: WeightsIndex) -> int | None:
 
 
 def _other_flux(index: WeightsIndex) -> str:
-    """The relative of FLUX.1 that a file with its blocks is; "" for FLUX.1 itself.
+    """The relative of FLUX.1 or Chroma that a file with their blocks is; "" for these themselves.
 
     Kontext has the shapes of dev: only what its file is called, or says about itself, tells them apart.
     """
-    if begins(index, *(f"{prefix}distilled_guidance_layer." for prefix in _FLUX_PREFIXES)):
-        return "chroma"
+    if begins(index, *(f"{prefix}nerf_" for prefix in _FLUX_PREFIXES)):
+        return "chroma_radiance"
     if begins(index, *(f"{prefix}single_stream_modulation." for prefix in _FLUX_PREFIXES)):
         return "flux2"
     first = next((found for prefix in _FLUX_PREFIXES if (found := index.entries.get(f"{prefix}img_in.weight"))), None)

@@ -1,16 +1,19 @@
-"""The parts of FLUX.1 on disk: a diffusers folder, a file in the original layout, and text encoders and an autoencoder
-in files of their own, as kohya's users have them. No weight is read here: configurations follow from names and shapes.
+"""The parts of FLUX.1 and Chroma on disk: a diffusers folder, a file in the original layout, and text encoders and an
+autoencoder in files of their own, as kohya's users have them. No weight is read here: configurations follow from names
+and shapes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
 from library.files.index import read_index
 from library.files.json_text import Config
-from library.files.tensors import TensorEntry, WeightsIndex
+from library.files.tensors import TensorEntry
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.checkpoint import (
     UNET_PREFIX,
@@ -20,26 +23,38 @@ from library.models.checkpoints.checkpoint import (
     vae_entries,
 )
 from library.models.checkpoints.flux_names import transformer_entries
-from library.models.checkpoints.part_files import Entries, PartFiles, parts_in
+from library.models.checkpoints.part_files import Entries, PartFiles, parts_in, without_prefix
 from library.models.checkpoints.shapes import count_of, shape_of
 
 VAES = ("vae.", VAE_PREFIX)
 """How the names of the autoencoder begin in files of a whole model."""
 _CLIP, _T5 = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer."
+_APPROXIMATOR = "distilled_guidance_layer"
 _FIRST = "double_blocks.0.img_attn.norm.key_norm.scale"
 _T5_TIED = "encoder.embed_tokens.weight"  # the same as shared.weight; files have either or both
 _CLIP_HEAD = 64  # channels of a head of CLIP; no shape tells
 
 
 def configurations() -> dict[str, Any]:
-    """Of the true model, by part."""
+    """Of the true FLUX.1 dev, by part."""
     return read_json(ASSETS / "flux.json")
+
+
+def chroma_transformer() -> dict[str, Any]:
+    """The configuration of the true Chroma's transformer. Its text encoder and its autoencoder are FLUX.1's."""
+    config: dict[str, Any] = read_json(ASSETS / "chroma.json")["transformer"]
+    return config
 
 
 def open_flux(path: str, location: Path, *, kind: str) -> BaseModel:
     """The parts that a folder or a file holds; those in files of their own are put in by `with_part`. UserError for a
     model of other sizes than FLUX.1's layout can have."""
-    parts = _of_folder(location) if location.is_dir() else _of_file(path, read_index(location))
+    inputs = configurations()["transformer"]["in_channels"]
+    parts = (
+        _of_folder(location, PARTS, inputs=inputs, model="FLUX.1 dev and schnell take")
+        if location.is_dir()
+        else _of_file(path, read_index(location).entries, PARTS, _transformer_config)
+    )
     tokenizer, second = location / "tokenizer", location / "tokenizer_2"
     return BaseModel(
         kind,
@@ -51,46 +66,88 @@ def open_flux(path: str, location: Path, *, kind: str) -> BaseModel:
     )
 
 
-def _of_folder(folder: Path) -> dict[str, Part]:
-    found = parts_in(folder, PARTS)
-    inputs = found["denoiser"].config.get("in_channels")
-    if inputs != configurations()["transformer"]["in_channels"]:
-        raise UserError(f"{folder / 'transformer'}: takes {inputs} channels, where FLUX.1 dev and schnell take 64")
+def open_chroma(path: str, location: Path, *, kind: str) -> BaseModel:
+    """As `open_flux`, of Chroma."""
+    parts = (
+        _of_folder(location, CHROMA_PARTS, inputs=chroma_transformer()["in_channels"], model="Chroma takes")
+        if location.is_dir()
+        else _of_file(path, read_index(location).entries, CHROMA_PARTS, _chroma_config)
+    )
+    tokenizer, scheduler = location / "tokenizer", location / "scheduler" / "scheduler_config.json"
+    return BaseModel(
+        kind,
+        path,
+        location,
+        parts,
+        scheduler=read_json(scheduler) if scheduler.is_file() else {},
+        tokenizer_2=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
+    )
+
+
+def _of_folder(folder: Path, kinds: Mapping[str, PartFiles], *, inputs: int, model: str) -> dict[str, Part]:
+    found = parts_in(folder, kinds)
+    own = found["denoiser"].config.get("in_channels")
+    if own != inputs:
+        raise UserError(f"{folder / 'transformer'}: takes {own} channels, where {model} {inputs}")
     return found
 
 
-def _of_file(path: str, index: WeightsIndex) -> dict[str, Part]:
-    whole = strip(index.entries, UNET_PREFIX) or {
-        name: entry for name, entry in index.entries.items() if not name.startswith(("text_encoders.", *VAES))
+def _of_file(
+    path: str,
+    entries: Entries,
+    kinds: Mapping[str, PartFiles],
+    config: Callable[[Entries, str], dict[str, Any]],
+) -> dict[str, Part]:
+    """kinds: the text encoders among them can be in the file. config: of the transformer, from its names."""
+    whole = strip(entries, UNET_PREFIX) or {
+        name: entry for name, entry in entries.items() if not name.startswith(("text_encoders.", *VAES))
     }
-    config = _transformer_config(whole, path)
-    parts = {"denoiser": Part(config, f"the transformer in {path}", lambda: transformer_entries(whole))}
-    if own := strip(index.entries, _CLIP):
-        parts["text_encoder"] = _clip_of_file(own, path)
-    if own := strip(index.entries, _T5):
-        parts["text_encoder_2"] = _t5_of_file(own, path)
-    if of_vae := next((inner for prefix in VAES if (inner := strip(index.entries, prefix))), {}):
-        parts["vae"] = Part(configurations()["vae"], f"the autoencoder in {path}", lambda: vae_entries(of_vae))
+    where = f"the transformer in {path}"
+    parts = {"denoiser": Part(config(whole, path), where, lambda: transformer_entries(whole))}
+    for name, kind in kinds.items():
+        if kind.read is not None and (own := strip(entries, kind.prefixes[0])):
+            parts[name] = kind.read(own, path)
+    if of_vae := without_prefix(entries, VAES):
+        parts["vae"] = Part(autoencoder_config(), f"the autoencoder in {path}", lambda: vae_entries(of_vae))
     return parts
 
 
-def _transformer_config(entries: Entries, path: str) -> dict[str, Any]:
-    """From the shapes of a file in the original layout."""
-    config = configurations()["transformer"]
-    width, head = shape_of(entries, "img_in.weight", path)[0], shape_of(entries, _FIRST, path)[0]
-    if head != config["attention_head_dim"]:
+def _blocks_config(entries: Entries, path: str, *, head: int, model: str) -> dict[str, Any]:
+    """What the shapes of a file say about its blocks. UserError for heads of other than `head` channels."""
+    width, found = shape_of(entries, "img_in.weight", path)[0], shape_of(entries, _FIRST, path)[0]
+    if found != head:
         raise UserError(
-            f"{path}: the heads of its transformer have {head} channels, where FLUX.1's have "
-            f"{config['attention_head_dim']}; a file does not hold its configuration, so such a model must be given as "
+            f"{path}: the heads of its transformer have {found} channels, where {model}'s have "
+            f"{head}; a file does not hold its configuration, so such a model must be given as "
             "a diffusers folder"
         )
-    return config | {
+    return {
         "num_layers": count_of(entries, "double_blocks"),
         "num_single_layers": count_of(entries, "single_blocks"),
         "num_attention_heads": width // head,
         "joint_attention_dim": shape_of(entries, "txt_in.weight", path)[1],
+    }
+
+
+def _transformer_config(entries: Entries, path: str) -> dict[str, Any]:
+    config = configurations()["transformer"]
+    return {
+        **config,
+        **_blocks_config(entries, path, head=config["attention_head_dim"], model="FLUX.1"),
         "pooled_projection_dim": shape_of(entries, "vector_in.in_layer.weight", path)[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in entries,
+    }
+
+
+def _chroma_config(entries: Entries, path: str) -> dict[str, Any]:
+    config = chroma_transformer()
+    hidden, channels = shape_of(entries, f"{_APPROXIMATOR}.in_proj.weight", path)
+    return {
+        **config,
+        **_blocks_config(entries, path, head=config["attention_head_dim"], model="Chroma"),
+        "approximator_num_channels": channels,
+        "approximator_hidden_dim": hidden,
+        "approximator_layers": count_of(entries, rf"{_APPROXIMATOR}\.layers"),
     }
 
 
@@ -155,6 +212,11 @@ PARTS = {
         read=_t5_of_file,
     ),
 }
+CHROMA_PARTS = {
+    "denoiser": PARTS["denoiser"],
+    "vae": AUTOENCODER,
+    "text_encoder": replace(PARTS["text_encoder_2"], folder="text_encoder", title="text encoder"),
+}
 
 
 def autoencoder_config() -> Config:
@@ -168,7 +230,8 @@ def t5_tokenizer(path: str) -> Path:
     location = Path(path).expanduser()
     if location.name == "tokenizer.json":
         location = location.parent
-    for folder in (location, location / "tokenizer_2", location / "tokenizer_3"):
+    # of the folders of Stable Diffusion 3, FLUX.1 and Chroma
+    for folder in (location, location / "tokenizer_3", location / "tokenizer_2", location / "tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
     raise UserError(f"--t5_tokenizer_path {path}: there is no tokenizer.json in it")

@@ -1,4 +1,5 @@
 """FLUX.1's original names and those of diffusers' FluxTransformer2DModel: of weights in files, and of adapters' layers.
+Chroma has the same, less the modulation, which a layer of its own computes for all blocks.
 
 Original: black-forest-labs/flux, src/flux/model.py and modules/layers.py. There query, key and value are one layer, in
 the single blocks with the first layer of the MLP beside them. Names alone: no weight is read here.
@@ -61,6 +62,8 @@ _FUSED = {
 _ROOTS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 _PLAIN = {"double": _DOUBLE, "single": _SINGLE}
 _ORIGINAL = re.compile(r"(?P<kind>double|single)_blocks\.(?P<i>\d+)\.(?P<rest>.+)")
+_APPROXIMATOR = re.compile(r"(?P<layer>distilled_guidance_layer\.layers\.\d+)\.(?P<end>in|out)_layer")
+_LINEARS = {"in": "linear_1", "out": "linear_2"}
 _FLAT = re.compile(r"(?P<kind>double|single)_blocks_(?P<i>\d+)_(?P<rest>\w+)")
 _DIFFUSERS = re.compile(r"(?P<single>single_)?transformer_blocks\.(?P<i>\d+)\.(?P<rest>.+)")
 
@@ -94,6 +97,8 @@ def _path(path: str) -> str:
     if match := _ORIGINAL.fullmatch(path):
         rest = _PLAIN[match["kind"]].get(match["rest"])
         return path if rest is None else f"{_ROOTS[match['kind']]}.{match['i']}.{rest}"
+    if match := _APPROXIMATOR.fullmatch(path):
+        return f"{match['layer']}.{_LINEARS[match['end']]}"
     return _OUTSIDE.get(path, path)
 
 
