@@ -23,6 +23,7 @@ PAGE = page("sd3")
 COMMANDS = [words[1:] for words in commands(PAGE)]
 
 
+@pytest.mark.slow
 def test_every_command_trains(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = COMMANDS
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ from library.models.opening import open_family
 from library.models.stable_diffusion_3 import StableDiffusion3
 from tests import tiny_sd3 as tiny
 from tests.models.original_layout import vae_name
+from tests.quick import quick
 
 TOKENS = 24  # of T5: enough for the captions here
 CAPTIONS = ["emoji of cat", "a much longer text, cut off at its end", ""]
@@ -265,7 +266,7 @@ def test_prompts_are_encoded_as_by_diffusers(sd3: StableDiffusion3, pipeline: An
     assert states.shape == (len(captions), 77 + TOKENS, tiny.T5_WIDTH)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", quick(tiny.KINDS, "medium", "5-medium"))
 def test_an_answer_is_diffusers(
     kind: str, tiny_sd3: Path, sd3: StableDiffusion3, pipeline: Any, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from networks.files import read
 from networks.settings import Asked
 from networks.tools.convert import convert
 from tests import tiny_sd3 as tiny
+from tests.quick import slow
 
 TOKENS = 16
 # Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
@@ -61,7 +62,7 @@ def test_a_file_is_read_as_it_acts(sd3: Any, tmp_path: Path, naming: str) -> Non
     check_reading(sd3, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
 
 
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+@pytest.mark.parametrize("naming", [slow("kohya"), "diffusers"])
 def test_layers_outside_of_the_blocks_too(sd3: Any, tmp_path: Path, naming: str) -> None:
     """Among them the last norm, whose rows are in another order in diffusers, and a convolution."""
     expected = everything(sd3, tmp_path / "all.safetensors", naming)
@@ -146,7 +147,7 @@ def _in_diffusers(folder: Path, file: Path, sd3: Any, caplog: Any, monkeypatch: 
     return len(layers), said, (answer, pooled)
 
 
-@pytest.mark.parametrize("preset", [None, "full"])
+@pytest.mark.parametrize("preset", [slow(None), "full"])
 def test_diffusers_loads_every_layer_and_gives_the_same_output(
     sd3: Any, tiny_sd3: Path, tmp_path: Path, caplog: Any, monkeypatch: Any, preset: str | None
 ) -> None:
@@ -160,6 +161,7 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
         assert difference(now, before) < BOUND
 
 
+@pytest.mark.slow
 def test_diffusers_loads_nothing_of_kohyas_names(
     sd3: Any, tiny_sd3: Path, tmp_path: Path, caplog: Any, monkeypatch: Any
 ) -> None:
@@ -234,7 +236,7 @@ def test_other_kinds_with_diffusers_names_are_refused_on_the_last_norms(tmp_path
         read(tmp_path / "loha.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "full", "dora"])
+@pytest.mark.parametrize("kind", ["loha", slow("lokr"), slow("full"), slow("dora")])
 def test_other_kinds_have_kohyas_names(sd3: Any, tmp_path: Path, kind: str) -> None:
     """And act as trained, also on the last norms, which have the original order of rows here."""
     asked = Asked() if kind == "full" else Asked(dim=2, alpha=1.0)
@@ -255,6 +257,7 @@ def test_other_kinds_have_kohyas_names(sd3: Any, tmp_path: Path, kind: str) -> N
     assert all(difference(now, before) < BOUND for now, before in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_merging_into_a_folder(sd3: Any, tiny_sd3: Path, tmp_path: Path) -> None:
     """A folder has diffusers' order of the last norms' rows: the merged one is diffusers' own pipeline's."""
     from diffusers import StableDiffusion3Pipeline
