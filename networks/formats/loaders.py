@@ -267,6 +267,8 @@ def _rule(
     if z_image and program == "diffusers" and own.keys() - {"alpha"} not in _PAIRS:
         return _breaks("of Z-Image it knows plain pairs alone")
     kind = kind_of_layer(own, more=more)
+    if version in _SD3 and program == "kohya" and kind not in ("lora", "dora"):
+        return _NO
     rule = _FORMS.get(_form(kind, name, own), _UNKNOWN)[program]
     if rule.loads and kind in _WITH_DORA and (scale := own.get("dora_scale")) is not None:
         of_dora = _FORMS[_form_of_dora(scale)][program]

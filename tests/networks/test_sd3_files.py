@@ -45,6 +45,19 @@ def outputs(family: Any) -> tuple[Tensor, Tensor]:
     return answer, texts["pooled"]
 
 
+def outputs_there(pipeline: Any) -> tuple[Tensor, Tensor]:
+    """The same of diffusers' pipeline."""
+    with torch.no_grad():
+        states, _, pooled, _ = pipeline.encode_prompt(["emoji of cat", "a dog"], None, None, max_sequence_length=TOKENS)
+        answer = pipeline.transformer(
+            hidden_states=NOISY,
+            timestep=torch.tensor([300.0, 800.0]),
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+        ).sample
+    return answer, pooled
+
+
 def everything(family: Any, file: Path, naming: str) -> tuple[Tensor, Tensor]:
     """As `trained`, with the embedders and the last layers as well."""
     network = lora(3, 2.0, targets=family.adapter_targets(), preset="full")
@@ -136,15 +149,7 @@ def _in_diffusers(folder: Path, file: Path, sd3: Any, caplog: Any, monkeypatch: 
     said = [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
     parts = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
     layers = [m for part in parts for m in part.modules() if hasattr(m, "lora_A")]
-    with torch.no_grad():
-        states, _, pooled, _ = pipeline.encode_prompt(["emoji of cat", "a dog"], None, None, max_sequence_length=TOKENS)
-        answer = pipeline.transformer(
-            hidden_states=NOISY,
-            timestep=torch.tensor([300.0, 800.0]),
-            pooled_projections=pooled,
-            encoder_hidden_states=states,
-        ).sample
-    return len(layers), said, (answer, pooled)
+    return len(layers), said, outputs_there(pipeline)
 
 
 @pytest.mark.parametrize("preset", [slow(None), "full"])
@@ -269,13 +274,5 @@ def test_merging_into_a_folder(sd3: Any, tiny_sd3: Path, tmp_path: Path) -> None
     assert main([*words, "--save_to", str(tmp_path / "merged")]) == 0
     shutil.copytree(tiny_sd3 / "tokenizer_3", tmp_path / "merged" / "tokenizer_3", dirs_exist_ok=True)
     merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    with torch.no_grad():
-        states, _, pooled, _ = merged.encode_prompt(["emoji of cat", "a dog"], None, None, max_sequence_length=TOKENS)
-        answer = merged.transformer(
-            hidden_states=NOISY,
-            timestep=torch.tensor([300.0, 800.0]),
-            pooled_projections=pooled,
-            encoder_hidden_states=states,
-        ).sample
-    assert difference(answer, expected[0]) < BOUND
-    assert difference(pooled, expected[1]) < BOUND
+    for now, before in zip(outputs_there(merged), expected, strict=True):
+        assert difference(now, before) < BOUND
