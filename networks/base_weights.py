@@ -70,10 +70,10 @@ def read(path: Path) -> list[BaseFile]:
     return in_metadata(read_metadata(path))
 
 
-def in_metadata(metadata: Mapping[str, str]) -> list[BaseFile]:
-    """As `read`, from the metadata."""
+def in_metadata(metadata: Mapping[str, str], key: str = KEY) -> list[BaseFile]:
+    """As `read`, from the metadata; or the record of another `key`."""
     try:
-        rows = json.loads(metadata.get(KEY, "[]"))
+        rows = json.loads(metadata.get(key, "[]"))
         return [
             BaseFile(str(row["name"]), float(row["multiplier"]), str(row["sha256"]), row["sshs_model_hash"])
             for row in rows

@@ -69,14 +69,18 @@ class LatentSpace:
 @dataclass(frozen=True, kw_only=True)
 class FrameLatentSpace(LatentSpace):
     """Latents of a VAE for video, which takes and returns images as videos of one frame, [B, C, 1, h, w]. Each channel
-    has a mean and a standard deviation of its own, by which it is normalised; `scaling` and `shift` have no effect."""
+    has a mean and a standard deviation of its own, by which it is normalised; `scaling` and `shift` have no effect.
+
+    An image's latents are the middle of their distribution, whose deviation is 0 here: what such models are given
+    elsewhere (diffusers' pipelines of Anima, Qwen-Image and Cosmos 2.5, kohya's script for Anima).
+    """
 
     means: tuple[float, ...]
     deviations: tuple[float, ...]
 
     def _scaled(self, mean_BCHW: Tensor, std_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         means, deviations = self._tables(mean_BCHW)
-        return (mean_BCHW - means) / deviations, std_BCHW / deviations
+        return (mean_BCHW - means) / deviations, std_BCHW.new_zeros(std_BCHW.shape)
 
     def _as_they_were(self, latents_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
         means, deviations = self._tables(latents_BCHW)

@@ -18,7 +18,14 @@ from library.config.samplers import SAMPLERS, read_sampler
 from library.errors import UserError, nearest_path
 from library.evaluation.candidates import BASE, FILES, Candidate, WordOptions, read_candidates
 from library.evaluation.precision import PrecisionOptions
-from library.sampling.prompts import SamplePrompt, SampleTimes, of_line, read_prompts, with_samplers_of
+from library.sampling.prompts import (
+    SamplePrompt,
+    SampleTimes,
+    of_line,
+    read_prompts,
+    warn_of_idle_flags,
+    with_samplers_of,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -166,6 +173,8 @@ def _rendered(
     family = open_base(model, columns, given=given.given, more=more, embeddings=True)
     words = read_words(family, columns, token_string=given.groups["words"].token_string)
     sampler = _sampler(rows, family.process.samplers, options.sample_sampler, given="sample_sampler" in given.given)
+    told, flow = family.rendering.guidance is not None, family.process.prediction_type == "velocity"
+    warn_of_idle_flags((row.prompt for row in rows), told=told, flow=flow)
     for row in rows:
         check_sampler(row.prompt.sample_sampler or sampler)
     warn_of_absent_words(family, words, _texts(rows), what="prompt")

@@ -35,7 +35,8 @@ class TensorEntry:
 
     file: the file that holds it. offset: byte position of its first element. dtype: torch's name ("float16").
     stride: in elements, or None where the elements lie one after another in the order of `shape`. halves_exchanged: the
-    tensor is the one in the file with the two halves of its first axis exchanged.
+    tensor is the one in the file with the two halves of its first axis exchanged. scale: the one number in a file that
+    the elements are to be multiplied by, or None.
     """
 
     file: Path
@@ -44,6 +45,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
     halves_exchanged: bool = False
+    scale: TensorEntry | None = None
 
     @property
     def count(self) -> int:

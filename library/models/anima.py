@@ -180,6 +180,11 @@ class Anima(FlowMatching):
         """Flow matching. Samples are shifted by 3, whatever their size."""
         return flow_of(same_shift(_SHIFT), self._shift)
 
+    def vae_fingerprint(self) -> str:
+        from library.models.fingerprint import combined
+
+        return combined({"weights": super().vae_fingerprint(), "latents": "the middle of their distribution"})
+
     # -- texts
 
     @cached_property

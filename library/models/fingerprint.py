@@ -52,4 +52,6 @@ def _tensor_digest(entry: TensorEntry) -> str:
                 raise UserError(f"{entry.file}: ended while it was being read")
             digest.update(block)
             left -= len(block)
+    if entry.scale is not None:
+        digest.update(_tensor_digest(entry.scale).encode())
     return digest.hexdigest()

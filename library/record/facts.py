@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class BaseWeight:
-    """A LoRA file that is merged into the base model before training. The hashes are None if nothing is trained;
-    `model_hash`, which is over the tensors alone, is also None for pickled files."""
+    """A LoRA file that the base model is trained with: merged into it, or `apart` from it, in effect in training alone.
+    The hashes are None if nothing is trained; `model_hash`, which is over the tensors alone, is also None for pickled
+    files."""
 
     file: str
     multiplier: float
     sha256: str | None = None
     model_hash: str | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

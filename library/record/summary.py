@@ -43,9 +43,9 @@ def count(number: int, what: str, plural: str = "s") -> str:
 def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     """Label and text of each line; a line without a label continues the one before."""
     yield "model", model(facts.model)
-    if files := facts.model.base_weights:
-        merged = ", ".join(f"{file.file} × {file.multiplier:g}" for file in files)
-        yield "", f"merged into it: {merged}"
+    for apart, words in ((False, "merged into it"), (True, "in training alone")):
+        if files := [f"{file.file} × {file.multiplier:g}" for file in facts.model.base_weights if file.apart == apart]:
+            yield "", f"{words}: {', '.join(files)}"
     yield "network", f"{network(facts.network)}: {_parameters(facts.network)}"
     if said := share(facts.network):
         yield "", said

@@ -16,8 +16,7 @@ from library.record.metrics import SUFFIX, Line, lines
 from library.record.run_file import Record
 from library.sampling import files as sample_files
 from library.sampling.files import Sample
-from networks import base_weights
-from networks.base_weights import in_words
+from networks.base_weights import KEY, KEY_APART, in_metadata, in_words
 
 MOST_POINTS = 1500  # of a curve
 
@@ -95,6 +94,7 @@ class SavedFile:
     model_hash: str  # as A1111 shows it; empty for pickled files
     step: str
     base_weights: str  # the LoRA files that it was trained on top of, as their names × multipliers
+    training_adapters: str  # those that acted in training alone
 
 
 def find_metrics(where: Path) -> list[Path]:
@@ -210,8 +210,8 @@ def saved_files(story: Story) -> list[SavedFile]:
         session = about.get("ss_session_id", "")
         if session == str(story.run.get("session_id")) or (pickled.fullmatch(path.name) and _since(path, story)):
             hashes = (sha256(path), about.get("sshs_model_hash", ""), about.get("ss_steps", ""))
-            base = in_words(base_weights.read(path)) if about else ""
-            found.append((path.stat().st_mtime, SavedFile(path, path.stat().st_size, *hashes, base)))
+            base = [in_words(in_metadata(about, key)) for key in (KEY, KEY_APART)]
+            found.append((path.stat().st_mtime, SavedFile(path, path.stat().st_size, *hashes, *base)))
     return [file for _, file in sorted(found, key=lambda item: item[0])]
 
 

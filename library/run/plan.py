@@ -29,7 +29,7 @@ from library.record.trackers import TrackerPlan
 from library.run import slider, word
 from library.run.measured import MeasuredFolder, MeasuredSet, measured_folders, measured_sets
 from library.run.trackers import plan_trackers
-from library.sampling.prompts import SampleTimes, plan_samples, warn_of_idle_guidance, with_samplers_of
+from library.sampling.prompts import SampleTimes, plan_samples, warn_of_idle_flags, with_samplers_of
 from library.training.state import State
 from library.training.state import find as find_state
 from networks import kinds
@@ -104,7 +104,8 @@ def make_plan(options: Options, *, families: tuple[str, ...] = ()) -> Plan:
     word.learn(options, family)
     if samples is not None:
         samples = with_samplers_of(samples, family.process.samplers, given="sample_sampler" in options.given)
-        warn_of_idle_guidance(samples, told=family.rendering.guidance is not None)
+        told, flow = family.rendering.guidance is not None, family.process.prediction_type == "velocity"
+        warn_of_idle_flags(samples.prompts, told=told, flow=flow)
     prepared, sets = (
         (slider.prepared_of(settings, datasets, options, family), ())
         if settings

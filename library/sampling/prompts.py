@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from library.files.json_text import parse_json
 logger = logging.getLogger(__name__)
 
 _FLAGS = {"w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "n": "negative_prompt"}
-_FLAGS |= {"ss": "sample_sampler", "am": "multiplier", "g": "guidance_scale"}
+_FLAGS |= {"ss": "sample_sampler", "am": "multiplier", "g": "guidance_scale", "fs": "flow_shift"}
 # Kohya's flags for other models or for a ControlNet
-_UNUSED = {"cn": "controlnet_image", "ctr": "cfg_trunc_ratio"}
-_UNUSED |= {"rcfg": "renorm_cfg", "fs": "flow_shift"}
+_UNUSED = {"cn": "controlnet_image", "ctr": "cfg_trunc_ratio", "rcfg": "renorm_cfg"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,8 @@ class SamplePrompt:
     """One image to render. The defaults are kohya's; sides are multiples of 8 and at least 64 pixels.
 
     sample_steps, scale (of classifier-free guidance, 1 is without), guidance_scale (that a distilled model is told):
-    None is the model's own, see `library.models.family.Rendering`.
+    None is the model's own, see `library.models.family.Rendering`. flow_shift (of the levels, above 0; 1 is none): None
+    is that of the model's process.
     """
 
     prompt: str
@@ -43,6 +43,7 @@ class SamplePrompt:
     sample_steps: int | None = None
     scale: float | None = None
     guidance_scale: float | None = None
+    flow_shift: float | None = None
     seed: int | None = None  # None: from the run's seed and the prompt's place, the same at each time
     sample_sampler: str | None = None  # None: that of --sample_sampler
     multiplier: float = 1.0  # of the network: 0 is the base; a slider's other direction is below it
@@ -104,10 +105,14 @@ def with_samplers_of(times: SampleTimes, known: Sequence[str], *, given: bool) -
     return times if given or times.sampler in known else dataclasses.replace(times, sampler=known[0])
 
 
-def warn_of_idle_guidance(times: SampleTimes, *, told: bool) -> None:
-    """Log that --g has no effect. told: whether the model is told a guidance."""
-    if not told and any(item.guidance_scale is not None for item in times.prompts):
+def warn_of_idle_flags(prompts: Iterable[SamplePrompt], *, told: bool, flow: bool) -> None:
+    """Log that --g or --fs has no effect. told: whether the model is told a guidance. flow: whether it is trained by
+    flow matching."""
+    prompts = tuple(prompts)
+    if not told and any(item.guidance_scale is not None for item in prompts):
         logger.warning("--sample_prompts: --g has no effect: it is for models that are told a guidance, as FLUX.1 dev")
+    if not flow and any(item.flow_shift is not None for item in prompts):
+        logger.warning("--sample_prompts: --fs has no effect: it is for models that are trained by flow matching")
 
 
 def read_prompts(path: Path) -> tuple[SamplePrompt, ...]:
@@ -176,6 +181,7 @@ def _of_table(values: dict[str, Any], where: str) -> SamplePrompt:
         "scale": read_float,
         "multiplier": read_float,
         "guidance_scale": read_float,
+        "flow_shift": _shift,
         "sample_sampler": read_sampler,
         "prompt": str,
     }
@@ -210,6 +216,13 @@ def _seed(word: str) -> int:
     if not 0 <= seed < 2**64:  # the range of torch's generators
         raise BadValue(f"must be 0 … 2**64 - 1, not {word}")
     return seed
+
+
+def _shift(word: str) -> float:
+    shift = read_float(word)
+    if shift <= 0:
+        raise BadValue(f"must be above 0, not {word}; 1 shifts nothing")
+    return shift
 
 
 def _steps(word: str) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library import rng
+from library.diffusion.flow import Flow
 from library.errors import UserError
 from library.files.atomic import replacing
 from library.gpu import kept_random_state
@@ -24,6 +25,7 @@ from library.sampling.prompts import SamplePrompt, SampleTimes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from library.diffusion.process import Process
     from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
@@ -78,25 +80,35 @@ def render(
     usual, told = family.rendering, {}
     if usual.guidance is not None:
         told["embedded_guidance"] = usual.guidance if item.guidance_scale is None else item.guidance_scale
-    own = pipeline.scheduler
-    pipeline.scheduler = family.process.scheduler(item.sample_sampler or sampler)
     with torch.no_grad():
-        try:
-            with autocast():
-                latents = pipeline(
-                    **encode(item.prompt, item.negative_prompt),
-                    num_inference_steps=usual.steps if item.sample_steps is None else item.sample_steps,
-                    guidance_scale=usual.scale if item.scale is None else item.scale,
-                    width=width,
-                    height=height,
-                    generator=generator,
-                    output_type="latent",
-                    **told,
-                ).images
-        finally:
-            pipeline.scheduler = own
+        with _solver(pipeline, family.process, item, sampler), autocast():
+            latents = pipeline(
+                **encode(item.prompt, item.negative_prompt),
+                num_inference_steps=usual.steps if item.sample_steps is None else item.sample_steps,
+                guidance_scale=usual.scale if item.scale is None else item.scale,
+                width=width,
+                height=height,
+                generator=generator,
+                output_type="latent",
+                **told,
+            ).images
         pixels = family.decode_latents(latents)
     return to_image(pixels[0])
+
+
+@contextmanager
+def _solver(pipeline: Any, process: Process, item: SamplePrompt, sampler: str) -> Iterator[None]:
+    """A context in which the pipeline has the prompt's sampler, and its shift where the model has one (--fs)."""
+    own = {"scheduler": pipeline.scheduler}
+    if item.flow_shift is not None and isinstance(process, Flow):
+        own["process"], process = process, replace(process, shift=item.flow_shift)
+        pipeline.process = process
+    pipeline.scheduler = process.scheduler(item.sample_sampler or sampler)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(pipeline, name, value)
 
 
 def to_image(pixels_CHW: Tensor) -> Image:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from library.config.data.dataset_keys import PRESERVATION
 from library.config.options import SECRETS, Options, declared_options, option_groups
+from library.config.options.precision import PrecisionOptions
 from library.errors import UserError, nearest_path, why_not
 from library.files import atomic
 from library.record.saves import is_state_name
@@ -61,6 +62,7 @@ _UNSAID = frozenset(
         *("max_train_steps", "max_train_epochs", "seed", "gradient_accumulation_steps"),  # compared by their effect
     }
 )
+_FORMATS = ("mixed_precision", "base_format", "text_encoder_format", "fp8_base", "fp8_base_unet")
 _PLACES = ("image_dir", "validation_dir", "origin")  # of a subset: its place, not its contents
 
 
@@ -253,6 +255,8 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
     if before.harmless and (harmless := _changes(before.harmless, now.harmless)):
         logger.info("--resume: harmless changes since the state:\n  %s", "\n  ".join(harmless.values()))
     changed = _changes(before.configuration, now.configuration)
+    if before.harmless:
+        changed = _with_text_format(changed, before, now)
     if before.seed != now.seed:
         changed["seed"] = f"seed: {before.seed} then, {now.seed} now"
     if before.batches_per_step != now.batches_per_step:
@@ -291,6 +295,23 @@ def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[st
         for name in sorted(then)
         if then[name] != now.get(name) and (name in now or then[name])
     }
+
+
+def _with_text_format(changed: dict[str, str], before: Facts, now: Facts) -> dict[str, str]:
+    """The changes with one of the format that the text encoders are held in, which --base_format sets as well, but not
+    for a cache of captions: it is one only if the weights that encode are rounded otherwise."""
+    formats = [_text_format(facts) for facts in (before, now)]
+    if formats[0] == formats[1]:
+        return {name: line for name, line in changed.items() if name != "text_encoder_format"}
+    then, since = (f"held in {format}" if format else "as they are" for format in formats)
+    line = f"text_encoder_format: text encoders {then} then, {since} now (a cache of captions: as named for them alone)"
+    return {"text_encoder_format": line, **changed}
+
+
+def _text_format(facts: Facts) -> str:
+    """The format that a run's text encoders are held in while they encode captions; "": as they are."""
+    asked = PrecisionOptions(**{name: facts.configuration[name] for name in _FORMATS if name in facts.configuration})
+    return asked.encoding_format if facts.harmless.get("cache_text_encoder_outputs") else asked.text_format
 
 
 def _shown(value: object) -> str:

@@ -77,6 +77,8 @@ def report(path: Path, *, base: str | None = None) -> tuple[list[str], bool]:
         lines.append(_line("arguments", ", ".join(arguments)))
     if trained_on := base_weights.read(path):
         lines.append(_line("on top of", base_weights.in_words(trained_on)))
+    if trained_with := base_weights.in_metadata(metadata, base_weights.KEY_APART):
+        lines.append(_line("trained", f"with {base_weights.in_words(trained_with)}, for use without it"))
     version, known = metadata.get("ss_base_model_version", ""), None
     if base is not None:
         version, known, more_lines = _in_model(path, base)

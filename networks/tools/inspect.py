@@ -100,6 +100,8 @@ def report(file: AdapterFile) -> list[str]:
     lines += [f"{'made from':<14}{words}" for words in origins(file.metadata)]
     if trained_on := base_weights.in_metadata(file.metadata):
         lines.append(f"{'on top of':<14}{base_weights.in_words(trained_on)}")
+    if trained_with := base_weights.in_metadata(file.metadata, base_weights.KEY_APART):
+        lines.append(f"{'trained':<14}with {base_weights.in_words(trained_with)}, for use without it")
     if (kept := protections.from_metadata(file.metadata)) is not None:
         lines.append(f"{'protection':<14}{summary.protections(kept)}")
     if finished := file.metadata.get("ss_training_finished_at"):

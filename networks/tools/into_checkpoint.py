@@ -230,6 +230,11 @@ def _patches(family: ModelFamily, changes: Mapping[nn.Module, _LayerChange]) -> 
                 continue
             for leaf, parameter in layer.named_parameters(recurse=False):
                 entry = entries[f"{path}.{leaf}"]
+                if entry.scale is not None:
+                    raise UserError(
+                        f"{entry.file}: its fp8 weights have scales beside them, and sums would need others: merge "
+                        "into a file in bf16 or fp16"
+                    )
                 shape, rows = tuple(parameter.shape), change.by_rows(leaf)
                 found.setdefault(entry.file, []).append(Patch(entry, shape, change.whole(leaf), rows))
     return found

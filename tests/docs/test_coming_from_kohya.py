@@ -61,6 +61,6 @@ def test_the_examples_run(workplace):
 
 
 def test_the_options_that_are_named_exist():
-    prompts = {"n", "w", "h", "d", "s", "l", "ss", "am"}
+    prompts = {"n", "w", "h", "d", "s", "l", "ss", "am", "g", "fs"}
     named = set(re.findall(r"--(?:no-)?(\w+)", PAGE)) - prompts - {"xformers"}
     assert named <= declared_options().keys()

@@ -23,7 +23,7 @@ def test_every_command_trains(command: list[str], tiny_anima: Path, tmp_path: Pa
 
 def test_the_options_that_are_named_exist() -> None:
     assert COMMANDS
-    flags_of_prompts_and_tools = {"to", "g", "l", "n", "only", "cached_text"}
+    flags_of_prompts_and_tools = {"to", "g", "fs", "l", "n", "only", "cached_text", "sd_scripts"}
     assert options_named(PAGE) - flags_of_prompts_and_tools <= declared_options().keys() | kohya.rows().keys()
 
 

@@ -31,7 +31,7 @@ def test_every_command_trains(command: list[str], tiny_z_image: Path, tmp_path: 
 
 def test_the_options_that_are_named_exist() -> None:
     assert len(COMMANDS) == 2
-    flags_of_prompts_and_tools = {"to", "only", "cached_text"}
+    flags_of_prompts_and_tools = {"to", "fs", "only", "cached_text"}
     assert options_named(PAGE) - flags_of_prompts_and_tools <= declared_options().keys() | kohya.rows().keys()
 
 

@@ -176,10 +176,6 @@ def test_missing_and_wrong_files(files: dict[str, Path], tiny_anima: Path, tmp_p
     save_file({**wide, "embed_tokens.weight": torch.zeros(128, 40)}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"its LLM adapter needs states .* with 32 channels and gets 40: another model"):
         opened(base, **_options({**files, "qwen3": tmp_path / "wide.safetensors"}))
-    scaled = {**load_file(base), "net.blocks.0.mlp.layer1.scale_weight": torch.ones(1)}
-    save_file(scaled, tmp_path / "scaled.safetensors")
-    with pytest.raises(UserError, match=r"its fp8 weights have scales beside them, which is not supported"):
-        opened(tmp_path / "scaled.safetensors", **_options(files))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +324,7 @@ def test_latents_are_normalised_by_channel(anima: Anima, pipeline: Any) -> None:
     with torch.no_grad():
         expected = pipeline.vae.encode(pixels[:, :, None]).latent_dist
         torch.testing.assert_close(mean, (expected.mean[:, :, 0] - means) / deviations, rtol=0, atol=ROUNDED)
-        torch.testing.assert_close(std, expected.std[:, :, 0] / deviations, rtol=0, atol=ROUNDED)
+        assert not std.any(), "the middle of the distribution, as diffusers' own encoder of images takes it"
         back = pipeline.vae.decode((mean * deviations + means)[:, :, None]).sample[:, :, 0]
     torch.testing.assert_close(anima.decode_latents(mean), back, rtol=0, atol=ROUNDED)
     assert mean.shape == (2, 16, 8, 12)

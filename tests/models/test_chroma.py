@@ -186,7 +186,6 @@ def test_missing_and_wrong_files(files: dict[str, Path], tiny_chroma: Path, tmp_
     ("more", "said"),
     [
         ({"nerf_image_embedder.embedder.0.weight": (4, 4)}, "is a Chroma1-Radiance model, which has no autoencoder, w"),
-        ({"scaled_fp8": (2,)}, "is a FLUX or Chroma model whose fp8 weights have scales beside them, which is not sup"),
         ({"double_blocks.0.img_attn.norm.key_norm.scale": (64,)}, "have 64 channels, where Chroma's have 128"),
         ({"distilled_guidance_layer.in_proj.weight": None}, "has no 'distilled_guidance_layer.in_proj.weight', which"),
         ({"distilled_guidance_layer.norms.1.scale": None}, r"distilled_guidance_layer\.norms\.1"),

@@ -67,7 +67,7 @@ def test_images_become_scaled_distributions(family: ModelFamily) -> None:
         == (2, family.latents.channels, 64 // family.latents.factor, 96 // family.latents.factor)
     )
     assert mean.dtype == std.dtype == torch.float32
-    assert (std > 0).all()
+    assert (std > 0).all() or not std.any(), "a distribution everywhere, or its middle alone"
     assert torch.allclose(family.encode_images(pixels[1:])[0][0], mean[1], atol=1e-5)
 
 

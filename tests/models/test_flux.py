@@ -199,7 +199,6 @@ _FIRST = "double_blocks.0.img_attn.norm.key_norm.scale"
         ({"single_stream_modulation.lin.weight": (8, 8)}, "a FLUX.2 model"),
         ({"img_in.weight": (128, 384)}, "a FLUX.1 Fill model"),
         ({"img_in.weight": (128, 128)}, "a FLUX.1 Depth or Canny model"),
-        ({"scaled_fp8": (2,)}, "a FLUX or Chroma model whose fp8 weights have scales beside them"),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -230,11 +230,21 @@ def test_relatives_are_refused_by_name(tmp_path: Path) -> None:
         open_family(str(tmp_path / "folder"))
 
 
-def test_scaled_weights_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    tensors = load_file(files["pretrained_model_name_or_path"])
-    save_file({**tensors, "scaled_fp8": torch.zeros(2)}, tmp_path / "scaled.safetensors")
-    with pytest.raises(UserError, match="its fp8 weights have scales beside them"):
-        open_family(str(tmp_path / "scaled.safetensors"), **given(files))
+def test_weights_with_scales_are_read(files: dict[str, Path], tmp_path: Path) -> None:
+    """Also of a layer that becomes three, and of the last norms."""
+    tensors, name = load_file(files["pretrained_model_name_or_path"]), "model.diffusion_model.joint_blocks.0.x_block."
+    scaled = {f"{name}attn.qkv", "model.diffusion_model.final_layer.adaLN_modulation.1"}
+    expected, stored = dict(tensors), dict(tensors)
+    for layer in scaled:
+        small = (tensors[f"{layer}.weight"] / 0.25).to(torch.float8_e4m3fn)
+        stored |= {f"{layer}.weight": small, f"{layer}.scale_weight": torch.tensor(0.25)}
+        expected[f"{layer}.weight"] = small.float() * 0.25
+    found = []
+    for number, content in enumerate((stored, expected)):
+        save_file(content, tmp_path / f"{number}.safetensors")
+        family = open_family(str(tmp_path / f"{number}.safetensors"), **given(files))
+        found.append(family.components.load("denoiser", torch.float32, "cpu").state_dict())
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
 
 
 def test_the_ends_of_the_names() -> None:

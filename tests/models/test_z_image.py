@@ -147,7 +147,6 @@ def test_missing_and_wrong_files(files: dict[str, Path], tiny_z_image: Path, tmp
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"layers.0.feed_forward.w1.scale_weight": (1,)}, "its fp8 weights have scales beside them, which is not sup"),
         ({"siglip_embedder.0.weight": (4,)}, "is a Z-Image model of another kind, which is given images as well, wh"),
         ({"layers.0.adaLN_modulation.0.weight": None}, "is a Lumina-Image model, which is not supported"),
         ({"layers.0.attention.q_norm.weight": (64,)}, "heads of its transformer have 64 channels, where Z-Image's h"),

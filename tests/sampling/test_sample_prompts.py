@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from library.config.options import SampleOptions
 from library.errors import UserError
-from library.sampling.prompts import SamplePrompt, SampleTimes, plan_samples, read_prompts, warn_of_idle_guidance
+from library.sampling.prompts import SamplePrompt, SampleTimes, plan_samples, read_prompts, warn_of_idle_flags
 
 CAT = SamplePrompt(
     prompt="a cat, --sitting", negative_prompt="bad, ugly", width=640, height=448, seed=7, sample_steps=20, scale=6.5,
-    guidance_scale=2.0, sample_sampler="euler_a", multiplier=-1.5,
+    guidance_scale=2.0, flow_shift=3.0, sample_sampler="euler_a", multiplier=-1.5,
 )  # fmt: skip
 PLAIN = SamplePrompt(prompt="a dog")
 
@@ -24,7 +25,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_lines_with_flags(tmp_path):
-    text = "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --g 2 --n bad, ugly --ss k_euler_a --am -1.5\n"
+    text = (
+        "# comment\n\na cat --w 645 --H 448 --d 7 --s 20 --l 6.5 --g 2 --fs 3 --n bad, ugly --ss k_euler_a --am -1.5\n"
+    )
     text += "  a dog  \n"
     cat, dog = read_prompts(write(tmp_path / "p.txt", text))
     assert cat == SamplePrompt(**(vars(CAT) | {"prompt": "a cat"}))
@@ -35,7 +38,7 @@ def test_lines_with_flags(tmp_path):
 def test_toml_and_json(tmp_path):
     toml = '[prompt]\nwidth = 640\nscale = 6.5\nnegative_prompt = "bad, ugly"\n[[prompt.subset]]\n'
     toml += 'prompt = "a cat, --sitting"\nheight = 448\nseed = 7\nsample_steps = 20\nsample_sampler = "euler_a"\n'
-    toml += "multiplier = -1.5\nguidance_scale = 2\n"
+    toml += "multiplier = -1.5\nguidance_scale = 2\nflow_shift = 3\n"
     toml += '[[prompt.subset]]\nprompt = "b"\nwidth = 64\n'
     cat, b = read_prompts(write(tmp_path / "p.toml", toml))
     assert cat == CAT
@@ -56,6 +59,7 @@ def test_a_negative_prompt_alone_or_a_prompt_of_nothing(tmp_path):
         ("p.txt", "a\nb --w wide\n", r"p.txt, line 2: width: 'wide' is not a whole number"),
         ("p.txt", "a --x 3\n", r"line 1: unknown flag --x; known: --w, --h"),
         ("p.txt", "a --s 0\n", r"sample_steps: must be 1 … 1000"),
+        ("p.txt", "a --fs 0\n", r"flow_shift: must be above 0, not 0; 1 shifts nothing"),
         ("p.txt", "a --ss eulr\n", r"sample_sampler: 'eulr' is not one of .*did you mean 'euler'"),
         ("p.txt", "# nothing\n", "contains no prompt"),
         ("p.md", "a\n", "must end with .txt, .toml or .json"),
@@ -73,15 +77,14 @@ def test_mistakes_have_their_place(tmp_path, name, text, said):
 
 
 def test_flags_of_other_models_are_said_to_have_no_effect(tmp_path, caplog):
-    (told,) = read_prompts(write(tmp_path / "p.txt", "a dog --g 3.5 --fs 2\n"))
-    assert told == SamplePrompt(prompt="a dog", guidance_scale=3.5)
-    assert "line 1: --fs has no effect: it is for other models" in caplog.text
-    times = SampleTimes(prompts=(told,), sampler="ddim", at_first=True, every_n_steps=None, every_n_epochs=None)
-    warn_of_idle_guidance(times, told=True)
-    assert "--g has no effect" not in caplog.text
-    warn_of_idle_guidance(times, told=False)
+    (told,) = prompts = read_prompts(write(tmp_path / "p.txt", "a dog --g 3.5 --fs 2 --rcfg 1\n"))
+    assert told == SamplePrompt(prompt="a dog", guidance_scale=3.5, flow_shift=2)
+    assert "line 1: --rcfg has no effect: it is for other models" in caplog.text
+    warn_of_idle_flags(prompts, told=True, flow=True)
+    assert not re.search("--(g|fs) has no effect", caplog.text)
+    warn_of_idle_flags(prompts, told=False, flow=False)
     assert "--g has no effect: it is for models that are told a guidance" in caplog.text
-    assert "--fs" in caplog.text
+    assert "--fs has no effect: it is for models that are trained by flow matching" in caplog.text
 
 
 def times(**changes) -> SampleTimes:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from library.config.parser import parse
+from library.errors import UserError
 from library.training import loop, state
 from tests.conftest import copy_images, forget_accelerator, run_training
 from tests.quick import quick, slow
@@ -186,6 +188,54 @@ def test_another_run_is_refused(
     assert said in capsys.readouterr().err
     if "nothing is left" not in said:
         assert train(*resume, *words, "--resume_anyway", "--output_name", "anyway") == 0
+
+
+NF4 = ("--base_format", "nf4")
+
+
+def _found(*words: str) -> state.State:
+    """The state of a run with these options, of which nothing but its facts exists."""
+    needed = "--pretrained_model_name_or_path m --train_data_dir d --output_dir o --max_train_steps 2 --learning_rate 1"
+    options = parse([*needed.split(), "--network_train_unet_only", *words])
+    about = {"configuration": state.configuration(options), "harmless": state.configuration(options, harmless=True)}
+    run = {
+        "step": 1,
+        "total_steps": 2,
+        "seed": 1,
+        "session_id": 1,
+        "started_at": 0.0,
+        "batches_per_step": 1,
+        "data": "",
+    }
+    return state.State(Path("kept"), state.Facts(format=state.FORMAT, **run, **about))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((*NF4, "--text_encoder_format", "int8"), r'text_encoder_format: "" then, "int8" now'),
+        ((*NF4, "--text_encoder_format", "none"), r'text_encoder_format: "" then, "none" now'),
+        ((*NF4, "--text_encoder_format", "nf4"), ""),
+        (
+            (
+                *NF4,
+                "--cache_text_encoder_outputs",
+            ),
+            r"text_encoder_format: text encoders held in nf4 then, as they are now",
+        ),
+        ((*NF4, "--cache_text_encoder_outputs", "--text_encoder_format", "nf4"), ""),
+        (("--base_format", "int8"), r"text encoders held in nf4 then, held in int8 now .*\n  base_format: "),
+    ],
+)
+def test_another_format_of_the_text_encoders_is_noticed(words: tuple[str, ...], said: str) -> None:
+    """By what it does, and not by its name alone: a cache of captions is not encoded in --base_format."""
+    before, now = _found(*NF4), _found(*words).facts
+    if not said:
+        assert state.refuse_other_run(before, now=now, of_length=(), anyway=False) == frozenset()
+        return
+    with pytest.raises(UserError, match=said):
+        state.refuse_other_run(before, now=now, of_length=(), anyway=False)
+    assert "text_encoder_format" in state.refuse_other_run(before, now=now, of_length=(), anyway=True)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from library.files.hashes import sha256
+from library.record import run_file
 from tests.tiny_z_image import LAYERS, STATES, WIDTH, single_files
 from tests.training.written import ROUNDED, check_files, distance, metadata, same, weights
 
@@ -142,7 +144,7 @@ def test_a_training_adapter_acts_in_training_and_not_in_samples(
 ) -> None:
     """Samples before the first step are the base's own, to the bit; the LoRA is another than without the adapter."""
     monkeypatch.chdir(tmp_path)
-    runs = {"alone": (), "apart": ("--base_weights", str(adapter), "--sample_every_n_steps", "1")}
+    runs = {"alone": (), "apart": ("--base_weights", str(adapter), "--sample_every_n_steps", "1", "--report")}
     said = {}
     for name, words in runs.items():
         assert train_z_image(*SHORT, *DRAWN, "--output_name", name, *words) == 0
@@ -154,6 +156,14 @@ def test_a_training_adapter_acts_in_training_and_not_in_samples(
     facts = metadata(tmp_path, "apart")
     assert "adapter.safetensors" in facts["ss_training_adapters"]
     assert "ss_base_weights" not in facts
+    record = run_file.read(tmp_path / "out" / "apart-run.json")
+    assert record is not None
+    assert record.facts is not None
+    (file,) = record.facts.model.base_weights
+    assert (file.file, file.multiplier, file.sha256, file.apart) == (str(adapter), 1.0, sha256(adapter), True)
+    assert f"in training alone: {adapter} × 1" in said["apart"]
+    page = (tmp_path / "out" / "apart-report.html").read_text(encoding="utf-8")
+    assert "trained with adapter.safetensors × 1, for use without it" in page
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.files.index import read_index
+from library.files.scaled_fp8 import with_scales
 from library.models.checkpoints import wan_vae
 from library.models.checkpoints.anima_names import adapter_entries, transformer_entries
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
@@ -16,7 +17,6 @@ from library.models.checkpoints.part_files import (
     Entries,
     PartFiles,
     parts_in,
-    refuse_scales,
     tokenizer_in,
     without_prefix,
 )
@@ -40,7 +40,7 @@ def open_anima(path: str, location: Path, *, kind: str) -> BaseModel:
 
 
 def _of_file(path: str, entries: Entries) -> dict[str, Part]:
-    refuse_scales(path, entries)
+    entries = with_scales(path, entries)
     inner = without_prefix(entries, ANIMA_PREFIXES)
     config = _transformer_config(inner, path)
     parts = {"denoiser": Part(config, f"the transformer in {path}", lambda: transformer_entries(inner))}

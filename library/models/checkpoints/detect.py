@@ -51,13 +51,12 @@ TITLES = {
     "lumina": "a Lumina-Image model",
     "z_image_edit": "a Z-Image model of another kind, which is given images as well",
     "cosmos": "a Cosmos-Predict2 model that is not for images alone",
-    "scaled_fp8": "a FLUX or Chroma model whose fp8 weights have scales beside them",
     "edm": "an SDXL model of another kind (EDM, as Playground 2.5)",
 }
 # Models, but not of a kind that can be trained
 _UNSUPPORTED = (
     *("sdxl_refiner", "sd3_other", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control", "flux2"),
-    *("chroma_radiance", "chroma_other", "scaled_fp8", "cosmos", "lumina", "z_image_edit"),
+    *("chroma_radiance", "chroma_other", "cosmos", "lumina", "z_image_edit"),
 )
 _INSTEAD = {
     "vae": "give it as --vae beside a base model",
@@ -277,8 +276,6 @@ def _other_flux(index: WeightsIndex) -> str:
     first = next((found for prefix in _FLUX_PREFIXES if (found := index.entries.get(f"{prefix}img_in.weight"))), None)
     if first is not None and len(first.shape) == 2 and first.shape[1] in _FLUX_INPUTS:
         return _FLUX_INPUTS[first.shape[1]]
-    if any(name.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for name in index.entries):
-        return "scaled_fp8"
     said = (index.path.stem, *(index.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")))
     if any("kontext" in text.lower() for text in said):
         return "flux_kontext"

@@ -13,6 +13,7 @@ from typing import Any
 from library.errors import UserError
 from library.files.index import read_index
 from library.files.json_text import Config
+from library.files.scaled_fp8 import with_scales
 from library.files.tensors import TensorEntry
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.checkpoint import (
@@ -99,6 +100,7 @@ def _of_file(
     config: Callable[[Entries, str], dict[str, Any]],
 ) -> dict[str, Part]:
     """kinds: the text encoders among them can be in the file. config: of the transformer, from its names."""
+    entries = with_scales(path, entries)
     whole = strip(entries, UNET_PREFIX) or {
         name: entry for name, entry in entries.items() if not name.startswith(("text_encoders.", *VAES))
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from library.errors import UserError
 from library.files.index import read_index
 from library.files.json_text import Config
+from library.files.scaled_fp8 import with_scales
 from library.files.tensors import TensorEntry
 from library.models.checkpoints.base_model import BaseModel, Part, read_json
 from library.models.checkpoints.checkpoint import strip
@@ -21,8 +22,6 @@ from library.models.checkpoints.folder import entries_in
 from library.models.checkpoints.open_file import locate
 
 Entries = Mapping[str, TensorEntry]
-
-_SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")
 
 
 def as_they_are(entries: Entries, config: Config) -> Entries:
@@ -91,15 +90,8 @@ def _own_file(kind: PartFiles, location: Path, path: str) -> Part:
     entries = without_prefix(index.entries, kind.prefixes)
     if not any(mark in entries for mark in kind.marks):
         raise UserError(f"{path} is {kind_of_file(index).title}, and not {kind.noun}")
-    refuse_scales(path, index.entries)
     assert kind.read is not None, f"the {kind.title} has no files of its own"
-    return kind.read(entries, path)
-
-
-def refuse_scales(path: str, names: Iterable[str]) -> None:
-    """UserError for weights of 8 bits that mean something only together with the scales beside them."""
-    if any(name.endswith(_SCALES) for name in names):
-        raise UserError(f"{path}: its fp8 weights have scales beside them, which is not supported; bf16 and fp16 are")
+    return kind.read(with_scales(path, entries), path)
 
 
 def tokenizer_in(folder: Path) -> Path | None:

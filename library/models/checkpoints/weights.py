@@ -7,6 +7,7 @@ in one of two ways, neither of which needs more memory than the finished module 
   never used is never read, and several processes share the pages. The file may be deleted meanwhile, not overwritten.
 * otherwise it is allocated as wanted and the file is read through the buffer. Read, not mapped: the pages of a mapping
   count as the process's memory, beside the converted weights. A GPU reads the buffer by itself and changes the type.
+  A weight with a scale beside it is in fp32 for a moment.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
@@ -135,6 +137,9 @@ class Reader:
         self, entry: TensorEntry, *, dtype: torch.dtype, device: torch.device, mapped: bool = False
     ) -> torch.Tensor:
         """The elements of `entry` [count], in the order of its shape. `mapped`: as a mapping where that is possible."""
+        if entry.scale is not None:
+            factor = self.read(entry.scale, dtype=torch.float32, device=torch.device("cpu")).item()
+            return self.read(replace(entry, scale=None), dtype=torch.float32, device=device).mul_(factor).to(dtype)
         if entry.halves_exchanged:
             first, second = self.read(entry.exchanged(), dtype=dtype, device=device).chunk(2)
             return torch.cat([second, first])

@@ -9,6 +9,7 @@ from typing import Any
 
 from library.errors import UserError
 from library.files.index import read_index
+from library.files.scaled_fp8 import with_scales
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.checkpoint import strip, vae_entries
 from library.models.checkpoints.detect import Z_IMAGE_PREFIXES
@@ -17,7 +18,6 @@ from library.models.checkpoints.part_files import (
     Entries,
     PartFiles,
     parts_in,
-    refuse_scales,
     tokenizer_in,
     without_prefix,
 )
@@ -63,7 +63,7 @@ def _of_folder(folder: Path) -> dict[str, Part]:
 
 
 def _of_file(path: str, entries: Entries) -> dict[str, Part]:
-    refuse_scales(path, entries)
+    entries = with_scales(path, entries)
     inner = without_prefix(
         {name: entry for name, entry in entries.items() if not name.startswith(("text_encoders.", *VAES))},
         Z_IMAGE_PREFIXES,

@@ -24,7 +24,7 @@ NAMED = 10  # files of a flaw of the data
 
 
 def facts_of(plan: Plan, run: Run, *, hashes: bool = False) -> facts.Facts:
-    """The facts of a run. `hashes`: read the LoRA files that are merged into the base model again, for their hashes."""
+    """The facts of a run. `hashes`: read the LoRA files of --base_weights again, for their hashes."""
     saves, prepared = run.saves, plan.prepared
     schedule, decay = run.hook(LrSchedule), run.hook(WeightDecay)
     return facts.Facts(
@@ -69,19 +69,22 @@ def _model(plan: Plan, run: Run, *, hashes: bool) -> facts.Model:
         precision=options.precision.mixed_precision.replace("no", "fp32"),
         device=str(run.accelerator.device),
         frozen_format=options.precision.unet_format,
-        base_weights=() if are_apart(options.network, family) else tuple(_merged(plan, hashes=hashes)),
+        base_weights=tuple(_base_weights(plan, hashes=hashes)),
     )
 
 
-def _merged(plan: Plan, *, hashes: bool) -> list[facts.BaseWeight]:
+def _base_weights(plan: Plan, *, hashes: bool) -> list[facts.BaseWeight]:
     """The files of --base_weights."""
     wanted = plan.options.network
+    apart = are_apart(wanted, plan.family)
     pairs = base_weights.with_multipliers(wanted.base_weights, wanted.base_weights_multiplier or ())
     if not hashes:
-        return [facts.BaseWeight(file=file, multiplier=multiplier) for file, multiplier in pairs]
+        return [facts.BaseWeight(file=file, multiplier=multiplier, apart=apart) for file, multiplier in pairs]
     files = base_weights.of_files(wanted.base_weights, wanted.base_weights_multiplier or ())
     return [
-        facts.BaseWeight(file=file, multiplier=multiplier, sha256=read.sha256, model_hash=read.sshs_model_hash)
+        facts.BaseWeight(
+            file=file, multiplier=multiplier, sha256=read.sha256, model_hash=read.sshs_model_hash, apart=apart
+        )
         for (file, multiplier), read in zip(pairs, files, strict=True)
     ]
 

@@ -170,7 +170,8 @@ def test_check_prints_what_a_file_is_and_who_loads_it(tiny: Any, tmp_path: Path,
     about = {"ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "ss_steps": "7"}
     about["ss_network_args"] = '{"conv_dim": "4", "rank_dropout": "0.1"}'
     base = '[{"name": "style.safetensors", "multiplier": 0.5, "sha256": "x", "sshs_model_hash": null}]'
-    network.save(file, None, {**about, "ss_base_weights": base})
+    apart = base.replace("style", "adapter")
+    network.save(file, None, {**about, "ss_base_weights": base, "ss_training_adapters": apart})
     assert tools(["check", str(file), "--base", str(BASE)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{file}: a LoRA, 138 layers, names in kohya's style"
@@ -178,6 +179,7 @@ def test_check_prints_what_a_file_is_and_who_loads_it(tiny: Any, tmp_path: Path,
     assert "alpha       3" in lines
     assert "arguments   conv_dim=4, rank_dropout=0.1" in lines
     assert "on top of   style.safetensors × 0.5" in lines
+    assert "trained     with adapter.safetensors × 0.5, for use without it" in lines
     assert "            138 layers fit it" in lines
     assert [line.split() for line in lines[-6:]] == [
         [program, "138", "of", "138", "138"]

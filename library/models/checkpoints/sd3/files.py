@@ -13,12 +13,13 @@ from typing import Any
 from library.errors import UserError
 from library.files.index import read_index
 from library.files.json_text import Config
+from library.files.scaled_fp8 import with_scales
 from library.models.checkpoints import flux_files
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.checkpoint import projected_text_encoder_entries, strip, vae_entries
 from library.models.checkpoints.detect import SD3_PREFIXES
 from library.models.checkpoints.flux_files import AUTOENCODER, VAES
-from library.models.checkpoints.part_files import Entries, PartFiles, parts_in, refuse_scales, without_prefix
+from library.models.checkpoints.part_files import Entries, PartFiles, parts_in, without_prefix
 from library.models.checkpoints.sd3.names import in_original_order, transformer_entries
 from library.models.checkpoints.shapes import count_of, shape_of
 
@@ -62,7 +63,7 @@ def open_sd3(path: str, location: Path, *, kind: str) -> BaseModel:
 
 
 def _of_file(path: str, entries: Entries) -> dict[str, Part]:
-    refuse_scales(path, entries)
+    entries = with_scales(path, entries)
     whole = without_prefix(
         {name: entry for name, entry in entries.items() if not name.startswith(("text_encoders.", *VAES))}, SD3_PREFIXES
     )
