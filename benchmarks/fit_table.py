@@ -1,4 +1,4 @@
-"""The tables of docs/{memory,sd3,flux,chroma,anima,z-image}.md: what `--fit` chooses for cards, what it then needs.
+"""The tables of docs/{memory,sd3,flux,flux2,chroma,anima,z-image}.md: what `--fit` sets for cards, what is needed then.
 
     python -m benchmarks.fit_table            # about two minutes of one core; no weights are needed
 
@@ -23,6 +23,10 @@ MODELS = {
     "sd35l": ("SD 3.5 large", 1024),
     "flux-512": ("FLUX.1 dev", 512),
     "flux": ("FLUX.1 dev", 1024),
+    "flux2-512": ("FLUX.2 klein 4B", 512),
+    "flux2": ("FLUX.2 klein 4B", 1024),
+    "flux2_9b-512": ("FLUX.2 klein 9B", 512),
+    "flux2_9b": ("FLUX.2 klein 9B", 1024),
     "chroma-512": ("Chroma", 512),
     "chroma": ("Chroma", 1024),
     "anima-512": ("Anima", 512),

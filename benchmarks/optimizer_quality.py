@@ -115,6 +115,7 @@ def variants() -> list[Variant]:
         Variant(SHIPPED, "whole"),
         *(Variant(f"{TITLES[s]} alone", "alone", settings={**off, s: True} | SHORT) for s in TECHNIQUES),
         Variant("Muon alone, orthogonalize_scale 1", "whole", settings={**off, **AT_SCALE_1}),
+        Variant("the defaults with Muon", "whole", settings={"orthogonalize": True}),
         *(Variant(f"without {TITLES[s]}", "left out", settings={s: False}) for s in on),
         *(
             Variant(f"with {TITLES[s]}", "added", settings={s: True} | exclusive.get(s, {}))
@@ -137,6 +138,7 @@ def _on_another_style(off: Mapping[str, bool | float]) -> Iterator[Variant]:
     for name, kind, optimizer, settings in (
         (ADAMW, "peer", ADAMW, {}),
         (SHIPPED, "whole", "CustomAdamW", {}),
+        ("the defaults with Muon", "whole", "CustomAdamW", {"orthogonalize": True}),
         ("Muon alone, orthogonalize_scale 1", "whole", "CustomAdamW", muon),
     ):
         yield Variant(f"twemoji: {name}", kind, optimizer, settings, style="twemoji")

@@ -1,5 +1,5 @@
-"""Folders of Stable Diffusion 1.5, XL, 3.5 medium and 3.5 large, FLUX.1 dev, Chroma, Anima and Z-Image at their true
-sizes: headers alone.
+"""Folders of Stable Diffusion 1.5, XL, 3.5 medium and 3.5 large, FLUX.1 dev, FLUX.2 klein, Chroma, Anima and Z-Image at
+their true sizes: headers alone.
 
 The files are sparse: they have the length that their headers state and take no room on disk. Everything that reads
 shapes only works with them: `--dry_run` and `--fit` up to loading, and estimates of memory.
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, family: str) -> Path:
-    """A diffusers folder of the `family`, "sd15", "sdxl", "sd35m", "sd35l", "flux", "chroma",
-    "anima" or "z_image", made once."""
+    """A diffusers folder of the `family`, made once: "sd15", "sdxl", "sd35m", "sd35l", "flux", "flux2", "flux2_9b",
+    "chroma", "anima" or "z_image"."""
     if (folder / "scheduler").exists():
         return folder
     config = _configurations(family)
@@ -30,10 +30,9 @@ def write(folder: Path, family: str) -> Path:
         (folder / part / "config.json").write_text(json.dumps(config[part]), encoding="utf-8")
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         _write_header(folder / part / f"{stem}.safetensors", _in_files(new(config[part])))
-    if family in _PIPELINES:
-        pipeline, tokenizer = _PIPELINES[family]
+    if pipeline := _PIPELINES.get(family):
         (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}), encoding="utf-8")
-        _write_tokenizer(folder / tokenizer)
+        _write_tokenizer(folder / _TOKENIZERS.get(family, "tokenizer"))
     if family == "anima":
         for tokenizer in ("tokenizer", "t5_tokenizer"):
             _write_tokenizer(folder / tokenizer)
@@ -44,12 +43,19 @@ def write(folder: Path, family: str) -> Path:
 
 
 _PIPELINES = {
-    "flux": ("FluxPipeline", "tokenizer_2"),
-    "chroma": ("ChromaPipeline", "tokenizer"),
-    "z_image": ("ZImagePipeline", "tokenizer"),
-    "sd35m": ("StableDiffusion3Pipeline", "tokenizer_3"),
-    "sd35l": ("StableDiffusion3Pipeline", "tokenizer_3"),
-}
+    "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline", "flux2_9b": "Flux2KleinPipeline", "chroma": "ChromaPipeline",
+    "z_image": "ZImagePipeline", "sd35m": "StableDiffusion3Pipeline", "sd35l": "StableDiffusion3Pipeline",
+}  # fmt: skip
+_TOKENIZERS = {"flux": "tokenizer_2", "sd35m": "tokenizer_3", "sd35l": "tokenizer_3"}  # where T5's lies
+# What the sizes of FLUX.2 klein have otherwise than the one in the asset, with Qwen3-4B or Qwen3-8B
+_KLEIN: dict[str, dict[str, dict[str, int]]] = {
+    "flux2": {},
+    "flux2_9b": {
+        "transformer": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
+                        "joint_attention_dim": 12288},
+        "text_encoder": {"hidden_size": 4096, "intermediate_size": 12288},
+    },
+}  # fmt: skip
 _LARGE = {
     "num_layers": 38,
     "num_attention_heads": 38,
@@ -68,11 +74,19 @@ def _configurations(family: str) -> dict[str, Any]:
         third = configurations()
         third["transformer"] |= _LARGE if family == "sd35l" else {}
         return third
-    asset = ASSETS / f"{'sd1' if family == 'sd15' else family}.json"
-    config: dict[str, Any] = json.loads(asset.read_text(encoding="utf-8"))
+
+    def asset(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((ASSETS / f"{name}.json").read_text(encoding="utf-8"))
+        return found
+
+    config = asset({"sd15": "sd1", "flux2_9b": "flux2"}.get(family, family))
     if family in ("z_image", "chroma"):
-        of_flux = json.loads((ASSETS / "flux.json").read_text(encoding="utf-8"))
+        of_flux = asset("flux")
         config = {"text_encoder": of_flux["text_encoder_2"], **config, "vae": of_flux["vae"]}
+    if family in _KLEIN:
+        config["text_encoder"] = asset("z_image")["text_encoder"]
+        for part, sizes in _KLEIN[family].items():
+            config[part] |= sizes
     return config
 
 
@@ -93,12 +107,19 @@ def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
         "text_encoder_2": modules.new_projected_text_encoder,
         "text_encoder_3": modules.new_t5_encoder,
     }
+    klein = {
+        "vae": modules.new_flux2_vae,
+        "text_encoder": modules.new_qwen3_encoder,
+        "transformer": modules.new_flux2_transformer,
+    }
     by_family: Mapping[str, Mapping[str, Callable[[Config], nn.Module]]] = {
         "sd15": {**stable, "unet": modules.new_unet},
         "sdxl": {**stable, "unet": modules.new_unet, "text_encoder_2": modules.new_projected_text_encoder},
         "sd35m": third,
         "sd35l": third,
         "flux": {**stable, "transformer": modules.new_flux_transformer, "text_encoder_2": modules.new_t5_encoder},
+        "flux2": klein,
+        "flux2_9b": klein,
         "chroma": {
             "vae": modules.new_vae,
             "text_encoder": modules.new_t5_encoder,
@@ -125,7 +146,9 @@ def _write_tokenizer(folder: Path) -> None:
     from tokenizers.models import WordLevel
 
     folder.mkdir()
-    Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    chat = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    words = {word: place for place, word in enumerate(("<pad>", "</s>", "<unk>", *chat))}
+    Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
 
 
 def _write_header(path: Path, tensors: Mapping[str, Tensor]) -> None:

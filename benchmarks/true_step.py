@@ -47,7 +47,7 @@ def computed(command: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=("anima", "flux", "chroma", "z_image", "sdxl"))
+    parser.add_argument("family", choices=("anima", "flux", "flux2", "flux2_9b", "chroma", "z_image", "sdxl"))
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--base_format", default="nf4")
     parser.add_argument("--mixed_precision", default="no")

@@ -37,7 +37,11 @@ KINDS = {
 }
 
 ALIASES = dict.fromkeys(
-    ("networks.lora_flux", "networks.lora_anima", "networks.lora_zimage", sd3_arguments.MODULE), "lora"
+    (
+        *("networks.lora_flux", "networks.lora_flux_2", "networks.lora_anima", "networks.lora_zimage"),
+        sd3_arguments.MODULE,
+    ),
+    "lora",
 )
 """kohya's modules for one model, whose kind serves all models here."""
 

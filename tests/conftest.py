@@ -113,6 +113,14 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny FLUX.2 klein with random weights."""
+    from tests.tiny_flux2 import write
+
+    return write(tmp_path_factory.mktemp("tiny_flux2"))
+
+
+@pytest.fixture(scope="session")
 def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a tiny Z-Image with random weights."""
     from tests.tiny_z_image import write

@@ -3,7 +3,7 @@
     python -m tests.tiny_anima FOLDER
 
 writes it as a folder of diffusers' parts. `original` and `wan_vae` turn weights into their original layouts: the
-opposite way of library.models.checkpoints.{anima_names,wan_vae}, written apart from it, so that each checks the other.
+opposite way of library.models.checkpoints.{anima_names,parts.wan_vae}, written apart, so that each checks the other.
 """
 
 from __future__ import annotations

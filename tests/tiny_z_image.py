@@ -47,7 +47,7 @@ def tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     made = qwen_tokenizer()
-    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=made, unk_token="<unk>", pad_token="<|endoftext|>", chat_template=TEMPLATE
     )

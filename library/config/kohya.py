@@ -257,6 +257,7 @@ OTHER_SCRIPTS: dict[str, Row] = {
         "models of musubi-tuner",
         dit=value(hint="here: --pretrained_model_name_or_path"),
         fp8_llm=flag(hint="here: --text_encoder_format fp8"),
+        fp8_text_encoder=flag(hint="here: --text_encoder_format fp8"),
         use_32bit_attention=flag(hint="here attention computes in the precision of the run"),
     ),
 }

@@ -40,7 +40,26 @@ class ResolutionShift:
         return math.exp(self.mu_of_few + slope * (tokens - self.few_tokens))
 
 
-Shift = float | ResolutionShift
+@dataclass(frozen=True)
+class StepsShift:
+    """A shift of exp(mu) of samples, with mu fitted to tokens and steps (FLUX.2, flux2/sampling.py): two lines in the
+    number of tokens, for 10 and for 200 steps, and a line in the number of steps between them. Above 4300 tokens it is
+    that for 200, whatever the steps. patch: latent cells of a token's side."""
+
+    patch: int = 1
+    steps: int = 50  # where a caller tells none
+
+    def of(self, size: tuple[int, int], steps: int | None = None) -> float:
+        """The shift for latents of `size` (height, width)."""
+        tokens = (size[0] // self.patch) * (size[1] // self.patch)
+        of_many = 0.00016927 * tokens + 0.45666666
+        if tokens > 4300:
+            return math.exp(of_many)
+        slope = (of_many - (8.73809524e-05 * tokens + 1.89833333)) / (200 - 10)
+        return math.exp(of_many + slope * ((self.steps if steps is None else steps) - 200))
+
+
+Shift = float | ResolutionShift | StepsShift
 
 
 @dataclass(frozen=True)
@@ -64,16 +83,19 @@ class Flow:
     @property
     def samplers(self) -> Sequence[str]:
         """Solvers of flow matching's differential equation; DDPM's samplers solve another one."""
-        return ("euler",) if isinstance(self.shift, ResolutionShift) else tuple(_SAMPLERS)
+        return tuple(_SAMPLERS) if isinstance(self.shift, float | int) else ("euler",)
 
     @property
     def samplings(self) -> Sequence[str]:
         """Those of every process, and those that have a shift of their own."""
         return tuple(dict.fromkeys((*SAMPLINGS, *self.drawn)))
 
-    def shift_at(self, size: tuple[int, int], sampling: str = "") -> float:
-        """The shift for latents of `size` (height, width): of samples, or of levels that are drawn by `sampling`."""
+    def shift_at(self, size: tuple[int, int], sampling: str = "", *, steps: int | None = None) -> float:
+        """The shift for latents of `size` (height, width): of samples of so many steps, or of levels that are drawn by
+        `sampling`."""
         shift = self.drawn.get(sampling, self.shift)
+        if isinstance(shift, StepsShift):
+            return shift.of(size, steps)
         return shift.of(size) if isinstance(shift, ResolutionShift) else shift
 
     def at(self, step_B: Tensor) -> Tensor:
@@ -132,6 +154,8 @@ class Flow:
         import diffusers
 
         settings: dict[str, object] = {"shift": self.shift}
+        if isinstance(self.shift, StepsShift):
+            settings = {"use_dynamic_shifting": True}
         if isinstance(self.shift, ResolutionShift):
             settings = {
                 "use_dynamic_shifting": True,

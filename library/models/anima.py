@@ -36,6 +36,7 @@ from library.models.flow_matching import (
     refuse_missing,
     same_shift,
 )
+from library.models.text import qwen
 from library.models.text.language import never_in_fp16, padded, read_own_tokenizer, read_qwen3_tokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ _LINEAR = re.compile(
     r"transformer_blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2))",
 )
 _MODULATION = re.compile(r"transformer_blocks\.\d+\.norm[123]\.linear_[12]")
-_TEXT_LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 _LAYERS, _TEXT_LAYERS = 28, 28
 _EXPECTED = {"unet": 280, "text_encoder": 196}  # of the true size
 _STATES = 512  # of a text, for the transformer: zeros follow a shorter one's
@@ -80,7 +80,7 @@ class Anima(FlowMatching):
             new="library.models.modules.new_qwen3_encoder",
             section="text_encoder",
             prefix="lora_te",
-            linear=_TEXT_LINEAR,
+            linear=qwen.LINEAR,
             choices={
                 "attn-only": re.compile(r".*\.self_attn\..*"),
                 "attn-qv": re.compile(r".*\.self_attn\.[qv]_proj"),

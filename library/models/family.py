@@ -107,7 +107,7 @@ class ModelFamily(ABC):
     """Options of the objective that would harm a model of this family, each with the reason."""
     LEAVE_TEXT_ENCODERS: ClassVar[str] = ""
     """Why --recommend advises against training the text encoders; "" where it does not."""
-    TIMESTEP_SAMPLING: ClassVar[Literal["sigmoid", "shift"] | None] = None
+    TIMESTEP_SAMPLING: ClassVar[Literal["sigmoid", "shift", "flux2_shift"] | None] = None
     """The --timestep_sampling of kohya's script for this model where the user gives none, if it is not "sigma"."""
     FILE_NAMING: ClassVar[WrittenNaming] = "kohya"
     """Whose names a plain LoRA's file has where --save_naming is not given."""

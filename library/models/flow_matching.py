@@ -16,7 +16,7 @@ from library.models.family import AdapterTargets, ModelFamily
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from library.diffusion.flow import Flow, ResolutionShift, Shift
+    from library.diffusion.flow import Flow, ResolutionShift, Shift, StepsShift
     from library.diffusion.latents import LatentSpace
     from library.models.blocks import Blocks
     from library.models.flow_pipeline import FlowPipeline
@@ -60,7 +60,7 @@ def plain_noise(script: str) -> dict[str, str]:
     )
 
 
-def flow_of(sampled: ResolutionShift, drawn: float, **more: Shift) -> Flow:
+def flow_of(sampled: ResolutionShift | StepsShift, drawn: float, **more: Shift) -> Flow:
     """Flow matching with these shifts of the levels: of samples; of levels that are drawn by "sigma" or "shift", which
     --discrete_flow_shift sets; and `more` by other ways of --timestep_sampling. uniform and sigmoid are not shifted."""
     from library.diffusion.flow import Flow

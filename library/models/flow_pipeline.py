@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from library.diffusion.flow import Flow, ResolutionShift
+from library.diffusion.flow import Flow
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,6 @@ class FlowPipeline:
             self.scheduler.set_timesteps(count, device=device)
             return
         settings: dict[str, object] = {"sigmas": [1 - step / count for step in range(count)]}
-        if isinstance(self.process.shift, ResolutionShift):
-            settings["mu"] = math.log(self.process.shift_at(size))
+        if not isinstance(self.process.shift, float | int):
+            settings["mu"] = math.log(self.process.shift_at(size, steps=count))
         self.scheduler.set_timesteps(device=device, **settings)

@@ -1,4 +1,4 @@
-"""The transformer that FLUX.1 and Chroma have in common: double and single blocks, and how adapters sit on them."""
+"""The transformer that FLUX.1, FLUX.2 and Chroma have in common: double and single blocks, and adapters on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LINEAR = re.compile(
     r"ff(?:_context)?\.net\.(?:0\.proj|2))|"
     r"single_transformer_blocks\.\d+\.(?:norm\.linear|attn\.to_[qkv]|proj_mlp|proj_out)"
 )
-"""All layers in the blocks. Chroma has none in its norms."""
+"""All layers in the blocks of FLUX.1 and Chroma. Chroma has none in its norms."""
 CHOICES = {
     "attn-only": re.compile(r"transformer_blocks\.\d+\.attn\..*|single_transformer_blocks\.\d+\.attn\..*"),
     "attn-qv": re.compile(r".*\.attn\.(?:to_[qv]|add_[qv]_proj)"),
@@ -29,7 +29,7 @@ CHOICES = {
 
 
 class FluxBlocks(FlowMatching):
-    """The common part of these families, which name the blocks' layers alike."""
+    """The common part of these families, which name the blocks' layers alike; FLUX.2 some of them otherwise."""
 
     _config: Config  # of the transformer
 

@@ -1,4 +1,4 @@
-"""The inputs of FLUX.1's and Chroma's transformers: images as tokens, their places, masks, and the time with all of its
+"""The inputs of FLUX's and Chroma's transformers: images as tokens, their places, masks, and the time with all of its
 digits."""
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ def places(height: int, width: int, *, device: torch.device) -> Tensor:
     rows, columns = (torch.arange(count, device=device, dtype=torch.float32) for count in (height, width))
     grid = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([torch.zeros_like(grid[0]), *grid], dim=-1).flatten(0, 1)
+
+
+def places_of_flux2(height: int, width: int, texts: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """FLUX.2's places, each in float32: (0, row, column, 0) of each patch, [N, 4], and (0, 0, 0, place) of each of so
+    many states of a text, [L, 4]."""
+    images = torch.nn.functional.pad(places(height, width, device=device), (0, 1))
+    order = torch.arange(texts, device=device, dtype=torch.float32)
+    return images, torch.nn.functional.pad(order[:, None], (3, 0))
 
 
 def whole_mask(mask_BL: Tensor, images: int) -> Tensor:

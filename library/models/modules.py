@@ -166,6 +166,27 @@ def _shift_first(norm: Any, hidden: torch.Tensor, conditioning: torch.Tensor) ->
     return normed
 
 
+def new_flux2_transformer(config: Config) -> nn.Module:
+    """A Flux2Transformer2DModel on the meta device."""
+    with lean_diffusers():
+        from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+    _spare_peft()
+    with torch.device("meta"):
+        return Flux2Transformer2DModel.from_config(dict(config))
+
+
+def new_flux2_vae(config: Config) -> nn.Module:
+    """An AutoencoderKLFlux2 on the meta device. The statistics of its latents, a batch norm's there, are parameters
+    here: they are read with the weights."""
+    with lean_diffusers():
+        from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2.from_config(dict(config))
+        channels = vae.bn.num_features
+        vae.bn = nn.ParameterDict({name: torch.empty(channels) for name in ("running_mean", "running_var")})
+    return vae
+
+
 def new_chroma_transformer(config: Config) -> nn.Module:
     """A ChromaTransformer2DModel, its parameters on the meta device.
 

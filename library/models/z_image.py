@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
@@ -22,7 +21,7 @@ from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_z_image
 from library.models.checkpoints.flux_files import autoencoder_config
 from library.models.checkpoints.open_file import with_vae
-from library.models.checkpoints.part_files import own_tokenizer, with_part
+from library.models.checkpoints.part_files import with_part
 from library.models.checkpoints.z_image_files import PARTS, open_z_image
 from library.models.checkpoints.z_image_names import block_number
 from library.models.components import PartKind
@@ -41,6 +40,7 @@ from library.models.flow_matching import (
     same_shift,
 )
 from library.models.latent_diffusion import VAE, with_scaling
+from library.models.text import qwen
 from library.models.text.language import never_in_fp16, padded, read_qwen3_tokenizer
 
 if TYPE_CHECKING:
@@ -54,14 +54,10 @@ _MORE = re.compile(
     r"layers\.\d+\.adaLN_modulation\.0|"
     r"(?:noise|context)_refiner\.\d+\.(?:attention\.(?:to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 )
-_TEXT_LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 _LAYERS, _EXPECTED = 30, {"unet": 210}  # of the true size
 _SCALING = 0.3611  # of the latents
 _SHIFT = 3.0  # of the levels of samples
 _TRAINED_SHIFT = 2.0  # of those that are drawn in training, as musubi-tuner's documents have it
-# A user's turn of Qwen3's chat, and the beginning of the answer, in which thinking is allowed
-_BEFORE, _BEHIND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-_TOKENS_BEFORE = 3  # of Qwen3's own tokenizer
 
 
 class ZImage(FlowMatching):
@@ -84,16 +80,10 @@ class ZImage(FlowMatching):
             overflows_fp16=True,
         ),
         "vae": VAE,
-        "text_encoder": PartKind(
-            folder="text_encoder",
-            title="text encoder",
-            new="library.models.modules.new_qwen3_encoder",
-            linear=_TEXT_LINEAR,
-            overflows_fp16=True,
-        ),
+        "text_encoder": qwen.FROZEN,
     }
     UNUSABLE: ClassVar[Mapping[str, str]] = plain_noise("kohya's script for Z-Image, of musubi-tuner,")
-    TIMESTEP_SAMPLING: ClassVar[Literal["sigmoid", "shift"] | None] = "shift"
+    TIMESTEP_SAMPLING = "shift"
     FILE_NAMING: ClassVar[WrittenNaming] = "diffusers"
     NAMES_EVERY_KIND = True
     base_model_version = "z_image"
@@ -120,14 +110,12 @@ class ZImage(FlowMatching):
             base = with_vae(base, own, option="ae" if ae else "vae", usual=autoencoder_config())
         refuse_missing(base, "Z-Image", _WANTED)
         base = with_scaling(base, default=_SCALING)
-        if qwen3_tokenizer_path:
-            folder = own_tokenizer(qwen3_tokenizer_path, option="qwen3_tokenizer_path", inside="tokenizer")
-            base = replace(base, tokenizer=folder)
+        base = qwen.with_own_tokenizer(base, qwen3_tokenizer_path)
         super().__init__(base, vae=own)
         self._base, self._config = base, base.parts["denoiser"].config
         refuse_misfits(base, _fits(base))
         self._tokens = qwen3_max_token_length
-        self.token_limit = max(1, qwen3_max_token_length - _TOKENS_BEFORE)
+        self.token_limit = max(1, qwen3_max_token_length - qwen.TOKENS_BEFORE)
         self._shift = _TRAINED_SHIFT if discrete_flow_shift is None else discrete_flow_shift
         self.latents = latent_space_of(base.parts["vae"].config)
         self.distilled = called(base, "turbo") if turbo is None else turbo
@@ -156,7 +144,7 @@ class ZImage(FlowMatching):
     def _tokenizer(self) -> Tokenizer:
         own = {"source": "Qwen/Qwen3-4B", "of": self.path, "model": "Z-Image"}
         rows = self._base.parts["text_encoder"].config["vocab_size"]
-        return read_qwen3_tokenizer(self._base.tokenizer, rows=rows, **own)
+        return read_qwen3_tokenizer(self._base.tokenizer, rows=rows, words=qwen.WORDS, **own)
 
     def text_fingerprint(self) -> str:
         from library.models.fingerprint import combined, folder_fingerprint
@@ -164,7 +152,7 @@ class ZImage(FlowMatching):
         assert self._tokenizer is not None
         return combined(
             {
-                "template": [_BEFORE, _BEHIND],
+                "template": [qwen.BEFORE, qwen.BEHIND],
                 "tokenizer": folder_fingerprint(self._base.tokenizer),
                 "tokens": self._tokens,
                 "weights": self.components.fingerprint("text_encoder"),
@@ -183,7 +171,7 @@ class ZImage(FlowMatching):
         import torch
 
         encoder: Any = self.components["text_encoder"]
-        rows = [self._tokenizer.encode(f"{_BEFORE}{one}{_BEHIND}").ids[: self._tokens] for one in captions]
+        rows = [self._tokenizer.encode(f"{qwen.BEFORE}{one}{qwen.BEHIND}").ids[: self._tokens] for one in captions]
         ids, mask = (to_device(table, device_of(encoder)) for table in padded(rows))
         # without a mask: a token's state depends on those before it alone, and padding follows them
         with torch.no_grad(), never_in_fp16(ids.device):

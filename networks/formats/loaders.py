@@ -1,9 +1,9 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
-Read at ComfyUI 2025-10 (Z-Image: 2025-12), A1111 1.10, Forge 2025-06, diffusers 0.39 (transformers: 0.42), kohya's
-sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x to 3.5, FLUX.1, Chroma, Anima and Z-Image. A program
-finds a layer if it knows the naming, the place in the model and the kind; some reject a whole file for one layer. Names
-and shapes are enough, so a file's header is. Imports no torch.
+Read at ComfyUI 2025-10 (Z-Image: 2025-12, FLUX.2: 2026), A1111 1.10, Forge 2025-06, diffusers 0.39 (of transformers:
+0.42), kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x to 3.5, FLUX.1, FLUX.2 klein, Chroma, Anima
+and Z-Image. A program finds a layer if it knows the naming, the place in the model and the kind; some reject a whole
+file for one layer. Names and shapes are enough, so a file's header is. Imports no torch.
 """
 
 from __future__ import annotations
@@ -166,12 +166,16 @@ _OF_SD3 = re.compile(
     r"lora_unet_(?:joint_blocks_\d+_(?:x|context)_block_(?:attn2?_(?:qkv|proj)|mlp_fc[12]|adaLN_modulation_1)|"
     r"context_embedder|x_embedder_proj|[ty]_embedder_mlp_[02]|final_layer_(?:linear|adaLN_modulation_1))"
 )
+_OF_FLUX2 = re.compile(
+    r"lora_unet_(?:double_blocks_\d+_(?:img|txt)_(?:attn_qkv|attn_proj|mlp_[02])|single_blocks_\d+_linear[12])"
+)
 _OF_ANIMA = re.compile(
     r"lora_unet_blocks_\d+_(?:(?:self|cross)_attn_(?:[qkv]|output)_proj|mlp_layer[12]|"
     r"adaln_modulation_(?:self_attn|cross_attn|mlp)_[12])"
 )
 _WITHOUT_ANIMA = ("A1111", "Forge", "LyCORIS")
-_WITHOUT_Z_IMAGE = {"A1111": "", "Forge": "", "kohya": "; musubi-tuner does", "LyCORIS": ""}  # and what does instead
+# of Z-Image and FLUX.2, and what does instead
+_WITHOUT_MUSUBIS = {"A1111": "", "Forge": "", "kohya": "; musubi-tuner does", "LyCORIS": ""}
 # ComfyUI's own names of its layers, without dots: of attention none that an adapter of ours has
 _OF_Z_IMAGE = re.compile(
     r"lora_unet_(?:layers|noise_refiner|context_refiner)_\d+_"
@@ -247,10 +251,13 @@ def _rule(
     more: Mapping[str, Collection[str]],
 ) -> Rule:
     """The rule for one layer: the first that keeps the program from it, else that of its kind."""
-    anima, z_image = version.startswith("anima"), version.startswith("z_image")
-    if naming not in _NAMINGS[program] and not ((anima or z_image) and (program, naming) == ("diffusers", "ComfyUI")):
+    anima, z_image, flux2 = (version.startswith(start) for start in ("anima", "z_image", "flux_2"))
+    dotted = (anima or z_image or flux2) and (program, naming) == ("diffusers", "ComfyUI")
+    if naming not in _NAMINGS[program] and not dotted:
         return _not(f"names in {naming}'s style" if naming else "names of no known program")
-    if version.startswith(("flux", "chroma")):
+    if flux2:
+        place = _place_of_flux2(program, naming, name, own)
+    elif version.startswith(("flux", "chroma")):
         place = _place_of_flux(program, naming, name, chroma=version.startswith("chroma"))
     elif version in _SD3:
         place = _place_of_sd3(program, naming, name)
@@ -357,6 +364,17 @@ def _place_of_sd3(program: Program, naming: Naming | None, name: str) -> str:
     return ""
 
 
+def _place_of_flux2(program: Program, naming: Naming | None, name: str, own: Shapes) -> str:
+    """As `_place_of_kohya`, for layers of FLUX.2."""
+    if (instead := _WITHOUT_MUSUBIS.get(program)) is not None:
+        return f"it knows no FLUX.2{instead}"
+    if naming == "kohya" and not _OF_FLUX2.fullmatch(name):
+        return "the name of no layer of FLUX.2 there, which has query, key and value as one"
+    if (program, naming) == ("diffusers", "ComfyUI") and "alpha" in own:
+        return "behind diffusion_model. it wants no alpha"
+    return ""
+
+
 def _place_of_anima(program: Program, naming: Naming | None, name: str, own: Shapes) -> str:
     """As `_place_of_kohya`, for layers of Anima."""
     text = name.startswith(("lora_te", "text_encoder"))
@@ -378,7 +396,7 @@ def _place_of_anima(program: Program, naming: Naming | None, name: str, own: Sha
 
 def _place_of_z_image(program: Program, naming: Naming | None, name: str) -> str:
     """As `_place_of_kohya`, for layers of Z-Image."""
-    if (instead := _WITHOUT_Z_IMAGE.get(program)) is not None:
+    if (instead := _WITHOUT_MUSUBIS.get(program)) is not None:
         return f"it knows no Z-Image{instead}"
     if program == "ComfyUI" and naming == "kohya" and not _OF_Z_IMAGE.fullmatch(name):
         return f"it wants names that begin with {z_image_names.DOTTED}"
@@ -397,7 +415,7 @@ def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
 
 def is_about(version: str) -> bool:
     """Whether the tables are about base models of this `ss_base_model_version`."""
-    of_transformers = ("flux1", "chroma", "anima", "z_image")
+    of_transformers = ("flux1", "flux_2_klein", "chroma", "anima", "z_image")
     return version in _SD3 or version.startswith(("sd_v", "sdxl", *of_transformers))
 
 

@@ -14,13 +14,13 @@ Nothing here needs the model: names of Stable Diffusion's layers are the same in
 original names of a UNet's layers. SDXL's UNet has those in kohya's files as well. Where a file does not tell that it is
 for SDXL, that is settled when the model is known (`sites.in_names_of`).
 
-FLUX.1's transformer and Chroma's have their original names in kohya's and ComfyUI's files, with query, key and value as
-one layer, and diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. So it is with Stable
-Diffusion 3's, whose last norms have their rows in another order in diffusers. Anima's has its original names
-everywhere: kohya's are flat, and those of diffusers, too, are ComfyUI's,
-`diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`.
-Z-Image's has diffusers' names in all of them; files that were made on its original layout have query, key and value as
-one layer, which becomes three where it is read.
+FLUX's transformers and Chroma's have their original names in kohya's and ComfyUI's files, with query, key and value as
+one layer, and diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. FLUX.1 and FLUX.2 have the
+same names in kohya's files, and of some of these layers different ones in diffusers': there a layer's sizes tell.
+Stable Diffusion 3's are like FLUX's, and its last norms have their rows in another order in diffusers.
+Anima's has its original names everywhere: kohya's are flat, and those of diffusers, too, are ComfyUI's,
+`diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`. Z-Image's has diffusers' names in all of them; files that
+were made on its original layout have query, key and value as one layer, which becomes three where it is read.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files.json_text import Config, parse_json
-from library.models.checkpoints import anima_names, flux_names, z_image_names
+from library.models.checkpoints import anima_names, flux2_names, flux_names, z_image_names
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
-from library.models.checkpoints.flux_names import Member
 from library.models.checkpoints.sd3 import names as sd3_names
 from networks import kinds
 from networks.formats import forms
@@ -212,7 +211,7 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
         return _Place("transformer", path)
     if part in ("unet", "transformer", None) and _Z_IMAGE_PATH.fullmatch(path):
         return _Place("transformer", path)
-    known = (flux_names.original_name, sd3_names.original_name, anima_names.original_name)
+    known = (_name_in_flux, sd3_names.original_name, anima_names.original_name)
     if part in ("transformer", None) and any(name(path) != path for name in known):
         return _Place("transformer", path)
     if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
@@ -229,10 +228,17 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     return _Place(part, f"{above}{dot}{_OLD_TEXT.get(last, last)}")
 
 
+def _name_in_flux(path: str) -> str:
+    """The original name of a layer of FLUX.1 or FLUX.2, or of a member of one: no path of either is another of the
+    other's. Another path stays as it is."""
+    name = flux_names.original_name(path)
+    return flux2_names.original_name(path) if name == path else name
+
+
 def _kohya_name(place: _Place, *, xl: bool, several: bool, sd3: bool) -> str:
     """xl, sd3: of SDXL or Stable Diffusion 3. several: the model has more than one text encoder."""
     if place.part == "transformer":
-        name = sd3_names.original_name if sd3 else flux_names.original_name
+        name = sd3_names.original_name if sd3 else _name_in_flux
         return "lora_unet_" + name(place.path).replace(".", "_")
     if place.part == "unet":
         block = re.match(r"(?:down_blocks|mid_block|up_blocks)\.", place.path)
@@ -304,7 +310,7 @@ def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX.1 and Stable Diffusion 3
+    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX and Stable Diffusion 3
     `transformer.…` or for Anima and Z-Image `diffusion_model.…`, as `load_lora_weights` takes them.
 
     These names have none for alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else
@@ -338,21 +344,19 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
 
 def _by_diffusers_path(name: str, own: dict[str, Tensor], *, source: str) -> dict[str, dict[str, Tensor]]:
     """The layers that a kohya layer is there: several, of one that is fused."""
-    members = _members_of(name)
-    if len(members) < 2:
-        return {diffusers_path(name, source=source): own}
+    flat, rows, columns = name.removeprefix("lora_unet_"), len(own["lora_up.weight"]), own["lora_down.weight"].shape[1]
+    of_flux = flux2_names if flux2_names.is_of_flux2(flat, rows, columns) else flux_names
+    members = (of_flux.members_of(flat) or sd3_names.members_of(flat)) if flat != name else ()
+    if not members:
+        return {_diffusers_path(name, source=source): own}
+    if len(members) == 1:
+        return {f"transformer.{members[0].path}": own}
     whole, parts = len(own["lora_up.weight"]), sum(member.rows for member in members)
     if whole % parts or DORA_SCALE in own:
         what = f"{whole} rows are not those of {parts} equal parts" if whole % parts else "its dora_scale is of several"
         raise UserError(f"{source}: {name}: {what}")
     pairs = split_pair(own, [whole // parts * member.rows for member in members])
     return {f"transformer.{member.path}": pair for member, pair in zip(members, pairs, strict=True)}
-
-
-def _members_of(name: str) -> tuple[Member, ...]:
-    """The layers of diffusers' transformer that a kohya layer of FLUX.1 or Stable Diffusion 3 is."""
-    flat = name.removeprefix("lora_unet_")
-    return flux_names.members_of(flat) or sd3_names.members_of(flat)
 
 
 def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
@@ -377,12 +381,12 @@ def _diffusers_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     return config
 
 
-def diffusers_path(name: str, *, source: str) -> str:
-    """For example lora_unet_input_blocks_4_1_proj_in → unet.down_blocks.1.attentions.0.proj_in. Raises UserError."""
+def _diffusers_path(name: str, *, source: str) -> str:
+    """Of a layer of another model than FLUX.
+
+    For example lora_unet_input_blocks_4_1_proj_in → unet.down_blocks.1.attentions.0.proj_in. Raises UserError."""
     if dotted := anima_names.dotted_name(name) or z_image_names.dotted_name(name):
         return dotted
-    if name.startswith("lora_unet_") and (members := _members_of(name)):
-        return f"transformer.{members[0].path}"
     parts = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
     for prefix, part in {**parts, "lora_te2_": "text_encoder_2"}.items():
         if name.startswith(prefix):

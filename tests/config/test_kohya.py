@@ -47,7 +47,7 @@ OURS = {
     *("save_naming", "base_format", "text_encoder_format", "fit", "gpu_memory"),
     *("validation_dir", "validation_gap", "forgetting_dir"),
     *("embedding_lr", "train_embedding_only", "save_embedding"),
-    *("slider_picture", "qwen3_tokenizer_path", "turbo", "base_weights_off_for_samples"),
+    *("slider_picture", "qwen3_tokenizer_path", "turbo", "model_version", "base_weights_off_for_samples"),
 }
 
 
@@ -80,7 +80,8 @@ def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
 def test_a_module_that_is_not_supported_yet_is_named(options: Callable[..., Options]) -> None:
     with pytest.raises(UserError, match=r"'networks.lora_lumina' is known to kohya's scripts, not supported here yet"):
         options("--network_module", "networks.lora_lumina")
-    for kind in ("loha", "lokr", "oft", "lora_fa", "dylora", "lora_flux", "lora_sd3", "lora_anima", "lora_zimage"):
+    flows = ("lora_flux", "lora_flux_2", "lora_sd3", "lora_anima", "lora_zimage")
+    for kind in ("loha", "lokr", "oft", "lora_fa", "dylora", *flows):
         options("--network_module", f"networks.{kind}")
 
 

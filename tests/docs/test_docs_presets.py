@@ -119,7 +119,7 @@ def test_the_curves() -> None:
 
 def test_the_presets_for_stable_diffusion() -> None:
     found = rows("For Stable Diffusion")
-    assert len(found) == 18
+    assert len(found) == 20
     for name, (_, sizes, rates, optimizer, _) in found.items():
         said = values(name)
         assert sizes == f"{said['network_dim']}, {said['network_alpha']}"

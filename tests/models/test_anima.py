@@ -16,7 +16,7 @@ from library.errors import UserError
 from library.models import modules
 from library.models.anima import Anima
 from library.models.checkpoints.anima_names import dotted_name, original_name
-from library.models.checkpoints.wan_vae import vae_entries
+from library.models.checkpoints.parts.wan_vae import vae_entries
 from library.models.opening import open_family
 from tests import tiny_anima as tiny
 

@@ -183,7 +183,7 @@ def test_other_folders_are_named_for_what_they_are(folder: Path) -> None:
         _open(folder)
     _edit(folder / "model_index.json", _class_name="Flux2Pipeline")
     shutil.rmtree(folder / "unet")
-    with pytest.raises(UserError, match=r"is a FLUX\.2 model"):
+    with pytest.raises(UserError, match=r"is a FLUX\.2 dev model"):
         _open(folder)
     _edit(folder / "model_index.json", _class_name="WuerstchenPipeline")
     with pytest.raises(UserError, match="names a WuerstchenPipeline"):

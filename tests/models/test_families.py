@@ -33,7 +33,7 @@ def family(
 ) -> ModelFamily:
     models = {"sd": BASE, "sdxl": tiny_sdxl, "flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}
     models["sd3"] = tiny_sd3
-    models["chroma"] = request.getfixturevalue("tiny_chroma")
+    models |= {name: request.getfixturevalue(f"tiny_{name}") for name in ("chroma", "flux2")}
     family = open_family(str(models[request.param]))
     assert request.param == family.NAME
     family.components.load("vae", torch.float32, "cpu")
@@ -77,6 +77,7 @@ LONGER: dict[str, dict[str, Any]] = {
     "flux": {"t5xxl_max_token_length": 128},
     "chroma": {"t5xxl_max_token_length": 128},
     "anima": {"t5_max_token_length": 128},
+    "flux2": {"qwen3_max_token_length": 128},
     "z_image": {"qwen3_max_token_length": 128},
     "sd3": {"t5xxl_max_token_length": 128},
 }

@@ -190,13 +190,14 @@ def test_the_tokenizer_of_t5_is_asked_for(files: dict[str, Path]) -> None:
 
 
 _FIRST = "double_blocks.0.img_attn.norm.key_norm.scale"
+_OF_FLUX2_DEV = ("single_stream_modulation.lin", "guidance_in.in_layer")
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"distilled_guidance_layer.in_proj.bias": (8,), "nerf_blocks.0.norm.scale": (8,)}, "a Chroma1-Radiance model"),
-        ({"single_stream_modulation.lin.weight": (8, 8)}, "a FLUX.2 model"),
+        ({f"{name}.weight": (8, 8) for name in _OF_FLUX2_DEV}, "a FLUX.2 dev model"),
         ({"img_in.weight": (128, 384)}, "a FLUX.1 Fill model"),
         ({"img_in.weight": (128, 128)}, "a FLUX.1 Depth or Canny model"),
     ],

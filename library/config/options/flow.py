@@ -1,5 +1,5 @@
 """The options of models that are trained by flow matching, with text encoders and VAE in files of their own: Stable
-Diffusion 3, FLUX.1, Chroma, Anima and Z-Image.
+Diffusion 3, FLUX.1, FLUX.2 klein, Chroma, Anima and Z-Image.
 
 Names are kohya's. `library.models.opening` refuses them for a model of another family.
 """
@@ -23,6 +23,7 @@ _WRITTEN_ANYWAY: dict[str, tuple[object, ...]] = {
     "t5_max_token_length": (512,),
     **dict.fromkeys(("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"), (0.0,)),
 }
+_VERSIONS = ("klein-base-4b", "klein-4b", "klein-base-9b", "klein-9b")
 _WRONG_TARGETS = ("sigma_scaled", "additive")
 
 
@@ -38,6 +39,18 @@ def read_prediction_type(word: str) -> str:
     return word
 
 
+def read_model_version(word: str) -> str:
+    """musubi-tuner's name of a version of FLUX.2 klein; BadValue with the reason for dev."""
+    if word == "dev":
+        raise BadValue(
+            "FLUX.2 dev is not supported: 32 billion parameters, with a text encoder of 24 billion (Mistral 3); this "
+            f"version trains {', '.join(_VERSIONS)}"
+        )
+    if word not in _VERSIONS:
+        raise BadValue(f"'{word}' is unknown; known are {', '.join(_VERSIONS)}")
+    return word
+
+
 def asks_for_nothing(name: str, value: object) -> bool:
     """Whether this value of an option stands in configurations of models that it is not for, as a flag that is off."""
     return value is False or value in _WRITTEN_ANYWAY.get(name, ())
@@ -45,7 +58,7 @@ def asks_for_nothing(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
-    """Stable Diffusion 3, FLUX.1, Chroma, Anima and Z-Image"""
+    """Stable Diffusion 3, FLUX.1, FLUX.2 klein, Chroma, Anima and Z-Image"""
 
     model_type: Literal["flux", "chroma"] | None = option(
         None, help="what the base is, flux or chroma: checked against the file, which says so itself"
@@ -56,7 +69,7 @@ class FlowOptions:
     ae: str | None = option(
         None, help="the autoencoder, where the base has none: a file or a folder; the same as --vae"
     )
-    qwen3: str | None = option(None, help="the text encoder Qwen3 of Anima or Z-Image: a file or a folder")
+    qwen3: str | None = option(None, help="the text encoder Qwen3 of FLUX.2, Anima or Z-Image: a file or a folder")
     llm_adapter_path: str | None = option(
         None, help="Anima's LLM adapter, where the transformer's file has none: a file or a folder"
     )
@@ -68,7 +81,7 @@ class FlowOptions:
         help="Qwen3's tokenizer, where neither the base nor --qwen3 is a folder that has it: a folder with "
         "tokenizer.json, or with vocab.json and merges.txt (ours)",
     )
-    qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of Anima or Z-Image")
+    qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of FLUX.2, Anima or Z-Image")
     t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
         None,
@@ -101,6 +114,12 @@ class FlowOptions:
         None,
         help="whether a base of Z-Image or Stable Diffusion 3.5 is a Turbo, distilled to a few steps (default: if it "
         "is called so) (ours)",
+    )
+    model_version: str | None = option(
+        None,
+        read=read_model_version,
+        help="which FLUX.2 klein the base is: klein-base-4b, klein-base-9b, or klein-4b, klein-9b, which are distilled "
+        "to four steps (default: as its folder says, or its file is called) (ours)",
     )
     model_prediction_type: str = option(
         "raw", read=read_prediction_type, help="what the loss compares: raw, the predicted velocity with the true one"

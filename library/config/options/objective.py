@@ -13,7 +13,7 @@ from library.config.fields import option
 from library.errors import UserError
 
 _ABOVE_ZERO = ("huber_c", "huber_scale", "logit_std", "sigmoid_scale", "training_shift")
-_LIKE_SIGMOID = ("sigmoid", "shift", "flux_shift")  # the last two move what sigmoid draws
+_LIKE_SIGMOID = ("sigmoid", "shift", "flux_shift", "flux2_shift")  # the others move what sigmoid draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,15 @@ class ObjectiveOptions:
     )
     min_timestep: int | None = option(None, minimum=0, help="the first timestep that is trained (default: 0)")
     max_timestep: int | None = option(None, minimum=1, help="train timesteps below this one (default: 1000, all)")
-    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = option(
+    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift"] = option(
         "sigma",
         help="how timesteps are drawn; sigma: by --weighting_scheme; sigmoid: more from the middle, Anima's default; "
-        "for FLUX.1, Chroma, Anima and Z-Image also shift, sigmoid with --discrete_flow_shift (Z-Image's default), and "
-        "for FLUX.1 and Chroma flux_shift, with a shift that grows with the image",
+        "for FLUX, Chroma, Anima and Z-Image also shift, sigmoid with --discrete_flow_shift (Z-Image's default), and "
+        "with a shift that grows with the image flux_shift for FLUX.1 and Chroma, and flux2_shift for FLUX.2 (its "
+        "default)",
     )
     sigmoid_scale: float = option(
-        1.0, minimum=0, help="width of sigmoid, shift and flux_shift; above 1 nearer to uniform"
+        1.0, minimum=0, help="width of sigmoid, shift, flux_shift and flux2_shift; above 1 nearer to uniform"
     )
     weighting_scheme: Literal["uniform", "none", "logit_normal", "mode"] = option(
         "uniform",
@@ -127,7 +128,10 @@ class ObjectiveOptions:
             "noise_offset_random_strength": (self.noise_offset, "--noise_offset"),
             "multires_noise_discount": (self.multires_noise_iterations, "--multires_noise_iterations"),
             "ip_noise_gamma_random_strength": (self.ip_noise_gamma, "--ip_noise_gamma"),
-            "sigmoid_scale": (self.density == "sigmoid", "--timestep_sampling sigmoid, shift or flux_shift"),
+            "sigmoid_scale": (
+                self.density == "sigmoid",
+                f"--timestep_sampling {' or '.join(_LIKE_SIGMOID)}",
+            ),
             "logit_mean": (self.density == "logit_normal", "--weighting_scheme logit_normal"),
             "logit_std": (self.density == "logit_normal", "--weighting_scheme logit_normal"),
             "mode_scale": (self.density == "mode", "--weighting_scheme mode"),

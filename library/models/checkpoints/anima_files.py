@@ -9,7 +9,6 @@ from typing import Any
 
 from library.files.index import read_index
 from library.files.scaled_fp8 import with_scales
-from library.models.checkpoints import wan_vae
 from library.models.checkpoints.anima_names import adapter_entries, transformer_entries
 from library.models.checkpoints.base_model import ASSETS, BaseModel, Part, read_json
 from library.models.checkpoints.detect import ANIMA_PREFIXES
@@ -20,7 +19,8 @@ from library.models.checkpoints.part_files import (
     tokenizer_in,
     without_prefix,
 )
-from library.models.checkpoints.qwen3_files import qwen3_files
+from library.models.checkpoints.parts import wan_vae
+from library.models.checkpoints.parts.qwen3_files import qwen3_files
 from library.models.checkpoints.shapes import count_of, shape_of
 
 _PATCH = 4  # latent cells of a token

@@ -14,10 +14,10 @@ from library.errors import UserError
 from library.files.json_text import Config
 from library.files.tensors import TensorEntry, WeightsIndex
 from library.models import FAMILIES
-from library.models.checkpoints import wan_vae
 from library.models.checkpoints.adapter_file import AdapterContents, describe
 from library.models.checkpoints.base_model import Folder
 from library.models.checkpoints.checkpoint import UNET_PREFIX, VAE_PREFIX
+from library.models.checkpoints.parts import wan_vae
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -45,7 +45,8 @@ TITLES = {
     "flux_fill": "a FLUX.1 Fill model, which paints parts of images",
     "flux_control": "a FLUX.1 Depth or Canny model",
     "transformer": "the transformer of a diffusers folder",
-    "flux2": "a FLUX.2 model",
+    "flux2_dev": "a FLUX.2 dev model of 32 billion parameters, with a text encoder of 24 billion (Mistral 3)",
+    "flux2_other": "a FLUX.2 model of another kind",
     "chroma_radiance": "a Chroma1-Radiance model, which has no autoencoder",
     "chroma_other": "a Chroma model of another kind",
     "lumina": "a Lumina-Image model",
@@ -55,8 +56,8 @@ TITLES = {
 }
 # Models, but not of a kind that can be trained
 _UNSUPPORTED = (
-    *("sdxl_refiner", "sd3_other", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control", "flux2"),
-    *("chroma_radiance", "chroma_other", "cosmos", "lumina", "z_image_edit"),
+    *("sdxl_refiner", "sd3_other", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control"),
+    *("flux2_dev", "flux2_other", "chroma_radiance", "chroma_other", "cosmos", "lumina", "z_image_edit"),
 )
 _INSTEAD = {
     "vae": "give it as --vae beside a base model",
@@ -93,11 +94,18 @@ _SD3_MARK, _SD3_FIRST, _SD3_INPUTS = (
     16,
 )
 _SD3_PIPELINES = tuple(f"StableDiffusion3{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
+FLUX2_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
+"""How the names in files of FLUX.2 begin."""
+# of modulation that all blocks share, and of the embedding of a guidance, which klein lacks: original and diffusers'
+_FLUX2_MARKS = ("single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight")
+_FLUX2_GUIDANCE = ("guidance_in.in_layer.weight", "time_guidance_embed.guidance_embedder.linear_1.weight")
+_FLUX2_PIPELINES = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
 # By what the class in a folder's model_index.json contains, the first that does
 _PIPELINES = {
     "StableDiffusion3": "sd3_other", "Chroma": "chroma_other", "FluxKontext": "flux_kontext", "FluxFill": "flux_fill",
-    "FluxControl": "flux_control", "Flux2": "flux2", "Flux": "flux_other", "ZImage": "z_image_edit", "Lumina": "lumina",
+    "FluxControl": "flux_control", "Flux2Klein": "flux2_other", "Flux2": "flux2_dev", "Flux": "flux_other",
+    "ZImage": "z_image_edit", "Lumina": "lumina",
 }  # fmt: skip
 _FLUX_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
 _CHROMA_PIPELINES = ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
@@ -150,7 +158,9 @@ def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
 def not_a_base(found: FileKind) -> str:
     """The reason why a file or folder cannot be the base model, to follow its path and "is"."""
     if found.kind in _UNSUPPORTED:
-        known = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 dev and schnell, Chroma, Anima and Z-Image"
+        known = (
+            "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 dev and schnell, FLUX.2 klein, Chroma, Anima and Z-Image"
+        )
         return f"{found.title}, which is not supported; this version trains {known}"
     instead = _INSTEAD.get(found.kind, "")
     if found.adapter is not None and found.adapter.is_plain:
@@ -181,7 +191,8 @@ def other_family(content: WeightsIndex | Folder) -> str:
         if is_of_xl(content):
             pooled = (content.config("unet") or {}).get("projection_class_embeddings_input_dim")
             return "sdxl_refiner" if pooled == _REFINER_POOLED else ""
-        if content.pipeline in (*_FLUX_PIPELINES, *_CHROMA_PIPELINES, *_Z_IMAGE_PIPELINES, *_SD3_PIPELINES):
+        ours = (*_FLUX_PIPELINES, *_FLUX2_PIPELINES, *_CHROMA_PIPELINES, *_Z_IMAGE_PIPELINES, *_SD3_PIPELINES)
+        if content.pipeline in ours:
             return ""
         return next((kind for name, kind in _PIPELINES.items() if name in content.pipeline), "")
     if is_of_xl(content):
@@ -189,6 +200,8 @@ def other_family(content: WeightsIndex | Folder) -> str:
         if label is not None and label.shape[-1] == _REFINER_POOLED:
             return "sdxl_refiner"
         return "edm" if content.entries.keys() & _EDM_MARKS else ""
+    if _is_of_flux2(content):
+        return "" if is_flux2(content) else "flux2_dev"
     if _has_flux_blocks(content):
         return _other_flux(content)
     if begins(content, "single_transformer_blocks.", "transformer_blocks.0.attn1.", "pos_embed.proj."):
@@ -215,7 +228,8 @@ def is_chroma(content: WeightsIndex | Folder) -> bool:
 
 
 def _has_flux_blocks(index: WeightsIndex) -> bool:
-    return begins(index, *(f"{prefix}double_blocks." for prefix in _FLUX_PREFIXES))
+    """Whether it has the blocks of FLUX.1, and is not FLUX.2, which has such blocks as well."""
+    return begins(index, *(f"{prefix}double_blocks." for prefix in _FLUX_PREFIXES)) and not _is_of_flux2(index)
 
 
 def _is_chroma_file(index: WeightsIndex) -> bool:
@@ -230,6 +244,22 @@ def is_sd3(content: WeightsIndex | Folder) -> bool:
         content.entries.get(f"{own}{_SD3_FIRST}") for own in SD3_PREFIXES if f"{own}{_SD3_MARK}" in content.entries
     )
     return any(found is not None and found.shape[1:2] == (_SD3_INPUTS,) for found in first)
+
+
+def is_flux2(content: WeightsIndex | Folder) -> bool:
+    """Whether it is FLUX.2 klein, base or distilled, which no name or shape in a file tells apart."""
+    if isinstance(content, Folder):
+        return content.pipeline in _FLUX2_PIPELINES
+    return _is_of_flux2(content) and not _has(content, _FLUX2_GUIDANCE)
+
+
+def _is_of_flux2(index: WeightsIndex) -> bool:
+    """Whether it is any version of FLUX.2."""
+    return _has(index, _FLUX2_MARKS)
+
+
+def _has(index: WeightsIndex, marks: tuple[str, ...]) -> bool:
+    return any(prefix + mark in index.entries for prefix in FLUX2_PREFIXES for mark in marks)
 
 
 def is_anima(content: WeightsIndex | Folder) -> bool:
@@ -271,8 +301,6 @@ def _other_flux(index: WeightsIndex) -> str:
     """
     if begins(index, *(f"{prefix}nerf_" for prefix in _FLUX_PREFIXES)):
         return "chroma_radiance"
-    if begins(index, *(f"{prefix}single_stream_modulation." for prefix in _FLUX_PREFIXES)):
-        return "flux2"
     first = next((found for prefix in _FLUX_PREFIXES if (found := index.entries.get(f"{prefix}img_in.weight"))), None)
     if first is not None and len(first.shape) == 2 and first.shape[1] in _FLUX_INPUTS:
         return _FLUX_INPUTS[first.shape[1]]

@@ -21,7 +21,7 @@ from library.models.checkpoints.part_files import (
     tokenizer_in,
     without_prefix,
 )
-from library.models.checkpoints.qwen3_files import qwen3_files, qwen3_of_file
+from library.models.checkpoints.parts.qwen3_files import qwen3_files, qwen3_of_file
 from library.models.checkpoints.shapes import count_of, shape_of
 from library.models.checkpoints.z_image_names import transformer_entries
 

@@ -35,22 +35,31 @@ def read_own_tokenizer(
     return found
 
 
-def read_qwen3_tokenizer(folder: Path, *, source: str, of: str, model: str, rows: int) -> Tokenizer:
-    """Qwen3's, as `read_own_tokenizer`; `Path()` where there is none. UserError for one that ends each text."""
+def read_qwen3_tokenizer(
+    folder: Path, *, source: str, of: str, model: str, rows: int, words: Sequence[str] = ()
+) -> Tokenizer:
+    """Qwen3's, as `read_own_tokenizer`; `Path()` where there is none. UserError for one that ends each text, or that
+    splits one of these `words` of the chat into letters, as one without its file of added tokens does."""
     own = {"option": "qwen3_tokenizer_path", "title": "Qwen3", "source": source, "of": of, "model": model}
     found = read_own_tokenizer(None if folder == Path() else folder, rows=rows, **own)
     if found.encode("").ids:
         raise UserError(f"{folder} is not the tokenizer of Qwen3: it adds tokens to every text, as T5's does")
+    if split := [word for word in words if found.token_to_id(word) is None]:
+        raise UserError(
+            f"{folder} is not the whole tokenizer of Qwen3: {', '.join(split)} is no token of it; tokenizer.json of "
+            f"{source} on the hub has all"
+        )
     return found
 
 
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids with zeros behind them, and a mask that is 0 there, each [B, longest]."""
+def padded(rows: Sequence[Sequence[int]], *, with_id: int = 0, length: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids with those of padding behind them, and a mask that is 0 there, each [B, longest], or of `length` if
+    that is longer."""
     import torch
 
     lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    longest = max(length, int(lengths.max()))
+    ids = torch.tensor([[*row, *[with_id] * (longest - len(row))] for row in rows])
     return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 

@@ -1,0 +1,1 @@
+"""Text encoders and autoencoders that several models have: how they lie on disk."""
