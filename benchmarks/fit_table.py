@@ -1,4 +1,4 @@
-"""The tables of docs/{memory,flux,flux2,chroma,anima,z-image}.md: what `--fit` sets for cards, and what is needed then.
+"""The tables of docs/{memory,sd3,flux,flux2,chroma,anima,z-image}.md: what `--fit` sets for cards, what is needed then.
 
     python -m benchmarks.fit_table            # about two minutes of one core; no weights are needed
 
@@ -18,6 +18,9 @@ CARDS = (6, 8, 12, 16, 24)
 MODELS = {
     "sd15": ("SD 1.5", 512),
     "sdxl": ("SDXL", 1024),
+    "sd35m-512": ("SD 3.5 medium", 512),
+    "sd35m": ("SD 3.5 medium", 1024),
+    "sd35l": ("SD 3.5 large", 1024),
     "flux-512": ("FLUX.1 dev", 512),
     "flux": ("FLUX.1 dev", 1024),
     "flux2-512": ("FLUX.2 klein 4B", 512),

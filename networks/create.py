@@ -12,7 +12,7 @@ from networks import kinds, rates
 from networks.adapter import Adapter
 from networks.files import AdapterFile
 from networks.formats.fused import split
-from networks.layers import PRESETS, choose, in_section, of_preset, preset_of
+from networks.layers import PRESETS, choose, in_blocks, in_section, of_preset, preset_of
 from networks.network import Network
 from networks.settings import Asked, LayerSizes, PlusSettings, RateSettings
 from networks.sites import Site, blocks_of, find_norms, find_sites, in_names_of
@@ -58,7 +58,8 @@ def create(
     norm = kinds.load("norm")
     norms = _norms_beside(sites, targets) if sizes.train_norm and adapter is not norm else []
     weights = rates.block_weights(settings, blocks)
-    chosen = choose(in_section([*sites, *norms], sizes.train_blocks, blocks), sizes)
+    within = in_blocks(in_section([*sites, *norms], sizes.train_blocks, blocks), sizes.train_block_indices, blocks)
+    chosen = choose(within, sizes)
     left, beside = rates.without_zero_blocks(chosen, weights), {site.name for site in norms}
     made: list[Adapter | None] = []
     with progress(left, desc="initial weights", unit="layer", delay=2.0) as bar:  # seconds before it shows

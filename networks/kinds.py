@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config import kohya, registry, source
 from library.errors import UserError
-from networks import lycoris
+from networks import lycoris, sd3_arguments
 
 if TYPE_CHECKING:
     from networks.adapter import Adapter
@@ -37,7 +37,11 @@ KINDS = {
 }
 
 ALIASES = dict.fromkeys(
-    ("networks.lora_flux", "networks.lora_flux_2", "networks.lora_anima", "networks.lora_zimage"), "lora"
+    (
+        *("networks.lora_flux", "networks.lora_flux_2", "networks.lora_anima", "networks.lora_zimage"),
+        sd3_arguments.MODULE,
+    ),
+    "lora",
 )
 """kohya's modules for one model, whose kind serves all models here."""
 
@@ -122,6 +126,8 @@ def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str,
     if module not in ALIASES:
         source.find(module, where="--network_module")
     given = words = tuple(words)
+    if module == sd3_arguments.MODULE and not from_file:
+        words = tuple(sd3_arguments.translate(words))
     if (kind := kind_of(module, words)) is None:
         known = ", ".join(f"networks.{kind}" for kind in (*KINDS, "lycoris"))
         raise UserError(f"--network_module {module}: is no kind of adapter; known: {known}")

@@ -116,6 +116,26 @@ def in_section(sites: Sequence[Site], section: str | None, blocks: Blocks | None
     return [site for site in sites if site.part != "unet" or site.block in wanted]
 
 
+def in_blocks(sites: Sequence[Site], indices: str | None, blocks: Blocks | None) -> list[Site]:
+    """Without the layers in other blocks of the denoiser than these: "0-5,9"; None and "all" are all. Raises UserError
+    for numbers that the model has not."""
+    if indices is None or indices.strip() == "all":
+        return list(sites)
+    if blocks is None:
+        raise UserError("train_block_indices: this model has no numbered blocks")
+    wanted: set[int] = set()
+    for word in indices.split(",") if indices.strip() not in ("", "none") else ():
+        first, dash, last = (part.strip() for part in word.partition("-"))
+        ends = (first, last if dash else first)
+        if not all(end.isdecimal() and int(end) < blocks.count for end in ends) or int(ends[0]) > int(ends[1]):
+            raise UserError(
+                f"train_block_indices: '{word.strip()}': numbers or ranges such as 0-5,9 from 0 to {blocks.count - 1} "
+                f"are this model's blocks ({blocks.layout})"
+            )
+        wanted |= set(range(int(ends[0]), int(ends[1]) + 1))
+    return [site for site in sites if site.part != "unet" or site.block is None or site.block in wanted]
+
+
 def patterns_of(name: str, text: str | None, sites: Sequence[Site]) -> Patterns:
     """From a list of regular expressions in Python's form, as kohya has it, or a single one. Raises UserError."""
     if text is None:

@@ -92,12 +92,14 @@ class LayerSizes:
     """Which layers get an adapter, for every kind. See `networks.layers` for what the texts mean.
 
     preset: a key of `networks.layers.PRESETS`; None: the kind's usual layers. train_blocks: a section of the denoiser's
-    blocks ("double"), the only one with adapters; None and "all": all. train_norm: by the kind "norm" the
-    normalisation layers beside these as well.
+    blocks ("double"), the only one with adapters; None and "all": all. train_block_indices: the numbers of the blocks
+    with adapters, as kohya has them: "0-5,9", "all", "none". train_norm: by the kind "norm" the normalisation layers
+    beside these as well.
     """
 
     preset: str | None = None
     train_blocks: str | None = None
+    train_block_indices: str | None = None
     include_patterns: str | None = None
     exclude_patterns: str | None = None
     train_norm: bool = False

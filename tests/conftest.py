@@ -105,6 +105,14 @@ def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny Stable Diffusion 3.5 medium with random weights."""
+    from tests.tiny_sd3 import write
+
+    return write(tmp_path_factory.mktemp("tiny_sd3"))
+
+
+@pytest.fixture(scope="session")
 def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a tiny FLUX.2 klein with random weights."""
     from tests.tiny_flux2 import write

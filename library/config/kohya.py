@@ -168,6 +168,7 @@ GUI_EXTRAS: dict[str, Row] = {
 }
 
 
+_PLACES = "the table of places is cropped at its centre, as it is when images are drawn"
 _RATE_BY_PATTERN = "here: network_reg_lrs in --network_args, with patterns of the layers' names"
 
 
@@ -212,17 +213,12 @@ OTHER_SCRIPTS: dict[str, Row] = {
     ),
     **_of(
         "SD3",
-        apply_lg_attn_mask=flag(),
-        clip_g=value(),
-        clip_g_dropout_rate=value(0.0),
-        clip_l_dropout_rate=value(0.0),
-        enable_scaled_pos_embed=flag(),
+        enable_scaled_pos_embed=flag(hint=_PLACES),
         num_last_block_to_freeze=value(),
-        pos_emb_random_crop_rate=value(0.0),
+        pos_emb_random_crop_rate=value(0.0, hint=_PLACES),
         save_clip=flag(),
         save_t5xxl=flag(),
         skip_latents_validity_check=flag(),
-        t5_dropout_rate=value(0.0),
         t5xxl_device=value(),
         t5xxl_dtype=value(),
         train_t5xxl=flag(),
@@ -290,7 +286,7 @@ _TOOL_HINTS = {
 # Network modules of kohya's that are not supported yet, and settings (--network_args) of networks.lora's relatives
 # there: what to use instead today.
 MODULES_NOT_YET = {
-    **dict.fromkeys(("networks.oft_flux", "networks.lora_sd3", "networks.lora_lumina"), ""),
+    **dict.fromkeys(("networks.oft_flux", "networks.lora_lumina"), ""),
     "networks.lora_hunyuan_image": "",
 }
 _BY_PATTERN = "here: network_reg_dims, with patterns of the layers' names"

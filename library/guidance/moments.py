@@ -124,7 +124,7 @@ class Estimator:
                 groups = parameter_groups(network, options)  # freezes what has the rate 0
                 trained = [parameter for group in groups for parameter in group["params"]]
                 self._outlines[key] = _Outline(
-                    weights={name: bytes_in_formats(family, name) for name in family.PARTS},
+                    weights={name: bytes_in_formats(family, name) for name in family.components.names},
                     blocks=[weights_in(block, packed) for block in family.swap_blocks()],
                     network=parameter_bytes([network]),
                     trained=sum(parameter.nbytes for parameter in trained),

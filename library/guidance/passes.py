@@ -158,7 +158,7 @@ def outlined(
     with family.outlined(), log.errors_only():
         for module in parts.loaded():
             module.eval().requires_grad_(False)
-        for name in family.PARTS:
+        for name in parts.names:
             parts[name].to(vae_dtype(family, options) if name == "vae" else DTYPES[precision.mixed_precision])
         for name in held_parts(family, options) if held else ():
             hold(family, name)

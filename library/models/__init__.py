@@ -10,4 +10,5 @@ FAMILIES = {
     "anima": "library.models.anima.Anima",
     "z_image": "library.models.z_image.ZImage",
     "flux2": "library.models.flux2.Flux2Klein",
+    "sd3": "library.models.stable_diffusion_3.StableDiffusion3",
 }

@@ -63,11 +63,13 @@ class PartKind:
 class Components:
     """A base model's parts by name: "denoiser", "vae", "text_encoder", "text_encoder_2", …
 
-    `kinds`: what the family declares of them. `sources`: where the weights of each are.
+    `kinds`: what the family declares of them. `sources`: where the weights of each are; a part without any, which the
+    family does without, is none of the model's.
     """
 
     def __init__(self, kinds: Mapping[str, PartKind], sources: Mapping[str, Part]) -> None:
-        self._kinds, self._sources = kinds, sources
+        self._kinds = {name: kind for name, kind in kinds.items() if name in sources}
+        self._sources = sources
         self._modules: dict[str, nn.Module] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -85,6 +87,11 @@ class Components:
     def get(self, name: str) -> nn.Module | None:
         """The part, or None where it is not there."""
         return self._modules.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parts of the model, loaded or not."""
+        return list(self._kinds)
 
     @property
     def text_encoders(self) -> list[str]:

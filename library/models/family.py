@@ -124,6 +124,7 @@ class ModelFamily(ABC):
     native_resolution: int  # pixels
     distilled: bool = False  # to a few steps, which training unlearns
     token_limit: int  # the number of a caption's tokens that are read
+    longest_side: int | None = None  # of images, in pixels; None: there is none
     latents: LatentSpace
 
     def __init__(self, base: BaseModel, *, vae: str | None) -> None:
@@ -249,6 +250,15 @@ class ModelFamily(ABC):
         of each crop in the image after resizing and, if the view is mirrored, mirroring.
         """
         return dict(texts)
+
+    def with_text_dropout(
+        self, condition: Mapping[str, Tensor], draws: Callable[[str], Sequence[float]]
+    ) -> Mapping[str, Tensor]:
+        """The condition of a batch that is trained on, without the texts that the family's options leave out there.
+
+        draws: for a purpose a number in [0, 1) for each sample, the same each time.
+        """
+        return condition
 
     @abstractmethod
     def predict(self, noisy_BCHW: Tensor, level_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

@@ -20,10 +20,12 @@ class FlowPipeline:
     """Called as `ModelFamily.pipeline` says; the result is diffusers' pipeline's for equal states and noise.
 
     The levels are 1, 1 - 1/n, …, 1/n before the shift of the family's process, as in diffusers' pipelines of FLUX.
+    schedulers_levels: they are the scheduler's own, as in that of Stable Diffusion 3: equally far apart, from 1 to the
+    shifted level of 1/1000, and then shifted (once more).
     """
 
-    def __init__(self, family: ModelFamily, process: Flow) -> None:
-        self.family, self.process = family, process
+    def __init__(self, family: ModelFamily, process: Flow, *, schedulers_levels: bool = False) -> None:
+        self.family, self.process, self._schedulers_levels = family, process, schedulers_levels
         self.scheduler: Any = process.scheduler(process.samplers[0])
 
     def set_progress_bar_config(self, **settings: object) -> None:
@@ -62,6 +64,9 @@ class FlowPipeline:
         return SimpleNamespace(images=latents)
 
     def _set_levels(self, count: int, size: tuple[int, int], device: torch.device) -> None:
+        if self._schedulers_levels:
+            self.scheduler.set_timesteps(count, device=device)
+            return
         settings: dict[str, object] = {"sigmas": [1 - step / count for step in range(count)]}
         if not isinstance(self.process.shift, float | int):
             settings["mu"] = math.log(self.process.shift_at(size, steps=count))

@@ -75,6 +75,15 @@ TEXT_ENCODER = PartKind(
     choices=TEXT_CHOICES,
     layer=TEXT_LAYER,
 )
+SECOND_TEXT_ENCODER = replace(
+    TEXT_ENCODER,
+    folder="text_encoder_2",
+    title="second text encoder",
+    new="library.models.modules.new_projected_text_encoder",
+    prefix="lora_te2",
+    linear=re.compile(rf"text_model\.{TEXT_LINEAR.pattern}"),
+)
+"""CLIP-G, as SDXL and Stable Diffusion 3 have it."""
 VAE = PartKind(folder="vae", title="VAE", new="library.models.modules.new_vae")
 
 

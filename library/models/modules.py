@@ -146,6 +146,26 @@ def new_flux_transformer(config: Config) -> nn.Module:
         return FluxTransformer2DModel.from_config(dict(config))
 
 
+def new_sd3_transformer(config: Config) -> nn.Module:
+    """An SD3Transformer2DModel on the meta device. Its last norms have (shift, scale) in their layer, as the original,
+    and so as the files of adapters, have it, where diffusers' own have (scale, shift)."""
+    with lean_diffusers():
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    _spare_peft()
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(dict(config))
+    for norm in (transformer.norm_out, transformer.transformer_blocks[-1].norm1_context):
+        vars(norm)["forward"] = functools.partial(_shift_first, norm)
+    return transformer
+
+
+def _shift_first(norm: Any, hidden: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+    """The forward of AdaLayerNormContinuous for a layer whose first half of rows is the shift."""
+    shift, scale = norm.linear(norm.silu(conditioning).to(hidden.dtype)).chunk(2, dim=1)
+    normed: torch.Tensor = norm.norm(hidden) * (1 + scale)[:, None] + shift[:, None]
+    return normed
+
+
 def new_flux2_transformer(config: Config) -> nn.Module:
     """A Flux2Transformer2DModel on the meta device."""
     with lean_diffusers():

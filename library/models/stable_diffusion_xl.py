@@ -8,7 +8,6 @@ pooled state of the prompt.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +21,14 @@ from library.models.checkpoints.checkpoint import UNET_PREFIX, original_unet_nam
 from library.models.checkpoints.detect import begins, is_of_xl, other_family
 from library.models.checkpoints.open_file import with_vae
 from library.models.components import NOTHING, PartKind
-from library.models.latent_diffusion import TEXT_ENCODER, TEXT_LINEAR, UNET, VAE, LatentDiffusion, prediction_type
+from library.models.latent_diffusion import (
+    SECOND_TEXT_ENCODER,
+    TEXT_ENCODER,
+    UNET,
+    VAE,
+    LatentDiffusion,
+    prediction_type,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SECOND_LINEAR = re.compile(rf"text_model\.{TEXT_LINEAR.pattern}")
 _PARTS = ("text_encoder", "text_encoder_2")
 _PADS = (None, 0)  # open_clip pads with token 0, which is "!"; the vocabularies are the same
 
@@ -49,14 +54,7 @@ class StableDiffusionXL(LatentDiffusion):
         "denoiser": replace(UNET, blocks=SDXL, more=NOTHING),  # LyCORIS finds none of them in SDXL
         "vae": VAE,
         "text_encoder": replace(TEXT_ENCODER, prefix="lora_te1"),
-        "text_encoder_2": replace(
-            TEXT_ENCODER,
-            folder="text_encoder_2",
-            title="second text encoder",
-            new="library.models.modules.new_projected_text_encoder",
-            prefix="lora_te2",
-            linear=_SECOND_LINEAR,
-        ),
+        "text_encoder_2": SECOND_TEXT_ENCODER,
     }
     TOKEN_TABLES: ClassVar[Mapping[str, str]] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     LEAVE_TEXT_ENCODERS = "SDXL's text encoders are easily spoilt; most of its LoRAs leave them alone"
@@ -128,7 +126,6 @@ class StableDiffusionXL(LatentDiffusion):
             layers = self._base.parts[part].config["num_hidden_layers"]
             of_encoder, pooled = encode_penultimate(encoder, to_device(ids, device_of(encoder)), layers=layers)
             states.append(weigh(of_encoder, weights))
-        assert pooled is not None, "the second text encoder has a projection"
         return {"hidden_states": torch.cat(states, dim=2), "pooled": pooled}
 
     def token_states(self, tokens: Sequence[int]) -> Tensor:

@@ -111,6 +111,7 @@ def make_plan(options: Options, *, families: tuple[str, ...] = ()) -> Plan:
         if settings
         else _images(options, datasets, folders, seed=seed, multiple_of=family.size_divisor)
     )
+    _refuse_large_images(family, prepared, sets, samples)
     word.check_captions(options, family, prepared)
     rehearsed = rehearse(family, options, arguments, resume=resume)
     if rehearsed.kernels:
@@ -191,6 +192,22 @@ def _images(
         trained = some_trained(prepared, datasets, multiple_of=multiple_of, most=count)
         prepared = replace(prepared, trained=trained)
     return prepared, tuple(sets)
+
+
+def _refuse_large_images(
+    family: ModelFamily, prepared: Prepared, sets: Sequence[MeasuredSet], samples: SampleTimes | None
+) -> None:
+    """`UserError` for images or samples with a longer side than the model takes."""
+    longest = family.longest_side
+    data = [prepared, prepared.validation, prepared.trained, *(one.prepared for one in sets)]
+    sizes = {("an image's bucket", group.size) for one in data if one is not None for group in one.groups}
+    sizes |= {("a sample", (item.width, item.height)) for item in (samples.prompts if samples else ())}
+    for what, (width, height) in sorted(sizes):
+        if longest is not None and max(width, height) > longest:
+            raise UserError(
+                f"{family.path} has places for {longest} pixels a side, and {what} has {width} × {height}: lower "
+                "--resolution, --max_bucket_reso or the size in the prompt"
+            )
 
 
 def _state_to_resume(options: Options) -> State | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from library import rng
 from library.data.caches.memory import refuse_non_finite
 from library.diffusion.draws import generator, stacked_normal
 from library.diffusion.noise import Noise, draw_noise
@@ -109,6 +110,11 @@ def condition_of(batch: Batch, family: ModelFamily, device: torch.device, *, tra
     )
 
 
+def _shares(seed: int, draws: Sequence[Draw], purpose: str) -> list[float]:
+    """A number in [0, 1) for each sample."""
+    return [rng.python_random(seed, one.epoch, one.repeat, one.sample.key, purpose).random() for one in draws]
+
+
 def tell_noise(at_noise: Callable[[Tensor], None] | None, process: Process, level_B: Tensor) -> None:
     """Tell a network that wants it the noise of each sample. `at_noise`: as `TrainableNetwork` has it."""
     if at_noise is not None:
@@ -131,7 +137,8 @@ def batch_loss(
     height, width = latents.shape[-2:]
     level = objective.levels(seed, batch.samples, (height, width))
     tell_noise(at_noise, objective.process, level)
-    condition = condition_of(batch, family, device, train_text=train_text)
+    texts = condition_of(batch, family, device, train_text=train_text)
+    condition = family.with_text_dropout(texts, lambda purpose: _shares(seed, batch.samples, purpose))
     seen = predict_and_target(
         objective.process, family.predict, latents, noise, level, condition, added_BCHW=added_noise
     )

@@ -1,7 +1,7 @@
 """Which of a file's layers other programs find, and what they make of them: their rules as tables.
 
 Read at ComfyUI 2025-10 (Z-Image: 2025-12, FLUX.2: 2026), A1111 1.10, Forge 2025-06, diffusers 0.39 (of transformers:
-0.42), kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x, 2.x, XL, FLUX.1, FLUX.2 klein, Chroma, Anima
+0.42), kohya's sd-scripts 0.11 and LyCORIS 4.1, for Stable Diffusion 1.x to 3.5, FLUX.1, FLUX.2 klein, Chroma, Anima
 and Z-Image. A program finds a layer if it knows the naming, the place in the model and the kind; some reject a whole
 file for one layer. Names and shapes are enough, so a file's header is. Imports no torch.
 """
@@ -161,6 +161,11 @@ _OF_FLUX = re.compile(
 )
 _MODULATION = re.compile(r"_(?:mod_lin|modulation_lin)$")
 _WITHOUT_FLUX = ("A1111", "LyCORIS")
+_SD3 = ("medium", "5-medium", "5-large")  # kohya's words for its base models
+_OF_SD3 = re.compile(
+    r"lora_unet_(?:joint_blocks_\d+_(?:x|context)_block_(?:attn2?_(?:qkv|proj)|mlp_fc[12]|adaLN_modulation_1)|"
+    r"context_embedder|x_embedder_proj|[ty]_embedder_mlp_[02]|final_layer_(?:linear|adaLN_modulation_1))"
+)
 _OF_FLUX2 = re.compile(
     r"lora_unet_(?:double_blocks_\d+_(?:img|txt)_(?:attn_qkv|attn_proj|mlp_[02])|single_blocks_\d+_linear[12])"
 )
@@ -254,6 +259,8 @@ def _rule(
         place = _place_of_flux2(program, naming, name, own)
     elif version.startswith(("flux", "chroma")):
         place = _place_of_flux(program, naming, name, chroma=version.startswith("chroma"))
+    elif version in _SD3:
+        place = _place_of_sd3(program, naming, name)
     elif anima:
         place = _place_of_anima(program, naming, name, own)
     elif z_image:
@@ -267,6 +274,8 @@ def _rule(
     if z_image and program == "diffusers" and own.keys() - {"alpha"} not in _PAIRS:
         return _breaks("of Z-Image it knows plain pairs alone")
     kind = kind_of_layer(own, more=more)
+    if version in _SD3 and program == "kohya" and kind not in ("lora", "dora"):
+        return _NO
     rule = _FORMS.get(_form(kind, name, own), _UNKNOWN)[program]
     if rule.loads and kind in _WITH_DORA and (scale := own.get("dora_scale")) is not None:
         of_dora = _FORMS[_form_of_dora(scale)][program]
@@ -340,6 +349,21 @@ def _place_of_flux(program: Program, naming: Naming | None, name: str, *, chroma
     return ""
 
 
+def _place_of_sd3(program: Program, naming: Naming | None, name: str) -> str:
+    """As `_place_of_kohya`, for layers of Stable Diffusion 3: query, key and value are one layer in kohya's names."""
+    if program == "LyCORIS":
+        return "it knows no Stable Diffusion 3"
+    if program == "A1111":
+        return "its reader for Stable Diffusion 3 fails on .alpha behind kohya's names"
+    if program == "diffusers" and naming == "kohya":
+        return "it wants names that begin with transformer. and text_encoder."
+    if program == "Forge" and naming != "kohya":
+        return "of Stable Diffusion 3 it knows kohya's names alone"
+    if naming == "kohya" and not (_OF_SD3.fullmatch(name) or _OF_TEXT.fullmatch(name)):
+        return "the name of no layer of Stable Diffusion 3 there, which has query, key and value as one"
+    return ""
+
+
 def _place_of_flux2(program: Program, naming: Naming | None, name: str, own: Shapes) -> str:
     """As `_place_of_kohya`, for layers of FLUX.2."""
     if (instead := _WITHOUT_MUSUBIS.get(program)) is not None:
@@ -391,7 +415,8 @@ def _dotted_place(program: Program, naming: Naming | None, name: str) -> str:
 
 def is_about(version: str) -> bool:
     """Whether the tables are about base models of this `ss_base_model_version`."""
-    return version.startswith(("sd_v", "sdxl", "flux1", "flux_2_klein", "chroma", "anima", "z_image"))
+    of_transformers = ("flux1", "flux_2_klein", "chroma", "anima", "z_image")
+    return version in _SD3 or version.startswith(("sd_v", "sdxl", *of_transformers))
 
 
 def in_words(found: Sequence[Verdict]) -> list[str]:

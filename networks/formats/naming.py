@@ -17,6 +17,7 @@ for SDXL, that is settled when the model is known (`sites.in_names_of`).
 FLUX's transformers and Chroma's have their original names in kohya's and ComfyUI's files, with query, key and value as
 one layer, and diffusers' names behind `transformer.` in those of diffusers and ai-toolkit. FLUX.1 and FLUX.2 have the
 same names in kohya's files, and of some of these layers different ones in diffusers': there a layer's sizes tell.
+Stable Diffusion 3's are like FLUX's, and its last norms have their rows in another order in diffusers.
 Anima's has its original names everywhere: kohya's are flat, and those of diffusers, too, are ComfyUI's,
 `diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight`. Z-Image's has diffusers' names in all of them; files that
 were made on its original layout have query, key and value as one layer, which becomes three where it is read.
@@ -38,6 +39,7 @@ from library.files.json_text import Config, parse_json
 from library.models.checkpoints import anima_names, flux2_names, flux_names, z_image_names
 from library.models.checkpoints.adapter_file import KOHYA_OFT, KOHYA_PREFIXES, WrittenNaming
 from library.models.checkpoints.checkpoint import original_unet_name, unet_name
+from library.models.checkpoints.sd3 import names as sd3_names
 from networks import kinds
 from networks.formats import forms
 from networks.formats.fused import PLAIN, can_fuse, fuse_pairs, split_pair
@@ -77,6 +79,7 @@ _OF_SDXL = "lora_te1."  # a prefix that OneTrainer has for SDXL only
 _UNET_PATH = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b.*")
 _LAYERS_PER_BLOCK = 2  # of SDXL's UNet
 _FLUX_PATH = re.compile(r"(?:double|single)_blocks\.\d+\..*")
+_SD3_PATH = re.compile(r"joint_blocks\.\d+\..*")
 _ANIMA_PATH = re.compile(r"blocks\.\d+\.(?:self_attn|cross_attn|mlp|adaln_modulation_\w+)\..*")
 _Z_IMAGE_PATH = re.compile(
     r"(?:layers|noise_refiner|context_refiner)\.\d+\.(?:attention|feed_forward|adaLN_modulation)\..*"
@@ -99,7 +102,7 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 @dataclass(frozen=True)
 class _Place:
     """The layer that a tensor belongs to: part "unet", "transformer", "text_encoder" or "text_encoder_2" and the path
-    below it, in diffusers' names and without "text_model."; original names of FLUX and Anima stay where ComfyUI has
+    below it, in diffusers' names and without "text_model."; original names of transformers stay where ComfyUI has
     them."""
 
     part: str
@@ -122,16 +125,35 @@ def to_kohya(tensors: Mapping[str, Tensor], *, config: Config | None = None, sou
     xl = any(place.part == "text_encoder_2" or _ONLY_SDXL.search(place.path) for place in found)
     xl = xl or any(key.startswith(_OF_SDXL) for key in tensors)
     several = xl or any(place.part == "transformer" for place in found)
-    anima = any(_ONLY_ANIMA.fullmatch(place.path) for place in found)
+    shapes = {place.path: _shapes(own) for place, own in found.items() if place.part == "transformer"}
+    sd3 = sd3_names.is_sd3(shapes)
+    anima = not sd3 and any(_ONLY_ANIMA.fullmatch(place.path) for place in found)
     converted: dict[str, Tensor] = {}
     for place, own in found.items():
         if anima and place.part == "transformer":
             place = _Place("transformer", anima_names.original_name(place.path))
+        if place.part == "transformer" and sd3_names.has_halves(place.path, _shapes(own)):
+            own = _exchanged(own, where=f"{source}: {place.path}")
         settings = _settings(config or {}, place, source)
         own = forms.to_lycoris(own, settings, where=f"{source}: {place.part}.{place.path}", path=place.path)
-        name = _kohya_name(place, xl=xl, several=several)
+        name = _kohya_name(place, xl=xl, several=several, sd3=sd3)
         converted |= {f"{name}.{end}": tensor for end, tensor in own.items()}
     return _in_own_layers(converted)
+
+
+def _shapes(own: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in own.values()]
+
+
+def _exchanged(own: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """A pair, or DoRA of rows, on a layer whose rows have their halves in the other order. Raises UserError for another
+    kind, whose tensors have no rows of their own."""
+    rows, others = {"lora_up.weight", DORA_SCALE, forms.MAGNITUDES}, {"lora_down.weight", "alpha"}
+    if other := own.keys() - rows - others:
+        raise UserError(
+            f"{where}.{min(other)}: the halves of this layer's rows are exchanged in files with other names"
+        )
+    return {end: tensor.roll(len(tensor) // 2, 0) if end in rows else tensor for end, tensor in own.items()}
 
 
 def from_kohya(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
@@ -184,12 +206,14 @@ def _place(path: str, key: str, source: str, *, old: bool) -> _Place:
     prefix = next((prefix for prefix in _PARTS if path.startswith(prefix)), "")
     part = _PARTS.get(prefix)
     path = path.removeprefix(prefix).removeprefix(_WRAPPER).replace(".processor.", ".")
-    if part in ("unet", None) and (_FLUX_PATH.fullmatch(path) or _ANIMA_PATH.fullmatch(path)):
+    originals = (_FLUX_PATH, _SD3_PATH, _ANIMA_PATH)
+    if part in ("unet", None) and any(pattern.fullmatch(path) for pattern in originals):
         return _Place("transformer", path)
     if part in ("unet", "transformer", None) and _Z_IMAGE_PATH.fullmatch(path):
         return _Place("transformer", path)
-    if part == "transformer" and (_name_in_flux(path) != path or anima_names.original_name(path) != path):
-        return _Place(part, path)
+    known = (_name_in_flux, sd3_names.original_name, anima_names.original_name)
+    if part in ("transformer", None) and any(name(path) != path for name in known):
+        return _Place("transformer", path)
     if part in ("unet", None):  # original names of a UNet's layers, which are no one else's, become diffusers'
         path = unet_name(f"{path}.weight", layers_per_block=_LAYERS_PER_BLOCK).removesuffix(".weight")
     if part is None:
@@ -211,10 +235,11 @@ def _name_in_flux(path: str) -> str:
     return flux2_names.original_name(path) if name == path else name
 
 
-def _kohya_name(place: _Place, *, xl: bool, several: bool) -> str:
-    """xl: of SDXL. several: the model has more than one text encoder."""
+def _kohya_name(place: _Place, *, xl: bool, several: bool, sd3: bool) -> str:
+    """xl, sd3: of SDXL or Stable Diffusion 3. several: the model has more than one text encoder."""
     if place.part == "transformer":
-        return "lora_unet_" + _name_in_flux(place.path).replace(".", "_")
+        name = sd3_names.original_name if sd3 else _name_in_flux
+        return "lora_unet_" + name(place.path).replace(".", "_")
     if place.part == "unet":
         block = re.match(r"(?:down_blocks|mid_block|up_blocks)\.", place.path)
         path = original_unet_name(place.path, layers_per_block=_LAYERS_PER_BLOCK) if xl and block else place.path
@@ -268,9 +293,11 @@ def in_names_of(
 
 
 def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layers of FLUX that are one in kohya's files as one; those that have no low-rank pair stay by themselves."""
+    """Layers of FLUX.1 and Stable Diffusion 3 that are one in kohya's files as one; those that have no low-rank pair
+    stay by themselves."""
     modules, prefix = by_module(tensors), "lora_unet_"
-    groups = dict(filter(None, (flux_names.group_of(name.removeprefix(prefix)) for name in modules)))
+    flat = [name.removeprefix(prefix) for name in modules]
+    groups = dict(filter(None, (flux_names.group_of(name) or sd3_names.group_of(name) for name in flat)))
     for fused, members in groups.items():
         own = {prefix + key: modules.get(prefix + key, {}) for key in members}
         if not can_fuse(list(own.values())):
@@ -283,8 +310,8 @@ def _with_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX `transformer.…` or for
-    Anima and Z-Image `diffusion_model.…`, as `load_lora_weights` takes them.
+    """The tensors of a kohya file under diffusers' names, `unet.….lora_A.weight`, for FLUX and Stable Diffusion 3
+    `transformer.…` or for Anima and Z-Image `diffusion_model.…`, as `load_lora_weights` takes them.
 
     These names have none for alpha, so the scale goes into lora_B: exactly if alpha / rank is a power of two, else
     rounded once. Whoever ignores the file's `lora_adapter_metadata` scales it as it should be, too. Raises UserError
@@ -303,6 +330,9 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
         if lacking := {"lora_down.weight", "lora_up.weight"} - own.keys():
             raise UserError(f"{source}: {name} has no {min(lacking)}")
         for place, one in _by_diffusers_path(name, own, source=source).items():
+            path = place.removeprefix("transformer.")
+            if path != place and sd3_names.has_halves(path, _shapes(one)):
+                one = _exchanged(one, where=f"{source}: {name}")
             down, up = one["lora_down.weight"], one["lora_up.weight"]
             scale = float(one["alpha"]) / len(down) if "alpha" in one else 1.0
             converted |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": (up.float() * scale).to(up.dtype)}
@@ -313,10 +343,10 @@ def to_diffusers(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Ten
 
 
 def _by_diffusers_path(name: str, own: dict[str, Tensor], *, source: str) -> dict[str, dict[str, Tensor]]:
-    """The layers that a kohya layer is there: several, of one that FLUX has fused."""
+    """The layers that a kohya layer is there: several, of one that is fused."""
     flat, rows, columns = name.removeprefix("lora_unet_"), len(own["lora_up.weight"]), own["lora_down.weight"].shape[1]
     of_flux = flux2_names if flux2_names.is_of_flux2(flat, rows, columns) else flux_names
-    members = of_flux.members_of(flat) if flat != name else ()
+    members = (of_flux.members_of(flat) or sd3_names.members_of(flat)) if flat != name else ()
     if not members:
         return {_diffusers_path(name, source=source): own}
     if len(members) == 1:

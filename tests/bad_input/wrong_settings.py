@@ -110,7 +110,7 @@ FLAGS = [
     flags("--network_args", "network_reg_lrs=no_such_layer=1"),
     flags("--network_args", "exclude_patterns=['.*fff.*']"),
     flags("--network_args", "network_reg_dims=.*fff.*=4"),
-    flags("--network_module", "networks.lora_sd3"),
+    flags("--network_module", "networks.lora_lumina"),
     flags("--timestep_sampling", "flux_shift"),
     flags("--guidance_scale", "1.5"),
     flags("--clip_l", "clip_l.safetensors"),

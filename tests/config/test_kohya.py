@@ -78,9 +78,10 @@ def test_implemented_options_are_kohyas_or_marked_as_ours() -> None:
 
 
 def test_a_module_that_is_not_supported_yet_is_named(options: Callable[..., Options]) -> None:
-    with pytest.raises(UserError, match=r"'networks.lora_sd3' is known to kohya's scripts, not supported here yet"):
-        options("--network_module", "networks.lora_sd3")
-    for kind in ("loha", "lokr", "oft", "lora_fa", "dylora", "lora_flux", "lora_flux_2", "lora_anima", "lora_zimage"):
+    with pytest.raises(UserError, match=r"'networks.lora_lumina' is known to kohya's scripts, not supported here yet"):
+        options("--network_module", "networks.lora_lumina")
+    flows = ("lora_flux", "lora_flux_2", "lora_sd3", "lora_anima", "lora_zimage")
+    for kind in ("loha", "lokr", "oft", "lora_fa", "dylora", *flows):
         options("--network_module", f"networks.{kind}")
 
 
@@ -189,7 +190,7 @@ REFUSED_WORDS = [
     "--noise_offset",
     "--conditioning_data_dir masks",
     "--show_timesteps console",
-    "--network_module networks.lora_sd3",
+    "--network_module networks.lora_lumina",
     "--skip_image_resolution -1",
 ]
 

@@ -35,7 +35,9 @@ TABLE = {
     "conservative": (1500, 0.80, 0.05, None),
 }
 FOR_KOHYAS_USERS = {f"{model}_{task}" for model in ("sd15", "sdxl") for task in ("style", "character", "concept")} | {
-    f"{model}_{task}" for model in ("flux", "flux2", "chroma", "anima", "z_image") for task in ("style", "character")
+    f"{model}_{task}"
+    for model in ("sd3", "flux", "flux2", "chroma", "anima", "z_image")
+    for task in ("style", "character")
 }
 
 

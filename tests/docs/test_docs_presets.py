@@ -119,11 +119,12 @@ def test_the_curves() -> None:
 
 def test_the_presets_for_stable_diffusion() -> None:
     found = rows("For Stable Diffusion")
-    assert len(found) == 18
+    assert len(found) == 20
     for name, (_, sizes, rates, optimizer, _) in found.items():
         said = values(name)
         assert sizes == f"{said['network_dim']}, {said['network_alpha']}"
-        alone = "transformer only" if name.startswith(("flux", "chroma", "anima", "z_image")) else "UNet only"
+        of_transformers = ("sd3", "flux", "chroma", "anima", "z_image")
+        alone = "transformer only" if name.startswith(of_transformers) else "UNet only"
         implied = name == "slider"  # by its prompts
         text_rate = alone if implied or said.get("network_train_unet_only") else said["text_encoder_lr"]
         unet, _, text = rates.partition(", ")

@@ -24,9 +24,15 @@ SIZES: dict[str, Any] = {"original_sizes": [(70, 64), (64, 90), (64, 64)], "crop
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(
-    request: pytest.FixtureRequest, tiny_sdxl: Path, tiny_flux: Path, tiny_anima: Path, tiny_z_image: Path
+    request: pytest.FixtureRequest,
+    tiny_sdxl: Path,
+    tiny_flux: Path,
+    tiny_anima: Path,
+    tiny_z_image: Path,
+    tiny_sd3: Path,
 ) -> ModelFamily:
     models = {"sd": BASE, "sdxl": tiny_sdxl, "flux": tiny_flux, "anima": tiny_anima, "z_image": tiny_z_image}
+    models["sd3"] = tiny_sd3
     models |= {name: request.getfixturevalue(f"tiny_{name}") for name in ("chroma", "flux2")}
     family = open_family(str(models[request.param]))
     assert request.param == family.NAME
@@ -65,13 +71,15 @@ def test_images_become_scaled_distributions(family: ModelFamily) -> None:
     assert torch.allclose(family.encode_images(pixels[1:])[0][0], mean[1], atol=1e-5)
 
 
-USUAL_SCALE = {"sd": 0.18215, "sdxl": 0.13025, "flux": 0.3611, "chroma": 0.3611, "z_image": 0.3611}
+USUAL_SCALE = {"sd": 0.18215, "sdxl": 0.13025, "sd3": 1.5305}
+USUAL_SCALE |= dict.fromkeys(("flux", "chroma", "z_image"), 0.3611)
 LONGER: dict[str, dict[str, Any]] = {
     "flux": {"t5xxl_max_token_length": 128},
     "chroma": {"t5xxl_max_token_length": 128},
     "anima": {"t5_max_token_length": 128},
     "flux2": {"qwen3_max_token_length": 128},
     "z_image": {"qwen3_max_token_length": 128},
+    "sd3": {"t5xxl_max_token_length": 128},
 }
 """The option by which each reads longer captions, if not --max_token_length."""
 
@@ -102,7 +110,7 @@ def test_latents_are_decoded_with_the_scale_that_they_were_encoded_with(
     assert torch.equal(mean, (latents - shift) * scale)
     expected = opened.components["vae"].decode(latents).sample
     torch.testing.assert_close(opened.decode_latents(mean), expected, rtol=0, atol=1e-4)  # scaled there and back
-    if opened.NAME not in ("flux", "chroma", "z_image"):  # their pipeline ends with latents
+    if opened.NAME not in ("flux", "chroma", "z_image", "sd3"):  # their pipeline ends with latents
         assert opened.pipeline().vae.config.scaling_factor == scale
     if not stated:
         file.write_text(json.dumps(config | {"scaling_factor": scale}))

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import BASE
 
 EXPECTED = {
+    "sd3_train_network": "a Stable Diffusion 3 model",
     "flux_train_network": "a FLUX.1 model or a Chroma model",
     "flux2_train_network": "a FLUX.2 klein model",
     "anima_train_network": "an Anima model",

@@ -23,7 +23,7 @@ def test_every_preset_trains(name: str, image_folder: Path, tmp_path: Path, requ
     from train_network import main
 
     family = name.rpartition("_")[0]
-    of_flow = family in ("flux", "flux2", "chroma", "anima", "z_image")
+    of_flow = family in ("sd3", "flux", "flux2", "chroma", "anima", "z_image")
     base = request.getfixturevalue(f"tiny_{family}") if of_flow else BASE
     data = ("--pretrained_model_name_or_path", str(base), "--train_data_dir", str(image_folder))
     small = ("--resolution", "64", "--no-enable_bucket", "--caption_extension", ".txt", "--max_train_steps", "2")

@@ -1,5 +1,5 @@
-"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: FLUX.1,
-FLUX.2 klein, Chroma, Anima and Z-Image.
+"""The options of models that are trained by flow matching, with text encoders and VAE in files of their own: Stable
+Diffusion 3, FLUX.1, FLUX.2 klein, Chroma, Anima and Z-Image.
 
 Names are kohya's. `library.models.opening` refuses them for a model of another family.
 """
@@ -21,6 +21,7 @@ _WRITTEN_ANYWAY: dict[str, tuple[object, ...]] = {
     "t5xxl_max_token_length": (256,),
     "qwen3_max_token_length": (512,),
     "t5_max_token_length": (512,),
+    **dict.fromkeys(("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"), (0.0,)),
 }
 _VERSIONS = ("klein-base-4b", "klein-4b", "klein-base-9b", "klein-9b")
 _WRONG_TARGETS = ("sigma_scaled", "additive")
@@ -51,18 +52,19 @@ def read_model_version(word: str) -> str:
 
 
 def asks_for_nothing(name: str, value: object) -> bool:
-    """Whether this value of an option stands in configurations of models that it is not for."""
-    return value in _WRITTEN_ANYWAY.get(name, ())
+    """Whether this value of an option stands in configurations of models that it is not for, as a flag that is off."""
+    return value is False or value in _WRITTEN_ANYWAY.get(name, ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptions:
-    """FLUX.1, FLUX.2 klein, Chroma, Anima and Z-Image"""
+    """Stable Diffusion 3, FLUX.1, FLUX.2 klein, Chroma, Anima and Z-Image"""
 
     model_type: Literal["flux", "chroma"] | None = option(
         None, help="what the base is, flux or chroma: checked against the file, which says so itself"
     )
     clip_l: str | None = option(None, help="the CLIP-L text encoder, where the base has none: a file or a folder")
+    clip_g: str | None = option(None, help="the CLIP-G text encoder, where the base has none: a file or a folder")
     t5xxl: str | None = option(None, help="the T5-XXL text encoder, where the base has none: a file or a folder")
     ae: str | None = option(
         None, help="the autoencoder, where the base has none: a file or a folder; the same as --vae"
@@ -82,11 +84,21 @@ class FlowOptions:
     qwen3_max_token_length: int = option(512, minimum=1, help="Qwen3's tokens of a caption of FLUX.2, Anima or Z-Image")
     t5_max_token_length: int = option(512, minimum=2, maximum=512, help="T5's tokens of a caption of Anima")
     t5xxl_max_token_length: int | None = option(
-        None, minimum=1, zero_is_unset=True, help="T5's tokens of a caption (default: 512; of FLUX.1 schnell 256)"
+        None,
+        minimum=1,
+        zero_is_unset=True,
+        help="T5's tokens of a caption (default: 512; of FLUX.1 schnell and Stable Diffusion 3 256)",
     )
+    apply_lg_attn_mask: bool = option(False, help="hide the padding of CLIP-L and CLIP-G from themselves")
     apply_t5_attn_mask: bool = option(
-        False, help="hide T5's padding from T5 and from the transformer; for Chroma that is done in any case"
+        False,
+        help="hide T5's padding from T5, and of FLUX.1 from the transformer; for Chroma that is done in any case",
     )
+    clip_l_dropout_rate: float = option(
+        0.0, minimum=0, maximum=1, help="share of the captions that CLIP-L says nothing about: zeros in its place"
+    )
+    clip_g_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="the same of CLIP-G, independently")
+    t5_dropout_rate: float = option(0.0, minimum=0, maximum=1, help="the same of T5, independently")
     guidance_scale: float = option(
         1.0,
         minimum=0,
@@ -99,7 +111,9 @@ class FlowOptions:
         "Z-Image 2)",
     )
     turbo: bool | None = option(
-        None, help="whether a Z-Image base is Turbo, distilled to eight steps (default: if it is called so) (ours)"
+        None,
+        help="whether a base of Z-Image or Stable Diffusion 3.5 is a Turbo, distilled to a few steps (default: if it "
+        "is called so) (ours)",
     )
     model_version: str | None = option(
         None,

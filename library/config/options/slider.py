@@ -42,6 +42,10 @@ IDLE = {
         " with --prompts_file: the noise levels are those of --max_denoising_steps",
     ),
     **dict.fromkeys(
+        ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"),
+        " with --prompts_file: its prompts are always read whole",
+    ),
+    **dict.fromkeys(
         ("adaptive_noise_scale", "ip_noise_gamma", "ip_noise_gamma_random_strength"),
         " with --prompts_file: no noise is added to images",
     ),

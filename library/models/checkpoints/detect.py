@@ -39,12 +39,12 @@ TITLES = {
     "diffusers_unet": "the UNet of a diffusers folder",
     "unet": "a UNet without a text encoder",
     "sdxl_refiner": "the SDXL refiner",
-    "sd3": "a Stable Diffusion 3 model",
+    "sd3_other": "a Stable Diffusion 3 model of another kind",
     "flux_other": "a FLUX model of another kind",
     "flux_kontext": "a FLUX.1 Kontext model, which edits images",
     "flux_fill": "a FLUX.1 Fill model, which paints parts of images",
     "flux_control": "a FLUX.1 Depth or Canny model",
-    "flux_transformer": "the transformer of a diffusers folder",
+    "transformer": "the transformer of a diffusers folder",
     "flux2_dev": "a FLUX.2 dev model of 32 billion parameters, with a text encoder of 24 billion (Mistral 3)",
     "flux2_other": "a FLUX.2 model of another kind",
     "chroma_radiance": "a Chroma1-Radiance model, which has no autoencoder",
@@ -56,14 +56,14 @@ TITLES = {
 }
 # Models, but not of a kind that can be trained
 _UNSUPPORTED = (
-    *("sdxl_refiner", "sd3", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control"),
+    *("sdxl_refiner", "sd3_other", "edm", "flux_other", "flux_kontext", "flux_fill", "flux_control"),
     *("flux2_dev", "flux2_other", "chroma_radiance", "chroma_other", "cosmos", "lumina", "z_image_edit"),
 )
 _INSTEAD = {
     "vae": "give it as --vae beside a base model",
     "diffusers_unet": "give the folder that holds unet, vae and text_encoder",
     "unet": "give the complete checkpoint",
-    "flux_transformer": "give the folder that holds transformer, vae and the text encoders",
+    "transformer": "give the folder that holds transformer, vae and the text encoders",
 }
 # How the names of their tensors begin. The first are asked before adapters, whose names some of them have as well.
 _BEFORE_ADAPTERS = {
@@ -86,6 +86,14 @@ Z_IMAGE_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
 _Z_IMAGE_MARKS = ("cap_embedder.0.weight", "layers.0.adaLN_modulation.0.weight")  # Lumina-Image has the first alone
 _SIGLIP_MARK = "siglip_embedder.0.weight"
 _Z_IMAGE_PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
+SD3_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
+"""How the names in files of Stable Diffusion 3 begin."""
+_SD3_MARK, _SD3_FIRST, _SD3_INPUTS = (
+    "joint_blocks.0.context_block.adaLN_modulation.1.bias",
+    "x_embedder.proj.weight",
+    16,
+)
+_SD3_PIPELINES = tuple(f"StableDiffusion3{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
 FLUX2_PREFIXES = (UNET_PREFIX, "diffusion_model.", "")
 """How the names in files of FLUX.2 begin."""
 # of modulation that all blocks share, and of the embedding of a guidance, which klein lacks: original and diffusers'
@@ -95,7 +103,7 @@ _FLUX2_PIPELINES = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 _EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max"}
 # By what the class in a folder's model_index.json contains, the first that does
 _PIPELINES = {
-    "StableDiffusion3": "sd3", "Chroma": "chroma_other", "FluxKontext": "flux_kontext", "FluxFill": "flux_fill",
+    "StableDiffusion3": "sd3_other", "Chroma": "chroma_other", "FluxKontext": "flux_kontext", "FluxFill": "flux_fill",
     "FluxControl": "flux_control", "Flux2Klein": "flux2_other", "Flux2": "flux2_dev", "Flux": "flux_other",
     "ZImage": "z_image_edit", "Lumina": "lumina",
 }  # fmt: skip
@@ -150,7 +158,9 @@ def claimed_by(content: WeightsIndex | Folder) -> type[ModelFamily] | None:
 def not_a_base(found: FileKind) -> str:
     """The reason why a file or folder cannot be the base model, to follow its path and "is"."""
     if found.kind in _UNSUPPORTED:
-        known = "Stable Diffusion 1.x, 2.x and XL, FLUX.1 dev and schnell, FLUX.2 klein, Chroma, Anima and Z-Image"
+        known = (
+            "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, FLUX.1 dev and schnell, FLUX.2 klein, Chroma, Anima and Z-Image"
+        )
         return f"{found.title}, which is not supported; this version trains {known}"
     instead = _INSTEAD.get(found.kind, "")
     if found.adapter is not None and found.adapter.is_plain:
@@ -181,7 +191,8 @@ def other_family(content: WeightsIndex | Folder) -> str:
         if is_of_xl(content):
             pooled = (content.config("unet") or {}).get("projection_class_embeddings_input_dim")
             return "sdxl_refiner" if pooled == _REFINER_POOLED else ""
-        if content.pipeline in (*_FLUX_PIPELINES, *_FLUX2_PIPELINES, *_CHROMA_PIPELINES, *_Z_IMAGE_PIPELINES):
+        ours = (*_FLUX_PIPELINES, *_FLUX2_PIPELINES, *_CHROMA_PIPELINES, *_Z_IMAGE_PIPELINES, *_SD3_PIPELINES)
+        if content.pipeline in ours:
             return ""
         return next((kind for name, kind in _PIPELINES.items() if name in content.pipeline), "")
     if is_of_xl(content):
@@ -193,10 +204,10 @@ def other_family(content: WeightsIndex | Folder) -> str:
         return "" if is_flux2(content) else "flux2_dev"
     if _has_flux_blocks(content):
         return _other_flux(content)
-    if begins(content, "single_transformer_blocks.", "transformer_blocks.0.attn1."):
-        return "flux_transformer"
-    if begins(content, "joint_blocks.", f"{UNET_PREFIX}joint_blocks."):
-        return "sd3"
+    if begins(content, "single_transformer_blocks.", "transformer_blocks.0.attn1.", "pos_embed.proj."):
+        return "transformer"
+    if begins(content, *(f"{prefix}joint_blocks." for prefix in SD3_PREFIXES)):
+        return "" if is_sd3(content) else "sd3_other"
     if marks := _z_image_marks(content):
         return "z_image_edit" if _SIGLIP_MARK in marks else "" if _Z_IMAGE_MARKS[1] in marks else "lumina"
     return "cosmos" if _cosmos_inputs(content) not in (None, _ANIMA_INPUTS) else ""
@@ -223,6 +234,16 @@ def _has_flux_blocks(index: WeightsIndex) -> bool:
 
 def _is_chroma_file(index: WeightsIndex) -> bool:
     return begins(index, *(f"{prefix}distilled_guidance_layer." for prefix in _FLUX_PREFIXES))
+
+
+def is_sd3(content: WeightsIndex | Folder) -> bool:
+    """Whether it is Stable Diffusion 3 or 3.5."""
+    if isinstance(content, Folder):
+        return content.pipeline in _SD3_PIPELINES
+    first = (
+        content.entries.get(f"{own}{_SD3_FIRST}") for own in SD3_PREFIXES if f"{own}{_SD3_MARK}" in content.entries
+    )
+    return any(found is not None and found.shape[1:2] == (_SD3_INPUTS,) for found in first)
 
 
 def is_flux2(content: WeightsIndex | Folder) -> bool:

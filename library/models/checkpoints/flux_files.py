@@ -71,9 +71,7 @@ def open_chroma(path: str, location: Path, *, kind: str) -> BaseModel:
     """As `open_flux`, of Chroma."""
     inputs = chroma_configurations()["transformer"]["in_channels"]
     parts = (
-        _of_folder(
-            location, CHROMA_PARTS, inputs=chroma_configurations()["transformer"]["in_channels"], model="Chroma takes"
-        )
+        _of_folder(location, CHROMA_PARTS, inputs=inputs, model="Chroma takes")
         if location.is_dir()
         else _of_file(path, read_index(location).entries, CHROMA_PARTS, _chroma_config)
     )
@@ -235,7 +233,8 @@ def t5_tokenizer(path: str) -> Path:
     location = Path(path).expanduser()
     if location.name == "tokenizer.json":
         location = location.parent
-    for folder in (location, location / "tokenizer_2", location / "tokenizer"):  # of FLUX.1's folder, of Chroma's
+    # of the folders of Stable Diffusion 3, FLUX.1 and Chroma
+    for folder in (location, location / "tokenizer_3", location / "tokenizer_2", location / "tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
     raise UserError(f"--t5_tokenizer_path {path}: there is no tokenizer.json in it")

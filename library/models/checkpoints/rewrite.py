@@ -158,9 +158,11 @@ def _bytes_of(source: BinaryIO, name: str, entry: TensorEntry, patches: _Patches
         return
     whole = read_extent(source, entry)
     for patch in changes:
-        assert not patch.entry.halves_exchanged, f"{name}: no adapter sits on a layer whose rows are exchanged"
         place = _view(whole, patch.entry, (patch.entry.offset - entry.offset) // ITEM_SIZE[entry.dtype])
-        if patch.by_rows is not None:
+        if patch.entry.halves_exchanged:
+            half = len(place) // 2
+            place.copy_(_changed(name, place.roll(half, 0), patch).view(place.shape).roll(half, 0))
+        elif patch.by_rows is not None:
             _change_rows(name, place, patch, patch.by_rows())
         else:
             place.copy_(_changed(name, place, patch).view(place.shape))

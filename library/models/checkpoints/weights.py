@@ -42,49 +42,60 @@ def fill(
     where: str,
     changes: Mapping[str, Change] = MappingProxyType({}),
 ) -> None:
-    """Fill every parameter of `module` (on the meta device) from `entries`: frozen, as `dtype` on `device`.
+    """Fill every parameter of `module` (on the meta device) from `entries`: frozen, as `dtype` on `device`; and the
+    buffers that its files have.
 
     `changes`: by a parameter's name, from the weight that was read to the tensor that the module gets in its place; of
     these one weight exists at a time. `where` names module and file in errors. Raises UserError unless names and shapes
     match exactly; a 1 × 1 convolution and a Linear of the same weights count as the same shape, because files differ in
     which they hold.
     """
-    parameters = dict(module.named_parameters())
+    parameters, buffers = dict(module.named_parameters()), _buffers(module)
+    wanted = {**parameters, **buffers}
     check_fit(module, entries, where)
     device = torch.device(device)
-    names = sorted(parameters, key=lambda name: (str(entries[name].file), entries[name].offset))
+    names = sorted(wanted, key=lambda name: (str(entries[name].file), entries[name].offset))
     with Reader() as reader, _one_thread():
         for name in bar(names, desc="weights", unit="tensor") if changes else names:
             change = changes.get(name)
             weight = reader.read(entries[name], dtype=dtype, device=device, mapped=change is None)
-            weight = weight.view(parameters[name].shape)
+            weight = weight.view(wanted[name].shape)
             if change is not None:
                 weight = change(weight)
             owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner).register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
+            if name in buffers:
+                module.get_submodule(owner).register_buffer(leaf, weight)
+            else:
+                module.get_submodule(owner).register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
     for name, tensor in module.named_buffers():
         assert not tensor.is_meta, f"{where}: the buffer {name} has no content"
 
 
 def check_fit(module: nn.Module, entries: Mapping[str, TensorEntry], where: str) -> None:
-    """UserError unless `entries` have the names and shapes of the module's parameters, as in `fill`."""
-    parameters = dict(module.named_parameters())
-    missing = [name for name in parameters if name not in entries]
-    unknown = [name for name in entries if name not in parameters]
+    """UserError unless `entries` have the names and shapes of the module's parameters and buffers, as in `fill`."""
+    wanted = {**dict(module.named_parameters()), **_buffers(module)}
+    missing = [name for name in wanted if name not in entries]
+    unknown = [name for name in entries if name not in wanted]
     if missing or unknown:
         raise UserError(
             f"{where}: the weights do not fit the architecture"
             + (f"; {len(missing)} missing: {few(missing, 3)}" if missing else "")
             + (f"; {len(unknown)} unknown: {few(unknown, 3)}" if unknown else "")
         )
-    for name, parameter in parameters.items():
+    for name, tensor in wanted.items():
         entry = entries[name]
-        if _core(entry.shape) != _core(parameter.shape):
+        if _core(entry.shape) != _core(tensor.shape):
             raise UserError(
-                f"{where}: '{name}' has the shape {list(entry.shape)} where {list(parameter.shape)} is expected"
+                f"{where}: '{name}' has the shape {list(entry.shape)} where {list(tensor.shape)} is expected"
             )
         if "float" not in entry.dtype:
             raise UserError(f"{where}: '{name}' holds {entry.dtype}, which are no weights")
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that files have, such as Stable Diffusion 3's table of places."""
+    persistent = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
 def _core(shape: Sequence[int]) -> tuple[int, ...]:

@@ -53,6 +53,12 @@ def chunked_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], *, limit: int
     return torch.tensor(rows, dtype=torch.long)
 
 
+def chunk_mask(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Of one chunk a caption, [B, 1, 77]: 0 where there is padding behind the first EOS."""
+    lengths = [min(len(content_tokens(tokenizer, caption)), CHUNK) + 2 for caption in captions]
+    return (torch.arange(CHUNK + 2) < torch.tensor(lengths)[:, None])[:, None].long()
+
+
 def weighted_tokens(tokenizer: CLIPTokenizer, caption: str) -> tuple[list[int], list[float]]:
     """The tokens of a caption with weights in brackets, without BOS and EOS, and the weight of each."""
     tokens: list[int] = []
@@ -131,16 +137,18 @@ def encode(text_encoder: nn.Module, ids_BN77: Tensor, *, clip_skip: int | None, 
     return _joined(states.view(batch, chunks, width, -1))
 
 
-def encode_penultimate(text_encoder: nn.Module, ids_BN77: Tensor, *, layers: int) -> tuple[Tensor, Tensor | None]:
+def encode_penultimate(
+    text_encoder: nn.Module, ids_BN77: Tensor, *, layers: int, mask_BN77: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As SDXL reads an encoder of `layers` layers: the states [B, 75 N + 2, D] before the last layer, without the final
-    norm, and, of an encoder with a projection, the projected state [B, P] of the first chunk's end, else None."""
+    norm, and the state [B, P] of the first chunk's end, projected by an encoder that has a projection. mask: 0 where
+    the encoder shall not look."""
     batch, chunks, width = ids_BN77.shape
-    out = text_encoder(ids_BN77.reshape(batch * chunks, width), output_hidden_states=True)
+    flat, mask = (None if each is None else each.reshape(batch * chunks, width) for each in (ids_BN77, mask_BN77))
+    out = text_encoder(flat, attention_mask=mask, output_hidden_states=True)
     states = out.hidden_states[layers - 1]  # [0] are the embeddings
-    pooled = getattr(out, "text_embeds", None)
-    if pooled is not None:
-        pooled = pooled.view(batch, chunks, -1)[:, 0]
-    return _joined(states.view(batch, chunks, width, -1)), pooled
+    pooled: Tensor = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
+    return _joined(states.view(batch, chunks, width, -1)), pooled.view(batch, chunks, -1)[:, 0]
 
 
 def _joined(states_BN77D: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _network(plan: Plan, run: Run) -> facts.Network:
     network, wanted = run.network, plan.options.network
     parameters, layers = network.parameter_counts(), network.layer_counts()
     parts = plan.family.components
-    sizes = {name: parts.size(name) for name in plan.family.PARTS}
+    sizes = {name: parts.size(name) for name in parts.names}
     by_section = {kind.section: sizes[name] for name, kind in plan.family.PARTS.items() if kind.section}
     return facts.Network(
         module="" if plan.options.embedding.train_embedding_only else wanted.network_module,

@@ -17,8 +17,8 @@ from networks.settings import Asked
 from networks.tools import __main__ as tools
 from tests.quick import quick
 
-FAMILIES = ["flux", "chroma", "flux2", "anima", "z_image"]
-OUTLINES = quick(FAMILIES, "flux", "anima")
+FAMILIES = ["sd3", "flux", "chroma", "flux2", "anima", "z_image"]
+OUTLINES = quick(FAMILIES, "sd3", "anima")
 
 
 def lone(family: str, request: pytest.FixtureRequest, target: Path) -> tuple[Path, Path]:
