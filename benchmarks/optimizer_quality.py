@@ -130,7 +130,6 @@ def variants() -> list[Variant]:
         Variant("all but Grams and ⊥Grad, alora_ratio 4", "whole", settings=everything | first),
         Variant("all but Grams", "whole", settings=everything | {"use_grams": False}),
         *_on_another_style(off),
-        *_longer(),
     ]
 
 
@@ -143,15 +142,6 @@ def _on_another_style(off: Mapping[str, bool | float]) -> Iterator[Variant]:
         ("Muon alone, orthogonalize_scale 1", "whole", "CustomAdamW", muon),
     ):
         yield Variant(f"twemoji: {name}", kind, optimizer, settings, style="twemoji")
-
-
-def _longer() -> Iterator[Variant]:
-    """Three times as long."""
-    words = ("--max_train_steps", str(3 * study.STEPS))
-    yield Variant(f"{3 * study.STEPS} steps: {ADAMW}", "peer", ADAMW, words=words)
-    yield Variant(
-        f"{3 * study.STEPS} steps: the defaults with Muon", "whole", settings={"orthogonalize": True}, words=words
-    )
 
 
 @dataclass(frozen=True)
