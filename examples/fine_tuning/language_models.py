@@ -60,12 +60,21 @@ def load_base(model: str | None, words: int, *, in_4bit: bool, checkpointing: bo
     base.name_or_path = model or "small_models.py"
     base.config.use_cache = False
     if in_4bit:
+        _keep_the_layout_of_training(base)
         return prepare_model_for_kbit_training(
             base, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=_CHECKPOINTING
         )
     if checkpointing:
         base.gradient_checkpointing_enable(_CHECKPOINTING)
     return base
+
+
+def _keep_the_layout_of_training(base: Any) -> None:
+    """On CPUs with bf16 kernels bitsandbytes 0.50 lays the weights out anew in the first evaluation. No gradient flows
+    through them then: training after it would leave layers untaught, with a warning only."""
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _made(words: int, options: dict[str, Any] | None) -> Any:

@@ -47,7 +47,7 @@ def values(name: str) -> dict[str, object]:
 
 
 def test_there_are_those_that_are_documented() -> None:
-    assert set(ALL) == {*TABLE, *FOR_KOHYAS_USERS, "origin", "slider"}
+    assert set(ALL) == {*TABLE, *FOR_KOHYAS_USERS, "origin", "slider", "muon"}
     assert all(40 < len(preset.description) < 120 for preset in ALL.values())
 
 
@@ -81,9 +81,16 @@ def test_no_preset_names_data_files_or_the_machine(name: str) -> None:
     assert all(not isinstance(value, str) for key, value in found.items() if key[:3] == "wd_" and key != "wd_schedule")
 
 
+def test_muon_goes_on_top_and_keeps_the_rate(options: Parse) -> None:
+    below, found = options("--preset", "sdxl_style"), options("--preset", "sdxl_style", "muon")
+    assert (below.optimizer.optimizer_type, found.optimizer.optimizer_type) == ("AdamW8bit", "CustomAdamW")
+    assert found.custom_adamw.orthogonalize
+    assert found.optimizer.learning_rate == below.optimizer.learning_rate
+
+
 def test_the_shipped_presets_keep_the_measured_techniques() -> None:
-    techniques = re.compile(r"use_|alora|spd|tam")
-    assert [name for name in ALL if any(techniques.match(key) for key in values(name))] == ["origin"]
+    techniques = re.compile(r"use_|alora|spd|tam|orthogonalize")
+    assert [name for name in ALL if any(techniques.match(key) for key in values(name))] == ["muon", "origin"]
 
 
 @pytest.mark.parametrize("name", ALL)

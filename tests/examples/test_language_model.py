@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -165,6 +166,19 @@ def test_a_base_in_four_bits(checkpointing: bool, tmp_path: Path) -> None:
     assert len(names) == 14  # q, k, v, o, gate, up, down of two layers
     assert not any(values.requires_grad for name, values in found.model.named_parameters() if name in names)
     assert math.isfinite(found.after.loss)
+
+
+def test_training_in_four_bits_after_an_evaluation_reaches_every_layer() -> None:
+    """On some CPUs bitsandbytes lays weights out anew in an evaluation; no gradient flowed through them afterwards."""
+    base = load_base(None, 300, in_4bit=True, checkpointing=False)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+    assert len(trained) == 2 * 2 * 2  # of two layers each, both factors
+    assert all(grad is not None and grad.any() for grad in trained.values())
 
 
 def test_checkpointing_changes_no_number(tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ class Silent:
     def condition(self, texts, **sizes):
         return texts
 
+    def with_text_dropout(self, condition, draws):
+        return condition
+
     def predict(self, noisy, t, condition):
         self.noisy, self.t = noisy, t
         return torch.zeros_like(noisy)

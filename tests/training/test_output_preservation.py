@@ -35,6 +35,9 @@ class Base:
     def condition(self, texts: dict[str, Tensor], **sizes: object) -> dict[str, Tensor]:
         return texts
 
+    def with_text_dropout(self, condition: Mapping[str, Tensor], draws: object) -> Mapping[str, Tensor]:
+        return condition
+
     def predict(self, noisy: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         assert len(noisy) == len(t) == len(condition["h"])
         self.noisy = noisy

@@ -43,6 +43,9 @@ class Linear:
     def condition(self, texts: dict[str, Tensor], **sizes: object) -> dict[str, Tensor]:
         return texts
 
+    def with_text_dropout(self, condition: dict[str, Tensor], draws: object) -> dict[str, Tensor]:
+        return condition
+
     def predict(self, noisy: Tensor, level: Tensor, condition: dict[str, Tensor]) -> Tensor:
         self.inputs.append(noisy)
         return noisy * self.weight.view(1, 2, 1, 1)
