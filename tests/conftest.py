@@ -9,7 +9,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -62,14 +64,6 @@ def forget_accelerator() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of a tiny SDXL with random weights."""
-    from tests.tiny_sdxl import write
-
-    return write(tmp_path_factory.mktemp("tiny_sdxl"))
-
-
 @pytest.fixture(autouse=True)
 def logs_are_heard() -> Iterator[None]:
     """What a test has switched off, as a second process does with its warnings, is on again for the next one."""
@@ -80,52 +74,20 @@ def logs_are_heard() -> Iterator[None]:
         ours.setLevel(min(ours.level, logging.WARNING))
 
 
-@pytest.fixture(scope="session")
-def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of a tiny FLUX.1 dev with random weights."""
-    from tests.tiny_flux import write
+def _tiny(name: str) -> Any:
+    """The fixture of a diffusers folder of a tiny model with random weights, as tests/tiny_NAME.py writes it."""
 
-    return write(tmp_path_factory.mktemp("tiny_flux"))
+    @pytest.fixture(scope="session", name=f"tiny_{name}")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        written: Path = import_module(f"tests.tiny_{name}").write(tmp_path_factory.mktemp(f"tiny_{name}"))
+        return written
 
-
-@pytest.fixture(scope="session")
-def tiny_chroma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of a tiny Chroma with random weights."""
-    from tests.tiny_chroma import write
-
-    return write(tmp_path_factory.mktemp("tiny_chroma"))
+    return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a tiny Anima with random weights."""
-    from tests.tiny_anima import write
-
-    return write(tmp_path_factory.mktemp("tiny_anima"))
-
-
-@pytest.fixture(scope="session")
-def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of a tiny Stable Diffusion 3.5 medium with random weights."""
-    from tests.tiny_sd3 import write
-
-    return write(tmp_path_factory.mktemp("tiny_sd3"))
-
-
-@pytest.fixture(scope="session")
-def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of a tiny FLUX.2 klein with random weights."""
-    from tests.tiny_flux2 import write
-
-    return write(tmp_path_factory.mktemp("tiny_flux2"))
-
-
-@pytest.fixture(scope="session")
-def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of a tiny Z-Image with random weights."""
-    from tests.tiny_z_image import write
-
-    return write(tmp_path_factory.mktemp("tiny_z_image"))
+tiny_sdxl, tiny_sd3 = _tiny("sdxl"), _tiny("sd3")
+tiny_flux, tiny_chroma, tiny_flux2 = _tiny("flux"), _tiny("chroma"), _tiny("flux2")
+tiny_anima, tiny_z_image = _tiny("anima"), _tiny("z_image")
 
 
 def copy_images(folder: Path, count: int = 6) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,22 +20,14 @@ from library.models.checkpoints.anima_names import dotted_name, original_name
 from library.models.checkpoints.parts.wan_vae import vae_entries
 from library.models.opening import open_family
 from tests import tiny_anima as tiny
+from tests.models import flow_models
+from tests.models.flow_models import ROUNDED, assert_same_weights, beside, noisy, texts
 
 CAPTIONS = ["emoji of cat", "a much longer text, with more words", ""]
-# Two orders of sums, in fp32, of answers of about 1
-ROUNDED = 2e-5
 
 
-def opened(path: Path, **options: Any) -> Anima:
-    family = open_family(str(path), vae=options.pop("vae", None), options=options)
-    assert isinstance(family, Anima)
-    return family
-
-
-def loaded(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Anima:
-    family = opened(path, **options)
-    family.components.load_all(family.PARTS, dtype, "cpu")
-    return family
+opened = partial(flow_models.opened, Anima)
+loaded = partial(flow_models.loaded, Anima)
 
 
 @pytest.fixture(scope="module")
@@ -74,33 +67,15 @@ def pipeline(tiny_anima: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-def texts(family: Anima, captions: list[str]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return family.encode_prompts(captions)
-
-
-def noisy(count: int) -> Tensor:
-    """Of 96 × 64 pixels."""
-    return torch.randn(count, 16, 8, 12, generator=torch.Generator().manual_seed(0))
-
-
-def _options(files: dict[str, Path], **more: Any) -> dict[str, Any]:
-    own = {name: str(path) for name, path in files.items() if name != "pretrained_model_name_or_path"}
-    return {**own, **more}
-
-
 # -- names and files
 
 
 def test_files_are_the_folder(files: dict[str, Path], anima: Anima) -> None:
     """The users' three files hold every weight of the diffusers folder, by its name there."""
-    family = loaded(files["pretrained_model_name_or_path"], **_options(files))
+    family = loaded(files["pretrained_model_name_or_path"], **beside(files))
     assert (family.architecture, family.base_model_version) == ("anima-preview", "anima")
+    assert_same_weights(family, anima)
     for part in Anima.PARTS:
-        expected = dict(anima.components[part].named_parameters())
-        found = dict(family.components[part].named_parameters())
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected), part
         if part != "vae":  # whose configuration says more
             ours, theirs = family.components.config(part), anima.components.config(part)
             assert {key: theirs.get(key) for key in ours if key in theirs} == {
@@ -134,14 +109,14 @@ def test_the_names_are_diffusers_own(tiny_anima: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_other_beginnings_of_names(tiny_anima: Path, tmp_path: Path, prefix: str) -> None:
     files = tiny.single_files(tiny_anima, tmp_path, prefix=prefix)
-    with opened(files["pretrained_model_name_or_path"], **_options(files)).outlined():
+    with opened(files["pretrained_model_name_or_path"], **beside(files)).outlined():
         pass
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_smaller_types_are_read_as_numbers(tiny_anima: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     files = tiny.single_files(tiny_anima, tmp_path, dtype=dtype)
-    family = opened(files["pretrained_model_name_or_path"], **_options(files))
+    family = opened(files["pretrained_model_name_or_path"], **beside(files))
     for part, folder in (("denoiser", "transformer"), ("text_encoder_2", "text_conditioner")):
         found = dict(family.components.load(part, torch.float32, "cpu").named_parameters())
         for name, weight in tiny.weights_in(tiny_anima / folder).items():
@@ -154,8 +129,8 @@ def test_an_llm_adapter_of_its_own(files: dict[str, Path], tmp_path: Path) -> No
     save_file({name: t for name, t in whole.items() if "llm_adapter" not in name}, tmp_path / "cosmos.safetensors")
     save_file(apart, tmp_path / "adapter.safetensors")
     with pytest.raises(UserError, match=r"does not hold all parts of Anima: give --llm_adapter_path, .* beside NVIDIA"):
-        opened(tmp_path / "cosmos.safetensors", **_options(files))
-    given = _options(files, llm_adapter_path=str(tmp_path / "adapter.safetensors"))
+        opened(tmp_path / "cosmos.safetensors", **beside(files))
+    given = beside(files, llm_adapter_path=str(tmp_path / "adapter.safetensors"))
     with opened(tmp_path / "cosmos.safetensors", **given).outlined():
         pass
 
@@ -167,15 +142,15 @@ def test_missing_and_wrong_files(files: dict[str, Path], tiny_anima: Path, tmp_p
     with pytest.raises(
         UserError, match=r"--qwen3 .*qwen_image_vae.safetensors is a VAE, and not the text encoder Qwen3"
     ):
-        opened(base, **_options({**files, "qwen3": files["vae"]}))
+        opened(base, **beside({**files, "qwen3": files["vae"]}))
     with pytest.raises(UserError, match=r"--vae .* is a text encoder, and not the VAE of Qwen-Image"):
-        opened(base, **_options({**files, "vae": files["qwen3"]}))
+        opened(base, **beside({**files, "vae": files["qwen3"]}))
     with pytest.raises(UserError, match=r"--qwen3 .*nothing.safetensors: no such file"):
-        opened(base, **_options({**files, "qwen3": tmp_path / "nothing.safetensors"}))
+        opened(base, **beside({**files, "qwen3": tmp_path / "nothing.safetensors"}))
     wide = tiny.weights_in(tiny_anima / "text_encoder")
     save_file({**wide, "embed_tokens.weight": torch.zeros(128, 40)}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"its LLM adapter needs states .* with 32 channels and gets 40: another model"):
-        opened(base, **_options({**files, "qwen3": tmp_path / "wide.safetensors"}))
+        opened(base, **beside({**files, "qwen3": tmp_path / "wide.safetensors"}))
 
 
 @pytest.mark.parametrize(
@@ -188,27 +163,27 @@ def test_missing_and_wrong_files(files: dict[str, Path], tiny_anima: Path, tmp_p
 def test_tokenizers_are_asked_for(files: dict[str, Path], tmp_path: Path, option: str, said: str) -> None:
     base = files["pretrained_model_name_or_path"]
     with pytest.raises(UserError, match=said):
-        opened(base, **_options(files, **{option: None})).count_tokens("a cat")
+        opened(base, **beside(files, **{option: None})).count_tokens("a cat")
     with pytest.raises(UserError, match=rf"--{option} .*: there is no tokenizer.json in it, nor vocab.json"):
-        opened(base, **_options(files, **{option: str(tmp_path)}))
+        opened(base, **beside(files, **{option: str(tmp_path)}))
 
 
 def test_exchanged_tokenizers_are_refused(files: dict[str, Path], tiny_anima: Path, tmp_path: Path) -> None:
     base, other = files["pretrained_model_name_or_path"], str(tiny_anima / "t5_tokenizer")
     with pytest.raises(UserError, match=r"t5_tokenizer is not the tokenizer of Qwen3: it adds tokens to every text"):
-        opened(base, **_options(files, qwen3_tokenizer_path=other)).count_tokens("a cat")
+        opened(base, **beside(files, qwen3_tokenizer_path=other)).count_tokens("a cat")
     large = tiny.qwen_tokenizer()
     large.add_tokens([f"word{number}" for number in range(100)])
     large.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"is not the tokenizer of T5: it has \d+ tokens, and Anima 128"):
-        opened(base, **_options(files, t5_tokenizer_path=str(tmp_path))).count_tokens("a cat")
+        opened(base, **beside(files, t5_tokenizer_path=str(tmp_path))).count_tokens("a cat")
 
 
 def test_a_distilled_version_is_known_by_its_name(files: dict[str, Path], tmp_path: Path) -> None:
     named = tmp_path / "anima-turbo-v1.safetensors"
     named.symlink_to(files["pretrained_model_name_or_path"])
-    assert opened(named, **_options(files)).distilled
-    assert not opened(files["pretrained_model_name_or_path"], **_options(files)).distilled
+    assert opened(named, **beside(files)).distilled
+    assert not opened(files["pretrained_model_name_or_path"], **beside(files)).distilled
 
 
 def test_a_folder_of_the_text_encoder_has_its_tokenizer(
@@ -218,7 +193,7 @@ def test_a_folder_of_the_text_encoder_has_its_tokenizer(
 
     folder = shutil.copytree(tiny_anima / "text_encoder", tmp_path / "qwen3")
     shutil.copy(tiny_anima / "tokenizer" / "tokenizer.json", folder)
-    given = _options(files, qwen3=str(folder), qwen3_tokenizer_path=None)
+    given = beside(files, qwen3=str(folder), qwen3_tokenizer_path=None)
     assert opened(files["pretrained_model_name_or_path"], **given).count_tokens("a cat") == 6
 
 

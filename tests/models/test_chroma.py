@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,16 @@ from library.models.chroma import Chroma
 from library.models.flux_tokens import packed, places
 from library.models.opening import open_family
 from tests import tiny_chroma as tiny
+from tests.models import flow_models
+from tests.models.flow_models import ROUNDED, assert_same_weights, beside, noisy, texts
 
 TOKENS = 48
 CAPTIONS = ["emoji of cat", "a much longer text, cut off at its end", ""]
 LEVELS = torch.tensor([0.1, 0.5, 0.95])
-# Two orders of sums, in fp32, of answers of about 1
-ROUNDED = 2e-5
 
 
-def opened(path: Path, **options: Any) -> Chroma:
-    family = open_family(str(path), options={"t5xxl_max_token_length": TOKENS, **options})
-    assert isinstance(family, Chroma)
-    return family
-
-
-def loaded(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Chroma:
-    family = opened(path, **options)
-    family.components.load_all(family.PARTS, dtype, "cpu")
-    return family
+opened = partial(flow_models.opened, Chroma, t5xxl_max_token_length=TOKENS)
+loaded = partial(flow_models.loaded, Chroma, t5xxl_max_token_length=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +50,6 @@ def files(tiny_chroma: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return tiny.single_files(tiny_chroma, tmp_path_factory.mktemp("files"))
 
 
-def texts(family: Chroma, captions: list[str]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return family.encode_prompts(captions)
-
-
-def noisy(count: int) -> Tensor:
-    """Of 96 × 64 pixels."""
-    return torch.randn(count, 16, 8, 12, generator=torch.Generator().manual_seed(0))
-
-
 def theirs(pipeline: Any, captions: list[str], *, dtype: torch.dtype = torch.bool) -> Tensor:
     """diffusers' answer, with the padding of TOKENS tokens and a mask of this dtype; its own pipeline has numbers."""
     with torch.no_grad():
@@ -83,23 +66,14 @@ def theirs(pipeline: Any, captions: list[str], *, dtype: torch.dtype = torch.boo
     return found
 
 
-def _options(files: dict[str, Path], **more: Any) -> dict[str, Any]:
-    own = {name: str(path) for name, path in files.items() if name != "pretrained_model_name_or_path"}
-    return {**own, **more}
-
-
 # -- names and files
 
 
 def test_files_are_the_folder(files: dict[str, Path], chroma: Chroma) -> None:
     """kohya's three files hold every weight of the diffusers folder, by its name there, and give the same answer."""
-    family = loaded(files["pretrained_model_name_or_path"], **_options(files))
+    family = loaded(files["pretrained_model_name_or_path"], **beside(files))
     assert (family.architecture, family.base_model_version) == ("chroma", "chroma")
-    for part in Chroma.PARTS:
-        expected = dict(chroma.components[part].named_parameters())
-        found = dict(family.components[part].named_parameters())
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected), part
+    assert_same_weights(family, chroma)
     ours, folders = family.components.config("denoiser"), chroma.components.config("denoiser")
     same = ours.keys() & folders.keys()
     assert len(same) >= 10
@@ -144,7 +118,7 @@ def test_the_names_are_diffusers_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_smaller_types_are_read_as_numbers(tiny_chroma: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     files = tiny.single_files(tiny_chroma, tmp_path, dtype=dtype)
-    family = opened(files["pretrained_model_name_or_path"], **_options(files))
+    family = opened(files["pretrained_model_name_or_path"], **beside(files))
     found = dict(family.components.load("denoiser", torch.float32, "cpu").named_parameters())
     for name, weight in load_file(tiny_chroma / "transformer" / "diffusion_pytorch_model.safetensors").items():
         assert torch.equal(found[name], weight.to(dtype).float()), name
@@ -161,7 +135,7 @@ def test_everything_in_one_file(files: dict[str, Path], tmp_path: Path) -> None:
         for name, tensor in load_file(files[option]).items()
     }
     save_file(tensors, tmp_path / "all.safetensors")
-    with opened(tmp_path / "all.safetensors", **_options(files, t5xxl=None)).outlined():
+    with opened(tmp_path / "all.safetensors", **beside(files, t5xxl=None)).outlined():
         pass
 
 
@@ -170,16 +144,16 @@ def test_missing_and_wrong_files(files: dict[str, Path], tiny_chroma: Path, tmp_
     with pytest.raises(UserError, match=r"parts of Chroma: give --t5xxl, the file .* T5 and --ae, the file of FLUX"):
         opened(base)
     with pytest.raises(UserError, match=r"--t5xxl .* is a Chroma model, and not the text encoder T5"):
-        opened(base, **_options({**files, "t5xxl": base}))
+        opened(base, **beside({**files, "t5xxl": base}))
     with pytest.raises(UserError, match=r"no tokenizer of T5 .* give --t5_tokenizer_path.* google/t5-v1_1-xxl"):
-        opened(base, **_options(files, t5_tokenizer_path=None)).count_tokens("a cat")
+        opened(base, **beside(files, t5_tokenizer_path=None)).count_tokens("a cat")
     # the folder of a whole model, too, has T5's tokenizer
-    assert opened(base, **_options(files, t5_tokenizer_path=str(tiny_chroma))).count_tokens("cat") == 4
+    assert opened(base, **beside(files, t5_tokenizer_path=str(tiny_chroma))).count_tokens("cat") == 4
     wide = load_file(files["t5xxl"])
     wide |= {name: torch.zeros(128, 40) for name in ("shared.weight", "encoder.embed_tokens.weight")}
     save_file(wide, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"needs T5 states of 32 channels and gets 40: another model's file"):
-        opened(base, **_options({**files, "t5xxl": tmp_path / "wide.safetensors"}))
+        opened(base, **beside({**files, "t5xxl": tmp_path / "wide.safetensors"}))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +175,7 @@ def test_relatives_and_damaged_files_are_refused(
     save_file(tensors, tmp_path / "model.safetensors")
     with (
         pytest.raises(UserError, match=said),
-        opened(tmp_path / "model.safetensors", **_options(files)).outlined(),
+        opened(tmp_path / "model.safetensors", **beside(files)).outlined(),
     ):
         pass
 
@@ -235,9 +209,9 @@ def test_options_that_contradict_the_file(tiny_chroma: Path, tiny_flux: Path, ca
 def test_flash_is_known_by_its_name(files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "Chroma1-Flash.safetensors"
     path.symlink_to(files["pretrained_model_name_or_path"])
-    flash = opened(path, **_options(files))
+    flash = opened(path, **beside(files))
     assert (flash.distilled, flash.rendering.scale) == (True, 1.0)
-    usual = opened(files["pretrained_model_name_or_path"], **_options(files))
+    usual = opened(files["pretrained_model_name_or_path"], **beside(files))
     assert (usual.distilled, usual.rendering.steps, usual.rendering.scale) == (False, 35, 5.0)
 
 
@@ -393,7 +367,7 @@ def test_a_whole_sample_is_diffusers(
 def test_shifts_of_the_drawn_levels(files: dict[str, Path]) -> None:
     """kohya's: sigma and shift by --discrete_flow_shift (3), flux_shift by the size, the others not at all."""
     base, size = files["pretrained_model_name_or_path"], (128, 128)  # 1024 pixels
-    process = opened(base, **_options(files)).process
+    process = opened(base, **beside(files)).process
     shifts = {name: process.shift_at(size, name) for name in process.samplings}
     by_size = pytest.approx(3.158, abs=1e-3)
     assert shifts == {"sigma": 3.0, "shift": 3.0, "flux_shift": by_size, "uniform": 1.0, "sigmoid": 1.0}

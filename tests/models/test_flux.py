@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from library.errors import UserError
 from library.files.index import read_index
@@ -22,23 +22,16 @@ from library.models.flux_tokens import packed, places, unpacked
 from library.models.modules import new_flux_transformer, new_t5_encoder
 from library.models.opening import open_family
 from tests import tiny_flux as tiny
+from tests.models import flow_models
+from tests.models.flow_models import ROUNDED, beside, condition, noisy
 
 TOKENS = 24  # of T5: enough for the captions here
 CAPTIONS = ["emoji of cat", "a much longer text, cut off at its end", ""]
-# Two orders of sums, in fp32, of answers of about 1
-ROUNDED = 2e-5
 
 
-def opened(path: Path, **options: Any) -> Flux1:
-    family = open_family(str(path), options={"t5xxl_max_token_length": TOKENS, **options})
-    assert isinstance(family, Flux1)
-    return family
-
-
-def loaded(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Flux1:
-    family = opened(path, **options)
-    family.components.load_all(family.PARTS, dtype, "cpu")
-    return family
+opened = partial(flow_models.opened, Flux1, t5xxl_max_token_length=TOKENS)
+loaded = partial(flow_models.loaded, Flux1, t5xxl_max_token_length=TOKENS)
+_options = partial(beside, t5xxl_max_token_length=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +49,6 @@ def pipeline(tiny_flux: Path) -> Any:
 @pytest.fixture(scope="module")
 def files(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return tiny.single_files(tiny_flux, tmp_path_factory.mktemp("files"))
-
-
-def condition(family: Flux1, captions: list[str], size: tuple[int, int] = (64, 96)) -> dict[str, Tensor]:
-    with torch.no_grad():
-        texts = family.encode_prompts(captions)
-    count = len(captions)
-    return family.condition(texts, original_sizes=[size] * count, crops=[(0, 0)] * count, target_size=size)
-
-
-def noisy(count: int) -> Tensor:
-    """Of 96 × 64 pixels."""
-    return torch.randn(count, 16, 8, 12, generator=torch.Generator().manual_seed(0))
 
 
 # -- names and files
@@ -110,11 +91,6 @@ def test_the_names_are_diffusers_own(tmp_path: Path) -> None:
         for name, expected in theirs.items():
             ours = reader.read(entries[name], dtype=torch.float32, device=torch.device("cpu"))
             assert torch.equal(ours.view(entries[name].shape), expected), name
-
-
-def _options(files: dict[str, Path], **more: Any) -> dict[str, Any]:
-    own = {name: str(path) for name, path in files.items() if name != "pretrained_model_name_or_path"}
-    return {**own, "t5xxl_max_token_length": TOKENS, **more}
 
 
 def test_files_are_the_folder(files: dict[str, Path], flux: Flux1) -> None:

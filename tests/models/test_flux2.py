@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,15 @@ from library.models.checkpoints.flux2_files import vae_entries
 from library.models.flux2 import Flux2Klein
 from library.models.opening import open_family
 from tests import tiny_flux2 as tiny
+from tests.models import flow_models
+from tests.models.flow_models import ROUNDED, assert_same_weights, beside, texts
 
 CAPTIONS = ["emoji of cat", "a much longer text, with more than thirty-two letters in all of its words", ""]
-# Two orders of sums, in fp32, of answers of about 1
-ROUNDED = 2e-5
 TOKENS = 128  # all captions and the chat around them fit
 
 
-def opened(path: Path, **options: Any) -> Flux2Klein:
-    family = open_family(str(path), vae=options.pop("vae", None), options=options)
-    assert isinstance(family, Flux2Klein)
-    return family
-
-
-def loaded(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Flux2Klein:
-    family = opened(path, **{"qwen3_max_token_length": TOKENS, **options})
-    family.components.load_all(family.PARTS, dtype, "cpu")
-    return family
+opened = partial(flow_models.opened, Flux2Klein)
+loaded = partial(flow_models.loaded, Flux2Klein, qwen3_max_token_length=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +49,9 @@ def pipeline() -> Any:
     return made
 
 
-def texts(family: Flux2Klein, captions: list[str]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return family.encode_prompts(captions)
-
-
 def noisy(count: int) -> Tensor:
     """Of 96 × 80 pixels."""
-    return torch.randn(count, 4 * tiny.CHANNELS, 5, 6, generator=torch.Generator().manual_seed(0))
-
-
-def _options(files: dict[str, Path], **more: Any) -> dict[str, Any]:
-    own = {name: str(path) for name, path in files.items() if name != "pretrained_model_name_or_path"}
-    return {**own, **more}
+    return flow_models.noisy(count, 4 * tiny.CHANNELS, height=5, width=6)
 
 
 # -- names and files
@@ -77,13 +60,9 @@ def _options(files: dict[str, Path], **more: Any) -> dict[str, Any]:
 def test_files_are_the_folder(files: dict[str, Path], klein: Flux2Klein) -> None:
     """The users' three files hold every weight of the diffusers folder, by its name there: the autoencoder's statistics
     too, and no layer of Qwen3 behind the last one that is read."""
-    family = loaded(files["pretrained_model_name_or_path"], **_options(files))
+    family = loaded(files["pretrained_model_name_or_path"], **beside(files))
     assert (family.architecture, family.base_model_version) == ("Flux.2-klein", "flux_2_klein")
-    for part in Flux2Klein.PARTS:
-        expected = dict(klein.components[part].named_parameters())
-        found = dict(family.components[part].named_parameters())
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected), part
+    assert_same_weights(family, klein)
     ours, theirs = (one.components.config("denoiser") for one in (family, klein))
     same = ours.keys() & theirs.keys()
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
@@ -121,14 +100,14 @@ def test_other_beginnings_of_names(tiny_flux2: Path, tmp_path: Path) -> None:
         (files["pretrained_model_name_or_path"], {"ae": None, "vae": str(tiny_flux2 / "vae")}),
         (tmp_path / "all.safetensors", {"qwen3": None, "ae": None}),
     ):
-        with opened(path, **_options(files, **more)).outlined():
+        with opened(path, **beside(files, **more)).outlined():
             pass
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_smaller_types_are_read_as_numbers(tiny_flux2: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     files = tiny.single_files(tiny_flux2, tmp_path, dtype=dtype)
-    family = opened(files["pretrained_model_name_or_path"], **_options(files))
+    family = opened(files["pretrained_model_name_or_path"], **beside(files))
     found = dict(family.components.load("denoiser", torch.float32, "cpu").named_parameters())
     for name, weight in tiny.weights_in(tiny_flux2 / "transformer").items():
         assert torch.equal(found[name], weight.to(dtype).float()), name
@@ -143,7 +122,7 @@ def test_scales_beside_weights_are_read(tiny_flux2: Path, tmp_path: Path) -> Non
         tensors[f"{name}.weight"] = (tensors[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
         tensors |= {f"{name}.weight_scale": torch.tensor(scale), f"{name}.input_scale": torch.tensor(1.0)}
     save_file(tensors, path)
-    family = opened(path, **_options(tiny.single_files(tiny_flux2, tmp_path / "others")))
+    family = opened(path, **beside(tiny.single_files(tiny_flux2, tmp_path / "others")))
     found = dict(family.components.load("denoiser", torch.float32, "cpu").named_parameters())
     width = tiny.WIDTH
     for name, part, layer, rows in (
@@ -162,25 +141,25 @@ def test_missing_and_wrong_files(
     ):
         opened(base)
     with pytest.raises(UserError, match=r"--qwen3 .* is a FLUX.2 klein model, and not the text encoder Qwen3"):
-        opened(base, **_options({**files, "qwen3": base}))
+        opened(base, **beside({**files, "qwen3": base}))
     flux_1 = tiny_flux / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(UserError, match=r"--ae .* is a VAE, and not the autoencoder of FLUX.2"):
-        opened(base, **_options({**files, "ae": flux_1}))
+        opened(base, **beside({**files, "ae": flux_1}))
     with pytest.raises(UserError, match=r"--vae a and --ae .* are two names for one thing"):
-        opened(base, **_options(files, vae="a"))
+        opened(base, **beside(files, vae="a"))
     with pytest.raises(UserError, match=r"no tokenizer of Qwen3 .* give --qwen3_tokenizer_path, .* Qwen/Qwen3-4B"):
-        opened(base, **_options(files, qwen3_tokenizer_path=None)).count_tokens("a cat")
+        opened(base, **beside(files, qwen3_tokenizer_path=None)).count_tokens("a cat")
     tokenizer = json.loads((files["qwen3_tokenizer_path"] / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if "think" not in one["content"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match=r"not the whole tokenizer of Qwen3: <think>, </think> is no token of it"):
-        opened(base, **_options(files, qwen3_tokenizer_path=str(tmp_path))).count_tokens("a cat")
+        opened(base, **beside(files, qwen3_tokenizer_path=str(tmp_path))).count_tokens("a cat")
     with pytest.raises(UserError, match=r"has 3 layers, where FLUX.2 klein reads the states behind the 27th"):
-        opened(base, **_options({**files, "qwen3": tiny_z_image / "text_encoder"}))
+        opened(base, **beside({**files, "qwen3": tiny_z_image / "text_encoder"}))
     wide = {name: t for name, t in load_file(files["qwen3"]).items() if "embed" not in name}
     save_file({**wide, "model.embed_tokens.weight": torch.zeros(128, 40)}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"its transformer needs states with 96 channels and gets 120: another model"):
-        opened(base, **_options({**files, "qwen3": tmp_path / "wide.safetensors"}))
+        opened(base, **beside({**files, "qwen3": tmp_path / "wide.safetensors"}))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +181,7 @@ def test_relatives_are_refused(
     tensors |= {name: torch.zeros(shape) for name, shape in more.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=said):
-        opened(tmp_path / "model.safetensors", **_options(files))
+        opened(tmp_path / "model.safetensors", **beside(files))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +211,7 @@ def test_distilled_versions_are_known_by_their_name_or_by_the_user(
 ) -> None:
     path = tmp_path / f"{name}.safetensors"
     path.symlink_to(files["pretrained_model_name_or_path"])
-    family = opened(path, **_options(files), model_version=told)
+    family = opened(path, **beside(files), model_version=told)
     assert family.distilled is expected
     rendering = family.rendering
     assert (rendering.steps, rendering.scale) == ((4, 1.0) if expected else (50, 4.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,18 @@ from library.models.modules import new_projected_text_encoder, new_sd3_transform
 from library.models.opening import open_family
 from library.models.stable_diffusion_3 import StableDiffusion3
 from tests import tiny_sd3 as tiny
+from tests.models import flow_models
+from tests.models.flow_models import ROUNDED, condition, noisy
 from tests.models.original_layout import vae_name
 from tests.quick import quick
 
 TOKENS = 24  # of T5: enough for the captions here
 CAPTIONS = ["emoji of cat", "a much longer text, cut off at its end", ""]
-# Two orders of sums, in fp32, of answers of about 1
-ROUNDED = 2e-5
 NORMS = ("norm_out.linear", f"transformer_blocks.{tiny.BLOCKS - 1}.norm1_context.linear")
 
 
-def opened(path: Path, **options: Any) -> StableDiffusion3:
-    family = open_family(str(path), options={"t5xxl_max_token_length": TOKENS, **options})
-    assert isinstance(family, StableDiffusion3)
-    return family
-
-
-def loaded(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> StableDiffusion3:
-    family = opened(path, **options)
-    family.components.load_all(family.components.names, dtype, "cpu")
-    return family
+opened = partial(flow_models.opened, StableDiffusion3, t5xxl_max_token_length=TOKENS)
+loaded = partial(flow_models.loaded, StableDiffusion3, t5xxl_max_token_length=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +61,6 @@ def given(files: dict[str, Path], **more: Any) -> dict[str, Any]:
     own = {name: str(path) for name, path in files.items() if name not in ("pretrained_model_name_or_path", "vae")}
     vae = {"vae": str(files["vae"])} if "vae" in files else {}
     return {**vae, "options": {**own, "t5xxl_max_token_length": TOKENS, **more}}
-
-
-def condition(family: StableDiffusion3, captions: list[str], size: tuple[int, int] = (64, 96)) -> dict[str, Tensor]:
-    with torch.no_grad():
-        texts = family.encode_prompts(captions)
-    count = len(captions)
-    return family.condition(texts, original_sizes=[size] * count, crops=[(0, 0)] * count, target_size=size)
-
-
-def noisy(count: int) -> Tensor:
-    """Of 96 × 64 pixels."""
-    return torch.randn(count, 16, 8, 12, generator=torch.Generator().manual_seed(0))
 
 
 LEVELS = torch.tensor([0.1, 0.5, 0.95])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,14 @@ from library.models import modules
 from library.models.opening import open_family
 from library.models.z_image import ZImage
 from tests import tiny_z_image as tiny
+from tests.models import flow_models
+from tests.models.flow_models import ROUNDED, assert_same_weights, beside, texts
 
 CAPTIONS = ["emoji of cat", "a much longer text, with more than thirty-two letters in all of its words", ""]
-# Two orders of sums, in fp32, of answers of about 1
-ROUNDED = 2e-5
 
 
-def opened(path: Path, **options: Any) -> ZImage:
-    family = open_family(str(path), vae=options.pop("vae", None), options=options)
-    assert isinstance(family, ZImage)
-    return family
-
-
-def loaded(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> ZImage:
-    family = opened(path, **options)
-    family.components.load_all(family.PARTS, dtype, "cpu")
-    return family
+opened = partial(flow_models.opened, ZImage)
+loaded = partial(flow_models.loaded, ZImage)
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +45,9 @@ def pipeline() -> Any:
     return made
 
 
-def texts(family: ZImage, captions: list[str]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return family.encode_prompts(captions)
-
-
 def noisy(count: int) -> Tensor:
     """Of 96 × 80 pixels: 30 patches, which two more fill up."""
-    return torch.randn(count, 16, 10, 12, generator=torch.Generator().manual_seed(0))
-
-
-def _options(files: dict[str, Path], **more: Any) -> dict[str, Any]:
-    own = {name: str(path) for name, path in files.items() if name != "pretrained_model_name_or_path"}
-    return {**own, **more}
+    return flow_models.noisy(count, height=10)
 
 
 # -- names and files
@@ -72,13 +55,10 @@ def _options(files: dict[str, Path], **more: Any) -> dict[str, Any]:
 
 def test_files_are_the_folder(files: dict[str, Path], z_image: ZImage) -> None:
     """The users' three files hold every weight of the diffusers folder, by its name there."""
-    family = loaded(files["pretrained_model_name_or_path"], **_options(files))
+    family = loaded(files["pretrained_model_name_or_path"], **beside(files))
     assert (family.architecture, family.base_model_version) == ("Z-Image", "z_image")
+    assert_same_weights(family, z_image)
     for part in ZImage.PARTS:
-        expected = dict(z_image.components[part].named_parameters())
-        found = dict(family.components[part].named_parameters())
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected), part
         ours, theirs = family.components.config(part), z_image.components.config(part)
         same = ours.keys() & theirs.keys()
         assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
@@ -113,14 +93,14 @@ def test_other_beginnings_of_names(tiny_z_image: Path, tmp_path: Path) -> None:
         (alone, {}),
         (tmp_path / "all.safetensors", {"qwen3": None}),
     ):
-        with opened(path, **_options(files, **more)).outlined():
+        with opened(path, **beside(files, **more)).outlined():
             pass
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_smaller_types_are_read_as_numbers(tiny_z_image: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     files = tiny.single_files(tiny_z_image, tmp_path, dtype=dtype)
-    family = opened(files["pretrained_model_name_or_path"], **_options(files))
+    family = opened(files["pretrained_model_name_or_path"], **beside(files))
     found = dict(family.components.load("denoiser", torch.float32, "cpu").named_parameters())
     for name, weight in tiny.weights_in(tiny_z_image / "transformer").items():
         assert torch.equal(found[name], weight.to(dtype).float()), name
@@ -131,17 +111,17 @@ def test_missing_and_wrong_files(files: dict[str, Path], tiny_z_image: Path, tmp
     with pytest.raises(UserError, match=r"parts of Z-Image: give --qwen3, the file .* Qwen3-4B and --ae, the file of"):
         opened(base)
     with pytest.raises(UserError, match=r"--qwen3 .* is a Z-Image model, and not the text encoder Qwen3-4B"):
-        opened(base, **_options({**files, "qwen3": base}))
+        opened(base, **beside({**files, "qwen3": base}))
     with pytest.raises(UserError, match=r"--ae .* is a text encoder, and holds no VAE"):
-        opened(base, **_options({**files, "ae": files["qwen3"]}))
+        opened(base, **beside({**files, "ae": files["qwen3"]}))
     with pytest.raises(UserError, match=r"--vae a and --ae .* are two names for one thing"):
-        opened(base, **_options(files, vae="a"))
+        opened(base, **beside(files, vae="a"))
     with pytest.raises(UserError, match=r"no tokenizer of Qwen3 .* give --qwen3_tokenizer_path, .* Qwen/Qwen3-4B"):
-        opened(base, **_options(files, qwen3_tokenizer_path=None)).count_tokens("a cat")
+        opened(base, **beside(files, qwen3_tokenizer_path=None)).count_tokens("a cat")
     wide = tiny.weights_in(tiny_z_image / "text_encoder")
     save_file({**wide, "embed_tokens.weight": torch.zeros(128, 40)}, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"its transformer needs states with 32 channels and gets 40: another model"):
-        opened(base, **_options({**files, "qwen3": tmp_path / "wide.safetensors"}))
+        opened(base, **beside({**files, "qwen3": tmp_path / "wide.safetensors"}))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +142,7 @@ def test_relatives_are_refused(
         tensors |= {} if shape is None else {name: torch.zeros(shape)}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=said):
-        opened(tmp_path / "model.safetensors", **_options(files))
+        opened(tmp_path / "model.safetensors", **beside(files))
 
 
 def test_folders_of_relatives_are_refused(tiny_z_image: Path, tmp_path: Path) -> None:
@@ -182,7 +162,7 @@ def test_turbo_is_known_by_its_name_or_by_the_user(
 ) -> None:
     path = tmp_path / f"{name}.safetensors"
     path.symlink_to(files["pretrained_model_name_or_path"])
-    family = opened(path, **_options(files), turbo=told)
+    family = opened(path, **beside(files), turbo=told)
     assert family.distilled is expected
     rendering = family.rendering
     assert (rendering.steps, rendering.scale) == ((8, 1.0) if expected else (30, 4.0))
