@@ -1,32 +1,12 @@
-"""What docs/chroma.md tells a user to type works, on the tiny Chroma, and its names and numbers are the program's."""
+"""The numbers of docs/chroma.md are the program's. Its commands and options are tested in test_docs_flow.py."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import pytest
-
-from library.config import kohya
-from library.config.options import declared_options
-from tests import tiny_chroma as tiny
-from tests.docs.tables import commands, options_named, page, train_as_told
+from tests.docs.tables import page
 
 PAGE = page("chroma")
-COMMANDS = [words[1:] for words in commands(PAGE)]
-
-
-@pytest.mark.slow  # as that of FLUX.1, which is quick
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
-def test_every_command_trains(command: list[str], tiny_chroma: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    train_as_told(command, tiny.single_files(tiny_chroma, tmp_path / "models"))
-
-
-def test_the_options_that_are_named_exist() -> None:
-    assert COMMANDS
-    flags_of_prompts_and_tools = {"l", "n", "only", "cached_text"}
-    assert options_named(PAGE) - flags_of_prompts_and_tools <= declared_options().keys() | kohya.rows().keys()
 
 
 def test_the_sizes_of_the_files() -> None:

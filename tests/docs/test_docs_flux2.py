@@ -1,40 +1,15 @@
-"""What docs/flux2.md tells a user to type works, on the tiny FLUX.2 klein; its names and numbers are the program's."""
+"""The numbers of docs/flux2.md are the program's. Its commands and options are tested in test_docs_flow.py."""
 
 from __future__ import annotations
 
 import math
-import shutil
-from pathlib import Path
 
-import pytest
-
-from library.config import kohya
-from library.config.options import declared_options
 from library.config.options.flow import FlowOptions
 from library.diffusion.flow import ResolutionShift, StepsShift
-from tests import tiny_flux2 as tiny
-from tests.docs.tables import commands, options_named, page, train_as_told
+from tests.docs.tables import page
 
 PAGE = page("flux2")
-COMMANDS = [words[1:] for words in commands(PAGE)]
 WIDTHS = {"4B": (5, 20, 3072, 2560), "9B": (8, 24, 4096, 4096)}  # double and single blocks, width, Qwen3's width
-
-
-@pytest.mark.parametrize(
-    "command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=pytest.mark.slow)], ids=["files", "folder"]
-)
-def test_every_command_trains(command: list[str], tiny_flux2: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    files = tiny.single_files(tiny_flux2, tmp_path / "models")
-    if "--qwen3" not in command:
-        files = {"pretrained_model_name_or_path": shutil.copytree(tiny_flux2, tmp_path / "models" / "folder")}
-    train_as_told(command, files, "--qwen3_max_token_length", "48")
-
-
-def test_the_options_that_are_named_exist() -> None:
-    assert len(COMMANDS) == 2
-    flags_of_tools = {"only", "cached_text"}
-    assert options_named(PAGE) - flags_of_tools <= declared_options().keys() | kohya.rows().keys()
 
 
 def test_the_sizes_of_the_files() -> None:

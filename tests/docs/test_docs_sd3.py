@@ -1,40 +1,23 @@
-"""What docs/sd3.md tells a user to type works, on the tiny Stable Diffusion 3.5, and its names and numbers are the
-program's."""
+"""The numbers of docs/sd3.md are the program's. Its commands and options are tested in test_docs_flow.py."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from library.config import kohya
-from library.config.options import declared_options
 from library.models.checkpoints.sd3.files import configurations
 from library.models.checkpoints.sd3.names import fused_name, original_name
 from library.models.modules import new_sd3_transformer
 from library.models.stable_diffusion_3 import StableDiffusion3
 from networks import sd3_arguments
-from tests import tiny_sd3 as tiny
-from tests.docs.tables import commands, options_named, page, train_as_told
+from tests.docs.tables import page
 from tests.models.test_stable_diffusion_3 import TRUE
 
 PAGE = page("sd3")
-COMMANDS = [words[1:] for words in commands(PAGE)]
 
 
-@pytest.mark.slow
-def test_every_command_trains(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (command,) = COMMANDS
-    monkeypatch.chdir(tmp_path)
-    files = tiny.single_files(tiny_sd3, tmp_path / "models")
-    vae = ("--vae", str(files.pop("vae")))  # the tiny one is in no file
-    train_as_told(command, files, *vae, "--t5xxl_max_token_length", "16")
-
-
-def test_the_names_that_are_used_exist() -> None:
-    flags_of_tools = {"to", "only", "cached_text"}
-    assert options_named(PAGE) - flags_of_tools <= declared_options().keys() | kohya.rows().keys()
+def test_kohyas_network_args_are_named() -> None:
     for name in (*sd3_arguments._OF_KIND, "emb_dims", "train_block_indices"):
         assert f"`{name}`" in PAGE
 

@@ -1,38 +1,10 @@
-"""What docs/z-image.md tells a user to type works, on the tiny Z-Image, and its names and numbers are the program's."""
+"""The numbers of docs/z-image.md are the program's. Its commands and options are tested in test_docs_flow.py."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-import torch
-from safetensors.torch import save_file
-
-from library.config import kohya
-from library.config.options import declared_options
-from tests import tiny_z_image as tiny
-from tests.docs.tables import commands, options_named, page, train_as_told
+from tests.docs.tables import page
 
 PAGE = page("z-image")
-COMMANDS = [words[1:] for words in commands(PAGE)]
-
-
-@pytest.mark.parametrize(
-    "command", [COMMANDS[0], pytest.param(COMMANDS[1], marks=pytest.mark.slow)], ids=["base", "turbo"]
-)
-def test_every_command_trains(command: list[str], tiny_z_image: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    pair = {"lora_A": (2, tiny.WIDTH), "lora_B": (tiny.WIDTH, 2)}
-    layer = "diffusion_model.layers.0.attention.to_q"
-    save_file({f"{layer}.{end}.weight": torch.ones(shape) for end, shape in pair.items()}, tmp_path / "a.safetensors")
-    files = tiny.single_files(tiny_z_image, tmp_path / "models")
-    train_as_told(command, {**files, "base_weights": tmp_path / "a.safetensors"})
-
-
-def test_the_options_that_are_named_exist() -> None:
-    assert len(COMMANDS) == 2
-    flags_of_prompts_and_tools = {"to", "fs", "only", "cached_text"}
-    assert options_named(PAGE) - flags_of_prompts_and_tools <= declared_options().keys() | kohya.rows().keys()
 
 
 def test_the_sizes_of_the_files() -> None:

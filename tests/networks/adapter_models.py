@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import networks
@@ -24,6 +27,8 @@ from networks.files import AdapterFile, read
 from networks.foreign import BaseModel, ForeignNetwork
 from networks.network import Network
 from networks.settings import Asked
+from networks.tools.convert import convert
+from tests.flow_families import FLOW
 from tests.quick import quick
 
 BASE = Path(__file__).parents[2] / "quickstart" / "base"
@@ -104,6 +109,34 @@ def sdxl_outputs(family: ModelFamily) -> tuple[Tensor, Tensor, Tensor]:
         noisy = torch.randn(2, 4, 8, 8, generator=generator)
         answer = family.predict(noisy, torch.tensor([20, 800]), condition)
     return texts["hidden_states"], texts["pooled"], answer
+
+
+CAPTIONS, LEVELS = ["emoji of cat", "a dog"], torch.tensor([0.3, 0.8])
+FLOW_BOUND = 1e-5
+"""Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs."""
+
+
+def flow_family(name: str, folder: Path) -> Any:
+    """The tiny model of a row of FLOW, loaded."""
+    option, tokens = FLOW[name].length
+    family = open_family(str(folder), options={option: tokens} if option else None)
+    family.components.load_all(family.PARTS, torch.float32, "cpu")
+    return family
+
+
+def flow_noise(family: ModelFamily) -> Tensor:
+    """[2, C, H, W] of images of 64 pixels a side."""
+    side = 64 // family.latents.factor
+    return torch.randn(2, family.latents.channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def flow_outputs(family: ModelFamily) -> tuple[Tensor, ...]:
+    """The answer to fixed prompts and noise, and what there is of the texts where their encoders are trained."""
+    sizes: Any = {"original_sizes": [(64, 64)] * 2, "crops": [(0, 0)] * 2, "target_size": (64, 64)}
+    with torch.no_grad():
+        texts = family.encode_prompts(CAPTIONS)
+        answer = family.predict(flow_noise(family), LEVELS, family.condition(texts, **sizes))
+    return answer, *(texts[name] for name in FLOW[family.NAME].trained_texts)
 
 
 def sd_targets(unet: nn.Module, text_encoder: nn.Module) -> list[AdapterTargets]:
@@ -211,3 +244,43 @@ def check_reading(family: ModelFamily, outputs: Outputs, file: Path, naming: str
     for now, before in zip(found, expected, strict=True):
         assert difference(now, before) < bound
     return content
+
+
+def check_conversion(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """kohya.safetensors in `folder` becomes diffusers.safetensors and then itself. Returns the tensors of both."""
+    convert(folder / "kohya.safetensors", folder / "diffusers.safetensors", to="diffusers")
+    convert(folder / "diffusers.safetensors", folder / "again.safetensors", to="kohya")
+    before, between, after = (load_file(folder / f"{name}.safetensors") for name in ("kohya", "diffusers", "again"))
+    assert before.keys() == after.keys()
+    for key in before:
+        if key.endswith("lora_up.weight"):  # diffusers' names have no alpha: the scale went into these
+            scale = before[key.replace("lora_up.weight", "alpha")] / before[key].shape[1]
+            torch.testing.assert_close(after[key], before[key] * scale, rtol=1e-6, atol=0)
+    return before, between
+
+
+def load_in_diffusers(
+    pipeline: Any, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Load an adapter file into diffusers' pipeline. Returns what is said of LoRAs meanwhile."""
+    for library in ("diffusers", "transformers", "peft"):
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    return [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
+
+
+def adapted(*parts: nn.Module) -> int:
+    """The number of layers of these on which peft has put an adapter."""
+    return sum(hasattr(module, "lora_A") for part in parts for module in part.modules())
+
+
+def numbered(layers: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of a LoRA of rank 1 under kohya's names, each of another number: of (name, layer)."""
+    tensors = {}
+    for number, (name, layer) in enumerate(layers):
+        rows, columns = layer.weight.shape
+        tensors[f"{name}.lora_down.weight"] = torch.full((1, columns), float(number))
+        tensors[f"{name}.lora_up.weight"] = torch.full((rows, 1), float(number + 1))
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    return tensors

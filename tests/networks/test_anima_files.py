@@ -3,55 +3,44 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from adapter_models import check_reading, difference, trained
+from adapter_models import (
+    FLOW_BOUND,
+    LEVELS,
+    adapted,
+    difference,
+    flow_family,
+    flow_noise,
+    flow_outputs,
+    load_in_diffusers,
+    numbered,
+    trained,
+)
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from library.models.checkpoints.anima_names import dotted_name, original_name
 from library.models.modules import new_anima_transformer
-from library.models.opening import open_family
 from networks.files import read
 from networks.formats import loaders
 from networks.formats.naming import to_diffusers
-from networks.tools.convert import convert
 from tests import tiny_anima as tiny
 
-# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
-BOUND = 1e-5
-NOISY = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
 PARTS = {"denoiser": 10 * tiny.BLOCKS, "text_encoder": 7 * tiny.TEXT_LAYERS}
 
 
 @pytest.fixture(scope="module")
 def anima(tiny_anima: Path) -> Any:
-    family = open_family(str(tiny_anima))
-    family.components.load_all(family.PARTS, torch.float32, "cpu")
-    return family
-
-
-def outputs(family: Any) -> tuple[Tensor, Tensor]:
-    """The answer and the states of the texts."""
-    with torch.no_grad():
-        texts = family.encode_prompts(["emoji of cat", "a dog"])
-        return family.predict(NOISY, torch.tensor([0.3, 0.8]), texts), texts["hidden_states"]
-
-
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-def test_a_file_is_read_as_it_acts(anima: Any, tmp_path: Path, naming: str) -> None:
-    content = check_reading(anima, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
-    assert content.naming == {"kohya": "kohya", "diffusers": "ComfyUI"}[naming]
+    return flow_family("anima", tiny_anima)
 
 
 def test_names_and_who_loads_them(anima: Any, tmp_path: Path) -> None:
-    trained(anima, outputs, tmp_path / "kohya.safetensors", "kohya")
-    trained(anima, outputs, tmp_path / "dotted.safetensors", "diffusers")
+    trained(anima, flow_outputs, tmp_path / "kohya.safetensors", "kohya")
+    trained(anima, flow_outputs, tmp_path / "dotted.safetensors", "diffusers")
     flat, dotted = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "dotted"))
     names = {key.partition(".")[0] for key in flat}
     assert names > {"lora_unet_blocks_1_cross_attn_output_proj", "lora_te_layers_0_mlp_gate_proj"}
@@ -72,27 +61,22 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
 ) -> None:
     from diffusers.modular_pipelines.anima import AnimaAutoBlocks
 
-    expected, _ = trained(anima, outputs, tmp_path / "adapter.safetensors", "diffusers", "denoiser")
+    expected, _ = trained(anima, flow_outputs, tmp_path / "adapter.safetensors", "diffusers", "denoiser")
     parts = tiny.parts()
     pipeline = AnimaAutoBlocks().init_pipeline()
     pipeline.update_components(transformer=parts["transformer"], text_conditioner=parts["text_conditioner"])
-    for library in ("diffusers", "transformers", "peft"):
-        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(str(tmp_path), weight_name="adapter.safetensors")
-    assert not [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
-    layers = [module for module in parts["transformer"].modules() if hasattr(module, "lora_A")]
-    assert len(layers) == PARTS["denoiser"]
+    assert not load_in_diffusers(pipeline, tmp_path / "adapter.safetensors", caplog, monkeypatch)
+    assert adapted(parts["transformer"]) == PARTS["denoiser"]
     _resize_masks(monkeypatch)
-    states = torch.nn.functional.pad(outputs(anima)[1], (0, 0, 0, 512 - outputs(anima)[1].shape[1]))
+    states = torch.nn.functional.pad(flow_outputs(anima)[1], (0, 0, 0, 512 - flow_outputs(anima)[1].shape[1]))
     with torch.no_grad():
         found = parts["transformer"](
-            hidden_states=NOISY[:, :, None],
-            timestep=torch.tensor([0.3, 0.8]),
+            hidden_states=flow_noise(anima)[:, :, None],
+            timestep=LEVELS,
             encoder_hidden_states=states,
             padding_mask=torch.zeros(1, 1, 64, 64),
         ).sample[:, :, 0]
-    assert difference(found, expected) < BOUND
+    assert difference(found, expected) < FLOW_BOUND
 
 
 def _resize_masks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,21 +88,9 @@ def _resize_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer_cosmos, "transforms", transforms, raising=False)
 
 
-def test_conversion_goes_both_ways(anima: Any, tmp_path: Path) -> None:
-    trained(anima, outputs, tmp_path / "kohya.safetensors", "kohya")
-    convert(tmp_path / "kohya.safetensors", tmp_path / "dotted.safetensors", to="diffusers")
-    convert(tmp_path / "dotted.safetensors", tmp_path / "again.safetensors", to="kohya")
-    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "again"))
-    assert before.keys() == after.keys()
-    for key in before:
-        if key.endswith("lora_up.weight"):  # dotted names have no alpha: the scale went into these
-            scale = before[key.replace("lora_up.weight", "alpha")] / before[key].shape[1]
-            torch.testing.assert_close(after[key], before[key] * scale, rtol=1e-6, atol=0)
-
-
 def test_diffusers_own_paths_are_read(anima: Any, tmp_path: Path) -> None:
     """`transformer.transformer_blocks.0.attn1.to_q`, as peft and diffusers' training scripts write them."""
-    trained(anima, outputs, tmp_path / "kohya.safetensors", "kohya", "denoiser")
+    trained(anima, flow_outputs, tmp_path / "kohya.safetensors", "kohya", "denoiser")
     paths = {
         original_name(path): path for path, _ in anima.components["denoiser"].named_modules() if "transformer" in path
     }
@@ -140,13 +112,8 @@ def test_the_true_size_in_diffusers_own_reader() -> None:
     config = json.loads((tiny.ASSETS / "anima.json").read_text(encoding="utf-8"))["transformer"]
     pattern = Anima.PARTS["denoiser"].linear
     layers = {path: layer for path, layer in new_anima_transformer(config).named_modules() if pattern.fullmatch(path)}
-    tensors = {}
-    for path, layer in layers.items():
-        rows, columns = layer.weight.shape
-        name = "lora_unet_" + original_name(path).replace(".", "_")
-        tensors[f"{name}.lora_down.weight"] = torch.empty(1, columns)
-        tensors[f"{name}.lora_up.weight"] = torch.empty(rows, 1)
-        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    names = {path: "lora_unet_" + original_name(path).replace(".", "_") for path in layers}
+    tensors = numbered((names[path], layer) for path, layer in layers.items())
     theirs = _convert_non_diffusers_anima_lora_to_diffusers(to_diffusers(tensors, source="test"))
     assert theirs.keys() == {f"transformer.{path}.lora_{which}.weight" for path in layers for which in "AB"}
     assert len(theirs) == 2 * 280

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_models import check_reading, difference, trained
+from adapter_models import (
+    FLOW_BOUND,
+    adapted,
+    difference,
+    flow_family,
+    flow_outputs,
+    load_in_diffusers,
+    numbered,
+    trained,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,39 +25,21 @@ from library.models.checkpoints.flux_names import fused_name, fused_place, origi
 from library.models.chroma import Chroma
 from library.models.family import AdapterTargets
 from library.models.modules import new_chroma_transformer
-from library.models.opening import open_family
 from networks.formats.fused import fuse
 from networks.formats.loaders import is_about, verdicts
 from networks.formats.naming import to_diffusers
 from networks.sites import find_sites
 from tests import tiny_chroma as tiny
 
-# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
-BOUND = 1e-5
-NOISY = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-
 
 @pytest.fixture(scope="module")
 def chroma(tiny_chroma: Path) -> Any:
-    family = open_family(str(tiny_chroma))
-    family.components.load_all(family.PARTS, torch.float32, "cpu")
-    return family
-
-
-def outputs(family: Any) -> tuple[Tensor]:
-    with torch.no_grad():
-        texts = family.encode_prompts(["emoji of cat", "a dog"])
-        return (family.predict(NOISY, torch.tensor([0.3, 0.8]), texts),)
-
-
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-def test_a_file_is_read_as_it_acts(chroma: Any, tmp_path: Path, naming: str) -> None:
-    check_reading(chroma, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
+    return flow_family("chroma", tiny_chroma)
 
 
 def test_kohyas_names(chroma: Any, tmp_path: Path) -> None:
     """Per double block eight layers, per single block two, and nothing of the text encoder."""
-    trained(chroma, outputs, tmp_path / "adapter.safetensors", "kohya")
+    trained(chroma, flow_outputs, tmp_path / "adapter.safetensors", "kohya")
     tensors = load_file(tmp_path / "adapter.safetensors")
     modules = {key.partition(".")[0] for key in tensors}
     assert modules == {
@@ -66,25 +56,20 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
     """--save_naming diffusers. Its reader of kohya's names knows the true width only."""
     from diffusers import ChromaPipeline
 
-    expected = trained(chroma, outputs, tmp_path / "adapter.safetensors", "diffusers")
+    expected = trained(chroma, flow_outputs, tmp_path / "adapter.safetensors", "diffusers")
     pipeline = ChromaPipeline.from_pretrained(tiny_chroma, dtype=torch.float32)
-    for library in ("diffusers", "transformers", "peft"):
-        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(str(tmp_path), weight_name="adapter.safetensors")
-    said = [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
+    said = load_in_diffusers(pipeline, tmp_path / "adapter.safetensors", caplog, monkeypatch)
     assert all("No LoRA keys associated to T5EncoderModel" in message for message in said), said
-    layers = [module for module in pipeline.transformer.modules() if hasattr(module, "lora_A")]
-    assert len(layers) == tiny.DOUBLES * 12 + tiny.SINGLES * 5
+    assert adapted(pipeline.transformer) == tiny.DOUBLES * 12 + tiny.SINGLES * 5
     own = chroma.components["denoiser"]
     # the padding of one of the two texts is masked by diffusers' own blocks here, queries and all
     try:
         chroma.components["denoiser"] = pipeline.transformer
-        found = outputs(chroma)
+        found = flow_outputs(chroma)
     finally:
         chroma.components["denoiser"] = own
     for now, before in zip(found, expected, strict=True):
-        assert difference(now, before) < BOUND
+        assert difference(now, before) < FLOW_BOUND
 
 
 def test_the_true_size_in_diffusers_own_reader() -> None:
@@ -99,12 +84,8 @@ def test_the_true_size_in_diffusers_own_reader() -> None:
         fused=fused_name,
         place=fused_place,
     )
-    sites, tensors = find_sites([target], conv=False), {}
-    for number, site in enumerate(sites):
-        rows, columns = site.module.weight.shape
-        tensors[f"{site.name}.lora_down.weight"] = torch.full((1, columns), float(number))
-        tensors[f"{site.name}.lora_up.weight"] = torch.full((rows, 1), float(number + 1))
-        tensors[f"{site.name}.alpha"] = torch.tensor(1.0)
+    sites = find_sites([target], conv=False)
+    tensors = numbered((site.name, site.module) for site in sites)
     fused = fuse(tensors, sites)
     assert len({key.partition(".")[0] for key in fused}) == 228
     theirs = _convert_kohya_flux_lora_to_diffusers(dict(fused))

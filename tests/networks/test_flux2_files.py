@@ -4,13 +4,24 @@ ComfyUI's, and that all act as trained."""
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_models import check_reading, difference, trained
+from adapter_models import (
+    CAPTIONS,
+    FLOW_BOUND,
+    LEVELS,
+    adapted,
+    difference,
+    flow_family,
+    flow_noise,
+    flow_outputs,
+    load_in_diffusers,
+    numbered,
+    trained,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +29,6 @@ from library.models.checkpoints import flux2_names, flux_names
 from library.models.family import AdapterTargets
 from library.models.flux2 import Flux2Klein
 from library.models.modules import new_flux2_transformer
-from library.models.opening import open_family
 from networks.create import create_to_merge
 from networks.files import read
 from networks.formats import loaders
@@ -26,35 +36,16 @@ from networks.formats.fused import fuse
 from networks.formats.naming import to_diffusers
 from networks.sites import find_sites
 from networks.tools.check import report
-from networks.tools.convert import convert
 from tests import tiny_flux2 as tiny
+from tests.flow_families import FLOW
 
-TOKENS = 48
-# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
-BOUND = 1e-5
-NOISY = torch.randn(2, 4 * tiny.CHANNELS, 4, 4, generator=torch.Generator().manual_seed(1))
-LEVELS = torch.tensor([0.3, 0.8])
 STREAMS = ("attn_qkv", "attn_proj", "mlp_0", "mlp_2")
 LAYERS_OF_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
 
 
 @pytest.fixture(scope="module")
 def klein(tiny_flux2: Path) -> Any:
-    family = open_family(str(tiny_flux2), options={"qwen3_max_token_length": TOKENS})
-    family.components.load_all(family.PARTS, torch.float32, "cpu")
-    return family
-
-
-def outputs(family: Any) -> tuple[Tensor, ...]:
-    """The answer."""
-    with torch.no_grad():
-        return (family.predict(NOISY, LEVELS, family.encode_prompts(["emoji of cat", "a dog"])),)
-
-
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-def test_a_file_is_read_as_it_acts(klein: Any, tmp_path: Path, naming: str) -> None:
-    content = check_reading(klein, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
-    assert content.naming == naming
+    return flow_family("flux2", tiny_flux2)
 
 
 def kohyas_names(doubles: int, singles: int) -> set[str]:
@@ -69,7 +60,7 @@ def kohyas_names(doubles: int, singles: int) -> set[str]:
 
 
 def test_kohyas_names(klein: Any, tmp_path: Path) -> None:
-    trained(klein, outputs, tmp_path / "adapter.safetensors", "kohya")
+    trained(klein, flow_outputs, tmp_path / "adapter.safetensors", "kohya")
     tensors = load_file(tmp_path / "adapter.safetensors")
     assert {key.partition(".")[0] for key in tensors} == kohyas_names(tiny.DOUBLES, tiny.SINGLES)
     width = tiny.WIDTH
@@ -79,7 +70,7 @@ def test_kohyas_names(klein: Any, tmp_path: Path) -> None:
 
 def test_comfyuis_names_of_the_original_layout_are_read(klein: Any, tmp_path: Path) -> None:
     """As ai-toolkit writes them: without alpha."""
-    (expected,) = trained(klein, outputs, tmp_path / "kohya.safetensors", "kohya")
+    (expected,) = trained(klein, flow_outputs, tmp_path / "kohya.safetensors", "kohya")
     tensors = load_file(tmp_path / "kohya.safetensors")
     dotted: dict[str, Tensor] = {}
     for key in [key for key in tensors if key.endswith("lora_down.weight")]:
@@ -97,9 +88,9 @@ def test_comfyuis_names_of_the_original_layout_are_read(klein: Any, tmp_path: Pa
     network = create_to_merge(content, klein.adapter_targets(), multiplier=1.0)
     network.load(content)
     network.attach()
-    (found,) = outputs(klein)
+    (found,) = flow_outputs(klein)
     network.detach()
-    assert difference(found, expected) < BOUND
+    assert difference(found, expected) < FLOW_BOUND
     shapes = {name: tuple(tensor.shape) for name, tensor in dotted.items()}
     verdicts = loaders.verdicts(shapes, version="flux_2_klein_4b")
     assert {one.program for one in verdicts if one.exact} == {"ComfyUI", "diffusers"}
@@ -109,7 +100,7 @@ def test_comfyuis_names_of_the_original_layout_are_read(klein: Any, tmp_path: Pa
 def test_who_loads_them(klein: Any, tmp_path: Path) -> None:
     for naming in ("kohya", "diffusers"):
         path = tmp_path / f"{naming}.safetensors"
-        trained(klein, outputs, path, naming)
+        trained(klein, flow_outputs, path, naming)
         shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
         layers = len(kohyas_names(tiny.DOUBLES, tiny.SINGLES)) if naming == "kohya" else tiny.LAYERS
         found = {one.program: one for one in loaders.verdicts(shapes, version="flux_2_klein_9b")}
@@ -124,37 +115,21 @@ def test_who_loads_them(klein: Any, tmp_path: Path) -> None:
 def test_diffusers_loads_every_layer_and_gives_the_same_output(
     klein: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, naming: str
 ) -> None:
-    (expected,) = trained(klein, outputs, tmp_path / "adapter.safetensors", naming)
+    (expected,) = trained(klein, flow_outputs, tmp_path / "adapter.safetensors", naming)
     pipeline = tiny.pipeline()
-    for library in ("diffusers", "transformers", "peft"):
-        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(str(tmp_path), weight_name="adapter.safetensors")
-    assert not [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
-    assert sum(hasattr(module, "lora_A") for module in pipeline.transformer.modules()) == tiny.LAYERS
+    assert not load_in_diffusers(pipeline, tmp_path / "adapter.safetensors", caplog, monkeypatch)
+    assert adapted(pipeline.transformer) == tiny.LAYERS
+    noisy, (_, tokens) = flow_noise(klein), FLOW["flux2"].length
     with torch.no_grad():
-        states, text_ids = pipeline.encode_prompt(["emoji of cat", "a dog"], max_sequence_length=TOKENS)
+        states, text_ids = pipeline.encode_prompt(CAPTIONS, max_sequence_length=tokens)
         found = pipeline.transformer(
-            hidden_states=pipeline._pack_latents(NOISY),
+            hidden_states=pipeline._pack_latents(noisy),
             encoder_hidden_states=states,
             timestep=LEVELS,
-            img_ids=pipeline._prepare_latent_ids(NOISY),
+            img_ids=pipeline._prepare_latent_ids(noisy),
             txt_ids=text_ids,
         ).sample
-    assert difference(found, pipeline._pack_latents(expected)) < BOUND
-
-
-def test_conversion_goes_both_ways(klein: Any, tmp_path: Path) -> None:
-    """From kohya's fused layers to diffusers' single ones, and back."""
-    trained(klein, outputs, tmp_path / "kohya.safetensors", "kohya")
-    convert(tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors", to="diffusers")
-    convert(tmp_path / "diffusers.safetensors", tmp_path / "again.safetensors", to="kohya")
-    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "again"))
-    assert before.keys() == after.keys()
-    for key in before:
-        if key.endswith("lora_up.weight"):  # diffusers' names have no alpha: the scale went into these
-            scale = before[key.replace("lora_up.weight", "alpha")] / before[key].shape[1]
-            torch.testing.assert_close(after[key], before[key] * scale, rtol=1e-6, atol=0)
+    assert difference(found, pipeline._pack_latents(expected)) < FLOW_BOUND
 
 
 @pytest.mark.parametrize(
@@ -174,12 +149,7 @@ def test_the_true_size_in_diffusers_own_reader(more: dict[str, int], layers: int
         place=flux_names.fused_place,
     )
     sites = find_sites([target], conv=False)
-    tensors = {}
-    for number, site in enumerate(sites):
-        rows, columns = site.module.weight.shape
-        tensors[f"{site.name}.lora_down.weight"] = torch.full((1, columns), float(number))
-        tensors[f"{site.name}.lora_up.weight"] = torch.full((rows, 1), float(number + 1))
-        tensors[f"{site.name}.alpha"] = torch.tensor(1.0)
+    tensors = numbered((site.name, site.module) for site in sites)
     fused = fuse(tensors, sites)
     names = {key.partition(".")[0] for key in fused}
     assert names == kohyas_names(config["num_layers"], config["num_single_layers"])

@@ -2,56 +2,42 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_models import check_reading, difference, trained
+from adapter_models import (
+    FLOW_BOUND,
+    adapted,
+    difference,
+    flow_family,
+    flow_outputs,
+    load_in_diffusers,
+    numbered,
+    trained,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.models.checkpoints.flux_names import fused_name, fused_place, original_name
 from library.models.modules import new_flux_transformer
-from library.models.opening import open_family
 from networks.formats.fused import fuse
 from networks.formats.naming import to_diffusers
 from networks.sites import find_sites
 from networks.tools.convert import convert
 from tests import tiny_flux as tiny
 
-TOKENS = 16
-# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
-BOUND = 1e-5
-NOISY = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-
 
 @pytest.fixture(scope="module")
 def flux(tiny_flux: Path) -> Any:
-    family = open_family(str(tiny_flux), options={"t5xxl_max_token_length": TOKENS})
-    family.components.load_all(family.PARTS, torch.float32, "cpu")
-    return family
-
-
-def outputs(family: Any) -> tuple[Tensor, Tensor]:
-    """The answer and the pooled text."""
-    with torch.no_grad():
-        texts = family.encode_prompts(["emoji of cat", "a dog"])
-        sizes: Any = {"original_sizes": [(64, 64)] * 2, "crops": [(0, 0)] * 2, "target_size": (64, 64)}
-        answer = family.predict(NOISY, torch.tensor([0.3, 0.8]), family.condition(texts, **sizes))
-    return answer, texts["pooled"]
-
-
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-def test_a_file_is_read_as_it_acts(flux: Any, tmp_path: Path, naming: str) -> None:
-    check_reading(flux, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
+    return flow_family("flux", tiny_flux)
 
 
 def test_kohyas_names(flux: Any, tmp_path: Path) -> None:
     """Per double block ten layers, per single block three; of the text encoder six in each of its layers."""
-    trained(flux, outputs, tmp_path / "adapter.safetensors", "kohya")
+    trained(flux, flow_outputs, tmp_path / "adapter.safetensors", "kohya")
     tensors = load_file(tmp_path / "adapter.safetensors")
     modules = {key.partition(".")[0] for key in tensors}
     streams = ("mod_lin", "attn_qkv", "attn_proj", "mlp_0", "mlp_2")
@@ -83,39 +69,24 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
     """--save_naming diffusers. Its reader of kohya's names knows the true width only."""
     from diffusers import FluxPipeline
 
-    expected = trained(flux, outputs, tmp_path / "adapter.safetensors", "diffusers")
+    expected = trained(flux, flow_outputs, tmp_path / "adapter.safetensors", "diffusers")
     pipeline = FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32)
-    for library in ("diffusers", "transformers", "peft"):
-        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(str(tmp_path), weight_name="adapter.safetensors")
-    assert not [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
-    layers = [
-        m for part in (pipeline.transformer, pipeline.text_encoder) for m in part.modules() if hasattr(m, "lora_A")
-    ]
-    assert len(layers) == tiny.DOUBLES * 14 + tiny.SINGLES * 6 + 12
+    assert not load_in_diffusers(pipeline, tmp_path / "adapter.safetensors", caplog, monkeypatch)
+    layers = tiny.DOUBLES * 14 + tiny.SINGLES * 6 + 12
+    assert adapted(pipeline.transformer, pipeline.text_encoder) == layers
     own = {name: flux.components[name] for name in flux.PARTS}
     try:
         flux.components["denoiser"], flux.components["text_encoder"] = pipeline.transformer, pipeline.text_encoder
-        found = outputs(flux)
+        found = flow_outputs(flux)
     finally:
         for name, module in own.items():
             flux.components[name] = module
     for now, before in zip(found, expected, strict=True):
-        assert difference(now, before) < BOUND
+        assert difference(now, before) < FLOW_BOUND
 
 
-def test_conversion_goes_both_ways(flux: Any, tmp_path: Path) -> None:
-    """From kohya's fused layers to diffusers' single ones, and back; also of some layers alone."""
-    trained(flux, outputs, tmp_path / "kohya.safetensors", "kohya")
-    convert(tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors", to="diffusers")
-    convert(tmp_path / "diffusers.safetensors", tmp_path / "again.safetensors", to="kohya")
-    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "again"))
-    assert before.keys() == after.keys()
-    for key in before:
-        if key.endswith("lora_up.weight"):  # diffusers' names have no alpha: the scale went into these
-            scale = before[key.replace("lora_up.weight", "alpha")] / before[key].shape[1]
-            torch.testing.assert_close(after[key], before[key] * scale, rtol=1e-6, atol=0)
+def test_some_layers_alone_are_fused(flux: Any, tmp_path: Path) -> None:
+    trained(flux, flow_outputs, tmp_path / "diffusers.safetensors", "diffusers")
     some = {
         key: tensor
         for key, tensor in load_file(tmp_path / "diffusers.safetensors").items()
@@ -150,13 +121,7 @@ def _true_network() -> tuple[dict[str, Tensor], Any]:
         place=fused_place,
     )
     sites = find_sites([target], conv=False)
-    tensors = {}
-    for number, site in enumerate(sites):
-        rows, columns = site.module.weight.shape
-        tensors[f"{site.name}.lora_down.weight"] = torch.full((1, columns), float(number))
-        tensors[f"{site.name}.lora_up.weight"] = torch.full((rows, 1), float(number + 1))
-        tensors[f"{site.name}.alpha"] = torch.tensor(1.0)
-    return tensors, sites
+    return numbered((site.name, site.module) for site in sites), sites
 
 
 def test_the_true_size_in_diffusers_own_reader() -> None:

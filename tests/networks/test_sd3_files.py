@@ -3,76 +3,69 @@ trained."""
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_models import check_reading, difference, lora, lora_from_file, randomize, trained
+from adapter_models import (
+    CAPTIONS,
+    FLOW_BOUND,
+    LEVELS,
+    adapted,
+    check_conversion,
+    difference,
+    flow_family,
+    flow_noise,
+    flow_outputs,
+    load_in_diffusers,
+    lora,
+    lora_from_file,
+    randomize,
+    trained,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.opening import open_family
 from networks.create import create
 from networks.files import read
 from networks.settings import Asked
-from networks.tools.convert import convert
 from tests import tiny_sd3 as tiny
+from tests.flow_families import FLOW
 from tests.quick import slow
-
-TOKENS = 16
-# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
-BOUND = 1e-5
-NOISY = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-SIZES: Any = {"original_sizes": [(64, 64)] * 2, "crops": [(0, 0)] * 2, "target_size": (64, 64)}
 
 
 @pytest.fixture(scope="module")
 def sd3(tiny_sd3: Path) -> Any:
-    family = open_family(str(tiny_sd3), options={"t5xxl_max_token_length": TOKENS})
-    family.components.load_all(family.PARTS, torch.float32, "cpu")
-    return family
+    return flow_family("sd3", tiny_sd3)
 
 
-def outputs(family: Any) -> tuple[Tensor, Tensor]:
-    """The answer and the pooled text."""
+def outputs_there(sd3: Any, pipeline: Any) -> tuple[Tensor, Tensor]:
+    """The outputs of diffusers' pipeline: the answer and the pooled text."""
+    _, tokens = FLOW["sd3"].length
     with torch.no_grad():
-        texts = family.encode_prompts(["emoji of cat", "a dog"])
-        answer = family.predict(NOISY, torch.tensor([0.3, 0.8]), family.condition(texts, **SIZES))
-    return answer, texts["pooled"]
-
-
-def outputs_there(pipeline: Any) -> tuple[Tensor, Tensor]:
-    """The same of diffusers' pipeline."""
-    with torch.no_grad():
-        states, _, pooled, _ = pipeline.encode_prompt(["emoji of cat", "a dog"], None, None, max_sequence_length=TOKENS)
+        states, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, None, None, max_sequence_length=tokens)
         answer = pipeline.transformer(
-            hidden_states=NOISY,
-            timestep=torch.tensor([300.0, 800.0]),
+            hidden_states=flow_noise(sd3),
+            timestep=1000 * LEVELS,
             pooled_projections=pooled,
             encoder_hidden_states=states,
         ).sample
     return answer, pooled
 
 
-def everything(family: Any, file: Path, naming: str) -> tuple[Tensor, Tensor]:
+def everything(family: Any, file: Path, naming: str) -> tuple[Tensor, ...]:
     """As `trained`, with the embedders and the last layers as well."""
     network = lora(3, 2.0, targets=family.adapter_targets(), preset="full")
     network.naming = naming  # type: ignore[assignment]
     network.attach()
     randomize(network, 0.2)
-    answer = outputs(family)
+    answer = flow_outputs(family)
     network.save(str(file), None, {})
     network.detach()
     return answer
-
-
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-def test_a_file_is_read_as_it_acts(sd3: Any, tmp_path: Path, naming: str) -> None:
-    check_reading(sd3, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
 
 
 @pytest.mark.parametrize("naming", [slow("kohya"), "diffusers"])
@@ -89,16 +82,16 @@ def test_layers_outside_of_the_blocks_too(sd3: Any, tmp_path: Path, naming: str)
     network = lora_from_file(content, targets=sd3.adapter_targets())
     network.attach()
     report = network.load(content)
-    found = outputs(sd3)
+    found = flow_outputs(sd3)
     network.detach()
     assert (report.missing, report.unexpected) == ((), ())
-    assert all(difference(now, before) < BOUND for now, before in zip(found, expected, strict=True))
+    assert all(difference(now, before) < FLOW_BOUND for now, before in zip(found, expected, strict=True))
 
 
 def test_kohyas_names(sd3: Any, tmp_path: Path) -> None:
     """Of each block ten layers, two more with a second attention, seven of the last; of CLIP-L and CLIP-G six in each
     of their layers."""
-    trained(sd3, outputs, tmp_path / "adapter.safetensors", "kohya")
+    trained(sd3, flow_outputs, tmp_path / "adapter.safetensors", "kohya")
     tensors = load_file(tmp_path / "adapter.safetensors")
     modules = {key.partition(".")[0] for key in tensors}
     layers = ("attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2", "adaLN_modulation_1")
@@ -142,14 +135,9 @@ def _in_diffusers(folder: Path, file: Path, sd3: Any, caplog: Any, monkeypatch: 
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
-    for library in ("diffusers", "transformers", "peft"):
-        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    said = [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
-    parts = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
-    layers = [m for part in parts for m in part.modules() if hasattr(m, "lora_A")]
-    return len(layers), said, outputs_there(pipeline)
+    said = load_in_diffusers(pipeline, file, caplog, monkeypatch)
+    layers = adapted(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
+    return layers, said, outputs_there(sd3, pipeline)
 
 
 @pytest.mark.parametrize("preset", [slow(None), "full"])
@@ -157,13 +145,13 @@ def test_diffusers_loads_every_layer_and_gives_the_same_output(
     sd3: Any, tiny_sd3: Path, tmp_path: Path, caplog: Any, monkeypatch: Any, preset: str | None
 ) -> None:
     """--save_naming diffusers. The rows of the last norms are in diffusers' order there."""
-    make = everything if preset else lambda *given: trained(sd3, outputs, *given[1:])
+    make = everything if preset else lambda *given: trained(sd3, flow_outputs, *given[1:])
     expected = make(sd3, tmp_path / "adapter.safetensors", "diffusers")
     count, said, found = _in_diffusers(tiny_sd3, tmp_path / "adapter.safetensors", sd3, caplog, monkeypatch)
     assert not said
     assert count == (tiny.BLOCKS - 1) * 14 + 11 + 2 * 4 + 24 + (8 if preset else 0)
     for now, before in zip(found, expected, strict=True):
-        assert difference(now, before) < BOUND
+        assert difference(now, before) < FLOW_BOUND
 
 
 @pytest.mark.slow
@@ -171,25 +159,17 @@ def test_diffusers_loads_nothing_of_kohyas_names(
     sd3: Any, tiny_sd3: Path, tmp_path: Path, caplog: Any, monkeypatch: Any
 ) -> None:
     """Which is why the log says so, and --save_naming diffusers is there."""
-    trained(sd3, outputs, tmp_path / "adapter.safetensors", "kohya", "denoiser")
-    base = outputs(sd3)
+    trained(sd3, flow_outputs, tmp_path / "adapter.safetensors", "kohya", "denoiser")
+    base = flow_outputs(sd3)
     count, said, found = _in_diffusers(tiny_sd3, tmp_path / "adapter.safetensors", sd3, caplog, monkeypatch)
     assert count == 0
     assert any("No LoRA keys associated to" in one for one in said)
-    assert all(difference(now, before) < BOUND for now, before in zip(found, base, strict=True))
+    assert all(difference(now, before) < FLOW_BOUND for now, before in zip(found, base, strict=True))
 
 
-def test_conversion_goes_both_ways(sd3: Any, tmp_path: Path) -> None:
-    """From kohya's fused layers to diffusers' single ones, and back, with the rows of the last norms exchanged."""
+def test_conversion_exchanges_the_rows_of_the_last_norms(sd3: Any, tmp_path: Path) -> None:
     everything(sd3, tmp_path / "kohya.safetensors", "kohya")
-    convert(tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors", to="diffusers")
-    convert(tmp_path / "diffusers.safetensors", tmp_path / "again.safetensors", to="kohya")
-    before, between, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "diffusers", "again"))
-    assert before.keys() == after.keys()
-    for key in before:
-        if key.endswith("lora_up.weight"):  # diffusers' names have no alpha: the scale went into these
-            scale = before[key.replace("lora_up.weight", "alpha")] / before[key].shape[1]
-            torch.testing.assert_close(after[key], before[key] * scale, rtol=1e-6, atol=0)
+    before, between = check_conversion(tmp_path)
     names = {
         "norm_out.linear": "final_layer_adaLN_modulation_1",
         f"transformer_blocks.{tiny.BLOCKS - 1}.norm1_context.linear": (
@@ -208,7 +188,7 @@ def test_conversion_goes_both_ways(sd3: Any, tmp_path: Path) -> None:
 def test_comfyuis_and_pefts_names_are_read(sd3: Any, tmp_path: Path, prefix: str) -> None:
     """ComfyUI has the original names behind its prefix, PEFT diffusers' names."""
     naming = "kohya" if prefix == "diffusion_model." else "diffusers"
-    trained(sd3, outputs, tmp_path / "adapter.safetensors", naming, "denoiser")
+    trained(sd3, flow_outputs, tmp_path / "adapter.safetensors", naming, "denoiser")
     if naming == "diffusers":
         renamed = {
             key.replace("transformer.", prefix, 1): tensor
@@ -248,7 +228,7 @@ def test_other_kinds_have_kohyas_names(sd3: Any, tmp_path: Path, kind: str) -> N
     network = create(kind, sd3.adapter_targets("denoiser"), asked, {})
     network.attach()
     randomize(network, 0.1)
-    expected = outputs(sd3)
+    expected = flow_outputs(sd3)
     network.save(str(tmp_path / "other.safetensors"), None, {})
     network.detach()
     content = read(tmp_path / "other.safetensors")
@@ -257,9 +237,9 @@ def test_other_kinds_have_kohyas_names(sd3: Any, tmp_path: Path, kind: str) -> N
     again = create_from_file(kind, content, sd3.adapter_targets("denoiser"), Asked(), {})
     again.attach()
     again.load(content)
-    found = outputs(sd3)
+    found = flow_outputs(sd3)
     again.detach()
-    assert all(difference(now, before) < BOUND for now, before in zip(found, expected, strict=True))
+    assert all(difference(now, before) < FLOW_BOUND for now, before in zip(found, expected, strict=True))
 
 
 @pytest.mark.slow
@@ -274,5 +254,5 @@ def test_merging_into_a_folder(sd3: Any, tiny_sd3: Path, tmp_path: Path) -> None
     assert main([*words, "--save_to", str(tmp_path / "merged")]) == 0
     shutil.copytree(tiny_sd3 / "tokenizer_3", tmp_path / "merged" / "tokenizer_3", dirs_exist_ok=True)
     merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    for now, before in zip(outputs_there(merged), expected, strict=True):
-        assert difference(now, before) < BOUND
+    for now, before in zip(outputs_there(sd3, merged), expected, strict=True):
+        assert difference(now, before) < FLOW_BOUND

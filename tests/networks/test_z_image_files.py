@@ -4,19 +4,31 @@ layout, and that all act as trained."""
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_models import check_reading, difference, every_kind, randomize, trained
+from adapter_models import (
+    CAPTIONS,
+    FLOW_BOUND,
+    LEVELS,
+    adapted,
+    difference,
+    every_kind,
+    flow_family,
+    flow_noise,
+    flow_outputs,
+    load_in_diffusers,
+    numbered,
+    randomize,
+    trained,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.models.checkpoints.z_image_names import dotted_name
 from library.models.modules import new_z_image_transformer
-from library.models.opening import open_family
 from library.models.z_image import ZImage
 from networks import kinds
 from networks.create import create, create_to_merge
@@ -28,37 +40,18 @@ from networks.settings import Asked
 from networks.tools.check import report
 from tests import tiny_z_image as tiny
 
-# Largest difference of an output, relative to the largest output, in fp32: the order of multiplications differs
-BOUND = 1e-5
-NOISY = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
 LAYERS = 7 * tiny.LAYERS
 
 
 @pytest.fixture(scope="module")
 def z_image(tiny_z_image: Path) -> Any:
-    family = open_family(str(tiny_z_image))
-    family.components.load_all(family.PARTS, torch.float32, "cpu")
-    return family
-
-
-def outputs(family: Any) -> tuple[Tensor, ...]:
-    """The answer."""
-    with torch.no_grad():
-        texts = family.encode_prompts(["emoji of cat", "a dog"])
-        return (family.predict(NOISY, torch.tensor([0.3, 0.8]), texts),)
-
-
-@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
-def test_a_file_is_read_as_it_acts(z_image: Any, tmp_path: Path, naming: str) -> None:
-    content = check_reading(z_image, outputs, tmp_path / "adapter.safetensors", naming, bound=BOUND)
-    assert content.naming == {"kohya": "kohya", "diffusers": "ComfyUI"}[naming]
-    assert len(content.layers) == LAYERS
+    return flow_family("z_image", tiny_z_image)
 
 
 @pytest.mark.parametrize("naming", ["kohya", "ComfyUI"])
 def test_layers_of_the_original_layout_are_read_apart(z_image: Any, tmp_path: Path, naming: str) -> None:
     """Query, key and value as one, as programs write them that train on that layout: flat or with dots."""
-    (expected,) = trained(z_image, outputs, tmp_path / "apart.safetensors", "kohya")
+    (expected,) = trained(z_image, flow_outputs, tmp_path / "apart.safetensors", "kohya")
     tensors = load_file(tmp_path / "apart.safetensors")
     whole: dict[str, Tensor] = {}
     for i in range(tiny.LAYERS):
@@ -83,9 +76,9 @@ def test_layers_of_the_original_layout_are_read_apart(z_image: Any, tmp_path: Pa
     assert content.layers.keys() == read(tmp_path / "apart.safetensors").layers.keys()
     network = network_of(z_image, content)
     network.attach()
-    (found,) = outputs(z_image)
+    (found,) = flow_outputs(z_image)
     network.detach()
-    assert difference(found, expected) < BOUND
+    assert difference(found, expected) < FLOW_BOUND
 
 
 def network_of(family: Any, content: AdapterFile) -> Network:
@@ -96,8 +89,8 @@ def network_of(family: Any, content: AdapterFile) -> Network:
 
 def test_names_and_who_loads_them(z_image: Any, tmp_path: Path) -> None:
     """ComfyUI finds the feed-forward layers of flat names, and no attention."""
-    trained(z_image, outputs, tmp_path / "kohya.safetensors", "kohya")
-    trained(z_image, outputs, tmp_path / "dotted.safetensors", "diffusers")
+    trained(z_image, flow_outputs, tmp_path / "kohya.safetensors", "kohya")
+    trained(z_image, flow_outputs, tmp_path / "dotted.safetensors", "diffusers")
     flat, dotted = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "dotted"))
     names = {key.partition(".")[0] for key in flat}
     assert names > {"lora_unet_layers_1_attention_to_out_0", "lora_unet_layers_0_feed_forward_w3"}
@@ -127,7 +120,7 @@ def test_every_kind_has_dotted_names_that_are_read(z_image: Any, tmp_path: Path,
     network.attach()
     network.eval()
     randomize(network)
-    (expected,) = outputs(z_image)
+    (expected,) = flow_outputs(z_image)
     network.save(tmp_path / "adapter.safetensors", None, {"ss_network_module": f"networks.{kind}"})
     network.detach()
     tensors = load_file(tmp_path / "adapter.safetensors")
@@ -136,7 +129,7 @@ def test_every_kind_has_dotted_names_that_are_read(z_image: Any, tmp_path: Path,
     if kinds.load(kind).reads():
         again = network_of(z_image, read(tmp_path / "adapter.safetensors"))
         again.attach()
-        (found,) = outputs(z_image)
+        (found,) = flow_outputs(z_image)
         again.detach()
         assert difference(found, expected) < 1e-4
 
@@ -144,19 +137,14 @@ def test_every_kind_has_dotted_names_that_are_read(z_image: Any, tmp_path: Path,
 def test_diffusers_loads_every_layer_and_gives_the_same_output(
     z_image: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (expected,) = trained(z_image, outputs, tmp_path / "adapter.safetensors", "diffusers")
+    (expected,) = trained(z_image, flow_outputs, tmp_path / "adapter.safetensors", "diffusers")
     pipeline = tiny.pipeline()
-    for library in ("diffusers", "transformers", "peft"):
-        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(str(tmp_path), weight_name="adapter.safetensors")
-    assert not [record.getMessage() for record in caplog.records if "lora" in record.getMessage().lower()]
-    layers = [module for module in pipeline.transformer.modules() if hasattr(module, "lora_A")]
-    assert len(layers) == LAYERS
+    assert not load_in_diffusers(pipeline, tmp_path / "adapter.safetensors", caplog, monkeypatch)
+    assert adapted(pipeline.transformer) == LAYERS
     with torch.no_grad():
-        states, _ = pipeline.encode_prompt(["emoji of cat", "a dog"], device="cpu", do_classifier_free_guidance=False)
-        found = pipeline.transformer(list(NOISY[:, :, None]), 1 - torch.tensor([0.3, 0.8]), states).sample
-    assert difference(-torch.stack(found)[:, :, 0], expected) < BOUND
+        states, _ = pipeline.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
+        found = pipeline.transformer(list(flow_noise(z_image)[:, :, None]), 1 - LEVELS, states).sample
+    assert difference(-torch.stack(found)[:, :, 0], expected) < FLOW_BOUND
 
 
 @pytest.mark.parametrize("naming", ["kohya", "diffusers"])
@@ -167,13 +155,7 @@ def test_the_true_size_in_diffusers_own_reader(naming: str) -> None:
     config = json.loads((tiny.ASSETS / "z_image.json").read_text(encoding="utf-8"))["transformer"]
     pattern = ZImage.PARTS["denoiser"].linear
     layers = {path: layer for path, layer in new_z_image_transformer(config).named_modules() if pattern.fullmatch(path)}
-    tensors = {}
-    for path, layer in layers.items():
-        rows, columns = layer.weight.shape
-        name = "lora_unet_" + path.replace(".", "_")
-        tensors[f"{name}.lora_down.weight"] = torch.empty(1, columns)
-        tensors[f"{name}.lora_up.weight"] = torch.empty(rows, 1)
-        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    tensors = numbered((f"lora_unet_{path.replace('.', '_')}", layer) for path, layer in layers.items())
     given = tensors if naming == "kohya" else to_diffusers(tensors, source="test")
     theirs = _convert_non_diffusers_z_image_lora_to_diffusers(given)
     assert theirs.keys() == {f"transformer.{path}.lora_{which}.weight" for path in layers for which in "AB"}

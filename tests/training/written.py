@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two files hold the same bits."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def refused(train: Callable[..., int], words: Sequence[str], pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command ends with exit code 2, and what it says has this pattern."""
+    assert train(*words) == 2
+    said = capsys.readouterr().err
+    assert re.search(pattern, said), said
 
 
 def assert_refused(
