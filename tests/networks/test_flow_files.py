@@ -22,6 +22,8 @@ def test_a_file_is_read_as_it_acts(family: Any, tmp_path: Path, naming: str) -> 
     content = check_reading(family, flow_outputs, tmp_path / "adapter.safetensors", naming, bound=FLOW_BOUND)
     row = FLOW[family.NAME]
     assert content.naming == ("kohya" if naming == "kohya" else row.other_naming)
+    if row.other_naming == "ComfyUI":  # where no layers are fused in files
+        assert len(content.layers) == sum(row.layers.values())
 
 
 def test_conversion_goes_both_ways(family: Any, tmp_path: Path) -> None:
