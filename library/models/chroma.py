@@ -21,12 +21,10 @@ from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_chroma
 from library.models.checkpoints.flux_files import (
     CHROMA_PARTS,
-    autoencoder_config,
     chroma_configurations,
     open_chroma,
     t5_tokenizer,
 )
-from library.models.checkpoints.open_file import with_vae
 from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
 from library.models.family import Rendering
@@ -37,14 +35,14 @@ from library.models.flow_matching import (
     flow_of,
     in_its_dtype,
     latent_space_of,
-    one_autoencoder,
     plain_noise,
     refuse_misfits,
     refuse_missing,
     same_shift,
+    with_flux_autoencoder,
 )
 from library.models.flux_blocks import CHOICES, LINEAR, FluxBlocks
-from library.models.latent_diffusion import VAE, with_scaling
+from library.models.latent_diffusion import VAE
 from library.models.text.t5 import T5, T5Tokens, t5_states
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENS = 512
-_SCALING = 0.3611  # of the latents
 _SHIFT = 3.0  # of the levels of samples, in Chroma1-HD's scheduler
 _EXPECTED = {"unet": 418}  # of the true size
 _WANTED = {
@@ -106,18 +103,15 @@ class Chroma(FluxBlocks):
         model_prediction_type: str = "raw",
         model_type: str | None = None,
     ) -> None:
-        own = one_autoencoder(vae, ae)
+        base, own = with_flux_autoencoder(base, vae, ae)
         if t5xxl:
             base = with_part(base, "text_encoder", CHROMA_PARTS["text_encoder"], t5xxl, option="t5xxl")
-        if own:
-            base = with_vae(base, own, option="ae" if ae else "vae", usual=autoencoder_config())
         refuse_missing(base, "Chroma", _WANTED)
-        base = with_scaling(base, default=_SCALING)
         super().__init__(base, vae=own)
         self._config, self._scheduler = base.parts["denoiser"].config, base.scheduler
         refuse_misfits(base, _fits(base))
         self._t5 = T5Tokens(
-            t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2,
+            t5_tokenizer(base, t5_tokenizer_path),
             base.parts["text_encoder"].config,
             limit=t5xxl_max_token_length or _TOKENS,
             of=base.path,

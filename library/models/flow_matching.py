@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from library.errors import UserError
 from library.models.checkpoints.base_model import BaseModel
+from library.models.checkpoints.flux_files import autoencoder_config
+from library.models.checkpoints.open_file import with_vae
 from library.models.family import AdapterTargets, ModelFamily
+from library.models.latent_diffusion import with_scaling
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from library.models.flow_pipeline import FlowPipeline
 
 PATCH = 2  # latent cells of a token's side
+_FLUX_SCALING = 0.3611  # of the latents of FLUX.1's autoencoder
 
 
 class FlowMatching(ModelFamily):
@@ -104,6 +108,14 @@ def one_autoencoder(vae: str | None, ae: str | None) -> str | None:
     if vae and ae and vae != ae:
         raise UserError(f"--vae {vae} and --ae {ae} are two names for one thing: give one of them")
     return vae or ae
+
+
+def with_flux_autoencoder(base: BaseModel, vae: str | None, ae: str | None) -> tuple[BaseModel, str | None]:
+    """A model that has FLUX.1's autoencoder, with the one that --vae or --ae names if any; and that path."""
+    own = one_autoencoder(vae, ae)
+    if own:
+        base = with_vae(base, own, option="ae" if ae else "vae", usual=autoencoder_config())
+    return with_scaling(base, default=_FLUX_SCALING), own
 
 
 def called(base: BaseModel, word: str) -> bool:

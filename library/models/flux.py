@@ -16,8 +16,7 @@ from library.files.tensors import WeightsIndex
 from library.gpu import device_of, to_device
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_flux
-from library.models.checkpoints.flux_files import PARTS, autoencoder_config, configurations, open_flux, t5_tokenizer
-from library.models.checkpoints.open_file import with_vae
+from library.models.checkpoints.flux_files import PARTS, configurations, open_flux, t5_tokenizer
 from library.models.checkpoints.part_files import with_part
 from library.models.components import PartKind
 from library.models.family import Rendering
@@ -27,14 +26,14 @@ from library.models.flow_matching import (
     flow_of,
     in_its_dtype,
     latent_space_of,
-    one_autoencoder,
     plain_noise,
     refuse_misfits,
     refuse_missing,
     same_shift,
+    with_flux_autoencoder,
 )
 from library.models.flux_blocks import CHOICES, LINEAR, FluxBlocks
-from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE, with_scaling
+from library.models.latent_diffusion import TEXT_CHOICES, TEXT_ENCODER, VAE
 from library.models.text.t5 import T5, T5Tokens, t5_states
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 _TEXTS = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}  # and the options that name their files
 _CLIP_TOKENS, _T5_TOKENS = 75, {True: 512, False: 256}  # of T5 by whether the model is told a guidance (dev)
-_SCALING = 0.3611  # of the latents
 _EXPECTED = {"unet": 494, "text_encoder": 72}  # of the true size
 
 
@@ -95,15 +93,12 @@ class Flux1(FluxBlocks):
         model_prediction_type: str = "raw",
         model_type: str | None = None,
     ) -> None:
-        own = one_autoencoder(vae, ae)
+        base, own = with_flux_autoencoder(base, vae, ae)
         files = {"text_encoder": clip_l, "text_encoder_2": t5xxl}
         for part, path in files.items():
             base = with_part(base, part, PARTS[part], path, option=_TEXTS[part]) if path else base
-        if own:
-            base = with_vae(base, own, option="ae" if ae else "vae", usual=autoencoder_config())
         options = {part: f"--{option}" for part, option in {**_TEXTS, "vae": "ae"}.items()}
         refuse_missing(base, "FLUX.1", options, behind=", the others' files")
-        base = with_scaling(base, default=_SCALING)
         super().__init__(base, vae=own)
         self._base, self._config = base, base.parts["denoiser"].config
         refuse_misfits(base, _fits(base))
@@ -111,7 +106,7 @@ class Flux1(FluxBlocks):
         self.distilled = not self._told
         self.architecture = "flux-1-dev" if self._told else "flux-1-schnell"
         self._t5 = T5Tokens(
-            t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2,
+            t5_tokenizer(base, t5_tokenizer_path),
             base.parts["text_encoder_2"].config,
             limit=t5xxl_max_token_length or _T5_TOKENS[self._told],
             of=base.path,

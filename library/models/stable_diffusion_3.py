@@ -129,7 +129,7 @@ class StableDiffusion3(FlowMatching):
         refuse_misfits(base, _fits(base))
         self._has_t5 = "text_encoder_3" in base.parts
         self._t5_tokens = t5xxl_max_token_length or _T5_TOKENS
-        folder = t5_tokenizer(t5_tokenizer_path) if t5_tokenizer_path else base.tokenizer_2
+        folder = t5_tokenizer(base, t5_tokenizer_path)
         of_t5 = base.parts["text_encoder_3"].config if self._has_t5 else {}
         self._t5 = T5Tokens(folder, of_t5, limit=self._t5_tokens, of=self.path)
         self.token_limit = self._t5_tokens - 1 if self._has_t5 else _CLIP_TOKENS

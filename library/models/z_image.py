@@ -20,7 +20,6 @@ from library.models.checkpoints.adapter_file import WrittenNaming
 from library.models.checkpoints.base_model import BaseModel, Folder
 from library.models.checkpoints.detect import is_z_image
 from library.models.checkpoints.flux_files import autoencoder_config
-from library.models.checkpoints.open_file import with_vae
 from library.models.checkpoints.part_files import with_part
 from library.models.checkpoints.z_image_files import PARTS, configurations, open_z_image
 from library.models.checkpoints.z_image_names import block_number
@@ -33,13 +32,13 @@ from library.models.flow_matching import (
     flow_of,
     in_its_dtype,
     latent_space_of,
-    one_autoencoder,
     plain_noise,
     refuse_misfits,
     refuse_missing,
     same_shift,
+    with_flux_autoencoder,
 )
-from library.models.latent_diffusion import VAE, with_scaling
+from library.models.latent_diffusion import VAE
 from library.models.text import qwen
 from library.models.text.language import never_in_fp16, padded, read_qwen3_tokenizer
 
@@ -56,7 +55,6 @@ _MORE = re.compile(
     r"(?:noise|context)_refiner\.\d+\.(?:attention\.(?:to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 )
 _LAYERS, _EXPECTED = 30, {"unet": 210}  # of the true size
-_SCALING = 0.3611  # of the latents
 _SHIFT = 3.0  # of the levels of samples
 _TRAINED_SHIFT = 2.0  # of those that are drawn in training, as musubi-tuner's documents have it
 
@@ -104,13 +102,10 @@ class ZImage(FlowMatching):
         discrete_flow_shift: float | None = None,
         turbo: bool | None = None,
     ) -> None:
-        own = one_autoencoder(vae, ae)
+        base, own = with_flux_autoencoder(base, vae, ae)
         if qwen3:
             base = with_part(base, "text_encoder", PARTS["text_encoder"], qwen3, option="qwen3")
-        if own:
-            base = with_vae(base, own, option="ae" if ae else "vae", usual=autoencoder_config())
         refuse_missing(base, "Z-Image", _WANTED)
-        base = with_scaling(base, default=_SCALING)
         base = qwen.with_own_tokenizer(base, qwen3_tokenizer_path)
         super().__init__(base, vae=own)
         self._base, self._config = base, base.parts["denoiser"].config

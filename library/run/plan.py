@@ -199,11 +199,13 @@ def _refuse_large_images(
 ) -> None:
     """`UserError` for images or samples with a longer side than the model takes."""
     longest = family.longest_side
+    if longest is None:
+        return
     data = [prepared, prepared.validation, prepared.trained, *(one.prepared for one in sets)]
     sizes = {("an image's bucket", group.size) for one in data if one is not None for group in one.groups}
     sizes |= {("a sample", (item.width, item.height)) for item in (samples.prompts if samples else ())}
     for what, (width, height) in sorted(sizes):
-        if longest is not None and max(width, height) > longest:
+        if max(width, height) > longest:
             raise UserError(
                 f"{family.path} has places for {longest} pixels a side, and {what} has {width} × {height}: lower "
                 "--resolution, --max_bucket_reso or the size in the prompt"

@@ -228,8 +228,11 @@ def autoencoder_config() -> Config:
     return config
 
 
-def t5_tokenizer(path: str) -> Path:
-    """The folder with the tokenizer.json that --t5_tokenizer_path names. UserError if there is none."""
+def t5_tokenizer(base: BaseModel, path: str | None) -> Path | None:
+    """The folder with T5's tokenizer.json: that --t5_tokenizer_path names, else the base's own, if it has one.
+    UserError if there is none where the option says."""
+    if not path:
+        return base.tokenizer_2
     location = Path(path).expanduser()
     if location.name == "tokenizer.json":
         location = location.parent
