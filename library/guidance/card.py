@@ -29,7 +29,7 @@ class Card:
     @property
     def usable(self) -> int:
         """Bytes for tensors."""
-        return int(self.free * (1 - MARGIN)) - self.context
+        return max(0, int(self.free * (1 - MARGIN)) - self.context)
 
     def __str__(self) -> str:
         free = "" if self.free == self.total else f", {human_bytes(self.free)} free"

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FEW = 5_000  # images: below, the weight decay falls less than usual
 TASK = "image_generation"  # unless --task names another
 PRESET = "stable_diffusion_lora"  # the one for anything
+FAMILIES_OF_PRESET = ("sd", "sdxl")
 WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor")
 
 
@@ -61,23 +62,36 @@ def _network(plan: Plan, wanted: Wishes) -> Iterator[Advice]:
     """Method, rank and alpha; nothing for networks of another kind than LoRA, which the user has chosen."""
     network, images = plan.options.network, plan.prepared.train_images
     if network.network_module != "networks.lora":
+        for word in filter(None, (wanted.subject, wanted.difficulty if wanted.difficulty != "normal" else "")):
+            logger.warning(
+                "--recommend %s: has no effect with --network_module %s: ranks are advised for LoRA alone",
+                word,
+                network.network_module,
+            )
         return
-    method = rules.METHODS[wanted.difficulty]
-    if method is not None and not network.network_args:  # LoRA's arguments may not be the other kind's
+    method, stays = rules.METHODS[wanted.difficulty], ""
+    if method is not None and network.network_args:
+        stays = f"; no {method.module} is advised beside --network_args, which are LoRA's"
+    elif method is not None:
         yield Advice("network_module", method.module, method.why)
     usual, _ = rules.by_size(images)
     why = f"{images} images: {_rank_reason(images)}"
-    presets = rules.SUBJECT_PRESETS.get(plan.family.NAME, {})
-    if wanted.subject in presets:
-        name = presets[wanted.subject]
+    if name := rules.preset_of(plan.family.NAME, wanted.subject):
         instead = f"; {usual} by its {images} images" if _of_preset(name)["network_dim"] != usual else ""
         usual = int(_of_preset(name)["network_dim"])
         why = f"that of {name}{instead}"
+    elif wanted.subject:
+        why += f"; no preset is for a {wanted.subject} and {plan.family.TITLE}"
     rank = rules.rank_for(usual, wanted.difficulty)
     if rank != usual:
         why += f"; {'twice' if rank > usual else 'half'} of {usual}, since it is {wanted.difficulty}"
-    yield Advice("network_dim", rank, why)
-    yield Advice("network_alpha", round(rank * rules.ALPHA), "half the rank, which goes with the rates below")
+    yield Advice("network_dim", rank, why + stays)
+    if is_final(plan.options, "network_dim"):
+        rank = network.network_dim or rank
+    usual_preset = _of_preset(_preset(plan))
+    share = usual_preset["network_alpha"] / usual_preset["network_dim"]
+    why = f"{'the rank' if share == 1 else 'half the rank'}, which goes with the rates below"
+    yield Advice("network_alpha", max(1, round(rank * share)), why)
 
 
 def _schedule(plan: Plan) -> Iterator[Advice]:
@@ -94,12 +108,19 @@ def _length(plan: Plan, wanted: Wishes, *, per_step: int) -> tuple[int, Advice]:
     options, images = plan.options, plan.prepared.train_images
     of, usual = f"{images} images", max(1, round(rules.views(images) / per_step))
     steps = min(usual, wanted.most_steps or usual)
-    epochs = max(1, round(steps * per_step / sum(group.draws for group in plan.prepared.groups)))
+    is_short = steps < usual
+    draws = sum(group.draws for group in plan.prepared.groups)
+    passes = steps * per_step / draws
+    epochs = max(1, int(passes) if is_short else round(passes))
+    if by_epochs := options.training.max_train_epochs is not None:  # they go before steps
+        steps = max(1, round(epochs * draws / per_step))
     each = f"each image about {steps * per_step / images:.0f} times"
-    if steps < usual:
+    if is_short:
         each += f"; the time is enough for no more, where {usual} steps would be usual"
-    if options.training.max_train_epochs is not None:  # it goes before steps
-        return steps, Advice("max_train_epochs", epochs, f"{of}: {each}; {steps} steps")
+    if by_epochs:
+        advice = Advice("max_train_epochs", epochs, f"{of}: {each}; {steps} steps")
+        own = options.training.max_train_epochs if is_final(options, "max_train_epochs") else None
+        return steps if own is None else max(1, round(own * draws / per_step)), advice
     advice = Advice("max_train_steps", steps, f"{of}, {per_step} a step: {each}; {epochs} epochs")
     return (options.training.max_train_steps if is_final(options, "max_train_steps") else steps), advice
 
@@ -127,7 +148,7 @@ def _rates(plan: Plan) -> Iterator[Advice]:
             yield Advice("text_encoder_lr", 1.0, f"a factor on the rate that it finds{of}")
     elif not choice.relative_step:
         small, lion = plan.family.native_resolution < rules.SMALL, "lion" in choice.name.rpartition(".")[2].lower()
-        usual = "ten times the usual, since the base is small" if small else "usual for a LoRA of Stable Diffusion"
+        usual = "ten times the usual, since the base is small" if small else "usual for a LoRA"
         plain = rules.SMALL_RATE if small else rules.RATE
         rate = plain * rules.LION if lion else plain
         if lion:
@@ -173,9 +194,11 @@ def _of_preset(name: str) -> dict[str, Any]:
 
 
 def _preset(plan: Plan) -> str:
-    """The preset to compare with: that of the subject, else the one for anything."""
-    subject = wishes.of(plan.options.guidance.recommend).subject
-    return rules.SUBJECT_PRESETS.get(plan.family.NAME, {}).get(subject, PRESET)
+    """The preset to compare with: that of the subject, else the one for anything; the families of flow matching have
+    none for anything, and theirs for a style takes its place."""
+    family, subject = plan.family.NAME, wishes.of(plan.options.guidance.recommend).subject
+    anything = PRESET if family in FAMILIES_OF_PRESET else rules.preset_of(family, "style")
+    return rules.preset_of(family, subject) or anything or PRESET
 
 
 def _against_preset(advice: list[Advice], preset: str = PRESET) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from library.config.presets import presets
+
 # images below → rank, images a step
 BY_SIZE = ((50, 16, 2), (1_000, 32, 4), (5_000, 64, 8), (float("inf"), 128, 8))
 RANKS = (4, 128)  # the least and the most that is advised
@@ -16,17 +18,10 @@ RANKS = (4, 128)  # the least and the most that is advised
 # difficulty → factor on the rank
 BY_DIFFICULTY = {"easy": 0.5, "normal": 1.0, "hard": 2.0}
 
-ALPHA = 0.5  # of the rank
 RATE, SMALL_RATE = 1e-4, 1e-3  # of a base of full size, and of one made for less than SMALL pixels
 SMALL = 256
 LION = 0.3  # of the rate, since its steps are larger
 TEXT = 0.5  # the text encoder's rate over the denoiser's
-
-SUBJECT_PRESETS = {
-    "sd": {"style": "sd15_style", "character": "sd15_character", "concept": "sd15_concept"},
-    "sdxl": {"style": "sdxl_style", "character": "sdxl_character", "concept": "sdxl_concept"},
-}
-"""family → subject → the preset whose rank a named subject gets."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,12 @@ NOT_ADVISED = {
     "networks.pissa, networks.loha": "0.6 and 0.8 % behind LoRA of the same size at their best rates, measured",
 }
 """What others advise and these measurements do not: docs/rates.md and docs/adapters.md have them."""
+
+
+def preset_of(family: str, subject: str) -> str:
+    """The preset for a subject with a model of this family; "" where there is none."""
+    name = f"{'sd15' if family == 'sd' else family}_{subject}"
+    return name if name in presets() else ""
 
 
 def by_size(images: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Decides whether a network may be full: training has stopped to gain, and held-out images show no overfitting.
+"""Decides whether a network may be full: training no longer gains, and held-out images show no overfitting.
 
 A single step's loss of a diffusion model depends more on the noise level drawn than on learning, so the rule takes
 means of whole epochs, with their standard errors: short epochs say nothing.

@@ -14,7 +14,8 @@ from torch import nn
 from library.config import wishes
 from library.config.options import declared_options
 from library.config.presets import presets
-from library.guidance import memory, rules
+from library.guidance import memory, recommend, rules
+from library.models import FAMILIES
 from library.models.family import AdapterTargets
 from networks.create import create
 from networks.kinds import KINDS
@@ -166,16 +167,33 @@ def test_the_scales() -> None:
 
 
 def test_the_rates_of_presets_and_advice() -> None:
-    sd15, sdxl, small, lion, _ = table("| UNet, text encoder")
+    sd15, sdxl, others, small, lion, _ = table("| UNet, text encoder")
     for name in ("sd15_style", "sd15_character", "sd15_concept", "stable_diffusion_lora"):
         said = preset(name)
         assert [float(cell) for cell in sd15[1].split(", ")] == [said["learning_rate"], said["text_encoder_lr"]]
     for name in ("sdxl_style", "sdxl_character", "sdxl_concept"):
         assert preset(name)["learning_rate"] == float(sdxl[1].split(", ")[0])
         assert preset(name).get("text_encoder_lr") in (None, 1e-5)
+    assert others[1] == "1e-4, none"
+    for name in of_other_models():
+        said = preset(name)
+        assert (said["learning_rate"], said["network_train_unet_only"]) == (1e-4, True)
+        assert said["network_dim"] == said["network_alpha"] == 16
     assert [float(cell) for cell in small[1].split(", ")] == [rules.SMALL_RATE, rules.SMALL_RATE * rules.TEXT]
     assert (float(sd15[1].split(", ")[0]), lion[1]) == (rules.RATE, "three tenths of these")
     assert rules.LION == 0.3
+
+
+def of_other_models() -> list[str]:
+    """The presets for a style and a character of all families but Stable Diffusion 1.5 and XL."""
+    families = sorted(FAMILIES.keys() - set(recommend.FAMILIES_OF_PRESET))
+    return [rules.preset_of(family, subject) for family in families for subject in ("style", "character")]
+
+
+def test_what_muon_gains_is_what_its_page_has() -> None:
+    for figure in ("−0.84 %", "−1.46 %"):
+        assert figure in PAGE
+        assert f"**{figure}**" in page("optimizer")
 
 
 def test_the_best_rates_of_the_study() -> None:

@@ -17,6 +17,7 @@ from library.guidance import card_advice, fit, recommend, rules
 from library.guidance.advice import Advice
 from library.guidance.card import Card
 from library.guidance.fit import Choice
+from library.models import FAMILIES
 from library.models.components import Components
 from library.models.stable_diffusion import StableDiffusion
 from library.run.plan import make_plan
@@ -66,6 +67,8 @@ def test_what_the_user_has_said_counts(advice: Any) -> None:
     epochs = advice(20, "--max_train_epochs", "3")
     assert "max_train_steps" not in epochs
     assert epochs["max_train_epochs"] == 201  # six images twice, two a step
+    assert "dynamic_weight_decay" not in epochs  # three epochs are 18 steps, and the command line's are what counts
+    assert advice(20, "--network_dim", "64")["network_alpha"] == 32
     assert not {"network_dim", "network_alpha"} & advice(20, "--network_module", "lycoris.kohya").keys()
     short = advice(20, "--gradient_accumulation_steps", "8")
     assert not [name for name in short if name.startswith("wd_")]
@@ -181,15 +184,40 @@ def test_a_base_of_full_size_and_sdxl(advice: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_subject_has_the_rank_of_its_preset(advice: Any) -> None:
-    for subject, name in rules.SUBJECT_PRESETS["sd"].items():
-        preset, found = recommend._of_preset(name), advice(20, "--recommend", subject)
+    for subject in wishes.SUBJECTS:
+        preset, found = recommend._of_preset(f"sd15_{subject}"), advice(20, "--recommend", subject)
         assert (found["network_dim"], found["network_alpha"]) == (preset["network_dim"], preset["network_alpha"])
     assert advice(20, "--recommend")["network_dim"] == 16  # by the number of images
     assert recommend._of_preset("sd15_style")["network_dim"] == 32
 
 
-def test_the_subjects_have_presets_for_each_family_that_has_any() -> None:
-    assert all(set(subjects) == set(wishes.SUBJECTS) for subjects in rules.SUBJECT_PRESETS.values())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_presets_of_subjects(family: str) -> None:
+    assert rules.preset_of(family, "style").endswith("_style")
+    assert rules.preset_of(family, "character").endswith("_character")
+    assert bool(rules.preset_of(family, "concept")) == (family in recommend.FAMILIES_OF_PRESET)
+    assert rules.preset_of(family, "") == ""
+
+
+def test_other_families_than_stable_diffusion_have_their_own_presets(
+    advice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = rules.preset_of
+    monkeypatch.setattr(rules, "preset_of", lambda family, subject: find("flux", subject))
+    monkeypatch.setattr(recommend, "FAMILIES_OF_PRESET", ())
+    assert (advice(200, "--recommend", "style")["network_dim"], advice(200)["network_alpha"]) == (16, 32)
+    assert advice(200, "--recommend", "style")["network_alpha"] == 16  # as flux_style: the rank
+    assert advice(200, "--recommend", "concept")["network_dim"] == 32  # there is no preset
+
+
+def test_every_word_has_an_effect_or_is_named(advice: Any, caplog: pytest.LogCaptureFixture) -> None:
+    advice(200, "--recommend", "style,hard", "--network_module", "networks.lokr")
+    said = [record.getMessage() for record in caplog.records if "--recommend" in record.getMessage()]
+    assert [line.partition(":")[0] for line in said] == ["--recommend style", "--recommend hard"]
+    assert all("no effect with --network_module networks.lokr" in line for line in said)
+
+
+def test_difficulties() -> None:
     assert rules.BY_DIFFICULTY.keys() == rules.METHODS.keys() == set(wishes.DIFFICULTIES)
 
 
@@ -207,6 +235,8 @@ def test_the_time_bounds_the_steps(advice: Any) -> None:
     assert advice(20, "--recommend", "1h,4s")["max_train_steps"] == 900
     short = advice(20, "--recommend", "10min,2s")
     assert short["max_train_steps"] == 300
+    epochs = advice(20, "--recommend", "10min,2.05s", "--max_train_epochs", "3")
+    assert epochs["max_train_epochs"] == 48  # of 6 steps: 292 fit, which are 48.7
     assert "wd_transition_steps" not in short  # it would never begin to fall
 
 
@@ -248,6 +278,6 @@ def test_it_compares_with_the_preset_of_the_subject(train: Any, capsys: pytest.C
     assert train("--recommend", "style") == 0
     said = capsys.readouterr().out
     assert "that of sd15_style; 16 by its 6 images" in said
-    assert "The preset sd15_style has learning_rate 0.0001" in said
+    assert "The preset sd15_style has network_alpha 16, learning_rate 0.0001" in said
     for name in rules.NOT_ADVISED:
         assert f"  {name}: " in said
