@@ -73,7 +73,10 @@ def find_images(folder: Path) -> dict[Path, str]:
     for path in found:
         caption = path.with_suffix(".txt")
         if caption.is_file():
-            found[path] = caption.read_text(encoding="utf-8").rpartition(",")[2].strip()
+            try:
+                found[path] = caption.read_text(encoding="utf-8").rpartition(",")[2].strip()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{caption}: no UTF-8 text, at byte {error.start}") from None
         elif path.parent != folder:
             found[path] = path.parent.name
         if not found[path]:
@@ -188,12 +191,14 @@ def batches(images: Labelled, names: list[str], wanted: argparse.Namespace) -> I
 def train(wanted: argparse.Namespace) -> tuple[Quality, Quality]:
     """Reads, measures, trains, measures again. Raises UserError."""
     optimizing.check_optimizer_options(wanted)
-    optimizing.refuse_used(wanted.save_to)
+    optimizing.make_folder(wanted.save_to)
     optimizing.fill(wanted, MADE if wanted.model is None else USUAL)
     found = None if wanted.images is None else find_images(wanted.images)
     names = sorted(set(small_models.SHAPES if found is None else found.values()))
     base = load_model(wanted.model, names).to(DEVICE)
-    images = Labelled(*small_models.shapes(2000)) if found is None else load(found, base.config.image_size)
+    if not isinstance(side := getattr(base.config, "image_size", None), int):
+        raise UserError(f"--model {wanted.model}: its configuration has no image_size, as a ViT's has")
+    images = Labelled(*small_models.shapes(2000)) if found is None else load(found, side)
     learnt, held = split(images, wanted.held_out, seed=wanted.seed)
     print(f"{len(learnt.classes)} images of {len(names)} classes to learn, {len(held.classes)} held out")
     size = base.num_parameters()
@@ -225,7 +230,9 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's folder or name (default: a small one with random weights)")
     parser.add_argument("--images", type=Path, help="a folder (default: drawn shapes)")
-    parser.add_argument("--held_out", type=optimizing.share, default=0.2, help="share that is not learnt (0.2)")
+    parser.add_argument(
+        "--held_out", type=optimizing.share_above_zero, default=0.2, help="share that is not learnt (0.2)"
+    )
     parser.add_argument("--augment", action="store_true", help="shift and mirror images at random")
     parser.add_argument("--rank", type=optimizing.at_least_one, default=16)
     parser.add_argument("--alpha", type=optimizing.above_zero, default=32.0)

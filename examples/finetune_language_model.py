@@ -40,17 +40,18 @@ USUAL = {"batch_size": 8, "epochs": 3}
 @dataclass(frozen=True)
 class Quality:
     """Of held-out lines: the mean loss of a token of their answers, and the share of answers that are right to the
-    letter, if the model writes the likeliest token each time."""
+    letter, if the model writes the likeliest token each time; None where nothing was asked."""
 
     loss: float
-    right: float
+    right: float | None
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}, {self.right:.1%} of the answers right"
+        right = "" if self.right is None else f", {self.right:.1%} of the answers right"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}{right}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def measure(model: Any, tokenizer: Tokenizer, samples: Sequence[Sample], wanted:
     expected = [tokenizer.decode(sample.tokens[sample.prompt :], skip_special_tokens=True) for sample in asked]
     written = answers(model, tokenizer, [sample.tokens[: sample.prompt] for sample in asked], wanted)
     right = sum(one.strip() == other.strip() for one, other in zip(written, expected, strict=True))
-    return Quality(total / number, right / max(1, len(asked)))
+    return Quality(total / number, right / len(asked) if asked else None)
 
 
 @torch.no_grad()
@@ -133,7 +134,10 @@ def read(wanted: argparse.Namespace, tokenizer: Tokenizer) -> Parts:
     """The samples of --instructions, or of --exercise, and of --earlier."""
     if wanted.instructions is None:
         made = enumerate(small_models.instructions(wanted.exercise), 1)
-        lines = [instructions.read_line(line, tokenizer, place=f"{wanted.exercise}, {number}") for number, line in made]
+        lines = [
+            instructions.read_line(line, tokenizer, place=f"{wanted.exercise}, {number}", as_chat=wanted.as_chat)
+            for number, line in made
+        ]
     else:
         lines = instructions.read_lines(wanted.instructions, tokenizer, as_chat=wanted.as_chat)
     earlier = instructions.read_lines(wanted.earlier, tokenizer, as_chat=wanted.as_chat) if wanted.earlier else []
@@ -244,18 +248,19 @@ def train(wanted: argparse.Namespace) -> Result:
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    at_least_one, share = optimizing.at_least_one, optimizing.share
+    at_least_zero, at_least_one = optimizing.at_least_zero, optimizing.at_least_one
+    share, part = optimizing.share, optimizing.share_above_zero
     parser.add_argument("--model", help="a model's folder or name (default: a small one with random weights)")
     parser.add_argument("--load_in_4bit", action="store_true", help="hold the base in nf4 (QLoRA)")
     parser.add_argument("--checkpointing", action="store_true", help="keep fewer activations, for more time")
     group = parser.add_argument_group("data")
     group.add_argument("--instructions", type=Path, help="JSON lines to learn")
-    group.add_argument("--exercise", default="reverse", help=f"learnt instead: {', '.join(small_models.TASKS)}")
+    group.add_argument("--exercise", help=f"learnt instead: {', '.join(small_models.TASKS)} (default: reverse)")
     group.add_argument("--as_chat", action="store_true", help="render instructions by the model's chat template")
     group.add_argument("--max_length", type=at_least_one, default=512, help="tokens of a prompt with its answer")
-    group.add_argument("--held_out", type=share, default=0.1, help="share of the lines that is not learnt (0.1)")
+    group.add_argument("--held_out", type=part, default=0.1, help="share of the lines that is not learnt (0.1)")
     group.add_argument("--prompts", nargs="*", default=[], help="instructions to answer before and after")
-    group.add_argument("--answers", type=int, default=200, help="held-out lines to answer, at most")
+    group.add_argument("--answers", type=at_least_zero, default=200, help="held-out lines to answer, at most")
     group.add_argument("--max_new_tokens", type=at_least_one, default=64)
     group = parser.add_argument_group("adapter")
     group.add_argument("--adapter", help=f"{', '.join(ADAPTERS)} (default: lora)")
@@ -277,14 +282,15 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 def check(wanted: argparse.Namespace) -> None:
     """Raises UserError for what is wrong in the options, and sets those that were not given."""
     optimizing.check_optimizer_options(wanted)
-    optimizing.refuse_used(wanted.save_to)
+    if wanted.exercise is not None and wanted.instructions is not None:
+        raise UserError("--exercise: has no effect with --instructions; give one of them")
     of_adapter = {"adapter": "lora", "rank": 16, "dropout": 0.05}
     if wanted.start_from is not None:
         given = [name for name in (*of_adapter, "alpha", "target_modules") if getattr(wanted, name) is not None]
         if given:
             raise UserError(f"--{given[0]}: the adapter of --start_from has its own")
         check_adapter(wanted.start_from)
-    optimizing.fill(wanted, of_adapter | (MADE if wanted.model is None else USUAL))
+    optimizing.fill(wanted, {"exercise": "reverse"} | of_adapter | (MADE if wanted.model is None else USUAL))
     optimizing.fill(wanted, {"alpha": 2 * wanted.rank})
     if wanted.adapter not in ADAPTERS:
         hint = did_you_mean(wanted.adapter, ADAPTERS) or f"; there are {', '.join(ADAPTERS)}"
@@ -292,6 +298,7 @@ def check(wanted: argparse.Namespace) -> None:
     for name in ("replay", "ewc"):
         if getattr(wanted, name) and wanted.earlier is None:
             raise UserError(f"--{name}: needs --earlier, the lines not to forget")
+    optimizing.make_folder(wanted.save_to)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,13 +4,15 @@
     python examples/train_diffusers_unet.py --base runwayml/stable-diffusion-v1-5 --images my_images --size 512 \
         --learning_rate 1e-4 --steps 1000 --save_to my_lora
 
-Images lie in train/ and validation/, each with its caption in a .txt file beside it. By default the quickstart's tiny
-model and images are used. `train_network.py` does all of this and much more; this shows the optimizer alone.
+Images lie in train/ and validation/ as .png, each with its caption in a .txt file beside it. By default the
+quickstart's tiny model and images are used. `train_network.py` does all of this and much more; this shows the optimizer
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer, get_scheduler
 
+from library.errors import UserError
 from library.optimizers import CustomAdamW, preset_arguments
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
@@ -35,11 +38,17 @@ class Frozen:
         self.text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").float().eval()
         self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae").float().eval()
         self.noise = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+        if (kind := self.noise.config.prediction_type) != "epsilon":
+            raise UserError(f"--base {base}: predicts {kind}; models are trained here that predict epsilon")
 
     @torch.no_grad()
     def encode(self, folder: Path, *, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents [n, 4, h, w] of all images of a folder, and the states [n, tokens, width] of their captions."""
+        """The latents [n, 4, h, w] of all images of a folder, and the states [n, tokens, width] of their captions.
+        Raises UserError if there are none."""
         paths = sorted(folder.glob("*.png"))
+        lacking = [path.with_suffix(".txt") for path in paths if not path.with_suffix(".txt").is_file()]
+        if lacking or not paths:
+            raise UserError(f"{lacking[0]}: no such caption" if lacking else f"--images: there is no .png in {folder}")
         pixels = [np.asarray(Image.open(path).convert("RGB").resize((size, size)), np.float32) for path in paths]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
         captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
@@ -109,4 +118,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -4,7 +4,8 @@
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"text": ...}
 
-The loss is that of outputs, of the assistant's turns, or of the whole text.
+The loss is that of outputs, of the assistant's turns, or of the whole text. A text beside an instruction and its output
+is the two once more, as Alpaca's data have it, and is not read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.errors import UserError, did_you_mean, nearest_path, why_not
+from library.errors import UserError, did_you_mean, is_utf8, nearest_path, why_not
 
 ROLES = ("system", "user", "assistant")
 
@@ -50,8 +51,10 @@ def read_lines(path: Path, tokenizer: Tokenizer, *, as_chat: bool = False) -> li
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no UTF-8 text, at byte {error.start}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{nearest_path(path)}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {nearest_path(path).removeprefix('; ') or why_not(error)}") from None
+        raise UserError(f"{path}: {why_not(error)}") from None
     numbered = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
         raise UserError(f"{path}: has no lines")
@@ -67,7 +70,7 @@ def read_line(line: str, tokenizer: Tokenizer, *, place: str, as_chat: bool = Fa
         raise UserError(f"{place}: is no JSON object in braces")
     if "messages" in item:
         return _of_messages(item["messages"], tokenizer, place)
-    if "text" in item:
+    if "text" in item and not {"instruction", "output"} <= item.keys():
         text = _text(item, "text", place)
         return Line(place, text, (Turn("", text),))
     instruction, output = _text(item, "instruction", place), _text(item, "output", place)
@@ -91,12 +94,15 @@ def instruct(instruction: str, given: str = "") -> str:
 def _text(item: dict[str, object], key: str, place: str) -> str:
     if key not in item:
         found = f"it has {', '.join(item) or 'nothing'}; a line is instruction and output, or messages, or text"
-        raise UserError(f"{place}: has no '{key}'{did_you_mean(key, item) or '; ' + found}")
+        near = (f"has '{other}'{hint}" for other in item if (hint := did_you_mean(other, (key,))))
+        raise UserError(f"{place}: {next(near, f'has no {key!r}; {found}')}")
     value = item[key]
     if not isinstance(value, str):
         raise UserError(f"{place}: '{key}' is no text but {json.dumps(value)[:40]}")
     if not value.strip():
         raise UserError(f"{place}: '{key}' is empty")
+    if not is_utf8(value):
+        raise UserError(f"{place}: '{key}' has half of a character, such as \\ud83d without its other half")
     return value
 
 
@@ -113,6 +119,8 @@ def _of_messages(messages: object, tokenizer: Tokenizer, place: str) -> Line:
             raise UserError(
                 f"{where}: no role '{role}'{did_you_mean(role, ROLES) or '; there are ' + ', '.join(ROLES)}"
             )
+    if messages[0]["role"] == "assistant":
+        raise UserError(f"{place}: begins with an answer of the assistant, to nothing")
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{place}: ends without an answer of the assistant")
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from fine_tuning import small_models
 from fine_tuning.instructions import Tokenizer
-from library.errors import UserError, nearest_path
+from library.errors import UserError, did_you_mean, nearest_path
 
 ADAPTERS = ("lora", "dora", "rslora", "adalora")
 _CHECKPOINTING = {"use_reentrant": False}  # torch's advice; the other kind needs inputs with gradients
@@ -89,19 +91,39 @@ def _made(words: int, options: dict[str, Any] | None) -> Any:
 
 def _unloadable(model: str | None, error: Exception) -> UserError:
     near = "" if Path(str(model)).exists() else nearest_path(Path(str(model)))
-    return UserError(f"--model {model}: cannot be loaded{near or ': ' + str(error).splitlines()[0]}")
+    return UserError(f"--model {model}: cannot be loaded{near or ': ' + _first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _check_targets(base: torch.nn.Module, targets: Sequence[str]) -> None:
+    """Raises UserError for a name of --target_modules that no layer has: peft is content if one of them fits."""
+    names = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            hint = did_you_mean(target, known) or f"; there are {', '.join(known)}"
+            raise UserError(f"--target_modules: no linear layer's name ends with '{target}'{hint}")
 
 
 def with_adapter(base: Any, wanted: argparse.Namespace, *, steps: int) -> Any:
     """The base with a new adapter, or with that of --start_from, to be trained."""
     if wanted.start_from is not None:
-        return PeftModel.from_pretrained(base, wanted.start_from, is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(base, wanted.start_from, is_trainable=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--start_from {wanted.start_from}: does not fit the model: {_first_line(error)}") from None
+    _check_targets(base, wanted.target_modules or ())
     options: dict[str, Any] = {
         "r": wanted.rank, "lora_alpha": wanted.alpha, "lora_dropout": wanted.dropout, "bias": "none",
         "target_modules": wanted.target_modules or "all-linear", "task_type": "CAUSAL_LM",
         "modules_to_save": ["embed_tokens", "lm_head"] if wanted.model is None else None,
     }  # fmt: skip
     if wanted.adapter == "adalora":
+        if steps < 2:
+            raise UserError("--adapter adalora: one step is too few to move its budget")
         del options["r"]
         options["target_modules"] = wanted.target_modules or _linear(base)
         options |= {"init_r": wanted.rank, "target_r": max(1, wanted.rank // 2), "total_step": steps}

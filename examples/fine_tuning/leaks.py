@@ -21,7 +21,7 @@ def split(lines: Sequence[Line], share: float, *, seed: int) -> tuple[list[Line]
     """Lines to learn from, and about this share of them to hold out. Near-equal prompts are never on both sides.
 
     A group's side depends on its own texts and the seed, so lines that are added later move few others. Raises
-    UserError if all prompts are near-equal.
+    UserError if all prompts are near-equal, or no line is left to learn from.
     """
     groups = near_equal([line.asked for line in lines])
     members: dict[int, list[int]] = {}
@@ -32,7 +32,9 @@ def split(lines: Sequence[Line], share: float, *, seed: int) -> tuple[list[Line]
     for same in in_order:
         if len(same) <= room - len(held):
             held.update(same)
-    if not held or len(held) == len(lines):
+    if len(held) == len(lines):
+        raise UserError(f"{lines[0].place}: of {len(lines)} lines none is left to learn: hold out a smaller share")
+    if not held:
         smallest = min(map(len, members.values()))
         raise UserError(
             f"{lines[0].place}: no part of the {len(lines)} lines can be held out: their prompts are {len(members)} "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from library.errors import UserError, did_you_mean
+from library.errors import UserError, did_you_mean, why_not
 from library.optimizers import CustomAdamW, layer_groups, preset_arguments, task_rate
 
 WARMUP = 0.05  # share of all steps, where no task says otherwise
@@ -32,10 +32,18 @@ def above_zero(word: str) -> float:
     return value
 
 
+def at_least_zero(word: str) -> int:
+    return _at_least(0, word)
+
+
 def at_least_one(word: str) -> int:
+    return _at_least(1, word)
+
+
+def _at_least(least: int, word: str) -> int:
     value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not at least 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{word} is not at least {least}")
     return value
 
 
@@ -43,6 +51,13 @@ def share(word: str) -> float:
     value = float(word)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{word} is no share, from 0 to below 1")
+    return value
+
+
+def share_above_zero(word: str) -> float:
+    value = share(word)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{word} is not above 0: what is held out is what is measured")
     return value
 
 
@@ -71,6 +86,11 @@ def check_optimizer_options(wanted: argparse.Namespace) -> None:
         task_rate(wanted.task, wanted.size or "small")
     elif wanted.size is not None:
         raise UserError("--size: needs --task")
+    for option, decides in (("with --learning_rate", wanted.learning_rate), ("without --model", wanted.model is None)):
+        if decides and wanted.size is not None:
+            raise UserError(f"--size: has no effect {option}")
+    if wanted.epochs is not None and wanted.steps is not None:
+        raise UserError("--epochs: has no effect with --steps; give one of them")
     if (wanted.layer_decay or 1.0) > 1:
         raise UserError(f"--layer_decay: {wanted.layer_decay} would raise the rate towards the input; at most 1")
 
@@ -150,10 +170,16 @@ def trained_share(model: nn.Module, *, of: int) -> str:
     return f"{count:,} weights are trained, {count / of:.2%} of the base's {of:,}"
 
 
-def refuse_used(folder: Path | None) -> None:
-    """Raises UserError for a folder that has files already."""
-    if folder is not None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+def make_folder(folder: Path | None) -> None:
+    """Make the folder of --save_to. Raises UserError where that fails, and for one that has files already."""
+    if folder is None:
+        return
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(f"--save_to {folder}: is not empty; give a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save_to {folder}: cannot be made: {why_not(error)}") from None
 
 
 def ended(train: Callable[[], object]) -> int:

@@ -72,15 +72,19 @@ def contenders(others: Iterable[str] = ()) -> dict[str, OptimizerChoice]:
 
 
 def measure(named: Named, chosen: Mapping[str, OptimizerChoice], *, rounds: int = 20) -> list[Row]:
-    """A row for each choice, of which one is BASELINE. The parameters and gradients, which are made, change."""
+    """A row for each choice, of which one is BASELINE. The parameters and gradients, which are made, change. Raises
+    UserError for an optimizer whose step needs more than gradients."""
     draws = torch.Generator().manual_seed(1)
     for _, parameter in named:
         parameter.grad = (1e-3 * torch.randn(parameter.shape, generator=draws)).to(parameter)
     numbers = sum(parameter.numel() for _, parameter in named)
     group, rate = _group(named), 1e-6
     optimizers = {name: create_optimizer(choice, [{**group}], learning_rate=rate) for name, choice in chosen.items()}
-    for optimizer in [*optimizers.values()] * 2:  # the first steps compile and allocate; ADOPT moves from the second on
-        optimizer.step()
+    for name, optimizer in [*optimizers.items()] * 2:  # the first compile and allocate; ADOPT moves from the second on
+        try:
+            optimizer.step()
+        except TypeError as error:  # LBFGS wants a closure
+            raise UserError(f"{name}: its step cannot be measured: {error}") from None
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for count in range(rounds):
         for name in list(optimizers) if count % 2 else reversed(optimizers):
@@ -132,16 +136,30 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("file", type=Path, help="a LoRA or other weights: their names and shapes are used")
     parser.add_argument("--optimizer", nargs="+", default=[], metavar="NAME", help="further ones, as --optimizer_type")
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each that are measured (default: 20)")
+    parser.add_argument("--rounds", type=_rounds, default=20, help="steps of each that are measured (default: 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: the GPU)")
     given = parser.parse_args(argv)
     try:
         with log.errors_only():
-            _report(given.file, given.optimizer, torch.device(given.device), rounds=max(1, given.rounds))
+            _report(given.file, given.optimizer, _device(given.device), rounds=given.rounds)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _rounds(word: str) -> int:
+    if (value := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not at least 1")
+    return value
+
+
+def _device(name: str) -> torch.device:
+    """Raises UserError for one that does not exist, here or at all."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # of a torch without CUDA
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _report(file: Path, further: Sequence[str], device: torch.device, *, rounds: int) -> None:

@@ -20,6 +20,15 @@ def test_a_unet_learns_and_its_lora_is_saved(tmp_path: Path) -> None:
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name or "lora.up" in name)
 
 
+def test_images_that_a_unet_cannot_learn(tmp_path: Path) -> None:
+    frozen = train_diffusers_unet.Frozen(str(train_diffusers_unet.QUICKSTART / "base"))
+    with pytest.raises(UserError, match=r"there is no \.png in "):
+        frozen.encode(tmp_path, size=64)
+    (tmp_path / "a.png").touch()
+    with pytest.raises(UserError, match=r"a\.txt: no such caption"):
+        frozen.encode(tmp_path, size=64)
+
+
 def test_layers_and_what_is_not_the_optimizers() -> None:
     curve = {"dynamic_weight_decay": True, "wd_schedule": "exponential"}
     plain = preset_arguments("language_model_finetune")

@@ -65,6 +65,8 @@ def test_an_instruction_as_chat() -> None:
 
 def test_a_text_counts_as_a_whole() -> None:
     assert learnt({"text": "to be"}) == [("", "to be<|end|>")]
+    parts = {"instruction": "Say a.", "output": "a"}
+    assert learnt(parts | {"text": "Say a.\na"}) == learnt(parts)  # Alpaca's data have both together, too
 
 
 def test_what_a_prompt_is_given_is_what_was_learnt() -> None:
@@ -115,7 +117,7 @@ def test_a_token_that_begins_every_text() -> None:
         ("instruction: a", "is no JSON"),
         ('["a", "b"]', "is no JSON object in braces"),
         ('{"instruction": "a"}', "has no 'output'; it has instruction; a line is instruction and output, or messages"),
-        ('{"instruction": "a", "ouptut": "b"}', "has no 'output', did you mean 'ouptut'?"),
+        ('{"instruction": "a", "ouptut": "b"}', "has 'ouptut', did you mean 'output'?"),
         ('{"prompt": "a", "completion": "b"}', "has no 'instruction'; it has prompt, completion; a line is"),
         ('{"instruction": "a", "output": ""}', "'output' is empty"),
         ('{"instruction": "a", "output": " \\n"}', "'output' is empty"),
@@ -128,6 +130,8 @@ def test_a_token_that_begins_every_text() -> None:
         ('{"messages": [{"role": "user"}]}', "message 1: has no 'content'"),
         ('{"messages": [{"role": "usr", "content": "a"}]}', "message 1: no role 'usr', did you mean 'user'?"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends without an answer of the assistant"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "begins with an answer of the assistant"),
+        ('{"text": "cut: \\ud83d"}', "'text' has half of a character"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
             "message 2: 'content' is empty",
@@ -149,7 +153,7 @@ def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     for name, said in [("my.jsonl", "no UTF-8 text, at byte 10"), ("empty.jsonl", "has no lines")]:
         with pytest.raises(UserError, match=said):
             read_lines(tmp_path / name, TOKENIZER)
-    with pytest.raises(UserError, match=r"did you mean '.*my\.jsonl'"):
+    with pytest.raises(UserError, match=r"my\.json: no such file, did you mean '.*my\.jsonl'"):
         read_lines(tmp_path / "my.json", TOKENIZER)
 
 

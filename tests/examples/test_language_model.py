@@ -253,6 +253,11 @@ def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--instuctions", "my.jsonl"], "unknown option '--instuctions', did you mean '--instructions'"),
         (["--replay", "0.3"], "--replay: needs --earlier"),
         (["--ewc", "10"], "--ewc: needs --earlier"),
+        (["--exercise", "sort", "--instructions", "my.jsonl"], "--exercise: has no effect with --instructions"),
+        (["--epochs", "1", "--steps", "9"], "--epochs: has no effect with --steps"),
+        (["--size", "large"], "--size: has no effect without --model"),
+        (["--model", "x", "--size", "large", "--learning_rate", "1"], "--size: has no effect with --learning_rate"),
+        (["--save_to", "README.md/new"], "--save_to README.md/new: cannot be made: a part of this path is a file"),
         (["--start_from", "nowhere"], "has no adapter_config.json"),
         (["--start_from", "nowhere", "--rank", "4"], "--rank: the adapter of --start_from has its own"),
         (["--save_to", "docs"], "--save_to docs: is not empty"),
@@ -267,7 +272,13 @@ def test_a_wrong_option(
     assert said in refused(capsys, *words)
 
 
-@pytest.mark.parametrize("words", [["--steps", "0"], ["--replay", "1"], ["--learning_rate", "-1"], ["--rank", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--steps", "0"], ["--replay", "1"], ["--learning_rate", "-1"], ["--rank", "x"]),
+        *(["--held_out", "0"], ["--answers", "-1"]),
+    ],
+)
 def test_a_number_out_of_range(words: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         script.main(words)
@@ -279,10 +290,42 @@ def test_too_short_a_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "no sample is left of 54 lines" in refused(capsys, "--instructions", data, "--max_length", "4")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--target_modules", "q_proj", "v_prj"], "no linear layer's name ends with 'v_prj', did you mean 'v_proj'"),
+        (["--adapter", "adalora", "--steps", "1"], "--adapter adalora: one step is too few"),
+    ],
+)
+def test_what_does_not_fit_the_model(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in refused(capsys, "--exercise", "sort", *words)
+
+
+def test_an_adapter_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = load_base(None, 99, in_4bit=False, checkpointing=False)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path, save_embedding_layers=False)
+    said = refused(capsys, "--exercise", "sort", "--start_from", tmp_path)
+    assert said.startswith(f"error: --start_from {tmp_path}: does not fit the model: ")
+
+
+def test_texts_have_no_answers_that_could_be_right(tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text("\n".join(f'{{"text": "{n} {n * n}"}}' for n in range(20)), encoding="utf-8")
+    found = run("--instructions", tmp_path / "my.jsonl", "--steps", "1")
+    assert found.after.right is None
+    assert "right" not in str(found.after)
+
+
+def test_an_exercise_as_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = small_models.tokenizer()
+    parts = script.read(script.options(["--exercise", "sort", "--as_chat"]), tokenizer)
+    assert tokenizer.decode(parts.new[0].tokens).startswith("<|user|>Sort")
+
+
 def test_a_wrong_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "my.jsonl", "sort")
     file.write_text(file.read_text(encoding="utf-8") + '{"instruction": "a", "ouput": "b"}\n', encoding="utf-8")
-    said = f"error: {file}, line 61: has no 'output', did you mean 'ouput'?\n"
+    said = f"error: {file}, line 61: has 'ouput', did you mean 'output'?\n"
     assert refused(capsys, "--instructions", file) == said
     assert refused(capsys, "--earlier", file) == said
 

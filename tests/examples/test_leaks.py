@@ -88,3 +88,5 @@ def test_nothing_can_be_held_out() -> None:
         UserError, match=r"my\.jsonl, line 1: no part of the 3 lines .* 1 groups .* the smallest with 3"
     ):
         leaks.split(lines("say a", "Say a.", "say: a"), 0.1, seed=0)
+    with pytest.raises(UserError, match=r"of 2 lines none is left to learn"):
+        leaks.split(lines("say a", "write b"), 0.99, seed=0)

@@ -120,6 +120,13 @@ def test_an_image_without_a_class_and_one_that_is_broken(tmp_path: Path) -> None
         script.load({broken: "x"}, 8)
 
 
+def test_a_caption_that_is_no_text(tmp_path: Path) -> None:
+    shutil.copy(next((IMAGES / "train").glob("*.png")), tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt: no UTF-8 text, at byte 3"):
+        script.find_images(tmp_path)
+
+
 def test_nothing_is_left_to_learn() -> None:
     pixels, names = small_models.shapes(4)
     with pytest.raises(UserError, match="a class has no images left to learn"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.errors import UserError
 from library.optimizers import profile
 from library.optimizers.custom_adamw.techniques import techniques
 
@@ -38,6 +39,16 @@ def test_the_table(lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(1 < value < 9 for value in size.values())
 
 
+def test_an_optimizer_that_wants_more_than_gradients() -> None:
+    layer = torch.nn.Linear(4, 4)
+    chosen = {
+        profile.BASELINE: profile.choose_optimizer("AdamW", []),
+        "torch.optim.LBFGS": profile.choose_optimizer("torch.optim.LBFGS", []),
+    }
+    with pytest.raises(UserError, match=r"torch\.optim\.LBFGS: its step cannot be measured"):
+        profile.measure(list(layer.named_parameters()), chosen)
+
+
 def test_a_program_s_own_parameters() -> None:
     layer = torch.nn.Linear(64, 64)
     chosen = {name: choice for name, choice in profile.contenders().items() if "AdamW" in name}
@@ -52,6 +63,7 @@ def test_a_program_s_own_parameters() -> None:
     [
         (("nowhere.safetensors",), "nowhere.safetensors: no such file"),
         (("lora.safetensors", "--optimizer", "AdamW8bits"), "did you mean 'AdamW8bit'?"),
+        (("lora.safetensors", "--device", "gpu"), "error: --device gpu: "),
     ],
 )
 def test_mistakes(
