@@ -143,7 +143,9 @@ def load_model(model: str | None, classes: list[str]) -> Any:
         )
     except (OSError, ValueError) as error:
         near = "" if Path(model).exists() else nearest_path(Path(model))
-        raise UserError(f"--model {model}: cannot be loaded{near or ': ' + str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"--model {model}: cannot be loaded{near or ': ' + ' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def with_adapter(base: Any, wanted: argparse.Namespace) -> Any:

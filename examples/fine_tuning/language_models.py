@@ -91,11 +91,11 @@ def _made(words: int, options: dict[str, Any] | None) -> Any:
 
 def _unloadable(model: str | None, error: Exception) -> UserError:
     near = "" if Path(str(model)).exists() else nearest_path(Path(str(model)))
-    return UserError(f"--model {model}: cannot be loaded{near or ': ' + _first_line(error)}")
+    return UserError(f"--model {model}: cannot be loaded{near or ': ' + _in_a_line(error)}")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _check_targets(base: torch.nn.Module, targets: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def with_adapter(base: Any, wanted: argparse.Namespace, *, steps: int) -> Any:
         try:
             return PeftModel.from_pretrained(base, wanted.start_from, is_trainable=True)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"--start_from {wanted.start_from}: does not fit the model: {_first_line(error)}") from None
+            raise UserError(f"--start_from {wanted.start_from}: does not fit the model: {_in_a_line(error)}") from None
     _check_targets(base, wanted.target_modules or ())
     options: dict[str, Any] = {
         "r": wanted.rank, "lora_alpha": wanted.alpha, "lora_dropout": wanted.dropout, "bias": "none",

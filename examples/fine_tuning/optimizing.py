@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from library.errors import UserError, did_you_mean, why_not
 from library.optimizers import CustomAdamW, layer_groups, preset_arguments, task_rate
 
+T = TypeVar("T", int, float)
 WARMUP = 0.05  # share of all steps, where no task says otherwise
 
 
@@ -26,7 +27,7 @@ WARMUP = 0.05  # share of all steps, where no task says otherwise
 
 def above_zero(word: str) -> float:
     """A type of an option: a number above 0."""
-    value = float(word)
+    value = _number(word, float)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{word} is not above 0")
     return value
@@ -41,14 +42,21 @@ def at_least_one(word: str) -> int:
 
 
 def _at_least(least: int, word: str) -> int:
-    value = int(word)
+    value = _number(word, int)
     if value < least:
         raise argparse.ArgumentTypeError(f"{word} is not at least {least}")
     return value
 
 
+def _number(word: str, kind: type[T]) -> T:
+    try:
+        return kind(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{word}' is no {'whole ' * (kind is int)}number") from None
+
+
 def share(word: str) -> float:
-    value = float(word)
+    value = _number(word, float)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{word} is no share, from 0 to below 1")
     return value

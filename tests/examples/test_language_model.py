@@ -279,10 +279,11 @@ def test_a_wrong_option(
         *(["--held_out", "0"], ["--answers", "-1"]),
     ],
 )
-def test_a_number_out_of_range(words: list[str]) -> None:
+def test_a_number_out_of_range(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         script.main(words)
     assert end.value.code == 2
+    assert f"argument {words[0]}: {words[1]} is " in capsys.readouterr().err.replace("'x'", "x")
 
 
 def test_too_short_a_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
