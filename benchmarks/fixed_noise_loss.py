@@ -26,21 +26,19 @@ def fixed_noise_loss(
 
     Denoiser and text encoder must be loaded.
     """
-    losses = {}
+    totals = dict.fromkeys(middles(0, family.process.steps), 0.0)
     device = next(family.components["denoiser"].parameters()).device
-    for t in middles(0, family.process.steps):
-        total = 0.0
-        for start in range(0, len(latents_NCHW), batch_size):
-            latents = latents_NCHW[start : start + batch_size].to(device)
-            keys = range(start, start + len(latents))
-            size = latents.shape[-1] * family.latents.factor, latents.shape[-2] * family.latents.factor
-            condition = family.condition(
-                family.encode_prompts([captions[i] for i in keys]),
-                original_sizes=[size] * len(latents),
-                crops=[(0, 0)] * len(latents),
-                target_size=size,
-            )
+    for start in range(0, len(latents_NCHW), batch_size):
+        latents = latents_NCHW[start : start + batch_size].to(device)
+        keys = range(start, start + len(latents))
+        size = latents.shape[-1] * family.latents.factor, latents.shape[-2] * family.latents.factor
+        condition = family.condition(
+            family.encode_prompts([captions[i] for i in keys]),
+            original_sizes=[size] * len(latents),
+            crops=[(0, 0)] * len(latents),
+            target_size=size,
+        )
+        for t in totals:
             losses_B = image_losses(family, latents, condition, t, keys=keys, seed=seed, loss=mean_squares)
-            total += losses_B.sum().item()
-        losses[t] = total / len(latents_NCHW)
-    return losses
+            totals[t] += losses_B.sum().item()
+    return {t: total / len(latents_NCHW) for t, total in totals.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import WrittenNaming
+from library.quantization.frozen import is_own
 from networks import rates
 from networks.adapter import Adapter, Capability
 from networks.files import AdapterFile
@@ -258,8 +259,9 @@ class Network(TrainableNetwork):
         The sum is formed in fp32 where the base's weight lies, and is written in the weight's own dtype.
         """
         for adapter in self.adapters:
-            assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
-            for leaf, weight in adapter.site.module.named_parameters():
+            layer = adapter.site.module
+            assert is_own(layer, layer.forward), f"{adapter.site.name}: merging into what is attached or encoded"
+            for leaf, weight in layer.named_parameters():
                 weight.copy_(adapter.merged(leaf, adapter.tensors(), weight))
 
     # -- training
@@ -290,12 +292,10 @@ class Network(TrainableNetwork):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        adapters = list(self.adapters)
-        norms: dict[int, Tensor] = {}
-        for kind in dict.fromkeys(type(adapter) for adapter in adapters):
-            places = [index for index, adapter in enumerate(adapters) if type(adapter) is kind]
-            norms |= zip(places, kind.norms([adapters[index] for index in places]), strict=True)
-        return torch.stack([norms[index] for index in range(len(adapters))])
+        norms: dict[Adapter, Tensor] = {}
+        for kind, adapters in self._by_class.items():
+            norms |= zip(adapters, kind.norms(adapters), strict=True)
+        return torch.stack([norms[adapter] for adapter in self.adapters])
 
     @torch.no_grad()
     def limit_norms(self, limit: float) -> tuple[int, float, float]:
