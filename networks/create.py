@@ -113,7 +113,8 @@ def create_from_file(
     if not any(layer.kind in adapter.reads() for layer in file.layers.values()):
         raise UserError(f"{file.source}: holds no {adapter.NOUN}; the first tensor is {next(iter(file.tensors), '')!r}")
     made = _as_in_file(readers, file, targets, {adapter: (asked, settings)})
-    return _network(made, settings, rates.block_weights(settings, blocks_of(targets)), multiplier=multiplier)
+    weights = rates.block_weights(settings, blocks_of(targets))
+    return _network(made, settings, weights, multiplier=multiplier, sized_by_file=True)
 
 
 def create_to_merge(file: AdapterFile, targets: Sequence[AdapterTargets], *, multiplier: float) -> Network:
@@ -150,7 +151,12 @@ def _as_in_file(
 
 
 def _network(
-    adapters: Sequence[Adapter], settings: RateSettings, weights: Sequence[float] | None, *, multiplier: float
+    adapters: Sequence[Adapter],
+    settings: RateSettings,
+    weights: Sequence[float] | None,
+    *,
+    multiplier: float,
+    sized_by_file: bool = False,
 ) -> Network:
     ratios = settings.by_part.values() if isinstance(settings, PlusSettings) else ()
     if any(ratios) and not any(one.raises(name) for one in adapters for name, _ in one.named_parameters()):
@@ -163,4 +169,5 @@ def _network(
         plus_ratios=settings.by_part if isinstance(settings, PlusSettings) else None,
         block_weights=weights,
         pattern_rates=rates.pattern_rates(settings.network_reg_lrs),
+        sized_by_file=sized_by_file,
     )

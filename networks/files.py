@@ -189,7 +189,9 @@ def _refuse_other_kinds(
     named = [kind for kind in allowed if kind != "norm"] or allowed  # norms may lie beside every kind
     nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in named))
     said = f"{path} is {adapter.title}, and only {nouns} {purpose}"
-    if able := [kind for kind in kinds.KINDS if ours.holds_only(kinds.load(kind).reads())]:
+    main = [kind for kind in ours.layers if kind != "norm"] or list(ours.layers)
+    single = len(main) == 1 and not ours.unknown
+    if single and (able := [kind for kind in kinds.KINDS if main[0] in kinds.load(kind).reads()]):
         said += f". {' or '.join(f'--network_module networks.{kind}' for kind in able)} trains it"
     elif not unread and not adapter.unknown:
         said += ". No kind has layers of all of these: --base_weights merges it"

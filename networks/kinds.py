@@ -141,10 +141,10 @@ def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str,
             raise UserError(f"--network_args: {module} takes no 'dora_wd'; --network_module networks.dora is DoRA")
     sizes, settings = f"networks.{kind}.Sizes", f"networks.{kind}.Settings"
     if module == lycoris.MODULE:
-        takes = [
-            name for path in (sizes, settings) for name in registry.signature(path, where="--network_module").parameters
-        ]
-        words = tuple(lycoris.translate(words, takes=takes))
+        of_sizes, of_settings = (
+            list(registry.signature(path, where="--network_module").parameters) for path in (sizes, settings)
+        )
+        words = tuple(lycoris.translate(words, takes=of_sizes + of_settings, settled=of_sizes if from_file else ()))
     values, _ = registry.bind(
         settings if from_file else sizes,
         words,

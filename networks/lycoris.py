@@ -65,8 +65,10 @@ def kind_of(words: Sequence[str]) -> str:
     return kind
 
 
-def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
+def translate(words: Sequence[str], *, takes: Sequence[str], settled: Sequence[str] = ()) -> list[str]:
     """The words for the kind that `algo` names, which takes arguments of these names. Raises UserError.
+
+    settled: those of them that a file settles (`--dim_from_weights`).
 
     A preset and a rank for convolutions are LyCORIS' defaults: everything. What a GUI writes for all kinds and this one
     does not have is left out with a warning.
@@ -99,6 +101,8 @@ def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
             f"--network_args: preset={preset}: presets in files are lycoris.kohya's alone; here preset takes a name, "
             "and include_patterns, exclude_patterns and network_reg_dims choose layers and ranks"
         )
+    if idle := [name for name in given if name in settled]:
+        logger.warning("--network_args: without effect with --dim_from_weights: %s", ", ".join(idle))
     if kind != "ia3":
         given.setdefault("preset", "full")
     elif preset == "ia3":  # LyCORIS' matches nothing; our kind sits there by itself
@@ -109,7 +113,7 @@ def translate(words: Sequence[str], *, takes: Sequence[str]) -> list[str]:
         given.setdefault("wd_on_output", "True")
     if kind == "oft":
         given["dim_is_size"] = "True"  # kohya's networks.oft counts blocks
-    return [f"{name}={text}" for name, text in given.items()]
+    return [f"{name}={text}" for name, text in given.items() if name not in settled]
 
 
 def _split(words: Sequence[str]) -> dict[str, str]:

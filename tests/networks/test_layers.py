@@ -226,6 +226,15 @@ def test_wrong_words_of_lycoris(words: tuple[str, ...], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_file_settles_the_sizes(caplog: Any) -> None:
+    words = ["algo=loha", "preset=full", "conv_dim=4", "dora_wd=True", "rank_dropout=0.1"]
+    values, _ = kinds.arguments("networks.lycoris", words, from_file=True)
+    assert values == {"rank_dropout": 0.1, "algo": "loha"}
+    assert "without effect with --dim_from_weights: preset, conv_dim, dora_wd" in caplog.text
+    for algo in lycoris.ALGORITHMS:
+        assert kinds.arguments("networks.lycoris", [f"algo={algo}"], from_file=True)[0].keys() <= {"algo", "block_size"}
+
+
 def test_older_names_win_over_newer_ones_with_a_warning(caplog: Any) -> None:
     """As in LyCORIS, whatever their order."""
     assert not arguments("use_cp=False", "use_tucker=True")[1]["use_tucker"]
