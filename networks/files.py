@@ -190,13 +190,15 @@ def _refuse_other_kinds(
     nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in named))
     said = f"{path} is {adapter.title}, and only {nouns} {purpose}"
     main = [kind for kind in ours.layers if kind != "norm"] or list(ours.layers)
-    single = len(main) == 1 and not ours.unknown
-    if single and (able := [kind for kind in kinds.KINDS if main[0] in kinds.load(kind).reads()]):
+    able = [kind for kind in kinds.KINDS if set(main) <= set(kinds.load(kind).reads())]
+    if unread or ours.unknown:
+        said += f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by else ""
+    elif "train" not in purpose:
+        said += ". python -m networks.tools convert --to lora makes it one"
+    elif able:
         said += f". {' or '.join(f'--network_module networks.{kind}' for kind in able)} trains it"
-    elif not unread and not adapter.unknown:
+    else:
         said += ". No kind has layers of all of these: --base_weights merges it"
-    elif adapter.made_by:
-        said += f". LyCORIS trains it: {adapter.made_by}"
     raise UserError(said)
 
 
