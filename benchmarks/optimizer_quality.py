@@ -21,6 +21,7 @@ from library.config.registry import Arguments
 
 RESULTS = study.ROOT / "benchmarks" / "results" / "optimizer_quality.csv"
 NETWORK = ("--network_module", "networks.lora", "--network_dim", "16", "--network_alpha", "16")
+DORA = ("--network_module", "networks.dora")
 MIDDLE = 2e-3
 
 TECHNIQUES: dict[str, tuple[str, ...]] = {  # switch → its settings worth naming
@@ -129,19 +130,21 @@ def variants() -> list[Variant]:
         Variant("with ALoRA, alora_ratio 4", "added", settings={"use_alora": True, "alora_ratio": 4.0}),
         Variant("all but Grams and ⊥Grad, alora_ratio 4", "whole", settings=everything | first),
         Variant("all but Grams", "whole", settings=everything | {"use_grams": False}),
+        Variant("the defaults with Muon, on a DoRA", "whole", settings={"orthogonalize": True}, words=DORA),
         *_on_another_style(off),
     ]
 
 
 def _on_another_style(off: Mapping[str, bool | float]) -> Iterator[Variant]:
     muon = {**off, **AT_SCALE_1}
-    for name, kind, optimizer, settings in (
-        (ADAMW, "peer", ADAMW, {}),
-        (SHIPPED, "whole", "CustomAdamW", {}),
-        ("the defaults with Muon", "whole", "CustomAdamW", {"orthogonalize": True}),
-        ("Muon alone, orthogonalize_scale 1", "whole", "CustomAdamW", muon),
+    for name, kind, optimizer, settings, words in (
+        (ADAMW, "peer", ADAMW, {}, ()),
+        (SHIPPED, "whole", "CustomAdamW", {}, ()),
+        ("the defaults with Muon", "whole", "CustomAdamW", {"orthogonalize": True}, ()),
+        ("Muon alone, orthogonalize_scale 1", "whole", "CustomAdamW", muon, ()),
+        ("the defaults with Muon, on a DoRA", "whole", "CustomAdamW", {"orthogonalize": True}, DORA),
     ):
-        yield Variant(f"twemoji: {name}", kind, optimizer, settings, style="twemoji")
+        yield Variant(f"twemoji: {name}", kind, optimizer, settings, "twemoji", words)
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,8 @@ def train_and_judge(
     def judge(split: str) -> float:
         if diverged:
             return math.inf
-        with without_dropout(run.network):  # and with all ranks of a T-LoRA
+        # with the average where the run keeps one, and with all ranks of a T-LoRA
+        with run.weights_for("validate"), without_dropout(run.network):
             losses = fixed_noise_loss(run.family, *held_out(style / split), seed=NOISE_SEED)
         mean = sum(losses.values()) / len(losses)
         return mean if math.isfinite(mean) else math.inf

@@ -293,12 +293,10 @@ class Network(TrainableNetwork):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        adapters = list(self.adapters)
-        norms: dict[int, Tensor] = {}
-        for kind in dict.fromkeys(type(adapter) for adapter in adapters):
-            places = [index for index, adapter in enumerate(adapters) if type(adapter) is kind]
-            norms |= zip(places, kind.norms([adapters[index] for index in places]), strict=True)
-        return torch.stack([norms[index] for index in range(len(adapters))])
+        norms: dict[Adapter, Tensor] = {}
+        for kind, adapters in self._by_class.items():
+            norms |= zip(adapters, kind.norms(adapters), strict=True)
+        return torch.stack([norms[adapter] for adapter in self.adapters])
 
     @torch.no_grad()
     def limit_norms(self, limit: float) -> tuple[int, float, float]:
