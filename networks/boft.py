@@ -66,10 +66,12 @@ class BOFT(OFT):
     ) -> Self | None:
         assert isinstance(sizes, Sizes)
         cls.refuse_without(asked, "alpha", "dropout")
-        largest = sizes.conv_dim if site.spatial else _USUAL_SIZE if asked.dim is None else asked.dim
+        option, largest = "network_dim", _USUAL_SIZE if asked.dim is None else asked.dim
+        if site.spatial and (sizes.conv_dim is not None or sizes.preset is None):
+            option, largest = "conv_dim", sizes.conv_dim or 0
         if not largest:
             return None
-        size, count = _cut(site, largest, "conv_dim" if site.spatial else "network_dim")
+        size, count = _cut(site, largest, option)
         form = Form(count, size, sizes.rescaled, stages=count.bit_length())
         return cls(site, form=form, constraint=checked_constraint(sizes.constraint or 0.0), seed=asked.seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,10 @@ from networks.sites import Site, blocks_of, find_norms, find_sites, in_names_of
 if TYPE_CHECKING:
     from library.models.family import AdapterTargets
 
+logger = logging.getLogger(__name__)
+
 NOTHING: Arguments = {}
+_OF_WIDE_KERNELS = ("conv_dim", "conv_alpha", "conv_block_dims", "conv_block_alphas", "use_tucker")
 
 
 def make(
@@ -68,7 +72,19 @@ def create(
                 made.append(norm.new(site, Asked(seed=asked.seed), LayerSizes(), RateSettings(), blocks))
             else:
                 made.append(adapter.new(site, asked, sizes, settings, blocks))
-    return _network([one for one in made if one is not None], settings, weights, multiplier=multiplier)
+    adapters = [one for one in made if one is not None]
+    _warn_without_wide_kernels(adapters, sizes)
+    return _network(adapters, settings, weights, multiplier=multiplier)
+
+
+def _warn_without_wide_kernels(adapters: Sequence[Adapter], sizes: LayerSizes) -> None:
+    """Of arguments about convolutions wider than 1 x 1, where none is adapted: GUIs write them beside any preset."""
+    given = [name for name in _OF_WIDE_KERNELS if getattr(sizes, name, None)]
+    if given and not any(adapter.site.spatial for adapter in adapters):
+        logger.warning(
+            "--network_args: without effect, as no convolution wider than 1 x 1 is adapted: %s",
+            ", ".join(given),
+        )
 
 
 def _norms_beside(sites: Sequence[Site], targets: Sequence[AdapterTargets]) -> list[Site]:
@@ -97,7 +113,8 @@ def create_from_file(
     if not any(layer.kind in adapter.reads() for layer in file.layers.values()):
         raise UserError(f"{file.source}: holds no {adapter.NOUN}; the first tensor is {next(iter(file.tensors), '')!r}")
     made = _as_in_file(readers, file, targets, {adapter: (asked, settings)})
-    return _network(made, settings, rates.block_weights(settings, blocks_of(targets)), multiplier=multiplier)
+    weights = rates.block_weights(settings, blocks_of(targets))
+    return _network(made, settings, weights, multiplier=multiplier, sized_by_file=True)
 
 
 def create_to_merge(file: AdapterFile, targets: Sequence[AdapterTargets], *, multiplier: float) -> Network:
@@ -134,7 +151,12 @@ def _as_in_file(
 
 
 def _network(
-    adapters: Sequence[Adapter], settings: RateSettings, weights: Sequence[float] | None, *, multiplier: float
+    adapters: Sequence[Adapter],
+    settings: RateSettings,
+    weights: Sequence[float] | None,
+    *,
+    multiplier: float,
+    sized_by_file: bool = False,
 ) -> Network:
     ratios = settings.by_part.values() if isinstance(settings, PlusSettings) else ()
     if any(ratios) and not any(one.raises(name) for one in adapters for name, _ in one.named_parameters()):
@@ -147,4 +169,5 @@ def _network(
         plus_ratios=settings.by_part if isinstance(settings, PlusSettings) else None,
         block_weights=weights,
         pattern_rates=rates.pattern_rates(settings.network_reg_lrs),
+        sized_by_file=sized_by_file,
     )

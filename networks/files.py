@@ -189,12 +189,16 @@ def _refuse_other_kinds(
     named = [kind for kind in allowed if kind != "norm"] or allowed  # norms may lie beside every kind
     nouns = " or ".join(dict.fromkeys(kinds.load(kind).NOUN for kind in named))
     said = f"{path} is {adapter.title}, and only {nouns} {purpose}"
-    if able := [kind for kind in kinds.KINDS if ours.holds_only(kinds.load(kind).reads())]:
+    main = [kind for kind in ours.layers if kind != "norm"] or list(ours.layers)
+    able = [kind for kind in kinds.KINDS if set(main) <= set(kinds.load(kind).reads())]
+    if unread or ours.unknown:
+        said += f". LyCORIS trains it: {adapter.made_by}" if adapter.made_by else ""
+    elif "train" not in purpose:
+        said += ". python -m networks.tools convert --to lora makes it one"
+    elif able:
         said += f". {' or '.join(f'--network_module networks.{kind}' for kind in able)} trains it"
-    elif not unread and not adapter.unknown:
+    else:
         said += ". No kind has layers of all of these: --base_weights merges it"
-    elif adapter.made_by:
-        said += f". LyCORIS trains it: {adapter.made_by}"
     raise UserError(said)
 
 

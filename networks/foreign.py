@@ -216,7 +216,7 @@ class ForeignNetwork(TrainableNetwork):
         unsaid = {key: ours[key] for key in ours if key.endswith(".alpha") and key.partition(".")[0] in file.layers}
         theirs = {**unsaid, **tensors}
         report = compare(ours, theirs)
-        check_loaded(report, source)
+        check_loaded(report, source, sized_by_file=False)
         for key in unsaid:
             if theirs[key].numel() == 1 and theirs[key].item() != ours[key].item():
                 raise UserError(

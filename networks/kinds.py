@@ -135,12 +135,16 @@ def _of_kind(module: str, words: Iterable[str], *, from_file: bool) -> dict[str,
         if name in kohya.NETWORK_ARGS_NOT_YET:
             hint = kohya.NETWORK_ARGS_NOT_YET[name]
             raise UserError(f"--network_args: {name} is known to kohya's scripts, not supported here yet ({hint})")
+        if name == "algo" and module != lycoris.MODULE:
+            raise UserError(f"--network_args: algo: {module} is one kind; --network_module {lycoris.MODULE} takes it")
+        if name == "dora_wd" and kind == "lora" and module != lycoris.MODULE:
+            raise UserError(f"--network_args: {module} takes no 'dora_wd'; --network_module networks.dora is DoRA")
     sizes, settings = f"networks.{kind}.Sizes", f"networks.{kind}.Settings"
     if module == lycoris.MODULE:
-        takes = [
-            name for path in (sizes, settings) for name in registry.signature(path, where="--network_module").parameters
-        ]
-        words = tuple(lycoris.translate(words, takes=takes))
+        of_sizes, of_settings = (
+            list(registry.signature(path, where="--network_module").parameters) for path in (sizes, settings)
+        )
+        words = tuple(lycoris.translate(words, takes=of_sizes + of_settings, settled=of_sizes if from_file else ()))
     values, _ = registry.bind(
         settings if from_file else sizes,
         words,

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 from library.errors import UserError, did_you_mean
@@ -187,9 +188,20 @@ def compiled(name: str, pattern: str, sites: Sequence[Site]) -> re.Pattern[str]:
     if not any(matches(site, (regex,)) for site in sites):
         plain = re.sub(r"\\\.|\.\*|[\\^$*+?()|]", lambda found: "." if found[0] == r"\." else "", pattern)
         names = [site.path or site.name for site in sites]
-        near = did_you_mean(plain, names) or f"; the first layer is {names[0]}"
+        if pattern and any(regex.search(text) for site in sites for text in (site.path, site.name)):
+            near = f", did you mean '.*{f'({pattern})' if '|' in pattern else pattern}.*'?"
+        else:
+            near = did_you_mean(plain, names) or _like(plain, names) or f"; the first layer is {names[0]}"
         raise UserError(f"{name}: '{pattern}' matches no layer as a whole{near}")
     return regex
+
+
+def _like(plain: str, names: Sequence[str]) -> str:
+    """A layer with the words that are most like a pattern's: of "attnn1.to_q" one with "attn1.to_q"."""
+    words = {word for name in names for word in name.split(".")}
+    near = ".".join(next(iter(get_close_matches(word, words, n=1)), word) for word in plain.strip(".").split("."))
+    name = next((name for name in names if near and near in name), None)
+    return "" if name is None else f"; the nearest layer is {name}"
 
 
 def matches(site: Site, patterns: Patterns) -> bool:

@@ -86,17 +86,18 @@ def _differ_in_rank(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) ->
     return sizes(ours) == sizes(theirs) and _RANK_AXES.keys() <= ours.keys()
 
 
-def check_loaded(report: LoadReport, source: str) -> None:
-    """Say how much of `source` fits. `UserError` if nothing does, or where a layer has other shapes than the file."""
+def check_loaded(report: LoadReport, source: str, *, sized_by_file: bool) -> None:
+    """Say how much of `source` fits a network, whose ranks and forms may be the file's. `UserError` if nothing does, or
+    where a layer has other shapes than the file."""
     if report.mismatched:
+        advice = "It has other settings, which --dim_from_weights takes from it, or is for a model of other sizes."
+        if sized_by_file:
+            advice = "It is for a model of other sizes."
+        elif report.only_ranks:
+            advice = "Take the ranks from the file with --dim_from_weights, or give those that it has."
         raise UserError(
             f"{source}: {len(report.mismatched)} layers have other ranks or tensors in this file than in the network:"
-            f"{some_names(report.mismatched)}\n"
-            + (
-                "Take the ranks from the file with --dim_from_weights, or give those that it has."
-                if report.only_ranks
-                else "It is for a model of other sizes, or was made with other settings of the network."
-            )
+            f"{some_names(report.mismatched)}\n{advice}"
         )
     if not report.matched:
         raise UserError(

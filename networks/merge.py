@@ -89,7 +89,7 @@ class BaseWeights:
                 continue
             network = create_to_merge(part, targets, multiplier=file.multiplier)
             report, layers = network.compare(part)
-            check_loaded(report, part.source)
+            check_loaded(report, part.source, sized_by_file=True)
             for adapter in network.adapters:
                 tensors = _contents(layers[adapter.site.name])
                 for leaf, _ in adapter.site.module.named_parameters():

@@ -164,9 +164,11 @@ class Network(TrainableNetwork):
         plus_ratios: Mapping[str, float | None] | None = None,
         block_weights: Sequence[float] | None = None,
         pattern_rates: rates.PatternRates = (),
+        sized_by_file: bool = False,
     ) -> None:
         """`plus_ratios`: LoRA+ ratio per part ("unet", "text_encoder"); None or absent trains all at one rate.
-        `block_weights`, `pattern_rates`: see networks/rates.py."""
+        `block_weights`, `pattern_rates`: see networks/rates.py. `sized_by_file`: ranks and forms are those of a file.
+        """
         super().__init__()
         for adapter in adapters:
             self.add_module(adapter.site.name, adapter)
@@ -174,6 +176,7 @@ class Network(TrainableNetwork):
         for kind, members in self._by_class.items():
             kind.joined(members)
         self.plus_ratios = dict(plus_ratios or {})
+        self.sized_by_file = sized_by_file
         self.block_weights, self.pattern_rates = block_weights, pattern_rates
         self.naming: WrittenNaming = "kohya"  # of the tensors in its files: --save_naming
         self.set_multiplier(multiplier)
@@ -370,7 +373,7 @@ class Network(TrainableNetwork):
 
     def load(self, file: AdapterFile) -> LoadReport:
         report, modules = self.compare(file)
-        check_loaded(report, file.source)
+        check_loaded(report, file.source, sized_by_file=self.sized_by_file)
         changed = 0
         for name in report.matched:
             adapter = self.get_submodule(name)

@@ -141,7 +141,13 @@ class OFT(OnWeight):
             bound = bound or 0.0
         elif bound is None:  # 1 and above bounds nothing that training reaches, and is the option's default
             bound = asked.alpha if asked.alpha is not None and asked.alpha < 1 else 0.0
-        form = Form(*_cut(site, asked, sizes), sizes.rescaled)
+        if sizes.conv_dim == 0 and site.spatial and sizes.preset is not None:
+            return None
+        count, size = _cut(site, asked, sizes)
+        if size == 1:  # as LyCORIS' rule has it of conv_out's 4 outputs at dim 4
+            logger.warning("%s: stays as it is: blocks of 1 x 1 rotate nothing", site.name)
+            return None
+        form = Form(count, size, sizes.rescaled)
         return cls(site, form=form, constraint=checked_constraint(bound), seed=asked.seed)
 
     @classmethod
@@ -266,6 +272,6 @@ def _cut(site: Site, asked: Asked, sizes: Sizes) -> tuple[int, int]:
                 f"{site.name}: {option} {given}: its {out} outputs do not divide into so many blocks; into "
                 f"{' or '.join(map(str, near))} they do"
             )
-    if size < 2:
+    if size < 2 and (given < 2 or not sizes.dim_is_size):
         raise UserError(f"{site.name}: {option} {given} makes blocks of 1 x 1, which rotate nothing")
     return count, size

@@ -43,30 +43,37 @@ def ranks_of(asked: Asked, sizes: RankSizes, blocks: Blocks | None) -> tuple[Ran
     """Those of Linear and 1x1 convolutions, and those of wider kernels. Raises UserError.
 
     Linear and 1x1 convolutions take `--network_dim` (None: 4) and `--network_alpha` (None: 1; 0: the rank), wider
-    kernels `conv_dim` (None: not adapted, unless a preset takes them: as the others then) and `conv_alpha` (None: 1; 0:
-    the rank); blocks may have their own.
+    kernels `conv_dim` (None: not adapted) and `conv_alpha` (None: 1; 0: the rank); blocks may have their own. Where a
+    preset takes wider kernels, they have the others' rank and alpha unless these say otherwise, as LyCORIS has it; with
+    a preset `conv_dim` may be 0: none.
     """
+    rank = _rank("network_dim", 4 if asked.dim is None else asked.dim)
+    alpha = 1.0 if asked.alpha is None else asked.alpha
     usual = _by_block(
-        _rank("network_dim", 4 if asked.dim is None else asked.dim),
-        1.0 if asked.alpha is None else asked.alpha,
+        rank,
+        alpha,
         dims=sizes.block_dims,
         alphas=sizes.block_alphas,
         blocks=blocks,
         names=("block_dims", "block_alphas"),
     )
     preset = preset_of(sizes.preset)
-    if preset is not None and preset.conv == "all" and sizes.conv_dim is None and sizes.conv_block_dims is None:
-        return usual, usual
-    if sizes.conv_alpha is not None and sizes.conv_alpha < 0:
-        raise UserError(f"conv_alpha: {sizes.conv_alpha:g} is below 0")
-    spatial = _by_block(
-        0 if sizes.conv_dim is None else _rank("conv_dim", sizes.conv_dim),
-        1.0 if sizes.conv_alpha is None else sizes.conv_alpha,
-        dims=sizes.conv_block_dims,
-        alphas=sizes.conv_block_alphas,
-        blocks=blocks,
-        names=("conv_block_dims", "conv_block_alphas"),
-    )
+    if preset is not None and sizes.conv_dim == 0 and sizes.conv_block_dims is None:
+        return usual, Ranks(0, 0.0)
+    as_others = preset is not None and preset.conv == "all"
+    dims, alphas = sizes.conv_block_dims, sizes.conv_block_alphas
+    if as_others:
+        dims = sizes.block_dims if sizes.conv_dim is None and dims is None else dims
+        alphas = sizes.block_alphas if sizes.conv_alpha is None and alphas is None else alphas
+    conv_rank, conv_alpha = (rank, alpha) if as_others else (0, 1.0)
+    if sizes.conv_dim is not None:
+        conv_rank = _rank("conv_dim", sizes.conv_dim)
+    if sizes.conv_alpha is not None:
+        conv_alpha = sizes.conv_alpha
+        if conv_alpha < 0:
+            raise UserError(f"conv_alpha: {conv_alpha:g} is below 0")
+    names = ("conv_block_dims", "conv_block_alphas")
+    spatial = _by_block(conv_rank, conv_alpha, dims=dims, alphas=alphas, blocks=blocks, names=names)
     return usual, spatial
 
 

@@ -95,5 +95,6 @@ def _network(kind: str, family: ModelFamily, options: Options, arguments: Argume
         raise UserError(f"--network_module {wanted.network_module}: {error}") from None
     network.attach(parts_of(options))
     if start is not None:
-        check_loaded(network.compare(start)[0], f"--network_weights {wanted.network_weights}")
+        where = f"--network_weights {wanted.network_weights}"
+        check_loaded(network.compare(start)[0], where, sized_by_file=network.sized_by_file)
     return network

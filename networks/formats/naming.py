@@ -251,8 +251,17 @@ def _kohya_name(place: _Place, *, xl: bool, several: bool, sd3: bool) -> str:
     return f"lora_te{number}_{above}" + place.path.replace(".", "_")
 
 
+_MOVED_BASE = ("pissa", "olora", "corda", "lora_ga")  # beginnings of PEFT's words for it
+
+
 def _settings(config: Config, place: _Place, source: str) -> forms.Settings:
-    """What a configuration of diffusers or PEFT says about a layer; without one all is None."""
+    """What a configuration of diffusers or PEFT says about a layer; without one all is None. Raises UserError."""
+    for key, value in config.items():
+        if key.rpartition(".")[2] == "init_lora_weights" and str(value).startswith(_MOVED_BASE):
+            raise UserError(
+                f"{source}: with {key} {value} PEFT took the first values out of the base, which this file alone does "
+                "not say; save it with path_initial_model_for_weight_conversion"
+            )
     try:
         # diffusers keeps one configuration a part in one table, "unet.lora_alpha"; PEFT's file has one only
         own = {key.removeprefix(f"{place.part}."): value for key, value in config.items()}

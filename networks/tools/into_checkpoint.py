@@ -154,7 +154,7 @@ def _changes(
     for place, (source, weight_of) in enumerate(zip(sources, weights, strict=True)):
         network = create_to_merge(source, targets, multiplier=1.0)
         report, layers = network.compare(source)
-        check_loaded(report, source.source)
+        check_loaded(report, source.source, sized_by_file=True)
         known: set[str] = set()
         for adapter in network.adapters:
             site = adapter.site

@@ -26,7 +26,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.log import errors_only
 from library.progress import bar
-from networks import base_weights, files, kinds, loha, lokr
+from networks import base_weights, files, kinds, loha, lokr, lycoris
 from networks.adapter import Adapter
 from networks.create import create_to_merge
 from networks.difference import Difference
@@ -80,7 +80,7 @@ def to_lora(
         raise UserError(f"{source}: is in the form of a run's state; the files that the run saves are LoRA")
     layers = _of_model(content, base) if base is not None else _of_file(content)
     layers, left = _without_norms(layers)
-    is_dylora = content.metadata.get("ss_network_module") == "networks.dylora" and all(one.is_lora for one in layers)
+    is_dylora = _is_dylora(content.metadata) and all(one.is_lora for one in layers)
     found: dict[str, dict[str, Tensor]] = {}
     kept = whole = 0.0
     with torch.no_grad():
@@ -116,6 +116,12 @@ def _without_norms(layers: Sequence[_Layer]) -> tuple[list[_Layer], list[str]]:
         raise UserError("there are differences of norms alone: a LoRA has none")
     left = [layer.name for layer in layers if issubclass(layer.reader, Norm)]
     return kept, left + [f"{layer.name}.{DIFF_BIAS}" for layer in kept if DIFF_BIAS in layer.tensors]
+
+
+def _is_dylora(metadata: Mapping[str, str]) -> bool:
+    module = metadata.get("ss_network_module")
+    by_algorithm = module == lycoris.MODULE and "algo=dylora" in result.network_arguments(metadata)
+    return module == "networks.dylora" or by_algorithm
 
 
 def _say_unit(content: AdapterFile, rank: int) -> None:

@@ -211,6 +211,21 @@ def test_a_dora_given_to_lora_is_told_what_trains_it(tmp_path: Path) -> None:
     )
 
 
+def test_a_tool_for_lora_alone_says_how_another_kind_becomes_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(ADAPTERS["LoHa"][0], path)
+    message = said(lambda: check(path, purpose="is resized", allowed=["lora"]))
+    assert message.endswith("only plain LoRA is resized. python -m networks.tools convert --to lora makes it one")
+
+
+def test_norms_beside_another_kind_are_trained_by_that_kind(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    norm = {f"{LAYER}_norm.w_norm": torch.zeros(4), f"{LAYER}_norm.b_norm": torch.zeros(4)}
+    save_file({**ADAPTERS["LoHa"][0], **norm}, path)
+    message = said(lambda: check(path, purpose="is trained by networks.lora", allowed=["lora", "norm"]))
+    assert message.endswith("only plain LoRA is trained by networks.lora. --network_module networks.loha trains it")
+
+
 def test_a_file_of_layers_of_two_kinds_is_merged_and_not_trained(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file(

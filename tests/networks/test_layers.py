@@ -65,6 +65,44 @@ def test_a_preset_of_everything_gives_convolutions_the_same_rank(toy: Toy) -> No
     assert {adapter.site.path for adapter in network.adapters if adapter.rank == 2} == {"downsamplers.0"}
 
 
+def test_convolutions_of_a_preset_take_rank_and_alpha_of_the_others_unless_told(toy: Toy) -> None:
+    def wide(kind: str = "lora", **arguments: Any) -> list[tuple[int, float]]:
+        network = create(kind, [unet_targets(toy)], Asked(dim=4, alpha=2), {"preset": "unet-only", **arguments})
+        return [(one.rank, one.scale) for one in network.adapters if one.site.spatial]
+
+    assert wide() == [(4, 0.5)]
+    assert wide(conv_dim=2) == [(2, 1.0)]
+    assert wide(conv_alpha=1.0) == [(4, 0.25)]
+    assert wide(conv_dim=2, conv_alpha=1.0) == [(2, 0.5)]
+    assert wide(conv_dim=0) == []  # LyCORIS' word for none
+
+
+@pytest.mark.parametrize("kind", ["oft", "boft"])
+def test_so_do_those_of_rotations(kind: str, toy: Toy) -> None:
+    def wide(**arguments: Any) -> int:
+        arguments |= {"preset": "unet-only", "exclude_patterns": ".*to_q"}
+        made = create(kind, [unet_targets(toy)], Asked(dim=4), arguments)
+        return sum(adapter.site.spatial for adapter in made.adapters)
+
+    assert (wide(), wide(conv_dim=2), wide(conv_dim=0)) == (1, 1, 0)
+
+
+def test_arguments_about_convolutions_are_warned_of_where_none_is_adapted(toy: Toy, caplog: Any) -> None:
+    lora(4, 1, targets=[unet_targets(toy)], conv_dim=2, use_tucker=True)
+    assert "without effect" not in caplog.text
+    lora(4, 1, targets=[unet_targets(toy)], preset="full-lin", conv_dim=2, conv_alpha=1.0, use_tucker=True)
+    assert "no convolution wider than 1 x 1 is adapted: conv_dim, conv_alpha, use_tucker" in caplog.text
+
+
+def test_a_layer_that_a_size_of_blocks_cuts_into_single_outputs_stays_as_it_is(toy: Toy, caplog: Any) -> None:
+    """LyCORIS' rule does this to conv_out's 4 outputs where --network_dim is 4."""
+    arguments = {"dim_is_size": True, "preset": "unet-only"}
+    network = create("oft", [unet_targets(toy)], Asked(dim=6), arguments)
+    assert "attentions.0.to_q" not in {adapter.site.path for adapter in network.adapters}  # 6 outputs
+    assert len(list(network.adapters)) == 3
+    assert "lora_unet_attentions_0_to_q: stays as it is: blocks of 1 x 1 rotate nothing" in caplog.text
+
+
 def test_patterns_leave_layers_out_of_model_and_file(toy: Toy, caplog: Any) -> None:
     targets = [unet_targets(toy)]
 
@@ -110,6 +148,9 @@ MISTAKES = {
     "preset=attn-only": "preset: this model does not define 'attn-only'; it has attn-mlp, full, ",
     "include_patterns=.*(": "include_patterns: '.*(' is not a regular expression: ",
     "include_patterns=attentions.0.to_p": "'attentions.0.to_p' matches no layer as a whole, did you mean 'attentions",
+    "include_patterns=to_q": "'to_q' matches no layer as a whole, did you mean '.*to_q.*'?",
+    "include_patterns=to_q|x": "'to_q|x' matches no layer as a whole, did you mean '.*(to_q|x).*'?",
+    "include_patterns=.*to_k": "matches no layer as a whole; the nearest layer is attentions.0.to_q",
     "include_patterns=[1]": "include_patterns: [1] is no list of texts, such as ['.*attn1.*', '.*ff.*']",
     "exclude_patterns=['a'": "exclude_patterns: ['a' is no list of texts",
     "exclude_patterns=.*": "include_patterns, exclude_patterns: they leave no layer to adapt",
@@ -158,6 +199,7 @@ def test_every_algorithm_is_a_kind() -> None:
         "preset": "full", "constraint": 0.1, "rescaled": True, "dim_is_size": True
     }  # fmt: skip
     assert arguments("algo=ia3", "preset=ia3") == ("ia3", {})
+    assert arguments("algo=dylora") == ("dylora", {"preset": "full", "block_size": 4})
     assert arguments('algo="glora"', "use_tucker=False", "conv_dim=2") == ("glora", {"preset": "full", "conv_dim": 2})
 
 
@@ -172,6 +214,8 @@ def test_arguments_that_guis_write_for_every_algo_are_left_out_with_a_warning(ca
     ("words", "message"),
     [
         (("algo=lorka",), "--network_args: algo=lorka: unknown, did you mean 'lora'? Known: lora, locon, "),
+        (("algo=tlora",), "algo=tlora: its orthogonal variant is lycoris.kohya's alone; the plain one is "),
+        (("preset=a/b.toml",), "preset=a/b.toml: presets in files are lycoris.kohya's alone"),
         (("use_scalar=True",), "use_scalar=True: networks.lycoris does not have it, lycoris.kohya does"),
         (("fcator=8",), "takes no 'fcator'"),
     ],
@@ -179,6 +223,34 @@ def test_arguments_that_guis_write_for_every_algo_are_left_out_with_a_warning(ca
 def test_wrong_words_of_lycoris(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as caught:
         arguments(*words)
+    assert message in str(caught.value)
+
+
+def test_a_file_settles_the_sizes(caplog: Any) -> None:
+    words = ["algo=loha", "preset=full", "conv_dim=4", "dora_wd=True", "rank_dropout=0.1"]
+    values, _ = kinds.arguments("networks.lycoris", words, from_file=True)
+    assert values == {"rank_dropout": 0.1, "algo": "loha"}
+    assert "without effect with --dim_from_weights: preset, conv_dim, dora_wd" in caplog.text
+    for algo in lycoris.ALGORITHMS:
+        assert kinds.arguments("networks.lycoris", [f"algo={algo}"], from_file=True)[0].keys() <= {"algo", "block_size"}
+
+
+def test_older_names_win_over_newer_ones_with_a_warning(caplog: Any) -> None:
+    """As in LyCORIS, whatever their order."""
+    assert not arguments("use_cp=False", "use_tucker=True")[1]["use_tucker"]
+    assert "use_tucker=True has no effect beside use_cp=False" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("module", "word", "message"),
+    [
+        ("networks.loha", "algo=loha", "algo: networks.loha is one kind; --network_module networks.lycoris takes it"),
+        ("networks.lora", "dora_wd=True", "takes no 'dora_wd'; --network_module networks.dora is DoRA"),
+    ],
+)
+def test_words_of_another_module_are_sent_there(module: str, word: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        kinds.arguments(module, [word], from_file=False)
     assert message in str(caught.value)
 
 

@@ -70,6 +70,18 @@ def test_a_file_of_peft_acts_as_there(tiny, tmp_path, part, rslora):
             assert difference(without, wanted) > 0.01
 
 
+def test_a_file_of_peft_whose_start_was_taken_out_of_the_base_is_refused(tmp_path):
+    """It would act on the untouched base as nobody trained it."""
+    file, layer = tmp_path / "adapter_model.safetensors", "base_model.model.mid_block.attentions.0.proj_in"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2)}, file)
+    config = {"r": 2, "lora_alpha": 2, "init_lora_weights": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert len(read(file).layers) == 1
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(UserError, match="with init_lora_weights pissa_niter_4 PEFT took the first values"):
+        read(file)
+
+
 @pytest.mark.parametrize("metadata", [True, False], ids=["alpha", "without alpha"])
 def test_a_file_of_diffusers_acts_as_there(tiny, tmp_path, metadata):
     """Written by diffusers' own `save_lora_weights`, as its training scripts do it."""

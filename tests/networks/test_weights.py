@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pickle
 from pathlib import Path
@@ -8,10 +9,13 @@ import pytest
 import torch
 from adapter_models import Toy, lora, lora_from_file, randomize, unet_targets
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from library.errors import UserError
+from networks import create as making
 from networks.files import read
 from networks.network import Network
+from networks.settings import Asked
 
 
 def create(toy: Toy, *, rank: int = 4, alpha: float = 2.0, conv_dim: int | None = None) -> Network:
@@ -106,6 +110,19 @@ def test_the_files_alpha_is_used_and_said(toy, file, caplog):
     assert "alpha differs from the one given in 2 modules: the file's is used" in caplog.text
     assert {adapter.scale for adapter in network.adapters} == {0.5}
     assert torch.equal(toy(x), expected)
+
+
+def test_another_form_is_an_error_that_names_the_way_out_once(toy, tmp_path):
+    file = tmp_path / "x.safetensors"
+    making.create("lokr", [unet_targets(toy)], Asked(dim=1), {"factor": 2}).save(file, None, None)
+    content = read(file)
+    with pytest.raises(UserError, match="other settings, which --dim_from_weights takes from it"):
+        making.create("lokr", [unet_targets(toy)], Asked(dim=1), {"factor": 1}).load(content)
+    other = nn.ModuleDict({"attentions": nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(10, 6)})])})
+    layers = {name: layer for name, layer in content.layers.items() if name.endswith("to_q")}
+    content = dataclasses.replace(content, layers=layers)
+    with pytest.raises(UserError, match=r"(?s)1 layers have.*\nIt is for a model of other sizes\.$"):
+        making.create_from_file("lokr", content, [unet_targets(other)], Asked()).load(content)
 
 
 def test_an_old_file_without_alphas_has_the_rank_as_alpha(toy, file):

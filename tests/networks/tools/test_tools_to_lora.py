@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,16 @@ def test_a_lokr_is_cut_to_the_largest_products(
     assert f"kept {100 * kept / whole:.2f} % of the energy" in capsys.readouterr().out
 
 
-def test_a_dylora_is_cut_to_its_first_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("networks.dylora", {"unit": 4}), ("networks.lycoris", {"block_size": 4, "algo": "dylora"})],
+)
+def test_a_dylora_is_cut_to_its_first_ranks(
+    module: str, arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """alpha · √(b / r), the strength at which they were trained, and the ranks themselves as they are."""
     tensors = tensors_of(0, rank=8, alpha=4.0)
-    metadata = {"ss_network_module": "networks.dylora", "ss_network_args": '{"unit": 4}'}
+    metadata = {"ss_network_module": module, "ss_network_args": json.dumps(arguments)}
     source, target = write(tmp_path / "dylora.safetensors", tensors, metadata), tmp_path / "lora.safetensors"
     assert main(["convert", str(source), str(target), "--to", "lora", "--rank", "2"]) == 0
     found = load_file(target)
