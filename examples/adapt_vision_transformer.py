@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification
@@ -91,7 +91,7 @@ def load(images: dict[Path, str], size: int) -> Labelled:
     for path in images:
         try:
             with Image.open(path) as image:
-                small = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+                small = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         except (OSError, ValueError, UnidentifiedImageError) as error:
             raise UserError(f"{path}: no image can be read: {why_not(error)}") from None
         pixels.append(torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1).permute(2, 0, 1))

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPTextModel, CLIPTokenizer, get_scheduler
 
 from library.errors import UserError
@@ -49,7 +49,8 @@ class Frozen:
         lacking = [path.with_suffix(".txt") for path in paths if not path.with_suffix(".txt").is_file()]
         if lacking or not paths:
             raise UserError(f"{lacking[0]}: no such caption" if lacking else f"--images: there is no .png in {folder}")
-        pixels = [np.asarray(Image.open(path).convert("RGB").resize((size, size)), np.float32) for path in paths]
+        pictures = (ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths)
+        pixels = [np.asarray(picture.resize((size, size)), np.float32) for picture in pictures]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
         captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids

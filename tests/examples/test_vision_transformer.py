@@ -55,6 +55,15 @@ def test_classes_by_folder_and_by_caption(tmp_path: Path) -> None:
     assert list(script.find_images(tmp_path).values()) == ["cat", "dogs"]
 
 
+def test_images_stand_as_their_exif_says(tmp_path: Path) -> None:
+    picture, turned = Image.new("RGB", (8, 8)), Image.Exif()
+    picture.paste("white", (0, 0, 8, 4))
+    turned[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=turned)
+    pixels_CHW = script.load({tmp_path / "a.png": "a"}, 8).pixels[0]
+    assert pixels_CHW[:, 0].max() < 0 < pixels_CHW[:, -1].min()
+
+
 def test_images_that_look_alike_are_on_one_side() -> None:
     pixels, names = small_models.shapes(40)
     darker = (pixels * 0.95 - 0.02).clamp(-1, 1)
