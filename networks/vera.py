@@ -12,6 +12,7 @@ their sizes.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from library.models.blocks import Blocks
+
+logger = logging.getLogger(__name__)
 
 LAMBDA_D, LAMBDA_B, PROJECTION = "vera_lambda_d", "vera_lambda_b", "vera_projection"
 
@@ -211,7 +214,14 @@ def _projection_of(tensors: Mapping[str, Tensor]) -> Projection:
 def _read_projection(module: VeRA, _: object) -> None:
     """A file's seed is part of what it does."""
     if not module.vera_projection.is_meta:
-        module.projection = _projection_of({PROJECTION: module.vera_projection})
+        before, module.projection = module.projection.seed, _projection_of({PROJECTION: module.vera_projection})
+        if module.projection.seed != before:
+            _say_seed(module.projection.seed, before)
+
+
+@functools.lru_cache(maxsize=4)  # it is asked for each layer
+def _say_seed(found: int, given: int) -> None:
+    logger.warning("projection_prng_key: that of the file, %d, is used, and not %d", found, given)
 
 
 def _slices(

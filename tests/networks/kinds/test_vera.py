@@ -16,7 +16,7 @@ from networks.create import create, create_from_file
 from networks.files import read
 from networks.network import Network
 from networks.settings import Asked, LearningRates
-from networks.vera import LAMBDA_B, LAMBDA_D, PROJECTION, Projection, VeRA, shared
+from networks.vera import LAMBDA_B, LAMBDA_D, PROJECTION, Projection, VeRA, _say_seed, shared
 
 CPU = torch.device("cpu")
 
@@ -115,7 +115,8 @@ def test_all_layers_share_two_matrices_that_no_state_holds(toy) -> None:
     assert {parameter.ndim for parameter in parameters} == {1}
 
 
-def test_a_state_regenerates_the_matrices_bit_by_bit(toy) -> None:
+def test_a_state_regenerates_the_matrices_bit_by_bit(toy, caplog: pytest.LogCaptureFixture) -> None:
+    _say_seed.cache_clear()
     made = network([unet_targets(toy)], projection_prng_key=5)
     randomize(made)
     expected = toy(pixels())
@@ -125,6 +126,9 @@ def test_a_state_regenerates_the_matrices_bit_by_bit(toy) -> None:
     other = network([unet_targets(toy)])  # with another seed: that of the state counts
     other.load_state_dict(state)
     assert torch.equal(toy(pixels()), expected)
+    assert [line.getMessage() for line in caplog.records if "prng" in line.getMessage()] == [
+        "projection_prng_key: that of the file, 5, is used, and not 0"
+    ]
 
 
 def test_a_file_is_plain_lora_of_its_rank(toy, tmp_path: Path) -> None:
