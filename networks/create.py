@@ -79,7 +79,7 @@ def create(
 
 def _warn_without_wide_kernels(adapters: Sequence[Adapter], sizes: LayerSizes) -> None:
     """Of arguments about convolutions wider than 1 x 1, where none is adapted: GUIs write them beside any preset."""
-    given = [name for name in _OF_WIDE_KERNELS if getattr(sizes, name, None)]
+    given = [name for name, value in vars(sizes).items() if name in _OF_WIDE_KERNELS and value]
     if given and not any(adapter.site.spatial for adapter in adapters):
         logger.warning(
             "--network_args: without effect, as no convolution wider than 1 x 1 is adapted: %s",
