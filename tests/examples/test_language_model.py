@@ -337,5 +337,6 @@ def test_a_mistake_ends_the_program_without_a_traceback(name: str) -> None:
     words = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--preset", "no_such"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: preset_arguments: no preset 'no_such'")
+    # before it bitsandbytes may say what it has no kernel for on this processor
+    assert done.stderr.splitlines()[-1].startswith("error: preset_arguments: no preset 'no_such'")
     assert "Traceback" not in done.stderr
