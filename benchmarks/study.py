@@ -201,13 +201,13 @@ def train_and_judge(
 
     from benchmarks.fixed_noise_loss import fixed_noise_loss
     from library.config.parser import parse
+    from library.rng import without_dropout
     from library.run.build import build
     from library.run.plan import make_plan
     from library.training import loop
     from library.training.divergence import Diverged
     from library.training.hooks.monitor import Monitor
     from library.training.hooks.saver import Saver
-    from networks.network import Network
 
     os.chdir(ROOT)
     began = time.perf_counter()
@@ -217,7 +217,9 @@ def train_and_judge(
     def judge(split: str) -> float:
         if diverged:
             return math.inf
-        losses = fixed_noise_loss(run.family, *held_out(style / split), seed=NOISE_SEED)
+        # with the average where the run keeps one, and with all ranks of a T-LoRA
+        with run.weights_for("validate"), without_dropout(run.network):
+            losses = fixed_noise_loss(run.family, *held_out(style / split), seed=NOISE_SEED)
         mean = sum(losses.values()) / len(losses)
         return mean if math.isfinite(mean) else math.inf
 
@@ -230,10 +232,6 @@ def train_and_judge(
                 raise KeyboardInterrupt  # a run that was stopped is no row
         except Diverged:
             diverged = True
-        assert isinstance(run.network, Network)
-        with run.weights_for("validate"):  # the average, where the run keeps one
-            run.network.detach()
-            run.network.merge()  # judging takes two thirds of the time then
         return Outcome(
             validation=judge("validation"),
             report=math.nan if seed == CHOOSING_SEED else judge("report"),

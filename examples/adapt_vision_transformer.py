@@ -142,10 +142,7 @@ def load_model(model: str | None, classes: list[str]) -> Any:
             model, num_labels=len(classes), ignore_mismatched_sizes=True
         )
     except (OSError, ValueError) as error:
-        near = "" if Path(model).exists() else nearest_path(Path(model))
-        raise UserError(
-            f"--model {model}: cannot be loaded{near or ': ' + ' '.join(str(error).split())[:200]}"
-        ) from None
+        raise optimizing.unloadable(model, error) from None
 
 
 def with_adapter(base: Any, wanted: argparse.Namespace) -> Any:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.checkpoints.adapter_file import WrittenNaming
-from library.quantization.frozen import is_own
 from networks import rates
 from networks.adapter import Adapter, Capability
 from networks.files import AdapterFile
@@ -262,9 +261,8 @@ class Network(TrainableNetwork):
         The sum is formed in fp32 where the base's weight lies, and is written in the weight's own dtype.
         """
         for adapter in self.adapters:
-            layer = adapter.site.module
-            assert is_own(layer, layer.forward), f"{adapter.site.name}: merging into what is attached or encoded"
-            for leaf, weight in layer.named_parameters():
+            assert "forward" not in vars(adapter.site.module), f"{adapter.site.name}: merging what is attached"
+            for leaf, weight in adapter.site.module.named_parameters():
                 weight.copy_(adapter.merged(leaf, adapter.tensors(), weight))
 
     # -- training

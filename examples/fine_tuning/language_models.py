@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fine_tuning import small_models
 from fine_tuning.instructions import Tokenizer
+from fine_tuning.optimizing import in_a_line, unloadable
 from library.errors import UserError, did_you_mean, nearest_path
 
 ADAPTERS = ("lora", "dora", "rslora", "adalora")
@@ -36,7 +37,7 @@ def load_tokenizer(model: str | None) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise _unloadable(model, error) from None
+        raise unloadable(model, error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {model}: its tokenizer has no token for the end of a text")
     if tokenizer.pad_token_id is None:
@@ -58,7 +59,7 @@ def load_base(model: str | None, words: int, *, in_4bit: bool, checkpointing: bo
         try:
             base = AutoModelForCausalLM.from_pretrained(model, **options)
         except (OSError, ValueError) as error:
-            raise _unloadable(model, error) from None
+            raise unloadable(model, error) from None
     base.name_or_path = model or "small_models.py"
     base.config.use_cache = False
     if in_4bit:
@@ -89,15 +90,6 @@ def _made(words: int, options: dict[str, Any] | None) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def _unloadable(model: str | None, error: Exception) -> UserError:
-    near = "" if Path(str(model)).exists() else nearest_path(Path(str(model)))
-    return UserError(f"--model {model}: cannot be loaded{near or ': ' + _in_a_line(error)}")
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _check_targets(base: torch.nn.Module, targets: Sequence[str]) -> None:
     """Raises UserError for a name of --target_modules that no layer has: peft is content if one of them fits."""
     names = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
@@ -114,7 +106,7 @@ def with_adapter(base: Any, wanted: argparse.Namespace, *, steps: int) -> Any:
         try:
             return PeftModel.from_pretrained(base, wanted.start_from, is_trainable=True)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"--start_from {wanted.start_from}: does not fit the model: {_in_a_line(error)}") from None
+            raise UserError(f"--start_from {wanted.start_from}: does not fit the model: {in_a_line(error)}") from None
     _check_targets(base, wanted.target_modules or ())
     options: dict[str, Any] = {
         "r": wanted.rank, "lora_alpha": wanted.alpha, "lora_dropout": wanted.dropout, "bias": "none",

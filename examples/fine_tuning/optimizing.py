@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from library.errors import UserError, did_you_mean, why_not
+from library.errors import UserError, did_you_mean, nearest_path, why_not
 from library.optimizers import CustomAdamW, layer_groups, preset_arguments, task_rate
 
 T = TypeVar("T", int, float)
@@ -176,6 +176,16 @@ def make(model: nn.Module, wanted: argparse.Namespace, *, parameters: int, steps
 def trained_share(model: nn.Module, *, of: int) -> str:
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{count:,} weights are trained, {count / of:.2%} of the base's {of:,}"
+
+
+def unloadable(model: str | None, error: Exception) -> UserError:
+    """What to say of a --model that transformers does not load."""
+    near = "" if Path(str(model)).exists() else nearest_path(Path(str(model)))
+    return UserError(f"--model {model}: cannot be loaded{near or ': ' + in_a_line(error)}")
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def make_folder(folder: Path | None) -> None:

@@ -149,9 +149,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _rounds(word: str) -> int:
-    if (value := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not at least 1")
-    return value
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"'{word}' is not a whole number of at least 1")
+    return int(word)
 
 
 def _device(name: str) -> torch.device:

@@ -130,3 +130,14 @@ def test_the_interval_is_students():
     """Of 1, 2 and 3 the mean is 2 and the deviation 1; t of two degrees of freedom is 4.303."""
     assert study.interval([1.0, 2.0, 3.0]) == f"+2.00 ({2 - 4.303 / 3**0.5:+.2f} … {2 + 4.303 / 3**0.5:+.2f})"
     assert study.interval([1.0]) == ""
+
+
+@pytest.mark.slow
+def test_an_adapter_on_an_encoded_base_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `benchmarks.format_quality` has it: nothing can be merged into such a base."""
+    latents, captions = study.held_out(study.STYLE / "validation")
+    monkeypatch.setattr(study, "held_out", lambda folder: (latents[:4], captions[:4]))
+    words = ("--network_module", "networks.lora", "--base_format", "int8")
+    found = study.train_and_judge(study.STYLE, 1e-3, study.CHOOSING_SEED, *words, steps=1)
+    assert 0 < found.validation < 1  # 1: what answering 0 would have
+    assert math.isnan(found.report)
