@@ -117,8 +117,8 @@ def test_the_curves() -> None:
             assert rate == "that of the layer below"
 
 
-def test_the_presets_for_stable_diffusion() -> None:
-    found = rows("For Stable Diffusion")
+def test_the_presets_for_image_models() -> None:
+    found = rows("For image models")
     assert len(found) == 20
     for name, (_, sizes, rates, optimizer, _) in found.items():
         said = values(name)
