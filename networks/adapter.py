@@ -302,6 +302,9 @@ class Adapter(nn.Module):
     def joined(cls, adapters: Sequence[Adapter]) -> None:
         """Once, when a network of these adapters, all of this class, is made: for what they share."""
 
+    def before_training(self) -> None:
+        """Once, when its tensors have the precision in which they are trained."""
+
     def before_batch(self) -> None:
         """Before each batch that is trained on."""
 
@@ -469,6 +472,11 @@ class WithRank(Adapter):
         rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by alpha / sqrt(r): programs divide a file's alpha by r.
         """
         return rank, alpha * rank**0.5 if sizes.rs_lora else alpha
+
+    def before_training(self) -> None:
+        """Train with the scale that a state or a file will have: `alpha` is rounded to its type."""
+        if not self.alpha.is_meta:
+            _read_scale(self, None)
 
     def take(self, settings: RankSettings) -> None:
         """Keep what of the settings is needed after the adapter is made; checked. Raises UserError."""
