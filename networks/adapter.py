@@ -71,7 +71,6 @@ class Adapter(nn.Module):
     SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
     SIZES: ClassVar[type[LayerSizes]] = LayerSizes  # `Sizes` of its file
     LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)  # that it can sit on
-    LINEAR: ClassVar[bool] = True  # whether the effective weight is W + multiplier * delta
 
     scale: float = 1.0  # of `delta`, for optimizers
 
@@ -254,6 +253,11 @@ class Adapter(nn.Module):
         return self.delta_of(self.tensors(), self.site.module.weight.shape)
 
     @classmethod
+    def needs_weight(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the difference that a layer's tensors make depends on its weight: `delta_of` cannot tell it then."""
+        return False
+
+    @classmethod
     def effective_weight(cls, weight: Tensor, tensors: Mapping[str, Tensor], multiplier: float) -> Tensor:
         """The weight with which the layer alone gives what it gives with the adapter; fp32, where `weight` lies."""
         return weight.float() + cls.delta_of(tensors, weight.shape).to(weight.device) * multiplier
@@ -298,6 +302,9 @@ class Adapter(nn.Module):
     def joined(cls, adapters: Sequence[Adapter]) -> None:
         """Once, when a network of these adapters, all of this class, is made: for what they share."""
 
+    def before_training(self) -> None:
+        """Once, when its tensors have the precision in which they are trained."""
+
     def before_batch(self) -> None:
         """Before each batch that is trained on."""
 
@@ -329,6 +336,10 @@ class Adapter(nn.Module):
 
 class OnWeight(Adapter):
     """An adapter whose difference depends on the layer's weight. A kind has an `effective_weight` and a `forward`."""
+
+    @classmethod
+    def needs_weight(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return True
 
     def delta(self) -> Tensor:
         weight = weight_of(self.site.module).detach().float()
@@ -461,6 +472,11 @@ class WithRank(Adapter):
         rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by alpha / sqrt(r): programs divide a file's alpha by r.
         """
         return rank, alpha * rank**0.5 if sizes.rs_lora else alpha
+
+    def before_training(self) -> None:
+        """Train with the scale that a state or a file will have: `alpha` is rounded to its type."""
+        if not self.alpha.is_meta:
+            _read_scale(self, None)
 
     def take(self, settings: RankSettings) -> None:
         """Keep what of the settings is needed after the adapter is made; checked. Raises UserError."""

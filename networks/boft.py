@@ -48,7 +48,6 @@ class BOFT(OFT):
     NOUN = "BOFT"
     SETTINGS = Settings
     SIZES = Sizes
-    LINEAR = False
 
     def shapes(self, weight: Shape) -> dict[str, Shape]:
         """oft_blocks (stages, blocks, size, size), rescale (out, 1, …)."""

@@ -106,6 +106,10 @@ class GLoRA(WithRank):
         return self.delta_on(weight_of(self.site.module), self.tensors())
 
     @classmethod
+    def needs_weight(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return True
+
+    @classmethod
     def delta_on(cls, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The difference that a layer's tensors, as files have them, make to this weight; fp32, where it lies."""
         tensors = in_new_form(tensors, weight.shape)

@@ -135,6 +135,10 @@ class WithMagnitude(WithRank):
     # -- weights
 
     @classmethod
+    def needs_weight(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return DORA_SCALE in tensors
+
+    @classmethod
     def effective_weight(cls, weight: Tensor, tensors: Mapping[str, Tensor], multiplier: float) -> Tensor:
         scale = tensors.get(DORA_SCALE)
         if scale is None:

@@ -268,7 +268,9 @@ class Network(TrainableNetwork):
     # -- training
 
     def before_training(self, *, gradient_checkpointing: bool) -> None:
-        """No-op: the base checkpoints its blocks, and the adapters with them."""
+        """The base checkpoints its blocks, and the adapters with them."""
+        for adapter in self.adapters:
+            adapter.before_training()
 
     def start_epoch(self) -> None:
         self.train()
@@ -358,10 +360,7 @@ class Network(TrainableNetwork):
     def save(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """In the names of `naming`."""
         named, more = in_other_names(self.tensors(), self.naming, source=f"--save_naming {self.naming}")
-        tensors = {
-            key: value.to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
-            for key, value in named.items()
-        }
+        tensors = {key: _in_file(key, value.cpu(), dtype).contiguous() for key, value in named.items()}
         metadata = {**metadata, **more} if metadata else more
         if str(file).endswith(".safetensors"):
             save_file(tensors, file, dict(metadata) if metadata else None)
@@ -395,6 +394,12 @@ class Network(TrainableNetwork):
                 modules[adapter.site.name] = adapter.completed(own)
         flat = {f"{name}.{key}": tensor for name, own in modules.items() for key, tensor in own.items()}
         return compare(self.state_dict(), flat), modules
+
+
+def _in_file(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the type of the file, but for an alpha that it would round: that scales a whole layer."""
+    cast = value.to(dtype) if dtype and value.is_floating_point() else value
+    return value if key.endswith(".alpha") and not torch.equal(cast.to(value.dtype), value) else cast
 
 
 def _alpha(adapter: Adapter) -> float | None:

@@ -187,6 +187,11 @@ class OFT(OnWeight):
 
     # -- its weights
 
+    def before_training(self) -> None:
+        """Train with the bound that a state or a file will have: it is rounded to its type."""
+        if not self.alpha.is_meta:
+            _read_constraint(self, None)
+
     def completed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Without an alpha there is no bound."""
         alpha = tensors.get(ALPHA, torch.tensor(0.0))

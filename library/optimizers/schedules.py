@@ -62,7 +62,7 @@ def steps_of(value: int | float | str, total_steps: int, *, option: str) -> int:
     Raises UserError for a negative one or one longer than the run.
     """
     if isinstance(value, str) and value.endswith("%"):
-        steps = int(float(value[:-1]) / 100 * total_steps)
+        steps = int(float(value[:-1]) * total_steps / 100)
     elif float(value) < 1:
         steps = int(float(value) * total_steps)
     else:

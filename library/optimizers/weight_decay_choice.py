@@ -291,7 +291,7 @@ def _auto(name: str, task: str | None, *, total_steps: int, images: int) -> tupl
 
 
 def _steps(word: str, total_steps: int) -> int:
-    return int(float(word[:-1]) / 100 * total_steps) if word.endswith("%") else int(word)
+    return int(float(word[:-1]) * total_steps / 100) if word.endswith("%") else int(word)
 
 
 def _stages(words: tuple[str, ...], total_steps: int) -> tuple[tuple[int, float], ...]:

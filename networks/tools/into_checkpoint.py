@@ -26,7 +26,6 @@ from library.models.checkpoints.open_file import locate
 from library.models.checkpoints.rewrite import Patch, RowChange, rewrite
 from library.models.checkpoints.weights import Change
 from library.models.opening import open_family
-from networks.adapter import OnWeight
 from networks.create import create_to_merge
 from networks.load_report import check_loaded, some_names
 from networks.lora import LoRA
@@ -214,7 +213,7 @@ def _combined(shares: Sequence[_Share], method: Method, files: int, leaf: str, w
 def _delta(share: _Share, leaf: str, weight: Tensor) -> Tensor:
     """The difference at multiplier 1; from the tensors alone where it does not depend on the weight."""
     adapter, tensors = share.adapter, share.in_fp32()
-    if leaf == "weight" and adapter.LINEAR and not isinstance(adapter, OnWeight):
+    if leaf == "weight" and not adapter.needs_weight(tensors):
         return type(adapter).delta_of(tensors, weight.shape)
     adapter.multiplier = 1.0
     return adapter.merged(leaf, tensors, weight) - weight

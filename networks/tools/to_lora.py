@@ -29,7 +29,6 @@ from library.progress import bar
 from networks import base_weights, files, kinds, loha, lokr, lycoris
 from networks.adapter import Adapter
 from networks.create import create_to_merge
-from networks.difference import Difference
 from networks.files import AdapterFile
 from networks.formats.own_form import OwnForm
 from networks.full import DIFF, DIFF_BIAS, Full
@@ -139,7 +138,7 @@ def _of_file(content: AdapterFile) -> list[_Layer]:
     readers, layers = kinds.readers(), []
     for name, own in content.layers.items():
         reader = readers[own.kind]
-        if not issubclass(reader, Norm) and _needs_base(reader, own.tensors):
+        if reader.needs_weight(own.tensors):
             raise UserError(
                 f"{content.source}: {name} is {reader.NOUN}, and its difference depends on the base's weights: give "
                 "--base"
@@ -147,10 +146,6 @@ def _of_file(content: AdapterFile) -> list[_Layer]:
         shape = () if issubclass(reader, Norm) else shape_of(content, name, reader)
         layers.append(_Layer(name, reader, own.tensors, shape))
     return layers
-
-
-def _needs_base(reader: type[Adapter], tensors: Mapping[str, Tensor]) -> bool:
-    return DORA_SCALE in tensors or not issubclass(reader, LoRA | LoHa | LoKr | Difference)
 
 
 def shape_of(content: AdapterFile, name: str, reader: type[Adapter]) -> tuple[int, ...]:
@@ -223,7 +218,7 @@ def first_ranks(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 def _factors(layer: _Layer, rank: int | None) -> tuple[Factors, float]:
     """The nearest LoRA of this rank to a layer's difference, and the energy of the difference. None: exact."""
     tensors = layer.tensors
-    if not _needs_base(layer.reader, tensors):
+    if not layer.reader.needs_weight(tensors):
         if layer.is_lora:
             return _cut(factors_of(tensors), rank)
         if issubclass(layer.reader, LoHa) and _is_low(LoHa.rank_of(tensors) ** 2, layer.shape):
@@ -241,7 +236,7 @@ def _delta(layer: _Layer) -> Tensor:
     """The dense difference, fp32, in the weight's shape."""
     from library.models.checkpoints.weights import Reader
 
-    if not _needs_base(layer.reader, layer.tensors):
+    if not layer.reader.needs_weight(layer.tensors):
         return layer.reader.delta_of(layer.tensors, layer.shape)
     assert layer.weight is not None, "kinds that need the base were refused without"
     with Reader() as reader:

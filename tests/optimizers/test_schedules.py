@@ -151,7 +151,9 @@ def test_what_a_schedule_refuses_needs_no_optimizer():
         rehearse(chosen, rate=1e-4)
 
 
-@pytest.mark.parametrize(("value", "steps"), [(0, 0), (100, 100), ("100", 100), (0.05, 50), ("5%", 50), ("0.1", 100)])
+@pytest.mark.parametrize(
+    ("value", "steps"), [(0, 0), (100, 100), ("100", 100), (0.05, 50), ("5%", 50), ("0.1", 100), ("2.9%", 29)]
+)
 def test_steps_as_a_number_a_ratio_or_a_percentage(value, steps):
     assert steps_of(value, 1000, option="lr_warmup_steps") == steps
 

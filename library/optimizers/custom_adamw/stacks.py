@@ -91,11 +91,12 @@ def build(layout: Layout, members: Sequence[Member], *, paged: bool) -> Stack:
 
 
 def restart_incomplete(recipe: Recipe, state: State) -> bool:
-    """Start both moments anew where a state has the first but lacks the second, which a step needs: the count of steps
-    would not suit a second moment of zeros. Returns whether it did."""
-    if "exp_avg" not in state or all(key in state for key in recipe.moments):
+    """Start anew where a state lacks a moment that a step needs: neither its other moment nor its count of steps would
+    suit one of zeros. Returns whether it did."""
+    if all(key in state for key in recipe.moments) or not ("exp_avg" in state or state.get("step")):
         return False
-    for key in ("exp_avg", "exp_avg_absmax"):
+    own = (buffer.name for technique in recipe.techniques for buffer in technique.buffers() if buffer.per == "tensor")
+    for key in ("exp_avg", "exp_avg_absmax", *own):
         state.pop(key, None)
     state["step"] = 0
     return True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import single_layers
 import torch
 from adapter_models import BASE, difference, lora, outputs, randomize, sd_targets, unet_targets
 from safetensors.torch import load_file
@@ -10,6 +13,9 @@ from safetensors.torch import load_file
 from networks.adapter import WithRank
 from networks.create import create
 from networks.kinds import KINDS, load
+from networks.lora import LoRA
+from networks.network import Network
+from networks.oft import OFT, Form
 from networks.settings import Asked
 
 
@@ -37,6 +43,28 @@ def test_every_kind_with_a_rank_and_an_alpha_scales_by_its_root(kind, toy) -> No
 def test_no_alpha_means_the_rank_before_the_root(toy) -> None:
     network = lora(9, 0.0, targets=[unet_targets(toy)], rs_lora=True)
     assert {adapter.alpha.item() for adapter in network.adapters} == {27.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_run_trains_with_the_scale_of_its_states_and_files(dtype) -> None:
+    """No alpha of 0.3 is exact in a file or a state: the last bit of alpha / 5 was another one in a resumed run."""
+    lora = LoRA(single_layers.site(single_layers.layer("linear")), rank=5, alpha=0.3)
+    oft = OFT(replace(lora.site, name="lora_unet_y"), form=Form(3, 4), constraint=0.3)
+    network = Network([lora, oft]).to(dtype)
+    network.before_training(gradient_checkpointing=False)
+    before = lora.scale, lora.factor, oft.constraint
+    network.load_state_dict(network.state_dict())
+    assert (lora.scale, lora.factor, oft.constraint) == before
+
+
+def test_an_alpha_that_the_type_of_a_file_would_round_keeps_its_own(tmp_path) -> None:
+    for alpha, kept in ((0.3, torch.float32), (0.25, torch.float16)):
+        adapter = LoRA(single_layers.site(single_layers.layer("linear")), rank=2, alpha=alpha)
+        Network([adapter]).save(tmp_path / "x.safetensors", torch.float16, None)
+        tensors = load_file(tmp_path / "x.safetensors")
+        assert tensors["lora_unet_x.lora_up.weight"].dtype == torch.float16
+        assert tensors["lora_unet_x.alpha"].dtype == kept
+        assert torch.equal(tensors["lora_unet_x.alpha"].float(), adapter.alpha)
 
 
 def test_a_file_acts_as_in_peft_with_rslora(tiny, tmp_path) -> None:

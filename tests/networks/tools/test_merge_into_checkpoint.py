@@ -23,6 +23,7 @@ from library.models.stable_diffusion_xl import StableDiffusionXL
 from networks import merge_lora
 from networks.create import create, create_to_merge
 from networks.files import read
+from networks.kinds import load
 from networks.settings import Asked
 from networks.tools import into_checkpoint
 from networks.tools.__main__ import main
@@ -32,6 +33,7 @@ from tests import tiny_sdxl as tiny_sdxl_form
 from tests.conftest import BASE
 from tests.models.original_layout import configuration, sdxl_file, single_file, weights_of
 from tests.networks.adapter_models import every_kind, randomize
+from tests.networks.kinds.single_layers import fill, layer, site
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
 CONV = "mid_block.resnets.0.conv1.weight"
@@ -248,6 +250,21 @@ def test_another_method_in_a_base_model(words: list[str], tmp_path: Path) -> Non
     method = Method.of(words[1], 0.5 if "dare" in words else None, 3 if "dare" in words else None, files=2)
     expected = {name: method.combine([a[name], b[name]], [0.5, 1.0], layer=name) for name in LAYERS}
     _check(_parts(target), parts, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("lora", {}), ("dora", {}), ("loha", {"dora_wd": True}), ("glora", {}), ("oft", {})]
+)
+def test_another_method_takes_the_whole_difference_of_each_kind(kind: str, sizes: dict[str, Any]) -> None:
+    """TIES of one file with all of its weights is that file: DoRA's norms count, and GLoRA's product with W."""
+    cls, weight = load(kind), layer("linear").weight
+    asked = Asked(dim=2, alpha=1.0, seed=1, is_lenient=True)
+    adapter = cls.new(site(layer("linear")), asked, cls.SIZES(**sizes), cls.SETTINGS(), None)
+    assert adapter is not None
+    fill(adapter)
+    tensors = {name: tensor.detach() for name, tensor in adapter.tensors().items()}
+    change = into_checkpoint._LayerChange([into_checkpoint._Share(0, adapter, tensors, 1.0)], Method("ties", 1.0), 1)
+    torch.testing.assert_close(change.whole("weight")(weight), adapter.effective_weight(weight, tensors, 1.0))
 
 
 def test_weights_by_block_in_a_base_model(tmp_path: Path) -> None:

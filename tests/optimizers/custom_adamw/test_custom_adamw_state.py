@@ -149,6 +149,21 @@ def test_a_state_of_torchs_adamw_loads() -> None:
     assert flat(c).shape == flat(a).shape
 
 
+@pytest.mark.parametrize("adopt", [False, True])
+def test_a_count_of_steps_without_moments_starts_again(adopt: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """As RMSprop's state has it: with moments of zeros and the count of a thousand the first steps were three times
+    too long."""
+    named, fresh = bag(), bag()
+    settings: Any = {**OFF, "optim_bits": 32, "implementation": "eager", "use_adopt_stability": adopt}
+    optimizer = CustomAdamW(named, **settings)
+    for _, parameter in named:
+        optimizer.state[parameter] = {"step": 1000} | ({"adopt_k": torch.tensor(1000.0)} if adopt else {})
+    steps(named, optimizer, 0, 3)
+    steps(fresh, CustomAdamW(fresh, **settings), 0, 3)
+    assert torch.equal(flat(named), flat(fresh))
+    assert "their moments start again" in caplog.text
+
+
 def test_options_of_a_checkpoint_replace_others_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = full(bag(), spd_lambda=0.3)
     other = full(bag())
