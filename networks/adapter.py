@@ -72,6 +72,7 @@ class Adapter(nn.Module):
     SIZES: ClassVar[type[LayerSizes]] = LayerSizes  # `Sizes` of its file
     LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)  # that it can sit on
     LINEAR: ClassVar[bool] = True  # whether the effective weight is W + multiplier * delta
+    BY_LENGTH: ClassVar[bool] = False  # whether its training depends on the run's length (`total` of `after_step`)
 
     scale: float = 1.0  # of `delta`, for optimizers
 
