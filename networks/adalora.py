@@ -82,6 +82,7 @@ class AdaLoRA(OwnForm):
     NAMES = (DOWN, VALUES, UP, TARGET)
     READS: ClassVar[tuple[str, ...]] = ("adalora",)
     FROZEN = (TARGET,)
+    BY_LENGTH = True
     ROLES = MappingProxyType[str, Role]({})  # no product of two
     SETTINGS = Settings
     SIZES = Sizes

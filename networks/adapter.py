@@ -71,6 +71,7 @@ class Adapter(nn.Module):
     SETTINGS: ClassVar[type[RateSettings]] = RateSettings  # `Settings` of its file: the schema of --network_args
     SIZES: ClassVar[type[LayerSizes]] = LayerSizes  # `Sizes` of its file
     LAYERS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Conv2d)  # that it can sit on
+    BY_LENGTH: ClassVar[bool] = False  # whether its training depends on the run's length (`total` of `after_step`)
 
     scale: float = 1.0  # of `delta`, for optimizers
 

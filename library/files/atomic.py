@@ -60,7 +60,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _remove_folder(old)
             beside.mkdir(parents=True)
             yield beside
-            for inside in beside.rglob("*"):
+            for inside in (*beside.rglob("*"), beside):
                 (_sync_folder if inside.is_dir() else _sync)(inside)
             if path.exists():
                 os.replace(path, old)

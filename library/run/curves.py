@@ -14,6 +14,7 @@ from library.optimizers.create import OptimizerChoice
 from library.optimizers.schedules import ScheduleChoice, choose_schedule, rehearse
 from library.optimizers.weight_decay_choice import DecayChoice
 from library.run.plan import Plan
+from networks import kinds
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def schedule_of(options: Options, choice: OptimizerChoice, *, total_steps: int) 
 
 
 def of_length(plan: Plan, curves: Curves) -> list[str]:
-    """The curves that depend on the run's length, and so differ from those of a state of another length."""
+    """What depends on the run's length, and so differs from what a state of another length has."""
     options, resume = plan.options, plan.resume
     assert resume is not None
     names = []
@@ -106,4 +107,11 @@ def of_length(plan: Plan, curves: Curves) -> list[str]:
     )
     if curves.decay is not None and then is not None and curves.decay.curve != then.curve:
         names.append("weight decay")
+    if options.forgetting.distillation_weight and options.forgetting.distillation_schedule != "constant":
+        names.append("distillation")
+    if any(0 < subset.token_warmup_step < 1 for dataset in plan.datasets for subset in dataset.subsets):
+        names.append("token warm-up")
+    kind = kinds.kind_of(options.network.network_module, options.network.network_args)
+    if kind is not None and kinds.load(kind).BY_LENGTH:
+        names.append("ranks")
     return names

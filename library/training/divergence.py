@@ -23,9 +23,9 @@ class Diverged(Exception):
         self.step = step
 
 
-def is_finite(parameters: Iterable[Tensor]) -> bool:
-    """Whether no weight is NaN or infinite."""
-    found = [parameter.isfinite().all() for parameter in parameters]
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number in them is NaN or infinite."""
+    found = [tensor.isfinite().all() for tensor in tensors]
     return not found or bool(torch.stack(found).all())
 
 

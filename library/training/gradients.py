@@ -46,6 +46,8 @@ class WholeGradients:
         """`max_norm`: 0 never clips."""
         self._accelerator, self._optimizer, self._parameters = accelerator, optimizer, parameters
         self._max_norm = max_norm
+        if accelerator.scaler is not None:  # makes the scale: this process may have no batch in its first step
+            accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)

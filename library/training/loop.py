@@ -193,6 +193,8 @@ def _gradients(run: Run, item: StepBatches, step: Step) -> tuple[float, float]:
     # The only point of a step where the host waits for the device; all work so far has been queued.
     loss, norm = torch.stack((total.float(), run.gradients.clip().to(total.device).float())).tolist()
     if not math.isfinite(loss) or not (math.isfinite(norm) or _only_scaled_too_far(run)):
+        if (scaler := accelerator.scaler) is not None:
+            scaler.update(scaler.get_scale())  # the step ends here: the next one's gradients can be unscaled
         raise _diverged(run, item, losses)
     return loss, norm
 

@@ -47,6 +47,7 @@ _FREE = frozenset(
         *("train_data_dir", "reg_data_dir", "dataset_config", "skip_bad_images"),  # the data themselves are compared
         *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size", "text_encoder_batch_size"),
         *("cache_latents", "cache_text_encoder_outputs", "gradient_checkpointing", "network_weights", "deterministic"),
+        *("blocks_to_swap", "cpu_offload_checkpointing"),
         *("weights", "save_embedding"),
         *("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "cache_dir", "skip_cache_check"),
         *("validation_split", "validation_seed", "validation_group", "validation_fold"),
@@ -102,7 +103,8 @@ def find(where: str, *, output_dir: Path, output_name: str | None) -> State:
             raise UserError(f"--resume {where}: no such folder{nearest_path(folder)}")
         return _refuse_damaged(State(folder, _read_facts(folder)))
     for folder in atomic.half_replaced(output_dir):
-        atomic.bring_back(folder)
+        if is_state_name(folder.name, output_name):
+            atomic.bring_back(folder)
     found = []
     for folder in output_dir.iterdir() if os.path.isdir(output_dir) else ():
         if is_state_name(folder.name, output_name):
@@ -112,7 +114,12 @@ def find(where: str, *, output_dir: Path, output_name: str | None) -> State:
         raise UserError(
             f"--resume latest: no state of {output_name or 'a run'} in {output_dir}; --save_state writes them"
         )
-    return _refuse_damaged(max(found, key=lambda state: (state.facts.step, state.folder.stat().st_mtime)))
+    return _refuse_damaged(max(found, key=_age))
+
+
+def _age(state: State) -> tuple[float, int, float]:
+    """Grows from older states to newer ones: a run that --overwrite began anew has fewer steps than the one before."""
+    return state.facts.started_at, state.facts.step, state.folder.stat().st_mtime
 
 
 def _read_facts(folder: Path) -> Facts:
@@ -252,9 +259,12 @@ def refuse_other_run(state: State, *, now: Facts, of_length: Sequence[str], anyw
             f"--resume {state.folder}: it is of step {before.step} and the run ends at step {now.total_steps}: "
             "nothing is left to train. Raise --max_train_steps or --max_train_epochs"
         )
-    if before.harmless and (harmless := _changes(before.harmless, now.harmless)):
+    # earlier versions had some of the harmless ones among the others
+    moved = {name: value for name, value in before.configuration.items() if name in now.harmless}
+    if before.harmless and (harmless := _changes(moved | before.harmless, now.harmless)):
         logger.info("--resume: harmless changes since the state:\n  %s", "\n  ".join(harmless.values()))
-    changed = _changes(before.configuration, now.configuration)
+    weighty = {name: value for name, value in before.configuration.items() if name not in moved}
+    changed = _changes(weighty, now.configuration)
     if before.harmless:
         changed = _with_text_format(changed, before, now)
     if before.seed != now.seed:

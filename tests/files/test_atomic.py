@@ -100,6 +100,15 @@ def test_folders_within_a_folder_need_not_be_opened(tmp_path, monkeypatch):
     assert (tmp_path / "model" / "unet" / "config.json").read_text() == "{}"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="folders are not opened elsewhere")
+def test_a_folder_is_on_the_disk_with_its_names(tmp_path, monkeypatch):
+    synced, sync = [], atomic._sync
+    monkeypatch.setattr(atomic, "_sync", lambda path: (synced.append(path.name), sync(path)))
+    write(tmp_path / "x-state", "new")
+    assert sorted(synced[:3]) == list(FILES)
+    assert synced[3:] == [".x-state.part", tmp_path.name]
+
+
 def test_a_folder_that_is_removed_is_whole_or_gone(tmp_path):
     """Deleted file by file it once was half a state that --resume found."""
     path = tmp_path / "x-state"

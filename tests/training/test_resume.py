@@ -7,14 +7,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from library.config.data.dataset_config import plain_subset
 from library.config.parser import parse
 from library.errors import UserError
+from library.optimizers.create import OptimizerChoice
+from library.run.curves import Curves, of_length
 from library.training import loop, state
 from tests.conftest import copy_images, forget_accelerator, run_training
 from tests.quick import quick, slow
@@ -191,12 +195,15 @@ def test_another_run_is_refused(
 
 
 NF4 = ("--base_format", "nf4")
+NEEDED = (
+    *("--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o", "--max_train_steps", "2"),
+    *("--learning_rate", "1"),
+)
 
 
 def _found(*words: str) -> state.State:
     """The state of a run with these options, of which nothing but its facts exists."""
-    needed = "--pretrained_model_name_or_path m --train_data_dir d --output_dir o --max_train_steps 2 --learning_rate 1"
-    options = parse([*needed.split(), "--network_train_unet_only", *words])
+    options = parse([*NEEDED, "--network_train_unet_only", *words])
     about = {"configuration": state.configuration(options), "harmless": state.configuration(options, harmless=True)}
     run = {
         "step": 1,
@@ -400,6 +407,69 @@ def test_damaged_states(
     folder = damaged(saved, file=file, content=content)
     assert train("--resume", str(folder), "--max_train_steps", "6", "--output_name", "more") == 2
     assert said in capsys.readouterr().err
+
+
+def test_where_frozen_weights_lie_is_harmless() -> None:
+    """As after an error of memory; the bits are the same (tests/offload, tests/gpu). Also for states of earlier
+    versions, which had these options among those that matter."""
+    swaps = ("--gradient_checkpointing", "--cpu_offload_checkpointing", "--blocks_to_swap", "50%")
+    less, more = _found(), _found(*swaps)
+    moved = {name: more.facts.harmless[name] for name in ("blocks_to_swap", "cpu_offload_checkpointing")}
+    harmless = {name: value for name, value in more.facts.harmless.items() if name not in moved}
+    earlier = dataclasses.replace(more.facts, configuration=more.facts.configuration | moved, harmless=harmless)
+    for before, now in ((less, more), (more, less), (state.State(more.folder, earlier), less)):
+        assert state.refuse_other_run(before, now=now.facts, of_length=(), anyway=False) == frozenset()
+
+
+def written(folder: Path, **facts: Any) -> Path:
+    """A state with these facts, of a run that began with step 1."""
+    folder.mkdir(parents=True)
+    found = dataclasses.replace(_found().facts, **facts)
+    (folder / state.FACTS).write_text(json.dumps(dataclasses.asdict(found)))
+    torch.save({"losses": torch.zeros(1)}, folder / state.TENSORS)
+    return folder
+
+
+def test_the_latest_state_is_of_the_run_that_began_last(tmp_path: Path) -> None:
+    """A run that --overwrite began anew has fewer steps than what is left of the one before."""
+    written(tmp_path / "test-step00000008-state", step=8, started_at=1.0)
+    newer = written(tmp_path / "test-step00000002-state", step=2, started_at=2.0)
+    assert state.find("latest", output_dir=tmp_path, output_name="test").folder == newer
+
+
+def test_only_states_are_brought_back(tmp_path: Path) -> None:
+    """A folder that was killed between two moves is a state's; other hidden files are the user's."""
+    written(tmp_path / ".test-state.old")
+    (tmp_path / ".notes.old").write_text("mine")
+    assert state.find("latest", output_dir=tmp_path, output_name="test").folder == tmp_path / "test-state"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.old", "test-state"]
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup", "names"),
+    [
+        ((), 100.0, []),
+        ((), 0.5, ["token warm-up"]),
+        (("--network_module", "networks.adalora"), 0.0, ["ranks"]),
+        (("--distillation_weight", "1", "--network_weights", "w"), 0.0, []),
+        (
+            ("--distillation_weight", "1", "--network_weights", "w", "--distillation_schedule", "linear"),
+            0.0,
+            ["distillation"],
+        ),
+    ],
+)
+def test_what_depends_on_the_length(words: tuple[str, ...], warmup: float, names: list[str]) -> None:
+    subset = dataclasses.replace(plain_subset(Path("d"), origin=""), token_warmup_step=warmup)
+    plan = SimpleNamespace(
+        options=parse([*NEEDED, *words]),
+        resume=_found(),
+        choice=OptimizerChoice("AdamW", "torch.optim.AdamW", {}),
+        prepared=SimpleNamespace(train_images=1),
+        parameters=None,
+        datasets=[SimpleNamespace(subsets=[subset])],
+    )
+    assert of_length(plan, Curves(None, None, plan.choice)) == names  # type: ignore[arg-type]
 
 
 def test_where_there_is_none(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from dataclasses import replace
 from itertools import zip_longest
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from library import rng
@@ -30,6 +31,7 @@ from library.data.dataset import TrainingData
 from library.data.plan import PlannedBatch
 from library.out_of_memory import during
 from library.progress import bar
+from library.training.divergence import is_finite
 from library.training.hook import Hook, StateDict, Step
 from library.training.run import Run
 from library.training.step import Objective, batch_loss
@@ -131,6 +133,10 @@ def measure(run: Run, earlier: Sequence[TrainingData], *, most_images: int) -> t
             data, image = planned[min(number, len(planned) - 1)]
             for epoch in range(DRAWS):
                 loss, size = _gradient(run, objective, data, image, epoch, scale=scale)
+                while scale > 1 and not _are_finite(run):  # fp16: scaled too far
+                    scale /= 2
+                    run.optimizer.zero_grad(set_to_none=True)
+                    loss, size = _gradient(run, objective, data, image, epoch, scale=scale)
                 if number < len(planned):
                     total, elements = total + loss, elements + size
                     for mean, parameter in zip(fisher, run.parameters, strict=True):
@@ -143,6 +149,12 @@ def measure(run: Run, earlier: Sequence[TrainingData], *, most_images: int) -> t
         sums = run.accelerator.reduce(sums, reduction="sum")
         fisher = [run.accelerator.reduce(one, reduction="sum") for one in fisher]
     return [one / count for one in fisher], float(sums[0]) / count, round(float(sums[1]) / count)
+
+
+def _are_finite(run: Run) -> bool:
+    """Whether the gradients of all processes are finite."""
+    broken = not is_finite(parameter.grad for parameter in run.parameters if parameter.grad is not None)
+    return not any(gather_object([broken]) if run.accelerator.num_processes > 1 else [broken])
 
 
 def _planned(earlier: Sequence[TrainingData], most_images: int) -> list[tuple[TrainingData, PlannedBatch]]:

@@ -15,6 +15,7 @@ import torch
 from library.record import metrics
 from library.run import build
 from library.training import divergence, loop, state
+from library.training.gradients import WholeGradients
 from library.training.hooks import guard
 from library.training.hooks.lr_schedule import LrSchedule
 from library.training.step import BatchLoss
@@ -195,6 +196,21 @@ def test_fp16_steps_that_the_scaler_leaves_out_are_no_divergence(
         break_at(monkeypatch, 2)
         assert train("--max_grad_norm", "0", "--overwrite") == 2  # the loss itself is told apart
     assert "the loss is NaN" in capsys.readouterr().err
+    with noted():
+        break_at(monkeypatch, 2)
+        assert train("--max_grad_norm", "0", "--overwrite", "--on_divergence", "skip") == 0
+    assert "The step is skipped" in capsys.readouterr().err
+
+
+def test_a_process_without_a_batch_in_its_first_step_unscales_the_mean() -> None:
+    """As one that resumes before the last, short step of an epoch."""
+    weight, scaler = torch.nn.Parameter(torch.zeros(1)), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD([weight])
+    unscale = scaler.unscale_
+    accelerator = SimpleNamespace(scaler=scaler, device=torch.device("cpu"), unscale_gradients=unscale)
+    gradients = WholeGradients(accelerator, optimizer, [weight], max_norm=0)  # type: ignore[arg-type]
+    weight.grad = torch.tensor([16.0])
+    assert gradients.clip() == 2
 
 
 def test_many_images_are_listed_in_part() -> None:

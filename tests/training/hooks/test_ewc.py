@@ -126,6 +126,18 @@ def test_the_fisher_information_is_the_mean_squared_gradient_of_an_image() -> No
     assert len({float(noisy.sum()) for noisy in model.inputs}) == len(model.inputs)  # other noise each time
 
 
+def test_gradients_that_are_scaled_too_far_are_computed_again() -> None:
+    """As in fp16, where a number above 65504 is infinite, and the scale at the start of a run a guess."""
+    model, half = Linear(), Linear()
+    half.weight.register_hook(lambda gradient: gradient.half().float())
+    run = run_of(half)
+    run.accelerator.scaler = SimpleNamespace(get_scale=lambda: 2.0**40)
+    (fisher,), loss, _ = measure(run, [Images(3)], most_images=3)  # type: ignore[list-item]
+    (exact,), same_loss, _ = measure(run_of(model), [Images(3)], most_images=3)  # type: ignore[list-item]
+    torch.testing.assert_close(fisher, exact, rtol=0.01, atol=0)
+    assert loss == same_loss
+
+
 def test_the_pull_is_the_gradient_of_the_penalty() -> None:
     model = Linear()
     run = run_of(model)
