@@ -26,6 +26,7 @@ from library.guidance import preview, verdict
 from library.guidance.autocast import gpu_autocast
 from library.guidance.card import card_of
 from library.guidance.estimate import parameter_bytes, peak_of
+from library.models.family import ModelFamily
 from library.optimizers.create import state_bytes, tensor_bytes
 from library.optimizers.small_lora import has_modes
 from library.record import metrics, run_file
@@ -132,7 +133,8 @@ def synthetic_batch(plan: Plan, run: Run) -> Batch:
     group = max(plan.prepared.groups, key=lambda group: group.size[0] * group.size[1] * group.batch_size)
     draws = [Draw(run.data.samples[index], 0, repeat) for index, repeat in group.example()]
     captions = [as_written(draw.sample.caption, draw.sample.subset)[0] for draw in draws]
-    pixels = _pixels(plan, len(draws))
+    width, height = group.size
+    pixels = torch.zeros(len(draws), 3, height, width)
     height, width = (side // run.family.latents.factor for side in pixels.shape[2:])
     latents = torch.zeros(len(draws), run.family.latents.channels, height, width)
     condition = None
@@ -164,11 +166,6 @@ def _usual_batch(plan: Plan, run: Run) -> Batch:
     with torch.no_grad():
         condition = run.family.encode_prompts(chosen.captions)
     return replace(chosen, moments=(latents, torch.ones_like(latents)), condition=condition)
-
-
-def _pixels(plan: Plan, count: int) -> Tensor:
-    width, height = max((group.size for group in plan.prepared.groups), key=lambda size: size[0] * size[1])
-    return torch.zeros(count, 3, height, width)
 
 
 def _time(plan: Plan, run: Run) -> str:
@@ -243,9 +240,7 @@ def _caches(plan: Plan, run: Run) -> Iterator[str]:
         captions = {text: folder for data in cached for text, folder in data.caption_folders().items()}
         files_of_captions = caption_files(captions, place)
         found = look(files_of_captions.values(), place)
-        with torch.no_grad():
-            example = run.family.encode_prompts([""])
-        to_come = len(found.missing) * size_of({name: output[0] for name, output in example.items()})
+        to_come = _texts_size(run.family, [text for text, path in files_of_captions.items() if path in found.missing])
         yield _cache("text encoder outputs", found, to_come)
 
 
@@ -261,6 +256,15 @@ def _latents_size(run: Run, size: Size) -> int:
     width, height = (side // run.family.latents.factor for side in size)
     latents = torch.zeros(run.family.latents.channels, height, width)
     return size_of({"mean": latents, "std": latents})
+
+
+def _texts_size(family: ModelFamily, captions: Sequence[str]) -> int:
+    """As if all had as many tokens as one of middle length."""
+    if not captions:
+        return 0
+    with torch.no_grad():
+        example = family.encode_prompts([sorted(captions, key=len)[len(captions) // 2]])
+    return len(captions) * size_of({name: output[0] for name, output in example.items()})
 
 
 def _cache(what: str, found: Found, to_come: int) -> str:

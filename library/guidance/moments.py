@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from library import log
+from library.data.captions import as_written
 from library.guidance.estimate import parameter_bytes
 from library.guidance.passes import Outlined, Weight, bytes_in_formats, held_parts, outlined, weights_in
 from library.offload import swap
@@ -106,9 +107,17 @@ class Estimator:
         its sizes."""
         key = (*key, *_THAT_MATTER[key[0]](options))
         if key not in self._passes:
-            with outlined(self.plan.family, options, self.plan.network_arguments, on_gpu=self.on_gpu) as outline:
+            family, arguments = self.plan.family, self.plan.network_arguments
+            with outlined(family, options, arguments, on_gpu=self.on_gpu, caption=self._caption) as outline:
                 self._passes[key] = work(outline), outline.on_host
         return self._passes[key]
+
+    @cached_property
+    def _caption(self) -> str:
+        """The longest caption."""
+        samples = self.plan.prepared.samples
+        texts = (text for sample in samples for text in as_written(sample.caption, sample.subset))
+        return max(texts, key=len, default="")
 
     def _outline(self, options: Options) -> _Outline:
         precision = options.precision
@@ -206,14 +215,15 @@ class _Moments:
         samples = self.estimator.plan.samples
         if samples is not None:
             usual = self._family.rendering.scale
-            sizes = {(item.width, item.height): (item.scale or usual) != 1 for item in samples.prompts}
-            yield from self._sampling("rendering samples", sizes)
+            sizes = {(item.width, item.height) for item in samples.prompts}
+            guided = any((usual if item.scale is None else item.scale) != 1 for item in samples.prompts)
+            yield from self._sampling("rendering samples", sizes, guided=guided)
         guided = self._family.rendering.compared != 1
         if options.output.compare_prompts:
-            sizes = {self.estimator.plan.datasets[0].resolution: guided}
-            yield from self._sampling("rendering --compare_prompts", sizes)
+            sizes = {self.estimator.plan.datasets[0].resolution}
+            yield from self._sampling("rendering --compare_prompts", sizes, guided=guided)
         if options.slider.draws:
-            yield from self._sampling("rendering the slider", {picture_size(settings): guided})
+            yield from self._sampling("rendering the slider", {picture_size(settings)}, guided=guided)
 
     @property
     def _family(self) -> ModelFamily:
@@ -325,14 +335,14 @@ class _Moments:
         peak = self._once(("predict", size, count), lambda outline: outline.predict(size, count))
         return Moment("validation", {**self.standing, **self._average_in_use("validate"), "activations": peak})
 
-    def _sampling(self, name: str, sizes: Mapping[Size, bool]) -> Iterator[Moment]:
+    def _sampling(self, name: str, sizes: Collection[Size], *, guided: bool) -> Iterator[Moment]:
         """The denoiser, twice at once with guidance, and then the VAE, which is loaded for it."""
         standing = {**self.standing, **self._average_in_use("sample")}
         if self.options.data.cache_latents:
             standing["VAE"] = self.outline.weights["vae"][""]
         size = max(sizes, key=lambda size: size[0] * size[1])
         size = tuple(side - side % self._family.size_divisor for side in size)  # type: ignore[assignment]
-        count = 2 if any(sizes.values()) else 1
+        count = 2 if guided else 1
         peak = self._once(("predict", size, count), lambda outline: outline.predict(size, count))
         yield Moment(name, {**standing, "activations": peak})
         peak = self._once(("decode", size), lambda outline: outline.decode_images(size))

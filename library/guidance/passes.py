@@ -37,13 +37,15 @@ Fake = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Outlined:
     """The parts of a model and the network on them, on the meta device, ready for passes. `on_gpu`: the run's are.
-    `offloaded`: what keeps checkpoints in host memory, if they are kept there."""
+    `offloaded`: what keeps checkpoints in host memory, if they are kept there. `caption`: the text that is encoded: of
+    some families the states are as many as its tokens."""
 
     family: ModelFamily
     options: Options
     network: TrainableNetwork
     on_gpu: bool
     offloaded: OffloadedCheckpoints | None = None
+    caption: str = ""
 
     @property
     def on_host(self) -> int:
@@ -68,7 +70,7 @@ class Outlined:
 
         def work(fake: Fake) -> None:
             with torch.no_grad():
-                for name, value in self.family.encode_prompts([""]).items():
+                for name, value in self.family.encode_prompts([self.caption]).items():
                     shapes[name] = (tuple(value.shape[1:]), value.dtype)
 
         self._peak(work)
@@ -128,7 +130,7 @@ class Outlined:
     def encode_texts(self, count: int) -> int:
         def work(fake: Fake) -> None:
             with torch.no_grad():
-                self.family.encode_prompts([""] * count)
+                self.family.encode_prompts([self.caption] * count)
 
         return self._peak(work)
 
@@ -136,7 +138,7 @@ class Outlined:
         if cached is not None:
             texts = {name: fake(value) for name, value in cached.items()}
         else:
-            texts = self.family.encode_prompts([""] * count)
+            texts = self.family.encode_prompts([self.caption] * count)
         return self.family.condition(texts, original_sizes=[size] * count, crops=[(0, 0)] * count, target_size=size)
 
 
@@ -147,12 +149,12 @@ def _pixels(size: Size, count: int) -> Tensor:
 
 @contextmanager
 def outlined(
-    family: ModelFamily, options: Options, arguments: Arguments, *, on_gpu: bool, held: bool = True
+    family: ModelFamily, options: Options, arguments: Arguments, *, on_gpu: bool, held: bool = True, caption: str = ""
 ) -> Iterator[Outlined]:
     """The model and the network of these options without weights, in the dtypes and formats of a run.
 
     `options`: with a network of our own. `arguments`: --network_args. `on_gpu`: autocast is a GPU's. `held` False: no
-    weight is packed.
+    weight is packed. `caption`: see `Outlined`.
     """
     parts, precision = family.components, options.precision
     with family.outlined(), log.errors_only():
@@ -170,7 +172,7 @@ def outlined(
         offloaded = OffloadedCheckpoints(OutlineLane()) if precision.cpu_offload_checkpointing else None
         into_training(family, options, by=offloaded)
         network.before_training(gradient_checkpointing=precision.gradient_checkpointing)
-        yield Outlined(family, options, network, on_gpu, offloaded)
+        yield Outlined(family, options, network, on_gpu, offloaded, caption)
 
 
 def _network(family: ModelFamily, options: Options, arguments: Arguments) -> TrainableNetwork:

@@ -100,7 +100,8 @@ def draw(path: Path, found: Preview, *, title: str) -> None:
         lower.text(0.5, 0.5, "this optimizer has no weight decay", ha="center", transform=lower.transAxes)
     else:
         lower.plot(*_points(found.decays), color="tab:green", linewidth=1.8)
-    upper.set(title="\n".join((f"{title}: as planned", *found.notes)), ylabel="learning rate")
+    upper.set_title("\n".join((f"{title}: as planned", *found.notes)), parse_math=False)
+    upper.set(ylabel="learning rate")
     lower.set(xlabel="optimizer step", ylabel="weight decay")
     for axes in (upper, lower):
         axes.set_ylim(bottom=0)

@@ -188,8 +188,6 @@ class Chroma(FluxBlocks):
         t5 = self.components["text_encoder"]
         rows = self._t5.rows(captions)
         length = min(1 + max(map(len, rows)), self._t5.limit)
-        if device_of(t5).type == "meta":  # an estimate of memory reckons with the longest caption
-            length = self._t5.limit
         ids, tokens = (to_device(table, device_of(t5)) for table in self._t5.table(rows, length))
         states = t5_states(t5, ids, tokens)
         mask = torch.cat([torch.ones_like(tokens[:, :1]), tokens[:, :-1]], dim=1)  # and one more than these

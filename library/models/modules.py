@@ -309,11 +309,15 @@ def _tokenizer(folder: Path, options: str) -> Tokenizer:
 @functools.lru_cache(maxsize=4)
 def read_fast_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of the tokenizer.json in a folder, or of vocab.json and merges.txt as Qwen has them, as the package
-    tokenizers has it: `encode(text).ids`."""
+    tokenizers has it: `encode(text).ids`. It neither pads nor cuts off: a file that was written after use may say so.
+    """
     from tokenizers import Tokenizer as Fast
 
     if (folder / "tokenizer.json").is_file():
-        return Fast.from_file(str(folder / "tokenizer.json"))
+        found = Fast.from_file(str(folder / "tokenizer.json"))
+        found.no_padding()
+        found.no_truncation()
+        return found
     from transformers import Qwen2Tokenizer
 
     return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer

@@ -127,7 +127,8 @@ def lines(path: Path) -> Iterator[Line]:
 
 
 def _text(line: Line) -> bytes:
-    return (json.dumps(plain(line), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    """In UTF-8; bytes of a file's name that are none are written as JSON's escapes."""
+    return (json.dumps(plain(line), ensure_ascii=False, separators=(",", ":")) + "\n").encode(errors="backslashreplace")
 
 
 def rounded(value: float, digits: int = 4) -> float:

@@ -23,7 +23,7 @@ class ModelSpec:
     architecture: str  # of the base: "stable-diffusion-v1"; "/lora" is added, or "/textual-inversion"
     title: str
     resolution: tuple[int, int]
-    prediction_type: str  # "epsilon" or "v_prediction"
+    prediction_type: str  # "epsilon" or "v_prediction"; another is left out: the specification knows none
     implementation: str = "diffusers"  # whose names the tensors have
     implementation_version: str | None = None
     author: str | None = None
@@ -47,7 +47,7 @@ def spec_metadata(spec: ModelSpec, *, now: float) -> dict[str, str]:
     values["sai_model_spec"] = "1.0.1"
     values["architecture"] = f"{spec.architecture}/{_EMBEDDING if spec.is_embedding else _LORA}"
     values["resolution"] = f"{spec.resolution[0]}x{spec.resolution[1]}"
-    values["prediction_type"] = "v" if spec.prediction_type == "v_prediction" else spec.prediction_type
+    values["prediction_type"] = {"epsilon": "epsilon", "v_prediction": "v"}.get(spec.prediction_type)
     values["date"] = datetime.fromtimestamp(int(now)).isoformat()
     if spec.timestep_range is not None:
         values["timestep_range"] = f"{spec.timestep_range[0]},{spec.timestep_range[1]}"

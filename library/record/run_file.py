@@ -215,7 +215,7 @@ class RunFile:
         text = _text(replace(record, sessions=[*record.sessions[:-1], session]))
         try:
             with replacing(path) as beside:
-                beside.write_text(text, encoding="utf-8")
+                beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         except UserError as error:
             if not self._failed:
                 logger.warning("%s. Training continues without the run's record", error)

@@ -53,7 +53,8 @@ def plot(
             axes.axvline(best.step, color="tab:orange", linewidth=1.0, linestyle="--", label=label)
     for boundary in range(steps_per_epoch, last, max(steps_per_epoch, last // 20)):
         axes.axvline(boundary, color="0.85", linewidth=0.6, zorder=0)
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss", xlim=(0 if validation else 1, max(2, last)))
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="optimizer step", ylabel="loss", xlim=(0 if validation else 1, max(2, last)))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     with replacing(path) as beside:

@@ -38,7 +38,7 @@ def write(metrics: Path) -> Path:
         raise UserError(f"{path} exists and is no report of a run: move it away")
     html = render(read_story(metrics))
     with replacing(path) as beside:
-        beside.write_text(html, encoding="utf-8")
+        beside.write_text(html, encoding="utf-8", errors="backslashreplace")
     logger.info("wrote %s", path)
     return path
 

@@ -188,8 +188,10 @@ def _add(story: Story, name: str, step: int, value: float | None) -> None:
 
 def block_of(adapter: str) -> str:
     """lora_unet_down_blocks_0_attentions_1_… → "down 0"; every text encoder is one."""
-    if found := re.match(r"lora_unet_(down|up|input|output|double|single)_blocks_(\d+)_", adapter):
+    if found := re.match(r"lora_unet_(down|up|input|output|double|single|joint)_blocks_(\d+)_", adapter):
         return f"{found[1]} {found[2]}"
+    if found := re.match(r"lora_unet_(?:blocks|layers)_(\d+)_", adapter):  # Anima's and Z-Image's
+        return f"block {found[1]}"
     if adapter.startswith(("lora_unet_mid_block", "lora_unet_middle_block")):
         return "middle"
     found = re.match(r"lora_te(\d?)_", adapter)

@@ -69,7 +69,7 @@ def draw_over_time(path: Path, samples: Sequence[Sample], *, prompt: str) -> Non
     cell, row, top = max(width, 88) + 8, height + 28, 26
     sheet = Image.new("RGB", (columns * cell + 8, -(-len(tiles) // columns) * row + top + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    text = prompt
+    text = " ".join(prompt.split())  # files of prompts can have lines in them
     while text and pen.textlength(text, font) > sheet.width - 16:
         text = text.removesuffix("…")[:-1] + "…"
     pen.text((8, 6), text, "black", font)

@@ -287,8 +287,8 @@ def _save_grid(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Seq
             axes.imshow(image, interpolation="nearest" if image.width < 128 else "antialiased")
             axes.set(xticks=[], yticks=[])
             if r == 0:
-                axes.set_title(textwrap.fill(columns[c], 22), fontsize=7)
+                axes.set_title(textwrap.fill(columns[c], 22), fontsize=7, parse_math=False)
             if c == 0:
-                axes.set_ylabel(textwrap.fill(label, 24), fontsize=8)
+                axes.set_ylabel(textwrap.fill(label, 24), fontsize=8, parse_math=False)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=150, format="png")

@@ -173,7 +173,8 @@ def draw(path: Path, found: Sequence[Spectrum], *, title: str) -> None:
         positive = np.where(np.array(one.values) > 1e-7 * one.largest, one.values, np.nan)
         values.plot(ranks[:_VALUES_SHOWN], positive[:_VALUES_SHOWN], color="tab:blue", alpha=0.25, linewidth=0.8)
         energy.plot(ranks, 100 * shares, color="tab:blue", alpha=0.25, linewidth=0.8)
-    values.set(yscale="log", xlabel="number", ylabel="singular value", title=title)
+    values.set_title(title, parse_math=False)
+    values.set(yscale="log", xlabel="number", ylabel="singular value")
     energy.set(xlabel="rank", ylabel="energy, %", title="energy of each layer", ylim=(0, 101))
     for share in (90, 99):
         energy.axhline(share, color="tab:red", linestyle="--", linewidth=1, label=f"{share} %")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from library.evaluation.differences import Difference, Result, difference, hint, mean, worst
+from library.evaluation.plots import plot_differences
 
 
 def test_a_constant_ratio_has_no_error() -> None:
@@ -62,3 +64,10 @@ def test_the_mean_and_the_worst_are_of_images_that_were_not_trained_on() -> None
     line = list(table(own))[-1]
     assert line.split()[-5:] == ["+3.00", "±", "0.71", "%", "a"]
     assert "mean" not in list(table(own[:2]))[1]
+
+
+def test_any_name_can_stand_in_the_plot(tmp_path: Path) -> None:
+    """Matplotlib leaves labels that begin with "_" out, and "$_$" would be a formula."""
+    one = Difference(1.0, 1.0, -5.0, 1.0)
+    plot_differences(tmp_path / "plot.png", [Result("_fox $_$", "$_$", False, 8, one, ())], ())
+    assert (tmp_path / "plot.png").is_file()

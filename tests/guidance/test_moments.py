@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from library.config.options import Options
 from library.config.parser import parse
+from library.data.caches.files import size_of
 from library.guidance import verdict
+from library.guidance.dry_run import _texts_size, synthetic_batch
 from library.guidance.moments import TRAINING
+from library.guidance.passes import Outlined
+from library.models.opening import open_family
 from library.optimizers.create import state_bytes, tensor_bytes
 from library.run.build import build
 from library.run.plan import Plan, make_plan
@@ -90,3 +97,51 @@ def test_a_step_is_estimated_within_five_percent(planned: Callable[..., Plan], n
     standing = moment.total - moment.parts["gradients"] - moment.parts["activations"]
     assert standing == pytest.approx(held(run), rel=0.01)
     assert moment.total == pytest.approx(held(run) + peak, rel=0.05)
+
+
+def test_samples_of_one_size_with_and_without_guidance(
+    planned: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is guided needs two predictions at once, whatever the others are."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox --w 64 --h 64\na cat --w 64 --h 64 --l 1\n", encoding="utf-8")
+    plan = planned("--sample_prompts", str(prompts), "--sample_every_n_epochs", "1")
+    estimates, asked = verdict.estimator(plan), []
+    monkeypatch.setattr(estimates, "once", lambda key, *_: (asked.append(key), (0, 0))[1])
+    estimates.needs(plan.options)
+    assert ("predict", (64, 64), 2) in asked
+
+
+@pytest.mark.parametrize("model", ["tiny_chroma", "tiny_z_image"])
+def test_texts_are_as_long_as_the_longest_caption(model: str, request: pytest.FixtureRequest) -> None:
+    family = open_family(str(request.getfixturevalue(model)))
+    with family.outlined():
+        outline = Outlined(family, Options.__new__(Options), torch.nn.Module(), on_gpu=False, caption="a fox " * 20)
+        states = outline.texts(1)["hidden_states"]
+    assert states.shape[1] > 40
+
+
+def test_the_longest_caption(planned: Callable[..., Plan]) -> None:
+    plan = planned()
+    captions = [sample.caption for sample in plan.prepared.samples]
+    assert len(verdict.estimator(plan)._caption) == max(map(len, captions)) > 0
+
+
+def test_a_dry_runs_batch_has_the_size_of_its_bucket(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    """Most memory is needed by the many small images, not by the one large image."""
+    data = tmp_path / "data.toml"
+    subset = f'[[datasets.subsets]]\nimage_dir = "{tmp_path / "data" / "2_style"}"\n'
+    sizes = ((256, 1), (192, 4))
+    tables = (f"[[datasets]]\nresolution = {size}\nbatch_size = {batch}\n{subset}" for size, batch in sizes)
+    data.write_text("".join(tables), encoding="utf-8")
+    plan = planned("--train_data_dir=", "--dataset_config", str(data))
+    run: Any = SimpleNamespace(data=SimpleNamespace(samples=plan.prepared.samples), family=plan.family)
+    batch = synthetic_batch(plan, run)
+    assert batch.moments is not None
+    assert (batch.target_size, tuple(batch.moments[0].shape)) == ((192, 192), (4, 4, 48, 48))
+
+
+def test_a_cache_of_texts_is_as_if_all_were_of_middle_length() -> None:
+    family: Any = SimpleNamespace(encode_prompts=lambda texts: {"states": torch.zeros(1, len(texts[0]), 8)})
+    assert _texts_size(family, ["a" * 9, "", "a" * 500]) == 3 * size_of({"states": torch.zeros(9, 8)})
+    assert _texts_size(family, []) == 0

@@ -37,6 +37,10 @@ def test_only_one_set_of_weights_is_fetched() -> None:
     ]
 
 
+def test_every_tokenizer_that_a_family_reads_is_fetched() -> None:
+    assert wanted(["t5_tokenizer/tokenizer.json"]) == ["t5_tokenizer/tokenizer.json"]
+
+
 def test_a_vae_has_a_repository_of_its_own() -> None:
     files = [
         "README.md",

@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from library.models.modules import read_fast_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,3 +70,12 @@ pipeline.unload_lora_weights()
 def test_diffusers_can_still_load_a_lora_afterwards() -> None:
     printed, _ = _run(_OPEN + _STEP + _LORA_AFTERWARDS)
     assert printed == {"a"}
+
+
+def test_a_tokenizer_that_was_written_after_use_neither_pads_nor_cuts_off(tmp_path: Path) -> None:
+    made = Tokenizer(WordLevel({"?": 0, "a": 1, "fox": 2}, unk_token="?"))
+    made.pre_tokenizer = Whitespace()
+    made.enable_padding(length=8)
+    made.enable_truncation(2)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert read_fast_tokenizer(tmp_path).encode("a fox a").ids == [1, 2, 1]

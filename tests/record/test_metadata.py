@@ -202,6 +202,7 @@ def test_modelspec():
     metadata = spec_metadata(spec, now=0.0)
     assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     assert metadata["modelspec.prediction_type"] == "v"
+    assert "modelspec.prediction_type" not in spec_metadata(replace(SPEC, prediction_type="velocity"), now=0.0)
 
 
 def test_a_thumbnail_becomes_a_data_url(tmp_path):

@@ -122,3 +122,9 @@ def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
     (record,) = caplog.records
     assert "lines are missing from step 2 on, training continues" in record.getMessage()
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 1, 4]
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    path, name = tmp_path / "fox-metrics.jsonl", os.fsdecode(b"\xff\x82 fox")
+    assert written(path, [1], run={**RUN, "name": name})[0]["run"]["name"] == name
+    path.read_bytes().decode()

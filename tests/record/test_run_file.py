@@ -222,3 +222,10 @@ def test_what_a_later_version_adds_does_not_matter(tmp_path):
     table["sessions"][0]["mood"] = table["weather"] = "fine"
     path.write_text(json.dumps(table))
     assert written(path).session.status == "finished"
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    name = os.fsdecode(b"\xff\x82 fox")
+    with RunFile() as run:
+        run.begin(tmp_path / "fox-run.json", replace(record(), name=name))
+    assert written(tmp_path / "fox-run.json").name == name

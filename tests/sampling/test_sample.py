@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 from library.config.samplers import SAMPLERS
 from library.diffusion.ddpm import DDPM
 from library.models.opening import open_family
+from library.sampling.files import Sample, draw_over_time
 from library.sampling.prompts import SamplePrompt, SampleTimes
-from library.sampling.render import EncodedPrompts, Sampling, render
+from library.sampling.render import EncodedPrompts, Sampling, _save_grid, render
+from library.training.hooks.pictures import Pictures
 from tests.conftest import BASE
 from tests.quick import quick
 
@@ -149,3 +152,26 @@ def test_the_network_samples_without_dropout_and_trains_on_with_it(family, tmp_p
     assert "vae" not in family.components
     names = sorted(re.sub(r"\d{14}", "T", path.name) for path in tmp_path.iterdir())
     assert names == ["000002_00_T.png", "last_over_time_00.png"]
+
+
+def test_any_prompt_can_stand_in_a_picture(tmp_path):
+    """Files of prompts can have lines in them, and "$_$" would be a formula."""
+    image = Image.new("RGB", (64, 64))
+    image.save(tmp_path / "one.png")
+    draw_over_time(tmp_path / "lines.png", [Sample(tmp_path / "one.png", "step 1", 1, 0)], prompt="a fox\n\nin snow")
+    draw_over_time(tmp_path / "line.png", [Sample(tmp_path / "one.png", "step 1", 1, 0)], prompt="a fox in snow")
+    assert (tmp_path / "lines.png").read_bytes() == (tmp_path / "line.png").read_bytes()
+    _save_grid(tmp_path / "grid.png", ["a fox, $_$"], [("$_$", [image])])
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_the_pictures_of_a_finished_run_are_drawn_without_dropout(tmp_path, monkeypatch):
+    network, seen = torch.nn.Module(), []
+    network.off = network.at = nullcontext
+    monkeypatch.setattr("library.sampling.render.compare", lambda *_, **__: seen.append(network.training))
+    family = SimpleNamespace(components={"vae": None})
+    run = SimpleNamespace(network=network, family=family, weights_for=nullcontext, seed=0)
+    paths = {"compare": tmp_path / "compare.png"}
+    made = Pictures(paths, encode=None, vae_dtype=torch.float32, prompts=["a fox"], size=(64, 64), steps=1)
+    made.end(run, stopped_by="", conclusion="")
+    assert (seen, network.training) == ([False], True)

@@ -50,7 +50,7 @@ def fetch(name: str) -> Path:
 
 def wanted(files: list[str]) -> list[str]:
     """Of a repository's files, those that are needed: one set of weights a part, not all precisions and formats."""
-    small = ("scheduler/", "tokenizer/", "tokenizer_2/", "tokenizer_3/")
+    small = ("scheduler/", "tokenizer/", "tokenizer_2/", "tokenizer_3/", "t5_tokenizer/")
     chosen = [file for file in files if file == "model_index.json" or file.startswith(small)]
     for part in dict.fromkeys(kind.folder for family in families() for kind in family.PARTS.values()):
         chosen += _of_part(f"{part}/", files)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library import rng
 from library.errors import UserError
 from library.out_of_memory import OutOfMemory, during
 from library.report import loss_plot
@@ -68,6 +69,6 @@ class Pictures(Hook[Run]):
             if path := self._paths.get(kind):
                 if "vae" not in run.family.components:
                     run.family.components.load("vae", self._vae_dtype, run.accelerator.device)
-                with run.weights_for("sample"):
+                with run.weights_for("sample"), rng.without_dropout(run.network):
                     draw(path, run.family, self._encode, size=self._size, steps=self._steps, seed=run.seed)
                 logger.info("drew %s", path)
