@@ -34,8 +34,7 @@ MODELS = {
     "z_image-512": ("Z-Image", 512),
     "z_image": ("Z-Image", 1024),
 }
-
-
+CAPTION = " ".join(["fox"] * 600)  # longer than any model takes: Chroma and Z-Image need more for longer texts
 CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
 
 
@@ -55,9 +54,11 @@ def rows(family: str, folder: Path, more: Sequence[str] = ()) -> Iterator[str]:
     images = folder / f"{family}-images" / "1_any"
     images.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (side, side)).save(images / "0.png")
+    (images / "0.txt").write_text(CAPTION, encoding="utf-8")
     words = [
         *("--pretrained_model_name_or_path", str(write(folder / family, family.partition("-")[0]))),
         *("--train_data_dir", str(images.parent), "--output_dir", str(folder / "out"), "--resolution", str(side)),
+        *("--caption_extension", ".txt"),
         *("--network_dim", "16", "--learning_rate", "1e-4", "--seed", "1", "--gpu_memory", "24GB"),
         *more,
     ]

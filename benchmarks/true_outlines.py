@@ -141,14 +141,17 @@ def _makers(family: str) -> Mapping[str, Callable[[Config], nn.Module]]:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One that reads every text as empty: the number of T5's states does not depend on it."""
+    """One with a token for each word: the number of states can depend on it, but not on which they are."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
 
     folder.mkdir()
     chat = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     words = {word: place for place, word in enumerate(("<pad>", "</s>", "<unk>", *chat))}
-    Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]  # mypy reads the getter's type
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _write_header(path: Path, tensors: Mapping[str, Tensor]) -> None:
