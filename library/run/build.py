@@ -69,8 +69,9 @@ def build(plan: Plan, record: RunFile | None = None) -> Run:
             plan.resume, now=facts, of_length=of_length(plan, curves), anyway=options.run.resume_anyway
         )
     plan = replace(plan, choice=curves.optimizer)
-    record = RunFile() if record is None else record
-    if accelerator.is_main_process:
+    if record is None:
+        record = RunFile()  # does nothing
+    elif accelerator.is_main_process:
         recording.begin(record, plan, saves)
     data = _data(plan, batches_per_step=per_step, total_steps=saves.total_steps)
     measured = _measured(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from library.record.metrics import read_run
 from library.record.run_file import Record, read
 from library.record.summary import rows
 from library.run.about import recording
+from library.run.build import build
+from library.run.plan import make_plan
 from library.training import loop
+from tests.conftest import BASE, copy_images
 from tests.quick import slow
 from tests.training.test_resume import stop_after
 
@@ -68,6 +72,19 @@ def test_what_a_run_says_of_itself(train, tmp_path):
     assert (facts.length.steps, facts.rates.schedule, facts.rates.groups[0].rate) == (4, "cosine", 1e-3)
     assert facts.decay is not None
     assert facts.decay.base == 0.01
+
+
+def test_without_a_record_a_run_has_no_thread_that_writes_one(tmp_path: Path) -> None:
+    """A program that builds many runs would have one for each."""
+    copy_images(tmp_path / "data" / "2_style", 2)
+    given = [
+        *("--pretrained_model_name_or_path", str(BASE), "--train_data_dir", str(tmp_path / "data")),
+        *("--caption_extension", ".txt", "--resolution", "64", "--output_dir", str(tmp_path / "out")),
+        *("--max_train_steps", "2", "--max_data_loader_n_workers", "0"),
+    ]
+    build(make_plan(parse(given)))
+    assert "run record" not in [thread.name for thread in threading.enumerate()]
+    assert not list((tmp_path / "out").glob("*-run.json"))
 
 
 @pytest.mark.parametrize(
