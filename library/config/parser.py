@@ -265,5 +265,6 @@ def _write_config(path: Path | None, reading: _Reading) -> None:
 
 def _plain(value: object, item: Declared) -> object:
     if item.details.joined_by is not None and isinstance(value, tuple):
-        return item.details.joined_by.join(map(str, value))
+        words = ("x".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value)  # --resolutions
+        return item.details.joined_by.join(words)
     return list(value) if isinstance(value, tuple) else value

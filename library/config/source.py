@@ -152,6 +152,7 @@ def _with_keywords(
         return found
     name = ast.unparse(annotation.slice)
     node = _definition(tree, name)
-    keywords = resolve_name(_import_target(node, name, module, file) if isinstance(node, ast.ImportFrom) else name)
+    path = _import_target(node, name, module, file) if isinstance(node, ast.ImportFrom) else f"{module}.{name}"
+    keywords = resolve_name(path)
     hints = {key: inspect.formatannotation(hint) for key, hint in get_type_hints(keywords).items()}
     return SourceSignature(found.parameters | hints, found.required | keywords.__required_keys__, takes_any=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import toml
@@ -101,9 +104,16 @@ def _explain(line: str, message: str) -> str:
     return message.strip()
 
 
-def write_toml(path: Path, values: dict[str, object]) -> None:
+def toml_text(values: Mapping[str, object]) -> str:
+    """`values` in TOML. Text is written as JSON has it: the toml package alters what has a backslash before an x."""
+    encoder = toml.TomlEncoder()
+    encoder.dump_funcs[str] = partial(json.dumps, ensure_ascii=False)
+    return toml.dumps(values, encoder=encoder)
+
+
+def write_toml(path: Path, values: Mapping[str, object]) -> None:
     """Write `values` as a flat TOML file. Raises UserError if it cannot be written."""
     try:
-        path.write_text(toml.dumps(values), encoding="utf-8")
+        path.write_text(toml_text(values), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -26,7 +26,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 Image.init()
 # By content, not by name: a WebP called .png is common. Not every format of Pillow: some start other programs (EPS).
-_READ = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JXL")
+_READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JXL")
 _FORMATS: list[str] = [name for name in _READ if name in Image.OPEN]
 _FULL_SCALES = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0, 2.0**31 - 1)}
 _UPRIGHT = {  # value of the EXIF tag Orientation → what turns the stored image upright
@@ -65,7 +65,12 @@ def open_image(path: Path) -> ImageFile.ImageFile:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a decoded image: 1 is upright, from 5 on width and height are exchanged."""
+    """The EXIF orientation of a decoded image: 1 is upright, from 5 on width and height are exchanged.
+
+    JPEG XL has its own beside it, by which its decoder turns the pixels, but not those of a JPEG that is kept within.
+    """
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises anything on a broken EXIF block; the pixels are good all the same

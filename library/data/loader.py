@@ -11,17 +11,24 @@ from torch.utils.data import DataLoader, Dataset
 from library.cpus import cpu_count
 from library.data.images import load_view
 from library.data.views import View
+from library.errors import UserError
 
 Views = Sequence[View]
 Pixels = tuple[Tensor, "Tensor | None"]
 """float32 [B, 3, H, W] in [-1, 1], and masks [B, 1, H, W] in 0 … 1 or None where no view has one."""
 
 
-class _Pixels(Dataset[Pixels]):
-    """Its index is the batch's own description: workers hold no data, whether forked or spawned."""
+class _Pixels(Dataset["Pixels | UserError"]):
+    """Its index is the batch's own description: workers hold no data, whether forked or spawned.
 
-    def __getitem__(self, views: Views) -> Pixels:
-        loaded = [load_view(view) for view in views]
+    A UserError is returned: torch would put the worker's traceback into its message.
+    """
+
+    def __getitem__(self, views: Views) -> Pixels | UserError:
+        try:
+            loaded = [load_view(view) for view in views]
+        except UserError as error:
+            return error
         pixels = torch.stack([pixels for pixels, _ in loaded])
         if not any(view.masked for view in views):
             return pixels, None
@@ -59,6 +66,12 @@ class PixelLoader:
         )
 
     def __call__(self, batches: Iterable[Views]) -> Iterator[Pixels]:
-        """Pixels and masks of each of `batches`."""
+        """Pixels and masks of each of `batches`. Raises UserError for a file that can no longer be read."""
         self._order.batches = batches
-        return iter(self._loader)
+        return map(_good, iter(self._loader))
+
+
+def _good(loaded: Pixels | UserError) -> Pixels:
+    if isinstance(loaded, UserError):
+        raise loaded
+    return loaded

@@ -7,9 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.config.data.dataset_config import DatasetSpec, SubsetSpec
+from library.config.toml_file import toml_text
 from library.files.atomic import replacing
 
 _LEFT_OUT = ("origin", "subsets")
@@ -40,7 +39,7 @@ def write_earlier(path: Path, earlier: Sequence[Sequence[DatasetSpec]]) -> None:
 def _write(path: Path, tables: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(toml.dumps({"datasets": tables}), encoding="utf-8")
+        beside.write_text(toml_text({"datasets": tables}), encoding="utf-8")
 
 
 def _table(spec: DatasetSpec | SubsetSpec) -> dict[str, Any]:

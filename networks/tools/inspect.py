@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from library.config.command import Command, Word, read
 from library.config.fields import BadValue, Declared, convert, option
+from library.config.toml_file import toml_text
 from networks.tools.blocks import block_of, order
 from networks.tools.output import check_output
 
@@ -143,8 +144,6 @@ def _norms(file: AdapterFile) -> Iterator[str]:
 
 def settings_toml(metadata: Mapping[str, str]) -> str:
     """The settings that the metadata state, as a config file of the trainer."""
-    import toml
-
     found = settings(metadata)
     base = metadata.get("ss_sd_model_name", "")
     lines = [
@@ -153,7 +152,7 @@ def settings_toml(metadata: Mapping[str, str]) -> str:
         '# train_data_dir = ""',
         '# output_dir = ""',
         "",
-        toml.dumps(found),
+        toml_text(found),
     ]
     return "\n".join(lines)
 

@@ -215,6 +215,14 @@ def test_output_config_writes_what_differs_and_is_read_back(folder: Path) -> Non
         parse([*REQUIRED, "--config_file=new", "--output_config"])
 
 
+def test_output_config_keeps_paths_of_windows_and_several_sizes(folder: Path) -> None:
+    words = ["--train_data_dir=D:\\xmas", "--base_weights", "C:\\x41\\u", "b", "--resolutions", "512", "768x512"]
+    with pytest.raises(SystemExit):
+        parse([*REQUIRED, *words, "--config_file=new", "--output_config"])
+    again, direct = parse(["--config_file", "new.toml"]), parse([*REQUIRED, *words])
+    assert dataclasses.replace(again, run=direct.run) == direct
+
+
 def test_help_lists_every_option() -> None:
     text = help_parser().format_help()
     assert text.isascii()  # any console can print it

@@ -238,21 +238,25 @@ def test_keywords_of_a_typed_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         encoding="utf-8",
     )
     (package / "target.py").write_text(
+        "from typing import TypedDict\nfrom typing_extensions import Unpack\n"
         "from .keywords import Keywords, Needed\n"
         "class Target:\n    def __init__(self, first: int, **options: Unpack[Keywords]): ...\n"
         "def needs(**options: Unpack[Needed]): ...\n"
-        "def loose(**options: int): ...\n",
+        "def loose(**options: int): ...\n"
+        "class Own(TypedDict):\n    d: int\n"
+        "def own(**options: Unpack[Own]): ...\n",
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(source, "_PACKAGES", ("library_of_keywords",))
     found = {
         name: source.read_signature(f"library_of_keywords.target.{name}", where="")
-        for name in ("Target", "needs", "loose")
+        for name in ("Target", "needs", "loose", "own")
     }
     annotations = {"first": "int", "a": "float", "b": "Literal['x', 'y']"}
     assert found["Target"] == source.SourceSignature(annotations, frozenset({"first"}), takes_any=False)
     assert found["needs"] == source.SourceSignature({"c": "int"}, frozenset({"c"}), takes_any=False)
+    assert found["own"] == source.SourceSignature({"d": "int"}, frozenset({"d"}), takes_any=False)
     assert found["loose"] == source.SourceSignature({}, frozenset(), takes_any=True)
     assert fit("x", "x", annotations["b"]) == ("x",)
     assert describe(annotations["b"]) == "one of x, y"

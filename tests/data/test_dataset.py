@@ -18,6 +18,7 @@ from library.data.loader import PixelLoader
 from library.data.plan import of_rank, split_into_steps
 from library.data.prepare import prepare
 from library.data.prepared import Prepared
+from library.errors import UserError
 from library.rng import python_random
 
 MakeSubset = Callable[..., SubsetSpec]
@@ -174,6 +175,15 @@ def test_text_that_is_shuffled_cannot_be_cached(prepared: Prepared) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_file_that_is_gone_is_named_in_one_line_by_a_worker(tmp_path: Path) -> None:
+    gone = View(tmp_path / "gone.png", resized=(8, 8), crop=(0, 0), size=(8, 8), flip=False)
+    batches = PixelLoader(workers=1, most_batches=1)([[gone]])
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert str(gone.path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_workers_are_capped_by_need(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("library.data.loader.cpu_count", lambda: 6)
     data = TrainingData(prepared, seed=1)

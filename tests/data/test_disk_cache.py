@@ -380,7 +380,7 @@ def test_pixels_are_those_of_this_version(tmp_path: Path) -> None:
     Image.fromarray((ramp % 256).astype(np.uint8)).save(tmp_path / "ramp.png")
     view = View(tmp_path / "ramp.png", resized=(64, 48), crop=(3, 5), size=(48, 32), flip=True)
     pixels = load_pixels(view)
-    assert cache_keys.VERSION == 1
+    assert cache_keys.VERSION == 2
     expected = [[-0.1843, -0.2873, -0.4196], [0.6314, 0.4254, 0.1608], [-0.5608, -0.8698, 0.7412]]
     torch.testing.assert_close(
         pixels[:, [0, 13, 31], [0, 20, 47]],

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from library.data.check import check_images, report_bad_images
-from library.data.images import View, image_extensions, load_pixels, open_image, resize, to_rgb
+from library.data.images import View, image_extensions, load_pixels, open_image, orientation, resize, to_rgb
 from library.errors import UserError
 
 
@@ -235,6 +235,16 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         assert f"more than {limit} pixels" in bad[tmp_path / "large.png"]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     assert not check_images([tmp_path / "large.png"])[1]
+
+
+def test_jpeg_xl_is_turned_by_its_decoder_alone() -> None:
+    image = Image.new("RGB", (8, 8))
+    image.getexif()[0x0112] = 6
+    assert orientation(image) == 6
+    image.format = "JXL"
+    assert orientation(image) == 1
+    image.jpeg = True  # pillow_jxl's mark of a JPEG that is kept within
+    assert orientation(image) == 6
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

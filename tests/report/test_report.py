@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -437,6 +440,18 @@ def test_thumbnails_of_any_picture(tmp_path, mode):
     assert data_url(tmp_path / "none.png", side=64) is None
     (tmp_path / "b.png").write_bytes(b"no picture")
     assert data_url(tmp_path / "b.png", side=64) is None
+
+
+def test_a_thumbnail_is_read_as_images_are_in_training(tmp_path, monkeypatch):
+    """16-bit greys are scaled, and no other program is started for what is called a PNG."""
+    Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(tmp_path / "a.png")
+    packed = base64.b64decode(data_url(tmp_path / "a.png", side=64).partition(",")[2])
+    assert abs(np.asarray(Image.open(io.BytesIO(packed)), int) - 100).max() < 4
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *given, **named: started.append(given))
+    (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    assert data_url(tmp_path / "b.png", side=64) is None
+    assert not started
 
 
 def test_what_was_measured_beside_training(tmp_path):

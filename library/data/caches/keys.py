@@ -15,7 +15,7 @@ from library.errors import UserError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-VERSION = 1
+VERSION = 2
 """Increase it whenever the same file, view or caption gives other numbers than before: older entries become unused."""
 
 _BLOCK = 1 << 20
