@@ -150,7 +150,7 @@ def _write_tokenizer(folder: Path) -> None:
     chat = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     words = {word: place for place, word in enumerate(("<pad>", "</s>", "<unk>", *chat))}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]  # mypy reads the getter's type
+    tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
