@@ -59,10 +59,15 @@ class MetricsFile:
             self._incomplete = True
 
     def go_back(self, step: int) -> None:
-        """Drop the lines of later steps."""
-        if self._file is not None:
-            self._file.close()
+        """Drop the lines of later steps. If the file cannot be written anew, they stay, with a warning."""
+        if self._file is None:
+            return
+        self._file.close()
+        try:
             self._begin(step)
+        except (OSError, UserError) as error:
+            logger.warning("%s: lines after step %d stay, training continues: %s", self.path, step, error)
+            self._file = self.path.open("ab", buffering=0)
 
     def kept(self) -> Iterator[Line]:
         """The lines of earlier processes."""

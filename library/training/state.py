@@ -341,8 +341,8 @@ def write(folder: Path, run: Run, facts: Facts, step: int) -> None:
         with atomic.replacing_folder(folder) as beside:
             torch.save(snapshot.tensors_of(run), beside / TENSORS)
             text = json.dumps(asdict(replace(facts, step=step)), indent=1, ensure_ascii=False)
-            (beside / FACTS).write_text(text + "\n", encoding="utf-8")
-    except pickle.PicklingError as error:
+            (beside / FACTS).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # pickle raises all three
         raise UserError(f"{folder}: not written: the optimizer's state cannot be stored: {error}") from error
     logger.info("saved %s", folder)
 

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from unittest.mock import Mock
 
 import pytest
 
+from library.errors import UserError
 from library.record.metrics import MetricsFile, lines, read_run, session_of
 
 RUN = {"session_id": 7, "name": "fox"}
@@ -122,6 +124,20 @@ def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
     (record,) = caplog.records
     assert "lines are missing from step 2 on, training continues" in record.getMessage()
     assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 1, 4]
+
+
+def test_a_disk_that_is_full_at_a_rollback_keeps_the_lines(tmp_path, caplog, monkeypatch):
+    path = tmp_path / "fox-metrics.jsonl"
+    file = MetricsFile(path, RUN, done=0)
+    for step in (1, 2):
+        file.write(step, {"loss": 1.0})
+    with monkeypatch.context() as full:
+        full.setattr(MetricsFile, "_begin", Mock(side_effect=UserError("No space left on device")))
+        file.go_back(1)
+    file.write(2, {"loss": 0.5})
+    file.close()
+    assert "lines after step 1 stay, training continues: No space left on device" in caplog.text
+    assert [json.loads(line).get("step") for line in path.read_text().splitlines()] == [None, 1, 2, 2]
 
 
 def test_names_that_are_no_utf_8(tmp_path):

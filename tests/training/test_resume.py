@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from library.config.parser import parse
 from library.errors import UserError
 from library.optimizers.create import OptimizerChoice
 from library.run.curves import Curves, of_length
-from library.training import loop, state
+from library.training import loop, snapshot, state
 from tests.conftest import copy_images, forget_accelerator, run_training
 from tests.quick import quick, slow
 from tests.training.written import same, weights
@@ -215,6 +218,25 @@ def _found(*words: str) -> state.State:
         "data": "",
     }
     return state.State(Path("kept"), state.Facts(format=state.FORMAT, **run, **about))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kept", [lambda: 0, threading.Lock()])
+def test_what_cannot_be_stored_is_named(kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule's or an optimizer's state of another package can hold anything."""
+    monkeypatch.setattr(snapshot, "tensors_of", lambda run: {"optimizer": kept})
+    run: Any = None
+    with pytest.raises(UserError, match="x-state: not written: the optimizer's state cannot be stored: "):
+        state.write(tmp_path / "x-state", run, _found().facts, 1)
+    assert not (tmp_path / "x-state").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode")
+def test_the_facts_of_a_state_can_have_names_that_are_no_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "tensors_of", lambda run: {})
+    facts = dataclasses.replace(_found().facts, harmless={"train_data_dir": os.fsdecode(b"\xff")})
+    run: Any = None
+    state.write(tmp_path / "x-state", run, facts, 1)
+    assert state._read_facts(tmp_path / "x-state") == dataclasses.replace(facts, step=1)
 
 
 @pytest.mark.parametrize(
