@@ -174,7 +174,6 @@ def test_text_that_is_shuffled_cannot_be_cached(prepared: Prepared) -> None:
         TrainingData(prepared, seed=0).cache_captions(lambda texts: {}, batch_size=1)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_file_that_is_gone_is_named_in_one_line_by_a_worker(tmp_path: Path) -> None:
     gone = View(tmp_path / "gone.png", resized=(8, 8), crop=(0, 0), size=(8, 8), flip=False)
     batches = PixelLoader(workers=1, most_batches=1)([[gone]])
@@ -184,6 +183,7 @@ def test_a_file_that_is_gone_is_named_in_one_line_by_a_worker(tmp_path: Path) ->
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_are_capped_by_need(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("library.data.loader.cpu_count", lambda: 6)
     data = TrainingData(prepared, seed=1)
