@@ -62,7 +62,7 @@ def steps_of(value: int | float | str, total_steps: int, *, option: str) -> int:
     Raises UserError for a negative one or one longer than the run.
     """
     if isinstance(value, str) and value.endswith("%"):
-        steps = int(float(value[:-1]) * total_steps / 100)
+        steps = percent_of(value, total_steps)
     elif float(value) < 1:
         steps = int(float(value) * total_steps)
     else:
@@ -70,6 +70,11 @@ def steps_of(value: int | float | str, total_steps: int, *, option: str) -> int:
     if not 0 <= steps <= total_steps:
         raise UserError(f"--{option} {value}: {steps} steps do not fit a run of {total_steps} steps")
     return steps
+
+
+def percent_of(percentage: str, total_steps: int) -> int:
+    """Optimizer steps of "5%"."""
+    return int(float(percentage[:-1]) * total_steps / 100)  # multiplied first: 29 / 100 * 100 is below 29
 
 
 def choose_schedule(options: ScheduleOptions, *, total_steps: int) -> ScheduleChoice:

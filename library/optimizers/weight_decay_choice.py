@@ -21,6 +21,7 @@ from library.optimizers import auto_weight_decay
 from library.optimizers.auto_weight_decay import Complexity
 from library.optimizers.create import OptimizerChoice
 from library.optimizers.plateau import Plateau
+from library.optimizers.schedules import percent_of
 from library.optimizers.weight_decay import VANISHED, WITH_AN_END, Curve, Stages, check
 from library.optimizers.weight_decay_hook import WeightDecayHook
 from library.optimizers.weight_decay_pace import STEADY, Pace
@@ -291,7 +292,7 @@ def _auto(name: str, task: str | None, *, total_steps: int, images: int) -> tupl
 
 
 def _steps(word: str, total_steps: int) -> int:
-    return int(float(word[:-1]) * total_steps / 100) if word.endswith("%") else int(word)
+    return percent_of(word, total_steps) if word.endswith("%") else int(word)
 
 
 def _stages(words: tuple[str, ...], total_steps: int) -> tuple[tuple[int, float], ...]:
